@@ -1,0 +1,61 @@
+"""Every error that hybrid-cache raises on purpose.
+
+HybridCacheError
+├── ConfigError                a setting that cannot work
+├── ModelError                 a model folder that we cannot serve
+│   └── UnsupportedModel       a well-formed folder of a kind we do not know
+├── RequestError               the client's fault; the message names the value and the bound
+│   ├── ContextTooLong
+│   └── BadSampling
+├── Overloaded                 the queue is full, try again later
+└── EngineStopped              the engine is draining or has failed
+
+No room in the cache is not an error: `HybridCache.acquire` returns `None` and the scheduler waits.
+"""
+
+
+class HybridCacheError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class ConfigError(HybridCacheError):
+    """A setting that cannot work."""
+
+
+class ModelError(HybridCacheError):
+    """A model folder that cannot be served: missing shard, wrong shape, not-a-number weights."""
+
+
+class UnsupportedModel(ModelError):
+    """A readable model folder of an architecture, activation or file format that we do not know."""
+
+
+class RequestError(HybridCacheError):
+    """A request that cannot be served as it stands.
+
+    `param` names the offending request field, `code` is OpenAI's machine-readable code, where there is one.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ContextTooLong(RequestError):
+    """More tokens than the model's context, or than the cache can ever hold."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class BadSampling(RequestError):
+    """A sampling parameter outside its range."""
+
+
+class Overloaded(HybridCacheError):
+    """The waiting queue is full."""
+
+
+class EngineStopped(HybridCacheError):
+    """The engine is draining, or its thread has failed."""

@@ -1,0 +1,81 @@
+"""What one model keeps in the cache, in shapes and bytes; the cache learns nothing else about a model."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from hybrid_cache.kernels.layout import TILE
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """KV rows of one attention layer (or of one use of a shared attention block)."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """Recurrent state of one layer: the convolution window and the state proper.
+
+    conv_shape   (width - 1, channels), oldest row first, in the model's dtype
+    state_shape  (heads, head_dim, d_state) for Mamba-2, (channels, d_state) for Mamba-1; always float32
+    """
+
+    conv_shape: tuple[int, int]
+    state_shape: tuple[int, ...]
+    conv_dtype: torch.dtype
+
+    @property
+    def conv_bytes(self) -> int:
+        return prod(self.conv_shape) * self.conv_dtype.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        return prod(self.state_shape) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """All cached tensors of a model, in the order in which its `forward` reads them."""
+
+    layers: tuple[AttentionSpec | StateSpec, ...]
+    hidden_size: int  # width of the hidden row kept with a prompt end
+    hidden_dtype: torch.dtype
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(s.bytes_per_token for s in self.layers if isinstance(s, AttentionSpec))
+
+    @property
+    def page_bytes(self) -> int:
+        return TILE * self.kv_bytes_per_token
+
+    @property
+    def slot_bytes(self) -> int:
+        """One full recurrent state, all layers, each tensor on a 64-byte boundary."""
+        return sum(align64(s.conv_bytes) + align64(s.state_bytes) for s in self.layers if isinstance(s, StateSpec))
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCost:
+    """FLOPs of prefill: token `p` costs `per_token + per_token_per_position * p`."""
+
+    per_token: float
+    per_token_per_position: float
+
+    def flops(self, start: int, end: int) -> float:
+        """FLOPs to compute the tokens [start, end) when [0, start) is there."""
+        n = end - start
+        return n * self.per_token + self.per_token_per_position * n * (start + end) / 2
+
+
+def align64(num_bytes: int) -> int:
+    return -(-num_bytes // 64) * 64

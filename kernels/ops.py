@@ -1,0 +1,158 @@
+"""The operations that models are built from, and the weights and cache tensors they take.
+
+One `Ops` object is chosen at start (`dispatch.select`) and handed to the model. Letters as in the papers: R packed rows,
+H heads, P head dim, N state size, G groups of B and C, K convolution width. Rows are in the model's dtype (float32
+or bfloat16); recurrent state, A, D, dt and everything that accumulates is float32.
+
+Two promises hold for each method of each backend that says `exact`:
+
+1. a row's result has the same bits whatever other rows, tiles or sequences are in the batch, and whatever lies in unused
+   rows of pages and slots (it may be NaN);
+2. tiles of one sequence give the same bits and states in one call as in several calls, cut at any tile.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from hybrid_cache.kernels.layout import RowLayout
+
+
+@dataclass(frozen=True, slots=True)
+class KVTensors:
+    """KV pages of one attention layer: k, v [pages, TILE, kv_heads, head_dim]. Only dimension 0 may be strided."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensors:
+    """State slots of one layer. Only dimension 0 may be strided.
+
+    conv [slots, K - 1, channels] rows before activation, oldest first   state [slots, *state_shape] float32
+    """
+
+    conv: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2Weights:
+    """Weights of a Mamba-2 mixer between its two projections (Dao and Gu 2024)."""
+
+    conv_weight: Tensor  # [channels, K], channels = H * P + 2 * G * N
+    conv_bias: Tensor | None  # [channels]
+    dt_bias: Tensor  # [H] float32
+    A: Tensor  # [H] float32, negative
+    D: Tensor  # [H] float32
+    norm_weight: Tensor  # [H * P]
+    norm_eps: float
+    norm_group: int  # channels normalised together; H * P for one norm over all
+    num_heads: int
+    head_dim: int
+    d_state: int
+    num_groups: int
+    dt_min: float = 0.0  # dt is clamped to [dt_min, dt_max] after softplus
+    dt_max: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba1Weights:
+    """Weights of a Mamba-1 scan (Gu and Dao 2023)."""
+
+    A: Tensor  # [channels, N] float32, negative
+    D: Tensor  # [channels] float32
+    dt_bias: Tensor  # [channels] float32
+
+
+class Linear(Protocol):
+    """y = x @ W.T + b with a weight that has been packed for the device."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [R, in_features] -> [R, out_features]; R >= MIN_ROWS for exact results."""
+        ...
+
+
+class Experts(Protocol):
+    """Gated feed-forward experts (SwiGLU): w_out_e @ (silu(g) * u), [g; u] = w_in_e @ x."""
+
+    def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """x [R, hidden]   expert_ids [R, k] int64   expert_weights [R, k] float32 -> [R, hidden].
+
+        The weighted sum over the k experts runs in float32, in the order of `expert_ids`.
+        """
+        ...
+
+
+class Ops(Protocol):
+    """A backend. See the module's two promises."""
+
+    name: str
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """Packs weight [out, in] (+ bias [out]); the caller may drop its copy."""
+        ...
+
+    def experts(self, w_in: Sequence[Tensor], w_out: Sequence[Tensor]) -> Experts:
+        """Packs one [2 * inner, hidden] (gate rows first) and one [hidden, inner] matrix for each expert."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [R, d] -> x / sqrt(mean(x^2) + eps) * weight, computed in float32."""
+        ...
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        """x [R, 2 * d] -> silu(x[:, :d]) * x[:, d:]."""
+        ...
+
+    def gelu_mul(self, x: Tensor) -> Tensor:
+        """x [R, 2 * d] -> gelu(x[:, :d]) * x[:, d:], the exact (erf) gelu."""
+        ...
+
+    def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+        """x [R, heads, d], positions [R] int64, inv_freq [d / 2] float32 -> rotated (half-split, "neox" order)."""
+        ...
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors) -> Tensor:
+        """Writes k, v into the pages at `layout.kv_rows`, then causal attention over each row's sequence.
+
+        q [R, heads, d]   k, v [R, kv_heads, d], heads a multiple of kv_heads -> [R, heads, d]
+        """
+        ...
+
+    def mamba2(self, zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
+        """Everything between in_proj and out_proj: convolution, silu, scan, gate, norm; advances the states.
+
+        zxbcdt [R, 2 * H * P + 2 * G * N + H]: gate z, then x, B, C (convolved), then dt -> [R, H * P]
+        """
+        ...
+
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
+        """silu(depthwise causal convolution); advances `conv` [slots, K - 1, channels].
+
+        x [R, channels]   weight [channels, K]   bias [channels] -> [R, channels]
+        """
+        ...
+
+    def mamba1_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor,
+        weights: Mamba1Weights,
+        layout: RowLayout,
+        state: Tensor,
+    ) -> Tensor:
+        """h = exp(dt A) h + dt B x, y = (C h + D x) * silu(z), with dt = softplus(dt + dt_bias); advances `state`.
+
+        x, dt, z [R, channels]   B, C [R, N]   state [slots, channels, N] float32 -> [R, channels]
+        """
+        ...
