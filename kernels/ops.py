@@ -1,13 +1,13 @@
 """The operations that models are built from, and the weights and cache tensors they take.
 
-One `Ops` object is chosen at start (`dispatch.select`) and handed to the model. Letters as in the papers: R packed rows,
-H heads, P head dim, N state size, G groups of B and C, K convolution width. Rows are in the model's dtype (float32
-or bfloat16); recurrent state, A, D, dt and everything that accumulates is float32.
+One `Ops` object is chosen at start (`dispatch.select`) and handed to the model. Letters as in the papers: R packed
+rows, H heads, P head dim, N state size, G groups of B and C, K convolution width. Rows are in the model's dtype
+(float32 or bfloat16); recurrent state, A, D, dt and everything that accumulates is float32.
 
 Two promises hold for each method of each backend that says `exact`:
 
-1. a row's result has the same bits whatever other rows, tiles or sequences are in the batch, and whatever lies in unused
-   rows of pages and slots (it may be NaN);
+1. a row's result has the same bits whatever other rows, tiles or sequences are in the batch, and whatever lies in
+   unused rows of pages and slots (it may be NaN);
 2. tiles of one sequence give the same bits and states in one call as in several calls, cut at any tile.
 """
 

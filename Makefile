@@ -1,0 +1,39 @@
+# make serve   talk to the embedded model on http://127.0.0.1:8000 (PORT=8123 MODEL=dir HOST=0.0.0.0 ARGS="--budget 4GiB")
+# make test    everything that CI runs on code: pytest
+# make check   lint, types, tests
+# make install only sets up .venv
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install serve test lint check clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s" % sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
+	touch $(STAMP)
+
+serve: install
+	$(BIN)/hybrid-cache serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: install
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

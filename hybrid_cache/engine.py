@@ -1,0 +1,323 @@
+"""The engine's synchronous core: schedule -> forward -> sample -> publish, one step at a time.
+
+Nothing is published before the write that fills it has completed. `async_engine` runs this on a thread.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.batch import HybridModel
+from hybrid_cache.cache import CacheStats, CheckpointKind, HybridCache
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
+from hybrid_cache.policy import make_policy
+from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, TokenLogprob, TokenOutput
+from hybrid_cache.runner import ModelRunner
+from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probability
+from hybrid_cache.scheduler import Chunk, Scheduler, add_interior_wishes
+from hybrid_cache.sequence import Phase, Prefill, Sequence, Wish, grid_floor, new_prefill
+
+Outputs = list[tuple[str, Output]]  # (request id, output), in the order in which they arose
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0  # prompt tokens, including what preemption repeats
+    generated_tokens: int = 0
+    replayed_tokens: int = 0  # generated tokens fed again after a preemption
+    commit_tokens: int = 0  # generated tokens run through the prefill path while idle
+    flops_saved: float = 0.0
+    flops_computed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics and for people."""
+
+    running: int
+    waiting: int
+    num_preemptions: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    generated_tokens: int
+    commit_tokens: int
+    flops_saved: float
+    flops_computed: float
+    cache: CacheStats
+
+
+class Engine:
+    """Requests in, outputs out, one step at a time. Not thread-safe."""
+
+    def __init__(self, model: HybridModel, config: EngineConfig, *, runner: type[ModelRunner] = ModelRunner) -> None:
+        self._model = model
+        self._config = config
+        self.cache = HybridCache(model.cache_spec, model.prefill_cost, config.budget_bytes, make_policy(config.policy))
+        self._runner = runner(model, self.cache)
+        self._scheduler = Scheduler(self.cache, config)
+        self._arrivals = 0
+        self._open: dict[str, int] = {}  # request id -> choices that have not finished
+        self._counters = Counters()
+
+    @property
+    def has_work(self) -> bool:
+        """True while a step would do something, canonical commits included."""
+        return self._scheduler.has_work
+
+    @property
+    def idle(self) -> bool:
+        """True while no request waits for an answer."""
+        return self._scheduler.idle
+
+    def check_request(self, request: Request) -> None:
+        """Raises RequestError for a request that can never be served."""
+        n, limit = len(request.prompt.tokens), self._model.max_length
+        if n == 0:
+            raise RequestError("the prompt has 0 tokens, must have at least 1", param="prompt")
+        if (n >= limit and request.sampling.max_tokens > 0) or n > limit:
+            raise ContextTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
+        longest = min(n + request.sampling.max_tokens, limit)
+        if not self.cache.fits(longest):
+            raise ContextTooLong(
+                f"{longest} tokens need more than the cache budget of {self._config.budget_bytes} bytes"
+            )
+        if request.n < 1:
+            raise BadSampling(f"n is {request.n}, must be at least 1", param="n")
+        low, high = int(request.prompt.tokens.min()), int(request.prompt.tokens.max())
+        if low < 0 or high >= self._model.vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(
+                f"prompt token {wrong} is outside the vocabulary [0, {self._model.vocab_size})", param="prompt"
+            )
+        for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
+            if not 0 <= token < self._model.vocab_size:
+                raise BadSampling(f"token {token} is outside the vocabulary [0, {self._model.vocab_size})")
+
+    @property
+    def has_room(self) -> bool:
+        """False while the waiting queue is full."""
+        return self._scheduler.num_waiting < self._config.max_waiting
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises RequestError, or Overloaded when the queue is full."""
+        self.check_request(request)
+        if not self.has_room:
+            raise Overloaded(f"{self._scheduler.num_waiting} requests wait, limit {self._config.max_waiting}")
+        self._open[request.id] = request.n
+        # The first choice computes the prompt; the others fork from its end.
+        self._scheduler.add(self._new_sequence(request, 0))
+
+    def abort(self, request_id: str) -> None:
+        """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""
+        for sequence in [s for s in self._scheduler.sequences() if s.request.id == request_id]:
+            self._scheduler.finish(sequence)
+        self._open.pop(request_id, None)
+
+    def is_open(self, request_id: str) -> bool:
+        """True from `submit` until the last choice has finished or the request was aborted."""
+        return request_id in self._open
+
+    def step(self) -> Outputs:
+        """Runs one step -> the outputs that arose from it."""
+        step = self._scheduler.schedule()
+        if step.empty:
+            return []
+        self._counters.steps += 1
+        with torch.inference_mode():
+            outputs = self._announce(step.resumed)
+            ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
+            if step.chunks or step.decodes:
+                hidden = self._runner.run(step)
+                for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
+                    outputs += self._end_chunk(chunk, rows, ready)
+                ready += self._end_decodes(step.decodes, hidden.decodes)
+            for sequence in step.resumed:
+                ready += self._begin_decode(sequence, self._kept_hidden(sequence))
+            return outputs + self._choose(ready)
+
+    def run_until_idle(self) -> Outputs:
+        """Steps until all requests are answered and all commits are done -> all outputs."""
+        outputs: Outputs = []
+        while self.has_work:
+            outputs += self.step()
+        return outputs
+
+    def stats(self) -> EngineStats:
+        c = self._counters
+        return EngineStats(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            num_preemptions=self._scheduler.num_preemptions,
+            steps=c.steps,
+            prompt_tokens=c.prompt_tokens,
+            cached_tokens=c.cached_tokens,
+            computed_tokens=c.computed_tokens,
+            generated_tokens=c.generated_tokens,
+            commit_tokens=c.commit_tokens,
+            flops_saved=c.flops_saved,
+            flops_computed=c.flops_computed,
+            cache=self.cache.stats(),
+        )
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        prefill = new_prefill(request, enabled=self._config.prefix_cache)
+        add_interior_wishes(prefill, request.cache_mode)
+        self._arrivals += 1
+        return Sequence(
+            request=request,
+            index=index,
+            arrival=self._arrivals,
+            prefill=prefill,
+            chooser=TokenChooser(request.sampling, request.prompt.tokens, index),
+            stopper=request.make_stopper() if request.make_stopper else None,
+        )
+
+    # After the forward pass
+
+    def _announce(self, sequences: Iterable[Sequence]) -> Outputs:
+        """The PromptOutput of sequences that are about to give their first token."""
+        outputs: Outputs = []
+        for sequence in sequences:
+            if sequence.announced or sequence.index > 0:
+                continue
+            sequence.announced = True
+            lease, n = sequence.prefill.lease, len(sequence.prefill.tokens)
+            assert lease is not None
+            self._counters.prompt_tokens += n
+            self._counters.cached_tokens += lease.length
+            self._counters.flops_saved += self._model.prefill_cost.flops(0, lease.length)
+            wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
+            output = PromptOutput(
+                cached_tokens=lease.length,
+                written_tokens=grid_floor(n) - min(lease.shared, grid_floor(n)) if sequence.prefill.publish else 0,
+                logprobs=tuple(sequence.prompt_logprobs) if wants_logprobs else None,
+            )
+            outputs.append((sequence.request.id, output))
+        return outputs
+
+    def _end_chunk(self, chunk: Chunk, rows: Tensor, ready: list[tuple[Sequence, Tensor]]) -> Outputs:
+        """Publishes what a chunk has written and, at the end of the prompt, starts decoding."""
+        prefill, sequence = chunk.prefill, chunk.sequence
+        assert prefill.lease is not None
+        prefill.computed = chunk.end
+        self.cache.commit(prefill.lease, grid_floor(chunk.end))
+        self._counters.flops_computed += self._model.prefill_cost.flops(chunk.start, chunk.end)
+        if sequence is None:
+            self._counters.commit_tokens += chunk.end - chunk.start
+            if prefill.done:
+                self._scheduler.end_commit(prefill)
+            return []
+        self._counters.computed_tokens += chunk.end - chunk.start
+        if sequence.request.sampling.prompt_logprobs is not None:
+            self._score_prompt(sequence, chunk, rows)
+        if not prefill.done:
+            return []
+        if prefill.publish:
+            self.cache.commit_end(prefill.lease, prefill.tokens, rows[-1])
+        outputs = self._announce([sequence])
+        ready += self._begin_decode(sequence, rows[-1])
+        return outputs
+
+    def _score_prompt(self, sequence: Sequence, chunk: Chunk, rows: Tensor) -> None:
+        """Log-probabilities of the prompt's own tokens that the rows of a chunk predict."""
+        known, num_top = sequence.prompt_logprobs, sequence.request.sampling.prompt_logprobs or 0
+        if not known:
+            known.append(None)  # nothing predicts the first token
+        tokens = chunk.prefill.tokens[chunk.start + 1 : chunk.end + 1]
+        for logits, token in zip(self._runner.logits(rows), tokens, strict=False):
+            if len(known) < len(chunk.prefill.tokens):
+                known.append(log_probability(logits, int(token), num_top))
+
+    def _kept_hidden(self, sequence: Sequence) -> Tensor:
+        assert sequence.prefill.lease is not None
+        assert sequence.prefill.lease.end is not None
+        return self.cache.hidden(sequence.prefill.lease.end)
+
+    def _begin_decode(self, sequence: Sequence, hidden: Tensor) -> list[tuple[Sequence, Tensor]]:
+        """The prompt is in the state -> the sequence and its forks, which choose their next token from `hidden`."""
+        sequence.phase = Phase.DECODE
+        started = [] if sequence.generated else [(sequence, hidden)]
+        if sequence.index == 0 and not sequence.generated:
+            started += [(s, hidden) for s in self._fork(sequence)]
+        return started
+
+    def _fork(self, first: Sequence) -> list[Sequence]:
+        """The other choices of a request, on copies of the state -> those that found room; the rest wait."""
+        forks = []
+        for index in range(1, first.request.n):
+            sequence = self._new_sequence(first.request, index)
+            sequence.arrival = first.arrival
+            assert first.prefill.lease is not None
+            room = self._scheduler.num_running < self._config.max_running
+            lease = self.cache.fork(first.prefill.lease, len(first.prefill.tokens)) if room else None
+            if lease is None:
+                self._scheduler.add(sequence)
+                continue
+            sequence.prefill.lease, sequence.prefill.computed = lease, len(first.prefill.tokens)
+            sequence.fed = len(first.prefill.tokens)
+            self._scheduler.adopt(sequence)
+            forks.append(sequence)
+        return forks
+
+    def _end_decodes(self, decodes: tuple[Sequence, ...], hidden: Tensor) -> list[tuple[Sequence, Tensor]]:
+        """Moves each decoding sequence on by the token it was fed -> those with a new token to choose."""
+        ready = []
+        for sequence, row in zip(decodes, hidden, strict=True):
+            if sequence.replaying:
+                self._counters.replayed_tokens += 1
+            else:
+                ready.append((sequence, row))
+            sequence.fed += 1
+        return ready
+
+    def _choose(self, ready: list[tuple[Sequence, Tensor]]) -> Outputs:
+        """Chooses the next token of each sequence from its hidden row."""
+        outputs: Outputs = []
+        for sequence, _ in [r for r in ready if r[0].request.sampling.max_tokens == 0]:
+            outputs.append((sequence.request.id, TokenOutput(sequence.index, None, finish=FinishReason.LENGTH)))
+            self._finish(sequence)
+        ready = [r for r in ready if r[0].phase is Phase.DECODE]
+        if not ready:
+            return outputs
+        logits = self._runner.logits(torch.stack([row for _, row in ready]))
+        tokens = choose_tokens(logits, [s.chooser for s, _ in ready])
+        for (sequence, _), row, token in zip(ready, logits, tokens, strict=True):
+            outputs.append((sequence.request.id, self._append(sequence, row, token)))
+        return outputs
+
+    def _append(self, sequence: Sequence, logits: Tensor, token: int) -> TokenOutput:
+        """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
+        sequence.generated.append(token)
+        self._counters.generated_tokens += 1
+        num_top = sequence.request.sampling.logprobs
+        logprob: TokenLogprob | None = None if num_top is None else log_probability(logits, token, num_top)
+        finish = sequence.finish_reason(self._model.max_length)
+        if finish is not None:
+            self._finish(sequence)
+            self._commit_later(sequence)
+        return TokenOutput(sequence.index, token, logprob, finish)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        self._open[sequence.request.id] -= 1
+        if self._open[sequence.request.id] == 0:
+            del self._open[sequence.request.id]
+
+    def _commit_later(self, sequence: Sequence) -> None:
+        """Has the generated tokens of a finished turn computed again by the prefill path, when nobody waits."""
+        end = grid_floor(sequence.num_tokens)
+        if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):
+            return
+        commit = Prefill(sequence.prefill.namespace, sequence.all_tokens()[:end], publish=True, reuse=True)
+        commit.wish(Wish(end, CheckpointKind.TURN_END))
+        self._scheduler.commit_later(commit)

@@ -1,0 +1,127 @@
+"""Turns a `Step` into index tensors, runs the model, and brings back the hidden rows that somebody reads."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hybrid_cache.batch import ForwardBatch, HybridModel
+from hybrid_cache.cache import HybridCache, Lease
+from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+from hybrid_cache.scheduler import Chunk, Step
+from hybrid_cache.sequence import Sequence
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepHidden:
+    """Hidden rows of a step: for each chunk the rows asked for, for each decode one row (unused while replaying)."""
+
+    chunks: tuple[Tensor, ...]  # [rows, hidden]: all rows of a chunk whose request wants prompt log-probabilities, else
+    #                             the last row of a prompt that is complete, else none
+    decodes: Tensor  # [D, hidden]
+
+
+class ModelRunner:
+    """Runs steps of one model on the tensors of one cache."""
+
+    def __init__(self, model: HybridModel, cache: HybridCache) -> None:
+        self._model = model
+        self._cache = cache
+
+    def run(self, step: Step) -> StepHidden:
+        batch, counts = build_batch(step)
+        hidden = self._model.forward(batch, self._cache.tensors)
+        *chunks, decodes = hidden.split([*counts, len(step.decodes)])
+        return StepHidden(tuple(chunks), decodes)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [L, hidden] -> [L, V] float32."""
+        return self._model.logits(hidden)
+
+
+def build_batch(step: Step) -> tuple[ForwardBatch, list[int]]:
+    """A step's rows and index tensors, and how many hidden rows each chunk gets back."""
+    tiles = [-(-(c.end - c.start) // TILE) for c in step.chunks]
+    first_tile = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
+    num_tiles, num_decode = int(first_tile[-1]), len(step.decodes)
+    decode_row = num_tiles * TILE
+    num_rows = max(decode_row + num_decode, MIN_ROWS)
+    token_ids, positions = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
+    kv_rows = np.full(num_rows, -1, np.int64)
+    output_rows: list[Rows] = []
+    for chunk, tile in zip(step.chunks, first_tile, strict=False):
+        row, length = int(tile) * TILE, chunk.end - chunk.start
+        token_ids[row : row + length] = chunk.prefill.tokens[chunk.start : chunk.end]
+        positions[row : row + length] = np.arange(chunk.start, chunk.end)
+        kv_rows[row : row + length] = _kv_rows(_lease(chunk), chunk.start, chunk.end)
+        output_rows.append(row + _wanted_rows(chunk))
+    for row, sequence in enumerate(step.decodes, start=decode_row):
+        token_ids[row], positions[row] = sequence.next_token(), sequence.fed
+        kv_rows[row] = _lease(sequence).pages[sequence.fed // TILE] * TILE + sequence.fed % TILE
+    output_rows.append(np.arange(decode_row, decode_row + num_decode))
+    layout = RowLayout(
+        num_rows=num_rows,
+        num_tiles=num_tiles,
+        num_decode=num_decode,
+        chunk_tile=torch.from_numpy(first_tile[:-1].copy()),
+        chunk_tiles=_ints(tiles),
+        chunk_start=_ints([c.start for c in step.chunks]),
+        chunk_len=_ints([c.end - c.start for c in step.chunks]),
+        chunk_slot=_ints([_lease(c).slot for c in step.chunks]),
+        chunk_fresh=_ints([int(c.start == 0) for c in step.chunks]),
+        capture_chunk=_ints([i for i, c in enumerate(step.chunks) for _ in c.captures]),
+        capture_tiles=_ints([(position - c.start) // TILE for c in step.chunks for position, _ in c.captures]),
+        capture_slot=_ints([slot for c in step.chunks for _, slot in c.captures]),
+        decode_slot=_ints([_lease(s).slot for s in step.decodes]),
+        decode_len=_ints([s.fed + 1 for s in step.decodes]),
+        page_table=_page_table([_lease(x).pages for x in (*step.chunks, *step.decodes)]),
+        kv_rows=torch.from_numpy(kv_rows),
+    )
+    batch = ForwardBatch(
+        torch.from_numpy(token_ids),
+        torch.from_numpy(positions),
+        layout,
+        torch.from_numpy(np.concatenate(output_rows).astype(np.int64)),
+    )
+    return batch, [len(rows) for rows in output_rows[:-1]]
+
+
+def _lease(owner: Chunk | Sequence) -> Lease:
+    lease = owner.prefill.lease
+    assert lease is not None
+    return lease
+
+
+def _wanted_rows(chunk: Chunk) -> Rows:
+    """Rows of a chunk, counted from its first, whose hidden state somebody reads."""
+    length = chunk.end - chunk.start
+    if chunk.sequence is not None and chunk.sequence.request.sampling.prompt_logprobs is not None:
+        return np.arange(length)
+    if chunk.sequence is not None and chunk.end == len(chunk.prefill.tokens):
+        return np.array([length - 1])
+    return np.arange(0)
+
+
+def _kv_rows(lease: Lease, start: int, end: int) -> Rows:
+    """Where the K and V of tokens [start, end) go; -1 for those whose page the tree already holds."""
+    positions = np.arange(start, end)
+    pages = np.asarray(lease.pages[: -(-end // TILE)], dtype=np.int64)
+    rows: Rows = pages[positions // TILE] * TILE + positions % TILE
+    rows[positions < lease.shared] = -1
+    return rows
+
+
+def _page_table(pages: list[list[int]]) -> Tensor:
+    width = max((len(p) for p in pages), default=0)
+    table = np.zeros((len(pages), width), np.int64)
+    for row, p in zip(table, pages, strict=True):
+        row[: len(p)] = p
+    return torch.from_numpy(table)
+
+
+def _ints(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)

@@ -1,0 +1,254 @@
+"""Who computes what in the next step. Owns the queues; asks the cache for room and never touches a tensor.
+
+Continuous batching with chunked prefill: running sequences decode one token a step, and prompts go through in tiles
+beside them. Without room the newest sequence gives its pages back and is computed again later.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from hybrid_cache.cache import CheckpointKind, HybridCache, Match, interior_positions
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.request import CacheMode, TokenArray
+from hybrid_cache.sequence import Phase, Prefill, Sequence, Wish, grid_floor
+
+MAX_COMMITS = 64  # finished turns that wait for an idle moment; the oldest is dropped
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tiles of one prompt in one step."""
+
+    prefill: Prefill
+    sequence: Sequence | None  # None: a canonical commit, nobody waits for it
+    start: int
+    end: int
+    captures: tuple[tuple[int, int], ...]  # (position on the grid, slot that gets the state there)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass, and the sequences that need none because their prompt's end is kept."""
+
+    chunks: tuple[Chunk, ...] = ()
+    decodes: tuple[Sequence, ...] = ()
+    resumed: tuple[Sequence, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        return not (self.chunks or self.decodes or self.resumed)
+
+
+class Scheduler:
+    """The queues: waiting, running (in order of arrival), and finished turns to commit when idle."""
+
+    def __init__(self, cache: HybridCache, config: EngineConfig) -> None:
+        self._cache = cache
+        self._config = config
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._commits: deque[Prefill] = deque()
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        """Nobody waits for an answer; canonical commits may still be pending."""
+        return not (self._waiting or self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return not self.idle or bool(self._commits)
+
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self._running
+        yield from self._waiting
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Takes in a sequence that already has a lease: a fork of a running one."""
+        sequence.phase = Phase.DECODE
+        self._running.append(sequence)
+
+    def commit_later(self, prefill: Prefill) -> None:
+        """Queues the tokens of a finished turn for the prefill path, when nobody waits."""
+        if len(self._commits) == MAX_COMMITS:
+            self._drop_commit_lease()
+            self._commits.popleft()
+        self._commits.append(prefill)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence wherever it is; what it has published stays in the cache."""
+        queue = self._waiting if sequence.phase is Phase.WAITING else self._running
+        queue.remove(sequence)
+        sequence.phase = Phase.FINISHED
+        self._release(sequence.prefill)
+
+    def schedule(self) -> Step:
+        """Chooses the next step and takes the room that it needs."""
+        if self.idle:
+            return self._commit_step()
+        decodes = self._extend_decodes()
+        resumed = self._admit()
+        tiles = self._config.max_tiles_beside_decode if decodes else self._config.max_tiles
+        return Step(self._cut_chunks(tiles), decodes, resumed)
+
+    # Decoding
+
+    def _extend_decodes(self) -> tuple[Sequence, ...]:
+        """Sequences that decode in this step, each with room for one more token; preempts from the newest."""
+        for sequence in [s for s in self._running if s.phase is Phase.DECODE]:
+            while sequence.phase is Phase.DECODE and not self._extend(sequence):
+                self._preempt(max(self._running, key=lambda s: s.arrival))
+        return tuple(s for s in self._running if s.phase is Phase.DECODE)
+
+    def _extend(self, sequence: Sequence) -> bool:
+        assert sequence.prefill.lease is not None
+        lease, num_tokens = sequence.prefill.lease, sequence.fed + 1
+        return self._cache.extend(lease, num_tokens) or (
+            self._drop_commit_lease() and self._cache.extend(lease, num_tokens)
+        )
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue, with its tokens but without its pages."""
+        self._running.remove(sequence)
+        self._release(sequence.prefill)
+        sequence.phase = Phase.WAITING
+        self._waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    # Admission
+
+    def _admit(self) -> tuple[Sequence, ...]:
+        """Moves waiting sequences to running while there is room -> those whose whole prompt was kept."""
+        resumed, passed_over = [], list[Sequence]()
+        while self._waiting and len(self._running) < self._config.max_running:
+            sequence = self._waiting.popleft()
+            match = self._match(sequence.prefill)
+            if self._someone_computes_more(sequence.prefill, match):
+                passed_over.append(sequence)  # its turn comes when the shared prefix is there
+                continue
+            if not self._acquire(sequence.prefill, match):
+                passed_over.append(sequence)
+                break
+            self._running.append(sequence)
+            sequence.fed = len(sequence.prefill.tokens)
+            sequence.phase = Phase.DECODE if sequence.prefill.done else Phase.PREFILL
+            if sequence.prefill.done:
+                resumed.append(sequence)
+        self._waiting.extendleft(reversed(passed_over))
+        return tuple(resumed)
+
+    def _match(self, prefill: Prefill) -> Match:
+        return self._cache.match(prefill.namespace, prefill.tokens if prefill.reuse else prefill.tokens[:0])
+
+    def _someone_computes_more(self, prefill: Prefill, match: Match) -> bool:
+        """True while a running prompt is on its way to a longer shared prefix; asks it for a checkpoint there."""
+        if not prefill.reuse or match.end is not None:
+            return False
+        for other in (s.prefill for s in self._running if s.phase is Phase.PREFILL):
+            if not other.publish or other.namespace != prefill.namespace:
+                continue
+            if np.array_equal(other.tokens, prefill.tokens):
+                return True
+            shared = grid_floor(min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens) - 1))
+            if shared > max(other.computed, match.length):
+                other.wish(Wish(shared, CheckpointKind.BRANCH))
+                return True
+        return False
+
+    def _acquire(self, prefill: Prefill, match: Match) -> bool:
+        lease = self._cache.acquire(match, prefill.tokens, publish=prefill.publish)
+        if lease is None and self._drop_commit_lease():
+            lease = self._cache.acquire(self._match(prefill), prefill.tokens, publish=prefill.publish)
+        if lease is None:
+            return False
+        prefill.lease, prefill.computed = lease, lease.length
+        if prefill.publish and lease.shared > lease.length:
+            prefill.wish(Wish(lease.shared, CheckpointKind.BRANCH))
+        return True
+
+    def _release(self, prefill: Prefill) -> None:
+        if prefill.lease is not None:
+            self._cache.release(prefill.lease)
+        prefill.lease, prefill.computed = None, 0
+
+    # Prefill
+
+    def _cut_chunks(self, tiles: int) -> tuple[Chunk, ...]:
+        chunks = []
+        for sequence in self._running:
+            if sequence.phase is Phase.PREFILL and tiles > 0:
+                chunk = self._cut(sequence.prefill, sequence, tiles)
+                tiles -= -(-(chunk.end - chunk.start) // TILE)
+                chunks.append(chunk)
+        return tuple(chunks)
+
+    def _cut(self, prefill: Prefill, sequence: Sequence | None, tiles: int) -> Chunk:
+        """The next at most `tiles` tiles of a prompt, with slots for the checkpoints wished for inside them."""
+        assert prefill.lease is not None
+        start, end = prefill.computed, min(prefill.computed + tiles * TILE, len(prefill.tokens))
+        captures = []
+        while prefill.wishes and prefill.wishes[0].position <= end:
+            wish = prefill.wishes.popleft()
+            if wish.position <= start:
+                continue
+            slot = self._cache.reserve_checkpoint(prefill.lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
+            if slot is not None:
+                captures.append((wish.position, slot))
+        return Chunk(prefill, sequence, start, end, tuple(captures))
+
+    # Canonical commits
+
+    def _commit_step(self) -> Step:
+        """One tile of a finished turn, so that a request which arrives meanwhile waits for one tile at most."""
+        while self._commits:
+            commit = self._commits[0]
+            if commit.lease is None and not self._start_commit(commit):
+                self._commits.popleft()
+                continue
+            return Step((self._cut(commit, None, 1),))
+        return Step()
+
+    def _start_commit(self, commit: Prefill) -> bool:
+        # A match leaves at least one token to compute; one more token shows whether all of ours are there.
+        known = self._cache.match(commit.namespace, np.append(commit.tokens, np.int32(0)))
+        return known.length < len(commit.tokens) and self._acquire(commit, self._match(commit))
+
+    def end_commit(self, commit: Prefill) -> None:
+        self._release(commit)
+        self._commits.remove(commit)
+
+    def _drop_commit_lease(self) -> bool:
+        """Gives up the room of the commit in progress -> whether there was one. What it has published stays."""
+        if not self._commits or self._commits[0].lease is None:
+            return False
+        self._release(self._commits[0])
+        return True
+
+
+def add_interior_wishes(prefill: Prefill, mode: CacheMode) -> None:
+    """Sparse places inside long messages, for branches that nobody announced."""
+    if prefill.publish and mode is CacheMode.IMPLICIT:
+        for position in interior_positions(0, len(prefill.tokens)):
+            prefill.wish(Wish(position, CheckpointKind.INTERIOR))
+
+
+def common_prefix(a: TokenArray, b: TokenArray) -> int:
+    """Number of leading tokens that a and b share."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n

@@ -1,0 +1,126 @@
+"""A running request: what has been computed of it, and what is still to come."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from hybrid_cache.cache import CheckpointKind, Lease
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.request import BoundaryKind, CacheMode, FinishReason, Request, Stopper, TokenArray, TokenLogprob
+from hybrid_cache.sampler import TokenChooser
+
+
+def grid_floor(position: int) -> int:
+    """The last grid position at or before `position`."""
+    return position // TILE * TILE
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A grid position at which a checkpoint would be welcome."""
+
+    position: int
+    kind: CheckpointKind
+    ttl_s: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Prefill:
+    """Tokens on their way through the canonical tiles; what comes of it may enter the cache.
+
+    [0, computed)            in the lease's state and pages
+    [computed, len(tokens))  still to compute, in chunks that start on the grid
+    """
+
+    namespace: str
+    tokens: TokenArray
+    publish: bool
+    reuse: bool
+    wishes: deque[Wish] = field(default_factory=deque)  # rising positions
+    lease: Lease | None = None
+    computed: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.computed == len(self.tokens)
+
+    def wish(self, wish: Wish) -> None:
+        """Adds a wish, unless its place is taken or has been passed."""
+        if wish.position <= self.computed or any(w.position == wish.position for w in self.wishes):
+            return
+        self.wishes = deque(sorted([*self.wishes, wish], key=lambda w: w.position))
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One of the `n` continuations of a request. The scheduler owns it.
+
+    Decode feeds the token at `fed` and gets the logits of the one after it. A sequence that was preempted keeps its
+    `generated` tokens and is fed them again, so that its state takes the same path and has the same bits.
+    """
+
+    request: Request
+    index: int
+    arrival: int  # order of submission, and of service
+    prefill: Prefill
+    chooser: TokenChooser
+    stopper: Stopper | None
+    generated: list[int] = field(default_factory=list)
+    fed: int = 0  # tokens in the state while decoding: the prompt and the first of `generated`
+    phase: Phase = Phase.WAITING
+    announced: bool = False  # PromptOutput has been sent
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefill.tokens) + len(self.generated)
+
+    @property
+    def replaying(self) -> bool:
+        """True while the logits of the coming row are not needed: its next token is known."""
+        return self.fed + 1 < self.num_tokens
+
+    def next_token(self) -> int:
+        """The token that the coming decode row holds."""
+        return self.generated[self.fed - len(self.prefill.tokens)]
+
+    def finish_reason(self, max_length: int) -> FinishReason | None:
+        """Whether the last generated token ends the sequence."""
+        token, sampling = self.generated[-1], self.request.sampling
+        stopped = self.stopper is not None and self.stopper(token)
+        if (stopped or token in sampling.stop_token_ids) and len(self.generated) >= sampling.min_tokens:
+            return FinishReason.STOP
+        if len(self.generated) >= sampling.max_tokens or self.num_tokens >= max_length:
+            return FinishReason.LENGTH
+        return None
+
+    def all_tokens(self) -> TokenArray:
+        return np.concatenate([self.prefill.tokens, np.asarray(self.generated, dtype=np.int32)])
+
+
+def new_prefill(request: Request, *, enabled: bool) -> Prefill:
+    """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all."""
+    marked = tuple(b for b in request.prompt.boundaries if b.kind is BoundaryKind.EXPLICIT)
+    kept = marked if request.cache_mode is CacheMode.EXPLICIT else request.prompt.boundaries
+    off = (
+        not enabled or request.cache_mode is CacheMode.OFF or (request.cache_mode is CacheMode.EXPLICIT and not marked)
+    )
+    prefill = Prefill(request.namespace, request.prompt.tokens, publish=not off, reuse=not off)
+    if off:
+        return prefill
+    # A marked place wins over an unmarked one on the same grid position, so marked ones go first.
+    for b in sorted(kept, key=lambda b: b.kind is not BoundaryKind.EXPLICIT):
+        kind = CheckpointKind.EXPLICIT if b.kind is BoundaryKind.EXPLICIT else CheckpointKind.MESSAGE_END
+        prefill.wish(Wish(grid_floor(b.position), kind, b.ttl_s))
+    if request.cache_mode is CacheMode.IMPLICIT:
+        prefill.wish(Wish(grid_floor(len(prefill.tokens)), CheckpointKind.MESSAGE_END))
+    return prefill

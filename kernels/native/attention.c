@@ -1,0 +1,192 @@
+/* Causal attention over pages of 64 tokens, with the online softmax of FlashAttention (Dao et al. 2022).
+ *
+ * The pages of a sequence are always taken in order, one at a time, so a row's sums do not depend on the batch. Rows of
+ * a page that hold no token yet are read as zeros.
+ */
+#include "layout.h"
+#include "vec.h"
+
+typedef struct {
+    int64_t num_heads, num_kv_heads, head_dim;
+    int64_t q_stride, k_stride, v_stride; /* elements from one row to the next; heads are contiguous in a row */
+    float scale;
+    void *keys, *values;                    /* [pages, 64, num_kv_heads, head_dim] */
+    int64_t key_page_size, value_page_size; /* elements from one page to the next */
+} Attention;
+
+/* Scratch of one thread, in floats; dp is head_dim rounded up to 16.
+ * keys [dp, 64] transposed, values [64, dp], scores [64, 64]; then for each head of a group: queries [64, dp],
+ * result [64, dp], highest [64], total [64]. */
+static int64_t thread_size(const Attention *a) {
+    const int64_t dp = ROUND_UP(a->head_dim), group = a->num_heads / a->num_kv_heads;
+    return 2 * TILE * dp + TILE * TILE + group * (2 * TILE * dp + 2 * TILE);
+}
+
+int64_t attention_scratch(const Attention *a, int64_t num_threads) { return num_threads * thread_size(a); }
+
+INLINE void write_row(const Attention *a, int64_t target, const void *k, const void *v, int bf16) {
+    const int64_t page = target / TILE, row = target % TILE, size = a->num_kv_heads * a->head_dim;
+    const size_t num_bytes = (size_t)size * (bf16 ? 2 : 4);
+    memcpy(at_mut(a->keys, page * a->key_page_size + row * size, bf16), k, num_bytes);
+    memcpy(at_mut(a->values, page * a->value_page_size + row * size, bf16), v, num_bytes);
+}
+
+/* num_tokens rows of a page, zeros behind -> keys transposed, values, both float32. */
+INLINE void read_page(const Attention *a, int64_t page, int64_t kv_head, int64_t num_tokens, float *keys, float *values,
+                      int bf16) {
+    const int64_t d = a->head_dim, dp = ROUND_UP(d), row = a->num_kv_heads * d;
+    const int64_t k = page * a->key_page_size + kv_head * d, v = page * a->value_page_size + kv_head * d;
+    memset(values, 0, (size_t)(TILE * dp) * sizeof *values);
+    for (int64_t t = 0; t < TILE; t += LANES)
+        for (int64_t i = 0; i < d; i += LANES)
+            transpose16(a->keys, k + t * row + i, row, num_tokens - t, d - i, keys + i * TILE + t, TILE, bf16);
+    for (int64_t t = 0; t < num_tokens; t++)
+        for (int64_t i = 0; i < d; i += LANES)
+            store_f32(values + t * dp + i, load_n(a->values, v + t * row + i, d - i, bf16));
+}
+
+/* scores [64] of one row -> weights exp(score - highest); -> what to multiply earlier results with. */
+INLINE float soften(float *scores, int64_t num_visible, float *highest, float *total) {
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vf hidden = splat(-__builtin_inff());
+    vf s[4], most = hidden, weights = splat(0);
+    for (int j = 0; j < 4; j++) {
+        s[j] = choose(lane + LANES * j < (int32_t)num_visible, load_f32(scores + LANES * j), hidden);
+        most = vmax(most, s[j]);
+    }
+    const float now = largest(most), before = *highest;
+    *highest = now > before ? now : before;
+    for (int j = 0; j < 4; j++) {
+        vf p = vexp(s[j] - *highest);
+        store_f32(scores + LANES * j, p);
+        weights += p;
+    }
+    const vf keep = vexp(splat(before - *highest));
+    *total = keep[0] * *total + sum(weights);
+    return keep[0];
+}
+
+/* One tile of queries for the heads that share a kv head. */
+INLINE void attend_tile(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t num_pages,
+                        int64_t num_tokens, int64_t kv_head, float *mine, int bf16) {
+    const int64_t d = a->head_dim, dp = ROUND_UP(d), group = a->num_heads / a->num_kv_heads;
+    float *keys = mine, *values = keys + TILE * dp, *scores = values + TILE * dp, *heads = scores + TILE * TILE;
+    const int64_t head_size = 2 * TILE * dp + 2 * TILE;
+    for (int64_t g = 0; g < group; g++) {
+        float *queries = heads + g * head_size, *highest = queries + 2 * TILE * dp;
+        const int64_t column = (kv_head * group + g) * d;
+        memset(queries, 0, (size_t)head_size * sizeof *queries);
+        for (int t = 0; t < TILE; t++) highest[t] = -__builtin_inff();
+        for (int64_t t = 0; t < num_tokens; t++)
+            for (int64_t i = 0; i < d; i += LANES)
+                store_f32(queries + t * dp + i, a->scale * load_n(q, t * a->q_stride + column + i, d - i, bf16));
+    }
+    for (int64_t page = 0; page < num_pages; page++) {
+        const int last = page == num_pages - 1;
+        read_page(a, pages[page], kv_head, last ? num_tokens : TILE, keys, values, bf16);
+        for (int64_t g = 0; g < group; g++) {
+            float *queries = heads + g * head_size, *result = queries + TILE * dp;
+            float *highest = result + TILE * dp, *total = highest + TILE;
+            for (int64_t t = 0; t < num_tokens; t += 4) {
+                float keep[4];
+                block4(scores, TILE, 0, queries + t * dp, dp, 1, keys, TILE, d, TILE);
+                for (int i = 0; i < 4; i++)
+                    keep[i] = soften(scores + i * TILE, last ? t + i + 1 : TILE, highest + t + i, total + t + i);
+                block4(result + t * dp, dp, keep, scores, TILE, 1, values, dp, last ? t + 4 : TILE, dp);
+            }
+        }
+    }
+    for (int64_t g = 0; g < group; g++) {
+        const float *result = heads + g * head_size + TILE * dp, *total = result + TILE * dp + TILE;
+        const int64_t column = (kv_head * group + g) * d, row = a->num_heads * d;
+        for (int64_t t = 0; t < num_tokens; t++)
+            for (int64_t i = 0; i < d; i += LANES)
+                store_n(out, t * row + column + i, load_f32(result + t * dp + i) / total[t], d - i, bf16);
+    }
+}
+
+/* One query for the heads that share a kv head. q [dp] is in scratch for each head. */
+INLINE void attend_token(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t length,
+                         int64_t kv_head, float *mine, int bf16, const int64_t d) {
+    const int64_t dp = ROUND_UP(d), group = a->num_heads / a->num_kv_heads, row = a->num_kv_heads * d;
+    const int64_t head_size = 2 * dp + TILE + 2;
+    const int64_t first = kv_head * group * d;
+    memset(mine, 0, (size_t)(group * head_size) * sizeof *mine);
+    for (int64_t g = 0; g < group; g++) {
+        float *query = mine + g * head_size;
+        query[2 * dp + TILE] = -__builtin_inff();
+        for (int64_t i = 0; i < d; i += LANES)
+            store_f32(query + i, a->scale * load_n(q, first + g * d + i, d - i, bf16));
+    }
+    for (int64_t start = 0; start < length; start += TILE, pages++) {
+        const int64_t n = length - start < TILE ? length - start : TILE;
+        const int64_t k = *pages * a->key_page_size + kv_head * d, v = *pages * a->value_page_size + kv_head * d;
+        for (int64_t t = 0; t < n; t++)
+            for (int64_t g = 0; g < group; g++) {
+                float *query = mine + g * head_size, *scores = query + 2 * dp;
+                vf dot = splat(0);
+                for (int64_t i = 0; i < d; i += LANES)
+                    dot += load_f32(query + i) * load_n(a->keys, k + t * row + i, d - i, bf16);
+                scores[t] = sum(dot);
+            }
+        for (int64_t g = 0; g < group; g++) {
+            float *result = mine + g * head_size + dp, *scores = result + dp;
+            const float keep = soften(scores, n, scores + TILE, scores + TILE + 1);
+            for (int64_t i = 0; i < d; i += LANES) {
+                vf total = keep * load_f32(result + i);
+                for (int64_t t = 0; t < n; t++)
+                    total += scores[t] * load_n(a->values, v + t * row + i, d - i, bf16);
+                store_f32(result + i, total);
+            }
+        }
+    }
+    for (int64_t g = 0; g < group; g++) {
+        const float *result = mine + g * head_size + dp, total = result[dp + TILE + 1];
+        for (int64_t i = 0; i < d; i += LANES) store_n(out, first + g * d + i, load_f32(result + i) / total, d - i, bf16);
+    }
+}
+
+INLINE void run(const Layout *l, const Attention *a, const void *q, const void *k, const void *v, void *out,
+                float *scratch, int64_t num_threads, int bf16) {
+    const int64_t row = a->num_heads * a->head_dim, first = l->num_tiles * TILE;
+#pragma omp parallel num_threads(num_threads)
+    {
+        float *mine = scratch + THREAD() * thread_size(a);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < l->num_rows; r++) {
+            if (l->kv_rows[r] >= 0)
+                write_row(a, l->kv_rows[r], at(k, r * a->k_stride, bf16), at(v, r * a->v_stride, bf16), bf16);
+            if (!row_is_token(l, r)) memset(at_mut(out, r * row, bf16), 0, (size_t)row * (bf16 ? 2 : 4));
+        }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t task = 0; task < l->num_tiles * a->num_kv_heads; task++) {
+            const int64_t tile = l->num_tiles - 1 - task / a->num_kv_heads, c = chunk_of(l, tile);
+            const int64_t i = tile - l->chunk_tile[c];
+            attend_tile(a, at(q, tile * TILE * a->q_stride, bf16), at_mut(out, tile * TILE * row, bf16),
+                        l->page_table + c * l->max_pages, l->chunk_start[c] / TILE + i + 1, tokens_in(l, c, i),
+                        task % a->num_kv_heads, mine, bf16);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < l->num_decode * a->num_kv_heads; task++) {
+            const int64_t i = task / a->num_kv_heads, kv_head = task % a->num_kv_heads;
+            const void *query = at(q, (first + i) * a->q_stride, bf16);
+            void *to = at_mut(out, (first + i) * row, bf16);
+            const int64_t *pages = l->page_table + (l->num_chunks + i) * l->max_pages;
+            if (a->head_dim == 64)
+                attend_token(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, 64);
+            else if (a->head_dim == 128)
+                attend_token(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, 128);
+            else
+                attend_token(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, a->head_dim);
+        }
+    }
+}
+
+/* out [num_rows, num_heads, head_dim] is contiguous. */
+void attention(const Layout *l, const Attention *a, const void *q, const void *k, const void *v, void *out,
+               float *scratch, int64_t num_threads, int64_t bf16) {
+    if (bf16)
+        run(l, a, q, k, v, out, scratch, num_threads, 1);
+    else
+        run(l, a, q, k, v, out, scratch, num_threads, 0);
+}

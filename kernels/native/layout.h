@@ -1,0 +1,57 @@
+/* `RowLayout` and the weights as C sees them; native_ops.py declares the same structures. */
+#ifndef HYBRID_CACHE_LAYOUT_H
+#define HYBRID_CACHE_LAYOUT_H
+
+#include <stdint.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD() omp_get_thread_num()
+#else
+#define THREAD() 0
+#endif
+
+typedef struct {
+    int64_t num_rows, num_tiles, num_decode, num_chunks, num_captures, max_pages;
+    const int64_t *chunk_tile, *chunk_tiles, *chunk_start, *chunk_len, *chunk_slot, *chunk_fresh;
+    const int64_t *capture_chunk, *capture_tiles, *capture_slot;
+    const int64_t *decode_slot, *decode_len;
+    const int64_t *page_table, *kv_rows;
+} Layout;
+
+typedef struct {
+    int64_t num_heads, head_dim, d_state, num_groups, width, norm_group;
+    float norm_eps, dt_min, dt_max;
+    const float *taps;  /* [width, channels] */
+    const float *bias;  /* [channels] */
+    const float *dt_bias, *A, *D;  /* [num_heads] */
+    const float *norm;  /* [num_heads * head_dim] */
+} Mamba2;
+
+/* Slots or pages: `stride` elements from one to the next. */
+typedef struct {
+    void *data;
+    int64_t stride;
+} Pool;
+
+/* The chunk that a tile belongs to. */
+static inline int64_t chunk_of(const Layout *l, int64_t tile) {
+    int64_t c = 0;
+    while (tile >= l->chunk_tile[c] + l->chunk_tiles[c]) c++;
+    return c;
+}
+
+/* Tokens of a chunk in one of its tiles. */
+static inline int64_t tokens_in(const Layout *l, int64_t chunk, int64_t tile_of_chunk) {
+    int64_t n = l->chunk_len[chunk] - 64 * tile_of_chunk;
+    return n < 64 ? n : 64;
+}
+
+/* Does row r hold a token? */
+static inline int row_is_token(const Layout *l, int64_t r) {
+    if (r >= l->num_tiles * 64) return r < l->num_tiles * 64 + l->num_decode;
+    const int64_t chunk = chunk_of(l, r / 64);
+    return r - l->chunk_tile[chunk] * 64 < l->chunk_len[chunk];
+}
+
+#endif

@@ -1,0 +1,207 @@
+/* Sixteen floats at a time, in GCC/Clang vector extensions.
+ *
+ * A row has to get the same bits wherever it lies, so there is one code path for each formula: a tail of fewer than 16
+ * values is padded with zeros and goes through the same vector arithmetic as the body, and a blocked loop never takes
+ * another path for the last block. Products and sums may be fused by the compiler, but only statement by statement, the
+ * same for each row.
+ */
+#ifndef HYBRID_CACHE_VEC_H
+#define HYBRID_CACHE_VEC_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define TILE 64
+#define INLINE static inline __attribute__((always_inline))
+#define ROUND_UP(n) (((n) + LANES - 1) / LANES * LANES)
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
+
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+INLINE vf load_f32(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store_f32(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+INLINE vf widen(vh h) {
+    vu u = __builtin_convertvector(h, vu) << 16;
+    return (vf)u;
+}
+
+/* Round to nearest even; a NaN stays a NaN. */
+INLINE vh narrow(vf v) {
+    vu u = (vu)v;
+    vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    vu is_nan = (vu)(v != v);
+    rounded = (rounded & ~is_nan) | (0x7fc0 & is_nan);
+    return __builtin_convertvector(rounded, vh);
+}
+
+/* Rows of a model: float32, or bfloat16 where `bf16`. Index and stride count elements. */
+INLINE const void *at(const void *p, int64_t i, int bf16) { return (const char *)p + i * (bf16 ? 2 : 4); }
+INLINE void *at_mut(void *p, int64_t i, int bf16) { return (char *)p + i * (bf16 ? 2 : 4); }
+
+INLINE vf load(const void *p, int64_t i, int bf16) {
+    if (!bf16) return load_f32((const float *)p + i);
+    vh h;
+    memcpy(&h, (const uint16_t *)p + i, sizeof h);
+    return widen(h);
+}
+
+INLINE void store(void *p, int64_t i, vf v, int bf16) {
+    if (!bf16) {
+        store_f32((float *)p + i, v);
+    } else {
+        vh h = narrow(v);
+        memcpy((uint16_t *)p + i, &h, sizeof h);
+    }
+}
+
+/* The first n values, zeros behind. */
+INLINE vf load_n(const void *p, int64_t i, int64_t n, int bf16) {
+    if (n >= LANES) return load(p, i, bf16);
+    float padded[LANES] = {0};
+    memcpy(padded, at(p, i, bf16), (size_t)n * (bf16 ? 2 : 4));
+    return load(padded, 0, bf16);
+}
+
+INLINE void store_n(void *p, int64_t i, vf v, int64_t n, int bf16) {
+    if (n >= LANES) {
+        store(p, i, v, bf16);
+        return;
+    }
+    float padded[LANES];
+    store(padded, 0, v, bf16);
+    memcpy(at_mut(p, i, bf16), padded, (size_t)n * (bf16 ? 2 : 4));
+}
+
+INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+INLINE vf vmin(vf a, vf b) { return choose(a > b, b, a); }
+INLINE vf vmax(vf a, vf b) { return choose(a < b, b, a); }
+
+INLINE float sum(vf v) {
+    union { vf v; v8 h[2]; } a = {v};
+    union { v8 v; v4 h[2]; } b = {a.h[0] + a.h[1]};
+    v4 c = b.h[0] + b.h[1];
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+INLINE float largest(vf v) {
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+/* exp(x) to about 1 ulp: x = n ln 2 + r, exp(r) by a polynomial; 0 below -87.3, finite above 88.3. */
+INLINE vf vexp(vf x) {
+    const vf low = splat(-87.33f), high = splat(88.37f);
+    vi underflow = x < low;
+    vf y = vmin(x, high);
+    vf n = (y * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+    vf r = y - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vi scale = (__builtin_convertvector(choose(underflow, splat(0), n), vi) + 127) << 23;
+    return choose(underflow, splat(0), p * (vf)scale);
+}
+
+INLINE vf vsilu(vf x) { return x / (1.0f + vexp(-x)); }
+
+/* max(x, 0) + log1p(e), e = exp(-|x|); log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3. */
+INLINE vf vsoftplus(vf x) {
+    vf e = vexp(choose(x < 0, x, -x));
+    vf s = e / (2.0f + e);
+    vf s2 = s * s;
+    vf p = splat(1.0f / 17);
+    p = p * s2 + 1.0f / 15;
+    p = p * s2 + 1.0f / 13;
+    p = p * s2 + 1.0f / 11;
+    p = p * s2 + 1.0f / 9;
+    p = p * s2 + 1.0f / 7;
+    p = p * s2 + 1.0f / 5;
+    p = p * s2 + 1.0f / 3;
+    p = p * s2 + 1.0f;
+    return vmax(x, splat(0)) + 2.0f * s * p;
+}
+
+#ifdef __clang__
+#define INTERLEAVE_LOW(a, b) \
+    __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define INTERLEAVE_HIGH(a, b) \
+    __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#else
+#define INTERLEAVE_LOW(a, b) __builtin_shuffle(a, b, (vi){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
+#define INTERLEAVE_HIGH(a, b) \
+    __builtin_shuffle(a, b, (vi){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
+#endif
+
+/* to[c * ldt + r] = from[r * ldf + c] for r < rows <= 16, c < cols <= 16. Up to the next multiple of 16, `to` gets
+ * zeros in the columns; rows of `to` from `cols` on are left alone. */
+INLINE void transpose16(const void *from, int64_t start, int64_t ldf, int64_t rows, int64_t cols, float *to,
+                        int64_t ldt, int bf16) {
+    vf a[16], b[16];
+    for (int r = 0; r < 16; r++) a[r] = r < rows ? load_n(from, start + r * ldf, cols, bf16) : splat(0);
+    for (int stage = 0; stage < 4; stage++) {
+        for (int i = 0; i < 8; i++) {
+            b[2 * i] = INTERLEAVE_LOW(a[i], a[i + 8]);
+            b[2 * i + 1] = INTERLEAVE_HIGH(a[i], a[i + 8]);
+        }
+        memcpy(a, b, sizeof a);
+    }
+    for (int c = 0; c < 16; c++)
+        if (c < cols) store_f32(to + c * ldt, a[c]);
+}
+
+/* The same for any size; `to` has room for ROUND_UP(rows) columns. */
+static inline void transpose(const float *from, int64_t ldf, int64_t rows, int64_t cols, float *to, int64_t ldt) {
+    for (int64_t r = 0; r < rows; r += 16)
+        for (int64_t c = 0; c < cols; c += 16)
+            transpose16(from, r * ldf + c, ldf, rows - r, cols - c, to + c * ldt + r, ldt, 0);
+}
+
+/* out[i, :] = keep[i] * out[i, :] + sum over k of a[i * ai + k * ak] * x[k, :] for four rows i and 16 * nv columns.
+ * keep may be null: then 0. */
+INLINE void rows4(float *out, int64_t ldo, const float *keep, const float *a, int64_t ai, int64_t ak, const float *x,
+                  int64_t ldx, int64_t num_k, const int nv) {
+    vf acc[4][4];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < nv; j++)
+            acc[i][j] = keep ? keep[i] * load_f32(out + i * ldo + LANES * j) : splat(0);
+    for (int64_t k = 0; k < num_k; k++) {
+        vf b[4];
+        for (int j = 0; j < nv; j++) b[j] = load_f32(x + k * ldx + LANES * j);
+        for (int i = 0; i < 4; i++) {
+            vf ak_i = splat(a[i * ai + k * ak]);
+            for (int j = 0; j < nv; j++) acc[i][j] += ak_i * b[j];
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < nv; j++) store_f32(out + i * ldo + LANES * j, acc[i][j]);
+}
+
+/* The same for `width` columns, a multiple of 16. */
+INLINE void block4(float *out, int64_t ldo, const float *keep, const float *a, int64_t ai, int64_t ak, const float *x,
+                   int64_t ldx, int64_t num_k, int64_t width) {
+    int64_t col = 0;
+    for (; col + 64 <= width; col += 64) rows4(out + col, ldo, keep, a, ai, ak, x + col, ldx, num_k, 4);
+    for (; col + 32 <= width; col += 32) rows4(out + col, ldo, keep, a, ai, ak, x + col, ldx, num_k, 2);
+    for (; col + 16 <= width; col += 16) rows4(out + col, ldo, keep, a, ai, ak, x + col, ldx, num_k, 1);
+}
+
+#endif

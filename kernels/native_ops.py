@@ -1,0 +1,272 @@
+"""The CPU backend in C: one call for all that lies between two matrix products. See `native/*.c` for the arithmetic.
+
+Matrix products stay with oneDNN, as in `TorchOps`, and so does what C has no code for. Threads share tiles, heads and
+rows but never a sum, so results do not depend on `torch.get_num_threads()` either.
+"""
+
+import ctypes
+import threading
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.kernels import native_library
+from hybrid_cache.kernels.layout import RowLayout
+from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights, Mamba2Weights, StateTensors
+from hybrid_cache.kernels.torch_ops import TorchOps
+
+MAX_CONV_WIDTH = 8  # MAX_WIDTH in conv.h
+LANES = 16
+MIN_VALUES_FOR_THREADS = 1 << 17  # below this, waking a second thread takes longer than the work
+
+_LAYOUT_SIZES = ("num_rows", "num_tiles", "num_decode", "num_chunks", "num_captures", "max_pages")
+_LAYOUT_TENSORS = (
+    *("chunk_tile", "chunk_tiles", "chunk_start", "chunk_len", "chunk_slot", "chunk_fresh"),
+    *("capture_chunk", "capture_tiles", "capture_slot", "decode_slot", "decode_len", "page_table", "kv_rows"),
+)
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = (*((name, c_int64) for name in _LAYOUT_SIZES), *((name, c_void_p) for name in _LAYOUT_TENSORS))
+
+
+class _Mamba2(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("num_heads", "head_dim", "d_state", "num_groups", "width", "norm_group")),
+        *((name, c_float) for name in ("norm_eps", "dt_min", "dt_max")),
+        *((name, c_void_p) for name in ("taps", "bias", "dt_bias", "A", "D", "norm")),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "q_stride", "k_stride", "v_stride")),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64) for name in ("key_page_size", "value_page_size")),
+    )
+
+
+class _Scan(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("channels", "d_state")),
+        *((name, c_void_p) for name in ("A", "D", "dt_bias", "x", "dt", "B", "C", "z")),
+        *((name, c_int64) for name in ("x_stride", "dt_stride", "b_stride", "c_stride", "z_stride")),
+    )
+
+
+# Argument types: p pointer, i int64, f float.
+_SIGNATURES = {
+    "mamba2": "pppppipipii",
+    "mamba2_scratch": "ppi",
+    "attention": "pppppppii",
+    "attention_scratch": "pi",
+    "causal_conv": "ppiiippppiii",
+    "mamba1_scan": "ppppipii",
+    "mamba1_scratch": "pi",
+    "rms_norm": "piiipfpii",
+    "silu_mul": "piiipii",
+    "rotary": "piiiipppii",
+}
+_TYPES = {"p": c_void_p, "i": c_int64, "f": c_float}
+
+
+def _bind(library: ctypes.CDLL) -> None:
+    for name, signature in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = [_TYPES[letter] for letter in signature]
+        function.restype = c_int64 if name.endswith("_scratch") else None
+
+
+class _Prepared:
+    """A C structure, the tensors it points into, and the Python object it was made from."""
+
+    __slots__ = ("address", "source", "structure", "tensors")
+
+    def __init__(self, source: object, structure: ctypes.Structure, tensors: list[Tensor]) -> None:
+        self.source = source
+        self.structure = structure
+        self.tensors = tensors
+        self.address = ctypes.addressof(structure)
+
+
+def _prepare_layout(layout: RowLayout) -> _Prepared:
+    tensors = [getattr(layout, name).contiguous() for name in _LAYOUT_TENSORS]
+    sizes = [layout.num_rows, layout.num_tiles, layout.num_decode]
+    sizes += [len(layout.chunk_tile), len(layout.capture_chunk), layout.page_table.shape[1]]
+    return _Prepared(layout, _Layout(*sizes, *(tensor.data_ptr() for tensor in tensors)), tensors)
+
+
+def _prepare_conv(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """-> taps [width, channels], bias [channels], float32."""
+    channels = weight.shape[0]
+    return [weight.float().T.contiguous(), torch.zeros(channels) if bias is None else bias.float().contiguous()]
+
+
+def _prepare_mamba2(w: Mamba2Weights) -> _Prepared:
+    tensors = [*_prepare_conv(w.conv_weight, w.conv_bias)]
+    tensors += [t.float().contiguous() for t in (w.dt_bias, w.A, w.D, w.norm_weight)]
+    structure = _Mamba2(
+        *(w.num_heads, w.head_dim, w.d_state, w.num_groups, w.conv_weight.shape[1], w.norm_group),
+        *(w.norm_eps, w.dt_min, w.dt_max),
+        *(tensor.data_ptr() for tensor in tensors),
+    )
+    return _Prepared(w, structure, tensors)
+
+
+class NativeOps(TorchOps):
+    """Raises `native_library.BuildError` where the library cannot be built. See the module."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._c = native_library.load()
+        _bind(self._c)
+        self._layout: _Prepared | None = None
+        self._weights: dict[int, _Prepared] = {}
+        self._scratch = threading.local()
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if weight.dtype != x.dtype or x.stride(1) != 1:
+            return super().rms_norm(x, weight, eps)
+        rows, size = x.shape
+        out = torch.empty(rows, size, dtype=x.dtype)
+        self._c.rms_norm(
+            *(x.data_ptr(), x.stride(0), rows, size, weight.data_ptr(), eps, out.data_ptr()),
+            *(_threads(rows * size), x.dtype is torch.bfloat16),
+        )
+        return out
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        if x.stride(1) != 1:
+            return super().silu_mul(x)
+        rows, size = x.shape[0], x.shape[1] // 2
+        out = torch.empty(rows, size, dtype=x.dtype)
+        self._c.silu_mul(
+            *(x.data_ptr(), x.stride(0), rows, size, out.data_ptr(), _threads(rows * size), x.dtype is torch.bfloat16)
+        )
+        return out
+
+    def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+        rows, heads, size = x.shape
+        x = _with_rows(x, heads * size)
+        angle = positions.float()[:, None] * inv_freq
+        cos, sin = angle.cos(), angle.sin()
+        out = torch.empty(rows, heads, size, dtype=x.dtype)
+        self._c.rotary(
+            *(x.data_ptr(), x.stride(0), rows, heads, size // 2, cos.data_ptr(), sin.data_ptr(), out.data_ptr()),
+            *(_threads(out.numel()), x.dtype is torch.bfloat16),
+        )
+        return out
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors) -> Tensor:
+        rows, heads, size = q.shape
+        kv_heads = k.shape[1]
+        q, k, v = _with_rows(q, heads * size), _with_rows(k, kv_heads * size), _with_rows(v, kv_heads * size)
+        out = torch.empty(rows, heads, size, dtype=q.dtype)
+        task = _Attention(
+            *(heads, kv_heads, size, q.stride(0), k.stride(0), v.stride(0), scale),
+            *(kv.k.data_ptr(), kv.v.data_ptr(), kv.k.stride(0), kv.v.stride(0)),
+        )
+        address, threads = ctypes.addressof(task), torch.get_num_threads()
+        scratch = self._scratch_memory(self._c.attention_scratch(address, threads))
+        self._c.attention(
+            *(self._layout_address(layout), address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()),
+            *(scratch, threads, q.dtype is torch.bfloat16),
+        )
+        return out
+
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
+        channels, width = weight.shape
+        if width > MAX_CONV_WIDTH or conv.dtype != x.dtype:
+            return super().causal_conv(x, weight, bias, layout, conv)
+        x = _with_rows(x, channels)
+        taps, offset = _prepare_conv(weight, bias)
+        out = torch.empty(len(x), channels, dtype=x.dtype)
+        self._c.causal_conv(
+            *(self._layout_address(layout), x.data_ptr(), x.stride(0), channels, width),
+            *(taps.data_ptr(), offset.data_ptr(), out.data_ptr(), conv.data_ptr(), conv.stride(0)),
+            *(_threads(out.numel()), x.dtype is torch.bfloat16),
+        )
+        return out
+
+    def mamba2(self, zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
+        if weights.conv_weight.shape[1] > MAX_CONV_WIDTH or cache.conv.dtype != zxbcdt.dtype:
+            return super().mamba2(zxbcdt, weights, layout, cache)
+        zxbcdt = zxbcdt.contiguous()
+        w = self._mamba2_address(weights)
+        rows = self._layout_address(layout)
+        states = weights.num_heads * weights.head_dim * weights.d_state
+        threads = _threads(states * (layout.num_tiles + layout.num_decode))
+        out = torch.empty(layout.num_rows, weights.num_heads * weights.head_dim, dtype=zxbcdt.dtype)
+        self._c.mamba2(
+            *(rows, w, zxbcdt.data_ptr(), out.data_ptr()),
+            *(cache.conv.data_ptr(), cache.conv.stride(0), cache.state.data_ptr(), cache.state.stride(0)),
+            *(self._scratch_memory(self._c.mamba2_scratch(rows, w, threads)), threads, zxbcdt.dtype is torch.bfloat16),
+        )
+        return out
+
+    def mamba1_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor,
+        weights: Mamba1Weights,
+        layout: RowLayout,
+        state: Tensor,
+    ) -> Tensor:
+        channels, d_state = weights.A.shape
+        inputs = [_with_rows(t, t.shape[1]) for t in (x, dt, B, C, z)]
+        constants = [t.float().contiguous() for t in (weights.A, weights.D, weights.dt_bias)]
+        task = _Scan(
+            *(channels, d_state),
+            *(t.data_ptr() for t in (*constants, *inputs)),
+            *(t.stride(0) for t in inputs),
+        )
+        rows = self._layout_address(layout)
+        out = torch.empty(len(x), channels, dtype=x.dtype)
+        self._c.mamba1_scan(
+            *(rows, ctypes.addressof(task), out.data_ptr(), state.data_ptr(), state.stride(0)),
+            self._scratch_memory(self._c.mamba1_scratch(rows, d_state)),
+            *(_threads(out.numel() * d_state), x.dtype is torch.bfloat16),
+        )
+        return out
+
+    def _layout_address(self, layout: RowLayout) -> int:
+        """All layers of a step share one layout object."""
+        prepared = self._layout
+        if prepared is None or prepared.source is not layout:
+            prepared = self._layout = _prepare_layout(layout)
+        return prepared.address
+
+    def _mamba2_address(self, weights: Mamba2Weights) -> int:
+        prepared = self._weights.get(id(weights))  # it holds the weights, so no other object gets this id
+        if prepared is None:
+            prepared = self._weights[id(weights)] = _prepare_mamba2(weights)
+        return prepared.address
+
+    def _scratch_memory(self, num_floats: int) -> int:
+        """Address of at least `num_floats` floats, the same memory in each call of a thread."""
+        memory: Tensor | None = getattr(self._scratch, "memory", None)
+        if memory is None or len(memory) < num_floats:
+            memory = self._scratch.memory = torch.empty(num_floats + num_floats // 4 + LANES)
+        return memory.data_ptr()
+
+
+def _threads(num_values: int) -> int:
+    return torch.get_num_threads() if num_values >= MIN_VALUES_FOR_THREADS else 1
+
+
+def _with_rows(x: Tensor, width: int) -> Tensor:
+    """x [R, ...] as rows of `width` contiguous values, any distance apart."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    assert expected == width
+    return x

@@ -1,0 +1,217 @@
+"""Random problems for the operations that mix tokens, for the start-up check and the tests.
+
+A problem knows its weights. A `Stream` is one sequence: inputs for all its tokens, and where its cache lies.
+`run_batch` packs pieces of streams into one batch, in any cut, and hands the outputs back piece by piece.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights, Mamba2Weights, Ops, StateTensors
+from hybrid_cache.kernels.runs import Run, arrange
+
+
+class Problem(Protocol):
+    """One operation with its weights."""
+
+    name: str
+
+    def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
+        """One tensor for each row argument, [num_tokens, ...]."""
+        ...
+
+    def cache(self, size: int, filler: float) -> list[Tensor]:
+        """`size` slots or pages, all `filler`; strided in dimension 0, as a pool would hand them out."""
+        ...
+
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One sequence: `slot` for state-space operations, `pages` for attention."""
+
+    inputs: list[Tensor]
+    slot: int
+    pages: list[int]
+
+    def moved(self, slot: int, pages: list[int]) -> "Stream":
+        return Stream(self.inputs, slot, pages)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Positions [start, end) of a stream; starts from the zero state when `start` is 0."""
+
+    stream: Stream
+    start: int
+    end: int
+    captures: tuple[tuple[int, int], ...] = ()  # (tokens of the piece, slot)
+
+    def run(self, decode: bool) -> Run:
+        pages = self.stream.pages[: -(-self.end // TILE)]
+        fresh = self.start == 0 and not decode
+        return Run(0, self.end - self.start, self.start, self.stream.slot, fresh, pages, list(self.captures))
+
+
+def token(stream: Stream, position: int) -> Piece:
+    """A decode row."""
+    return Piece(stream, position, position + 1)
+
+
+def run_batch(
+    ops: Ops,
+    problem: Problem,
+    cache: Sequence[Tensor],
+    chunks: Sequence[Piece],
+    decodes: Sequence[Piece] = (),
+    padding: float = 0.0,
+) -> list[Tensor]:
+    """One call; -> the output rows of each piece, chunks first. Rows of no piece are filled with `padding`."""
+    layout, runs = arrange([piece.run(False) for piece in chunks], [piece.run(True) for piece in decodes])
+    pieces = [*chunks, *decodes]
+    inputs = [torch.full((layout.num_rows, *x.shape[1:]), padding, dtype=x.dtype) for x in pieces[0].stream.inputs]
+    for piece, run in zip(pieces, runs, strict=True):
+        for packed, source in zip(inputs, piece.stream.inputs, strict=True):
+            packed[run.row : run.row + run.length] = source[piece.start : piece.end]
+    out = problem.apply(ops, inputs, layout, cache)
+    return [out[run.row : run.row + run.length] for run in runs]
+
+
+def pool(size: int, shape: Sequence[int], dtype: torch.dtype, filler: float) -> Tensor:
+    """[size, *shape], with a gap of 64 bytes and more behind each entry."""
+    numel = int(torch.tensor(shape).prod())
+    gap = 64 // dtype.itemsize
+    stride = -(-numel // gap) * gap + gap
+    return torch.full((size, stride), filler, dtype=dtype)[:, :numel].view(size, *shape)
+
+
+class Mamba2Problem:
+    name = "mamba2"
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        rng: torch.Generator,
+        *,
+        num_heads: int = 4,
+        head_dim: int = 16,
+        d_state: int = 32,
+        num_groups: int = 1,
+        width: int = 4,
+        norm_groups: int = 1,
+        dt_min: float = 0.0,
+        dt_max: float = float("inf"),
+        bias: bool = True,
+    ) -> None:
+        inner = num_heads * head_dim
+        channels = inner + 2 * num_groups * d_state
+        self._dtype = dtype
+        self._conv_shape = (width - 1, channels)
+        self._state_shape = (num_heads, head_dim, d_state)
+        self._row_width = inner + channels + num_heads
+        self.weights = Mamba2Weights(
+            conv_weight=_normal(rng, channels, width, scale=0.5).to(dtype),
+            conv_bias=_normal(rng, channels, scale=0.2).to(dtype) if bias else None,
+            dt_bias=_uniform(rng, num_heads, low=-4.0, high=-1.0),
+            A=-_uniform(rng, num_heads, low=0.5, high=8.0),
+            D=_normal(rng, num_heads),
+            norm_weight=_uniform(rng, inner, low=0.5, high=1.5).to(dtype),
+            norm_eps=1e-5,
+            norm_group=inner // norm_groups,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            d_state=d_state,
+            num_groups=num_groups,
+            dt_min=dt_min,
+            dt_max=dt_max,
+        )
+
+    def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
+        return [_normal(rng, num_tokens, self._row_width).to(self._dtype)]
+
+    def cache(self, size: int, filler: float) -> list[Tensor]:
+        return [
+            pool(size, self._conv_shape, self._dtype, filler),
+            pool(size, self._state_shape, torch.float32, filler),
+        ]
+
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
+        return ops.mamba2(inputs[0], self.weights, layout, StateTensors(conv=cache[0], state=cache[1]))
+
+
+class ConvProblem:
+    name = "causal_conv"
+
+    def __init__(
+        self, dtype: torch.dtype, rng: torch.Generator, *, channels: int = 40, width: int = 4, bias: bool = True
+    ) -> None:
+        self._dtype = dtype
+        self.weight = _normal(rng, channels, width, scale=0.5).to(dtype)
+        self.bias = _normal(rng, channels, scale=0.2).to(dtype) if bias else None
+
+    def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
+        return [_normal(rng, num_tokens, len(self.weight)).to(self._dtype)]
+
+    def cache(self, size: int, filler: float) -> list[Tensor]:
+        channels, width = self.weight.shape
+        return [pool(size, (width - 1, channels), self._dtype, filler)]
+
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
+        return ops.causal_conv(inputs[0], self.weight, self.bias, layout, cache[0])
+
+
+class Mamba1Problem:
+    name = "mamba1_scan"
+
+    def __init__(self, dtype: torch.dtype, rng: torch.Generator, *, channels: int = 40, d_state: int = 16) -> None:
+        self._dtype = dtype
+        self.weights = Mamba1Weights(
+            A=-_uniform(rng, channels, d_state, low=0.5, high=8.0),
+            D=_normal(rng, channels),
+            dt_bias=_uniform(rng, channels, low=-4.0, high=-1.0),
+        )
+
+    def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
+        channels, d_state = self.weights.A.shape
+        widths = (channels, channels, d_state, d_state, channels)  # x, dt, B, C, z
+        return [_normal(rng, num_tokens, width).to(self._dtype) for width in widths]
+
+    def cache(self, size: int, filler: float) -> list[Tensor]:
+        return [pool(size, self.weights.A.shape, torch.float32, filler)]
+
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
+        x, dt, B, C, z = inputs
+        return ops.mamba1_scan(x, dt, B, C, z, self.weights, layout, cache[0])
+
+
+class AttentionProblem:
+    name = "attention"
+
+    def __init__(self, dtype: torch.dtype, *, num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 32) -> None:
+        self._dtype = dtype
+        self._heads = (num_heads, num_kv_heads, num_kv_heads)
+        self._head_dim = head_dim
+
+    def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
+        return [_normal(rng, num_tokens, heads, self._head_dim).to(self._dtype) for heads in self._heads]
+
+    def cache(self, size: int, filler: float) -> list[Tensor]:
+        return [pool(size, (TILE, self._heads[1], self._head_dim), self._dtype, filler) for _ in range(2)]
+
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
+        q, k, v = inputs
+        return ops.attention(q, k, v, 2.0 * self._head_dim**-0.5, layout, KVTensors(k=cache[0], v=cache[1]))
+
+
+def _normal(rng: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=rng) * scale
+
+
+def _uniform(rng: torch.Generator, *shape: int, low: float, high: float) -> Tensor:
+    return torch.rand(shape, generator=rng) * (high - low) + low

@@ -1,0 +1,155 @@
+"""Each operation of `Ops` as the papers write it: float32, one sequence and one token at a time.
+
+These functions say what is right; they are not meant to be fast. Shapes and side effects are those of `ops.Ops`.
+Rows that belong to no sequence come back as zeros.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid_cache.kernels import runs
+from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights, Mamba2Weights, StateTensors
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = x.float() @ weight.float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def experts(
+    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, w_in: Sequence[Tensor], w_out: Sequence[Tensor]
+) -> Tensor:
+    """A token goes to its k experts, one after the other (Shazeer et al. 2017)."""
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for row in range(len(x)):
+        for expert, share in zip(expert_ids[row].tolist(), expert_weights[row], strict=True):
+            gate, up = (w_in[expert].float() @ x[row].float()).chunk(2)
+            out[row] += share * (w_out[expert].float() @ (F.silu(gate) * up))
+    return out.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Zhang and Sennrich 2019."""
+    return _normalised(x.float(), weight, eps).to(x.dtype)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """SwiGLU's activation (Shazeer 2020)."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def gelu_mul(x: Tensor) -> Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    return (F.gelu(gate) * up).to(x.dtype)
+
+
+def rotary(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """Pairs (i, i + d / 2) turn by the angle position * inv_freq[i] (Su et al. 2021)."""
+    angle = positions.float()[:, None, None] * inv_freq
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors) -> Tensor:
+    """A token attends to itself and all earlier tokens of its sequence, read from the pages."""
+    for row, target in enumerate(layout.kv_rows.tolist()):
+        if target >= 0:
+            kv.k[target // TILE, target % TILE] = k[row]
+            kv.v[target // TILE, target % TILE] = v[row]
+    out = torch.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for run in runs.read(layout):
+        keys, values = (pages[run.pages].flatten(0, 1).float() for pages in (kv.k, kv.v))
+        for i in range(run.length):
+            num_visible = run.start + i + 1
+            for head in range(q.shape[1]):
+                scores = keys[:num_visible, head // group] @ q[run.row + i, head].float() * scale
+                out[run.row + i, head] = (scores.softmax(0) @ values[:num_visible, head // group]).to(q.dtype)
+    return out
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
+    """y[t] = silu(bias + sum_k weight[:, k] * x[t - K + 1 + k])."""
+    out = torch.zeros_like(x)
+    width = weight.shape[1]
+    for run in runs.read(layout):
+        window = torch.zeros_like(conv[run.slot]) if run.fresh else conv[run.slot].clone()
+        rows = torch.cat([window, x[run.row : run.row + run.length]])
+        for i in range(run.length):
+            y = (rows[i : i + width].float() * weight.float().T).sum(0)
+            out[run.row + i] = F.silu(y if bias is None else y + bias.float()).to(x.dtype)
+        for num_tokens, slot in [*run.captures, (run.length, run.slot)]:
+            conv[slot] = rows[num_tokens : num_tokens + width - 1]
+    return out
+
+
+def mamba2(zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
+    """h = exp(dt A) h + dt x B^T, y = h C + D x for each head, then norm(y * silu(z)) (Dao and Gu 2024)."""
+    w = weights
+    inner, bc = w.num_heads * w.head_dim, w.num_groups * w.d_state
+    z, conv_in, dt = zxbcdt.float().tensor_split([inner, 2 * inner + 2 * bc], dim=1)
+    conv_out = _conv_float(conv_in, w, layout, cache.conv)
+    x = conv_out[:, :inner].reshape(-1, w.num_heads, w.head_dim)
+    B, C = (
+        part.reshape(-1, w.num_groups, w.d_state).repeat_interleave(w.num_heads // w.num_groups, dim=1)
+        for part in conv_out[:, inner:].chunk(2, dim=1)
+    )
+    dt = F.softplus(dt + w.dt_bias).clamp(w.dt_min, w.dt_max)
+    y = torch.zeros_like(x)
+    for run in runs.read(layout):
+        h = torch.zeros_like(cache.state[run.slot]) if run.fresh else cache.state[run.slot].clone()
+        points = dict(run.captures)
+        for i in range(run.length):
+            t = run.row + i
+            h = (dt[t] * w.A).exp()[:, None, None] * h + (dt[t][:, None] * x[t])[:, :, None] * B[t][:, None, :]
+            y[t] = (h * C[t][:, None, :]).sum(-1) + w.D[:, None] * x[t]
+            if i + 1 in points:
+                cache.state[points[i + 1]] = h
+        cache.state[run.slot] = h
+    gated = (y.flatten(1) * F.silu(z)).view(len(y), -1, w.norm_group)
+    return _normalised(gated, w.norm_weight.view(-1, w.norm_group), w.norm_eps).flatten(1).to(zxbcdt.dtype)
+
+
+def mamba1_scan(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    z: Tensor,
+    weights: Mamba1Weights,
+    layout: RowLayout,
+    state: Tensor,
+) -> Tensor:
+    """h = exp(dt A) h + dt B x, y = (C h + D x) * silu(z) for each channel (Gu and Dao 2023)."""
+    u, B, C = x.float(), B.float(), C.float()
+    dt = F.softplus(dt.float() + weights.dt_bias)
+    y = torch.zeros_like(u)
+    for run in runs.read(layout):
+        h = torch.zeros_like(state[run.slot]) if run.fresh else state[run.slot].clone()
+        points = dict(run.captures)
+        for i in range(run.length):
+            t = run.row + i
+            h = (dt[t][:, None] * weights.A).exp() * h + (dt[t] * u[t])[:, None] * B[t]
+            y[t] = (h * C[t]).sum(-1) + weights.D * u[t]
+            if i + 1 in points:
+                state[points[i + 1]] = h
+        state[run.slot] = h
+    return (y * F.silu(z.float())).to(x.dtype)
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _conv_float(x: Tensor, w: Mamba2Weights, layout: RowLayout, conv: Tensor) -> Tensor:
+    """`causal_conv` without rounding its result to the model's dtype; the window keeps the dtype of `conv`."""
+    window = conv.float()
+    y = causal_conv(x, w.conv_weight, w.conv_bias, layout, window)
+    conv.copy_(window)
+    return y

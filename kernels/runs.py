@@ -1,0 +1,115 @@
+"""`RowLayout` as Python values: what a loop over sequences needs."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tokens of one sequence in this batch: a chunk, or one decode row.
+
+    rows      [row, row + length)
+    positions [start, start + length)
+    """
+
+    row: int
+    length: int
+    start: int
+    slot: int
+    fresh: bool
+    pages: list[int]  # pages of positions [0, start + length)
+    captures: list[tuple[int, int]]  # (tokens of the run, slot that gets the state after them)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.length // TILE)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """All runs of a layout, chunks first, then decode rows, in the order of `RowLayout.page_table`."""
+
+    chunks: list[Run]
+    decodes: list[Run]
+
+    def __iter__(self) -> Iterator[Run]:
+        yield from self.chunks
+        yield from self.decodes
+
+
+def read(layout: RowLayout) -> Runs:
+    captures: dict[int, list[tuple[int, int]]] = {}
+    points = (layout.capture_chunk.tolist(), layout.capture_tiles.tolist(), layout.capture_slot.tolist())
+    for chunk, tiles, slot in zip(*points, strict=True):
+        captures.setdefault(chunk, []).append((tiles * TILE, slot))
+    tables = layout.page_table.tolist()
+    columns = (
+        layout.chunk_tile.tolist(),
+        layout.chunk_len.tolist(),
+        layout.chunk_start.tolist(),
+        layout.chunk_slot.tolist(),
+        layout.chunk_fresh.tolist(),
+    )
+    chunks = [
+        Run(tile * TILE, length, start, slot, bool(fresh), _pages(tables[i], start + length), captures.get(i, []))
+        for i, (tile, length, start, slot, fresh) in enumerate(zip(*columns, strict=True))
+    ]
+    first = layout.num_tiles * TILE
+    decodes = [
+        Run(first + i, 1, length - 1, slot, False, _pages(tables[len(chunks) + i], length), [])
+        for i, (slot, length) in enumerate(zip(layout.decode_slot.tolist(), layout.decode_len.tolist(), strict=True))
+    ]
+    return Runs(chunks, decodes)
+
+
+def _pages(table: list[int], num_tokens: int) -> list[int]:
+    return table[: -(-num_tokens // TILE)]
+
+
+def arrange(chunks: Sequence[Run], decodes: Sequence[Run]) -> tuple[RowLayout, Runs]:
+    """The layout of a batch, and the same runs with `Run.row` filled in; what it was before does not matter."""
+    placed, tile = [], 0
+    for chunk in chunks:
+        placed.append(replace(chunk, row=tile * TILE))
+        tile += chunk.num_tiles
+    runs = Runs(placed, [replace(decode, row=tile * TILE + i) for i, decode in enumerate(decodes)])
+    num_rows = max(tile * TILE + len(decodes), MIN_ROWS)
+    kv_rows = torch.full((num_rows,), -1)
+    table = torch.zeros(len(placed) + len(decodes), max((len(run.pages) for run in runs), default=0), dtype=torch.int64)
+    for i, run in enumerate(runs):
+        positions = torch.arange(run.start, run.end)
+        table[i, : len(run.pages)] = torch.tensor(run.pages)
+        kv_rows[run.row : run.row + run.length] = table[i, positions // TILE] * TILE + positions % TILE
+    captures = [(i, tokens // TILE, slot) for i, run in enumerate(placed) for tokens, slot in run.captures]
+    layout = RowLayout(
+        num_rows=num_rows,
+        num_tiles=tile,
+        num_decode=len(decodes),
+        chunk_tile=_index(run.row // TILE for run in placed),
+        chunk_tiles=_index(run.num_tiles for run in placed),
+        chunk_start=_index(run.start for run in placed),
+        chunk_len=_index(run.length for run in placed),
+        chunk_slot=_index(run.slot for run in placed),
+        chunk_fresh=_index(int(run.fresh) for run in placed),
+        capture_chunk=_index(chunk for chunk, _, _ in captures),
+        capture_tiles=_index(tiles for _, tiles, _ in captures),
+        capture_slot=_index(slot for _, _, slot in captures),
+        decode_slot=_index(run.slot for run in decodes),
+        decode_len=_index(run.end for run in decodes),
+        page_table=table,
+        kv_rows=kv_rows,
+    )
+    return layout, runs
+
+
+def _index(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)

@@ -1,0 +1,365 @@
+"""The portable backend: plain torch, in shapes that do not depend on the batch.
+
+Three habits keep the promises of `ops`:
+
+- What mixes tokens runs for one tile, or one sequence, at a time, on freshly allocated operands: a tile sees the same
+  shapes and alignment wherever its prompt was cut.
+- What is elementwise uses only functions whose vector body and scalar tail round alike. `silu`, `sigmoid`, `softplus`,
+  `gelu` and `rsqrt` do not (where the tail begins depends on the number of rows), so they are spelled out with `exp`,
+  `log1p`, `erf` and `sqrt`.
+- Weights are packed for oneDNN, whose results were the same for each number of rows >= 2 that was tried (up to 1,100).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid_cache.kernels import runs
+from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+from hybrid_cache.kernels.ops import Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
+from hybrid_cache.kernels.runs import Run, Runs
+
+
+class PlainLinear:
+    """`F.linear`, where oneDNN has no kernel for the weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+
+class PackedLinear:
+    """A weight in oneDNN's blocked order; about twice as fast as `F.linear`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._bias = bias
+        self._apply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._apply(x, self._weight, self._bias, "none", [], "")
+
+
+def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    if _packable(weight):
+        return PackedLinear(weight.contiguous(), bias)
+    return PlainLinear(weight, bias)
+
+
+def _packable(weight: Tensor) -> bool:
+    if weight.device.type != "cpu":
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+class LoopExperts:
+    """Sorts the (row, choice) pairs by expert and runs each expert once on its rows."""
+
+    def __init__(self, w_in: Sequence[Linear], w_out: Sequence[Linear], act: Callable[[Tensor], Tensor]) -> None:
+        self._w_in = w_in
+        self._w_out = w_out
+        self._act = act
+
+    def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        num_choices = expert_ids.shape[1]
+        chosen = expert_ids.flatten()
+        order = chosen.argsort(stable=True)
+        sorted_rows = x[order // num_choices]
+        y = torch.empty_like(sorted_rows)
+        start = 0
+        for expert, count in enumerate(chosen.bincount(minlength=len(self._w_in)).tolist()):
+            if count:
+                y[start : start + count] = self._run(expert, sorted_rows[start : start + count])
+                start += count
+        choices = torch.empty_like(y)
+        choices[order] = y
+        return _weighted_sum(choices.view(len(x), num_choices, -1), expert_weights).to(x.dtype)
+
+    def _run(self, expert: int, rows: Tensor) -> Tensor:
+        missing = MIN_ROWS - len(rows)
+        padded = F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
+        return self._w_out[expert](self._act(self._w_in[expert](padded)))[: len(rows)]
+
+
+def _weighted_sum(choices: Tensor, shares: Tensor) -> Tensor:
+    """choices [R, k, hidden], shares [R, k] -> [R, hidden] float32, summed in the order of k."""
+    total = choices[:, 0].float() * shares[:, :1]
+    for i in range(1, choices.shape[1]):
+        total += choices[:, i].float() * shares[:, i : i + 1]
+    return total
+
+
+class TorchOps:
+    """See the module. Weights and layouts are read once: do not change them after their first use."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._last: tuple[RowLayout, Runs] | None = None
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return pack(weight, bias)
+
+    def experts(self, w_in: Sequence[Tensor], w_out: Sequence[Tensor]) -> Experts:
+        return LoopExperts([self.linear(w) for w in w_in], [self.linear(w) for w in w_out], self.silu_mul)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (silu(gate) * up).to(x.dtype)
+
+    def gelu_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (0.5 * gate * (1.0 + torch.erf(gate * 0.5**0.5)) * up).to(x.dtype)
+
+    def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+        angle = positions.float()[:, None, None] * inv_freq
+        cos, sin = angle.cos(), angle.sin()
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors) -> Tensor:
+        _write_rows(k, v, layout, kv)
+        out = torch.zeros_like(q)
+        plan = self._runs(layout)
+        for run in plan.chunks:
+            for tile in range(run.num_tiles):
+                row = run.row + tile * TILE
+                num_pages = run.start // TILE + tile + 1
+                keys, values = _gather(kv, run.pages[:num_pages], min(run.end, num_pages * TILE))
+                out[row : row + TILE] = _attend_tile(q[row : row + TILE], keys, values, scale)
+        for run in plan.decodes:
+            keys, values = _gather(kv, run.pages, run.end)
+            out[run.row] = _attend_last(q[run.row], keys[:, : run.end], values[:, : run.end], scale)
+        return out
+
+    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
+        return self._conv(x, weight, bias, layout, conv).to(x.dtype)
+
+    def mamba2(self, zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
+        w = weights
+        inner, bc = w.num_heads * w.head_dim, w.num_groups * w.d_state
+        z, conv_in, dt_in = zxbcdt.tensor_split([inner, 2 * inner + 2 * bc], dim=1)
+        conv_out = self._conv(conv_in, w.conv_weight, w.conv_bias, layout, cache.conv)
+        x = conv_out[:, :inner].reshape(-1, w.num_heads, w.head_dim)
+        B, C = (part.reshape(-1, w.num_groups, w.d_state) for part in conv_out[:, inner:].chunk(2, dim=1))
+        dt = softplus(dt_in.float() + w.dt_bias).clamp(w.dt_min, w.dt_max)
+        y = torch.zeros_like(x)
+        plan = self._runs(layout)
+        for run in plan.chunks:
+            _scan_chunk(run, x, dt, B, C, w, cache.state, y)
+        if plan.decodes:
+            _scan_step(_decode_rows(layout), layout.decode_slot, x, dt, B, C, w, cache.state, y)
+        y += w.D[:, None] * x
+        gated = (y.flatten(1) * silu(z.float())).view(len(y), -1, w.norm_group)
+        normed = F.rms_norm(gated, (w.norm_group,), None, w.norm_eps).flatten(1)
+        return (normed * w.norm_weight.float()).to(zxbcdt.dtype)
+
+    def mamba1_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor,
+        weights: Mamba1Weights,
+        layout: RowLayout,
+        state: Tensor,
+    ) -> Tensor:
+        u, B, C = x.float(), B.float(), C.float()
+        dt = softplus(dt.float() + weights.dt_bias)
+        y = torch.zeros_like(u)
+        plan = self._runs(layout)
+        for run in plan.chunks:
+            points = dict(run.captures)
+            h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
+            for first in range(0, run.length, TILE):
+                rows = slice(run.row + first, run.row + min(first + TILE, run.length))
+                y[rows] = _scan_channels(h, u[rows], dt[rows], B[rows], C[rows], weights.A)
+                if first + TILE in points:
+                    state[points[first + TILE]] = h
+            state[run.slot] = h
+        if plan.decodes:
+            rows = _decode_rows(layout)
+            h = (dt[rows, :, None] * weights.A).exp() * state[layout.decode_slot]
+            h += (dt[rows] * u[rows])[:, :, None] * B[rows, None, :]
+            state[layout.decode_slot] = h
+            y[rows] = (h * C[rows, None, :]).sum(-1)
+        return ((y + weights.D * u) * silu(z.float())).to(x.dtype)
+
+    def _runs(self, layout: RowLayout) -> Runs:
+        """All layers of a step share one layout object; reading it takes longer than a small operation."""
+        last = self._last
+        if last is None or last[0] is not layout:
+            last = self._last = (layout, runs.read(layout))
+        return last[1]
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
+        """-> [R, channels] float32."""
+        width = weight.shape[1]
+        taps = weight.float().T
+        offset = torch.zeros(len(weight)) if bias is None else bias.float()
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        plan = self._runs(layout)
+        for run in plan.chunks:
+            window = torch.zeros_like(conv[0]) if run.fresh else conv[run.slot]
+            rows = torch.cat([window, x[run.row : run.row + run.length]])
+            wide = rows.float()
+            y = offset.expand(run.length, -1)
+            for i in range(width):
+                y = y + wide[i : i + run.length] * taps[i]
+            out[run.row : run.row + run.length] = silu(y)
+            for num_tokens, slot in [*run.captures, (run.length, run.slot)]:
+                conv[slot] = rows[num_tokens : num_tokens + width - 1]
+        if plan.decodes:
+            rows = torch.cat([conv[layout.decode_slot], x[_decode_rows(layout), None]], dim=1)
+            y = offset.expand(len(rows), -1)
+            for i in range(width):
+                y = y + rows[:, i].float() * taps[i]
+            out[_decode_rows(layout)] = silu(y)
+            conv[layout.decode_slot] = rows[:, 1:]
+        return out
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1.0 + torch.exp(-x))
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.where(x > 20.0, x, torch.log1p(torch.exp(x.clamp(max=20.0))))
+
+
+def _decode_rows(layout: RowLayout) -> slice:
+    first = layout.num_tiles * TILE
+    return slice(first, first + layout.num_decode)
+
+
+# Attention
+
+
+def _write_rows(k: Tensor, v: Tensor, layout: RowLayout, kv: KVTensors) -> None:
+    rows = (layout.kv_rows >= 0).nonzero().flatten()
+    target = layout.kv_rows[rows]
+    page, offset = target // TILE, target % TILE
+    kv.k[page, offset] = k[rows]
+    kv.v[page, offset] = v[rows]
+
+
+def _gather(kv: KVTensors, pages: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:
+    """-> keys, values [kv_heads, TILE * pages, d] float32; rows from `num_tokens` on, which may hold NaN, are zero."""
+    index = torch.tensor(pages)
+    keys, values = (pool[index].flatten(0, 1).float() for pool in (kv.k, kv.v))
+    keys[num_tokens:] = 0.0
+    values[num_tokens:] = 0.0
+    return keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()
+
+
+def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """q [TILE, heads, d], the last TILE of the positions in keys, values [kv_heads, T, d] -> [TILE, heads, d]."""
+    _, heads, d = q.shape
+    kv_heads, num_keys, _ = keys.shape
+    grouped = q.float().reshape(TILE, kv_heads, -1, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d)
+    scores = (grouped @ keys.transpose(1, 2)).view(kv_heads, -1, TILE, num_keys) * scale
+    visible = torch.arange(num_keys) <= torch.arange(num_keys - TILE, num_keys)[:, None]
+    scores.masked_fill_(~visible, -torch.inf)
+    y = scores.softmax(-1).flatten(1, 2) @ values
+    return y.view(heads, TILE, d).transpose(0, 1).to(q.dtype)
+
+
+def _attend_last(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """q [heads, d], keys, values [kv_heads, T, d] -> [heads, d]."""
+    grouped = q.float().reshape(len(keys), -1, q.shape[-1])
+    scores = (grouped @ keys.contiguous().transpose(1, 2)) * scale
+    return (scores.softmax(-1) @ values.contiguous()).view(q.shape).to(q.dtype)
+
+
+# Mamba-2
+
+
+def _scan_chunk(
+    run: Run, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, w: Mamba2Weights, state: Tensor, y: Tensor
+) -> None:
+    """x [R, H, P], dt [R, H], B, C [R, G, N]; fills the run's rows of y [R, H, P] and its slots of `state`."""
+    points = dict(run.captures)
+    h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
+    for first in range(0, run.length, TILE):
+        length = min(TILE, run.length - first)
+        rows = slice(run.row + first, run.row + first + length)
+        h, y_tile = _scan_tile(h, _padded(x[rows]), _padded(dt[rows]), _padded(B[rows]), _padded(C[rows]), w.A)
+        y[rows] = y_tile[:length]
+        if first + TILE in points:
+            state[points[first + TILE]] = h
+    state[run.slot] = h
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Always a new tensor of TILE rows. A row of zeros has dt = 0, which leaves the state as it is."""
+    tile = rows.new_zeros((TILE, *rows.shape[1:]))
+    tile[: len(rows)] = rows
+    return tile
+
+
+def _scan_tile(h: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """One chunk of the state-space dual form (Dao and Gu 2024, section 6), all float32.
+
+    h [H, P, N], x [T, H, P], dt [T, H], B, C [T, G, N] -> h after the tile, y [T, H, P] without the skip D
+    """
+    heads_per_group = x.shape[1] // B.shape[1]
+    decay = (dt * A).cumsum(0).T.contiguous()  # [H, T], log of the decay from before the tile to after a token
+    between = decay[:, :, None] - decay[:, None, :]
+    causal = torch.ones(TILE, TILE, dtype=torch.bool).tril_()
+    dtx = (dt[:, :, None] * x).transpose(0, 1).contiguous()  # [H, T, P]
+    by_group_b, by_group_c = (part.transpose(0, 1).contiguous() for part in (B, C))  # [G, T, N]
+    cb = (by_group_c @ by_group_b.transpose(1, 2)).repeat_interleave(heads_per_group, dim=0)
+    b, c = (part.repeat_interleave(heads_per_group, dim=0) for part in (by_group_b, by_group_c))  # [H, T, N]
+    y = (cb * between.masked_fill(~causal, -torch.inf).exp()) @ dtx
+    y += (c * decay.exp()[:, :, None]) @ h.transpose(1, 2)
+    to_end = (decay[:, -1:] - decay).exp()
+    new = h * decay[:, -1, None, None].exp() + (dtx * to_end[:, :, None]).transpose(1, 2) @ b
+    return new, y.transpose(0, 1)
+
+
+def _scan_step(
+    rows: slice,
+    slots: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    w: Mamba2Weights,
+    state: Tensor,
+    y: Tensor,
+) -> None:
+    """The recurrence for one token of each decode row."""
+    heads_per_group = w.num_heads // w.num_groups
+    b, c = (part[rows].repeat_interleave(heads_per_group, dim=1) for part in (B, C))  # [D, H, N]
+    h = state[slots] * (dt[rows] * w.A).exp()[:, :, None, None]
+    h += (dt[rows, :, None] * x[rows])[..., None] * b[:, :, None, :]
+    state[slots] = h
+    y[rows] = (h * c[:, :, None, :]).sum(-1)
+
+
+# Mamba-1
+
+
+def _scan_channels(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> Tensor:
+    """u, dt [T, channels], B, C [T, N], T <= TILE; overwrites h [channels, N] -> y [T, channels] without the skip D."""
+    decay = (dt[:, :, None] * A).exp()
+    states = (dt * u)[:, :, None] * B[:, None, :]
+    for t in range(len(u)):
+        states[t] += decay[t] * h
+        h.copy_(states[t])
+    return (states * C[:, None, :]).sum(-1)

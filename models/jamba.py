@@ -1,0 +1,147 @@
+"""Jamba: Mamba-1 and attention layers, each followed by an MLP or, every few layers, by experts. No positions."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybrid_cache.batch import CacheTensors, ForwardBatch, HybridModel
+from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.blocks import (
+    MLP,
+    Attention,
+    CacheEntry,
+    CausalModel,
+    Mamba1,
+    MoE,
+    Norm,
+    chosen_of_softmax,
+    gated_cost,
+    linear,
+    total_cost,
+)
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+
+
+def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> HybridModel:
+    return Jamba(config, weights, ops, dtype)
+
+
+class Jamba(CausalModel):
+    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+        config.require("hidden_act", "silu", ["silu"])
+        self._layers = tuple(
+            Layer(i, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
+            for i in range(config.integer("num_hidden_layers"))
+        )
+        super().__init__(
+            config,
+            weights,
+            ops,
+            dtype,
+            layers=self._layers,
+            norm=_norm("model.final_layernorm", config, weights, ops),
+            tied=config.flag("tie_word_embeddings", False),
+        )
+
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        hidden = F.embedding(batch.token_ids, self._embedding)
+        for layer, tensors in zip(self._layers, cache, strict=True):
+            hidden = layer(hidden, batch, tensors)
+        return self._norm(hidden[batch.output_rows])
+
+
+class Layer:
+    """A mixer, then a feed-forward part, each added to the stream."""
+
+    def __init__(self, index: int, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
+        mixer = _attention if _is_turn(index, "attn_layer", 8, 4, config) else _mamba
+        experts = config.integer("num_experts", 16) > 1 and _is_turn(index, "expert_layer", 2, 1, config)
+        feed_forward = _moe if experts else _mlp
+        self._mixer: Attention | Mamba1 = mixer(config, weights, ops, dtype)
+        self._mixer_norm = _norm("input_layernorm", config, weights, ops)
+        self._feed_forward: MLP | MoE = feed_forward(config, Scope(weights, "feed_forward."), ops)
+        self._feed_forward_norm = _norm("pre_ff_layernorm", config, weights, ops)
+        self.specs = (self._mixer.spec,)
+        self.cost = total_cost([self._mixer.cost, self._feed_forward.cost])
+
+    def __call__(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
+        """Overwrites `hidden`."""
+        hidden += self._mixer(self._mixer_norm(hidden), batch, tensors)
+        hidden += self._feed_forward(self._feed_forward_norm(hidden))
+        return hidden
+
+
+def _is_turn(index: int, what: str, period: int, offset: int, config: Config) -> bool:
+    """Of each `{what}_period` layers, the one at `{what}_offset`."""
+    period = config.integer(f"{what}_period", period)
+    return index % period == config.integer(f"{what}_offset", offset, at_least=0, at_most=period - 1)
+
+
+def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Mamba1:
+    hidden = config.integer("hidden_size")
+    return Mamba1(
+        ops,
+        Scope(weights, "mamba."),
+        hidden=hidden,
+        inner=config.integer("mamba_expand", 2) * hidden,
+        d_state=config.integer("mamba_d_state", 16),
+        dt_rank=config.integer_or_auto("mamba_dt_rank", -(-hidden // 16)),
+        conv_width=config.integer("mamba_d_conv", 4, at_least=2),
+        conv_bias=config.flag("mamba_conv_bias", True),
+        proj_bias=config.flag("mamba_proj_bias", False),
+        norm_eps=_eps(config),
+        dtype=dtype,
+    )
+
+
+def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Attention:
+    hidden = config.integer("hidden_size")
+    num_heads = config.integer("num_attention_heads")
+    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    head_dim = config.integer("head_dim", hidden // num_heads)
+    weights = Scope(weights, "self_attn.")
+    qkv = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
+    return Attention(
+        ops,
+        linear(ops, weights, qkv, hidden),
+        linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        inv_freq=None,
+        dtype=dtype,
+    )
+
+
+def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
+    hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
+    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
+    return MLP(gate_up, linear(ops, weights, {"down_proj": hidden}, inner), ops.silu_mul)
+
+
+def _moe(config: Config, weights: Weights, ops: Ops) -> MoE:
+    hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
+    num_experts = config.integer("num_experts", 16)
+    w_in, w_out = [], []
+    for i in range(num_experts):
+        expert = Scope(weights, f"experts.{i}.")
+        gate, up = expert.take("gate_proj.weight", inner, hidden), expert.take("up_proj.weight", inner, hidden)
+        w_in.append(torch.cat([gate, up]))
+        w_out.append(expert.take("down_proj.weight", hidden, inner))
+    return MoE(
+        router=linear(ops, weights, {"router": num_experts}, hidden),
+        experts=ops.experts(w_in, w_out),
+        route=chosen_of_softmax,
+        k=config.integer("num_experts_per_tok", 2, at_most=num_experts),
+        expert_cost=gated_cost(hidden, inner),
+    )
+
+
+def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
+    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
+
+
+def _eps(config: Config) -> float:
+    return config.number("rms_norm_eps", 1e-6)

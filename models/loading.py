@@ -1,0 +1,141 @@
+"""From a model folder to a model that can run: config.json and safetensors files, nothing else, checked strictly."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.batch import HybridModel
+from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models import registry
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
+from hybrid_cache.spec import AttentionSpec, PrefillCost
+
+COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+def load(path: str | Path, *, dtype: str = "auto", ops: Ops) -> HybridModel:
+    """Reads a model folder, tensor by tensor.
+
+    `dtype` is the type that rows are computed and cached in. "auto" is bfloat16 for a checkpoint in bfloat16, and
+    float32 for one in float32 or float16: float32 holds every float16 value, bfloat16 does not.
+    """
+    folder = Path(path)
+    compute_dtype = _compute_dtype(dtype)
+    values = load_config(folder)
+    try:
+        build = registry.find(values.get("model_type"))
+        with SafetensorsWeights(folder, compute_dtype) as weights:
+            return build(Config(values), weights, ops, weights.dtype)
+    except ModelError as e:
+        raise type(e)(f"{folder}: {e}") from e
+
+
+def load_config(path: str | Path) -> dict[str, object]:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is not a folder")
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ModelError(f"{folder}: config.json is not there") from e
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{folder}: config.json cannot be read: {e}") from e
+    if not isinstance(values, dict):
+        raise ModelError(f"{folder}: config.json is not a JSON object")
+    if values.get("quantization_config"):
+        raise UnsupportedModel(f"{folder}: quantized weights (quantization_config) are not supported")
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a config says about a model, without its weights."""
+
+    model_type: str
+    dtype: torch.dtype
+    layers: Mapping[str, int]  # cache entries by kind: "attention", "mamba"
+    num_parameters: int
+    vocab_size: int
+    max_length: int
+    kv_bytes_per_token: int
+    checkpoint_bytes: int
+    prefill_cost: PrefillCost
+
+
+def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
+    """The facts of a model from its config alone; "auto" reads the dtype that the config names."""
+    compute_dtype = _compute_dtype(dtype) or _named_dtype(config)
+    weights = ShapesOnly(compute_dtype)
+    ops = cast(Ops, _ShapeOps())
+    model = registry.find(config.get("model_type"))(Config(config), weights, ops, compute_dtype)
+    spec = model.cache_spec
+    return ModelInfo(
+        model_type=str(config["model_type"]),
+        dtype=compute_dtype,
+        layers=Counter("attention" if isinstance(s, AttentionSpec) else "mamba" for s in spec.layers),
+        num_parameters=weights.num_parameters,
+        vocab_size=model.vocab_size,
+        max_length=model.max_length,
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        checkpoint_bytes=spec.slot_bytes,
+        prefill_cost=model.prefill_cost,
+    )
+
+
+def embedded_path() -> Path:
+    """The model that ships inside the package."""
+    return Path(__file__).parent / "embedded"
+
+
+def resolve(model: str) -> Path:
+    """A local folder as it is; otherwise a name on the Hugging Face hub, downloaded."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    wanted = f"{model} is not a local folder"
+    if model.count("/") != 1 or model.startswith(("/", ".", "~")):
+        raise ModelError(wanted)
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as e:
+        raise ModelError(f"{wanted}, and a hub name needs the package huggingface_hub") from e
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(f"{wanted}, and the hub could not give it: {reason}") from e
+
+
+def _compute_dtype(dtype: str) -> torch.dtype | None:
+    if dtype not in COMPUTE_DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not supported; supported: {', '.join(COMPUTE_DTYPES)}")
+    return COMPUTE_DTYPES[dtype]
+
+
+def _named_dtype(config: Mapping[str, object]) -> torch.dtype:
+    named = config.get("dtype") or config.get("torch_dtype")
+    return torch.bfloat16 if named == "bfloat16" else torch.float32
+
+
+class _ShapeOps:
+    """Packs nothing; enough to build a model whose facts are asked for."""
+
+    name = "shapes"
+    mamba2 = rms_norm = silu_mul = gelu_mul = None
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(in_features=weight.shape[1], out_features=weight.shape[0])
+
+    def experts(self, w_in: object, w_out: object) -> None:
+        return None

@@ -1,0 +1,37 @@
+"""Finds the architecture for a `model_type`: the file of that name in this folder, if it has `build`."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from hybrid_cache.batch import HybridModel
+from hybrid_cache.errors import UnsupportedModel
+from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.weights import Checkpoint
+
+Build = Callable[[Config, Checkpoint, Ops, torch.dtype], HybridModel]
+
+
+def find(model_type: object) -> Build:
+    build = _build(model_type) if isinstance(model_type, str) else None
+    if build is None:
+        raise UnsupportedModel(f"model_type {model_type!r} is not supported; supported: {', '.join(supported())}")
+    return build
+
+
+def supported() -> list[str]:
+    return [name for name in _files() if _build(name) is not None]
+
+
+def _files() -> list[str]:
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+
+
+def _build(name: str) -> Build | None:
+    if name not in _files():
+        return None
+    build: Build | None = getattr(import_module(f"hybrid_cache.models.{name}"), "build", None)
+    return build

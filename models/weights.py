@@ -1,0 +1,196 @@
+"""Weights by name: what an architecture asks for while it is built, and where they come from."""
+
+import json
+import re
+from collections.abc import Iterable
+from contextlib import ExitStack
+from hashlib import blake2b
+from math import isfinite, prod
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hybrid_cache.errors import ModelError, UnsupportedModel
+
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DERIVED = r"rotary_emb\.inv_freq$"  # we compute these ourselves
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Weights(Protocol):
+    """Gives each tensor once, checked against the shape that the architecture expects."""
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor in the compute dtype."""
+        ...
+
+    def take_float32(self, name: str, *shape: int) -> Tensor: ...
+
+
+class Checkpoint(Weights, Protocol):
+    """All weights of one model."""
+
+    def has(self, name: str) -> bool: ...
+
+    def ignore(self, pattern: str) -> None:
+        """Tensors in whose name the regular expression is found may be left over."""
+        ...
+
+    def finish(self) -> str:
+        """Refuses tensors that nobody took -> hash of all that were taken."""
+        ...
+
+
+class Scope:
+    """The weights under one prefix, as in `model.layers.3.`."""
+
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        self._weights = weights
+        self._prefix = prefix
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return self._weights.take(self._prefix + name, *shape)
+
+    def take_float32(self, name: str, *shape: int) -> Tensor:
+        return self._weights.take_float32(self._prefix + name, *shape)
+
+
+class _Slice(Protocol):
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+
+class _File(Protocol):
+    """What we use of a safetensors handle, which has no types of its own."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_slice(self, name: str) -> _Slice: ...
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+
+class SafetensorsWeights:
+    """Streams tensors out of the safetensors files of one folder. Use as a context manager."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """`dtype` None takes the files' own; float16 is computed in float32, which holds all its values."""
+        self._files = ExitStack()
+        self._handle: dict[str, _File] = {}
+        for path in _shards(folder):
+            handle = self._open(path)
+            self._handle |= dict.fromkeys(handle.keys(), handle)
+        self.dtype = dtype or self._file_dtype()
+        self._left = set(self._handle)
+        self._ignored = [DERIVED]
+        self._hash = blake2b(digest_size=16)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return self._read(name, shape, self.dtype)
+
+    def take_float32(self, name: str, *shape: int) -> Tensor:
+        return self._read(name, shape, torch.float32)
+
+    def has(self, name: str) -> bool:
+        return name in self._handle
+
+    def ignore(self, pattern: str) -> None:
+        self._ignored.append(pattern)
+
+    def finish(self) -> str:
+        ignored = re.compile("|".join(self._ignored))
+        left = sorted(name for name in self._left if not ignored.search(name))
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            raise ModelError(f"unexpected weights: {', '.join(left[:3])}{more}")
+        return self._hash.hexdigest()
+
+    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if name not in self._left:
+            assert name not in self._handle, f"{name} taken twice"
+            raise ModelError(f"missing weight: {name} {list(shape)}")
+        try:
+            found = self._handle[name].get_slice(name)
+            if tuple(found.get_shape()) != shape:
+                raise ModelError(f"weight {name} has shape {found.get_shape()}, expected {list(shape)}")
+            if found.get_dtype() not in DTYPES:
+                raise UnsupportedModel(f"weight {name} is {found.get_dtype()}, supported: {', '.join(DTYPES)}")
+            tensor = self._handle[name].get_tensor(name)
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f"weight {name} cannot be read: {e}") from e
+        if not all(isfinite(float(bound)) for bound in tensor.aminmax()):
+            raise ModelError(f"weight {name} contains values that are not finite")
+        self._hash.update(f"{name} {list(shape)} {tensor.dtype}\n".encode())
+        self._hash.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._left.remove(name)
+        return tensor.to(dtype, copy=True)  # a copy, never a view of the file
+
+    def _file_dtype(self) -> torch.dtype:
+        kinds = {self._handle[n].get_slice(n).get_dtype() for n in self._handle if "embed" in n}
+        return torch.bfloat16 if kinds == {"BF16"} else torch.float32
+
+    def _open(self, path: Path) -> _File:
+        try:
+            file: _File = self._files.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f"{path.name} is not a complete safetensors file: {e}") from e
+        return file
+
+
+class ShapesOnly:
+    """Takes any weight from nowhere: builds a model that has shapes and costs but cannot run."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.num_parameters = 0
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        self.num_parameters += prod(shape)
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def take_float32(self, name: str, *shape: int) -> Tensor:
+        return self.take(name, *shape).float()
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def ignore(self, pattern: str) -> None:
+        pass
+
+    def finish(self) -> str:
+        return ""
+
+
+def _shards(folder: Path) -> Iterable[Path]:
+    if (folder / INDEX).is_file():
+        return _indexed_shards(folder)
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise UnsupportedModel(f"only safetensors weights are read, found {pickles[0]}")
+    raise ModelError(f"neither model.safetensors nor {INDEX} is there")
+
+
+def _indexed_shards(folder: Path) -> Iterable[Path]:
+    try:
+        files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise ModelError(f"{INDEX} is not a weight index: {e}") from e
+    for name in sorted(files):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{INDEX} names {name!r}, expected a safetensors file beside it")
+        if not (folder / name).is_file():
+            raise ModelError(f"shard {name} is listed in {INDEX} but is not there")
+    return [folder / name for name in sorted(files)]

@@ -1,0 +1,281 @@
+"""Zamba2: a Mamba-2 backbone; before some of its layers, one of a few shared transformer blocks used in turn.
+
+A shared block reads the stream beside the original embedding. Each use has its own KV rows, and its own low-rank
+adapters on the shared weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybrid_cache.batch import CacheTensors, ForwardBatch, HybridModel
+from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.kernels.ops import Linear, Ops
+from hybrid_cache.models.blocks import (
+    MLP,
+    Attention,
+    CacheEntry,
+    CausalModel,
+    Mamba2,
+    Mamba2Shape,
+    Norm,
+    linear,
+    linear_cost,
+    rotary_frequencies,
+    total_cost,
+)
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+
+
+def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> HybridModel:
+    return Zamba2(config, weights, ops, dtype)
+
+
+class Zamba2(CausalModel):
+    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+        config.refuse("use_long_context")
+        num_blocks = config.integer("num_mem_blocks", 1)
+        blocks: list[SharedBlock] = []
+        layers: list[MambaLayer | HybridLayer] = []
+        for i, kind in enumerate(_kinds(config)):
+            layer_weights = Scope(weights, f"model.layers.{i}.")
+            if kind == "mamba":
+                layers.append(MambaLayer(config, layer_weights, ops, dtype))
+                continue
+            use = len(blocks)
+            if use < num_blocks or weights.has(f"model.layers.{i}.shared_transformer.input_layernorm.weight"):
+                blocks.append(SharedBlock(config, Scope(layer_weights, "shared_transformer."), ops))
+            else:
+                blocks.append(blocks[use - num_blocks])
+            layers.append(HybridLayer(BlockUse(blocks[use], use, ops, dtype), config, layer_weights, ops, dtype))
+        if len(set(blocks)) > num_blocks:
+            # The file repeats a block at each use. Each copy has all adapters of the block, but uses only its own.
+            weights.ignore(r"shared_transformer\..*_adapter_list\.")
+        self._layers = tuple(layers)
+        super().__init__(
+            config,
+            weights,
+            ops,
+            dtype,
+            layers=layers,
+            norm=_norm("model.final_layernorm", config, weights, ops),
+            tied=config.flag("tie_word_embeddings", True),
+        )
+
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        embedded = F.embedding(batch.token_ids, self._embedding)
+        hidden = embedded.clone()
+        tensors = iter(cache)
+        for layer in self._layers:
+            hidden = layer(hidden, embedded, batch, tensors)
+        return self._norm(hidden[batch.output_rows])
+
+
+class MambaLayer:
+    def __init__(self, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
+        self._norm = _norm("input_layernorm", config, weights, ops)
+        self._mamba = Mamba2(ops, Scope(weights, "mamba."), _mamba_shape(config), dtype)
+        self.specs = (self._mamba.spec,)
+        self.cost = self._mamba.cost
+
+    def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
+        """Overwrites `hidden`."""
+        hidden += self.mix(hidden, batch, next(tensors))
+        return hidden
+
+    def mix(self, x: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
+        return self._mamba(self._norm(x), batch, tensors)
+
+
+class HybridLayer:
+    """A shared block's output goes into the mixer beside the stream, but not into the stream itself."""
+
+    def __init__(self, block: "BlockUse", config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
+        hidden = config.integer("hidden_size")
+        self._block = block
+        self._linear = linear(ops, weights, {"linear": hidden}, hidden)
+        self._mamba = MambaLayer(config, Scope(weights, "mamba_decoder."), ops, dtype)
+        self.specs = (block.spec, *self._mamba.specs)
+        self.cost = total_cost([block.cost, linear_cost(self._linear), self._mamba.cost])
+
+    def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
+        """Overwrites `hidden`."""
+        injected = self._linear(self._block(hidden, embedded, batch, next(tensors)))
+        injected += hidden
+        hidden += self._mamba.mix(injected, batch, next(tensors))
+        return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    hidden: int
+    inner: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # the block is twice as wide as the stream
+    bias: bool
+    rank: int
+    adapted_attention: bool
+    rope_theta: float | None
+
+    @property
+    def qkv(self) -> dict[str, int]:
+        return {
+            "q": self.num_heads * self.head_dim,
+            "k": self.num_kv_heads * self.head_dim,
+            "v": self.num_kv_heads * self.head_dim,
+        }
+
+
+class SharedBlock:
+    """Weights of a transformer block that several layers use: attention over [stream; embedding], then an MLP."""
+
+    def __init__(self, config: Config, weights: Weights, ops: Ops) -> None:
+        s = self.shape = _block_shape(config)
+        self.attention_weights = Scope(weights, "self_attn.")
+        self.mlp_weights = Scope(weights, "feed_forward.")
+        projections = {f"{name}_proj": size for name, size in s.qkv.items()}
+        self.qkv = linear(ops, self.attention_weights, projections, 2 * s.hidden)
+        self.out = linear(ops, self.attention_weights, {"o_proj": s.hidden}, s.num_heads * s.head_dim)
+        self.gate_up = linear(ops, self.mlp_weights, {"gate_up_proj": 2 * s.inner}, s.hidden, bias=s.bias)
+        self.down = linear(ops, self.mlp_weights, {"down_proj": s.hidden}, s.inner, bias=s.bias)
+        self.attention_norm = Norm(ops, weights, "input_layernorm", 2 * s.hidden, _eps(config))
+        self.mlp_norm = _norm("pre_ff_layernorm", config, weights, ops)
+
+
+class BlockUse:
+    """A shared block with the adapters and the KV rows of one layer. No residual inside the block."""
+
+    def __init__(self, block: SharedBlock, index: int, ops: Ops, dtype: torch.dtype) -> None:
+        s = block.shape
+        qkv = _adapted_qkv(block, index, ops) if s.adapted_attention else block.qkv
+        gate_up = AdaptedLinear(
+            block.gate_up, [Adapter(ops, block.mlp_weights, "gate_up_proj", index, s.hidden, s.rank, 0, 2 * s.inner)]
+        )
+        self._attention_norm = block.attention_norm
+        self._attention = Attention(
+            ops,
+            qkv,
+            block.out,
+            num_heads=s.num_heads,
+            num_kv_heads=s.num_kv_heads,
+            head_dim=s.head_dim,
+            scale=(s.head_dim / 2) ** -0.5,
+            inv_freq=None if s.rope_theta is None else rotary_frequencies(s.rope_theta, s.head_dim),
+            dtype=dtype,
+        )
+        self._mlp_norm = block.mlp_norm
+        self._mlp = MLP(gate_up, block.down, ops.gelu_mul)
+        self.spec = self._attention.spec
+        adapters = [*gate_up.adapters, *(qkv.adapters if isinstance(qkv, AdaptedLinear) else [])]
+        self.cost = total_cost([self._attention.cost, self._mlp.cost, *(adapter.cost for adapter in adapters)])
+
+    def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
+        x = self._attention_norm(torch.cat([hidden, embedded], dim=1))
+        return self._mlp(self._mlp_norm(self._attention(x, batch, tensors)))
+
+
+class Adapter:
+    """A low-rank addition to the output features [first, first + size) of a projection."""
+
+    def __init__(
+        self, ops: Ops, weights: Weights, name: str, index: int, in_features: int, rank: int, first: int, size: int
+    ) -> None:
+        weights = Scope(weights, f"{name}_adapter_list.{index}.")
+        self._down = linear(ops, weights, {"0": rank}, in_features)
+        self._up = linear(ops, weights, {"1": size}, rank)
+        self._first = first
+        self._size = size
+        self.cost = linear_cost(self._down, self._up)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        y.narrow(1, self._first, self._size).add_(self._up(self._down(x)))
+
+
+class AdaptedLinear:
+    """A shared projection and one layer's adapters to it."""
+
+    def __init__(self, base: Linear, adapters: Sequence[Adapter]) -> None:
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.adapters = adapters
+        self._base = base
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._base(x)
+        for adapter in self.adapters:
+            adapter.add(x, y)
+        return y
+
+
+def _adapted_qkv(block: SharedBlock, index: int, ops: Ops) -> AdaptedLinear:
+    s = block.shape
+    adapters, first = [], 0
+    for name, size in s.qkv.items():
+        weights = block.attention_weights
+        adapters.append(Adapter(ops, weights, f"linear_{name}", index, 2 * s.hidden, s.rank, first, size))
+        first += size
+    return AdaptedLinear(block.qkv, adapters)
+
+
+def _kinds(config: Config) -> tuple[str, ...]:
+    num_layers = config.integer("num_hidden_layers")
+    kinds = config.layer_kinds(num_layers)
+    if "attention" in kinds:
+        raise UnsupportedModel("config.json: layers_block_type contains 'attention', expected 'mamba' or 'hybrid'")
+    return kinds
+
+
+def _block_shape(config: Config) -> BlockShape:
+    config.require("hidden_act", "gelu", ["gelu"])
+    hidden = config.integer("hidden_size")
+    num_heads = config.integer("num_attention_heads", 32)
+    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    adapted_attention = config.flag("use_shared_attention_adapter", False)
+    if adapted_attention and num_heads != num_kv_heads:
+        raise ModelError(f"config.json: attention adapters with {num_kv_heads} kv heads, expected {num_heads}")
+    return BlockShape(
+        hidden=hidden,
+        inner=config.integer("intermediate_size", 4 * hidden),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=2 * hidden // num_heads,
+        bias=config.flag("add_bias_linear", False),
+        rank=config.integer("adapter_rank", 128),
+        adapted_attention=adapted_attention,
+        rope_theta=config.rope_theta() if config.flag("use_mem_rope", False) else None,
+    )
+
+
+def _mamba_shape(config: Config) -> Mamba2Shape:
+    hidden = config.integer("hidden_size")
+    inner = int(config.number("mamba_expand", 2) * hidden)
+    num_heads = config.integer("n_mamba_heads", 8)
+    if inner % num_heads:
+        raise ModelError(f"config.json: n_mamba_heads {num_heads} does not divide {inner} channels")
+    return Mamba2Shape(
+        hidden=hidden,
+        num_heads=num_heads,
+        head_dim=inner // num_heads,
+        d_state=config.integer("mamba_d_state", 64),
+        num_groups=config.integer("mamba_ngroups", 1),
+        conv_width=config.integer("mamba_d_conv", 4, at_least=2),
+        conv_bias=True,
+        proj_bias=config.flag("add_bias_linear", False),
+        norm_eps=1e-5,
+        dt_min=config.number("time_step_min", 0.001),
+        dt_max=inf,
+    )
+
+
+def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
+    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
+
+
+def _eps(config: Config) -> float:
+    return config.number("rms_norm_eps", 1e-5)
