@@ -1,10 +1,10 @@
 """`hybrid-cache bench exactness`: the promise that cache on and cache off give the same bits, counted.
 
 Each round makes a set of related requests (stems, branches, edits, exact repeats, longer turns). A plain engine answers
-them one by one, alone, without any reuse, and keeps the logits of every row that it computes. A busy engine then answers
-the same requests together: random chunk sizes, many neighbours, a budget so small that things are evicted and sequences
-preempted, and some requests aborted on the way. Every row that it computes must have the same bits as the plain run's row
-for the same tokens, and every answer the same tokens and log-probabilities.
+them one by one, alone, without any reuse, and keeps the logits of every row that it computes. A busy engine then
+answers the same requests together: random chunk sizes, many neighbours, a budget so small that things are evicted and
+sequences preempted, and some requests aborted on the way. Every row that it computes must have the same bits as the
+plain run's row for the same tokens, and every answer the same tokens and log-probabilities.
 """
 
 import json
@@ -91,7 +91,7 @@ class Ledger:
 
 
 def recording_runner(ledger: Ledger) -> type[ModelRunner]:
-    """A runner that enters the logits of every computed row in the ledger, and otherwise does what `ModelRunner` does."""
+    """A `ModelRunner` that also enters the logits of every computed row in the ledger."""
 
     class RecordingRunner(ModelRunner):
         def __init__(self, model: HybridModel, cache: HybridCache) -> None:
@@ -108,7 +108,7 @@ def recording_runner(ledger: Ledger) -> type[ModelRunner]:
                 ledger.enter(key, logits)
             where = {row: i for i, row in enumerate(rows)}
             wanted = hidden[[where[row] for row in batch.output_rows.tolist()]]
-            *chunks, decodes = wanted.split([*counts, len(step.decodes)])
+            *chunks, decodes = torch.split(wanted, [*counts, len(step.decodes)])
             return StepHidden(tuple(chunks), decodes)
 
     return RecordingRunner

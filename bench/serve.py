@@ -315,11 +315,10 @@ class Run:
 async def measure(run: Run, announce: Callable[[str], None] = lambda what: None) -> list[Row]:
     """Drives the server and returns one row a scenario; `announce` hears the name of each part as it begins."""
     headers = {"Authorization": f"Bearer {run.key}"} if run.key else {}
-    url = run.url.rstrip("/").removesuffix("/v1")
     timeout = httpx.Timeout(run.timeout, connect=5)
     # A connection for each request: a request on a kept one can meet the server closing it, and is lost.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=run.url, headers=headers, timeout=timeout, limits=limits) as http:
         client = Client(http, DIALECTS[run.api], run.model or await first_model(http), run.ignore_eos)
         vocabulary = await calibrate(client.ask, run.words, str(run.seed))
         rounds: dict[str, list[list[Reply]]] = {}
@@ -328,6 +327,17 @@ async def measure(run: Run, announce: Callable[[str], None] = lambda what: None)
             async for scenario, replies in play(traffic, run.scenarios, announce):
                 rounds.setdefault(scenario, []).append(replies)
     return [summarise(run.label, scenario, replies, run.seed) for scenario, replies in rounds.items()]
+
+
+def server_url(url: str) -> str:
+    """The root of the server, also if the address of its `/v1` was given."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise typer.BadParameter(f"{url!r}: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise typer.BadParameter(f"{url!r}, wanted an address such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def chosen_scenarios(names: str) -> tuple[str, ...]:
@@ -400,9 +410,15 @@ def serve(
 ) -> None:
     """Measure an OpenAI-compatible server on the prompts that a prefix cache meets.
 
-    cold: never seen before. repeat: the same again. grow: a conversation, turn by turn. regenerate: its last
-    turn again. edit: an earlier message replaced. shared: conversations with one system prompt, one by one.
-    burst: the same at once. return: old conversations continue. decode: long replies, several at once.
+    cold        prompts never seen before
+    repeat      the same again
+    grow        a conversation, turn by turn
+    regenerate  its last turn again
+    edit        one of its earlier messages replaced
+    shared      conversations with one system prompt, one by one
+    burst       more of them, all at once
+    return      the old ones continue
+    decode      long replies, one and several at once
     """
     shape = Shape(
         system=system_tokens,
@@ -414,16 +430,15 @@ def serve(
         conversations=conversations,
         streams=stream_counts(streams),
     )
-    wanted = chosen_scenarios(scenarios)
     try:
         run = Run(
-            url=url,
+            url=server_url(url),
             label=label or url,
             api=api,
             model=model or None,
             key=api_key_file.read_text().strip() if api_key_file else None,
             words=one_token_words(tokenizer) if tokenizer else ENGLISH,
-            scenarios=wanted,
+            scenarios=chosen_scenarios(scenarios),
             shape=shape,
             seed=seed,
             repeat=repeat,

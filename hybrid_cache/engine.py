@@ -199,7 +199,7 @@ class Engine:
             wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
             output = PromptOutput(
                 cached_tokens=lease.length,
-                written_tokens=grid_floor(n) - min(lease.shared, grid_floor(n)) if sequence.prefill.publish else 0,
+                written_tokens=lease.written_tokens,
                 logprobs=tuple(sequence.prompt_logprobs) if wants_logprobs else None,
             )
             outputs.append((sequence.request.id, output))
@@ -240,8 +240,7 @@ class Engine:
 
     def _kept_hidden(self, sequence: Sequence) -> Tensor:
         assert sequence.prefill.lease is not None
-        assert sequence.prefill.lease.end is not None
-        return self.cache.hidden(sequence.prefill.lease.end)
+        return self.cache.hidden(sequence.prefill.lease)
 
     def _begin_decode(self, sequence: Sequence, hidden: Tensor) -> list[tuple[Sequence, Tensor]]:
         """The prompt is in the state -> the sequence and its forks, which choose their next token from `hidden`."""

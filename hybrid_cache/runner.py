@@ -35,7 +35,7 @@ class ModelRunner:
     def run(self, step: Step) -> StepHidden:
         batch, counts = build_batch(step)
         hidden = self._model.forward(batch, self._cache.tensors)
-        *chunks, decodes = hidden.split([*counts, len(step.decodes)])
+        *chunks, decodes = torch.split(hidden, [*counts, len(step.decodes)])
         return StepHidden(tuple(chunks), decodes)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from hybrid_cache.kernels import native_library
 from hybrid_cache.kernels.layout import RowLayout
-from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights, Mamba2Weights, StateTensors
+from hybrid_cache.kernels.ops import KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
 from hybrid_cache.kernels.torch_ops import TorchOps
 
 MAX_CONV_WIDTH = 8  # MAX_WIDTH in conv.h
 LANES = 16
+PANEL = 64  # in linear.c
 MIN_VALUES_FOR_THREADS = 1 << 17  # below this, waking a second thread takes longer than the work
 
 _LAYOUT_SIZES = ("num_rows", "num_tiles", "num_decode", "num_chunks", "num_captures", "max_pages")
@@ -65,6 +66,8 @@ _SIGNATURES = {
     "causal_conv": "ppiiippppiii",
     "mamba1_scan": "ppppipii",
     "mamba1_scratch": "pi",
+    "linear": "piiiipppi",
+    "linear_supported": "",
     "rms_norm": "piiipfpii",
     "silu_mul": "piiipii",
     "rotary": "piiiipppii",
@@ -76,7 +79,7 @@ def _bind(library: ctypes.CDLL) -> None:
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = [_TYPES[letter] for letter in signature]
-        function.restype = c_int64 if name.endswith("_scratch") else None
+        function.restype = c_int64 if name.endswith(("_scratch", "_supported")) else None
 
 
 class _Prepared:
@@ -115,6 +118,32 @@ def _prepare_mamba2(w: Mamba2Weights) -> _Prepared:
     return _Prepared(w, structure, tensors)
 
 
+class NativeLinear:
+    """A bfloat16 weight in the panels of linear.c. Each output sums in one order, whatever the number of rows."""
+
+    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        num_panels = -(-self.out_features // PANEL)
+        padded = torch.zeros(num_panels * PANEL, self.in_features, dtype=weight.dtype)
+        padded[: self.out_features] = weight
+        self._weight = padded.view(num_panels, PANEL, -1, 2).transpose(1, 2).contiguous()
+        self._bias = None if bias is None else bias.float().contiguous()
+        self._weight_address = self._weight.data_ptr()
+        self._bias_address = None if self._bias is None else self._bias.data_ptr()
+        self._linear = library.linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        rows = x.shape[0]
+        out = torch.empty(rows, self.out_features, dtype=x.dtype)
+        self._linear(
+            *(x.data_ptr(), x.stride(0), rows, self.in_features, self.out_features),
+            *(self._weight_address, self._bias_address, out.data_ptr(), torch.get_num_threads()),
+        )
+        return out
+
+
 class NativeOps(TorchOps):
     """Raises `native_library.BuildError` where the library cannot be built. See the module."""
 
@@ -127,6 +156,12 @@ class NativeOps(TorchOps):
         self._layout: _Prepared | None = None
         self._weights: dict[int, _Prepared] = {}
         self._scratch = threading.local()
+        self._multiplies_bfloat16 = bool(self._c.linear_supported())
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if self._multiplies_bfloat16 and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0:
+            return NativeLinear(self._c, weight, bias)
+        return super().linear(weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if weight.dtype != x.dtype or x.stride(1) != 1:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_cache.batch import ForwardBatch
-from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE
 from hybrid_cache.kernels.ops import Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, Ops, StateTensors
 from hybrid_cache.models.config import Config
@@ -118,7 +117,6 @@ class Attention:
         inv_freq: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        _check_divides("num_key_value_heads", num_kv_heads, "heads", num_heads)
         self._ops = ops
         self._qkv = qkv
         self._out = out
@@ -177,7 +175,6 @@ class Mamba2:
     """State-space mixer with one scalar decay per head. All checkpoints call its weights by the same names."""
 
     def __init__(self, ops: Ops, weights: Weights, s: Mamba2Shape, dtype: torch.dtype) -> None:
-        _check_divides("number of Mamba groups", s.num_groups, "heads", s.num_heads)
         self._mamba2 = ops.mamba2
         projected = s.inner + s.channels + s.num_heads
         self._in = linear(ops, weights, {"in_proj": projected}, s.hidden, bias=s.proj_bias)
@@ -263,9 +260,11 @@ class Mamba1:
         return self._out(y)
 
 
-def _check_divides(name: str, value: int, what: str, total: int) -> None:
-    if total % value:
-        raise ModelError(f"config.json: {name} {value} does not divide {total} {what}")
+def wanted_rows(hidden: Tensor, batch: ForwardBatch) -> Tensor:
+    """The output rows of the batch, first; padded to MIN_ROWS with copies of row 0."""
+    rows = batch.output_rows
+    missing = MIN_ROWS - rows.shape[0]
+    return hidden[F.pad(rows, (0, missing)) if missing > 0 else rows]
 
 
 class PricedLayer(Protocol):
@@ -304,7 +303,7 @@ class CausalModel:
         self._head = ops.linear(self._embedding if shared else weights.take("lm_head.weight", self.vocab_size, hidden))
         self._norm = norm
         self._logits_divisor = logits_divisor
-        facts = f"{weights.finish()} {config.used_json()} {dtype} {ops.name}"
+        facts = f"{type(self).__name__} {weights.finish()} {config.used_json()} {dtype} {ops.name}"
         self.fingerprint = blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -25,9 +25,6 @@ class Config:
         self._values = values
         self.used: dict[str, object] = {}
 
-    def has(self, name: str) -> bool:
-        return self._values.get(name) is not None
-
     def integer(self, name: str, default: int | None = None, *, at_least: int = 1, at_most: int | None = None) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
@@ -35,6 +32,12 @@ class Config:
         if at_most is not None and value > at_most:
             self._refuse(name, value, f"at most {at_most}")
         return self._note(name, value)
+
+    def divisor(self, name: str, total: int, default: int) -> int:
+        value = self.integer(name, default)
+        if total % value:
+            self._refuse(name, value, f"a divisor of {total}")
+        return value
 
     def integer_or_auto(self, name: str, auto: int) -> int:
         """A whole number, or "auto" for the value given here."""
@@ -52,15 +55,14 @@ class Config:
             self._refuse(name, value, "true or false")
         return self._note(name, value)
 
-    def require(self, name: str, default: str | None, allowed: Sequence[str | None]) -> str | None:
+    def choice(self, name: str, default: str | None, allowed: Sequence[str | None]) -> str | None:
         """A setting of which we support the `allowed` values only."""
         value = self._values.get(name)
         value = default if value is None else value
         if value not in allowed:
             names = ", ".join("null" if a is None else repr(a) for a in allowed)
             raise UnsupportedModel(f"config.json: {name} is {value!r}, supported: {names}")
-        self.used[name] = value
-        return None if value is None else str(value)
+        return self._note(name, None if value is None else str(value))
 
     def refuse(self, name: str) -> None:
         """Raises if the setting is switched on."""
@@ -69,16 +71,14 @@ class Config:
 
     def layer_kinds(self, num_layers: int, default: Sequence[str] | None = None) -> tuple[str, ...]:
         """'mamba', 'attention' or 'hybrid' for each layer, from either spelling of the field and of its values."""
-        name = "layer_types" if self.has("layer_types") else "layers_block_type"
+        name = "layer_types" if self._values.get("layer_types") is not None else "layers_block_type"
         value = self._get(name, default)
         if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != num_layers:
             self._refuse(name, value, f"a list of {num_layers} layer kinds")
         for kind in value:
-            if kind not in _KINDS:
+            if not isinstance(kind, str) or kind not in _KINDS:
                 raise UnsupportedModel(f"config.json: {name} contains {kind!r}, supported: {', '.join(_KINDS)}")
-        kinds = tuple(_KINDS[kind] for kind in value)
-        self.used["layers"] = kinds
-        return kinds
+        return self._note("layer_types", tuple(_KINDS[kind] for kind in value))
 
     def interval(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
         value = self._values.get(name)

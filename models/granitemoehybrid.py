@@ -23,6 +23,7 @@ from hybrid_cache.models.blocks import (
     rotary_frequencies,
     softmax_of_chosen,
     total_cost,
+    wanted_rows,
 )
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -56,12 +57,15 @@ class GraniteMoeHybrid(CausalModel):
         if self._embedding_multiplier != 1.0:
             hidden *= self._embedding_multiplier
         for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer(hidden, batch, tensors)
-        return self._norm(hidden[batch.output_rows])
+            hidden = layer.mix(hidden, batch, tensors)
+            if layer is self._layers[-1]:
+                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
+            hidden = layer.feed_forward(hidden)
+        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
 
 class Layer:
-    """A mixer, then a feed-forward part, each added to the stream times the residual multiplier."""
+    """A mixer, then a feed-forward part; both add to `hidden` in place, times the residual multiplier."""
 
     def __init__(self, kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
         self._mixer = _MIXERS[kind](config, weights, ops, dtype)
@@ -73,9 +77,10 @@ class Layer:
         self.specs = (self._mixer.spec,)
         self.cost = total_cost([self._mixer.cost, self._mlp.cost, *([self._moe.cost] if self._moe else [])])
 
-    def __call__(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        """Overwrites `hidden`."""
-        hidden = self._add(hidden, self._mixer(self._mixer_norm(hidden), batch, tensors))
+    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
+        return self._add(hidden, self._mixer(self._mixer_norm(hidden), batch, tensors))
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
         x = self._mlp_norm(hidden)
         y = self._mlp(x)
         if self._moe is not None:
@@ -98,13 +103,13 @@ def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Ma
     if head_dim * num_heads != inner:
         raise ModelError(f"config.json: {num_heads} heads of {head_dim} do not make {inner} channels")
     dt_min, dt_max = config.interval("time_step_limit", (0.0, float("inf")))
-    config.require("hidden_act", "silu", ["silu"])
+    config.choice("hidden_act", "silu", ["silu"])
     shape = Mamba2Shape(
         hidden=hidden,
         num_heads=num_heads,
         head_dim=head_dim,
         d_state=config.integer("mamba_d_state", 256),
-        num_groups=config.integer("mamba_n_groups", 1),
+        num_groups=config.divisor("mamba_n_groups", num_heads, default=1),
         conv_width=config.integer("mamba_d_conv", 4, at_least=2),
         conv_bias=config.flag("mamba_conv_bias", True),
         proj_bias=config.flag("mamba_proj_bias", False),
@@ -118,10 +123,10 @@ def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Ma
 def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Attention:
     hidden = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    num_kv_heads = config.divisor("num_key_value_heads", num_heads, default=num_heads)
     head_dim = config.integer("head_dim", hidden // num_heads)
     bias = config.flag("attention_bias", False)
-    positions = config.require("position_embedding_type", None, [None, "nope", "rope"])
+    positions = config.choice("position_embedding_type", None, [None, "nope", "rope"])
     weights = Scope(weights, "self_attn.")
     qkv = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
     return Attention(

@@ -18,6 +18,7 @@ from hybrid_cache.models.blocks import (
     gated_cost,
     linear,
     total_cost,
+    wanted_rows,
 )
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -29,7 +30,7 @@ def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> 
 
 class Jamba(CausalModel):
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
-        config.require("hidden_act", "silu", ["silu"])
+        config.choice("hidden_act", "silu", ["silu"])
         self._layers = tuple(
             Layer(i, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
             for i in range(config.integer("num_hidden_layers"))
@@ -47,12 +48,15 @@ class Jamba(CausalModel):
     def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
         hidden = F.embedding(batch.token_ids, self._embedding)
         for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer(hidden, batch, tensors)
-        return self._norm(hidden[batch.output_rows])
+            hidden = layer.mix(hidden, batch, tensors)
+            if layer is self._layers[-1]:
+                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
+            hidden = layer.feed_forward(hidden)
+        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
 
 class Layer:
-    """A mixer, then a feed-forward part, each added to the stream."""
+    """A mixer, then a feed-forward part; both add to `hidden` in place."""
 
     def __init__(self, index: int, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
         mixer = _attention if _is_turn(index, "attn_layer", 8, 4, config) else _mamba
@@ -65,9 +69,11 @@ class Layer:
         self.specs = (self._mixer.spec,)
         self.cost = total_cost([self._mixer.cost, self._feed_forward.cost])
 
-    def __call__(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        """Overwrites `hidden`."""
+    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
         hidden += self._mixer(self._mixer_norm(hidden), batch, tensors)
+        return hidden
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
         hidden += self._feed_forward(self._feed_forward_norm(hidden))
         return hidden
 
@@ -98,7 +104,7 @@ def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Ma
 def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Attention:
     hidden = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    num_kv_heads = config.divisor("num_key_value_heads", num_heads, default=num_heads)
     head_dim = config.integer("head_dim", hidden // num_heads)
     weights = Scope(weights, "self_attn.")
     qkv = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}

@@ -83,8 +83,11 @@ class SafetensorsWeights:
         self._files = ExitStack()
         self._handle: dict[str, _File] = {}
         for path in _shards(folder):
-            handle = self._open(path)
-            self._handle |= dict.fromkeys(handle.keys(), handle)
+            file = self._open(path)
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                if name in self._handle:
+                    raise ModelError(f"weight {name} is in two files, one of them {path.name}")
+                self._handle[name] = file
         self.dtype = dtype or self._file_dtype()
         self._left = set(self._handle)
         self._ignored = [DERIVED]
@@ -173,10 +176,10 @@ class ShapesOnly:
 
 
 def _shards(folder: Path) -> Iterable[Path]:
-    if (folder / INDEX).is_file():
-        return _indexed_shards(folder)
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
+    if (folder / INDEX).is_file():
+        return _indexed_shards(folder)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise UnsupportedModel(f"only safetensors weights are read, found {pickles[0]}")

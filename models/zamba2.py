@@ -232,10 +232,10 @@ def _kinds(config: Config) -> tuple[str, ...]:
 
 
 def _block_shape(config: Config) -> BlockShape:
-    config.require("hidden_act", "gelu", ["gelu"])
+    config.choice("hidden_act", "gelu", ["gelu"])
     hidden = config.integer("hidden_size")
-    num_heads = config.integer("num_attention_heads", 32)
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    num_heads = config.divisor("num_attention_heads", 2 * hidden, default=32)
+    num_kv_heads = config.divisor("num_key_value_heads", num_heads, default=num_heads)
     adapted_attention = config.flag("use_shared_attention_adapter", False)
     if adapted_attention and num_heads != num_kv_heads:
         raise ModelError(f"config.json: attention adapters with {num_kv_heads} kv heads, expected {num_heads}")
@@ -255,15 +255,13 @@ def _block_shape(config: Config) -> BlockShape:
 def _mamba_shape(config: Config) -> Mamba2Shape:
     hidden = config.integer("hidden_size")
     inner = int(config.number("mamba_expand", 2) * hidden)
-    num_heads = config.integer("n_mamba_heads", 8)
-    if inner % num_heads:
-        raise ModelError(f"config.json: n_mamba_heads {num_heads} does not divide {inner} channels")
+    num_heads = config.divisor("n_mamba_heads", inner, default=8)
     return Mamba2Shape(
         hidden=hidden,
         num_heads=num_heads,
         head_dim=inner // num_heads,
         d_state=config.integer("mamba_d_state", 64),
-        num_groups=config.integer("mamba_ngroups", 1),
+        num_groups=config.divisor("mamba_ngroups", num_heads, default=1),
         conv_width=config.integer("mamba_d_conv", 4, at_least=2),
         conv_bias=True,
         proj_bias=config.flag("add_bias_linear", False),

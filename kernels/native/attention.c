@@ -105,44 +105,97 @@ INLINE void attend_tile(const Attention *a, const void *q, void *out, const int6
     }
 }
 
-/* One query for the heads that share a kv head. q [dp] is in scratch for each head. */
+/* Up to four heads that share a kv head, with one query each. For each head `mine` holds query [dp], result [dp],
+ * scores [64], highest, total. num_heads, and mostly d, are constants after inlining. */
+#define MAX_HEADS 4
+#define MAX_VECTORS 4
+
+INLINE void score_page(const Attention *a, int64_t page, int64_t kv_head, int64_t num_tokens, float *mine,
+                       int64_t head_size, int bf16, const int num_heads, const int64_t d) {
+    const int64_t row = a->num_kv_heads * d, first = page * a->key_page_size + kv_head * d;
+    float *scores = mine + 2 * ROUND_UP(d);
+    for (int64_t start = 0; start < num_tokens; start += LANES) {
+        vf dots[MAX_HEADS][LANES];
+        for (int64_t t = 0; t < LANES; t++) {
+            const int64_t token = start + t < num_tokens ? start + t : start;
+            for (int h = 0; h < num_heads; h++) dots[h][t] = splat(0);
+            for (int64_t i = 0; i < d; i += LANES) {
+                const vf k = load_n(a->keys, first + token * row + i, d - i, bf16);
+                for (int h = 0; h < num_heads; h++) dots[h][t] += load_f32(mine + h * head_size + i) * k;
+            }
+        }
+        for (int h = 0; h < num_heads; h++) store_f32(scores + h * head_size + start, sums16(dots[h]));
+    }
+}
+
+/* Columns [c, c + 16 nv) of the results. */
+INLINE void gather_values(const Attention *a, int64_t page, int64_t kv_head, int64_t num_tokens, float *mine,
+                          int64_t head_size, const float *keep, int bf16, const int num_heads, const int64_t d,
+                          int64_t c, const int nv) {
+    const int64_t row = a->num_kv_heads * d, first = page * a->value_page_size + kv_head * d + c;
+    const float *scores = mine + 2 * ROUND_UP(d);
+    float *result = mine + ROUND_UP(d) + c;
+    vf total[MAX_HEADS][MAX_VECTORS];
+    for (int h = 0; h < num_heads; h++)
+        for (int j = 0; j < nv; j++) total[h][j] = keep[h] * load_f32(result + h * head_size + LANES * j);
+    for (int64_t t = 0; t < num_tokens; t++)
+        for (int j = 0; j < nv; j++) {
+            const vf v = load_n(a->values, first + t * row + LANES * j, d - c - LANES * j, bf16);
+            for (int h = 0; h < num_heads; h++) total[h][j] += scores[h * head_size + t] * v;
+        }
+    for (int h = 0; h < num_heads; h++)
+        for (int j = 0; j < nv; j++) store_f32(result + h * head_size + LANES * j, total[h][j]);
+}
+
 INLINE void attend_token(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t length,
-                         int64_t kv_head, float *mine, int bf16, const int64_t d) {
-    const int64_t dp = ROUND_UP(d), group = a->num_heads / a->num_kv_heads, row = a->num_kv_heads * d;
-    const int64_t head_size = 2 * dp + TILE + 2;
-    const int64_t first = kv_head * group * d;
-    memset(mine, 0, (size_t)(group * head_size) * sizeof *mine);
-    for (int64_t g = 0; g < group; g++) {
-        float *query = mine + g * head_size;
+                         int64_t kv_head, int64_t first_head, float *mine, int bf16, const int num_heads,
+                         const int64_t d) {
+    const int64_t dp = ROUND_UP(d), head_size = 2 * dp + TILE + 2;
+    memset(mine, 0, (size_t)(num_heads * head_size) * sizeof *mine);
+    for (int h = 0; h < num_heads; h++) {
+        float *query = mine + h * head_size;
         query[2 * dp + TILE] = -__builtin_inff();
         for (int64_t i = 0; i < d; i += LANES)
-            store_f32(query + i, a->scale * load_n(q, first + g * d + i, d - i, bf16));
+            store_f32(query + i, a->scale * load_n(q, (first_head + h) * d + i, d - i, bf16));
     }
     for (int64_t start = 0; start < length; start += TILE, pages++) {
         const int64_t n = length - start < TILE ? length - start : TILE;
-        const int64_t k = *pages * a->key_page_size + kv_head * d, v = *pages * a->value_page_size + kv_head * d;
-        for (int64_t t = 0; t < n; t++)
-            for (int64_t g = 0; g < group; g++) {
-                float *query = mine + g * head_size, *scores = query + 2 * dp;
-                vf dot = splat(0);
-                for (int64_t i = 0; i < d; i += LANES)
-                    dot += load_f32(query + i) * load_n(a->keys, k + t * row + i, d - i, bf16);
-                scores[t] = sum(dot);
-            }
-        for (int64_t g = 0; g < group; g++) {
-            float *result = mine + g * head_size + dp, *scores = result + dp;
-            const float keep = soften(scores, n, scores + TILE, scores + TILE + 1);
-            for (int64_t i = 0; i < d; i += LANES) {
-                vf total = keep * load_f32(result + i);
-                for (int64_t t = 0; t < n; t++)
-                    total += scores[t] * load_n(a->values, v + t * row + i, d - i, bf16);
-                store_f32(result + i, total);
-            }
+        float keep[MAX_HEADS];
+        score_page(a, *pages, kv_head, n, mine, head_size, bf16, num_heads, d);
+        for (int h = 0; h < num_heads; h++) {
+            float *scores = mine + h * head_size + 2 * dp;
+            keep[h] = soften(scores, n, scores + TILE, scores + TILE + 1);
         }
+        int64_t c = 0;
+        for (; c + 64 <= dp; c += 64)
+            gather_values(a, *pages, kv_head, n, mine, head_size, keep, bf16, num_heads, d, c, 4);
+        for (; c < dp; c += LANES)
+            gather_values(a, *pages, kv_head, n, mine, head_size, keep, bf16, num_heads, d, c, 1);
     }
-    for (int64_t g = 0; g < group; g++) {
-        const float *result = mine + g * head_size + dp, total = result[dp + TILE + 1];
-        for (int64_t i = 0; i < d; i += LANES) store_n(out, first + g * d + i, load_f32(result + i) / total, d - i, bf16);
+    for (int h = 0; h < num_heads; h++) {
+        const float *result = mine + h * head_size + dp, total = result[dp + TILE + 1];
+        for (int64_t i = 0; i < d; i += LANES)
+            store_n(out, (first_head + h) * d + i, load_f32(result + i) / total, d - i, bf16);
+    }
+}
+
+#define HEADS(n)                                                                                      \
+    case n:                                                                                           \
+        attend_token(a, q, out, pages, length, kv_head, head, mine, bf16, n, d);                      \
+        break
+
+/* All heads that share a kv head. */
+INLINE void attend_group(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t length,
+                         int64_t kv_head, float *mine, int bf16, const int64_t d) {
+    const int64_t group = a->num_heads / a->num_kv_heads;
+    for (int64_t done = 0; done < group; done += MAX_HEADS) {
+        const int64_t head = kv_head * group + done;
+        switch (group - done) {
+            HEADS(1);
+            HEADS(2);
+            HEADS(3);
+            default: attend_token(a, q, out, pages, length, kv_head, head, mine, bf16, MAX_HEADS, d);
+        }
     }
 }
 
@@ -173,11 +226,11 @@ INLINE void run(const Layout *l, const Attention *a, const void *q, const void *
             void *to = at_mut(out, (first + i) * row, bf16);
             const int64_t *pages = l->page_table + (l->num_chunks + i) * l->max_pages;
             if (a->head_dim == 64)
-                attend_token(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, 64);
+                attend_group(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, 64);
             else if (a->head_dim == 128)
-                attend_token(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, 128);
+                attend_group(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, 128);
             else
-                attend_token(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, a->head_dim);
+                attend_group(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, a->head_dim);
         }
     }
 }

@@ -23,6 +23,13 @@ typedef uint16_t vh __attribute__((vector_size(32)));
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v4 __attribute__((vector_size(16)));
 
+/* Keeps a loaded vector in a register, where GCC would rather load it once for each use. */
+#ifdef __AVX512F__
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define IN_REGISTER(v) (void)0
+#endif
+
 INLINE vf splat(float x) { return x - (vf){0}; }
 
 INLINE vf load_f32(const float *p) {
@@ -151,6 +158,15 @@ INLINE vf vsoftplus(vf x) {
     __builtin_shuffle(a, b, (vi){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
 #endif
 
+/* Lane i of the result is the sum of the lanes of a[i]. */
+INLINE vf sums16(const vf *a) {
+    vf b[8], c[4];
+    for (int i = 0; i < 8; i++) b[i] = INTERLEAVE_LOW(a[i], a[i + 8]) + INTERLEAVE_HIGH(a[i], a[i + 8]);
+    for (int i = 0; i < 4; i++) c[i] = INTERLEAVE_LOW(b[i], b[i + 4]) + INTERLEAVE_HIGH(b[i], b[i + 4]);
+    for (int i = 0; i < 2; i++) b[i] = INTERLEAVE_LOW(c[i], c[i + 2]) + INTERLEAVE_HIGH(c[i], c[i + 2]);
+    return INTERLEAVE_LOW(b[0], b[1]) + INTERLEAVE_HIGH(b[0], b[1]);
+}
+
 /* to[c * ldt + r] = from[r * ldf + c] for r < rows <= 16, c < cols <= 16. Up to the next multiple of 16, `to` gets
  * zeros in the columns; rows of `to` from `cols` on are left alone. */
 INLINE void transpose16(const void *from, int64_t start, int64_t ldf, int64_t rows, int64_t cols, float *to,
@@ -185,7 +201,10 @@ INLINE void rows4(float *out, int64_t ldo, const float *keep, const float *a, in
             acc[i][j] = keep ? keep[i] * load_f32(out + i * ldo + LANES * j) : splat(0);
     for (int64_t k = 0; k < num_k; k++) {
         vf b[4];
-        for (int j = 0; j < nv; j++) b[j] = load_f32(x + k * ldx + LANES * j);
+        for (int j = 0; j < nv; j++) {
+            b[j] = load_f32(x + k * ldx + LANES * j);
+            IN_REGISTER(b[j]);
+        }
         for (int i = 0; i < 4; i++) {
             vf ak_i = splat(a[i * ai + k * ak]);
             for (int j = 0; j < nv; j++) acc[i][j] += ak_i * b[j];

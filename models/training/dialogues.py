@@ -637,7 +637,7 @@ def mixture(rng: Random, weights: dict[str, float], most: int, questions: int = 
     name = rng.choices(list(weights), list(weights.values()))[0]
     if name == "chat":
         return chatted(rng) if rng.random() < 0.75 else first_words(rng)
-    kinds = (name,)
+    kinds: tuple[str, ...] = (name,)
     if rng.random() < 0.15:
         kinds = (name, rng.choice([k for k in ("likes", *KINDS) if k != name]))
     return practised(kinds, rng, most, questions)

@@ -266,6 +266,13 @@ def test_an_unknown_scenario_is_answered_with_the_allowed_ones() -> None:
     assert "regenerate" in output
 
 
+@pytest.mark.parametrize("url", ["nonsense", "http://host:port", "ftp://host"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    status, output = invoke("--url", url)
+    assert status == 2
+    assert url in output
+
+
 def test_words_of_one_token_come_from_the_vocabulary(tmp_path: Path) -> None:
     words = [f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in "lmnr"]
     vocab = {token: n for n, token in enumerate(["\u0120ab", "xyz", "\u0120Big", *(f"\u0120{word}" for word in words)])}

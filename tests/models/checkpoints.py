@@ -1,5 +1,6 @@
 """Small random checkpoints written by transformers' own classes, in which every layer matters."""
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,9 +170,9 @@ def reference(case: Case) -> torch.nn.Module:
 
 
 def save(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Path:
-    was = model.dtype
-    model.to(dtype).save_pretrained(folder, **options)
-    model.to(was)
+    if dtype != model.dtype:
+        model = copy.deepcopy(model).to(dtype)
+    model.save_pretrained(folder, **options)
     return folder
 
 

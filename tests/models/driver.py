@@ -42,6 +42,7 @@ class Chunk:
     sequence: Sequence
     num_tokens: int
     captures: dict[int, int] = field(default_factory=dict)
+    outputs: int | None = None  # how many of its last rows are wanted; None for all
 
 
 class Driver:
@@ -100,10 +101,11 @@ class Driver:
         kv_rows = torch.full((num_rows,), -1)
         outputs, spans, tables = [], [], []
         first = [sum(tiles[:i]) for i in range(len(tiles))]
+        wanted = [c.num_tokens if c.outputs is None else c.outputs for c in chunks] + [1] * len(decodes)
         runs = [(c.sequence, tile * TILE, c.num_tokens) for c, tile in zip(chunks, first, strict=True)]
         runs += [(s, num_tiles * TILE + i, 1) for i, s in enumerate(decodes)]
         starts = [s.done for s, _, _ in runs]
-        for s, row, n in runs:
+        for (s, row, n), num_wanted in zip(runs, wanted, strict=True):
             start, end = s.done, s.done + n
             while len(s.pages) * TILE < end:
                 s.pages.append(self._free_pages.pop())
@@ -111,8 +113,8 @@ class Driver:
             tokens[rows] = torch.tensor(s.tokens[start:end])
             positions[rows] = where
             kv_rows[rows] = torch.tensor(s.pages)[where // TILE] * TILE + where % TILE
-            outputs.append(torch.arange(row, row + n))
-            spans.append(n)
+            outputs.append(torch.arange(row + n - num_wanted, row + n))
+            spans.append(num_wanted)
             tables.append(list(s.pages))
             s.done = end
         width = max(map(len, tables))

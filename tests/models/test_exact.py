@@ -72,6 +72,15 @@ def test_a_prompt_computed_tile_by_tile_is_the_same_as_one_pass(model):
     assert_same(driver, whole, cut)
 
 
+def test_which_rows_are_wanted_does_not_change_bits(model):
+    driver = Driver(model)
+    whole, rows = driver.prefill(tokens(100))
+    for wanted in (0, 1, 5):
+        sequence = driver.sequence(tokens(100))
+        assert torch.equal(driver.step([Chunk(sequence, 100, outputs=wanted)])[0], rows[100 - wanted :])
+        assert_same(driver, whole, sequence)
+
+
 def test_neighbours_in_the_batch_do_not_change_bits(model):
     driver = Driver(model)
     alone, prefill_alone = driver.prefill(tokens(100))

@@ -204,7 +204,7 @@ REFUSED = {
     "heads that do not fit": (
         set_config(num_key_value_heads=4),
         ModelError,
-        "config.json: num_key_value_heads 4 does not divide 6 heads",
+        "config.json: num_key_value_heads is 4, expected a divisor of 6",
     ),
     "quantized": (set_config(quantization_config={"bits": 4}), UnsupportedModel, "quantized weights"),
     "pickled weights": (only_pickle, UnsupportedModel, "only safetensors weights are read, found pytorch_model.bin"),

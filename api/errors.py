@@ -1,0 +1,163 @@
+"""The only place that knows status codes: every failure becomes an OpenAI error body, and nothing else leaks out."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from hybrid_cache.errors import EngineStopped, HybridCacheError, Overloaded, RequestError
+
+RETRY_AFTER_S = 1
+MAX_MESSAGE = 600  # characters of an error message; more is cut
+MAX_VALUE = 100  # characters of a value quoted in one
+
+logger = logging.getLogger("hybrid_cache.api")
+
+
+class ModelNotFound(RequestError):
+    """The request names a model that is not served here."""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's fields."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is not a success."""
+
+    error: ErrorDetail
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A failure as a client sees it."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    retry: bool = False  # the same request may succeed later
+
+    def body(self) -> dict[str, object]:
+        detail = ErrorDetail(message=printable(self.message), type=self.type, param=self.param, code=self.code)
+        return ErrorBody(error=detail).model_dump()
+
+    def headers(self) -> dict[str, str]:
+        if self.retry:
+            return {"Retry-After": str(RETRY_AFTER_S)}
+        return {"x-should-retry": "false"} if self.status >= 500 else {}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers())
+
+
+def problem_of(error: BaseException) -> Problem:
+    """How an exception looks to a client. What is not ours becomes a 500 that says nothing about the inside."""
+    match error:
+        case ModelNotFound():
+            return Problem(404, str(error), "invalid_request_error", error.param, "model_not_found")
+        case RequestError():
+            return Problem(400, str(error), "invalid_request_error", error.param, error.code)
+        case Overloaded():
+            return Problem(503, str(error), "server_overloaded", code="server_overloaded", retry=True)
+        case EngineStopped():
+            return Problem(503, str(error), "server_unavailable", code="server_unavailable", retry=True)
+        case HybridCacheError():
+            return Problem(500, str(error), "internal_error", code="internal_error")
+    return Problem(500, "The server failed while handling the request.", "internal_error", code="internal_error")
+
+
+def unauthorized() -> Problem:
+    message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
+    return Problem(401, message, "authentication_error", code="invalid_api_key")
+
+
+def body_too_large(limit: int) -> Problem:
+    return Problem(413, f"The request body is larger than the limit of {limit} bytes.", code="request_too_large")
+
+
+def printable(text: str) -> str:
+    """Cuts long text, and replaces what UTF-8 cannot carry."""
+    text = text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def quoted(value: object) -> str:
+    """A value as an error message shows it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or nesting without end
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + "..."
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Makes every failure of the app leave as an OpenAI error body."""
+
+    async def on_ours(request: Request, error: Exception) -> Response:
+        return problem_of(error).response()
+
+    async def on_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _problem_of_validation(error.errors()).response()
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = _problem_of_http(request, error).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    async def on_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=400)  # nobody is there to read it
+
+    async def on_bug(request: Request, error: Exception) -> Response:
+        return problem_of(error).response()  # the server logs the traceback
+
+    app.add_exception_handler(HybridCacheError, on_ours)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(ClientDisconnect, on_gone)
+    app.add_exception_handler(Exception, on_bug)
+
+
+def _problem_of_http(request: Request, error: HTTPException) -> Problem:
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return Problem(404, f"{where} is not served here.", code="not_found")
+    if error.status_code == 405:
+        return Problem(405, f"{where} is not allowed.", code="method_not_allowed")
+    if error.status_code == 400:  # raised by the framework when the bytes cannot be decoded
+        return Problem(400, "The request body is not valid JSON in UTF-8, or is nested too deeply.", code="invalid_json")
+    return Problem(error.status_code, str(error.detail))
+
+
+def _problem_of_validation(errors: Sequence[dict[str, object]]) -> Problem:
+    first = errors[0]
+    place = first.get("loc")
+    loc = [str(part) for part in place] if isinstance(place, tuple) else []
+    context, value = first.get("ctx"), first.get("input")
+    if first.get("type") == "json_invalid":
+        reason = context.get("error") if isinstance(context, dict) else ""
+        return Problem(400, f"The request body is not valid JSON: {reason} at character {loc[-1]}.", code="invalid_json")
+    param = ".".join(loc[1:]) or None
+    if param is None and first.get("type") == "missing":
+        return Problem(400, "The request has no body; send a JSON object.")
+    if param is None:
+        message = "The request body must be a JSON object, sent with 'Content-Type: application/json'."
+        return Problem(400, message, code="invalid_json")
+    if first.get("type") == "missing":
+        return Problem(400, f"{param} is required.", param=param, code="missing_required_parameter")
+    message = str(first.get("msg")).removeprefix("Value error, ")
+    return Problem(400, f"{param} is {quoted(value)}: {message}", param=param, code="invalid_value")

@@ -1,0 +1,173 @@
+"""The prefix tree: one node for each full page of tokens that has been published. Integers only, no tensors.
+
+Every edge is exactly one page, so the key of a child is the page's tokens themselves and a walk is one dictionary look-up a
+page: no splitting, no hashes that could collide, and a cost that does not depend on how much the tree holds.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.request import TokenArray
+
+KEY_BYTES = TILE * 4  # a page's tokens as int32
+
+
+class CheckpointKind(Enum):
+    """Why a state was kept."""
+
+    MESSAGE_END = "message_end"
+    BRANCH = "branch"  # two requests were seen to part here
+    TURN_END = "turn_end"  # end of a generated answer
+    INTERIOR = "interior"  # a sparse point inside a long message
+    EXPLICIT = "explicit"  # the client marked it
+    PROMPT_END = "prompt_end"  # a whole prompt, for starting to decode at once
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One page of tokens after its parent's; a root stands for the empty prefix of its namespace and has no page."""
+
+    namespace: str
+    parent: "Node | None"
+    key: bytes
+    num_tokens: int  # from the start of the sequence to the end of this page
+    page: int
+    last_used: float
+    children: dict[bytes, "Node"] = field(default_factory=dict)
+    checkpoint: "Checkpoint | None" = None
+    ends: dict[bytes, "PromptEnd"] = field(default_factory=dict)
+    pins: int = 0  # leases whose path goes through here
+
+    @property
+    def dead(self) -> bool:
+        """True when nothing that could be resumed needs this node's page."""
+        return not (self.children or self.checkpoint or self.ends or self.pins)
+
+    def checkpoint_above(self) -> int:
+        """Tokens that a request could skip if this node's own checkpoint were gone."""
+        node = self.parent
+        while node is not None and node.checkpoint is None:
+            node = node.parent
+        return node.num_tokens if node else 0
+
+    def resume_point(self) -> int:
+        """Tokens that a request whose path ends here can skip."""
+        return self.num_tokens if self.checkpoint else self.checkpoint_above()
+
+
+@dataclass(slots=True, eq=False)
+class Checkpoint:
+    """The recurrent state after a node's last token, in a slot that the tree owns."""
+
+    node: Node
+    slot: int
+    kind: CheckpointKind
+    keep_until: float = 0.0
+    base: float = 0.0  # the policy's clock when last used
+    version: int = 0  # entries of the eviction queue with another version are stale
+    locks: int = 0  # held while it is being copied from
+
+    @property
+    def attached(self) -> bool:
+        return self.node.checkpoint is self
+
+    @property
+    def num_tokens(self) -> int:
+        return self.node.num_tokens
+
+    def resume_without(self) -> int:
+        """Where a request would have to start if this were gone."""
+        return self.node.checkpoint_above()
+
+    def pages_freed(self) -> int:
+        """Pages that nothing needs any more once this is gone."""
+        node, count = self.node, 0
+        if node.children or node.ends or node.pins or node.parent is None:
+            return 0
+        while node.parent is not None:
+            count += 1
+            node = node.parent
+            if len(node.children) > 1 or node.checkpoint or node.ends or node.pins:
+                break
+        return count
+
+
+@dataclass(slots=True, eq=False)
+class PromptEnd:
+    """The state at the end of a whole prompt, off the grid, with its last partial page and its last hidden row."""
+
+    node: Node
+    tail: bytes  # the 0 to TILE - 1 tokens after the node
+    slot: int
+    page: int | None  # KV rows of the tail; None for an empty tail
+    kind: CheckpointKind = CheckpointKind.PROMPT_END
+    keep_until: float = 0.0
+    base: float = 0.0
+    version: int = 0
+    locks: int = 0
+
+    @property
+    def attached(self) -> bool:
+        return self.node.ends.get(self.tail) is self
+
+    @property
+    def num_tokens(self) -> int:
+        return self.node.num_tokens + len(self.tail) // 4
+
+    def resume_without(self) -> int:
+        return self.node.resume_point()
+
+    def pages_freed(self) -> int:
+        return 0 if self.page is None else 1
+
+
+Kept = Checkpoint | PromptEnd
+
+
+class PrefixTree:
+    """The nodes of all namespaces."""
+
+    def __init__(self) -> None:
+        self.roots: dict[str, Node] = {}
+        self.num_nodes = 0  # roots not counted
+
+    def root(self, namespace: str) -> Node:
+        """The root of a namespace, made if it is new."""
+        root = self.roots.get(namespace)
+        if root is None:
+            root = self.roots[namespace] = Node(namespace, None, b"", 0, -1, 0.0)
+        return root
+
+    def walk(self, namespace: str, tokens: TokenArray) -> tuple[Node, ...]:
+        """The nodes of the longest known prefix of `tokens`, in full pages."""
+        node, path = self.roots.get(namespace), []
+        data = token_bytes(tokens)
+        for start in range(0, len(data) - KEY_BYTES + 1, KEY_BYTES):
+            node = node.children.get(data[start : start + KEY_BYTES]) if node else None
+            if node is None:
+                break
+            path.append(node)
+        return tuple(path)
+
+    def insert(self, parent: Node, key: bytes, page: int, now: float) -> Node:
+        node = Node(parent.namespace, parent, key, parent.num_tokens + TILE, page, now)
+        parent.children[key] = node
+        self.num_nodes += 1
+        return node
+
+    def remove(self, node: Node) -> None:
+        """Takes out a node that nothing needs, or an empty root."""
+        assert node.dead
+        if node.parent is None:
+            del self.roots[node.namespace]
+        else:
+            del node.parent.children[node.key]
+            self.num_nodes -= 1
+
+
+def token_bytes(tokens: TokenArray) -> bytes:
+    """Tokens as the bytes that keys are cut from."""
+    return np.ascontiguousarray(tokens, dtype=np.int32).tobytes()
