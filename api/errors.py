@@ -151,13 +151,14 @@ def _problem_of_validation(errors: Sequence[dict[str, object]]) -> Problem:
     if first.get("type") == "json_invalid":
         reason = context.get("error") if isinstance(context, dict) else ""
         return Problem(400, f"The request body is not valid JSON: {reason} at character {loc[-1]}.", code="invalid_json")
-    param = ".".join(loc[1:]) or None
-    if param is None and first.get("type") == "missing":
-        return Problem(400, "The request has no body; send a JSON object.")
-    if param is None:
+    param, message = ".".join(loc[1:]) or None, str(first.get("msg")).removeprefix("Value error, ")
+    if first.get("type") == "missing":
+        if param is None:
+            return Problem(400, "The request has no body; send a JSON object.")
+        return Problem(400, f"{param} is required.", param=param, code="missing_required_parameter")
+    if param is None and first.get("type") != "value_error":
         message = "The request body must be a JSON object, sent with 'Content-Type: application/json'."
         return Problem(400, message, code="invalid_json")
-    if first.get("type") == "missing":
-        return Problem(400, f"{param} is required.", param=param, code="missing_required_parameter")
-    message = str(first.get("msg")).removeprefix("Value error, ")
+    if isinstance(value, dict) or param is None:
+        return Problem(400, f"{param}: {message}" if param else message, param=param, code="invalid_value")
     return Problem(400, f"{param} is {quoted(value)}: {message}", param=param, code="invalid_value")

@@ -5,12 +5,14 @@ The budget is cut in units as large as the smaller kind of item; the larger kind
     unit    | 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 |10 |11 |12 |      here a slot is as large as 4 pages
     slab    |       0       |       1       |       2       |tail
     holds   | one slot      | page page  -   - | nothing yet   |page    small items in one slab, or one large item
+    number  | slot 0        | page 4, page 5    |               |page 12
 
 Small items are numbered by unit, large items by slab, so both kinds are plain strided views of one buffer. Small items
-fill the fullest open slab first; when units are free but scattered, the cache moves small items to empty a slab.
+fill the fullest open slab first; when units are free but scattered, `compact` plans moves that empty a slab.
+
+A *fixed* item is in use by a running sequence: it stays where it is. A *loose* item may be moved or evicted.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,6 +24,8 @@ from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.spec import AttentionSpec, CacheSpec, StateSpec, align64
+
+MIN_FREE_PAGES = 1 << 16  # pages of a model without attention are numbers only, and cost no bytes
 
 
 class Kind(Enum):
@@ -35,7 +39,7 @@ class Kind(Enum):
 class Geometry:
     """How a budget is cut for one model."""
 
-    page_bytes: int
+    page_bytes: int  # 0 for a model without attention
     slot_bytes: int  # states, convolution windows and room for one hidden row
     unit_bytes: int
     span: int  # units in a slab
@@ -45,23 +49,21 @@ class Geometry:
     @classmethod
     def of(cls, spec: CacheSpec, budget_bytes: int) -> "Geometry":
         """Raises ConfigError for a budget that cannot hold one slot and one page."""
-        page_bytes = max(align64(spec.page_bytes), 64)
+        page_bytes = align64(spec.page_bytes)
         slot_bytes = spec.slot_bytes + align64(spec.hidden_size * spec.hidden_dtype.itemsize)
-        unit_bytes = min(page_bytes, slot_bytes)
+        unit_bytes = min(page_bytes or slot_bytes, slot_bytes)
         span = -(-max(page_bytes, slot_bytes) // unit_bytes)
+        num_units, need = budget_bytes // unit_bytes, span + (page_bytes > 0)
+        if num_units < need:
+            need_bytes = need * unit_bytes
+            raise ConfigError(f"a cache budget of {budget_bytes} bytes holds no sequence, needs at least {need_bytes}")
         large = Kind.SLOT if slot_bytes > page_bytes else Kind.PAGE
-        num_units = budget_bytes // unit_bytes
-        if num_units < span + 1:
-            need = (span + 1) * unit_bytes
-            raise ConfigError(f"a cache budget of {budget_bytes} bytes holds no sequence, needs at least {need}")
         return cls(page_bytes, slot_bytes, unit_bytes, span, num_units, large)
-
-    @property
-    def num_slabs(self) -> int:
-        return self.num_units // self.span
 
     def units(self, kind: Kind) -> int:
         """Units that one item of a kind takes."""
+        if kind is Kind.PAGE and not self.page_bytes:
+            return 0
         return self.span if kind is self.large else 1
 
     def stride_bytes(self, kind: Kind) -> int:
@@ -70,115 +72,238 @@ class Geometry:
 
     def count(self, kind: Kind) -> int:
         """Highest number of items of one kind."""
-        return self.num_units // self.units(kind)
+        units = self.units(kind)
+        return self.num_units // units if units else max(MIN_FREE_PAGES, 64 * self.num_units)
+
+
+class Buckets:
+    """Numbered slabs, filed by a small key; finds the lowest and the highest key in use without a search."""
+
+    def __init__(self) -> None:
+        self._slabs: dict[int, dict[int, None]] = {}  # the inner dictionary is an ordered set
+        self._keys = 0  # bit k is set when some slab has key k
+
+    def add(self, slab: int, key: int) -> None:
+        self._slabs.setdefault(key, {})[slab] = None
+        self._keys |= 1 << key
+
+    def remove(self, slab: int, key: int) -> None:
+        slabs = self._slabs[key]
+        del slabs[slab]
+        if not slabs:
+            self._keys ^= 1 << key
+
+    def lowest(self) -> int | None:
+        """A slab with the lowest key."""
+        return next(iter(self._slabs[(self._keys & -self._keys).bit_length() - 1])) if self._keys else None
+
+    def highest(self) -> tuple[int, int] | None:
+        """A slab with the highest key, and that key."""
+        key = self._keys.bit_length() - 1
+        return (next(iter(self._slabs[key])), key) if self._keys else None
+
+
+class Units:
+    """Units in slabs of `span`: small items take one unit, large items a slab. Every operation takes constant time."""
+
+    def __init__(self, num_units: int, span: int) -> None:
+        self.num_units = num_units
+        self.span = span
+        self.num_slabs = num_units // span
+        self.free_units = num_units
+        self.fixed_units = 0
+        self.num_loose_slabs = self.num_slabs  # slabs without a fixed item: each could be emptied for a large one
+        self._fixed = [0] * (self.num_slabs + 1)  # fixed units of each slab
+        self._empty = list(range(self.num_slabs - 1, -1, -1))  # a stack, lowest number on top
+        self._room: dict[int, list[int]] = {}  # slab of small items -> its free units, a stack
+        self._open = Buckets()  # slabs of small items with a free unit, by the number of them
+        self._loose = Buckets()  # slabs of loose small items only, by the number of free units
+        if num_units % span:  # the last units are too few for a large item, and never listed as loose
+            self._room[self.num_slabs] = list(range(num_units - 1, self.num_slabs * span - 1, -1))
+            self._list(self.num_slabs)
+
+    def fits(self, num_small: int, num_large: int) -> bool:
+        """Whether so many items fit beside the fixed ones once every loose one has gone."""
+        units = num_small + num_large * self.span
+        return num_large <= self.num_loose_slabs and units <= self.num_units - self.fixed_units
+
+    def take_small(self) -> int | None:
+        slab = self._open.lowest()
+        if slab is None:
+            if not self._empty:
+                return None
+            slab = self._empty.pop()
+            self._room[slab] = list(range((slab + 1) * self.span - 1, slab * self.span - 1, -1))
+        else:
+            self._unlist(slab)
+        self.free_units -= 1
+        unit = self._room[slab].pop()
+        self._list(slab)
+        return unit
+
+    def give_small(self, unit: int) -> None:
+        slab = unit // self.span
+        self._unlist(slab)
+        self.free_units += 1
+        self._room[slab].append(unit)
+        if len(self._room[slab]) == self.span:
+            del self._room[slab]
+            self._empty.append(slab)
+        else:
+            self._list(slab)
+
+    def take_large(self) -> int | None:
+        if not self._empty:
+            return None
+        self.free_units -= self.span
+        return self._empty.pop()
+
+    def give_large(self, slab: int) -> None:
+        self.free_units += self.span
+        self._empty.append(slab)
+
+    def fix(self, slab: int, change: int) -> None:
+        """Counts `change` more (or fewer) fixed units in a slab."""
+        small = slab in self._room
+        if small:
+            self._unlist(slab)
+        before = self._fixed[slab]
+        self._fixed[slab] = before + change
+        self.fixed_units += change
+        if slab < self.num_slabs:
+            self.num_loose_slabs += (before + change == 0) - (before == 0)
+        if small:
+            self._list(slab)
+
+    def compact(self) -> list[tuple[int, int]]:
+        """Empties the emptiest loose slab into the others -> moves (from, to) of small items; none when impossible."""
+        emptiest = self._loose.highest()
+        if emptiest is None:
+            return []
+        slab, free = emptiest
+        elsewhere = self.free_units - self.span * len(self._empty) - free
+        if elsewhere < self.span - free:
+            return []
+        self._unlist(slab)
+        room = set(self._room.pop(slab))
+        moves = []
+        for unit in range(slab * self.span, (slab + 1) * self.span):
+            if unit not in room:
+                target = self.take_small()
+                assert target is not None
+                moves.append((unit, target))
+        self.free_units += len(moves)
+        self._empty.append(slab)
+        return moves
+
+    def check(self, small: set[int], large: set[int], fixed: list[int]) -> None:
+        """Proves that exactly these items are taken; `fixed` lists the slab of each fixed unit."""
+        tail = {self.num_slabs} if self.num_units % self.span else set()
+        assert small.isdisjoint(unit for room in self._room.values() for unit in room)
+        assert len(small) + self.span * len(large) + self.free_units == self.num_units
+        assert {unit // self.span for unit in small} | tail == set(self._room) | tail
+        slabs = sorted([*self._empty, *large, *(self._room.keys() - tail)])
+        assert slabs == list(range(self.num_slabs))
+        assert all(count == fixed.count(slab) for slab, count in enumerate(self._fixed) if count or slab in fixed)
+        assert self.fixed_units == len(fixed)
+        assert self.num_loose_slabs == self.num_slabs - len(set(fixed) - {self.num_slabs})
+
+    def _list(self, slab: int) -> None:
+        free = len(self._room[slab])
+        if free:
+            self._open.add(slab, free)
+        if not self._fixed[slab] and slab < self.num_slabs:
+            self._loose.add(slab, free)
+
+    def _unlist(self, slab: int) -> None:
+        free = len(self._room[slab])
+        if free:
+            self._open.remove(slab, free)
+        if not self._fixed[slab] and slab < self.num_slabs:
+            self._loose.remove(slab, free)
 
 
 class Allocator:
-    """Which units are taken. Integers only."""
+    """Which pages and slots are taken, and which of them are fixed. Integers only."""
 
     def __init__(self, geometry: Geometry) -> None:
-        self._geometry = geometry
         self._span = geometry.span
-        self._empty = list(range(geometry.num_slabs - 1, -1, -1))  # slabs; a stack, lowest number on top
-        self._items: dict[int, set[int]] = {}  # slab of small items -> units taken
-        self._open: list[set[int]] = [set() for _ in range(self._span + 1)]  # by number of free units
-        self._large: set[int] = set()
-        self.free_units = geometry.num_units
-        tail = geometry.num_units % geometry.span
-        self._tail_slab = geometry.num_slabs
-        if tail:  # the last units are too few for a large item
-            self._items[self._tail_slab] = set()
-            self._open[tail].add(self._tail_slab)
+        self._large = geometry.large if geometry.span > 1 else None
+        self._slots = Units(geometry.num_units, geometry.span)
+        self._pages = self._slots if geometry.page_bytes else Units(geometry.count(Kind.PAGE), 1)
+        self._fixed: dict[Kind, set[int]] = {kind: set() for kind in Kind}
+
+    @property
+    def free_units(self) -> int:
+        return self._slots.free_units
+
+    @property
+    def large(self) -> Kind | None:
+        """The kind that may need `compact`."""
+        return self._large
+
+    def fits(self, num_pages: int, num_slots: int) -> bool:
+        """Whether so many items fit beside the fixed ones once every loose one has gone."""
+        if self._pages is not self._slots:
+            return self._pages.fits(num_pages, 0) and self._slots.fits(num_slots, 0)
+        if self._large is Kind.PAGE:
+            return self._slots.fits(num_slots, num_pages)
+        return self._slots.fits(num_pages, num_slots) if self._large else self._slots.fits(num_pages + num_slots, 0)
 
     def take(self, kind: Kind) -> int | None:
-        """A free item of a kind, or None."""
-        return self._take_large() if kind is self._geometry.large and self._span > 1 else self._take_small()
+        """A free item of a kind, now loose; or None."""
+        units = self._of(kind)
+        return units.take_large() if kind is self._large else units.take_small()
 
     def give(self, kind: Kind, index: int) -> None:
-        """Takes an item back."""
-        if kind is self._geometry.large and self._span > 1:
-            self._large.remove(index)
-            self._empty.append(index)
-            self.free_units += self._span
-            return
-        slab = index // self._span
-        self._move(slab, index, taken=False)
-        if not self._items[slab] and slab != self._tail_slab:
-            self._open[self._span].discard(slab)
-            del self._items[slab]
-            self._empty.append(slab)
-
-    def scattered(self) -> Iterator[tuple[int, list[int]]]:
-        """Slabs of small items that would fit into the free units of the others, emptiest first: (slab, its units)."""
-        if self.free_units < self._span:
-            return
-        for free in range(self._span, 0, -1):
-            for slab in sorted(self._open[free] - {self._tail_slab}):
-                elsewhere = self.free_units - free - self._span * len(self._empty)
-                if elsewhere >= len(self._items[slab]):
-                    yield slab, sorted(self._items[slab])
-
-    def take_outside(self, slab: int) -> int:
-        """A unit for a small item in an open slab other than `slab`."""
-        for slabs in self._open[1:]:
-            for other in slabs - {slab}:
-                return self._take_unit(other)
-        raise AssertionError("no unit free outside the slab")
-
-    def check(self, taken: dict[Kind, set[int]]) -> None:
-        """Proves that exactly the items in `taken` are taken."""
-        small = Kind.PAGE if self._geometry.large is Kind.SLOT else Kind.SLOT
-        if self._span == 1:  # both kinds are numbered by unit
-            assert sorted(taken[Kind.PAGE] | taken[Kind.SLOT]) == sorted(u for s in self._items.values() for u in s)
-            assert not taken[Kind.PAGE] & taken[Kind.SLOT]
+        """Takes an item back, fixed or loose."""
+        self.unfix(kind, index)
+        units = self._of(kind)
+        if kind is self._large:
+            units.give_large(index)
         else:
-            assert taken[self._geometry.large] == self._large
-            assert taken[small] == {u for units in self._items.values() for u in units}
-            assert not self._large & self._items.keys()
-        used = self._span * len(self._large) + sum(len(units) for units in self._items.values())
-        assert self.free_units + used == self._geometry.num_units
-        slabs = sorted([*self._empty, *self._large, *(s for s in self._items if s != self._tail_slab)])
-        assert slabs == list(range(self._geometry.num_slabs))
+            units.give_small(index)
 
-    def _take_large(self) -> int | None:
-        if not self._empty:
-            return None
-        slab = self._empty.pop()
-        self._large.add(slab)
-        self.free_units -= self._span
-        return slab
+    def fix(self, kind: Kind, index: int) -> None:
+        """Keeps an item where it is. Fixing it again changes nothing."""
+        if index not in self._fixed[kind]:
+            self._fixed[kind].add(index)
+            self._count_fixed(kind, index, 1)
 
-    def _take_small(self) -> int | None:
-        for slabs in self._open[1:]:
-            for slab in slabs:
-                return self._take_unit(slab)
-        if not self._empty:
-            return None
-        slab = self._empty.pop()
-        self._items[slab] = set()
-        self._open[self._span].add(slab)
-        return self._take_unit(slab)
+    def unfix(self, kind: Kind, index: int) -> None:
+        """Lets an item move. Nothing happens to a loose one."""
+        if index in self._fixed[kind]:
+            self._fixed[kind].remove(index)
+            self._count_fixed(kind, index, -1)
 
-    def _take_unit(self, slab: int) -> int:
-        first, size = slab * self._span, self._span
-        if slab == self._tail_slab:
-            size = self._geometry.num_units % self._span
-        unit = next(u for u in range(first, first + size) if u not in self._items[slab])
-        self._move(slab, unit, taken=True)
-        return unit
+    def compact(self) -> list[tuple[int, int]]:
+        """Makes room for a large item -> moves (from, to) of loose small items; none when that is impossible."""
+        return self._slots.compact()
 
-    def _move(self, slab: int, unit: int, *, taken: bool) -> None:
-        """Marks a unit taken or free, and files its slab under the new number of free units."""
-        items = self._items[slab]
-        size = self._geometry.num_units % self._span if slab == self._tail_slab else self._span
-        self._open[size - len(items)].discard(slab)
-        if taken:
-            items.add(unit)
-            self.free_units -= 1
+    def check(self, taken: dict[Kind, set[int]], fixed: dict[Kind, set[int]]) -> None:
+        """Proves that exactly the items in `taken` are taken, and those in `fixed` fixed."""
+        assert self._fixed == fixed
+        if self._pages is not self._slots:
+            for kind in Kind:
+                self._of(kind).check(taken[kind], set(), list(fixed[kind]))
+            return
+        if self._large is None:
+            assert taken[Kind.PAGE].isdisjoint(taken[Kind.SLOT])
+        small = {index for kind in Kind if kind is not self._large for index in taken[kind]}
+        slabs = [i // self._span for kind in Kind if kind is not self._large for i in fixed[kind]]
+        if self._large is not None:
+            slabs += [slab for slab in fixed[self._large] for _ in range(self._span)]
+        self._slots.check(small, taken[self._large] if self._large else set(), slabs)
+
+    def _of(self, kind: Kind) -> Units:
+        return self._pages if kind is Kind.PAGE else self._slots
+
+    def _count_fixed(self, kind: Kind, index: int, sign: int) -> None:
+        if kind is self._large:
+            self._slots.fix(index, sign * self._span)
         else:
-            items.remove(unit)
-            self.free_units += 1
-        self._open[size - len(items)].add(slab)
+            units = self._of(kind)
+            units.fix(index // units.span, sign)
 
 
 class Arena:
@@ -187,13 +312,18 @@ class Arena:
     def __init__(self, spec: CacheSpec, geometry: Geometry, device: str) -> None:
         self._geometry = geometry
         self._buffer = torch.empty(geometry.num_units * geometry.unit_bytes, dtype=torch.uint8, device=device)
-        self._bytes = {kind: self._view(kind, torch.uint8, 0, (geometry.stride_bytes(kind),)) for kind in Kind}
+        self._rows = {k: self._view(k, torch.uint8, 0, (geometry.stride_bytes(k),)) for k in Kind if geometry.units(k)}
         self.tensors = self._layers(spec)
         self.hidden = self._view(Kind.SLOT, spec.hidden_dtype, spec.slot_bytes, (spec.hidden_size,))
 
     def copy(self, kind: Kind, source: int, target: int) -> None:
         """Copies a whole item."""
-        self._bytes[kind][target].copy_(self._bytes[kind][source])
+        self._rows[kind][target].copy_(self._rows[kind][source])
+
+    def move(self, kind: Kind, moves: list[tuple[int, int]]) -> None:
+        """Copies items (from, to) in one go; no item may be both."""
+        sources, targets = torch.tensor(moves, device=self._buffer.device).T
+        self._rows[kind][targets] = self._rows[kind][sources]
 
     def _layers(self, spec: CacheSpec) -> CacheTensors:
         """Views [pages, TILE, kv_heads, head_dim] and [slots, ...] of every layer, side by side inside an item."""
@@ -222,5 +352,5 @@ class Arena:
         for size in reversed(shape[1:]):
             strides.insert(0, strides[0] * size)
         step = self._geometry.stride_bytes(kind) // dtype.itemsize
-        size = (self._geometry.count(kind), *shape)
-        return self._buffer.view(dtype).as_strided(size, (step, *strides), offset_bytes // dtype.itemsize)
+        sizes = (self._geometry.count(kind), *shape)
+        return self._buffer.view(dtype).as_strided(sizes, (step, *strides), offset_bytes // dtype.itemsize)

@@ -3,25 +3,26 @@
 Only `HybridCache` changes the tree and the arena, on one thread. Who owns what of a running sequence:
 
     [0, lease.shared)            pages of tree nodes on the lease's path, pinned; never written again
-    [lease.shared, written)      pages of the lease alone; `commit` gives full ones to the tree, or takes the tree's page
-                                 instead when someone was faster
+    [lease.shared, written)      pages of the lease alone; `commit` gives full ones to the tree, or takes the tree's
+                                 page instead when someone was faster
     [written, covered)           pages of the lease alone, reserved, not yet written
     lease.slot                   the working state, always the lease's alone: states are copied in and out of it
 
-What the tree holds is evicted piece by piece: states (checkpoints and prompt ends) by the policy's score, and pages that no state
-needs before any of them. A lease pins its pages. It does not pin states, since it has its own copy.
+What the tree holds is evicted piece by piece: states (checkpoints and prompt ends) by the policy's score, and pages that
+no state needs before any of them. A lease pins its pages: they are neither evicted nor moved. It does not pin states,
+since it has its own copy.
 """
 
-import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from hybrid_cache.arena import Allocator, Arena, Geometry, Kind
 from hybrid_cache.batch import CacheTensors
+from hybrid_cache.eviction import EvictionQueues
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.policy import FlopsPerByte, Policy
 from hybrid_cache.request import TokenArray
@@ -48,7 +49,8 @@ class Reservation:
     position: int
     slot: int
     kind: CheckpointKind
-    keep_until: float
+    ttl_s: float
+    node: Node | None  # marked as awaiting it, if the tree had the node already
 
 
 @dataclass(slots=True, eq=False)
@@ -124,6 +126,7 @@ class HybridCache:
         self._cost = cost
         self._policy = policy or FlopsPerByte()
         self._clock = clock
+        self._stateless = spec.slot_bytes == 0  # attention alone: every page is a place to resume from
         self._geometry = Geometry.of(spec, budget_bytes)
         self._allocator = Allocator(self._geometry)
         self._arena = Arena(spec, self._geometry, device) if with_tensors else None
@@ -132,10 +135,7 @@ class HybridCache:
         self._page_owner: dict[int, Node | PromptEnd] = {}
         self._slot_owner: dict[int, Kept] = {}
         self._leases: set[Lease] = set()
-        self._kept: set[Kept] = set()
-        self._queue: list[tuple[float, int, int, Kept]] = []  # (score, tie-break, version, state)
-        self._dead: list[tuple[float, int, Node]] = []  # (last used, tie-break, node)
-        self._ticket = 0
+        self._queues = EvictionQueues(self._score, clock)
         self._admissions: Counter[str] = Counter()
         self._declines: Counter[str] = Counter()
         self._evictions: Counter[str] = Counter()
@@ -150,8 +150,7 @@ class HybridCache:
 
     def fits(self, num_tokens: int) -> bool:
         """Whether one sequence of this length fits into an otherwise empty cache."""
-        need = self._geometry.units(Kind.SLOT) + self._geometry.units(Kind.PAGE) * -(-num_tokens // TILE)
-        return need <= self._geometry.num_units // self._geometry.span * self._geometry.span
+        return Allocator(self._geometry).fits(-(-num_tokens // TILE), 1)
 
     # What requests do
 
@@ -163,6 +162,9 @@ class HybridCache:
         end = tip.ends.get(token_bytes(tokens[full * TILE :])) if tip is not None and len(path) == full else None
         if end is not None:
             return Match(namespace, path, len(tokens), len(path) * TILE, None, end)
+        if self._stateless:
+            length = min(len(path), max(len(tokens) - 1, 0) // TILE) * TILE
+            return Match(namespace, path, length, len(path) * TILE, None, None)
         usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < len(tokens))
         checkpoint = next(usable, None)
         length = checkpoint.num_tokens if checkpoint else 0
@@ -173,38 +175,21 @@ class HybridCache:
 
         The working state holds the matched state, if there is one. With `publish=False` nothing of it enters the tree.
         """
-        source = match.end or match.checkpoint
+        match = self._renew(match, tokens)
         root = self._tree.root(match.namespace)
+        num_held = sum(not node.pins for node in match.path)
         self._pin(root, match.path)
-        if source is not None:
-            source.locks += 1
-        taken = self._take_all(num_slots=1, num_pages=-(-len(tokens) // TILE) - len(match.path))
-        if source is not None:
-            source.locks -= 1
-        if taken is None:
-            self._unpin(root, match.path)
+        num_pages = -(-len(tokens) // TILE) - len(match.path)
+        taken = self._take_for(match, num_pages, num_held)
+        if taken is not None:
+            return self._open(match, tokens, publish, *taken)
+        source = match.end or match.checkpoint
+        in_the_way = source is not None and self._fits(num_pages, 1, num_held)
+        self._unpin(root, match.path)
+        if source is None or not in_the_way:
             return None
-        slots, own = taken
-        pages = [n.page for n in match.path] + own
-        lease = Lease(
-            match.namespace,
-            token_bytes(tokens),
-            publish,
-            root,
-            list(match.path),
-            pages,
-            slots[0],
-            match.length,
-            match.end,
-        )
-        self._leases.add(lease)
-        self._count_match(match, len(tokens))
-        if source is not None:
-            self._copy(Kind.SLOT, source.slot, lease.slot)
-            self._touch(source)
-        if match.end is not None and match.end.page is not None:
-            self._copy(Kind.PAGE, match.end.page, pages[-1])
-        return lease
+        self._evict(source)
+        return self.acquire(self.match(match.namespace, tokens), tokens, publish=publish)
 
     def extend(self, lease: Lease, num_tokens: int) -> bool:
         """Takes pages until the lease covers `num_tokens`; False and unchanged when there is no room."""
@@ -221,23 +206,22 @@ class HybridCache:
         """A slot for the forward pass to fill with the state at `position`, a grid position not yet committed.
 
         None when the lease does not publish, the place is taken, or the policy would have to evict something better.
+        The state, once it is there, is kept for at least `ttl_s` after each use unless nothing else is left to evict.
         """
-        if not lease.publish or position == 0 or any(r.position == position for r in lease.reserved):
+        if not lease.publish or self._stateless or position <= lease.length:
             return None
         index = position // TILE - 1
-        if index < len(lease.nodes) and lease.nodes[index].checkpoint is not None:
+        node = lease.nodes[index] if index < len(lease.nodes) else None
+        if any(r.position == position for r in lease.reserved) or (node and (node.checkpoint or node.awaited)):
             return None
-        above = [r.position for r in lease.reserved if r.position < position]
-        above += [n.num_tokens for n in lease.nodes if n.checkpoint and n.num_tokens < position]
-        num_bytes = self._geometry.stride_bytes(Kind.SLOT)
-        saved = self._cost.flops(max(above, default=0), position)
-        slot = self._take(Kind.SLOT, ceiling=self._policy.score(self._policy.clock, kind, saved, num_bytes))
-        if slot is None:
+        taken = self._take_all(num_slots=1, num_pages=0, ceiling=self._candidate_score(lease, position, kind))
+        if taken is None:
             self._declines[kind.value] += 1
             return None
-        keep_until = self._clock() + ttl_s if ttl_s is not None else 0.0
-        lease.reserved.append(Reservation(position, slot, kind, keep_until))
-        return slot
+        if node is not None:
+            node.awaited = True
+        lease.reserved.append(Reservation(position, taken[0][0], kind, ttl_s or 0.0, node))
+        return taken[0][0]
 
     def commit(self, lease: Lease, num_tokens: int) -> None:
         """Publishes the pages of [0, num_tokens), a grid position, and the checkpoints reserved inside it.
@@ -251,11 +235,13 @@ class HybridCache:
         filled = [r for r in lease.reserved if r.position <= num_tokens]
         lease.reserved = [r for r in lease.reserved if r.position > num_tokens]
         for r in filled:
+            if r.node is not None:
+                r.node.awaited = False
             node = lease.nodes[r.position // TILE - 1]
             if node.checkpoint is not None:
                 self._allocator.give(Kind.SLOT, r.slot)
                 continue
-            node.checkpoint = Checkpoint(node, r.slot, r.kind, r.keep_until)
+            node.checkpoint = Checkpoint(node, r.slot, r.kind, r.ttl_s)
             self._keep(node.checkpoint)
 
     def commit_end(self, lease: Lease, tokens: TokenArray, hidden: Tensor | None) -> bool:
@@ -267,10 +253,8 @@ class HybridCache:
         tail = token_bytes(tokens[lease.shared :])
         if not lease.publish or len(tail) >= KEY_BYTES or tail in lease.tip.ends:
             return False
-        kind, num_pages = CheckpointKind.PROMPT_END, 1 if tail else 0
-        saved = self._cost.flops(lease.tip.resume_point(), len(tokens))
-        num_bytes = self._geometry.stride_bytes(Kind.SLOT) + num_pages * self._geometry.stride_bytes(Kind.PAGE)
-        ceiling = self._policy.score(self._policy.clock, kind, saved, num_bytes)
+        kind, num_pages = CheckpointKind.PROMPT_END, 1 if tail and self._geometry.page_bytes else 0
+        ceiling = self._candidate_score(lease, len(tokens), kind)
         taken = self._take_all(num_slots=1, num_pages=num_pages, ceiling=ceiling)
         if taken is None:
             self._declines[kind.value] += 1
@@ -294,13 +278,13 @@ class HybridCache:
         return self._arena.hidden[lease.slot].clone()
 
     def fork(self, lease: Lease, num_tokens: int) -> Lease | None:
-        """Another lease of the same sequence after `num_tokens`: shares the tree's pages, copies the rest and the state."""
-        own = lease.pages[len(lease.nodes) : -(-num_tokens // TILE)]
-        self._pin(lease.root, lease.nodes)
+        """Another lease of the same sequence after `num_tokens`: the tree's pages are shared, the rest is copied."""
+        nodes = lease.nodes[: -(-num_tokens // TILE)]
+        own = lease.pages[len(nodes) : -(-num_tokens // TILE)]
         taken = self._take_all(num_slots=1, num_pages=len(own))
         if taken is None:
-            self._unpin(lease.root, lease.nodes)
             return None
+        self._pin(lease.root, nodes)
         slots, pages = taken
         self._copy(Kind.SLOT, lease.slot, slots[0])
         for source, target in zip(own, pages, strict=True):
@@ -310,8 +294,8 @@ class HybridCache:
             lease.data,
             lease.publish,
             lease.root,
-            list(lease.nodes),
-            [n.page for n in lease.nodes] + pages,
+            nodes,
+            [n.page for n in nodes] + pages,
             slots[0],
             num_tokens,
             lease.end,
@@ -329,141 +313,173 @@ class HybridCache:
             self._allocator.give(Kind.PAGE, page)
         for slot in [lease.slot, *(r.slot for r in lease.reserved)]:
             self._allocator.give(Kind.SLOT, slot)
+        for r in lease.reserved:
+            if r.node is not None:
+                r.node.awaited = False
         self._unpin(lease.root, lease.nodes)
 
     def drop(self, namespace: str | None = None) -> int:
         """Drops everything that nobody is using, of one namespace or of all -> bytes freed."""
         before = self._allocator.free_units
-        for kept in [k for k in self._kept if namespace in (None, k.node.namespace)]:
+        for kept in [k for k in self._slot_owner.values() if namespace in (None, k.node.namespace)]:
             self._evict(kept)
-        while self._evict_dead_page():
-            pass
+        for node in [n for n in self.nodes() if n.dead and namespace in (None, n.namespace)]:
+            while node.dead and node.parent is not None:
+                self._evict_page(node)
+                node = node.parent
         return (self._allocator.free_units - before) * self._geometry.unit_bytes
 
     # Making room
 
-    def _take_all(
-        self, num_slots: int, num_pages: int, ceiling: float = float("inf")
-    ) -> tuple[list[int], list[int]] | None:
-        """So many slots and pages, or nothing at all; evicts what scores below `ceiling`."""
-        slots: list[int] = []
-        pages: list[int] = []
-        for kind, count, taken in ((Kind.SLOT, num_slots, slots), (Kind.PAGE, num_pages, pages)):
-            for _ in range(count):
-                item = self._take(kind, ceiling)
-                if item is None:
-                    for slot in slots:
-                        self._allocator.give(Kind.SLOT, slot)
-                    for page in pages:
-                        self._allocator.give(Kind.PAGE, page)
-                    return None
-                taken.append(item)
-        return slots, pages
+    def _renew(self, match: Match, tokens: TokenArray) -> Match:
+        """The match itself, or a new one when something of it has been evicted since."""
+        source = match.end or match.checkpoint
+        whole = (not match.path or match.path[-1].attached) and (source is None or source.attached)
+        return match if whole else self.match(match.namespace, tokens)
 
-    def _take(self, kind: Kind, ceiling: float) -> int | None:
-        while True:
-            item = self._allocator.take(kind)
-            if item is not None:
-                return item
-            if kind is self._geometry.large and self._compact():
-                continue
-            if not (self._evict_dead_page() or self._evict_lowest(ceiling)):
-                return None
+    def _take_for(self, match: Match, num_pages: int, num_held: int) -> tuple[list[int], list[int]] | None:
+        """A slot that holds the matched state, and pages; the last one with the rows of a matched prompt end.
 
-    def _evict_dead_page(self) -> bool:
-        """Evicts the least recently used page that no state needs -> whether there was one."""
-        while self._dead:
-            last_used, _, node = heapq.heappop(self._dead)
-            attached = node.parent is not None and node.parent.children.get(node.key) is node
-            if not (attached and node.dead and node.last_used == last_used):
-                continue
-            parent = node.parent
-            assert parent is not None
-            self._tree.remove(node)
-            self._allocator.give(Kind.PAGE, node.page)
-            del self._page_owner[node.page]
-            self._evictions["page"] += 1
-            self._note_if_dead(parent)
-            return True
-        return False
-
-    def _evict_lowest(self, ceiling: float) -> bool:
-        """Evicts the state with the lowest score below `ceiling` -> whether there was one.
-
-        A queued score may be out of date: it rises when the checkpoint above goes. So the score is worked out again when
-        its turn comes. States in their guaranteed life go only when nothing else is left and the room must be had.
+        Without room for a copy of the state, the state itself is taken out of the tree.
         """
-        guaranteed: list[tuple[float, int, int, Kept]] = []
-        victim: tuple[float, Kept] | None = None
-        now = self._clock()
-        while self._queue:
-            queued, ticket, version, kept = heapq.heappop(self._queue)
-            if not kept.attached or kept.version != version:
-                continue
-            score = self._score(kept)
-            if score > queued:
-                heapq.heappush(self._queue, (score, ticket, version, kept))
-                continue
-            if score >= ceiling:
-                heapq.heappush(self._queue, (score, ticket, version, kept))
-                break
-            if kept.locks or kept.keep_until > now:
-                guaranteed.append((score, ticket, version, kept))
-                continue
-            victim = (score, kept)
-            break
-        for entry in guaranteed:
-            heapq.heappush(self._queue, entry)
-        if victim is None and ceiling == float("inf"):
-            victim = next(((score, kept) for score, _, _, kept in guaranteed if not kept.locks), None)
-        if victim is None:
-            return False
-        self._policy.evicted(victim[0])
-        self._evict(victim[1])
-        return True
+        source = match.end or match.checkpoint
+        if source is None:
+            return self._take_all(num_slots=1, num_pages=num_pages, num_held=num_held)
+        tail = match.end.page if match.end else None
+        self._guard(source)
+        taken = self._take_all(num_slots=1, num_pages=num_pages, num_held=num_held)
+        if taken is not None:
+            self._copy(Kind.SLOT, source.slot, taken[0][0])
+            if tail is not None:
+                self._copy(Kind.PAGE, tail, taken[1][-1])
+            self._stamp(source)
+            self._unguard(source)
+            return taken
+        rest = self._take_all(num_slots=0, num_pages=num_pages - (tail is not None), num_held=num_held)
+        if rest is None:
+            self._unguard(source)
+            return None
+        self._detach(source)
+        return [source.slot], rest[1] + ([tail] if tail is not None else [])
+
+    def _guard(self, kept: Kept) -> None:
+        """Neither evicted nor moved until `_unguard`."""
+        self._queues.withdraw(kept)
+        for kind, item in self._items(kept):
+            self._allocator.fix(kind, item)
+
+    def _unguard(self, kept: Kept) -> None:
+        for kind, item in self._items(kept):
+            self._allocator.unfix(kind, item)
+        self._queues.add(kept)
+
+    def _fits(self, num_pages: int, num_slots: int, num_held: int) -> bool:
+        """Whether there would be room if all went that may go. Held: pages that must stay, but may still be moved."""
+        return self._allocator.fits(num_pages + num_held, num_slots)
+
+    def _take_all(
+        self, *, num_slots: int, num_pages: int, num_held: int = 0, ceiling: float | None = None
+    ) -> tuple[list[int], list[int]] | None:
+        """So many slots and pages, now fixed, or None. Evicts what scores below `ceiling`, or anything when that is None.
+
+        Nothing is evicted when even an empty tree would not leave enough room.
+        """
+        if not self._fits(num_pages, num_slots, num_held):
+            return None
+        wanted = [Kind.SLOT] * num_slots + [Kind.PAGE] * num_pages
+        wanted.sort(key=lambda kind: kind is not self._allocator.large)
+        taken: dict[Kind, list[int]] = {Kind.SLOT: [], Kind.PAGE: []}
+        for kind in wanted:
+            item = self._take(kind, ceiling)
+            if item is None:
+                assert ceiling is not None
+                self._give_all(taken)
+                return None
+            self._allocator.fix(kind, item)
+            taken[kind].append(item)
+        return taken[Kind.SLOT], taken[Kind.PAGE]
+
+    def _give_all(self, taken: dict[Kind, list[int]]) -> None:
+        for kind, items in taken.items():
+            for item in items:
+                self._allocator.give(kind, item)
+
+    def _take(self, kind: Kind, ceiling: float | None) -> int | None:
+        while (item := self._allocator.take(kind)) is None:
+            if not ((kind is self._allocator.large and self._compact()) or self._evict_next(ceiling)):
+                return None
+        return item
+
+    def _evict_next(self, ceiling: float | None) -> bool:
+        """Evicts what is worth least -> whether there was anything, and it scored below `ceiling`."""
+        if (node := self._queues.next_dead()) is not None:
+            self._evict_page(node)
+            return True
+        if (lowest := self._queues.next_scored()) is not None:
+            score, kept = lowest
+            if ceiling is not None and score >= ceiling:
+                return False
+            self._policy.evicted(score)
+            self._evict(kept)
+            return True
+        guaranteed = self._queues.next_guaranteed() if ceiling is None else None
+        if guaranteed is not None:
+            self._evict(guaranteed)
+        return guaranteed is not None
+
+    def _evict_page(self, node: Node) -> None:
+        """Takes out a node that no state needs."""
+        assert node.parent is not None
+        self._queues.withdraw(node)
+        self._tree.remove(node)
+        self._allocator.give(Kind.PAGE, node.page)
+        del self._page_owner[node.page]
+        self._evictions["page"] += 1
+        self._settle(node.parent)
 
     def _evict(self, kept: Kept) -> None:
-        self._allocator.give(Kind.SLOT, kept.slot)
+        self._detach(kept)
+        for kind, item in self._items(kept):
+            self._allocator.give(kind, item)
+
+    def _detach(self, kept: Kept) -> None:
+        """Takes a state out of the tree; its slot and page are the caller's."""
+        self._queues.withdraw(kept)
         del self._slot_owner[kept.slot]
         if isinstance(kept, PromptEnd):
             del kept.node.ends[kept.tail]
             if kept.page is not None:
-                self._allocator.give(Kind.PAGE, kept.page)
                 del self._page_owner[kept.page]
         else:
             kept.node.checkpoint = None
-        self._kept.remove(kept)
         self._evictions[kept.kind.value] += 1
-        self._note_if_dead(kept.node)
+        self._settle(kept.node)
+
+    def _items(self, kept: Kept) -> list[tuple[Kind, int]]:
+        tail = kept.page if isinstance(kept, PromptEnd) else None
+        return [(Kind.SLOT, kept.slot)] + ([(Kind.PAGE, tail)] if tail is not None else [])
 
     def _compact(self) -> bool:
         """Moves small items together so that one slab becomes empty -> whether that was possible."""
-        kind = Kind.PAGE if self._geometry.large is Kind.SLOT else Kind.SLOT
-        for slab, items in self._allocator.scattered():
-            if all(self._movable(kind, item) for item in items):
-                for item in items:
-                    self._relocate(kind, item, self._allocator.take_outside(slab))
-                self._compactions += 1
-                return True
-        return False
+        moves = self._allocator.compact()
+        if not moves:
+            return False
+        kind = Kind.PAGE if self._allocator.large is Kind.SLOT else Kind.SLOT
+        if self._arena is not None:
+            self._arena.move(kind, moves)
+        for source, target in moves:
+            self._rename(kind, source, target)
+        self._compactions += 1
+        return True
 
-    def _movable(self, kind: Kind, item: int) -> bool:
+    def _rename(self, kind: Kind, source: int, target: int) -> None:
+        """Tells the owner of a small item where it is now."""
         if kind is Kind.SLOT:
-            return item in self._slot_owner and not self._slot_owner[item].locks
-        owner = self._page_owner.get(item)
-        return owner is not None and not (owner.pins if isinstance(owner, Node) else owner.locks)
-
-    def _relocate(self, kind: Kind, source: int, target: int) -> None:
-        self._copy(kind, source, target)
-        self._allocator.give(kind, source)
-        if kind is Kind.SLOT:
-            kept = self._slot_owner.pop(source)
+            kept = self._slot_owner[target] = self._slot_owner.pop(source)
             kept.slot = target
-            self._slot_owner[target] = kept
         else:
-            owner = self._page_owner.pop(source)
+            owner = self._page_owner[target] = self._page_owner.pop(source)
             owner.page = target
-            self._page_owner[target] = owner
 
     # Bookkeeping
 
@@ -482,52 +498,89 @@ class HybridCache:
         node.pins += 1
         lease.nodes.append(node)
 
-    def _pin(self, root: Node, path: tuple[Node, ...] | list[Node]) -> None:
+    def _open(self, match: Match, tokens: TokenArray, publish: bool, slots: list[int], pages: list[int]) -> Lease:
+        """A lease on a match that has been pinned."""
+        for node in match.path:
+            self._allocator.fix(Kind.PAGE, node.page)
+        lease = Lease(
+            match.namespace,
+            token_bytes(tokens),
+            publish,
+            self._tree.root(match.namespace),
+            list(match.path),
+            [node.page for node in match.path] + pages,
+            slots[0],
+            match.length,
+            match.end,
+        )
+        self._leases.add(lease)
+        self._count_match(match, len(tokens))
+        return lease
+
+    def _pin(self, root: Node, path: Sequence[Node]) -> None:
         root.pins += 1
         for node in path:
             node.pins += 1
+            self._queues.withdraw(node)
 
-    def _unpin(self, root: Node, path: tuple[Node, ...] | list[Node]) -> None:
+    def _unpin(self, root: Node, path: Sequence[Node]) -> None:
         now = self._clock()
         root.pins -= 1
         for node in path:
             node.pins -= 1
             node.last_used = now
-        self._note_if_dead(path[-1] if path else root)
+            if not node.pins:
+                self._allocator.unfix(Kind.PAGE, node.page)
+        self._settle(path[-1] if path else root)
 
-    def _note_if_dead(self, node: Node) -> None:
-        """Queues a page that no state needs any more; removes a root that has nothing."""
-        if not node.dead:
-            return
-        if node.parent is None:
-            self._tree.remove(node)
-            return
-        self._ticket += 1
-        heapq.heappush(self._dead, (node.last_used, self._ticket, node))
+    def _settle(self, node: Node) -> None:
+        """To be called when something that needed a node has gone."""
+        if node.dead:
+            if node.parent is None:
+                self._tree.remove(node)
+            else:
+                self._queues.add_dead(node)
+        elif not node.children and len(node.ends) + (node.checkpoint is not None) == 1:
+            kept = node.checkpoint or next(iter(node.ends.values()))
+            if kept.ticket:  # the only state here: from now on its pages would go with it
+                self._queues.add(kept)
 
     def _keep(self, kept: Kept) -> None:
         """Files a new state."""
         self._slot_owner[kept.slot] = kept
-        self._kept.add(kept)
         self._admissions[kept.kind.value] += 1
-        self._touch(kept)
+        self._stamp(kept)
+        self._unguard(kept)
 
-    def _touch(self, kept: Kept) -> None:
-        """Scores a state as just used."""
+    def _stamp(self, kept: Kept) -> None:
+        """Notes that a state was made or used now."""
         self._policy.used()
         kept.base = self._policy.clock
-        kept.version += 1
-        self._ticket += 1
-        heapq.heappush(self._queue, (self._score(kept), self._ticket, kept.version, kept))
-        if len(self._queue) > 64 + 4 * len(self._kept):
-            self._queue = [e for e in self._queue if e[3].attached and e[3].version == e[2]]
-            heapq.heapify(self._queue)
+        if isinstance(kept, Checkpoint) and kept.ttl_s:
+            kept.keep_until = self._clock() + kept.ttl_s
 
     def _score(self, kept: Kept) -> float:
-        pages = kept.pages_freed()
-        num_bytes = self._geometry.stride_bytes(Kind.SLOT) + pages * self._geometry.stride_bytes(Kind.PAGE)
-        saved = self._cost.flops(kept.resume_without(), kept.num_tokens)
-        return self._policy.score(kept.base, kept.kind, saved, num_bytes)
+        start = kept.resume_without()
+        if self._stateless:
+            start = (kept.num_tokens - 1) // TILE * TILE
+        saved = self._cost.flops(start, kept.num_tokens)
+        return self._policy.score(kept.base, kept.kind, saved, self._bytes(1, kept.pages_freed()))
+
+    def _candidate_score(self, lease: Lease, position: int, kind: CheckpointKind) -> float:
+        """The score that a state of a lease at `position` would have."""
+        above = max((r.position for r in lease.reserved if r.position < position), default=0)
+        nodes = (n for n in reversed(lease.nodes) if n.checkpoint and n.num_tokens < position)
+        if (node := next(nodes, None)) is not None:
+            above = max(above, node.num_tokens)
+        if self._stateless:
+            above = (position - 1) // TILE * TILE
+        num_pages = -(-(position - max(above, min(lease.shared, position))) // TILE)
+        saved = self._cost.flops(above, position)
+        return self._policy.score(self._policy.clock, kind, saved, self._bytes(1, num_pages))
+
+    def _bytes(self, num_slots: int, num_pages: int) -> int:
+        geometry = self._geometry
+        return num_slots * geometry.stride_bytes(Kind.SLOT) + num_pages * geometry.stride_bytes(Kind.PAGE)
 
     def _copy(self, kind: Kind, source: int, target: int) -> None:
         if self._arena is not None:
@@ -538,11 +591,12 @@ class HybridCache:
         self._tokens.update(hit=match.length, kv_only=kv_only, miss=num_tokens - match.length - kv_only)
 
     def stats(self) -> CacheStats:
-        slot_bytes, page_bytes = (self._geometry.stride_bytes(kind) for kind in (Kind.SLOT, Kind.PAGE))
-        ends = sum(isinstance(k, PromptEnd) for k in self._kept)
+        slot_bytes, page_bytes = self._bytes(1, 0), self._bytes(0, 1)
+        ends = sum(isinstance(k, PromptEnd) for k in self._slot_owner.values())
+        checkpoints = len(self._slot_owner) - ends
         end_pages = len(self._page_owner) - self._tree.num_nodes
         kv_bytes = self._tree.num_nodes * page_bytes
-        checkpoint_bytes = (len(self._kept) - ends) * slot_bytes
+        checkpoint_bytes = checkpoints * slot_bytes
         end_bytes = ends * slot_bytes + end_pages * page_bytes
         free_bytes = self._allocator.free_units * self._geometry.unit_bytes
         used_bytes = (self._geometry.num_units - self._allocator.free_units) * self._geometry.unit_bytes
@@ -554,7 +608,7 @@ class HybridCache:
             prompt_end_bytes=end_bytes,
             working_bytes=used_bytes - kv_bytes - checkpoint_bytes - end_bytes,
             nodes=self._tree.num_nodes,
-            checkpoints=len(self._kept) - ends,
+            checkpoints=checkpoints,
             prompt_ends=ends,
             hit_tokens=self._tokens["hit"],
             kv_only_tokens=self._tokens["kv_only"],
@@ -574,50 +628,60 @@ class HybridCache:
             stack.extend(node.children.values())
 
     def check(self) -> None:
-        """Proves that every item has one owner, pins are those of the leases, and all queues lead to what they should."""
-        pages: list[int] = []
-        slots: list[int] = []
-        pins: Counter[Node] = Counter()
-        kept: set[Kept] = set()
+        """Proves that every item has one owner, pins are those of the leases, and all queues hold what they should."""
+        nodes, pages, slots = list(self.nodes()), list[int](), list[int]()
+        pins, awaited = Counter[Node](), set[Node]()
         for lease in self._leases:
             pages += lease.pages[len(lease.nodes) :]
             slots += [lease.slot, *(r.slot for r in lease.reserved)]
             pins.update([lease.root, *lease.nodes])
+            awaited.update(r.node for r in lease.reserved if r.node)
             assert [n.page for n in lease.nodes] == lease.pages[: len(lease.nodes)]
-        queued = {(k, version) for _, _, version, k in self._queue}
-        waiting = {node for _, _, node in self._dead}
-        for node in self.nodes():
-            assert node.pins == pins[node]
-            assert all(child.parent is node and child.key == key for key, child in node.children.items())
-            if node.parent is not None:
-                pages.append(node.page)
-                assert self._page_owner[node.page] is node
-                assert node.num_tokens == node.parent.num_tokens + TILE
-                assert not node.dead or node in waiting
-            else:
-                assert not node.dead
-            kept.update([node.checkpoint] if node.checkpoint else [], node.ends.values())
+            assert all(n.parent is p for p, n in zip([lease.root, *lease.nodes], lease.nodes, strict=False))
+        fixed = {Kind.PAGE: set(pages), Kind.SLOT: set(slots)}
+        for node in nodes:
+            self._check_node(node)
+            assert node.pins == pins.pop(node, 0)
+            assert node.awaited == (node in awaited)
+        assert not pins, "a lease's path has left the tree"
+        in_tree = [node for node in nodes if node.parent is not None]
+        fixed[Kind.PAGE].update(node.page for node in in_tree if node.pins)
+        pages += [node.page for node in in_tree]
+        kept = {k for node in nodes for k in (node.checkpoint, *node.ends.values()) if k is not None}
         for k in kept:
             assert k.attached
-            assert (k, k.version) in queued
             assert self._slot_owner[k.slot] is k
-            slots.append(k.slot)
-            if isinstance(k, PromptEnd) and k.page is not None:
-                pages.append(k.page)
-                assert self._page_owner[k.page] is k
-        assert kept == self._kept
+            for kind, item in self._items(k):
+                (slots if kind is Kind.SLOT else pages).append(item)
+                assert kind is Kind.SLOT or self._page_owner[item] is k
         assert len(self._slot_owner) == len(kept)
+        assert len(self._page_owner) == len(in_tree) + sum(len(self._items(k)) - 1 for k in kept)
         assert len(set(pages)) == len(pages)
         assert len(set(slots)) == len(slots)
-        self._allocator.check({Kind.PAGE: set(pages), Kind.SLOT: set(slots)})
-        assert self._geometry.num_units * self._geometry.unit_bytes <= self._budget_bytes
+        self._queues.check({node for node in in_tree if node.dead}, kept)
+        self._allocator.check({Kind.PAGE: set(pages), Kind.SLOT: set(slots)}, fixed)
+        stats = self.stats()
+        parts = stats.free_bytes, stats.kv_bytes, stats.checkpoint_bytes, stats.prompt_end_bytes, stats.working_bytes
+        assert min(parts) >= 0
+        assert sum(parts) <= self._budget_bytes
+
+    def _check_node(self, node: Node) -> None:
+        assert node.attached
+        assert all(child.parent is node and child.key == key for key, child in node.children.items())
+        if node.parent is None:
+            assert not node.dead
+            return
+        assert len(node.key) == KEY_BYTES
+        assert self._page_owner[node.page] is node
+        assert node.num_tokens == node.parent.num_tokens + TILE
+        assert node.pins <= node.parent.pins
 
 
 def interior_positions(start: int, end: int) -> list[int]:
     """Grid positions inside [start, end) at which a long stretch deserves a checkpoint nobody asked for.
 
-    They lie at tiles 8, 16, 32, 64 ... so that a branch at any place finds a state at least half as deep, for a number of
-    states that grows with the logarithm of the length.
+    They lie at tiles 8, 16, 32, 64 ... so that a branch at any place finds a state at least half as deep, for a number
+    of states that grows with the logarithm of the length.
     """
     position, positions = 8 * TILE, []
     while position < end:

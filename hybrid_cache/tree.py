@@ -1,7 +1,7 @@
 """The prefix tree: one node for each full page of tokens that has been published. Integers only, no tensors.
 
-Every edge is exactly one page, so the key of a child is the page's tokens themselves and a walk is one dictionary look-up a
-page: no splitting, no hashes that could collide, and a cost that does not depend on how much the tree holds.
+Every edge is exactly one page, so the key of a child is the page's tokens themselves and a walk is one dictionary look-up
+a page: no splitting, no hashes that could collide, and a cost that does not depend on how much the tree holds.
 """
 
 from dataclasses import dataclass, field
@@ -40,6 +40,13 @@ class Node:
     checkpoint: "Checkpoint | None" = None
     ends: dict[bytes, "PromptEnd"] = field(default_factory=dict)
     pins: int = 0  # leases whose path goes through here
+    awaited: bool = False  # a lease is about to fill a checkpoint here
+    ticket: int = 0  # place in the queue of dead pages
+
+    @property
+    def attached(self) -> bool:
+        """False once this node has left the tree."""
+        return self.parent is None or self.parent.children.get(self.key) is self
 
     @property
     def dead(self) -> bool:
@@ -57,6 +64,18 @@ class Node:
         """Tokens that a request whose path ends here can skip."""
         return self.num_tokens if self.checkpoint else self.checkpoint_above()
 
+    def pages_alone(self) -> int:
+        """Pages up to the next node that something else needs: they die with the only state kept here."""
+        node, count = self, 0
+        if node.children:
+            return 0
+        while node.parent is not None:
+            count += 1
+            node = node.parent
+            if len(node.children) > 1 or node.checkpoint or node.ends:
+                break
+        return count
+
 
 @dataclass(slots=True, eq=False)
 class Checkpoint:
@@ -65,10 +84,10 @@ class Checkpoint:
     node: Node
     slot: int
     kind: CheckpointKind
+    ttl_s: float = 0.0  # minimum life after each use, if a client asked for one
     keep_until: float = 0.0
     base: float = 0.0  # the policy's clock when last used
-    version: int = 0  # entries of the eviction queue with another version are stale
-    locks: int = 0  # held while it is being copied from
+    ticket: int = 0  # place in the eviction queues
 
     @property
     def attached(self) -> bool:
@@ -84,15 +103,7 @@ class Checkpoint:
 
     def pages_freed(self) -> int:
         """Pages that nothing needs any more once this is gone."""
-        node, count = self.node, 0
-        if node.children or node.ends or node.pins or node.parent is None:
-            return 0
-        while node.parent is not None:
-            count += 1
-            node = node.parent
-            if len(node.children) > 1 or node.checkpoint or node.ends or node.pins:
-                break
-        return count
+        return 0 if self.node.ends else self.node.pages_alone()
 
 
 @dataclass(slots=True, eq=False)
@@ -102,12 +113,11 @@ class PromptEnd:
     node: Node
     tail: bytes  # the 0 to TILE - 1 tokens after the node
     slot: int
-    page: int | None  # KV rows of the tail; None for an empty tail
+    page: int | None  # KV rows of the tail; None for an empty tail, or without attention
     kind: CheckpointKind = CheckpointKind.PROMPT_END
     keep_until: float = 0.0
     base: float = 0.0
-    version: int = 0
-    locks: int = 0
+    ticket: int = 0
 
     @property
     def attached(self) -> bool:
@@ -118,10 +128,12 @@ class PromptEnd:
         return self.node.num_tokens + len(self.tail) // 4
 
     def resume_without(self) -> int:
-        return self.node.resume_point()
+        """Where the same prompt would have to start: at least one token has to be computed."""
+        return self.node.resume_point() if self.tail else self.node.checkpoint_above()
 
     def pages_freed(self) -> int:
-        return 0 if self.page is None else 1
+        own = 0 if self.page is None else 1
+        return own if self.node.checkpoint or len(self.node.ends) > 1 else own + self.node.pages_alone()
 
 
 Kept = Checkpoint | PromptEnd

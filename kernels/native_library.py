@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "native"
@@ -76,18 +77,22 @@ def cache_folder() -> Path:
 
 
 def build(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
-    target = folder / f"{_fingerprint(compiler, flags)}.so"
+    target = folder / f"{fingerprint(compiler, flags)}.so"
     if target.exists():
         return target
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / target.name
-        sources = sorted(str(path) for path in SOURCES.glob("*.c"))
-        _run([compiler, *flags, *sources, "-o", str(output)])
+        sources = sorted(SOURCES.glob("*.c"))
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor() as pool:
+            commands = [[compiler, *flags, "-c", str(c), "-o", str(o)] for c, o in zip(sources, objects, strict=True)]
+            list(pool.map(_run, commands))
+        _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(output)])
         output.replace(target)
     return target
 
 
-def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+def fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.glob("*.[ch]")):
         digest.update(path.name.encode() + path.read_bytes())

@@ -46,7 +46,7 @@ INLINE void read_page(const Attention *a, int64_t page, int64_t kv_head, int64_t
 }
 
 /* scores [64] of one row -> weights exp(score - highest); -> what to multiply earlier results with. */
-INLINE float soften(float *scores, int64_t num_visible, float *highest, float *total) {
+static float soften(float *scores, int64_t num_visible, float *highest, float *total) {
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vf hidden = splat(-__builtin_inff());
     vf s[4], most = hidden, weights = splat(0);
@@ -116,6 +116,7 @@ INLINE void score_page(const Attention *a, int64_t page, int64_t kv_head, int64_
     float *scores = mine + 2 * ROUND_UP(d);
     for (int64_t start = 0; start < num_tokens; start += LANES) {
         vf dots[MAX_HEADS][LANES];
+#pragma GCC unroll 1
         for (int64_t t = 0; t < LANES; t++) {
             const int64_t token = start + t < num_tokens ? start + t : start;
             for (int h = 0; h < num_heads; h++) dots[h][t] = splat(0);
@@ -184,7 +185,7 @@ INLINE void attend_token(const Attention *a, const void *q, void *out, const int
         attend_token(a, q, out, pages, length, kv_head, head, mine, bf16, n, d);                      \
         break
 
-/* All heads that share a kv head. */
+/* All heads that share a kv head, where d is a constant. */
 INLINE void attend_group(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t length,
                          int64_t kv_head, float *mine, int bf16, const int64_t d) {
     const int64_t group = a->num_heads / a->num_kv_heads;
@@ -201,7 +202,7 @@ INLINE void attend_group(const Attention *a, const void *q, void *out, const int
 
 INLINE void run(const Layout *l, const Attention *a, const void *q, const void *k, const void *v, void *out,
                 float *scratch, int64_t num_threads, int bf16) {
-    const int64_t row = a->num_heads * a->head_dim, first = l->num_tiles * TILE;
+    const int64_t row = a->num_heads * a->head_dim, first = l->num_tiles * TILE, group = a->num_heads / a->num_kv_heads;
 #pragma omp parallel num_threads(num_threads)
     {
         float *mine = scratch + THREAD() * thread_size(a);
@@ -230,7 +231,9 @@ INLINE void run(const Layout *l, const Attention *a, const void *q, const void *
             else if (a->head_dim == 128)
                 attend_group(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, 128);
             else
-                attend_group(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, a->head_dim);
+                for (int64_t h = 0; h < group; h++)
+                    attend_token(a, query, to, pages, l->decode_len[i], kv_head, kv_head * group + h, mine, bf16, 1,
+                                 a->head_dim);
         }
     }
 }

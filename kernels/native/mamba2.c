@@ -103,7 +103,7 @@ INLINE void tile_group(const Signal *s, const Mamba2 *w, const Plan *p, int64_t 
 }
 
 /* coefficients[t] = [exp(l[t]) C[t] (np), (C[t] . B[s]) exp(l[t] - l[s]) dt[s] for s <= t, else 0 (64)] */
-INLINE void tile_coefficients(const Plan *p, const float *C, const float *cb, const float *dt, const float *l,
+static void tile_coefficients(const Plan *p, const float *C, const float *cb, const float *dt, const float *l,
                               float *coefficients) {
     const int64_t width = p->np + TILE;
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -121,7 +121,7 @@ INLINE void tile_coefficients(const Plan *p, const float *C, const float *cb, co
 }
 
 /* One head of one tile: x (in operands from row np on) -> y rows, and h (operands, rows 0 .. np - 1) moves on. */
-INLINE void tile_head(const Mamba2 *w, const Plan *p, const float *tile, int64_t h, float *coefficients,
+static void tile_head(const Mamba2 *w, const Plan *p, const float *tile, int64_t h, float *coefficients,
                       float *operands, float *weighted, int64_t num_tokens, float *y) {
     const int64_t g = h / (w->num_heads / w->num_groups), width = p->np + TILE, pp = p->pp;
     const float *B = tile + g * TILE * p->np, *C = tile + p->at_c + g * TILE * p->np;
@@ -150,7 +150,7 @@ INLINE float *head_state(const Mamba2 *w, const Pool *state, int64_t slot, int64
 }
 
 /* h [np, pp] -> to [head_dim, d_state] */
-INLINE void save_state(const Mamba2 *w, const Plan *p, const float *h, float *transposed, float *to) {
+static void save_state(const Mamba2 *w, const Plan *p, const float *h, float *transposed, float *to) {
     transpose(h, p->pp, p->np, p->pp, transposed, p->np);
     for (int64_t i = 0; i < w->head_dim; i++)
         memcpy(to + i * w->d_state, transposed + i * p->np, (size_t)w->d_state * sizeof *to);
@@ -211,7 +211,7 @@ INLINE void step_state(const float *B, const float *C, const float *x, float dt,
     }
 }
 
-INLINE void step_head(const Layout *l, const Mamba2 *w, const Plan *p, const Pool *state, int64_t i, int64_t h) {
+static void step_head(const Layout *l, const Mamba2 *w, const Plan *p, const Pool *state, int64_t i, int64_t h) {
     const float *mine = p->steps + i * p->step_size, *dt = mine + p->channelsp, *decay = dt + p->hp;
     const int64_t N = w->d_state, P = w->head_dim, g = h / (w->num_heads / w->num_groups);
     const float *x = mine + h * P, *B = mine + p->inner + g * N, *C = B + w->num_groups * N;

@@ -11,6 +11,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #define LANES 16
 #define TILE 64
 #define INLINE static inline __attribute__((always_inline))
@@ -93,8 +97,15 @@ INLINE void store_n(void *p, int64_t i, vf v, int64_t n, int bf16) {
 }
 
 INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+/* A NaN in a stays. */
+#ifdef __AVX512F__
+INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)b, (__m512)a); }
+INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)b, (__m512)a); }
+#else
 INLINE vf vmin(vf a, vf b) { return choose(a > b, b, a); }
 INLINE vf vmax(vf a, vf b) { return choose(a < b, b, a); }
+#endif
 
 INLINE float sum(vf v) {
     union { vf v; v8 h[2]; } a = {v};
@@ -109,11 +120,19 @@ INLINE float largest(vf v) {
     return most;
 }
 
-/* exp(x) to about 1 ulp: x = n ln 2 + r, exp(r) by a polynomial; 0 below -87.3, finite above 88.3. */
+/* p * 2^n for whole n from -150 to 127. */
+INLINE vf scale(vf p, vf n) {
+#ifdef __AVX512F__
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    vi exponent = __builtin_convertvector(vmax(n, splat(-127)), vi) + 127; /* 0, so a factor of 0, from -127 down */
+    return p * (vf)(exponent << 23);
+#endif
+}
+
+/* exp(x) to about 1 ulp: x = n ln 2 + r, exp(r) by a polynomial. 0 from -104 down, finite from 88.3 up. */
 INLINE vf vexp(vf x) {
-    const vf low = splat(-87.33f), high = splat(88.37f);
-    vi underflow = x < low;
-    vf y = vmin(x, high);
+    vf y = vmax(vmin(x, splat(88.37f)), splat(-104.0f));
     vf n = (y * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
     vf r = y - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
@@ -124,8 +143,7 @@ INLINE vf vexp(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    vi scale = (__builtin_convertvector(choose(underflow, splat(0), n), vi) + 127) << 23;
-    return choose(underflow, splat(0), p * (vf)scale);
+    return scale(p, n);
 }
 
 INLINE vf vsilu(vf x) { return x / (1.0f + vexp(-x)); }

@@ -1,13 +1,12 @@
 """Generated dialogues: people state facts, change them, count, move things, and ask.
 
-A dialogue is some messages and questions, each about the messages up to one point. Five kinds of question have an
+A dialogue is some messages and questions, each about the messages up to one point. Four kinds of question have an
 answer that can be checked; the first can be looked up, the others follow from what the messages did, one by one.
 
     recall   a code that was stated once
     last     the value of something that was set several times
     count    how many things are in a box after some were put in and taken out
     order    the floor of a lift that was sent up, down, and to floors: swapping two moves changes the result
-    cups     the place of a coin under three cups that trade places
 
 The same `random.Random` always gives the same dialogue.
 """
@@ -19,8 +18,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-KINDS = ("recall", "last", "count", "order", "cups")
-STATEFUL = ("last", "count", "order", "cups")
+KINDS = ("recall", "last", "count", "order")
+STATEFUL = ("last", "count", "order")
 
 NAMES = [
     "Anna",
@@ -64,7 +63,6 @@ THINGS = ["lamp", "sign", "door", "wall", "flag", "roof", "screen", "fence"]
 ITEMS = ["marbles", "coins", "apples", "books", "pencils", "stones", "shells", "buttons"]
 BOXES = ["box", "bag", "jar", "basket", "drawer", "bowl"]
 LIFTS = ["lift", "elevator"]
-CUPS = ["left", "middle", "right"]
 DRINKS = ["tea", "coffee", "milk", "water", "juice", "cocoa"]
 PETS = ["cat", "dog", "horse", "rabbit", "parrot", "hamster"]
 
@@ -159,10 +157,10 @@ class Codes:
         return rng.choice(
             (
                 f"The code for the {place} is {code}.",
-                f"The {place} has the code {code}.",
-                f"Please remember that the {place} code is {code}.",
-                f"You need {code} to open the {place}.",
-                f"Use {code} as the code for the {place}.",
+                f"The code of the {place} is {code}.",
+                f"Please remember, the code for the {place} is {code}.",
+                f"For the {place} use {code}.",
+                f"We open the {place} with {code}.",
             )
         )
 
@@ -298,59 +296,40 @@ def some(number: int, items: str) -> str:
     return f"{number} {items if number != 1 else items[:-1]}"
 
 
-class Boxes:
-    """Things that are put into boxes and taken out; at most 20 in each."""
+class Box:
+    """Things that are put into a box and taken out, from 0 to 9 of them."""
 
     kind = "count"
 
-    def __init__(self, rng: Random, num: int) -> None:
-        items = rng.sample(ITEMS, num)
-        self.items = dict(zip(rng.sample(BOXES, num), items, strict=True))
-        self.now: dict[str, int] = {}
-        self.times: dict[str, int] = dict.fromkeys(self.items, 0)
+    def __init__(self, rng: Random) -> None:
+        self.box, self.items = rng.choice(BOXES), rng.choice(ITEMS)
+        self.now: int | None = None
+        self.times = 0
 
     def tell(self, rng: Random) -> str:
-        box, items = rng.choice(list(self.items.items()))
-        self.times[box] += 1
-        if box not in self.now:
-            self.now[box] = rng.randint(1, 9)
-            first = some(self.now[box], items)
-            return rng.choice(
-                (
-                    f"There are {first} in the {box}." if self.now[box] != 1 else f"There is {first} in the {box}.",
-                    f"The {box} has {first} in it.",
-                    f"I start with {first} in the {box}.",
-                )
+        box = self.box
+        self.times += 1
+        if self.now is None:
+            self.now = rng.randint(1, 9)
+            first = some(self.now, self.items)
+            return rng.choice((f"I have {first} in the {box}.", f"The {box} has {first} in it."))
+        change = rng.choice([n for n in (-3, -2, -1, 1, 2, 3) if 0 <= self.now + n <= 9])
+        self.now += change
+        number, name = some(abs(change), self.items), rng.choice(NAMES)
+        if change > 0:
+            told = (f"I put {number} into the {box}.", f"{name} adds {number} to the {box}.", f"I add {number}.")
+        else:
+            told = (
+                f"I take {number} out of the {box}.",
+                f"{name} takes {number} from the {box}.",
+                f"I remove {number}.",
             )
-        room, have = 20 - self.now[box], self.now[box]
-        if room and (not have or rng.random() < 0.55):
-            number = rng.randint(1, min(5, room))
-            self.now[box] += number
-            more = some(number, items)
-            return rng.choice(
-                (
-                    f"I put {more} into the {box}.",
-                    f"{rng.choice(NAMES)} adds {more} to the {box}.",
-                    f"{rng.choice(NAMES)} puts {more} in the {box}.",
-                )
-            )
-        number = rng.randint(1, min(5, have))
-        self.now[box] -= number
-        fewer = some(number, items)
-        return rng.choice(
-            (
-                f"I took {fewer} out of the {box}.",
-                f"{rng.choice(NAMES)} takes {fewer} from the {box}.",
-                f"We lost {fewer} from the {box}.",
-            )
-        )
+        return rng.choice(told)
 
     def ask(self, rng: Random, least: int = 1) -> tuple[str, str, str] | None:
-        told = [b for b in self.now if self.times[b] >= least]
-        if not told:
+        if self.now is None or self.times < least:
             return None
-        box = rng.choice(told)
-        items, number = self.items[box], self.now[box]
+        box, items = self.box, self.items
         asked = rng.choice(
             (
                 f"How many {items} are in the {box} now?",
@@ -358,7 +337,7 @@ class Boxes:
                 f"Count the {items} in the {box}.",
             )
         )
-        return asked, f"The {box} holds {some(number, items)} now.", str(number)
+        return asked, f"The {box} holds {some(self.now, items)} now.", str(self.now)
 
 
 class Lift:
@@ -399,39 +378,6 @@ class Lift:
         return asked, f"The {lift} is on floor {floor}.", str(floor)
 
 
-class Cups:
-    """A coin under one of three cups that trade places."""
-
-    kind = "cups"
-
-    def __init__(self, rng: Random) -> None:
-        self.place: str | None = None
-        self.swaps = 0
-
-    def tell(self, rng: Random) -> str:
-        if self.place is None:
-            self.place = rng.choice(CUPS)
-            return rng.choice(
-                (f"The coin is under the {self.place} cup.", f"I hide the coin under the {self.place} cup.")
-            )
-        one, two = rng.sample(CUPS, 2)
-        self.swaps += 1
-        self.place = {one: two, two: one}.get(self.place, self.place)
-        return rng.choice(
-            (
-                f"I swap the {one} cup and the {two} cup.",
-                f"The {one} cup and the {two} cup trade places.",
-                f"Now the {one} and {two} cups change places.",
-            )
-        )
-
-    def ask(self, rng: Random, least: int = 1) -> tuple[str, str, str] | None:
-        if self.place is None or self.swaps < least - 1:
-            return None
-        asked = rng.choice(("Where is the coin now?", "Which cup hides the coin?", "Under which cup is the coin?"))
-        return asked, f"The coin is under the {self.place} cup.", self.place
-
-
 def scenario(kind: str, rng: Random) -> Scenario:
     """A fresh scenario of one kind; some have a second thing going on that is not asked about each time."""
     num = 1 if rng.random() < 0.6 else 2
@@ -439,9 +385,8 @@ def scenario(kind: str, rng: Random) -> Scenario:
         "recall": lambda: Codes(rng),
         "likes": lambda: Likes(rng),
         "last": lambda: Paint(rng, num) if rng.random() < 0.5 else Walk(rng, num),
-        "count": lambda: Boxes(rng, num),
+        "count": lambda: Box(rng),
         "order": lambda: Lift(rng),
-        "cups": lambda: Cups(rng),
     }
     return makers[kind]()
 
@@ -453,8 +398,8 @@ class Talk:
         self.rng = rng
         self.turns: list[Turn] = []
         self.questions: list[Question] = []
-        self.acknowledge = rng.random() < 0.25
-        if rng.random() < 0.2:
+        self.acknowledge = rng.random() < 0.15
+        if rng.random() < 0.15:
             self.turns.append(Turn("system", rng.choice(SYSTEM)))
 
     def say(self, text: str) -> None:
@@ -484,7 +429,7 @@ def examined(kind: str, rng: Random, fewest: int = 3, most: int = 8) -> Dialogue
     while True:
         talk, about = Talk(rng), scenario(kind, rng)
         for _ in range(rng.randint(fewest, most)):
-            talk.say(rng.choice(SMALL_TALK) if rng.random() < 0.15 else about.tell(rng))
+            talk.say(rng.choice(SMALL_TALK) if rng.random() < 0.1 else about.tell(rng))
         if talk.ask(about, least=1 if kind == "recall" else 2):
             return talk.done()
 
@@ -495,7 +440,7 @@ def practised(kinds: tuple[str, ...], rng: Random, most: int, questions: int) ->
     about = [scenario(kind, rng) for kind in kinds]
     for _ in range(rng.randint(1, most) + len(about) - 1):
         current = rng.choice(about)
-        talk.say(rng.choice(SMALL_TALK) if rng.random() < 0.12 else current.tell(rng))
+        talk.say(rng.choice(SMALL_TALK) if rng.random() < 0.1 else current.tell(rng))
         talk.ask(current)
     for current in about:
         talk.ask(current)

@@ -30,7 +30,7 @@ class Shape:
 
     vocab_size: int = 4096
     hidden_size: int = 128
-    layer_types: tuple[str, ...] = ("mamba", "mamba", "attention", "mamba", "mamba", "attention", "mamba")
+    layer_types: tuple[str, ...] = ("mamba", "attention", "mamba", "mamba", "attention", "mamba")
     shared_intermediate_size: int = 256
     num_attention_heads: int = 4
     num_key_value_heads: int = 4
@@ -42,7 +42,7 @@ class Shape:
     mamba_chunk_size: int = 64
     embedding_multiplier: float = 8.0
     residual_multiplier: float = 0.5
-    attention_multiplier: float = 0.25
+    attention_multiplier: float = 0.1767766952966369
     logits_scaling: float = 0.25
     rms_norm_eps: float = 1e-5
 

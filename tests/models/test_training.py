@@ -64,11 +64,10 @@ def last_set(said: list[str], ask: str) -> str:
 
 
 def counted(said: list[str], ask: str) -> str:
-    box = re.findall(r"\bthe (\w+)(?: now| hold|\.|\?)", ask)[-1]
     total = 0
-    for s in (s for s in said if re.search(rf"\b{box}\b", s)):
+    for s in (s for s in said if re.search(r"\d", s)):
         number = int(re.findall(r"\d+", s)[0])
-        total += -number if re.search(r"\b(took|takes|lost)\b", s) else number
+        total += -number if re.search(r"\b(take|takes|remove)\b", s) else number
     return str(total)
 
 
@@ -82,17 +81,7 @@ def risen(said: list[str], ask: str) -> str:
     return str(floor)
 
 
-def hidden(said: list[str], ask: str) -> str:
-    under = ["left", "middle", "right"]
-    start = next(s for s in said if "coin" in s)
-    has = {place: place in start for place in under}
-    for s in (s for s in said if "cup" in s and s != start):
-        one, two = [p for p in under if re.search(rf"\b{p}\b", s)]
-        has[one], has[two] = has[two], has[one]
-    return next(place for place in under if has[place])
-
-
-SIMULATED = {"recall": recalled, "last": last_set, "count": counted, "order": risen, "cups": hidden}
+SIMULATED = {"recall": recalled, "last": last_set, "count": counted, "order": risen}
 
 
 def test_the_same_seed_gives_the_same_dialogues() -> None:

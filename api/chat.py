@@ -1,0 +1,341 @@
+"""Messages to a prompt: tokens, and the places where another conversation may part from this one.
+
+The tokens of a message must not depend on what follows it, or a longer conversation would not find the shorter one in
+the cache. So the end of each message is found in the rendered text (where the rendering of the messages up to there
+ends, if that is a prefix of the whole), the text is split at these ends, and the pieces are tokenised one by one.
+
+    <|im_start|>user Hi<|im_end|> | <|im_start|>assistant Hello!<|im_end|> | <|im_start|>assistant
+    piece 0                       | piece 1                                | generation prompt
+
+As in Hugging Face's own code, special tokens that a client writes into a message are special tokens.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from threading import Lock
+
+import numpy as np
+
+from hybrid_cache.api.template import RESERVED, ChatTemplate, Clock
+from hybrid_cache.api.tokenizer import Tokenizer
+from hybrid_cache.errors import ContextTooLong, RequestError
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.request import Boundary, BoundaryKind, Prompt
+
+MAX_BOUNDARIES = 64
+FIRST_BOUNDARIES = 16  # when there are more, this many from the front are kept, the rest from the end
+DENSE_MESSAGES = 256  # beyond these, a conversation is split after every `SPARSE` messages only
+SPARSE = 64
+MAX_REMEMBERED = 1 << 14
+PART_SEPARATOR = "\n"
+# Unicode noncharacters, never part of a text. One that the text does not hold marks places in it.
+MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of text in a message; `marked` if the client set a cache breakpoint at its end."""
+
+    text: str
+    marked: bool = False
+    ttl_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What the client sent. `parts` is None for an assistant's message that only calls tools."""
+
+    role: str
+    parts: tuple[Part, ...] | None
+    fields: Mapping[str, object] = field(default_factory=dict)  # name, tool_calls, tool_call_id ...
+
+    def content(self, mark: str = "", *, tight: bool = False) -> str | None:
+        """The text as templates see it, with `mark` at the end of each part that was marked or that another follows.
+
+        `tight` puts the last mark before the spaces that a template may trim.
+        """
+        if self.parts is None:
+            return None
+        last = len(self.parts) - 1
+        pieces = [p.text + (mark if p.marked or i < last else "") for i, p in enumerate(self.parts)]
+        if mark and tight and self.parts[last].marked:
+            text = self.parts[last].text
+            pieces[last] = text.rstrip() + mark + text[len(text.rstrip()) :]
+        return PART_SEPARATOR.join(pieces)
+
+    def for_template(self, mark: str = "", *, tight: bool = False) -> dict[str, object]:
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content(mark, tight=tight), **self.fields}
+
+    @property
+    def marks(self) -> list[Part]:
+        """The parts whose ends `content` marks."""
+        parts = self.parts or ()
+        return [p for i, p in enumerate(parts) if p.marked or i < len(parts) - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """How a conversation is to be rendered."""
+
+    tools: Sequence[Mapping[str, object]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+    default_ttl_s: float | None = None  # for marked parts without a lifetime of their own
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A place at which rendered text is split."""
+
+    position: int  # characters before it
+    boundary: Boundary | None = None  # its position still to be filled in; None splits only
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Where the rendering of the first messages of a conversation ends, and a digest of it."""
+
+    length: int
+    digest: bytes
+
+
+class ChatEncoder:
+    """Renders and tokenises conversations with one model's template. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, templates: Mapping[str, ChatTemplate]) -> None:
+        """`templates` by name; "tool_use" is taken when there are tools, "default" otherwise."""
+        self._tokenizer = tokenizer
+        self._templates = templates
+        self._ends: OrderedDict[bytes, _End | None] = OrderedDict()  # by digest of the messages; None: not a prefix
+        self._lock = Lock()
+
+    def encode(self, messages: Sequence[Message], rendering: Rendering, max_tokens: int) -> Prompt:
+        """-> the prompt. Raises RequestError, and ContextTooLong for more than `max_tokens` tokens."""
+        template, clock = self._template(rendering), Clock()
+        text = self.render(messages, rendering, clock)
+        # Checked before the ends are sought, which takes one rendering for each message that is new.
+        # A token is rarely more than 16 characters; where it is, the engine still counts.
+        if len(text) > 16 * max_tokens:
+            self._check_length(len(self._tokenizer.encode(text)), max_tokens)
+        ends = self._message_ends(template, messages, rendering, text, clock)
+        cuts = [*(_Cut(e, Boundary(0)) for e in ends), *self._part_cuts(template, messages, rendering, text, clock)]
+        tokens, boundaries = self._tokenise(text, cuts)
+        self._check_length(len(tokens), max_tokens)
+        return Prompt(np.asarray(tokens, dtype=np.int32), limited(boundaries))
+
+    def render(self, messages: Sequence[Message], rendering: Rendering, clock: Clock | None = None) -> str:
+        """The text of a whole conversation, with the opening of the answer if `rendering` asks for it."""
+        template, clock = self._template(rendering), clock or Clock()
+        text = self._render(template, messages, rendering, clock, opening=rendering.add_generation_prompt)
+        return _cut_after_final(text, messages[-1]) if rendering.continue_final_message else text
+
+    def takes_argument_text(self, rendering: Rendering) -> bool:
+        """Whether tool-call arguments reach the template as JSON text, not as an object."""
+        return self._template(rendering).takes_argument_text
+
+    def _template(self, rendering: Rendering) -> ChatTemplate:
+        wanted = "tool_use" if rendering.tools and "tool_use" in self._templates else "default"
+        if wanted not in self._templates:
+            raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+        taken = RESERVED.intersection(rendering.kwargs)
+        if taken:
+            raise RequestError(f"chat_template_kwargs may not set {sorted(taken)[0]}", param="chat_template_kwargs")
+        return self._templates[wanted]
+
+    def _render(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        rendering: Rendering,
+        clock: Clock,
+        *,
+        opening: bool = False,
+    ) -> str:
+        return self._fill(template, [m.for_template() for m in messages], rendering, clock, opening)
+
+    @staticmethod
+    def _fill(
+        template: ChatTemplate,
+        messages: Sequence[Mapping[str, object]],
+        rendering: Rendering,
+        clock: Clock,
+        opening: bool,
+    ) -> str:
+        tools = list(rendering.tools) if rendering.tools else None
+        variables = {**rendering.kwargs, "tools": tools, "add_generation_prompt": opening}
+        return template.render(messages, variables, clock)
+
+    def _message_ends(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        rendering: Rendering,
+        text: str,
+        clock: Clock,
+    ) -> list[int]:
+        """Positions in `text`, which is rendered from `messages`, at which the first i of them end.
+
+        A conversation that grows has had most of its ends found before: they are remembered by the digest of the
+        messages, and checked against the text.
+        """
+        closed = len(messages) - (1 if rendering.continue_final_message else 0)
+        wanted = [i for i in range(1, closed + 1) if i <= DENSE_MESSAGES or i % SPARSE == 0]
+        keys = _prefix_keys(template, messages, rendering, clock)
+        found = [(i, self._end(template, messages[:i], rendering, clock, keys[i - 1])) for i in wanted]
+        seen, position, ends = blake2b(digest_size=16), 0, []
+        for _, end in found:
+            if end is None or not position <= end.length <= len(text):
+                continue
+            ahead = seen.copy()
+            ahead.update(text[position : end.length].encode("utf-8", "surrogatepass"))
+            if ahead.digest() == end.digest:
+                seen, position = ahead, end.length
+                ends.append(position)
+        return ends
+
+    def _end(
+        self, template: ChatTemplate, messages: Sequence[Message], rendering: Rendering, clock: Clock, key: bytes
+    ) -> _End | None:
+        with self._lock:
+            if key in self._ends:
+                self._ends.move_to_end(key)
+                return self._ends[key]
+        try:
+            text = self._render(template, messages, rendering, clock)
+            data = text.encode("utf-8", "surrogatepass")
+            end = _End(len(text), blake2b(data, digest_size=16).digest())
+        except RequestError:  # some templates want the user to speak last
+            end = None
+        with self._lock:
+            self._ends[key] = end
+            while len(self._ends) > MAX_REMEMBERED:
+                self._ends.popitem(last=False)
+        return end
+
+    def _part_cuts(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        rendering: Rendering,
+        text: str,
+        clock: Clock,
+    ) -> list[_Cut]:
+        """Cuts at the ends of marked parts, and between the parts of one message."""
+        parts = [part for m in messages for part in m.marks]
+        mark = next((c for c in MARKS if c not in text), None)
+        if not parts or mark is None:
+            return []
+        best: list[str] = []
+        same = -1  # characters up to which the marked text is right
+        for tight in (False, True):
+            marked = [m.for_template(mark, tight=tight) for m in messages]
+            try:
+                pieces = self._fill(template, marked, rendering, clock, rendering.add_generation_prompt).split(mark)
+            except RequestError:
+                continue
+            right = _common_length("".join(pieces), text)
+            # Other numbers of pieces: the template repeats, drops or reads the text of a message.
+            if len(pieces) == len(parts) + 1 and right > same:
+                best, same = pieces, right
+            if right == len(text):
+                break
+        return list(_cuts_after(best, same, parts, rendering.default_ttl_s))
+
+    def _tokenise(self, text: str, cuts: Iterable[_Cut]) -> tuple[list[int], list[Boundary]]:
+        """-> tokens of the pieces between the cuts, and the boundaries with their positions in tokens."""
+        tokens: list[int] = []
+        boundaries: list[Boundary] = []
+        position = 0
+        for cut in sorted(cuts, key=lambda c: c.position):
+            tokens += self._tokenizer.encode(text[position : cut.position])
+            position = cut.position
+            if cut.boundary is not None:
+                boundaries.append(Boundary(len(tokens), cut.boundary.kind, cut.boundary.ttl_s))
+        return tokens + self._tokenizer.encode(text[position:]), boundaries
+
+    @staticmethod
+    def _check_length(num_tokens: int, max_tokens: int) -> None:
+        if num_tokens > max_tokens:
+            raise ContextTooLong(
+                f"the messages are {num_tokens} tokens, this model's context leaves room for {max_tokens}",
+                param="messages",
+            )
+
+
+def prompt_of_tokens(tokens: Sequence[int], tokenizer: Tokenizer) -> Prompt:
+    """A prompt of raw tokens, with a boundary after each run of special tokens other than BOS."""
+    ids = np.asarray(tokens, dtype=np.int32)
+    closing = np.isin(ids, [i for i in tokenizer.special_ids if i != tokenizer.bos_id])
+    ends = np.flatnonzero(closing & ~np.append(closing[1:], False)) + 1
+    return Prompt(ids, limited([Boundary(int(e)) for e in ends]))
+
+
+def limited(boundaries: Sequence[Boundary]) -> tuple[Boundary, ...]:
+    """At most `MAX_BOUNDARIES`: all marked ones before others, and of those the first and the most recent."""
+    if len(boundaries) <= MAX_BOUNDARIES:
+        return tuple(boundaries)
+    marked = [b for b in boundaries if b.kind is BoundaryKind.EXPLICIT][-MAX_BOUNDARIES:]
+    # A tile has room for one checkpoint.
+    plain = list({b.position // TILE: b for b in boundaries if b.kind is not BoundaryKind.EXPLICIT}.values())
+    room = MAX_BOUNDARIES - len(marked)
+    if len(plain) > room:
+        first = min(FIRST_BOUNDARIES, room)
+        plain = plain[:first] + plain[len(plain) - (room - first) :]
+    return tuple(sorted([*marked, *plain], key=lambda b: b.position))
+
+
+def _cuts_after(
+    pieces: Sequence[str], same: int, parts: Sequence[Part], default_ttl_s: float | None
+) -> Iterator[_Cut]:
+    position = 0
+    for part, piece in zip(parts, pieces, strict=False):
+        position += len(piece)
+        if position > same:
+            return
+        ttl = part.ttl_s if part.ttl_s is not None else default_ttl_s
+        yield _Cut(position, Boundary(0, BoundaryKind.EXPLICIT, ttl) if part.marked else None)
+
+
+def _prefix_keys(
+    template: ChatTemplate, messages: Sequence[Message], rendering: Rendering, clock: Clock
+) -> list[bytes]:
+    """A digest for each prefix of the messages, of everything that its rendering may depend on."""
+    head = [template.name, sorted(clock.printed), rendering.tools, sorted(rendering.kwargs.items())]
+    seen, keys = blake2b(_canonical(head), digest_size=16), []
+    for message in messages:
+        seen.update(_canonical(message.for_template()))
+        keys.append(seen.digest())
+    return keys
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, default=str).encode() + b"\0"
+
+
+def _cut_after_final(text: str, message: Message) -> str:
+    """Drops what the template writes after the content of the last message, so that the answer continues it."""
+    content = (message.content() or "").strip()
+    place = text.rfind(content) if content else -1
+    if place < 0:
+        raise RequestError(
+            "continue_final_message needs a last message whose text the chat template shows as it is",
+            param="continue_final_message",
+        )
+    return text[: place + len(content)]
+
+
+def _common_length(a: str, b: str) -> int:
+    """Number of leading characters that a and b share."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[:middle] == b[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

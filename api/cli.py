@@ -1,0 +1,169 @@
+"""The command line. Nothing heavy is imported before a command runs, so that help comes at once."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hybrid_cache import __version__
+from hybrid_cache.errors import ConfigError, HybridCacheError
+
+app = typer.Typer(
+    name="hybrid-cache",
+    help="Serve attention + state-space language models behind one exact prefix cache.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+model_app = typer.Typer(help="Facts about models.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measurements.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+app.add_typer(bench_app, name="bench")
+
+Model = Annotated[
+    str | None, typer.Argument(help="A folder in Hugging Face format or a hub name; the embedded model if left out.")
+]
+Budget = Annotated[str, typer.Option(help="Memory for KV pages and states together, such as 2GiB.")]
+Backend = Annotated[str, typer.Option(help="auto, native or torch.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads that compute; 0 leaves it to torch.")]
+KeyFile = Annotated[Path | None, typer.Option(help="File with API keys, one a line.")]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs one command line, by default the process's own. Always ends in SystemExit."""
+    try:
+        app(args, prog_name="hybrid-cache")
+    except HybridCacheError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hybrid-cache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key_file: KeyFile = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
+    ] = None,
+    budget: Budget = "2GiB",
+    policy: Annotated[str, typer.Option(help="What the cache keeps: flops-per-byte or lru.")] = "flops-per-byte",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    max_running: Annotated[int, typer.Option(help="Sequences in one batch.")] = 32,
+    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 503.")] = 256,
+    max_tiles: Annotated[int, typer.Option(help="Prefill tiles in a step with nobody decoding.")] = 16,
+    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same beside decoding sequences.")] = 4,
+    max_body: Annotated[str, typer.Option(help="Largest request body.")] = "10MiB",
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse what earlier requests computed.")
+    ] = True,
+    vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that SIGTERM gives running requests.")] = 30,
+) -> None:
+    """Answer OpenAI's API over HTTP."""
+    from hybrid_cache.api import launch
+    from hybrid_cache.api.sizes import parse_bytes
+    from hybrid_cache.config import EngineConfig
+
+    launch.serve(
+        launch.ServeOptions(
+            load=launch.LoadOptions(model, backend, dtype, threads),
+            engine=EngineConfig(
+                budget_bytes=parse_bytes(budget),
+                max_running=max_running,
+                max_waiting=max_waiting,
+                policy=policy,
+                prefix_cache=prefix_cache,
+                max_tiles=max_tiles,
+                max_tiles_beside_decode=max_tiles_beside_decode,
+            ),
+            host=host,
+            port=port,
+            served_names=tuple(served_model_name or ()),
+            api_keys=launch.read_api_keys(api_key_file) if api_key_file else (),
+            max_body_bytes=parse_bytes(max_body),
+            vllm_metrics=vllm_metrics,
+            drain_timeout_s=drain_timeout,
+        )
+    )
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    url: Annotated[str | None, typer.Option(help="Talk to this server, such as http://127.0.0.1:8000.")] = None,
+    api_key_file: KeyFile = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own default if left out.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+) -> None:
+    """Talk to a model in the terminal. With --url, MODEL is the name that the server knows."""
+    from hybrid_cache.api import terminal
+
+    asked = terminal.Asked(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    if url is not None:
+        keys = _first_key(api_key_file) if api_key_file else None
+        terminal.run(terminal.ServerPartner(url, model, keys, asked), system)
+    else:
+        from hybrid_cache.api import local_chat
+
+        terminal.run(local_chat.EnginePartner(model, asked), system)
+
+
+@model_app.command()
+def info(
+    path: Annotated[
+        Path | None, typer.Argument(help="Folder with a config.json, weights or not; the embedded model if left out.")
+    ] = None,
+    budget: Budget = "2GiB",
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a model keeps in the cache, from its config alone. Exit code 1 if it is not supported."""
+    from hybrid_cache.api import model_info
+    from hybrid_cache.api.sizes import parse_bytes
+
+    report = model_info.examine(path, parse_bytes(budget), dtype)
+    typer.echo(model_info.to_json(report)) if as_json else model_info.print_table(report)
+    raise typer.Exit(0 if report.supported else 1)
+
+
+def _bench(name: str, summary: str) -> None:
+    """Mounts `hybrid_cache.bench.NAME:NAME`, which is imported when the command runs or is asked for help."""
+
+    def run(context: typer.Context) -> None:
+        command: Callable[..., None] = getattr(import_module(f"hybrid_cache.bench.{name}"), name)
+        inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        inner.command()(command)
+        raise typer.Exit(inner(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    bench_app.command(name, help=summary, add_help_option=False, context_settings=settings)(run)
+
+
+_bench("serve", "Measure an OpenAI-compatible server on the prompts that a prefix cache meets.")
+_bench("exactness", "Count the bits in which cache on and cache off differ.")
+_bench("bookkeeping", "Time the cache's own work in large trees.")

@@ -1,0 +1,225 @@
+"""From a checked API request to pieces of text, by way of the engine. Chat and text completions share all of this."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from hybrid_cache.api import schemas
+from hybrid_cache.api.metrics import RequestTimer
+from hybrid_cache.api.serving import Serving
+from hybrid_cache.api.stream import ChoiceText, Detokenizer, Piece, make_stopper
+from hybrid_cache.errors import BadSampling, ContextTooLong
+from hybrid_cache.request import CacheMode, Prompt, PromptOutput, Request, SamplingParams, TokenOutput
+
+Event = PromptOutput | Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What chat and text completions ask for in different words."""
+
+    prompt: Prompt
+    max_tokens: int | None
+    default_max_tokens: int
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    visible: frozenset[int] = frozenset()  # special tokens that have text all the same
+
+
+class Generation:
+    """One request in the engine. Iterate over its events; leaving the `async with` block aborts what still runs."""
+
+    def __init__(self, serving: Serving, asked: schemas.Generation, wanted: Wanted) -> None:
+        """Queues the request. Raises RequestError, Overloaded or EngineStopped."""
+        self.id = uuid.uuid4().hex
+        self.prompt_tokens = wanted.prompt.tokens.tolist()
+        self.prompt_output = PromptOutput(cached_tokens=0, written_tokens=0)
+        self.completion_tokens = 0
+        self.n = asked.n or 1
+        sampling = sampling_params(serving, asked, wanted)
+        stops = asked.stop or []
+        skip: frozenset[int] = frozenset()
+        if asked.skip_special_tokens is not False:
+            skip = serving.tokenizer.special_ids - wanted.visible
+
+        def detokenizer() -> Detokenizer:
+            return Detokenizer(serving.tokenizer, self.prompt_tokens, skip)
+
+        named, include = asked.stop_token_ids or [], bool(asked.include_stop_str_in_output)
+        self._texts = [
+            ChoiceText(detokenizer(), stops, sampling.stop_token_ids, named, include_stop=include) for _ in range(self.n)
+        ]
+        self._stream = serving.engine.submit(
+            Request(
+                id=self.id,
+                prompt=wanted.prompt,
+                sampling=sampling,
+                n=self.n,
+                namespace=asked.cache_salt or "",
+                cache_mode=cache_mode(asked, wanted),
+                make_stopper=make_stopper(detokenizer, stops) if stops else None,
+            )
+        )
+        self._timer: RequestTimer = serving.metrics.timer(len(self.prompt_tokens), self.n)
+
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> Event:
+        output = await anext(self._stream)
+        if isinstance(output, PromptOutput):
+            self.prompt_output = output
+            return output
+        return self._piece(output)
+
+    def _piece(self, output: TokenOutput) -> Piece:
+        if output.token is not None:
+            self.completion_tokens += 1
+            self._timer.token(output.index)
+        if output.finish is not None:
+            self._timer.finish(output.finish)
+        return self._texts[output.index].push(output)
+
+    async def __aenter__(self) -> "Generation":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Aborts what still runs. Idempotent."""
+        await self._stream.aclose()
+        self._timer.close()
+
+
+class Generations:
+    """Several requests in the engine that make one reply. Events come with the number of the request they belong to."""
+
+    def __init__(self) -> None:
+        self.all: list[Generation] = []
+
+    @classmethod
+    async def submit(cls, serving: Serving, asked: schemas.Generation, wanted: Sequence[Wanted]) -> "Generations":
+        """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped."""
+        generations = cls()
+        try:
+            for each in wanted:
+                generations.all.append(Generation(serving, asked, each))
+        except BaseException:
+            await generations.aclose()
+            raise
+        return generations
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Events of all requests as they come."""
+        if len(self.all) == 1:
+            async for event in self.all[0]:
+                yield 0, event
+            return
+        queue: asyncio.Queue[tuple[int, Event] | BaseException | None] = asyncio.Queue()
+
+        async def pump(number: int, generation: Generation) -> None:
+            try:
+                async for event in generation:
+                    queue.put_nowait((number, event))
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.create_task(pump(i, g)) for i, g in enumerate(self.all)]
+        try:
+            running = len(tasks)
+            while running:
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def __aenter__(self) -> "Generations":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        for generation in self.all:
+            await generation.aclose()
+
+    def usage(self) -> schemas.Usage:
+        """What has been used so far."""
+        prompt = sum(len(g.prompt_tokens) for g in self.all)
+        completion = sum(g.completion_tokens for g in self.all)
+        return schemas.Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=schemas.PromptTokensDetails(
+                cached_tokens=sum(g.prompt_output.cached_tokens for g in self.all),
+                cache_write_tokens=sum(g.prompt_output.written_tokens for g in self.all),
+            ),
+        )
+
+
+def sampling_params(serving: Serving, asked: schemas.Generation, wanted: Wanted) -> SamplingParams:
+    """What the request asks for, else what the model's generation_config.json says, else OpenAI's defaults."""
+    defaults, length = serving.defaults, len(wanted.prompt.tokens)
+    _check_tokens(serving, asked)
+    named = tuple(asked.stop_token_ids or ())
+    eos = () if asked.ignore_eos else tuple(i for i in defaults.eos_ids if i < serving.model.vocab_size)
+    max_tokens = wanted.default_max_tokens if wanted.max_tokens is None else wanted.max_tokens
+    room = serving.model.max_length - length
+    if room < (1 if max_tokens else 0):
+        raise ContextTooLong(
+            f"the prompt is {length} tokens, this model's context of {serving.model.max_length} must hold it and an answer",
+            param="prompt",
+        )
+    max_tokens = min(max_tokens, room)  # the answer ends with "length" where the context does
+    return SamplingParams(
+        temperature=_or(asked.temperature, defaults.temperature),
+        top_p=_or(asked.top_p, defaults.top_p),
+        top_k=max(0, defaults.top_k if asked.top_k is None else asked.top_k),
+        min_p=_or(asked.min_p, 0.0),
+        presence_penalty=_or(asked.presence_penalty, 0.0),
+        frequency_penalty=_or(asked.frequency_penalty, 0.0),
+        repetition_penalty=_or(asked.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=asked.logit_bias or {},
+        seed=asked.seed,
+        max_tokens=max_tokens,
+        min_tokens=asked.min_tokens or 0,
+        stop_token_ids=(*eos, *(i for i in named if i not in eos)),
+        logprobs=wanted.logprobs,
+        prompt_logprobs=wanted.prompt_logprobs,
+    )
+
+
+def cache_mode(asked: schemas.Generation, wanted: Wanted) -> CacheMode:
+    """Log-probabilities of a prompt need all of it computed, so they leave the cache alone."""
+    if wanted.prompt_logprobs is not None:
+        return CacheMode.OFF
+    options = asked.prompt_cache_options
+    return CacheMode.EXPLICIT if options and options.mode == "explicit" else CacheMode.IMPLICIT
+
+
+def _check_tokens(serving: Serving, asked: schemas.Generation) -> None:
+    size = serving.model.vocab_size
+    for name, tokens in (("logit_bias", asked.logit_bias), ("stop_token_ids", asked.stop_token_ids)):
+        for token in tokens or ():
+            if not 0 <= token < size:
+                raise BadSampling(f"{name} names token {token}, the vocabulary is [0, {size})", param=name)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,31 @@
+"""Settings of the HTTP server."""
+
+import time
+from dataclasses import dataclass, field
+
+from hybrid_cache.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Checked when made, read by the app and its metrics."""
+
+    served_names: tuple[str, ...]  # the first is the default, and the one that replies carry
+    exact: bool
+    backend: str
+    model_path: str
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    max_body_bytes: int = 10 * 2**20
+    vllm_metrics: bool = False
+    drain_timeout_s: float = 30.0
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        if not self.served_names or not all(self.served_names):
+            raise ConfigError(f"served_names is {self.served_names!r}, must hold at least one name and no empty one")
+        if self.max_body_bytes < 1:
+            raise ConfigError(f"max_body_bytes is {self.max_body_bytes}, must be at least 1")
+        if self.drain_timeout_s < 0:
+            raise ConfigError(f"drain_timeout_s is {self.drain_timeout_s}, must be at least 0")
+        if not all(self.api_keys):
+            raise ConfigError("an API key is empty")

@@ -1,0 +1,57 @@
+"""What the kernel tests run over: backends, dtypes, thread counts, and a table of shapes."""
+
+import pytest
+import torch
+
+from hybrid_cache.kernels import dispatch
+from hybrid_cache.kernels.problems import AttentionProblem, ConvProblem, Mamba1Problem, Mamba2Problem
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+SHAPES = {
+    "mamba2": lambda dtype, rng: Mamba2Problem(dtype, rng),
+    "mamba2 head 64, state 128": lambda dtype, rng: Mamba2Problem(dtype, rng, head_dim=64, d_state=128, num_heads=3),
+    "mamba2 head 128, state 64": lambda dtype, rng: Mamba2Problem(dtype, rng, head_dim=128, d_state=64, num_heads=2),
+    "mamba2 state 16, groups 2": lambda dtype, rng: Mamba2Problem(dtype, rng, d_state=16, num_groups=2, norm_groups=2),
+    "mamba2 head 24, width 3": lambda dtype, rng: Mamba2Problem(dtype, rng, head_dim=24, width=3, bias=False),
+    "mamba2 clamped dt": lambda dtype, rng: Mamba2Problem(dtype, rng, dt_min=0.02, dt_max=0.1),
+    "mamba2 state 20": lambda dtype, rng: Mamba2Problem(dtype, rng, d_state=20, head_dim=8, num_heads=5),
+    "conv": lambda dtype, rng: ConvProblem(dtype, rng),
+    "conv width 2, no bias": lambda dtype, rng: ConvProblem(dtype, rng, width=2, channels=7, bias=False),
+    "mamba1": lambda dtype, rng: Mamba1Problem(dtype, rng),
+    "mamba1 state 128": lambda dtype, rng: Mamba1Problem(dtype, rng, channels=24, d_state=128),
+    "mamba1 state 7": lambda dtype, rng: Mamba1Problem(dtype, rng, channels=9, d_state=7),
+    "attention": lambda dtype, rng: AttentionProblem(dtype),
+    "attention one head each": lambda dtype, rng: AttentionProblem(dtype, num_heads=3, num_kv_heads=3, head_dim=16),
+    "attention 12 to 4 of 64": lambda dtype, rng: AttentionProblem(dtype, num_heads=12, num_kv_heads=4, head_dim=64),
+    "attention head 128": lambda dtype, rng: AttentionProblem(dtype, num_heads=4, num_kv_heads=2, head_dim=128),
+    "attention 6 to 1 of 40": lambda dtype, rng: AttentionProblem(dtype, num_heads=6, num_kv_heads=1, head_dim=40),
+}
+
+
+@pytest.fixture(params=[name for name, reason in dispatch.available().items() if reason is None])
+def ops(request):
+    return dispatch.select(request.param)
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=SHAPES.keys())
+def shape(request):
+    return request.param
+
+
+@pytest.fixture
+def problem(shape, dtype):
+    return SHAPES[shape](dtype, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -1,0 +1,108 @@
+"""Choice of a backend, and the build of the native one."""
+
+import ctypes
+import os
+import shutil
+
+import pytest
+
+from hybrid_cache.kernels import dispatch, native_library
+from hybrid_cache.kernels.native_library import FLAGS, BuildError
+
+compiler_needed = pytest.mark.skipif(
+    native_library.reason_missing() is not None, reason=f"native backend: {native_library.reason_missing()}"
+)
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+
+
+def test_torch_is_always_there():
+    assert dispatch.available()["torch"] is None
+    assert dispatch.select("torch").name == "torch"
+
+
+@compiler_needed
+def test_native_is_preferred():
+    assert dispatch.select().name == "native"
+
+
+def test_the_environment_decides_when_nobody_asked(monkeypatch):
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "torch")
+    assert dispatch.select().name == "torch"
+
+
+@pytest.mark.parametrize("name", ["triton", "mamba_ssm"])
+def test_a_missing_backend_is_refused_with_its_reason(name):
+    reason = dispatch.available()[name]
+    assert reason
+    with pytest.raises(dispatch.BackendUnavailable, match=f"{reason}.*usable here: .*torch"):
+        dispatch.select(name)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(dispatch.BackendUnavailable, match=r"'abacus'.*no such backend.*torch"):
+        dispatch.select("abacus")
+
+
+def test_without_a_compiler_torch_takes_over(monkeypatch):
+    monkeypatch.setattr(native_library, "reason_missing", lambda: "no C compiler found")
+    assert dispatch.select().name == "torch"
+    with pytest.raises(dispatch.BackendUnavailable, match="no C compiler found"):
+        dispatch.select("native")
+
+
+def test_a_machine_without_compilers_is_told_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(BuildError, match="no C compiler"):
+        native_library.find_compiler()
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """An empty folder that takes the place of `native/`."""
+    folder = tmp_path / "native"
+    folder.mkdir()
+    monkeypatch.setattr(native_library, "SOURCES", folder)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    return folder
+
+
+@compiler_needed
+def test_a_library_is_built_once(sources, cache):
+    (sources / "one.c").write_text("int one(void) { return 1; }\n")
+    (sources / "two.c").write_text("int one(void);\nint two(void) { return 2 * one(); }\n")
+    compiler = native_library.find_compiler()
+    first = native_library.build(compiler, FLAGS, cache)
+    built_at = first.stat().st_mtime_ns
+    assert native_library.build(compiler, FLAGS, cache) == first
+    assert first.stat().st_mtime_ns == built_at
+    assert os.listdir(cache) == [first.name]
+    assert ctypes.CDLL(str(first)).two() == 2
+
+
+@compiler_needed
+def test_a_failed_build_leaves_nothing_and_names_the_error(sources, cache):
+    (sources / "broken.c").write_text("int f(void) { return nothing; }\n")
+    with pytest.raises(BuildError, match="nothing"):
+        native_library.build(native_library.find_compiler(), FLAGS, cache)
+    assert os.listdir(cache) == []
+
+
+@compiler_needed
+def test_changed_sources_give_another_library(monkeypatch, tmp_path):
+    before = native_library.fingerprint(native_library.find_compiler(), FLAGS)
+    copy = tmp_path / "native"
+    shutil.copytree(native_library.SOURCES, copy)
+    (copy / "rows.c").write_text((copy / "rows.c").read_text() + "\n")
+    monkeypatch.setattr(native_library, "SOURCES", copy)
+    assert native_library.fingerprint(native_library.find_compiler(), FLAGS) != before
