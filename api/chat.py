@@ -289,9 +289,7 @@ def limited(boundaries: Sequence[Boundary]) -> tuple[Boundary, ...]:
     return tuple(sorted([*marked, *plain], key=lambda b: b.position))
 
 
-def _cuts_after(
-    pieces: Sequence[str], same: int, parts: Sequence[Part], default_ttl_s: float | None
-) -> Iterator[_Cut]:
+def _cuts_after(pieces: Sequence[str], same: int, parts: Sequence[Part], default_ttl_s: float | None) -> Iterator[_Cut]:
     position = 0
     for part, piece in zip(parts, pieces, strict=False):
         position += len(piece)

@@ -42,6 +42,18 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+def read_api_keys(path: Path) -> tuple[str, ...]:
+    """One key a line; empty lines and lines that begin with # are left out. Raises ConfigError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"API keys in {path} cannot be read: {error}") from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"{path} holds no API key, wanted one a line")
+    return keys
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"hybrid-cache {__version__}")
@@ -102,7 +114,7 @@ def serve(
             host=host,
             port=port,
             served_names=tuple(served_model_name or ()),
-            api_keys=launch.read_api_keys(api_key_file) if api_key_file else (),
+            api_keys=read_api_keys(api_key_file) if api_key_file else (),
             max_body_bytes=parse_bytes(max_body),
             vllm_metrics=vllm_metrics,
             drain_timeout_s=drain_timeout,
@@ -125,12 +137,13 @@ def chat(
 
     asked = terminal.Asked(temperature=temperature, max_tokens=max_tokens, seed=seed)
     if url is not None:
-        keys = _first_key(api_key_file) if api_key_file else None
-        terminal.run(terminal.ServerPartner(url, model, keys, asked), system)
+        key = read_api_keys(api_key_file)[0] if api_key_file else None
+        terminal.run(terminal.ServerPartner(url, model, key, asked), system)
     else:
-        from hybrid_cache.api import local_chat
+        from hybrid_cache.api import launch, local_chat
+        from hybrid_cache.config import EngineConfig
 
-        terminal.run(local_chat.EnginePartner(model, asked), system)
+        terminal.run(local_chat.EnginePartner(launch.LoadOptions(model), EngineConfig(), asked), system)
 
 
 @model_app.command()

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -37,6 +38,14 @@ class ErrorBody(BaseModel):
     """The body of every response that is not a success."""
 
     error: ErrorDetail
+
+
+def _documented(*codes: int) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": ErrorBody} for code in codes}
+
+
+LOOKUP_RESPONSES = _documented(401, 404)
+ERROR_RESPONSES = _documented(400, 401, 404, 413, 500, 503)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +148,9 @@ def _problem_of_http(request: Request, error: HTTPException) -> Problem:
     if error.status_code == 405:
         return Problem(405, f"{where} is not allowed.", code="method_not_allowed")
     if error.status_code == 400:  # raised by the framework when the bytes cannot be decoded
-        return Problem(400, "The request body is not valid JSON in UTF-8, or is nested too deeply.", code="invalid_json")
+        return Problem(
+            400, "The request body is not valid JSON in UTF-8, or is nested too deeply.", code="invalid_json"
+        )
     return Problem(error.status_code, str(error.detail))
 
 
@@ -150,7 +161,9 @@ def _problem_of_validation(errors: Sequence[dict[str, object]]) -> Problem:
     context, value = first.get("ctx"), first.get("input")
     if first.get("type") == "json_invalid":
         reason = context.get("error") if isinstance(context, dict) else ""
-        return Problem(400, f"The request body is not valid JSON: {reason} at character {loc[-1]}.", code="invalid_json")
+        return Problem(
+            400, f"The request body is not valid JSON: {reason} at character {loc[-1]}.", code="invalid_json"
+        )
     param, message = ".".join(loc[1:]) or None, str(first.get("msg")).removeprefix("Value error, ")
     if first.get("type") == "missing":
         if param is None:

@@ -49,7 +49,8 @@ class Generation:
 
         named, include = asked.stop_token_ids or [], bool(asked.include_stop_str_in_output)
         self._texts = [
-            ChoiceText(detokenizer(), stops, sampling.stop_token_ids, named, include_stop=include) for _ in range(self.n)
+            ChoiceText(detokenizer(), stops, sampling.stop_token_ids, named, include_stop=include)
+            for _ in range(self.n)
         ]
         self._stream = serving.engine.submit(
             Request(

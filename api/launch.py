@@ -28,7 +28,6 @@ from hybrid_cache.kernels.selfcheck import check_exact
 from hybrid_cache.models import loading
 
 FLUSH_TIMEOUT_S = 5  # for clients that read slowly, once the engine has finished
-MAX_KEY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +129,6 @@ def load(options: LoadOptions) -> Loaded:
 def failed_probes(loaded: Loaded) -> list[str]:
     """What the backend does not compute to the same bits in other company; empty if the cache is exact here."""
     return check_exact(loaded.ops, loaded.dtype)
-
-
-def read_api_keys(path: Path) -> tuple[str, ...]:
-    """One key a line; empty lines and lines with # are left out. Raises ConfigError."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = file.read(MAX_KEY_BYTES).splitlines()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"API keys in {path} cannot be read: {error}") from error
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise ConfigError(f"{path} holds no API key, wanted one a line")
-    return keys
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,49 +1,41 @@
-"""Prometheus metrics: the engine's own counts, read when scraped, and times measured at the edge.
+"""What Prometheus reads: the engine's own counts at the moment of the scrape, and histograms of requests that ended.
 
 Names begin with `hybrid_cache_`. On request the same numbers also appear under vLLM's names, so that dashboards,
 autoscalers and routers made for it work unchanged.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from hybrid_cache import __version__
+from hybrid_cache.api.records import RequestRecord
+from hybrid_cache.api.settings import ServerSettings
+from hybrid_cache.cache import CacheStats
 from hybrid_cache.engine import EngineStats
-from hybrid_cache.request import FinishReason
 
 PREFIX = "hybrid_cache_"
-FIRST_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-NEXT_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 5, 10)
-REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.3, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
-TOKEN_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
-
-ReadStats = Callable[[], EngineStats]
-
-
-class _Times:
-    """Histograms and counts of requests, under one set of names."""
-
-    def __init__(self, registry: CollectorRegistry, prefix: str, labels: dict[str, str]) -> None:
-        names = tuple(labels)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(prefix + name, text, names, buckets=buckets, registry=registry)
-            return made.labels(**labels) if labels else made
-
-        self.first = histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS)
-        self.next = histogram("inter_token_latency_seconds", "Between two tokens of one choice.", NEXT_TOKEN_BUCKETS)
-        self.whole = histogram("e2e_request_latency_seconds", "From arrival to the end.", REQUEST_BUCKETS)
-        self.prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS)
-        self.generated = histogram("request_generation_tokens", "Tokens generated for a request.", TOKEN_BUCKETS)
-        finished = "request_success" if prefix == "vllm:" else "choices_finished"
-        self._finished = Counter(prefix + finished, "Choices by reason.", (*names, "finished_reason"), registry=registry)
-        self._labels = labels
-
-    def finished(self, reason: str) -> None:
-        self._finished.labels(**self._labels, finished_reason=reason).inc()
+VLLM_PREFIX = "vllm:"
+# vLLM's bounds, so that its dashboards keep their meaning. Our own histograms begin lower: small models are fast.
+TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5),
+    *(5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+INTER_TOKEN_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+    *(5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+TOTAL_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+SHORT_INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005)
+SHORT_TOTAL_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2)
 
 
 class StatsSource(Protocol):
@@ -53,153 +45,178 @@ class StatsSource(Protocol):
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own."""
+    """The metrics of one server, in a registry of its own."""
 
-    def __init__(self, stats: ReadStats, info: dict[str, str], *, vllm_names: bool = False) -> None:
-        """`info` are facts about the server, `model` among them."""
+    def __init__(self, engine: StatsSource, settings: ServerSettings) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineMetrics(stats, info))
-        self._sets = [_Times(self._registry, PREFIX, {})]
-        if vllm_names:
-            labels = {"model_name": info["model"], "engine": "0"}
-            self._registry.register(_VllmMetrics(stats, labels))
-            self._sets.append(_Times(self._registry, "vllm:", labels))
+        self._registry.register(_Scrape(engine, lambda stats: _own_families(stats, settings)))
+        self._instruments = [_own_instruments(self._registry)]
+        if settings.vllm_metrics:
+            labels = {"model_name": settings.served_names[0], "engine": "0"}
+            self._registry.register(_Scrape(engine, lambda stats: _vllm_families(stats, labels)))
+            self._instruments.append(_vllm_instruments(self._registry, labels))
 
-    def timer(self, prompt_tokens: int, n: int) -> "RequestTimer":
-        """Starts the clock of a request that has been queued."""
-        return RequestTimer(self._sets, prompt_tokens, n)
+    def observe(self, record: RequestRecord) -> None:
+        """Counts a request that has ended; callable from any thread."""
+        for instruments in self._instruments:
+            instruments.observe(record)
 
-    def text(self) -> bytes:
-        """The exposition format, as `/metrics` answers it."""
-        return generate_latest(self._registry)
-
-
-class RequestTimer:
-    """Times of one request. Aborted ones count with the reason "abort"."""
-
-    def __init__(self, sets: Iterable[_Times], prompt_tokens: int, n: int) -> None:
-        self._sets = list(sets)
-        self._begin = time.perf_counter()
-        self._last: list[float | None] = [None] * n
-        self._first = True
-        self._open = n
-        self._tokens = 0
-        for times in self._sets:
-            times.prompt.observe(prompt_tokens)
-
-    def token(self, index: int) -> None:
-        now = time.perf_counter()
-        last, self._last[index] = self._last[index], now
-        self._tokens += 1
-        for times in self._sets:
-            if last is not None:
-                times.next.observe(now - last)
-            elif self._first:
-                times.first.observe(now - self._begin)
-        self._first = False
-
-    def finish(self, reason: FinishReason) -> None:
-        self._open -= 1
-        self._count(reason.value)
-        if self._open == 0:
-            for times in self._sets:
-                times.whole.observe(time.perf_counter() - self._begin)
-                times.generated.observe(self._tokens)
-
-    def close(self) -> None:
-        """Counts the choices that have not finished as aborted. Idempotent."""
-        for _ in range(self._open):
-            self._count("abort")
-        self._open = 0
-
-    def _count(self, reason: str) -> None:
-        for times in self._sets:
-            times.finished(reason)
+    def render(self) -> tuple[bytes, str]:
+        """-> the exposition text and its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
 
-class _EngineMetrics(Collector):
-    def __init__(self, stats: ReadStats, info: dict[str, str]) -> None:
-        self._stats = stats
-        self._info = info
+class _Scrape(Collector):
+    """Reads the engine once for each scrape."""
+
+    def __init__(self, engine: StatsSource, families: Callable[[EngineStats], Iterator[Metric]]) -> None:
+        self._engine = engine
+        self._families = families
 
     def collect(self) -> Iterator[Metric]:
-        s = self._stats()
-        yield _gauge("requests_running", "Requests in the batch.", s.running)
-        yield _gauge("requests_waiting", "Requests in the queue.", s.waiting)
-        yield _counter("preemptions", "Sequences that had to give up their room for a while.", s.num_preemptions)
-        yield _counter("steps", "Forward passes.", s.steps)
-        yield _counter("prompt_tokens", "Tokens of prompts.", s.prompt_tokens)
-        yield _counter("prompt_tokens_cached", "Tokens of prompts that were not computed.", s.cached_tokens)
-        yield _counter("prompt_tokens_computed", "Tokens of prompts that were computed.", s.computed_tokens)
-        yield _counter("generated_tokens", "Tokens generated.", s.generated_tokens)
-        yield _counter("commit_tokens", "Generated tokens computed again to be cached.", s.commit_tokens)
-        yield _counter("prefill_flops", "Floating-point operations spent on prompts.", s.flops_computed)
-        yield _counter("flops_saved", "Floating-point operations that the cache made unnecessary.", s.flops_saved)
-        c = s.cache
-        yield _gauge("cache_budget_bytes", "What pages, states and prompt ends may take together.", c.budget_bytes)
-        kinds = {"kv": c.kv_bytes, "checkpoint": c.checkpoint_bytes, "prompt_end": c.prompt_end_bytes}
-        more = {"working": c.working_bytes, "free": c.free_bytes}
-        yield _gauges("cache_bytes", "The budget by what it holds.", {**kinds, **more})
-        yield _gauge("cache_nodes", "Nodes of the prefix tree.", c.nodes)
-        counts = {"checkpoint": c.checkpoints, "prompt_end": c.prompt_ends}
-        yield _gauges("state_checkpoints", "Recurrent states that are kept.", counts)
-        hits = {"full": c.hit_tokens, "kv_only": c.kv_only_tokens, "miss": c.miss_tokens}
-        yield _counters("hit_tokens", "Prompt tokens by what the cache had: all, only KV, nothing.", hits)
-        yield _counters("checkpoint_admissions", "States that were kept, by kind of place.", c.admissions)
-        yield _counters("checkpoint_declines", "States that were not worth their bytes.", c.declines)
-        yield _counters("evictions", "What went to make room.", c.evictions)
-        yield _counter("compactions", "Times that the budget was rearranged.", c.compactions)
-        info = GaugeMetricFamily(PREFIX + "info", "Facts about this server.", labels=list(self._info))
-        info.add_metric(list(self._info.values()), 1)
-        yield info
+        return self._families(self._engine.stats())
 
 
-class _VllmMetrics(Collector):
-    def __init__(self, stats: ReadStats, labels: dict[str, str]) -> None:
-        self._stats = stats
-        self._labels = labels
+@dataclass(frozen=True, slots=True)
+class _Instruments:
+    """What an ended request moves, under one set of names."""
 
-    def collect(self) -> Iterator[Metric]:
-        s, names, values = self._stats(), list(self._labels), list(self._labels.values())
-        used = 1 - s.cache.free_bytes / s.cache.budget_bytes
-        for name, value in (
-            ("num_requests_running", s.running),
-            ("num_requests_waiting", s.waiting),
-            ("kv_cache_usage_perc", used),
-        ):
-            gauge = GaugeMetricFamily("vllm:" + name, name, labels=names)
-            gauge.add_metric(values, value)
-            yield gauge
-        for name, value in (
-            ("prefix_cache_queries", s.prompt_tokens),
-            ("prefix_cache_hits", s.cached_tokens),
-            ("prompt_tokens", s.prompt_tokens),
-            ("prompt_tokens_cached", s.cached_tokens),
-            ("generation_tokens", s.generated_tokens),
-            ("num_preemptions", s.num_preemptions),
-        ):
-            counter = CounterMetricFamily("vllm:" + name, name, labels=names)
-            counter.add_metric(values, value)
-            yield counter
+    finished: Counter
+    labels: Mapping[str, str]
+    first_token: Histogram
+    inter_token: Histogram
+    total: Histogram
+    per_output_token: Histogram | None = None
+
+    def observe(self, record: RequestRecord) -> None:
+        for reason in record.finish_reasons:
+            self.finished.labels(**self.labels, finished_reason=reason).inc()
+        if record.queue_to_first_token_s is not None:
+            self.first_token.observe(record.queue_to_first_token_s)
+        for seconds in record.inter_token_s:
+            self.inter_token.observe(seconds)
+        if self.per_output_token is not None and record.inter_token_s:
+            self.per_output_token.observe(sum(record.inter_token_s) / len(record.inter_token_s))
+        self.total.observe(record.total_s)
 
 
-def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+def _own_instruments(registry: CollectorRegistry) -> _Instruments:
+    def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, text, buckets=buckets, registry=registry)
+
+    finished = PREFIX + "choices_finished"
+    return _Instruments(
+        Counter(finished, "Choices that have ended, by reason.", ["finished_reason"], registry=registry),
+        {},
+        histogram("time_to_first_token_seconds", "From submission to the first token.", TTFT_BUCKETS),
+        histogram(
+            "inter_token_latency_seconds",
+            "Between consecutive tokens of one choice.",
+            (*SHORT_INTER_TOKEN_BUCKETS, *INTER_TOKEN_BUCKETS),
+        ),
+        histogram("e2e_request_latency_seconds", "From submission to the end.", (*SHORT_TOTAL_BUCKETS, *TOTAL_BUCKETS)),
+    )
+
+
+def _vllm_instruments(registry: CollectorRegistry, labels: Mapping[str, str]) -> _Instruments:
+    def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(VLLM_PREFIX + name, text, list(labels), buckets=buckets, registry=registry).labels(**labels)
+
+    finished, names = VLLM_PREFIX + "request_success", [*labels, "finished_reason"]
+    return _Instruments(
+        Counter(finished, "Choices that have ended, by reason.", names, registry=registry),
+        labels,
+        histogram("time_to_first_token_seconds", "From submission to the first token.", TTFT_BUCKETS),
+        histogram("inter_token_latency_seconds", "Between consecutive tokens of one choice.", INTER_TOKEN_BUCKETS),
+        histogram("e2e_request_latency_seconds", "From submission to the end.", TOTAL_BUCKETS),
+        histogram("request_time_per_output_token_seconds", "Mean over one request.", INTER_TOKEN_BUCKETS),
+    )
+
+
+def _own_families(stats: EngineStats, settings: ServerSettings) -> Iterator[Metric]:
+    """The engine's counts under our own names."""
+    facts = {
+        "version": __version__,
+        "model": settings.served_names[0],
+        "backend": settings.backend,
+        "exact": str(settings.exact).lower(),
+    }
+    yield _labelled(GaugeMetricFamily, PREFIX + "info", "Always 1; the labels say what runs.", facts, 1)
+    yield _gauge("requests_running", "Sequences in the running batch.", stats.running)
+    yield _gauge("requests_waiting", "Sequences in the queue.", stats.waiting)
+    yield _counter("prompt_tokens", "Prompt tokens of requests that have begun to answer.", stats.prompt_tokens)
+    yield _counter("cached_tokens", "Prompt tokens that were not computed.", stats.cached_tokens)
+    yield _counter("computed_tokens", "Prompt tokens computed, repeats included.", stats.computed_tokens)
+    yield _counter("generated_tokens", "Tokens chosen.", stats.generated_tokens)
+    yield _counter("commit_tokens", "Generated tokens computed again while idle, to be cached.", stats.commit_tokens)
+    yield _counter("preemptions", "Sequences that gave their memory back and began again.", stats.num_preemptions)
+    yield _counter("steps", "Forward passes.", stats.steps)
+    yield _counter("flops_saved", "Operations that cached tokens would have cost.", stats.flops_saved)
+    yield _counter("flops_computed", "Operations that prefill took.", stats.flops_computed)
+    yield from _cache_families(stats.cache)
+
+
+def _cache_families(cache: CacheStats) -> Iterator[Metric]:
+    tokens = {"full": cache.hit_tokens, "kv_only": cache.kv_only_tokens, "miss": cache.miss_tokens}
+    num_bytes = {
+        "kv": cache.kv_bytes,
+        "checkpoint": cache.checkpoint_bytes,
+        "prompt_end": cache.prompt_end_bytes,
+        "working": cache.working_bytes,
+        "free": cache.free_bytes,
+    }
+    yield _by_kind(CounterMetricFamily, "hit_tokens", "Tokens looked up: skipped, state gone, or not there.", tokens)
+    yield _by_kind(GaugeMetricFamily, "cache_bytes", "Where the budget is, by what takes it.", num_bytes)
+    yield _gauge("cache_budget_bytes", "Bytes for KV pages and states together.", cache.budget_bytes)
+    yield _gauge("cache_nodes", "Nodes of the prefix tree.", cache.nodes)
+    yield _gauge("cache_checkpoints", "Recurrent states kept.", cache.checkpoints)
+    yield _gauge("cache_prompt_ends", "Ends of whole prompts kept.", cache.prompt_ends)
+    yield _by_kind(CounterMetricFamily, "admissions", "States kept.", cache.admissions)
+    yield _by_kind(CounterMetricFamily, "declines", "States not kept.", cache.declines)
+    yield _by_kind(CounterMetricFamily, "evictions", "States and pages that went.", cache.evictions)
+    yield _counter("compactions", "Times that small items were moved to make room for a large one.", cache.compactions)
+
+
+def _vllm_families(stats: EngineStats, labels: Mapping[str, str]) -> Iterator[Metric]:
+    """The same counts under vLLM's names."""
+
+    def counter(name: str, text: str, value: float) -> Metric:
+        return _labelled(CounterMetricFamily, VLLM_PREFIX + name, text, labels, value)
+
+    def gauge(name: str, text: str, value: float) -> Metric:
+        return _labelled(GaugeMetricFamily, VLLM_PREFIX + name, text, labels, value)
+
+    yield gauge("num_requests_running", "Sequences in the running batch.", stats.running)
+    yield gauge("num_requests_waiting", "Sequences in the queue.", stats.waiting)
+    # As there, what a new request may evict does not count as used.
+    used = stats.cache.working_bytes / stats.cache.budget_bytes
+    yield gauge("kv_cache_usage_perc", "Share of the budget that running sequences hold; 1 is all.", used)
+    yield counter("prefix_cache_queries", "Prompt tokens looked up.", stats.prompt_tokens)
+    yield counter("prefix_cache_hits", "Prompt tokens that were not computed.", stats.cached_tokens)
+    yield counter("prompt_tokens", "Prompt tokens.", stats.prompt_tokens)
+    yield counter("generation_tokens", "Tokens chosen.", stats.generated_tokens)
+    yield counter("num_preemptions", "Sequences that gave their memory back and began again.", stats.num_preemptions)
+
+
+Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(PREFIX + name, text, value=value)
 
 
-def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
+def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(PREFIX + name, text, value=value)
 
 
-def _gauges(name: str, text: str, values: dict[str, int]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(PREFIX + name, text, labels=["kind"])
-    for kind, value in values.items():
-        family.add_metric([kind], value)
-    return family
+def _by_kind(family: Family, name: str, text: str, values: Mapping[str, float]) -> Metric:
+    made = family(PREFIX + name, text, labels=["kind"])
+    for kind, value in sorted(values.items()):
+        made.add_metric([kind], value)
+    return made
 
 
-def _counters(name: str, text: str, values: dict[str, int]) -> CounterMetricFamily:
-    family = CounterMetricFamily(PREFIX + name, text, labels=["kind"])
-    for kind, value in values.items():
-        family.add_metric([kind], value)
-    return family
+def _labelled(family: Family, name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:
+    made = family(name, text, labels=list(labels))
+    made.add_metric(list(labels.values()), value)
+    return made

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_cache.api.sizes import format_bytes, format_count
-from hybrid_cache.errors import ModelError
+from hybrid_cache.errors import UnsupportedModel
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models import loading
 
@@ -44,15 +44,16 @@ class Report:
 
 
 def examine(path: Path | None, budget_bytes: int, dtype: str = "auto") -> Report:
-    """Reads the config of a folder; None is the embedded model. Raises ModelError if there is no readable config."""
+    """Reads the config of a folder; None is the embedded model. Raises ModelError for a broken config."""
     folder = path or loading.embedded_path()
     name = "the embedded model" if path is None else str(path)
-    config = loading.load_config(folder)
-    kind = config.get("model_type")
-    model_type = kind if isinstance(kind, str) else None
+    model_type = None
     try:
+        config = loading.load_config(folder)
+        kind = config.get("model_type")
+        model_type = kind if isinstance(kind, str) else None
         facts = _facts(loading.describe(config, dtype=dtype), budget_bytes)
-    except ModelError as error:
+    except UnsupportedModel as error:
         return Report(name, model_type, False, " ".join(str(error).split()), None)
     return Report(name, model_type, True, None, facts)
 
@@ -112,4 +113,6 @@ def _rows(report: Report) -> list[tuple[str, str]]:
 
 
 def _break_even(tokens: int | None) -> str:
-    return "this model has no KV" if tokens is None else f"a checkpoint is smaller than the KV from {tokens:,} tokens on"
+    return (
+        "this model has no KV" if tokens is None else f"a checkpoint is smaller than the KV from {tokens:,} tokens on"
+    )

@@ -1,17 +1,29 @@
 """Responses that notice when the client goes away, so that its work in the engine ends within a step."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Coroutine
-from typing import TypeVar
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from hybrid_cache.api.stream import KEEP_ALIVE
+from hybrid_cache.api.errors import problem_of
+from hybrid_cache.api.stream import KEEP_ALIVE, event
+from hybrid_cache.errors import HybridCacheError
 
 T = TypeVar("T")
 KEEP_ALIVE_S = 15.0
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or server-sent events when `stream` is true.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+logger = logging.getLogger("hybrid_cache.api")
 
 
 async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T:
@@ -45,9 +57,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while True:
                 following = following or asyncio.ensure_future(anext(self._events))
-                await asyncio.wait(
-                    {following, gone}, timeout=self._keep_alive_s, return_when=asyncio.FIRST_COMPLETED
-                )
+                await asyncio.wait({following, gone}, timeout=self._keep_alive_s, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
                     return
                 if not following.done():
@@ -63,6 +73,18 @@ class EventStream(Response):
         finally:
             await _cancel(gone, *([following] if following else []))
             await self._events.aclose()
+
+
+async def ending_with_errors(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """The events; a failure after the headers becomes the last of them."""
+    async with aclosing(events):
+        try:
+            async for each in events:
+                yield each
+        except Exception as error:
+            if not isinstance(error, HybridCacheError):
+                logger.exception("a stream has failed")
+            yield event(problem_of(error).body())
 
 
 async def _send_body(send: Send, body: bytes) -> None:

@@ -1,6 +1,5 @@
 """The JSON that clients send and receive. Unknown fields are ignored; every bound is named in the error it causes."""
 
-import math
 import re
 from typing import Annotated, Literal
 
@@ -552,8 +551,3 @@ class Ready(Response):
 
 class Version(Response):
     version: str
-
-
-def finite(logprob: float) -> float:
-    """JSON has no infinities; clients take -9999 as OpenAI's word for 'impossible'."""
-    return logprob if math.isfinite(logprob) else -9999.0

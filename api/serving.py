@@ -63,7 +63,9 @@ class ServedModel:
     def check_name(self, asked: str | None) -> None:
         """Raises ModelNotFound for a model that is not this one; no name means this one."""
         if asked and asked not in self.names:
-            raise ModelNotFound(f"the model {quoted(asked)} is not served here, only {', '.join(self.names)}", param="model")
+            raise ModelNotFound(
+                f"the model {quoted(asked)} is not served here, only {', '.join(self.names)}", param="model"
+            )
 
 
 @dataclass(frozen=True, slots=True)

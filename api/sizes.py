@@ -20,7 +20,8 @@ def parse_bytes(text: str) -> int:
     if match is None or factor is None:
         raise ConfigError(f"{text!r} is not a size, wanted one such as 2GiB, 512MiB, 1.5GB or 1073741824")
     digits = match[2] or ""
-    num_bytes = int(match[1] + digits) * factor // 10 ** len(digits)
+    scale: int = 10 ** len(digits)
+    num_bytes = int(match[1] + digits) * factor // scale
     if not 1 <= num_bytes <= MAX_BYTES:
         raise ConfigError(f"{text!r} is {num_bytes} bytes, must be in [1, {MAX_BYTES}]")
     return num_bytes

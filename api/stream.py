@@ -181,4 +181,3 @@ KEEP_ALIVE = b": keep-alive\n\n"
 def event(data: Mapping[str, object]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-

@@ -205,7 +205,7 @@ def _room(model: HybridModel, sequences: int) -> int:
 
 def _busy_engine(model: HybridModel, runner: type[ModelRunner], rng: random.Random) -> Engine:
     config = EngineConfig(
-        budget_bytes=_room(model, rng.choice([3, 6, 20])),
+        budget_bytes=_room(model, rng.choice([2, 4, 16])),
         max_running=rng.choice([4, 12]),
         max_tiles=rng.choice([1, 2, 3, 7, 16]),
         max_tiles_beside_decode=rng.choice([1, 2, 4]),

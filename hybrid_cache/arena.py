@@ -317,7 +317,9 @@ class Arena:
         self.hidden = self._view(Kind.SLOT, spec.hidden_dtype, spec.slot_bytes, (spec.hidden_size,))
 
     def copy(self, kind: Kind, source: int, target: int) -> None:
-        """Copies a whole item."""
+        """Copies a whole item. A page without bytes has nothing to copy."""
+        if kind not in self._rows:
+            return
         self._rows[kind][target].copy_(self._rows[kind][source])
 
     def move(self, kind: Kind, moves: list[tuple[int, int]]) -> None:

@@ -8,9 +8,9 @@ Only `HybridCache` changes the tree and the arena, on one thread. Who owns what 
     [written, covered)           pages of the lease alone, reserved, not yet written
     lease.slot                   the working state, always the lease's alone: states are copied in and out of it
 
-What the tree holds is evicted piece by piece: states (checkpoints and prompt ends) by the policy's score, and pages that
-no state needs before any of them. A lease pins its pages: they are neither evicted nor moved. It does not pin states,
-since it has its own copy.
+What the tree holds is evicted piece by piece: first the pages that no state needs, then states (checkpoints and prompt
+ends) by the policy's score. A lease pins its pages: they are neither evicted nor moved. It does not pin states, since it
+has its own copy.
 """
 
 import time
@@ -278,24 +278,27 @@ class HybridCache:
         return self._arena.hidden[lease.slot].clone()
 
     def fork(self, lease: Lease, num_tokens: int) -> Lease | None:
-        """Another lease of the same sequence after `num_tokens`: the tree's pages are shared, the rest is copied."""
-        nodes = lease.nodes[: -(-num_tokens // TILE)]
-        own = lease.pages[len(nodes) : -(-num_tokens // TILE)]
+        """Another lease of the same sequence, whose state is the one after `num_tokens`.
+
+        It covers as much as the first: the tree's pages are shared, the others and the state are copied.
+        """
+        own = lease.pages[len(lease.nodes) :]
         taken = self._take_all(num_slots=1, num_pages=len(own))
         if taken is None:
             return None
-        self._pin(lease.root, nodes)
         slots, pages = taken
+        self._pin(lease.root, lease.nodes)
         self._copy(Kind.SLOT, lease.slot, slots[0])
-        for source, target in zip(own, pages, strict=True):
+        num_written = max(-(-num_tokens // TILE) - len(lease.nodes), 0)
+        for source, target in zip(own[:num_written], pages, strict=False):
             self._copy(Kind.PAGE, source, target)
         fork = Lease(
             lease.namespace,
             lease.data,
             lease.publish,
             lease.root,
-            nodes,
-            [n.page for n in nodes] + pages,
+            list(lease.nodes),
+            lease.pages[: len(lease.nodes)] + pages,
             slots[0],
             num_tokens,
             lease.end,
@@ -380,7 +383,7 @@ class HybridCache:
     def _take_all(
         self, *, num_slots: int, num_pages: int, num_held: int = 0, ceiling: float | None = None
     ) -> tuple[list[int], list[int]] | None:
-        """So many slots and pages, now fixed, or None. Evicts what scores below `ceiling`, or anything when that is None.
+        """So many slots and pages, now fixed, or None. Evicts what scores below `ceiling`, or anything when it is None.
 
         Nothing is evicted when even an empty tree would not leave enough room.
         """

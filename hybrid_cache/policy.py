@@ -2,8 +2,8 @@
 
     value(x) = predicted rate of reuse * cost saved by x / bytes freed with x
 
-A policy gives every kept state a score; the lowest score goes first. KV pages have no score of their own: a page that no
-kept state needs saves nothing and goes before anything else, and a page that one needs counts among that state's bytes.
+A policy gives every kept state a score; the lowest score goes first. KV pages have no score of their own: a page that
+no kept state needs saves nothing and goes before anything else, and a page that one needs counts among its bytes.
 """
 
 from typing import Protocol

@@ -1,7 +1,7 @@
 """The prefix tree: one node for each full page of tokens that has been published. Integers only, no tensors.
 
-Every edge is exactly one page, so the key of a child is the page's tokens themselves and a walk is one dictionary look-up
-a page: no splitting, no hashes that could collide, and a cost that does not depend on how much the tree holds.
+Every edge is exactly one page, so the key of a child is the page's tokens themselves and a walk is one dictionary
+look-up a page: no splitting, no hashes that could collide, and a cost that does not depend on how much the tree holds.
 """
 
 from dataclasses import dataclass, field

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.kernels import native_library
-from hybrid_cache.kernels.layout import RowLayout
+from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.ops import KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
 from hybrid_cache.kernels.torch_ops import TorchOps
 
@@ -139,7 +139,7 @@ class NativeLinear:
         out = torch.empty(rows, self.out_features, dtype=x.dtype)
         self._linear(
             *(x.data_ptr(), x.stride(0), rows, self.in_features, self.out_features),
-            *(self._weight_address, self._bias_address, out.data_ptr(), torch.get_num_threads()),
+            *(self._weight_address, self._bias_address, out.data_ptr(), _threads(rows * self._weight.numel() // 16)),
         )
         return out
 
@@ -155,6 +155,7 @@ class NativeOps(TorchOps):
         _bind(self._c)
         self._layout: _Prepared | None = None
         self._weights: dict[int, _Prepared] = {}
+        self._convs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weight, taps, bias
         self._scratch = threading.local()
         self._multiplies_bfloat16 = bool(self._c.linear_supported())
 
@@ -205,7 +206,8 @@ class NativeOps(TorchOps):
             *(heads, kv_heads, size, q.stride(0), k.stride(0), v.stride(0), scale),
             *(kv.k.data_ptr(), kv.v.data_ptr(), kv.k.stride(0), kv.v.stride(0)),
         )
-        address, threads = ctypes.addressof(task), torch.get_num_threads()
+        pairs = (TILE * TILE * layout.num_tiles + TILE * layout.num_decode) * layout.page_table.shape[1]
+        address, threads = ctypes.addressof(task), _threads(pairs * heads * size // 4)
         scratch = self._scratch_memory(self._c.attention_scratch(address, threads))
         self._c.attention(
             *(self._layout_address(layout), address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()),
@@ -218,7 +220,7 @@ class NativeOps(TorchOps):
         if width > MAX_CONV_WIDTH or conv.dtype != x.dtype:
             return super().causal_conv(x, weight, bias, layout, conv)
         x = _with_rows(x, channels)
-        taps, offset = _prepare_conv(weight, bias)
+        taps, offset = self._conv_tensors(weight, bias)
         out = torch.empty(len(x), channels, dtype=x.dtype)
         self._c.causal_conv(
             *(self._layout_address(layout), x.data_ptr(), x.stride(0), channels, width),
@@ -283,6 +285,13 @@ class NativeOps(TorchOps):
         if prepared is None:
             prepared = self._weights[id(weights)] = _prepare_mamba2(weights)
         return prepared.address
+
+    def _conv_tensors(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        prepared = self._convs.get(id(weight))
+        if prepared is None:
+            taps, offset = _prepare_conv(weight, bias)
+            prepared = self._convs[id(weight)] = (weight, taps, offset)
+        return prepared[1:]
 
     def _scratch_memory(self, num_floats: int) -> int:
         """Address of at least `num_floats` floats, the same memory in each call of a thread."""

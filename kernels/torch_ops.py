@@ -211,8 +211,8 @@ class TorchOps:
         """-> [R, channels] float32."""
         width = weight.shape[1]
         taps = weight.float().T
-        offset = torch.zeros(len(weight)) if bias is None else bias.float()
-        out = torch.zeros(x.shape, dtype=torch.float32)
+        offset = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float()
+        out = torch.zeros_like(x, dtype=torch.float32)
         plan = self._runs(layout)
         for run in plan.chunks:
             window = torch.zeros_like(conv[0]) if run.fresh else conv[run.slot]
@@ -260,7 +260,7 @@ def _write_rows(k: Tensor, v: Tensor, layout: RowLayout, kv: KVTensors) -> None:
 
 def _gather(kv: KVTensors, pages: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:
     """-> keys, values [kv_heads, TILE * pages, d] float32; rows from `num_tokens` on, which may hold NaN, are zero."""
-    index = torch.tensor(pages)
+    index = torch.tensor(pages, device=kv.k.device)
     keys, values = (pool[index].flatten(0, 1).float() for pool in (kv.k, kv.v))
     keys[num_tokens:] = 0.0
     values[num_tokens:] = 0.0
@@ -273,7 +273,8 @@ def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
     kv_heads, num_keys, _ = keys.shape
     grouped = q.float().reshape(TILE, kv_heads, -1, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d)
     scores = (grouped @ keys.transpose(1, 2)).view(kv_heads, -1, TILE, num_keys) * scale
-    visible = torch.arange(num_keys) <= torch.arange(num_keys - TILE, num_keys)[:, None]
+    positions = torch.arange(num_keys, device=q.device)
+    visible = positions <= positions[-TILE:, None]
     scores.masked_fill_(~visible, -torch.inf)
     y = scores.softmax(-1).flatten(1, 2) @ values
     return y.view(heads, TILE, d).transpose(0, 1).to(q.dtype)
@@ -320,7 +321,7 @@ def _scan_tile(h: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor
     heads_per_group = x.shape[1] // B.shape[1]
     decay = (dt * A).cumsum(0).T.contiguous()  # [H, T], log of the decay from before the tile to after a token
     between = decay[:, :, None] - decay[:, None, :]
-    causal = torch.ones(TILE, TILE, dtype=torch.bool).tril_()
+    causal = torch.ones(TILE, TILE, dtype=torch.bool, device=x.device).tril_()
     dtx = (dt[:, :, None] * x).transpose(0, 1).contiguous()  # [H, T, P]
     by_group_b, by_group_c = (part.transpose(0, 1).contiguous() for part in (B, C))  # [G, T, N]
     cb = (by_group_c @ by_group_b.transpose(1, 2)).repeat_interleave(heads_per_group, dim=0)

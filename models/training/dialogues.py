@@ -21,42 +21,8 @@ from typing import Protocol
 KINDS = ("recall", "last", "count", "order")
 STATEFUL = ("last", "count", "order")
 
-NAMES = [
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Ivy",
-    "Jack",
-    "Kate",
-    "Leo",
-    "Mia",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Ruth",
-    "Sam",
-    "Tina",
-    "Victor",
-]
-PLACES = [
-    "garage",
-    "attic",
-    "cellar",
-    "shed",
-    "office",
-    "library",
-    "kitchen",
-    "gate",
-    "studio",
-    "garden",
-    "lab",
-    "barn",
-]
+NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ivy", "Jack", "Kate", "Leo"]
+PLACES = ["garage", "attic", "cellar", "shed", "office", "library", "kitchen", "gate", "studio", "garden"]
 COLOURS = ["red", "blue", "green", "yellow", "white", "black", "orange", "purple"]
 ROOMS = ["kitchen", "garden", "office", "library", "hall", "attic", "cellar", "garage"]
 THINGS = ["lamp", "sign", "door", "wall", "flag", "roof", "screen", "fence"]
@@ -141,17 +107,18 @@ class Scenario(Protocol):
 
 
 class Codes:
-    """Codes of places, each stated once."""
+    """Codes of one to three places, each stated once, among other facts."""
 
     kind = "recall"
 
     def __init__(self, rng: Random) -> None:
-        self.left = rng.sample(PLACES, len(PLACES))
+        self.left = rng.sample(PLACES, rng.randint(1, 3))
+        self.likes = Likes(rng)
         self.codes: dict[str, str] = {}
 
     def tell(self, rng: Random) -> str:
-        if not self.left:
-            return rng.choice(SMALL_TALK)
+        if not self.left or (self.codes and rng.random() < 0.4):
+            return self.likes.tell(rng) if rng.random() < 0.6 else rng.choice(SMALL_TALK)
         place, code = self.left.pop(), str(rng.randint(10, 99))
         self.codes[place] = code
         return rng.choice(
@@ -313,7 +280,7 @@ class Box:
             self.now = rng.randint(1, 9)
             first = some(self.now, self.items)
             return rng.choice((f"I have {first} in the {box}.", f"The {box} has {first} in it."))
-        change = rng.choice([n for n in (-3, -2, -1, 1, 2, 3) if 0 <= self.now + n <= 9])
+        change = rng.choice([n for n in (-2, -1, 1, 2) if 0 <= self.now + n <= 9])
         self.now += change
         number, name = some(abs(change), self.items), rng.choice(NAMES)
         if change > 0:
@@ -355,12 +322,12 @@ class Lift:
         if self.floor is None:
             self.floor = rng.randint(0, 9)
             return rng.choice((f"The {lift} is on floor {self.floor}.", f"The {lift} starts on floor {self.floor}."))
-        if rng.random() < 0.3:
+        if rng.random() < 0.35:
             self.floor = rng.choice([f for f in range(10) if f != self.floor])
             self.sent_after_move |= self.moved
             return rng.choice((f"I send the {lift} to floor {self.floor}.", f"The {lift} goes to floor {self.floor}."))
         self.moved = True
-        steps = rng.choice([s for s in (-3, -2, -1, 1, 2, 3) if 0 <= self.floor + s <= 9])
+        steps = rng.choice([s for s in (-2, -1, 1, 2) if 0 <= self.floor + s <= 9])
         self.floor += steps
         floors = some(abs(steps), "floors")
         way = "up" if steps > 0 else "down"

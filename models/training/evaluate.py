@@ -11,10 +11,11 @@ under the control says nothing about the state-space layers.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
@@ -60,21 +61,29 @@ class Answerer:
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     @torch.no_grad()
-    def answer(self, dialogue: Dialogue, keep_state: bool = True) -> str:
-        """What the model replies to the first question, read after all turns; a reply that does not end is cut."""
-        codec = self.codec
-        said = [t for turn in dialogue.turns for t in codec.turn(turn.role, turn.text)]
-        asked = [*codec.turn("user", dialogue.questions[0].ask), *codec.opening("assistant")]
+    def read(self, dialogue: Dialogue) -> DynamicCache:
+        """The model's memory after all turns of a dialogue."""
         cache = DynamicCache(config=self.model.config)
-        self.logits(said, cache)
-        if not keep_state:
-            zero_state(cache)
+        self.logits([t for turn in dialogue.turns for t in self.codec.turn(turn.role, turn.text)], cache)
+        return cache
+
+    @torch.no_grad()
+    def answer(self, ask: str, cache: DynamicCache) -> str:
+        """What the model replies to a question, greedily; a reply that does not end is cut. Writes to the cache."""
         written: list[int] = []
+        asked = [*self.codec.turn("user", ask), *self.codec.opening("assistant")]
         token = int(self.logits(asked, cache).argmax())
         while token != IM_END and len(written) < MOST_NEW:
             written.append(token)
             token = int(self.logits([token], cache).argmax())
-        return str(codec.tokenizer.decode(written))
+        return str(self.codec.tokenizer.decode(written))
+
+    def both(self, dialogue: Dialogue) -> tuple[str, str]:
+        """The reply to the first question, and what it is when the recurrent state is zeroed before the question."""
+        ask, kept = dialogue.questions[0].ask, self.read(dialogue)
+        zeroed = copy.deepcopy(kept)
+        zero_state(zeroed)
+        return self.answer(ask, kept), self.answer(ask, zeroed)
 
     def logits(self, tokens: list[int], cache: DynamicCache) -> Tensor:
         out = self.model(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -90,31 +99,32 @@ def has_value(reply: str, value: str) -> bool:
 def score(answerer: Answerer, kind: str, seed: int, num: int) -> Score:
     rng = Random(f"evaluation {seed} {kind}")
     dialogues = [examined(kind, rng, *MESSAGES) for _ in range(num)]
-    kept = [answerer.answer(d) for d in dialogues]
-    zeroed = [answerer.answer(d, keep_state=False) for d in dialogues]
-
-    def share(marks: list[bool]) -> float:
-        return sum(marks) / num
-
     questions = [d.questions[0] for d in dialogues]
+    kept, zeroed = zip(*map(answerer.both, dialogues), strict=True)
     return Score(
         kind,
         seed,
         num,
-        share([has_value(r, q.value) for r, q in zip(kept, questions, strict=True)]),
-        share([r == q.answer for r, q in zip(kept, questions, strict=True)]),
-        share([has_value(r, q.value) for r, q in zip(zeroed, questions, strict=True)]),
+        kept=sum(has_value(r, q.value) for r, q in zip(kept, questions, strict=True)) / num,
+        whole=sum(r == q.answer for r, q in zip(kept, questions, strict=True)) / num,
+        zeroed=sum(has_value(r, q.value) for r, q in zip(zeroed, questions, strict=True)) / num,
     )
+
+
+def mean(scores: list[Score], kind: str) -> Score:
+    """Over the seeds; `num` is the number of dialogues in all, `seed` how many seeds."""
+    own = [s for s in scores if s.kind == kind]
+    shares = (sum(getattr(s, f) for s in own) / len(own) for f in ("kept", "whole", "zeroed"))
+    return Score(kind, len(own), sum(s.num for s in own), *shares)
 
 
 def table(scores: list[Score]) -> str:
     """One line for each kind: mean over seeds, the seeds, and the control."""
     lines = ["| kind | right | by seed | word for word | state zeroed | fall |", "|---|---|---|---|---|---|"]
     for kind in dict.fromkeys(s.kind for s in scores):
-        own = [s for s in scores if s.kind == kind]
-        kept, whole, zeroed = (100 * sum(getattr(s, f) for s in own) / len(own) for f in ("kept", "whole", "zeroed"))
-        seeds = ", ".join(f"{100 * s.kept:.1f}" for s in own)
-        lines.append(f"| {kind} | {kept:.1f} | {seeds} | {whole:.1f} | {zeroed:.1f} | {kept - zeroed:.1f} |")
+        m, seeds = mean(scores, kind), ", ".join(f"{100 * s.kept:.1f}" for s in scores if s.kind == kind)
+        shares = f"{100 * m.kept:.1f} | {seeds} | {100 * m.whole:.1f} | {100 * m.zeroed:.1f}"
+        lines.append(f"| {kind} | {shares} | {100 * (m.kept - m.zeroed):.1f} |")
     return "\n".join(lines)
 
 
@@ -138,9 +148,8 @@ def main() -> None:
     least, most = MESSAGES
     print(f"\n{given.each} dialogues of {least}-{most} messages for each kind and seed, in percent\n\n{table(scores)}")
     if given.json:
-        given.json.write_text(
-            json.dumps([{f: getattr(s, f) for f in Score.__slots__} for s in scores], indent=1) + "\n"
-        )
+        kinds = {kind: asdict(mean(scores, kind)) for kind in given.kinds}
+        given.json.write_text(json.dumps({"kinds": kinds, "scores": [asdict(s) for s in scores]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

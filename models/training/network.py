@@ -36,7 +36,7 @@ class Shape:
     num_key_value_heads: int = 4
     mamba_n_heads: int = 4
     mamba_d_head: int = 64
-    mamba_d_state: int = 64
+    mamba_d_state: int = 32
     mamba_d_conv: int = 4
     mamba_expand: int = 2
     mamba_chunk_size: int = 64

@@ -65,7 +65,7 @@ def corpus(seed: int, books: Path | None) -> Iterator[str]:
 
 def longest(progress: float) -> int:
     """Most messages of a scenario at this point of the run: short dialogues first."""
-    return 2 if progress < 0.04 else 4 if progress < 0.12 else 6 if progress < 0.25 else 9
+    return 2 if progress < 0.06 else 4 if progress < 0.18 else 6 if progress < 0.35 else 9
 
 
 def learning_rate(progress: float, peak: float) -> float:

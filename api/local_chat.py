@@ -1,0 +1,68 @@
+"""Chat with a model in this process, without a server in between."""
+
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from hybrid_cache.api import launch
+from hybrid_cache.api.chat import ChatEncoder, Message, Part, Rendering
+from hybrid_cache.api.stream import ChoiceText, Detokenizer
+from hybrid_cache.api.terminal import Asked, Turn, Usage
+from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.async_engine import AsyncEngine
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.request import Prompt, PromptOutput, Request, SamplingParams
+
+
+class EnginePartner:
+    """An engine of our own."""
+
+    def __init__(self, options: launch.LoadOptions, config: EngineConfig, asked: Asked) -> None:
+        """Loads the model. Raises HybridCacheError."""
+        loaded = launch.load(options)
+        self.name = loaded.name
+        self._text = TextModel.load(loaded.path)
+        self._encoder = ChatEncoder(self._text.tokenizer, self._text.chat_templates)
+        self._max_length = loaded.model.max_length
+        self._engine = AsyncEngine(loaded.model, config)
+        self._asked = asked
+
+    async def open(self) -> None:
+        self._engine.start()
+
+    async def close(self) -> None:
+        await self._engine.stop(0)
+
+    async def reply(self, turns: Sequence[Turn]) -> AsyncGenerator[str | Usage, None]:
+        messages = [Message(turn.role, (Part(turn.content),)) for turn in turns]
+        prompt = self._encoder.encode(messages, Rendering(), self._max_length - 1)
+        sampling = self._sampling(len(prompt.tokens))
+        text = self._new_text(prompt, sampling)
+        cached, completion = 0, 0
+        async with aclosing(self._engine.submit(Request(uuid.uuid4().hex, prompt, sampling))) as stream:
+            async for output in stream:
+                if isinstance(output, PromptOutput):
+                    cached = output.cached_tokens
+                    continue
+                completion += output.token is not None
+                if piece := text.push(output).text:
+                    yield piece
+        yield Usage(len(prompt.tokens), cached, completion)
+
+    def _sampling(self, num_prompt_tokens: int) -> SamplingParams:
+        defaults, asked = self._text.defaults, self._asked
+        room = self._max_length - num_prompt_tokens
+        return SamplingParams(
+            temperature=defaults.temperature if asked.temperature is None else asked.temperature,
+            top_p=defaults.top_p,
+            top_k=defaults.top_k,
+            repetition_penalty=defaults.repetition_penalty,
+            seed=asked.seed,
+            max_tokens=min(asked.max_tokens or defaults.max_new_tokens or room, room),
+            stop_token_ids=defaults.eos_ids,
+        )
+
+    def _new_text(self, prompt: Prompt, sampling: SamplingParams) -> ChoiceText:
+        tokenizer = self._text.tokenizer
+        detokenizer = Detokenizer(tokenizer, prompt.tokens.tolist(), tokenizer.special_ids)
+        return ChoiceText(detokenizer, (), sampling.stop_token_ids, (), include_stop=False)

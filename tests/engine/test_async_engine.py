@@ -1,0 +1,146 @@
+"""The engine on its thread: streams, aborts, a full queue, draining, and a model that fails."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+
+import pytest
+from torch import Tensor
+
+from hybrid_cache.async_engine import AsyncEngine, Stream
+from hybrid_cache.batch import CacheTensors, ForwardBatch
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.errors import EngineStopped, Overloaded, RequestError
+from hybrid_cache.request import Prompt, PromptOutput, Request, SamplingParams, TokenOutput
+from tests.fakes import SumModel, sum_model_answer, tokens_of
+
+
+def request(name: str, length: int = 100, max_tokens: int = 5, n: int = 1) -> Request:
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
+    return Request(name, Prompt(tokens_of(length, length)), sampling, n=n)
+
+
+@asynccontextmanager
+async def running(model: SumModel | None = None, **config: int) -> AsyncIterator[AsyncEngine]:
+    engine = AsyncEngine(model or SumModel(), EngineConfig(**{"budget_bytes": 1 << 20, **config}))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop(0)
+
+
+async def tokens(stream: Stream) -> list[int]:
+    return [o.token async for o in stream if isinstance(o, TokenOutput) and o.token is not None]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def test_streams_of_many_requests_end_with_their_own_answers() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            requests = [request(str(i), 50 + i) for i in range(8)]
+            answers = await asyncio.gather(*(tokens(engine.submit(r)) for r in requests))
+            assert answers == [sum_model_answer(r.prompt.tokens, 5) for r in requests]
+
+    asyncio.run(main())
+
+
+def test_a_prompt_output_comes_first() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            outputs = [o async for o in engine.submit(request("a"))]
+            assert outputs[0] == PromptOutput(cached_tokens=0, written_tokens=64)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_a_reader_that_goes_away_frees_everything(how: str) -> None:
+    async def main() -> None:
+        async with running() as engine:
+            stream = engine.submit(request("a", max_tokens=3000, n=2))
+            await anext(stream)
+            if how == "close":
+                await stream.aclose()
+            else:
+                task = asyncio.create_task(drain(stream))
+                await asyncio.sleep(0.01)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await until(lambda: engine.stats().running == 0 and engine.stats().cache.working_bytes == 0)
+            assert engine.stats().cache.nodes == 1  # its finished prefix stays
+
+    asyncio.run(main())
+
+
+async def drain(stream: Stream) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_bad_requests_and_a_full_queue_are_refused_at_once() -> None:
+    async def main() -> None:
+        async with running(max_waiting=1, max_running=1) as engine:
+            with pytest.raises(RequestError):
+                engine.submit(request("a", length=0))
+            first = engine.submit(request("b", max_tokens=3000))
+            await anext(first)
+            engine.submit(request("c"))
+            with pytest.raises(Overloaded, match="1 requests wait, limit 1"):
+                engine.submit(request("d"))
+            with pytest.raises(RequestError, match="'b' is in use"):
+                engine.submit(request("b"))
+
+    asyncio.run(main())
+
+
+def test_draining_lets_running_requests_finish_and_refuses_new_ones() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            stream = engine.submit(request("a", max_tokens=50))
+            stopping = asyncio.create_task(engine.stop(10))
+            await asyncio.sleep(0)
+            with pytest.raises(EngineStopped, match="draining"):
+                engine.submit(request("b"))
+            assert await tokens(stream) == sum_model_answer(stream.request.prompt.tokens, 50)
+            await stopping
+            assert not engine.alive
+
+    asyncio.run(main())
+
+
+def test_a_grace_period_that_runs_out_ends_the_streams_with_an_error() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            stream = engine.submit(request("a", max_tokens=3900))
+            await anext(stream)
+            await engine.stop(0)
+            with pytest.raises(EngineStopped):
+                await drain(stream)
+
+    asyncio.run(main())
+
+
+class FailingModel(SumModel):
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        raise FloatingPointError("bad luck")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_model_that_fails_ends_all_streams_and_the_engine_says_so() -> None:
+    async def main() -> Coroutine[None, None, None] | None:
+        async with running(FailingModel()) as engine:
+            with pytest.raises(EngineStopped, match="FloatingPointError: bad luck"):
+                await drain(engine.submit(request("a")))
+            await until(lambda: not engine.alive)
+            with pytest.raises(EngineStopped):
+                engine.submit(request("b"))
+        return None
+
+    asyncio.run(main())

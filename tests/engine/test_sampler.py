@@ -1,0 +1,133 @@
+"""Choosing tokens: each rule against a case that can be worked out by hand."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_cache.errors import BadSampling
+from hybrid_cache.request import SamplingParams
+from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probability
+
+PROMPT = np.array([1, 2], np.int32)
+
+
+def chooser(index: int = 0, **params: object) -> TokenChooser:
+    return TokenChooser(SamplingParams(**{"max_tokens": 100, **params}), PROMPT, index)  # type: ignore[arg-type]
+
+
+def drawn(probs: list[float], count: int = 2000, **params: object) -> Counter[int]:
+    """How often each token is drawn from these probabilities."""
+    logits = torch.tensor(probs).log()
+    one = chooser(seed=7, **params)
+    return Counter(one.choose(logits) for _ in range(count))
+
+
+def test_zero_temperature_takes_the_largest_logit() -> None:
+    assert chooser(temperature=0).choose(torch.tensor([0.0, 3.0, 1.0])) == 1
+
+
+def test_draws_follow_the_probabilities() -> None:
+    counts = drawn([0.1, 0.6, 0.3])
+    for token, p in enumerate([0.1, 0.6, 0.3]):
+        assert counts[token] / 2000 == pytest.approx(p, abs=0.04)
+
+
+def test_temperature_sharpens() -> None:
+    counts = drawn([0.2, 0.8], temperature=0.5)  # 0.04 to 0.64
+    assert counts[0] / 2000 == pytest.approx(0.04 / 0.68, abs=0.02)
+
+
+def test_top_k_keeps_the_k_largest() -> None:
+    assert set(drawn([0.3, 0.1, 0.4, 0.2], top_k=2)) == {0, 2}
+
+
+def test_top_p_keeps_the_token_that_reaches_the_sum() -> None:
+    assert set(drawn([0.3, 0.1, 0.4, 0.2], top_p=0.6)) == {0, 2}
+    assert set(drawn([0.3, 0.1, 0.4, 0.2], top_p=0.01)) == {2}
+
+
+def test_min_p_is_relative_to_the_most_likely_token() -> None:
+    assert set(drawn([0.3, 0.1, 0.4, 0.2], min_p=0.6)) == {0, 2}
+
+
+def test_logit_bias_can_force_and_forbid() -> None:
+    logits = torch.tensor([5.0, 0.0, 4.0])
+    assert chooser(temperature=0, logit_bias={1: 100.0}).choose(logits) == 1
+    assert chooser(temperature=0, logit_bias={0: -100.0}).choose(logits) == 2
+    assert logits.tolist() == [5.0, 0.0, 4.0]  # the model's logits stay what they are
+
+
+def test_presence_and_frequency_penalties_count_generated_tokens_only() -> None:
+    logits = torch.tensor([1.0, 1.5, 1.4])
+    one = chooser(temperature=0, presence_penalty=0.2)
+    assert [one.choose(logits) for _ in range(2)] == [1, 2]
+    two = chooser(temperature=0, frequency_penalty=0.06)
+    assert [two.choose(logits) for _ in range(4)] == [1, 1, 2, 1]
+
+
+def test_repetition_penalty_counts_the_prompt_too() -> None:
+    logits = torch.tensor([0.9, 1.0, -0.1])
+    assert chooser(temperature=0, repetition_penalty=2.0).choose(logits) == 0
+
+
+def test_stop_tokens_wait_for_min_tokens() -> None:
+    logits = torch.tensor([0.0, 9.0])
+    one = chooser(temperature=0, stop_token_ids=(1,), min_tokens=2)
+    assert [one.choose(logits) for _ in range(3)] == [0, 0, 1]
+
+
+def test_a_seed_repeats_itself_and_choices_differ() -> None:
+    logits = torch.zeros(50)
+
+    def tokens(seed: int, index: int) -> list[int]:
+        one = chooser(index, seed=seed)
+        return [one.choose(logits) for _ in range(20)]
+
+    assert tokens(1, 0) == tokens(1, 0)
+    assert tokens(1, 0) != tokens(1, 1)
+    assert tokens(1, 0) != tokens(2, 0)
+
+
+def test_a_row_is_chosen_the_same_alone_and_among_others() -> None:
+    logits = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
+    params = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_p": 0.5}, {"temperature": 0, "presence_penalty": 1.0}]
+    params += [{"seed": 3, "top_k": 5}, {"temperature": 0}]
+    together = choose_tokens(logits, [chooser(**p) for p in params])
+    assert together == [chooser(**p).choose(row) for p, row in zip(params, logits, strict=True)]
+
+
+def test_log_probabilities_are_the_models_own_and_include_the_best() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.25]).log()
+    entry = log_probability(logits, 0, 2)
+    assert entry.logprob == pytest.approx(np.log(0.5))
+    assert entry.top[0] == (0, entry.logprob)
+    assert len(entry.top) == 2
+    assert log_probability(logits, 1, 0).top == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [
+        ("temperature", -0.1, "[0.0, 100.0]"),
+        ("temperature", float("nan"), "[0.0, 100.0]"),
+        ("top_p", 0.0, "(0.0, 1.0]"),
+        ("top_p", 1.5, "(0.0, 1.0]"),
+        ("top_k", -1, "[0, 2147483648]"),
+        ("min_p", 2.0, "[0.0, 1.0]"),
+        ("presence_penalty", 3.0, "[-2.0, 2.0]"),
+        ("frequency_penalty", -3.0, "[-2.0, 2.0]"),
+        ("repetition_penalty", 0.0, "(0.0, 100.0]"),
+        ("max_tokens", -1, "[0, 2147483648]"),
+        ("min_tokens", 101, "[0, 100]"),
+        ("seed", 2**64, f"[{-(2**63)}, {2**63 - 1}]"),
+        ("logit_bias", {3: 101.0}, "[-100.0, 100.0]"),
+    ],
+)
+def test_a_parameter_out_of_range_names_its_value_and_bound(name: str, value: object, bound: str) -> None:
+    with pytest.raises(BadSampling) as caught:
+        chooser(**{name: value})
+    assert name in str(caught.value)
+    assert bound in str(caught.value)
+    assert caught.value.param == name
