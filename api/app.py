@@ -1,31 +1,38 @@
-"""The ASGI application."""
+"""The HTTP application: routes, what wraps them, and the engine's life."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from hybrid_cache.api import routes_chat, routes_completions, routes_model, routes_service
+from hybrid_cache import __version__
+from hybrid_cache.api import routes_chat, routes_completions, routes_server, routes_text
 from hybrid_cache.api.errors import install_error_handlers
-from hybrid_cache.api.middleware import MAX_BODY_BYTES, ApiKeys, BodyLimit, RequestIds
-from hybrid_cache.api.serving import Serving
+from hybrid_cache.api.middleware import ApiKeys, BodyLimit, RequestIds
+from hybrid_cache.api.serving import new_serving
+from hybrid_cache.api.settings import ServerSettings
+from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.async_engine import AsyncEngine
 
 
-def create_app(serving: Serving, *, api_keys: Sequence[str] = (), max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """Routes for what is served. The engine must have been started; whoever started it stops it."""
-    app = FastAPI(
-        title="hybrid-cache",
-        version=serving.model.version,
-        description="OpenAI-compatible server for hybrid language models behind one exact prefix cache.",
-        docs_url=None,  # these pages load scripts from elsewhere
-        redoc_url=None,
-        strict_content_type=False,
-    )
-    install_error_handlers(app)
-    for routes in (routes_chat, routes_completions, routes_model, routes_service):
+def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> FastAPI:
+    """An application that starts the engine with itself, and drains and stops it at its end."""
+    serving = new_serving(engine, text, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await engine.stop(settings.drain_timeout_s)
+
+    # No documentation pages: they load their scripts from elsewhere. /openapi.json is ours.
+    app = FastAPI(title="hybrid-cache", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    for routes in (routes_chat, routes_completions, routes_text, routes_server):
         app.include_router(routes.router(serving))
-    # The last one added is the first to see a request.
-    app.add_middleware(BodyLimit, limit=max_body_bytes)
-    if api_keys:
-        app.add_middleware(ApiKeys, keys=api_keys)
+    install_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    if settings.api_keys:
+        app.add_middleware(ApiKeys, keys=settings.api_keys)
     app.add_middleware(RequestIds)
     return app

@@ -111,6 +111,7 @@ class ChatEncoder:
         """`templates` by name; "tool_use" is taken when there are tools, "default" otherwise."""
         self._tokenizer = tokenizer
         self._templates = templates
+        self.source = templates["default"].source if "default" in templates else None
         self._ends: OrderedDict[bytes, _End | None] = OrderedDict()  # by digest of the messages; None: not a prefix
         self._lock = Lock()
 
@@ -118,6 +119,7 @@ class ChatEncoder:
         """-> the prompt. Raises RequestError, and ContextTooLong for more than `max_tokens` tokens."""
         template, clock = self._template(rendering), Clock()
         text = self.render(messages, rendering, clock)
+        self._tokenizer.check_size(text, max_tokens, "messages")
         # Checked before the ends are sought, which takes one rendering for each message that is new.
         # A token is rarely more than 16 characters; where it is, the engine still counts.
         if len(text) > 16 * max_tokens:

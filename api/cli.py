@@ -95,13 +95,14 @@ def serve(
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that SIGTERM gives running requests.")] = 30,
 ) -> None:
     """Answer OpenAI's API over HTTP."""
-    from hybrid_cache.api import launch
+    from hybrid_cache.api import server
+    from hybrid_cache.api.launch import LoadOptions
     from hybrid_cache.api.sizes import parse_bytes
     from hybrid_cache.config import EngineConfig
 
-    launch.serve(
-        launch.ServeOptions(
-            load=launch.LoadOptions(model, backend, dtype, threads),
+    server.serve(
+        server.ServeOptions(
+            load=LoadOptions(model, backend, dtype, threads),
             engine=EngineConfig(
                 budget_bytes=parse_bytes(budget),
                 max_running=max_running,
@@ -138,12 +139,15 @@ def chat(
     asked = terminal.Asked(temperature=temperature, max_tokens=max_tokens, seed=seed)
     if url is not None:
         key = read_api_keys(api_key_file)[0] if api_key_file else None
-        terminal.run(terminal.ServerPartner(url, model, key, asked), system)
+        num_failed = terminal.run(terminal.ServerPartner(url, model, key, asked), system)
     else:
-        from hybrid_cache.api import launch, local_chat
+        from hybrid_cache.api.launch import LoadOptions
+        from hybrid_cache.api.local_chat import EnginePartner
         from hybrid_cache.config import EngineConfig
 
-        terminal.run(local_chat.EnginePartner(launch.LoadOptions(model), EngineConfig(), asked), system)
+        num_failed = terminal.run(EnginePartner(LoadOptions(model), EngineConfig(), asked), system)
+    # A person has seen it; a script looks at the exit code.
+    raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
 
 
 @model_app.command()

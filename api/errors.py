@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -38,14 +37,6 @@ class ErrorBody(BaseModel):
     """The body of every response that is not a success."""
 
     error: ErrorDetail
-
-
-def _documented(*codes: int) -> dict[int | str, dict[str, Any]]:
-    return {code: {"model": ErrorBody} for code in codes}
-
-
-LOOKUP_RESPONSES = _documented(401, 404)
-ERROR_RESPONSES = _documented(400, 401, 404, 413, 500, 503)
 
 
 @dataclass(frozen=True, slots=True)

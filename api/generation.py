@@ -1,13 +1,14 @@
 """From a checked API request to pieces of text, by way of the engine. Chat and text completions share all of this."""
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from hybrid_cache.api import schemas
-from hybrid_cache.api.metrics import RequestTimer
+from hybrid_cache.api.records import RequestRecord
 from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.stream import ChoiceText, Detokenizer, Piece, make_stopper
 from hybrid_cache.errors import BadSampling, ContextTooLong
@@ -20,6 +21,7 @@ Event = PromptOutput | Piece
 class Wanted:
     """What chat and text completions ask for in different words."""
 
+    endpoint: str
     prompt: Prompt
     max_tokens: int | None
     default_max_tokens: int
@@ -63,13 +65,18 @@ class Generation:
                 make_stopper=make_stopper(detokenizer, stops) if stops else None,
             )
         )
-        self._timer: RequestTimer = serving.metrics.timer(len(self.prompt_tokens), self.n)
+        self._observe = serving.metrics.observe
+        self._times = _Times(wanted.endpoint, self.n)
 
     def __aiter__(self) -> "Generation":
         return self
 
     async def __anext__(self) -> Event:
-        output = await anext(self._stream)
+        try:
+            output = await anext(self._stream)
+        except StopAsyncIteration:
+            self._record()
+            raise
         if isinstance(output, PromptOutput):
             self.prompt_output = output
             return output
@@ -78,9 +85,9 @@ class Generation:
     def _piece(self, output: TokenOutput) -> Piece:
         if output.token is not None:
             self.completion_tokens += 1
-            self._timer.token(output.index)
+            self._times.token(output.index)
         if output.finish is not None:
-            self._timer.finish(output.finish)
+            self._times.finish_reasons[output.index] = output.finish.value
         return self._texts[output.index].push(output)
 
     async def __aenter__(self) -> "Generation":
@@ -94,7 +101,44 @@ class Generation:
     async def aclose(self) -> None:
         """Aborts what still runs. Idempotent."""
         await self._stream.aclose()
-        self._timer.close()
+        self._record()
+
+    def _record(self) -> None:
+        """Tells the metrics about this request, once."""
+        observe, self._observe = self._observe, lambda record: None
+        observe(self._times.record(len(self.prompt_tokens), self.prompt_output.cached_tokens, self.completion_tokens))
+
+
+class _Times:
+    """When the tokens of a request came."""
+
+    def __init__(self, endpoint: str, n: int) -> None:
+        self.finish_reasons = ["abort"] * n
+        self._endpoint = endpoint
+        self._start = time.monotonic()
+        self._first: float | None = None
+        self._latest: list[float | None] = [None] * n
+        self._gaps: list[float] = []
+
+    def token(self, index: int) -> None:
+        now, before = time.monotonic(), self._latest[index]
+        if self._first is None:
+            self._first = now - self._start
+        if before is not None:
+            self._gaps.append(now - before)
+        self._latest[index] = now
+
+    def record(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> RequestRecord:
+        return RequestRecord(
+            endpoint=self._endpoint,
+            finish_reasons=tuple(self.finish_reasons),
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            completion_tokens=completion_tokens,
+            queue_to_first_token_s=self._first,
+            inter_token_s=tuple(self._gaps),
+            total_s=time.monotonic() - self._start,
+        )
 
 
 class Generations:
@@ -176,18 +220,11 @@ class Generations:
 
 def sampling_params(serving: Serving, asked: schemas.Generation, wanted: Wanted) -> SamplingParams:
     """What the request asks for, else what the model's generation_config.json says, else OpenAI's defaults."""
-    defaults, length = serving.defaults, len(wanted.prompt.tokens)
+    defaults = serving.defaults
     _check_tokens(serving, asked)
     named = tuple(asked.stop_token_ids or ())
     eos = () if asked.ignore_eos else tuple(i for i in defaults.eos_ids if i < serving.model.vocab_size)
-    max_tokens = wanted.default_max_tokens if wanted.max_tokens is None else wanted.max_tokens
-    room = serving.model.max_length - length
-    if room < (1 if max_tokens else 0):
-        raise ContextTooLong(
-            f"the prompt is {length} tokens, this model's context of {serving.model.max_length} must hold it and an answer",
-            param="prompt",
-        )
-    max_tokens = min(max_tokens, room)  # the answer ends with "length" where the context does
+    max_tokens = _max_tokens(serving, wanted)
     return SamplingParams(
         temperature=_or(asked.temperature, defaults.temperature),
         top_p=_or(asked.top_p, defaults.top_p),
@@ -204,6 +241,21 @@ def sampling_params(serving: Serving, asked: schemas.Generation, wanted: Wanted)
         logprobs=wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
     )
+
+
+def _max_tokens(serving: Serving, wanted: Wanted) -> int:
+    """The answer ends where the context does; one whose length was left open, where the cache does as well."""
+    model, length, asked = serving.model, len(wanted.prompt.tokens), wanted.max_tokens
+    limit = min(model.max_length, model.budget_length) if asked is None else model.max_length
+    max_tokens = wanted.default_max_tokens if asked is None else asked
+    # A prompt that fills the context may still be scored: that takes no answer.
+    if length + min(max_tokens, 1) > limit:
+        bound = "this model's context" if limit == model.max_length else "the cache budget"
+        raise ContextTooLong(
+            f"the prompt has {length} tokens and {bound} {limit}, which must hold the prompt and its answer",
+            param="messages" if wanted.endpoint == "chat" else "prompt",
+        )
+    return min(max_tokens, limit - length)
 
 
 def cache_mode(asked: schemas.Generation, wanted: Wanted) -> CacheMode:

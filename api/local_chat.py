@@ -4,8 +4,8 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from hybrid_cache.api import launch
 from hybrid_cache.api.chat import ChatEncoder, Message, Part, Rendering
+from hybrid_cache.api.launch import LoadOptions, load
 from hybrid_cache.api.stream import ChoiceText, Detokenizer
 from hybrid_cache.api.terminal import Asked, Turn, Usage
 from hybrid_cache.api.tokenizer import TextModel
@@ -17,9 +17,9 @@ from hybrid_cache.request import Prompt, PromptOutput, Request, SamplingParams
 class EnginePartner:
     """An engine of our own."""
 
-    def __init__(self, options: launch.LoadOptions, config: EngineConfig, asked: Asked) -> None:
+    def __init__(self, options: LoadOptions, config: EngineConfig, asked: Asked) -> None:
         """Loads the model. Raises HybridCacheError."""
-        loaded = launch.load(options)
+        loaded = load(options)
         self.name = loaded.name
         self._text = TextModel.load(loaded.path)
         self._encoder = ChatEncoder(self._text.tokenizer, self._text.chat_templates)

@@ -1,6 +1,8 @@
-"""Request ids, the limit on bodies, and API keys. Pure ASGI: wrapping responses any other way hides disconnects."""
+"""What happens to every request before it reaches a route: an id, a key, a bound on its size. Pure ASGI, so that a
+client's going away reaches the routes."""
 
 import hashlib
+import logging
 import re
 import secrets
 import uuid
@@ -9,85 +11,95 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid_cache.api.errors import body_too_large, unauthorized
+from hybrid_cache.api.errors import body_too_large, problem_of, unauthorized
 
-MAX_BODY_BYTES = 10 << 20
-MAX_DISCARDED_BYTES = 8 * MAX_BODY_BYTES  # read and dropped after that, so that the client hears why
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # no key needed
+DRAINED = 4  # this many times the limit is read and dropped, so that the client gets to read our answer
+
 _REQUEST_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
+
+logger = logging.getLogger("hybrid_cache.api")
 
 
 class RequestIds:
-    """Answers every request with its `x-request-id`, or with a new one."""
+    """Gives every response an `x-request-id`, the client's own if it sent one. Outermost: it also answers for bugs."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+            return await self._app(scope, receive, send)
         asked = Headers(scope=scope).get("x-request-id", "")
         request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        started = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
-
-
-class BodyLimit:
-    """Reads the whole body first, and answers 413 when there is too much of it, chunked or not."""
-
-    def __init__(self, app: ASGIApp, limit: int = MAX_BODY_BYTES) -> None:
-        self._app = app
-        self._limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            await self._app(scope, receive, send)
-            return
-        body, length, more = bytearray(), 0, True
-        while more and length <= MAX_DISCARDED_BYTES:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            chunk = message.get("body", b"")
-            length += len(chunk)
-            more = message.get("more_body", False)
-            if length <= self._limit:
-                body += chunk
-        if length > self._limit:
-            await body_too_large(self._limit).response()(scope, receive, send)
-            return
-        unread = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def receive_again() -> Message:
-            return unread.pop() if unread else await receive()
-
-        await self._app(scope, receive_again, send)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            if started:
+                raise
+            await problem_of(error).response()(scope, receive, send_with_id)
 
 
 class ApiKeys:
-    """Answers 401 to requests without one of the keys. What tells how the server is doing stays open."""
+    """Lets in who shows one of the keys. Only digests are kept, and all of them are compared."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(Headers(scope=scope)):
-            await self._app(scope, receive, send)
-            return
+            return await self._app(scope, receive, send)
         response = unauthorized().response()
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
 
     def _knows(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        sent = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        # All are compared, so that the time taken does not tell which one was close.
-        same = [secrets.compare_digest(sent, digest) for digest in self._digests]
+        shown = _digest(key.strip().encode("latin-1", "replace"))
+        same = [secrets.compare_digest(shown, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(same)
+
+
+class BodyLimit:
+    """Reads the body of a request, whatever its framing, and answers 413 when it is too large."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        messages: list[Message] = []
+        size = 0
+        while not messages or messages[-1].get("more_body", False):
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._limit:
+                messages.clear()
+            messages.append(message)
+            if size > DRAINED * self._limit:
+                break
+        if size > self._limit:
+            return await body_too_large(self._limit).response()(scope, receive, send)
+        messages.reverse()
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -8,10 +8,10 @@ from typing import TypeVar
 from hybrid_cache.api import schemas
 from hybrid_cache.api.chat import Message, Part, Rendering, prompt_of_tokens
 from hybrid_cache.api.serving import Serving
+from hybrid_cache.api.tokenizer import LONG_TEXT
 from hybrid_cache.request import Prompt
 
 T = TypeVar("T")
-LONG_TEXT = 1 << 14  # characters; rendering and tokenising more than this would hold up other requests
 
 
 def rendering_of(asked: schemas.ChatRequest | schemas.TokenizeRequest) -> Rendering:
@@ -28,11 +28,11 @@ def rendering_of(asked: schemas.ChatRequest | schemas.TokenizeRequest) -> Render
 
 
 async def chat_prompt(serving: Serving, sent: Sequence[schemas.ChatMessage], rendering: Rendering) -> Prompt:
-    """Renders and tokenises messages. Raises RequestError, and ContextTooLong when no answer would fit behind them."""
+    """Renders and tokenises messages. Raises RequestError, and ContextTooLong when the context does not hold them."""
     as_text = serving.chat.takes_argument_text(rendering)
     messages = [_message(m, as_text) for m in sent]
     size = sum(len(part.text) for m in messages for part in m.parts or ())
-    room = serving.model.max_length - 1
+    room = serving.model.max_length
     return await _off_the_loop_if_long(size, lambda: serving.chat.encode(messages, rendering, room))
 
 
@@ -40,6 +40,7 @@ async def text_prompt(serving: Serving, prompt: str | list[int], *, add_special_
     """A text, or tokens as they are."""
     if not isinstance(prompt, str):
         return prompt_of_tokens(prompt, serving.tokenizer)
+    serving.tokenizer.check_size(prompt, serving.model.max_length, "prompt")
     encode = serving.tokenizer.encode_prompt if add_special_tokens else serving.tokenizer.encode
     return await _off_the_loop_if_long(len(prompt), lambda: prompt_of_tokens(encode(prompt), serving.tokenizer))
 

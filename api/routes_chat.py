@@ -3,144 +3,130 @@
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from hybrid_cache.api import schemas
-from hybrid_cache.api.errors import ERROR_RESPONSES
 from hybrid_cache.api.generation import Generations, Wanted
 from hybrid_cache.api.logprobs import chat_logprob
+from hybrid_cache.api.openapi import ERRORS, EVENTS
 from hybrid_cache.api.prompts import chat_prompt, rendering_of
-from hybrid_cache.api.responses import EVENT_STREAM, EventStream, ending_with_errors, unless_gone
+from hybrid_cache.api.responses import EventStream, unless_gone
 from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.stream import DONE, Piece, event
 from hybrid_cache.api.tools import CLOSE, OPEN, ToolCall, ToolCallParser
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import PromptOutput
-
-NEEDS_GRAMMAR = "needs constrained decoding, which this release does not have"
+from hybrid_cache.request import FinishReason, Prompt, PromptOutput
 
 
 def router(serving: Serving) -> APIRouter:
     """The route, bound to what it serves."""
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post(
-        "/v1/chat/completions", response_model=schemas.ChatResponse, responses={**ERROR_RESPONSES, **EVENT_STREAM}
-    )
+    @routes.post("/v1/chat/completions", response_model=schemas.ChatResponse, responses={**ERRORS, **EVENTS})
     async def chat_completions(asked: schemas.ChatRequest, request: Request) -> Response:
-        """Answers a conversation."""
         serving.model.check_name(asked.model)
         _refuse_unsupported(asked)
         prompt = await chat_prompt(serving, asked.messages, rendering_of(asked))
-        most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-        wanted = Wanted(
-            prompt=prompt,
-            max_tokens=most,
-            default_max_tokens=serving.defaults.max_new_tokens or serving.model.max_length,
-            logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-            visible=_tool_tags(serving) if _parses_tools(asked) else frozenset(),
-        )
-        reply = _Reply(serving, asked, await Generations.submit(serving, asked, [wanted]))
+        generations = await Generations.submit(serving, asked, [_wanted(serving, asked, prompt)])
+        reply = _Reply(serving, asked, generations)
         if asked.stream:
-            return EventStream(ending_with_errors(reply.events()))
-        body = await unless_gone(request, reply.whole())
+            return EventStream(reply.events(), generations.aclose)
+        async with generations:
+            body = await unless_gone(request, reply.whole())
         return JSONResponse(body.model_dump(exclude_unset=True))
 
     return routes
 
 
 def _refuse_unsupported(asked: schemas.ChatRequest) -> None:
-    kind = asked.response_format.type if asked.response_format else "text"
-    if kind != "text":
-        raise RequestError(f"response_format '{kind}' {NEEDS_GRAMMAR}; only 'text'", param="response_format")
+    """What would need constrained decoding is refused, not ignored: the caller counts on the form of the answer."""
+    if asked.response_format is not None and asked.response_format.type != "text":
+        raise RequestError(
+            f"response_format is '{asked.response_format.type}', only 'text' is supported", param="response_format"
+        )
     if asked.structured_outputs:
-        raise RequestError(f"structured_outputs {NEEDS_GRAMMAR}", param="structured_outputs")
-    if isinstance(asked.tool_choice, schemas.NamedTool) or asked.tool_choice == "required":
-        raise RequestError(f"forcing a tool call {NEEDS_GRAMMAR}; use 'auto' or 'none'", param="tool_choice")
+        raise RequestError("structured_outputs is not supported", param="structured_outputs")
+    if asked.tool_choice not in (None, "none", "auto"):
+        shown = asked.tool_choice if isinstance(asked.tool_choice, str) else "a function"
+        raise RequestError(f"tool_choice is {shown}, only 'auto' and 'none' are supported", param="tool_choice")
 
 
-def _parses_tools(asked: schemas.ChatRequest) -> bool:
+def _calls_tools(asked: schemas.ChatRequest) -> bool:
     return bool(asked.tools) and asked.tool_choice != "none"
 
 
-def _tool_tags(serving: Serving) -> frozenset[int]:
-    ids = (serving.tokenizer.id_of(tag) for tag in (OPEN, CLOSE))
-    return frozenset(i for i in ids if i is not None)
+def _wanted(serving: Serving, asked: schemas.ChatRequest, prompt: Prompt) -> Wanted:
+    tags = [serving.tokenizer.id_of(tag) for tag in (OPEN, CLOSE)] if _calls_tools(asked) else []
+    return Wanted(
+        endpoint="chat",
+        prompt=prompt,
+        max_tokens=asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens,
+        default_max_tokens=serving.model.max_length,
+        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        visible=frozenset(tag for tag in tags if tag is not None),
+    )
 
 
+@dataclass(slots=True)
 class _Choice:
-    """What one choice has said so far."""
+    """One answer as it grows."""
 
-    def __init__(self, serving: Serving, *, parses_tools: bool) -> None:
-        self._tokenizer = serving.tokenizer
-        self._parser = ToolCallParser() if parses_tools else None
-        self._said: list[str] = []
-        self.calls: list[schemas.ToolCallOut] = []
-        self.logprobs: list[schemas.ChatLogprob] = []
-        self.token_ids: list[int] = []
-        self.finish: schemas.Finish = "stop"
-        self.stop: str | int | None = None
+    parser: ToolCallParser | None  # None when no tools may be called
+    texts: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[schemas.ChatLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish: schemas.Finish | None = None
+    stop: str | int | None = None
 
-    def push(self, piece: Piece) -> list[str | schemas.ToolCallOut]:
-        """Takes a piece -> the text and the tool calls that are now certain."""
+    def take(self, piece: Piece) -> list[str | ToolCall]:
+        """Takes the next piece -> what it adds to the answer, in order."""
         if piece.output.token is not None:
             self.token_ids.append(piece.output.token)
-        if piece.output.logprob is not None:
-            self.logprobs.append(chat_logprob(self._tokenizer, piece.output.logprob))
-        found = self._parse(piece)
-        self._said += [f for f in found if isinstance(f, str)]
-        self.calls += [f for f in found if isinstance(f, schemas.ToolCallOut)]
+        found: list[str | ToolCall] = [piece.text] if piece.text else []
+        if self.parser is not None:
+            found = self.parser.push(piece.text)
+            if piece.output.finish is not None:
+                found += self.parser.finish()
+        self.texts += [item for item in found if isinstance(item, str)]
+        self.calls += [item for item in found if isinstance(item, ToolCall)]
         if piece.output.finish is not None:
+            stopped = piece.output.finish is FinishReason.STOP
+            self.finish = ("tool_calls" if self.calls else "stop") if stopped else "length"
             self.stop = piece.stop
-            self.finish = "tool_calls" if self.calls else piece.output.finish.value
         return found
-
-    def _parse(self, piece: Piece) -> list[str | schemas.ToolCallOut]:
-        if self._parser is None:
-            return [piece.text] if piece.text else []
-        found = self._parser.push(piece.text)
-        if piece.output.finish is not None:
-            found += self._parser.finish()
-        return [_call_out(f) if isinstance(f, ToolCall) else f for f in found]
-
-    @property
-    def content(self) -> str | None:
-        text = "".join(self._said)
-        return (text.strip() or None) if self.calls else text
-
-
-def _call_out(call: ToolCall) -> schemas.ToolCallOut:
-    function = schemas.FunctionOut(name=call.name, arguments=call.arguments)
-    return schemas.ToolCallOut(id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=function)
 
 
 class _Reply:
-    """The answer to one request, whole or as events."""
+    """The answers to one request, as a whole or as events."""
 
     def __init__(self, serving: Serving, asked: schemas.ChatRequest, generations: Generations) -> None:
+        self._serving = serving
         self._asked = asked
         self._generations = generations
-        self._choices = [_Choice(serving, parses_tools=_parses_tools(asked)) for _ in range(asked.n or 1)]
-        self._id = f"chatcmpl-{generations.all[0].id}"
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._model = serving.model.name
-        self._fingerprint = serving.model.system_fingerprint
+        self._model = asked.model or serving.model.name
+        calls_tools = _calls_tools(asked)
+        self._choices = [_Choice(ToolCallParser() if calls_tools else None) for _ in range(asked.n or 1)]
 
     async def whole(self) -> schemas.ChatResponse:
-        """Waits for the end of all choices."""
-        async with self._generations as generations, aclosing(generations.events()) as events:
-            async for _, item in events:
-                if isinstance(item, Piece):
-                    self._choices[item.output.index].push(item)
+        """Runs to the end."""
+        async for _, output in self._generations.events():
+            if isinstance(output, Piece):
+                choice = self._choices[output.output.index]
+                choice.take(output)
+                if output.output.logprob is not None:
+                    choice.logprobs.append(chat_logprob(self._serving.tokenizer, output.output.logprob))
         body = schemas.ChatResponse(
             id=self._id,
             object="chat.completion",
             created=self._created,
             model=self._model,
-            system_fingerprint=self._fingerprint,
+            system_fingerprint=self._serving.model.system_fingerprint,
             choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
             usage=self._generations.usage(),
         )
@@ -149,14 +135,16 @@ class _Reply:
         return body
 
     def _whole_choice(self, index: int, choice: _Choice) -> schemas.ChatChoice:
-        message = schemas.AssistantMessage(role="assistant", content=choice.content, refusal=None)
+        assert choice.finish is not None
+        text = "".join(choice.texts)
+        content = None if choice.calls and not text else text
+        message = schemas.AssistantMessage(role="assistant", content=content, refusal=None)
         if choice.calls:
-            message.tool_calls = choice.calls
-        logprobs = schemas.ChatLogprobs(content=choice.logprobs, refusal=None) if self._asked.logprobs else None
+            message.tool_calls = [_call_out(call) for call in choice.calls]
         whole = schemas.ChatChoice(
             index=index,
             message=message,
-            logprobs=logprobs,
+            logprobs=schemas.ChatLogprobs(content=choice.logprobs, refusal=None) if self._asked.logprobs else None,
             finish_reason=choice.finish,
             stop_reason=choice.stop,
         )
@@ -165,50 +153,65 @@ class _Reply:
         return whole
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Role, content as it comes, the reason of the end for each choice; usage if asked for; [DONE]."""
+        """One event for each piece of text, tool call and end."""
+        async for _, output in self._generations.events():
+            if isinstance(output, PromptOutput):
+                for index in range(len(self._choices)):
+                    yield self._opening(index)
+                continue
+            for body in self._piece_events(output):
+                yield body
         options = self._asked.stream_options
-        async with self._generations as generations, aclosing(generations.events()) as events:
-            async for _, item in events:
-                if isinstance(item, PromptOutput):
-                    for index in range(len(self._choices)):
-                        yield self._chunk(index, {"role": "assistant", "content": ""})
-                else:
-                    for chunk in self._chunks(item):
-                        yield chunk
-        if options and options.include_usage:
+        if options is not None and options.include_usage:
             yield event({**self._head(), "choices": [], "usage": self._generations.usage().model_dump()})
         yield DONE
 
-    def _chunks(self, piece: Piece) -> list[bytes]:
-        index, choice = piece.output.index, self._choices[piece.output.index]
-        num_calls = len(choice.calls)
-        deltas: list[dict[str, object]] = []
-        for found in choice.push(piece):
-            if isinstance(found, str):
-                deltas.append({"content": found})
-            else:
-                deltas.append({"tool_calls": [{"index": num_calls, **found.model_dump()}]})
-                num_calls += 1
+    def _opening(self, index: int) -> bytes:
         extra: dict[str, object] = {}
-        if piece.output.logprob is not None:
-            extra["logprobs"] = {"content": [choice.logprobs[-1].model_dump()], "refusal": None}
-        if self._asked.return_token_ids and piece.output.token is not None:
-            extra["token_ids"] = [piece.output.token]
-        if extra and not deltas:
-            deltas.append({"content": ""})  # a token whose text is held back
-        chunks = [self._chunk(index, delta, **(extra if i == 0 else {})) for i, delta in enumerate(deltas)]
-        if piece.output.finish is not None:
-            chunks.append(self._chunk(index, {}, finish=choice.finish, stop_reason=choice.stop))
+        if self._asked.return_token_ids and index == 0:
+            extra["prompt_token_ids"] = self._generations.all[0].prompt_tokens
+        return self._chunk(index, {"role": "assistant", "content": ""}, extra=extra)
+
+    def _piece_events(self, piece: Piece) -> list[bytes]:
+        index, output = piece.output.index, piece.output
+        choice = self._choices[index]
+        calls_before = len(choice.calls)
+        deltas: list[dict[str, object]] = []
+        for item in choice.take(piece):
+            if isinstance(item, str):
+                deltas.append({"content": item})
+            else:
+                call = _call_out(item).model_dump()
+                deltas.append({"tool_calls": [{"index": calls_before, **call}]})
+                calls_before += 1
+        detail: dict[str, object] = {}
+        if output.logprob is not None:
+            entry = chat_logprob(self._serving.tokenizer, output.logprob)
+            detail["logprobs"] = {"content": [entry.model_dump()], "refusal": None}
+        if self._asked.return_token_ids and output.token is not None:
+            detail["token_ids"] = [output.token]
+        if detail and not deltas:
+            deltas.append({"content": ""})
+        # The log-probability of a token goes with the first thing that the token lets out.
+        chunks = [self._chunk(index, delta, choice=detail if i == 0 else {}) for i, delta in enumerate(deltas)]
+        if choice.finish is not None:
+            chunks.append(self._chunk(index, {}, choice={"finish_reason": choice.finish, "stop_reason": choice.stop}))
         return chunks
 
-    def _chunk(self, index: int, delta: dict[str, object], *, finish: str | None = None, **more: object) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish, **more}
-        chunk: dict[str, object] = {**self._head(), "choices": [choice]}
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, object],
+        *,
+        choice: dict[str, object] | None = None,
+        extra: dict[str, object] | None = None,
+    ) -> bytes:
+        whole = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(choice or {})}
+        data = {**self._head(), "choices": [whole], **(extra or {})}
         options = self._asked.stream_options
-        if options and options.include_usage:
-            running = self._generations.usage().model_dump() if options.continuous_usage_stats else None
-            chunk["usage"] = running
-        return event(chunk)
+        if options is not None and options.include_usage:
+            data["usage"] = self._generations.usage().model_dump() if options.continuous_usage_stats else None
+        return event(data)
 
     def _head(self) -> dict[str, object]:
         return {
@@ -216,5 +219,10 @@ class _Reply:
             "object": "chat.completion.chunk",
             "created": self._created,
             "model": self._model,
-            "system_fingerprint": self._fingerprint,
+            "system_fingerprint": self._serving.model.system_fingerprint,
         }
+
+
+def _call_out(call: ToolCall) -> schemas.ToolCallOut:
+    function = schemas.FunctionOut(name=call.name, arguments=call.arguments)
+    return schemas.ToolCallOut(id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=function)

@@ -3,17 +3,16 @@
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from hybrid_cache.api import schemas
-from hybrid_cache.api.errors import ERROR_RESPONSES
 from hybrid_cache.api.generation import Generation, Generations, Wanted
 from hybrid_cache.api.logprobs import completion_logprobs, prompt_offsets
+from hybrid_cache.api.openapi import ERRORS, EVENTS
 from hybrid_cache.api.prompts import text_prompt
-from hybrid_cache.api.responses import EVENT_STREAM, EventStream, ending_with_errors, unless_gone
+from hybrid_cache.api.responses import EventStream, unless_gone
 from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.stream import DONE, Piece, event
 from hybrid_cache.errors import RequestError
@@ -26,17 +25,15 @@ def router(serving: Serving) -> APIRouter:
     """The route, bound to what it serves."""
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post(
-        "/v1/completions", response_model=schemas.CompletionResponse, responses={**ERROR_RESPONSES, **EVENT_STREAM}
-    )
+    @routes.post("/v1/completions", response_model=schemas.CompletionResponse, responses={**ERRORS, **EVENTS})
     async def completions(asked: schemas.CompletionRequest, request: Request) -> Response:
         """Continues texts, or tokens as they are: nothing is added to them."""
         serving.model.check_name(asked.model)
         _refuse_unsupported(asked)
-        special = asked.add_special_tokens is not False
         wanted = [
             Wanted(
-                prompt=await text_prompt(serving, prompt, add_special_tokens=special),
+                endpoint="completions",
+                prompt=await text_prompt(serving, prompt, add_special_tokens=asked.add_special_tokens is not False),
                 max_tokens=asked.max_tokens,
                 default_max_tokens=DEFAULT_MAX_TOKENS,
                 logprobs=asked.logprobs,
@@ -44,10 +41,12 @@ def router(serving: Serving) -> APIRouter:
             )
             for prompt in asked.prompt
         ]
-        reply = _Reply(serving, asked, await Generations.submit(serving, asked, wanted))
+        generations = await Generations.submit(serving, asked, wanted)
+        reply = _Reply(serving, asked, generations)
         if asked.stream:
-            return EventStream(ending_with_errors(reply.events()))
-        body = await unless_gone(request, reply.whole())
+            return EventStream(reply.events(), generations.aclose)
+        async with generations:
+            body = await unless_gone(request, reply.whole())
         return JSONResponse(body.model_dump(exclude_unset=True))
 
     return routes
@@ -144,7 +143,7 @@ class _Reply:
         self._choices = [_Choice(serving, asked, prompt, i) for i, prompt in enumerate(prompts)]
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._model = serving.model.name
+        self._model = asked.model or serving.model.name
         self._fingerprint = serving.model.system_fingerprint
 
     def _ready(self, number: int, item: PromptOutput | Piece) -> list[_Choice]:
@@ -157,9 +156,8 @@ class _Reply:
 
     async def whole(self) -> schemas.CompletionResponse:
         """Waits for the end of all choices."""
-        async with self._generations as generations, aclosing(generations.events()) as events:
-            async for number, item in events:
-                self._ready(number, item)
+        async for number, item in self._generations.events():
+            self._ready(number, item)
         choices = [choice.take() for choice in self._choices]
         if self._asked.return_token_ids:
             for choice in choices:
@@ -177,10 +175,9 @@ class _Reply:
     async def events(self) -> AsyncGenerator[bytes]:
         """Text as it comes; usage if asked for; [DONE]."""
         options = self._asked.stream_options
-        async with self._generations as generations, aclosing(generations.events()) as events:
-            async for number, item in events:
-                for choice in self._ready(number, item):
-                    yield self._chunk(choice.take())
+        async for number, item in self._generations.events():
+            for choice in self._ready(number, item):
+                yield self._chunk(choice.take())
         if options and options.include_usage:
             yield event({**self._head(), "choices": [], "usage": self._generations.usage().model_dump()})
         yield DONE

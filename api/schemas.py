@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
 from hybrid_cache.api.errors import quoted
+from hybrid_cache.errors import RequestError
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096  # content parts of one message
@@ -230,7 +231,7 @@ class Generation(Request):
     @model_validator(mode="after")
     def _streams_if_it_has_options(self) -> "Generation":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed when stream is true")
+            raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
         return self
 
 
@@ -334,6 +335,13 @@ class ResponseFormat(Request):
     type: Literal["text", "json_object", "json_schema"]
 
 
+def _check_one_of_them(continues: bool | None, opens: bool | None) -> None:
+    if continues and opens:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt cannot both be true", param="continue_final_message"
+        )
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions"""
 
@@ -353,9 +361,8 @@ class ChatRequest(Generation):
     @model_validator(mode="after")
     def _agrees(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed when logprobs is true")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt cannot both be true")
+            raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        _check_one_of_them(self.continue_final_message, self.add_generation_prompt)
         return self
 
 
@@ -386,9 +393,8 @@ class TokenizeRequest(Request):
     @model_validator(mode="after")
     def _has_one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either a prompt or messages")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt cannot both be true")
+            raise RequestError("give either a prompt or messages", param="prompt")
+        _check_one_of_them(self.continue_final_message, self.add_generation_prompt)
         return self
 
 
@@ -535,18 +541,18 @@ class TokenizerInfo(Response):
 
 class Health(Response):
     status: Literal["ok", "failed"]
-    model: str
-    backend: str
-    dtype: str
     exact: bool
-    fingerprint: str
+    backend: str
+    model: str
+    dtype: str
     version: str
-    running: int
-    waiting: int
+
+
+Readiness = Literal["ready", "draining", "failed"]
 
 
 class Ready(Response):
-    status: Literal["ready", "draining", "failed"]
+    status: Readiness
 
 
 class Version(Response):

@@ -1,81 +1,76 @@
-"""What a server needs to answer requests: an engine, the text side of its model, and facts about both."""
+"""What the routes share: an engine, the text side of its model, and facts about both."""
 
-import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
+from hybrid_cache import __version__
 from hybrid_cache.api.chat import ChatEncoder
 from hybrid_cache.api.errors import ModelNotFound, quoted
 from hybrid_cache.api.metrics import Metrics
-from hybrid_cache.api.tokenizer import GenerationDefaults, Tokenizer
-from hybrid_cache.engine import EngineStats
-from hybrid_cache.request import Output, Request
-
-
-class OutputStream(AsyncIterator[Output], Protocol):
-    """Outputs of one request. Closing it aborts the request."""
-
-    async def aclose(self) -> None: ...
-
-
-class ServingEngine(Protocol):
-    """What is used of `AsyncEngine`."""
-
-    @property
-    def alive(self) -> bool: ...
-
-    @property
-    def draining(self) -> bool: ...
-
-    def start(self) -> None: ...
-
-    async def stop(self, grace_s: float) -> None: ...
-
-    def submit(self, request: Request) -> OutputStream: ...
-
-    def stats(self) -> EngineStats: ...
+from hybrid_cache.api.settings import ServerSettings
+from hybrid_cache.api.tokenizer import GenerationDefaults, TextModel, Tokenizer
+from hybrid_cache.async_engine import AsyncEngine
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """Facts about the model and how it runs."""
+    """Facts about the model that runs in an engine."""
 
     names: tuple[str, ...]  # what clients call it, the first is what replies say
-    root: str  # the folder's name
-    backend: str
-    dtype: str
-    exact: bool  # the backend has passed the check that cache on equals cache off, bit for bit
-    fingerprint: str
-    max_length: int
+    max_length: int  # tokens of a prompt and its answer, by the model's context
+    budget_length: int  # the same, by what an empty cache has room for; at most `max_length`
     vocab_size: int
-    version: str
+    dtype: str
+    system_fingerprint: str  # what a seed's promise holds for: server, weights, dtype and kernels
 
     @property
     def name(self) -> str:
         return self.names[0]
 
-    @property
-    def system_fingerprint(self) -> str:
-        """What a seed's promise holds for: engine, weights, dtype and kernels."""
-        return f"hybrid-cache-{self.version}-{self.fingerprint[:12]}-{self.dtype}-{self.backend}"
-
     def check_name(self, asked: str | None) -> None:
         """Raises ModelNotFound for a model that is not this one; no name means this one."""
         if asked and asked not in self.names:
-            raise ModelNotFound(
-                f"the model {quoted(asked)} is not served here, only {', '.join(self.names)}", param="model"
-            )
+            served = ", ".join(self.names)
+            raise ModelNotFound(f"the model {quoted(asked)} is not served here, only {served}", param="model")
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """Everything that the routes share."""
+    """Everything that a request needs, made once."""
 
-    engine: ServingEngine
+    engine: AsyncEngine
+    settings: ServerSettings
     model: ServedModel
     tokenizer: Tokenizer
     chat: ChatEncoder
     defaults: GenerationDefaults
     metrics: Metrics
-    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> Serving:
+    return Serving(
+        engine=engine,
+        settings=settings,
+        model=_served_model(engine, settings),
+        tokenizer=text.tokenizer,
+        chat=ChatEncoder(text.tokenizer, text.chat_templates),
+        defaults=text.defaults,
+        metrics=Metrics(engine, settings),
+    )
+
+
+def _served_model(engine: AsyncEngine, settings: ServerSettings) -> ServedModel:
+    # TODO: ask the AsyncEngine itself, once it tells its model's limits.
+    model, cache = engine._engine._model, engine._engine.cache
+    low, high = 0, model.max_length
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cache.fits(middle) else (low, middle - 1)
+    dtype = str(model.cache_spec.hidden_dtype).removeprefix("torch.")
+    return ServedModel(
+        names=settings.served_names,
+        max_length=model.max_length,
+        budget_length=low,
+        vocab_size=model.vocab_size,
+        dtype=dtype,
+        system_fingerprint=f"hybrid-cache-{__version__}-{model.fingerprint[:12]}-{dtype}-{settings.backend}",
+    )

@@ -5,7 +5,7 @@ import re
 from hybrid_cache.errors import ConfigError
 
 MAX_BYTES = 2**50
-_SIZE = re.compile(r"(\d{1,18})(?:\.(\d{1,9}))?\s*([a-z]{0,3})", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?\s*([a-z]{0,3})", re.IGNORECASE | re.ASCII)
 _FACTORS: dict[str, int] = {"": 1, "b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("kmgt", start=1)

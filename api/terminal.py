@@ -5,8 +5,9 @@ import sys
 import time
 import unicodedata
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol
 
 import httpx
@@ -205,6 +206,7 @@ class Chat:
         self._turns: list[Turn] = []
         self._answers = answers
         self._notes = notes
+        self.num_failed = 0  # messages without a whole answer
 
     def take(self, line: str, runner: asyncio.Runner) -> bool:
         """Answers a message or obeys a command -> False to leave."""
@@ -249,6 +251,7 @@ class Chat:
             self._turns = [*turns, Turn("assistant", "".join(pieces))]
 
     def _break_off(self, reason: str) -> None:
+        self.num_failed += 1
         self._answers.print()
         self._notes.print(reason, style="red")
 
@@ -286,20 +289,30 @@ def _summary(usage: Usage | None, begin: float, stamps: Sequence[float]) -> str:
     return ", ".join(facts) or "an empty answer"
 
 
-def run(partner: Partner, system: str | None) -> None:
-    """Talks until the input ends. Raises HybridCacheError when the partner cannot be reached at all."""
+def run(partner: Partner, system: str | None) -> int:
+    """Talks until the input ends -> the number of messages without a whole answer.
+
+    Raises HybridCacheError when the partner cannot be reached at all.
+    """
     answers = Console(highlight=False, markup=False, emoji=False)
     notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    chat = Chat(partner, system, answers, notes)
     with asyncio.Runner() as runner:
-        runner.run(partner.open())
         try:
+            runner.run(partner.open())
             if sys.stdin.isatty():
-                notes.print(f"{partner.name}; /help lists what you can do", style="dim")
-            chat = Chat(partner, system, answers, notes)
+                _greet(partner.name, notes)
             while (line := _read_line()) is not None and chat.take(line, runner):
                 pass
         finally:
             runner.run(partner.close())
+    return chat.num_failed
+
+
+def _greet(name: str, notes: Console) -> None:
+    with suppress(ImportError):
+        import_module("readline")  # gives `input` its line editing and history
+    notes.print(f"{name}; /help lists what you can do", style="dim")
 
 
 def _read_line() -> str | None:

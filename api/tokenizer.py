@@ -5,12 +5,13 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from tokenizers import Tokenizer as Backend
 
 from hybrid_cache.api.template import ChatTemplate
-from hybrid_cache.errors import ModelError, RequestError
+from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
+
+LONG_TEXT = 4000  # characters; to tokenise more takes ten milliseconds, too long for an event loop
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -38,6 +39,7 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._byte_level = _is_byte_level(backend)
+        self._longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)  # characters of one token
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self.named_tokens = {name: token for name in names if (token := _token_content(config.get(name))) is not None}
         self.bos_id = self.id_of(self.named_tokens.get("bos_token"))
@@ -55,9 +57,21 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Tokens of a piece of text; special tokens written in it are recognised, none is added."""
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            if len(text) <= LONG_TEXT:
+                return self._backend.encode(text, add_special_tokens=False).ids
+            # As a batch, because only those let other threads run meanwhile.
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (UnicodeEncodeError, TypeError) as e:  # TypeError: how the library reports lone surrogates
             raise RequestError("the text holds characters that UTF-8 cannot carry (lone surrogates)") from e
+
+    def check_size(self, text: str, max_tokens: int, param: str) -> None:
+        """Raises ContextTooLong for text that cannot be `max_tokens` tokens, without the time it takes to tokenise it."""
+        most = max_tokens * self._longest
+        if len(text) > most:
+            raise ContextTooLong(
+                f"the text has {len(text)} characters, this model's context of {max_tokens} tokens holds at most {most}",
+                param=param,
+            )
 
     def encode_prompt(self, text: str) -> list[int]:
         """Tokens of a whole prompt, with the BOS token that this model's prompts begin with, if any."""
@@ -74,7 +88,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip: Container[int] = ()) -> str:
         """Text of some tokens, leaving out those in `skip`. Unfinished characters become U+FFFD."""
         kept = [i for i in ids if i not in skip]
-        return cast(str, self._backend.decode(kept, skip_special_tokens=False))
+        return self._backend.decode(kept, skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; special tokens stand for their names, unknown ones for nothing."""

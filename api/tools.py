@@ -1,4 +1,4 @@
-"""Tool calls in the Hermes form, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, found in text as it comes."""
+"""Tool calls in the Hermes form, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, found as text comes."""
 
 import json
 import re

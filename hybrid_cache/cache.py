@@ -9,8 +9,8 @@ Only `HybridCache` changes the tree and the arena, on one thread. Who owns what 
     lease.slot                   the working state, always the lease's alone: states are copied in and out of it
 
 What the tree holds is evicted piece by piece: first the pages that no state needs, then states (checkpoints and prompt
-ends) by the policy's score. A lease pins its pages: they are neither evicted nor moved. It does not pin states, since it
-has its own copy.
+ends) by the policy's score. A lease pins its pages: they are neither evicted nor moved. It does not pin states, since
+it has its own copy.
 """
 
 import time
@@ -28,6 +28,8 @@ from hybrid_cache.policy import FlopsPerByte, Policy
 from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.tree import KEY_BYTES, Checkpoint, CheckpointKind, Kept, Node, PrefixTree, PromptEnd, token_bytes
+
+__all__ = ["CacheStats", "CheckpointKind", "HybridCache", "Lease", "Match", "Reservation", "interior_positions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class HybridCache:
 
     def fits(self, num_tokens: int) -> bool:
         """Whether one sequence of this length fits into an otherwise empty cache."""
-        return Allocator(self._geometry).fits(-(-num_tokens // TILE), 1)
+        return self._geometry.fits(-(-num_tokens // TILE), 1)
 
     # What requests do
 

@@ -68,11 +68,11 @@ def find_compiler() -> str:
 
 def cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(root) if root else Path.home() / ".cache") / "hybrid-cache" / "native"
     try:
+        folder = (Path(root) if root else Path.home() / ".cache") / "hybrid-cache" / "native"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"cannot write {folder}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:
+        raise BuildError(f"no folder for the library: {error}") from error
     return folder
 
 
@@ -80,6 +80,8 @@ def build(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
     target = folder / f"{fingerprint(compiler, flags)}.so"
     if target.exists():
         return target
+    if not os.access(folder, os.W_OK):
+        raise BuildError(f"cannot write {folder}")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / target.name
         sources = sorted(SOURCES.glob("*.c"))

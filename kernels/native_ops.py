@@ -207,7 +207,7 @@ class NativeOps(TorchOps):
             *(kv.k.data_ptr(), kv.v.data_ptr(), kv.k.stride(0), kv.v.stride(0)),
         )
         pairs = (TILE * TILE * layout.num_tiles + TILE * layout.num_decode) * layout.page_table.shape[1]
-        address, threads = ctypes.addressof(task), _threads(pairs * heads * size // 4)
+        address, threads = ctypes.addressof(task), _threads(pairs * heads * size // 8)
         scratch = self._scratch_memory(self._c.attention_scratch(address, threads))
         self._c.attention(
             *(self._layout_address(layout), address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()),
@@ -236,7 +236,7 @@ class NativeOps(TorchOps):
         w = self._mamba2_address(weights)
         rows = self._layout_address(layout)
         states = weights.num_heads * weights.head_dim * weights.d_state
-        threads = _threads(states * (layout.num_tiles + layout.num_decode))
+        threads = _threads(states * (TILE * layout.num_tiles + layout.num_decode) // 4)
         out = torch.empty(layout.num_rows, weights.num_heads * weights.head_dim, dtype=zxbcdt.dtype)
         self._c.mamba2(
             *(rows, w, zxbcdt.data_ptr(), out.data_ptr()),

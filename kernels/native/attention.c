@@ -45,13 +45,13 @@ INLINE void read_page(const Attention *a, int64_t page, int64_t kv_head, int64_t
             store_f32(values + t * dp + i, load_n(a->values, v + t * row + i, d - i, bf16));
 }
 
-/* scores [64] of one row -> weights exp(score - highest); -> what to multiply earlier results with. */
-static float soften(float *scores, int64_t num_visible, float *highest, float *total) {
+/* scores [64] of one row -> weights exp(scale * score - highest); -> what to multiply earlier results with. */
+static float soften(float *scores, float scale, int64_t num_visible, float *highest, float *total) {
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vf hidden = splat(-__builtin_inff());
     vf s[4], most = hidden, weights = splat(0);
     for (int j = 0; j < 4; j++) {
-        s[j] = choose(lane + LANES * j < (int32_t)num_visible, load_f32(scores + LANES * j), hidden);
+        s[j] = choose(lane + LANES * j < (int32_t)num_visible, scale * load_f32(scores + LANES * j), hidden);
         most = vmax(most, s[j]);
     }
     const float now = largest(most), before = *highest;
@@ -66,10 +66,77 @@ static float soften(float *scores, int64_t num_visible, float *highest, float *t
     return keep[0];
 }
 
+/* How a tile multiplies: in float32, or, for bfloat16 rows where the CPU can, in pairs of bfloat16. Then the weights
+ * are rounded to bfloat16 before they meet V, as in FlashAttention; scores and sums stay float32. Both forms take
+ * keys [d, 64] and values [64, dp], or half as many rows of pairs. */
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#define PAIRS(a, bf16) ((bf16) && (a)->head_dim % 2 == 0)
+
+INLINE void pairs_rows4(float *out, int64_t ldo, const float *keep, const uint16_t *a, int64_t lda, const float *x,
+                        int64_t ldx, int64_t num_pairs, const int nv) {
+    __m512 acc[4][4];
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < nv; j++)
+            acc[i][j] = (__m512)(keep ? keep[i] * load_f32(out + i * ldo + LANES * j) : splat(0));
+    for (int64_t k = 0; k < num_pairs; k++) {
+        __m512bh b[4];
+        for (int j = 0; j < nv; j++) {
+            b[j] = (__m512bh)load_f32(x + k * ldx + LANES * j);
+            IN_REGISTER(b[j]);
+        }
+        for (int i = 0; i < 4; i++) {
+            int32_t pair;
+            memcpy(&pair, a + i * lda + 2 * k, sizeof pair);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            for (int j = 0; j < nv; j++) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], both, b[j]);
+        }
+    }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < nv; j++) store_f32(out + i * ldo + LANES * j, (vf)acc[i][j]);
+}
+
+INLINE void pairs_block4(float *out, int64_t ldo, const float *keep, const uint16_t *a, int64_t lda, const float *x,
+                         int64_t ldx, int64_t num_pairs, int64_t width) {
+    int64_t col = 0;
+    for (; col + 64 <= width; col += 64) pairs_rows4(out + col, ldo, keep, a, lda, x + col, ldx, num_pairs, 4);
+    for (; col + 16 <= width; col += 16) pairs_rows4(out + col, ldo, keep, a, lda, x + col, ldx, num_pairs, 1);
+}
+
+static void read_page_pairs(const Attention *a, int64_t page, int64_t kv_head, int64_t num_tokens, float *keys,
+                            float *values) {
+    const int64_t d = a->head_dim, dp = ROUND_UP(d), row = a->num_kv_heads * d;
+    const void *k = at(a->keys, page * a->key_page_size + kv_head * d, 1);
+    const void *v = at(a->values, page * a->value_page_size + kv_head * d, 1);
+    for (int64_t t = 0; t < TILE; t += LANES)
+        for (int64_t i = 0; i < d / 2; i += LANES)
+            transpose16(k, t * row / 2 + i, row / 2, num_tokens - t, d / 2 - i, keys + i * TILE + t, TILE, 0);
+    for (int64_t t = 0; t < TILE; t += 2)
+        for (int64_t i = 0; i < d; i += LANES) {
+            const vf even = t < num_tokens ? load_n(v, t * row + i, d - i, 1) : splat(0);
+            const vf odd = t + 1 < num_tokens ? load_n(v, (t + 1) * row + i, d - i, 1) : splat(0);
+            store_f32(values + t / 2 * dp + i, (vf)((vu)even >> 16 | (vu)odd));
+        }
+}
+
+/* Four rows of weights [4, 64] times values. */
+static void mix_pairs(float *result, int64_t dp, const float *keep, const float *weights, const float *values,
+                      int64_t num_tokens) {
+    uint16_t rounded[4 * TILE];
+    for (int i = 0; i < 4 * TILE; i += LANES) store(rounded, i, load_f32(weights + i), 1);
+    pairs_block4(result, dp, keep, rounded, TILE, values, dp, num_tokens / 2, dp);
+}
+#else
+#define PAIRS(a, bf16) 0
+#define pairs_block4(out, ldo, keep, a, ...) (void)(a)
+#define read_page_pairs(...) (void)0
+#define mix_pairs(...) (void)0
+#endif
+
 /* One tile of queries for the heads that share a kv head. */
 INLINE void attend_tile(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t num_pages,
                         int64_t num_tokens, int64_t kv_head, float *mine, int bf16) {
     const int64_t d = a->head_dim, dp = ROUND_UP(d), group = a->num_heads / a->num_kv_heads;
+    const int pairs = PAIRS(a, bf16);
     float *keys = mine, *values = keys + TILE * dp, *scores = values + TILE * dp, *heads = scores + TILE * TILE;
     const int64_t head_size = 2 * TILE * dp + 2 * TILE;
     for (int64_t g = 0; g < group; g++) {
@@ -77,22 +144,33 @@ INLINE void attend_tile(const Attention *a, const void *q, void *out, const int6
         const int64_t column = (kv_head * group + g) * d;
         memset(queries, 0, (size_t)head_size * sizeof *queries);
         for (int t = 0; t < TILE; t++) highest[t] = -__builtin_inff();
-        for (int64_t t = 0; t < num_tokens; t++)
+        for (int64_t t = 0; t < num_tokens && !pairs; t++)
             for (int64_t i = 0; i < d; i += LANES)
-                store_f32(queries + t * dp + i, a->scale * load_n(q, t * a->q_stride + column + i, d - i, bf16));
+                store_f32(queries + t * dp + i, load_n(q, t * a->q_stride + column + i, d - i, bf16));
     }
     for (int64_t page = 0; page < num_pages; page++) {
         const int last = page == num_pages - 1;
-        read_page(a, pages[page], kv_head, last ? num_tokens : TILE, keys, values, bf16);
+        if (pairs)
+            read_page_pairs(a, pages[page], kv_head, last ? num_tokens : TILE, keys, values);
+        else
+            read_page(a, pages[page], kv_head, last ? num_tokens : TILE, keys, values, bf16);
         for (int64_t g = 0; g < group; g++) {
             float *queries = heads + g * head_size, *result = queries + TILE * dp;
             float *highest = result + TILE * dp, *total = highest + TILE;
+            const uint16_t *raw = at(q, (kv_head * group + g) * d, 1);
             for (int64_t t = 0; t < num_tokens; t += 4) {
                 float keep[4];
-                block4(scores, TILE, 0, queries + t * dp, dp, 1, keys, TILE, d, TILE);
+                if (pairs)
+                    pairs_block4(scores, TILE, 0, raw + t * a->q_stride, a->q_stride, keys, TILE, d / 2, TILE);
+                else
+                    block4(scores, TILE, 0, queries + t * dp, dp, 1, keys, TILE, d, TILE);
                 for (int i = 0; i < 4; i++)
-                    keep[i] = soften(scores + i * TILE, last ? t + i + 1 : TILE, highest + t + i, total + t + i);
-                block4(result + t * dp, dp, keep, scores, TILE, 1, values, dp, last ? t + 4 : TILE, dp);
+                    keep[i] =
+                        soften(scores + i * TILE, a->scale, last ? t + i + 1 : TILE, highest + t + i, total + t + i);
+                if (pairs)
+                    mix_pairs(result + t * dp, dp, keep, scores, values, last ? t + 4 : TILE);
+                else
+                    block4(result + t * dp, dp, keep, scores, TILE, 1, values, dp, last ? t + 4 : TILE, dp);
             }
         }
     }
@@ -165,7 +243,7 @@ INLINE void attend_token(const Attention *a, const void *q, void *out, const int
         score_page(a, *pages, kv_head, n, mine, head_size, bf16, num_heads, d);
         for (int h = 0; h < num_heads; h++) {
             float *scores = mine + h * head_size + 2 * dp;
-            keep[h] = soften(scores, n, scores + TILE, scores + TILE + 1);
+            keep[h] = soften(scores, 1.0f, n, scores + TILE, scores + TILE + 1);
         }
         int64_t c = 0;
         for (; c + 64 <= dp; c += 64)

@@ -114,11 +114,15 @@ INLINE float sum(vf v) {
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
+#ifdef __AVX512F__
+INLINE float largest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 INLINE float largest(vf v) {
     float most = v[0];
     for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
     return most;
 }
+#endif
 
 /* p * 2^n for whole n from -150 to 127. */
 INLINE vf scale(vf p, vf n) {

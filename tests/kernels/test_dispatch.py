@@ -106,3 +106,10 @@ def test_changed_sources_give_another_library(monkeypatch, tmp_path):
     (copy / "rows.c").write_text((copy / "rows.c").read_text() + "\n")
     monkeypatch.setattr(native_library, "SOURCES", copy)
     assert native_library.fingerprint(native_library.find_compiler(), FLAGS) != before
+
+
+def test_a_cache_folder_that_cannot_be_made_is_a_reason(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match="no folder"):
+        native_library.cache_folder()

@@ -1,0 +1,72 @@
+"""The server about itself: its models, its health, its version, its metrics."""
+
+from pathlib import PurePath
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from hybrid_cache import __version__
+from hybrid_cache.api import schemas
+from hybrid_cache.api.openapi import LOOKUP_ERRORS, UNAVAILABLE
+from hybrid_cache.api.serving import Serving
+
+
+def router(serving: Serving) -> APIRouter:
+    """The routes, bound to the server they speak for."""
+    routes = APIRouter(tags=["Server"])
+    engine, settings, model = serving.engine, serving.settings, serving.model
+
+    def card(name: str) -> schemas.ModelCard:
+        root = PurePath(settings.model_path).name or model.name
+        return schemas.ModelCard(
+            id=name,
+            object="model",
+            created=settings.created,
+            owned_by="hybrid-cache",
+            root=root,
+            max_model_len=model.max_length,
+        )
+
+    @routes.get("/v1/models", responses=LOOKUP_ERRORS)
+    async def models() -> schemas.ModelList:
+        return schemas.ModelList(object="list", data=[card(name) for name in model.names])
+
+    @routes.get("/v1/models/{name:path}", responses=LOOKUP_ERRORS)
+    async def one_model(name: str) -> schemas.ModelCard:
+        model.check_name(name)
+        return card(name)
+
+    @routes.get("/health", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
+    async def health() -> Response:
+        """Whether the engine runs; a draining engine still does."""
+        body = schemas.Health(
+            status="ok" if engine.alive else "failed",
+            exact=settings.exact,
+            backend=settings.backend,
+            model=model.name,
+            dtype=model.dtype,
+            version=__version__,
+        )
+        return JSONResponse(body.model_dump(), 200 if engine.alive else UNAVAILABLE)
+
+    @routes.get("/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Ready}})
+    async def ready() -> Response:
+        """Whether new requests are welcome."""
+        status: schemas.Readiness = "failed" if not engine.alive else "draining" if engine.draining else "ready"
+        return JSONResponse(schemas.Ready(status=status).model_dump(), 200 if status == "ready" else UNAVAILABLE)
+
+    @routes.get("/ping", responses={503: {"model": schemas.Ready}})
+    async def ping() -> Response:
+        return Response(status_code=200 if engine.alive else UNAVAILABLE)
+
+    @routes.get("/version")
+    async def version() -> schemas.Version:
+        return schemas.Version(version=__version__)
+
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus text."""
+        body, content_type = serving.metrics.render()
+        return Response(body, headers={"Content-Type": content_type})
+
+    return routes

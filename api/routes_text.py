@@ -1,0 +1,56 @@
+"""Text to tokens and back, and what the tokenizer says of itself."""
+
+from fastapi import APIRouter
+
+from hybrid_cache.api import schemas
+from hybrid_cache.api.openapi import ERRORS
+from hybrid_cache.api.prompts import chat_prompt, rendering_of, text_prompt
+from hybrid_cache.api.serving import Serving
+from hybrid_cache.errors import RequestError
+
+
+def router(serving: Serving) -> APIRouter:
+    """The routes, bound to the tokenizer they speak for."""
+    routes = APIRouter(tags=["Tokens"], responses=ERRORS)
+    tokenizer = serving.tokenizer
+
+    @routes.post("/tokenize", response_model_exclude_unset=True)
+    async def tokenize(asked: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
+        """The tokens that the same prompt or messages would have in a completion."""
+        serving.model.check_name(asked.model)
+        if asked.messages is not None:
+            prompt = await chat_prompt(serving, asked.messages, rendering_of(asked))
+        else:
+            special = asked.add_special_tokens is not False
+            prompt = await text_prompt(serving, asked.prompt or "", add_special_tokens=special)
+        tokens = prompt.tokens.tolist()
+        reply = schemas.TokenizeResponse(count=len(tokens), max_model_len=serving.model.max_length, tokens=tokens)
+        if asked.return_token_strs:
+            reply.token_strs = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
+        return reply
+
+    @routes.post("/detokenize")
+    async def detokenize(asked: schemas.DetokenizeRequest) -> schemas.DetokenizeResponse:
+        """The text of some tokens, special ones included."""
+        serving.model.check_name(asked.model)
+        size = serving.model.vocab_size
+        wrong = next((token for token in asked.tokens if token >= size), None)
+        if wrong is not None:
+            raise RequestError(f"token {wrong} is outside the vocabulary [0, {size})", param="tokens")
+        return schemas.DetokenizeResponse(prompt=tokenizer.decode(asked.tokens))
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> schemas.TokenizerInfo:
+        named = tokenizer.named_tokens
+        return schemas.TokenizerInfo(
+            tokenizer_class="PreTrainedTokenizerFast",
+            vocab_size=tokenizer.vocab_size,
+            bos_token=named.get("bos_token"),
+            eos_token=named.get("eos_token"),
+            pad_token=named.get("pad_token"),
+            unk_token=named.get("unk_token"),
+            eos_token_id=tokenizer.eos_id,
+            chat_template=serving.chat.source,
+        )
+
+    return routes
