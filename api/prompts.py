@@ -31,7 +31,7 @@ async def chat_prompt(serving: Serving, sent: Sequence[schemas.ChatMessage], ren
     """Renders and tokenises messages. Raises RequestError, and ContextTooLong when the context does not hold them."""
     as_text = serving.chat.takes_argument_text(rendering)
     messages = [_message(m, as_text) for m in sent]
-    size = sum(len(part.text) for m in messages for part in m.parts or ())
+    size = sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_WORK * len(messages)
     room = serving.model.max_length
     return await _off_the_loop_if_long(size, lambda: serving.chat.encode(messages, rendering, room))
 

@@ -322,4 +322,5 @@ def _read_line() -> str | None:
     try:
         return input(PROMPT)
     except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
         return None

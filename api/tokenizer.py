@@ -65,11 +65,11 @@ class Tokenizer:
             raise RequestError("the text holds characters that UTF-8 cannot carry (lone surrogates)") from e
 
     def check_size(self, text: str, max_tokens: int, param: str) -> None:
-        """Raises ContextTooLong for text that cannot be `max_tokens` tokens, without the time it takes to tokenise it."""
+        """Raises ContextTooLong for text that cannot fit, without taking the time to tokenise it."""
         most = max_tokens * self._longest
         if len(text) > most:
             raise ContextTooLong(
-                f"the text has {len(text)} characters, this model's context of {max_tokens} tokens holds at most {most}",
+                f"the text has {len(text)} characters, a context of {max_tokens} tokens holds at most {most}",
                 param=param,
             )
 

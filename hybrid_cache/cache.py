@@ -500,6 +500,8 @@ class HybridCache:
         else:
             self._allocator.give(Kind.PAGE, lease.pages[index])
             lease.pages[index] = node.page
+            self._allocator.fix(Kind.PAGE, node.page)
+            self._queues.withdraw(node)
         node.pins += 1
         lease.nodes.append(node)
 

@@ -78,7 +78,7 @@ def build_batch(step: Step) -> tuple[ForwardBatch, list[int]]:
         capture_slot=_ints([slot for c in step.chunks for _, slot in c.captures]),
         decode_slot=_ints([_lease(s).slot for s in step.decodes]),
         decode_len=_ints([s.fed + 1 for s in step.decodes]),
-        page_table=_page_table([_lease(x).pages for x in (*step.chunks, *step.decodes)]),
+        page_table=_page_table([_lease(c).pages for c in step.chunks] + [_lease(s).pages for s in step.decodes]),
         kv_rows=torch.from_numpy(kv_rows),
     )
     batch = ForwardBatch(

@@ -58,6 +58,7 @@ SMALL_TALK = (
     "Please wait a moment.",
     "This is fun.",
 )
+FILLER = 0.2  # share of messages that are small talk
 ACKNOWLEDGED = ("Noted.", "Okay.", "All right.", "I see.", "Thank you, noted.")
 SYSTEM = (
     "You are a helpful assistant.",
@@ -107,12 +108,12 @@ class Scenario(Protocol):
 
 
 class Codes:
-    """Codes of one to three places, each stated once, among other facts."""
+    """Codes of one or two places, each stated once, among other facts."""
 
     kind = "recall"
 
     def __init__(self, rng: Random) -> None:
-        self.left = rng.sample(PLACES, rng.randint(1, 3))
+        self.left = rng.sample(PLACES, rng.randint(1, 2))
         self.likes = Likes(rng)
         self.codes: dict[str, str] = {}
 
@@ -184,20 +185,19 @@ class Likes:
 
 
 class Paint:
-    """Colours of things, changed again and again."""
+    """The colour of a thing, changed again and again."""
 
     kind = "last"
 
-    def __init__(self, rng: Random, num: int) -> None:
-        self.things = rng.sample(THINGS, num)
-        self.now: dict[str, str] = {}
-        self.times: dict[str, int] = dict.fromkeys(self.things, 0)
+    def __init__(self, rng: Random) -> None:
+        self.thing = rng.choice(THINGS)
+        self.now: str | None = None
+        self.times = 0
 
     def tell(self, rng: Random) -> str:
-        thing = rng.choice(self.things)
-        colour = rng.choice([c for c in COLOURS if c != self.now.get(thing)])
-        self.now[thing] = colour
-        self.times[thing] += 1
+        thing, colour = self.thing, rng.choice([c for c in COLOURS if c != self.now])
+        self.now = colour
+        self.times += 1
         return rng.choice(
             (
                 f"The {thing} is {colour} now.",
@@ -209,11 +209,9 @@ class Paint:
         )
 
     def ask(self, rng: Random, least: int = 1) -> tuple[str, str, str] | None:
-        told = [t for t in self.things if self.times[t] >= least]
-        if not told:
+        if self.now is None or self.times < least:
             return None
-        thing = rng.choice(told)
-        colour = self.now[thing]
+        thing = self.thing
         asked = rng.choice(
             (
                 f"What colour is the {thing} now?",
@@ -221,24 +219,23 @@ class Paint:
                 f"Tell me the colour of the {thing}.",
             )
         )
-        return asked, f"The {thing} is {colour} now.", colour
+        return asked, f"The {thing} is {self.now} now.", self.now
 
 
 class Walk:
-    """People who go from room to room."""
+    """Someone who goes from room to room."""
 
     kind = "last"
 
-    def __init__(self, rng: Random, num: int) -> None:
-        self.people = rng.sample(NAMES, num)
-        self.now: dict[str, str] = {}
-        self.times: dict[str, int] = dict.fromkeys(self.people, 0)
+    def __init__(self, rng: Random) -> None:
+        self.name = rng.choice(NAMES)
+        self.now: str | None = None
+        self.times = 0
 
     def tell(self, rng: Random) -> str:
-        name = rng.choice(self.people)
-        room = rng.choice([r for r in ROOMS if r != self.now.get(name)])
-        self.now[name] = room
-        self.times[name] += 1
+        name, room = self.name, rng.choice([r for r in ROOMS if r != self.now])
+        self.now = room
+        self.times += 1
         return rng.choice(
             (
                 f"{name} went to the {room}.",
@@ -250,13 +247,11 @@ class Walk:
         )
 
     def ask(self, rng: Random, least: int = 1) -> tuple[str, str, str] | None:
-        told = [n for n in self.people if self.times[n] >= least]
-        if not told:
+        if self.now is None or self.times < least:
             return None
-        name = rng.choice(told)
-        room = self.now[name]
+        name = self.name
         asked = rng.choice((f"Where is {name} now?", f"Which room is {name} in?", f"Where can I find {name}?"))
-        return asked, f"{name} is in the {room} now.", room
+        return asked, f"{name} is in the {self.now} now.", self.now
 
 
 def some(number: int, items: str) -> str:
@@ -264,7 +259,7 @@ def some(number: int, items: str) -> str:
 
 
 class Box:
-    """Things that are put into a box and taken out, from 0 to 9 of them."""
+    """Things that are put into a box and taken out, from 0 to 6 of them."""
 
     kind = "count"
 
@@ -277,10 +272,10 @@ class Box:
         box = self.box
         self.times += 1
         if self.now is None:
-            self.now = rng.randint(1, 9)
+            self.now = rng.randint(1, 5)
             first = some(self.now, self.items)
             return rng.choice((f"I have {first} in the {box}.", f"The {box} has {first} in it."))
-        change = rng.choice([n for n in (-2, -1, 1, 2) if 0 <= self.now + n <= 9])
+        change = rng.choice([n for n in (-2, -1, 1, 2) if 0 <= self.now + n <= 6])
         self.now += change
         number, name = some(abs(change), self.items), rng.choice(NAMES)
         if change > 0:
@@ -308,7 +303,7 @@ class Box:
 
 
 class Lift:
-    """A lift between the floors 0 and 9 that is moved by some floors, or sent to one."""
+    """A lift between the floors 1 and 6 that is moved by some floors, or sent to one."""
 
     kind = "order"
 
@@ -320,14 +315,14 @@ class Lift:
     def tell(self, rng: Random) -> str:
         lift = self.lift
         if self.floor is None:
-            self.floor = rng.randint(0, 9)
+            self.floor = rng.randint(1, 6)
             return rng.choice((f"The {lift} is on floor {self.floor}.", f"The {lift} starts on floor {self.floor}."))
-        if rng.random() < 0.35:
-            self.floor = rng.choice([f for f in range(10) if f != self.floor])
+        if rng.random() < 0.4:
+            self.floor = rng.choice([f for f in range(1, 7) if f != self.floor])
             self.sent_after_move |= self.moved
             return rng.choice((f"I send the {lift} to floor {self.floor}.", f"The {lift} goes to floor {self.floor}."))
         self.moved = True
-        steps = rng.choice([s for s in (-2, -1, 1, 2) if 0 <= self.floor + s <= 9])
+        steps = rng.choice([s for s in (-2, -1, 1, 2) if 1 <= self.floor + s <= 6])
         self.floor += steps
         floors = some(abs(steps), "floors")
         way = "up" if steps > 0 else "down"
@@ -346,12 +341,11 @@ class Lift:
 
 
 def scenario(kind: str, rng: Random) -> Scenario:
-    """A fresh scenario of one kind; some have a second thing going on that is not asked about each time."""
-    num = 1 if rng.random() < 0.6 else 2
+    """A fresh scenario of one kind."""
     makers: dict[str, Callable[[], Scenario]] = {
         "recall": lambda: Codes(rng),
         "likes": lambda: Likes(rng),
-        "last": lambda: Paint(rng, num) if rng.random() < 0.5 else Walk(rng, num),
+        "last": lambda: Paint(rng) if rng.random() < 0.5 else Walk(rng),
         "count": lambda: Box(rng),
         "order": lambda: Lift(rng),
     }
@@ -396,7 +390,7 @@ def examined(kind: str, rng: Random, fewest: int = 3, most: int = 8) -> Dialogue
     while True:
         talk, about = Talk(rng), scenario(kind, rng)
         for _ in range(rng.randint(fewest, most)):
-            talk.say(rng.choice(SMALL_TALK) if rng.random() < 0.1 else about.tell(rng))
+            talk.say(rng.choice(SMALL_TALK) if rng.random() < FILLER else about.tell(rng))
         if talk.ask(about, least=1 if kind == "recall" else 2):
             return talk.done()
 
@@ -407,7 +401,7 @@ def practised(kinds: tuple[str, ...], rng: Random, most: int, questions: int) ->
     about = [scenario(kind, rng) for kind in kinds]
     for _ in range(rng.randint(1, most) + len(about) - 1):
         current = rng.choice(about)
-        talk.say(rng.choice(SMALL_TALK) if rng.random() < 0.1 else current.tell(rng))
+        talk.say(rng.choice(SMALL_TALK) if rng.random() < FILLER else current.tell(rng))
         talk.ask(current)
     for current in about:
         talk.ask(current)

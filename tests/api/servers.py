@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -115,12 +116,12 @@ class GatedModel(SumModel):
 
 def new_engine(model: HybridModel | None = None, **config: object) -> AsyncEngine:
     settings = {"budget_bytes": 4 << 20, **config}
-    return AsyncEngine(model or SumModel(), EngineConfig(**settings))  # type: ignore[arg-type]
+    return AsyncEngine(model or SumModel(), EngineConfig(**settings))
 
 
 def new_app(engine: AsyncEngine, text: TextModel, **settings: object) -> FastAPI:
     fields = {"served_names": ("sum", "sum-alias"), "exact": True, "backend": "fake", "model_path": "models/sum"}
-    return create_app(engine, text, ServerSettings(**{**fields, "drain_timeout_s": 1.0, **settings}))  # type: ignore[arg-type]
+    return create_app(engine, text, ServerSettings(**{**fields, "drain_timeout_s": 1.0, **settings}))
 
 
 @asynccontextmanager
@@ -161,7 +162,7 @@ async def until_free(engine: AsyncEngine) -> None:
     raise AssertionError(f"still held: {engine.stats()}")
 
 
-def events_of(text: str) -> list[dict[str, object]]:
+def events_of(text: str) -> Any:
     """The JSON of server-sent events, which must end in [DONE]."""
     blocks = text.split("\n\n")
     assert blocks[-2:] == ["data: [DONE]", ""], blocks[-2:]

@@ -103,8 +103,8 @@ def client(guarded: Server) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def say(client: openai.OpenAI, messages: list[ChatCompletionMessageParam], **options: int) -> ChatCompletion:
-    return client.chat.completions.create(model="small", messages=messages, temperature=0, max_tokens=16, **options)
+def say(client: openai.OpenAI, messages: list[ChatCompletionMessageParam]) -> ChatCompletion:
+    return client.chat.completions.create(model="small", messages=messages, temperature=0, max_tokens=16)
 
 
 def cached_tokens(answer: ChatCompletion) -> int:
@@ -127,6 +127,22 @@ def test_the_greeting_says_what_runs(guarded: Server) -> None:
     for fact in ("small", "parameters", "bfloat16", "exact", "64 MiB", "tokens of KV", "checkpoints"):
         assert fact in greeting
     assert KEY not in greeting
+
+
+def test_the_greeting_names_what_is_not_as_it_should_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hybrid_cache.kernels.native_library.reason_missing", lambda: "no C compiler found")
+    monkeypatch.setattr("hybrid_cache.api.server.failed_probes", lambda loaded: ["linear 3 -> 4"])
+    monkeypatch.setattr("hybrid_cache.api.server.run_server", lambda server, bound: None)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("HYBRID_CACHE_BACKEND", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve", "--port", "0", "--no-prefix-cache"])
+    assert not caught.value.code
+    greeting = capsys.readouterr().err
+    for fact in ("NO: linear 3 -> 4", "torch, ", "no C compiler found", "prefix cache OFF"):
+        assert fact in greeting
 
 
 def test_the_openai_client_talks_in_turns_and_pays_once(client: openai.OpenAI) -> None:

@@ -52,14 +52,17 @@ class Parrot:
         yield Usage(prompt_tokens=100, cached_tokens=64, completion_tokens=5)
 
 
+def plain_console(file: io.StringIO) -> Console:
+    return Console(file=file, width=200, highlight=False, markup=False, emoji=False)
+
+
 class Talk:
     """Feeds lines to a chat and keeps what it wrote."""
 
     def __init__(self, lines: Sequence[str], system: str | None = None) -> None:
         self.parrot = Parrot()
         answers, notes = io.StringIO(), io.StringIO()
-        plain = {"highlight": False, "markup": False, "emoji": False}
-        chat = Chat(self.parrot, system, Console(file=answers, **plain), Console(file=notes, width=200, **plain))
+        chat = Chat(self.parrot, system, plain_console(answers), plain_console(notes))
         with asyncio.Runner() as runner:
             self.stayed = [chat.take(line, runner) for line in lines]
         self.answers, self.notes = answers.getvalue(), notes.getvalue()
@@ -149,6 +152,27 @@ def test_a_pipe_gets_answers_only(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     parrot = Parrot()
     assert run(parrot, None) == 0
     assert capsys.readouterr().out == "1 one ...\n"
+    assert parrot.closed
+
+
+@pytest.mark.parametrize("key", [EOFError, KeyboardInterrupt])
+def test_ctrl_c_and_ctrl_d_leave_the_prompt(key: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    lines = iter(["one"])
+
+    def typed(prompt: str) -> str:
+        for line in lines:
+            return line
+        raise key
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", typed)
+    parrot = Parrot()
+    assert run(parrot, None) == 0
+    assert parrot.asked == [said("one")]
     assert parrot.closed
 
 
