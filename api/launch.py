@@ -27,18 +27,19 @@ class LoadOptions:
 class Loaded:
     """A model in memory, and what people want to know about it."""
 
+    name: str  # "embedded", the folder's name or the hub's
     path: Path
     model: HybridModel
     ops: Ops
     info: loading.ModelInfo
 
     @property
-    def name(self) -> str:
-        return "embedded" if self.path == loading.embedded_path() else self.path.resolve().name
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.model.cache_spec.hidden_dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 def load(options: LoadOptions) -> Loaded:
@@ -52,7 +53,13 @@ def load(options: LoadOptions) -> Loaded:
         raise ConfigError(str(error)) from error
     model = loading.load(path, dtype=options.dtype, ops=ops)
     dtype = str(model.cache_spec.hidden_dtype).removeprefix("torch.")
-    return Loaded(path, model, ops, loading.describe(loading.load_config(path), dtype=dtype))
+    return Loaded(_name(options.model), path, model, ops, loading.describe(loading.load_config(path), dtype=dtype))
+
+
+def _name(model: str | None) -> str:
+    if model is None:
+        return "embedded"
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def failed_probes(loaded: Loaded) -> list[str]:

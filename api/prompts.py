@@ -12,6 +12,7 @@ from hybrid_cache.api.tokenizer import LONG_TEXT
 from hybrid_cache.request import Prompt
 
 T = TypeVar("T")
+MESSAGE_WORK = 128  # in characters: the end of each message is found by rendering the messages before it
 
 
 def rendering_of(asked: schemas.ChatRequest | schemas.TokenizeRequest) -> Rendering:

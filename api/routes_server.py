@@ -55,7 +55,7 @@ def router(serving: Serving) -> APIRouter:
         status: schemas.Readiness = "failed" if not engine.alive else "draining" if engine.draining else "ready"
         return JSONResponse(schemas.Ready(status=status).model_dump(), 200 if status == "ready" else UNAVAILABLE)
 
-    @routes.get("/ping", responses={503: {"model": schemas.Ready}})
+    @routes.get("/ping", response_class=Response, responses={503: {"description": "The engine has failed."}})
     async def ping() -> Response:
         return Response(status_code=200 if engine.alive else UNAVAILABLE)
 

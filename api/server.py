@@ -113,7 +113,7 @@ def hello(loaded: Loaded, failed: list[str], config: EngineConfig, url: str, nam
     layers = ", ".join(f"{count} {kind}" for kind, count in sorted(info.layers.items()))
     facts.add_row("url", f"{url}/v1")
     facts.add_row("model", f"{name}, {info.model_type}, {layers}, context {info.max_length:,}")
-    facts.add_row("size", f"{format_count(info.num_parameters)} parameters in {_short(loaded.dtype)}")
+    facts.add_row("size", f"{format_count(info.num_parameters)} parameters in {loaded.dtype_name}")
     facts.add_row("backend", _backend_line(loaded.ops.name))
     facts.add_row("exact", "yes, checked just now" if not failed else f"NO: {failed[0]} ({len(failed)} probes failed)")
     facts.add_row("cache", _cache_line(config, spec.kv_bytes_per_token, spec.slot_bytes))
@@ -125,10 +125,6 @@ def curl_line(url: str, *, with_key: bool) -> str:
     key = " -H 'Authorization: Bearer KEY'" if with_key else ""
     body = '{"messages": [{"role": "user", "content": "Hello!"}]}'
     return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _backend_line(name: str) -> str:

@@ -59,17 +59,12 @@ def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) 
 
 
 def _served_model(engine: AsyncEngine, settings: ServerSettings) -> ServedModel:
-    # TODO: ask the AsyncEngine itself, once it tells its model's limits.
-    model, cache = engine._engine._model, engine._engine.cache
-    low, high = 0, model.max_length
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if cache.fits(middle) else (low, middle - 1)
+    model = engine.model
     dtype = str(model.cache_spec.hidden_dtype).removeprefix("torch.")
     return ServedModel(
         names=settings.served_names,
         max_length=model.max_length,
-        budget_length=low,
+        budget_length=engine.longest_sequence,
         vocab_size=model.vocab_size,
         dtype=dtype,
         system_fingerprint=f"hybrid-cache-{__version__}-{model.fingerprint[:12]}-{dtype}-{settings.backend}",

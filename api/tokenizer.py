@@ -67,7 +67,7 @@ class Tokenizer:
     def check_size(self, text: str, max_tokens: int, param: str) -> None:
         """Raises ContextTooLong for text that cannot fit, without taking the time to tokenise it."""
         most = max_tokens * self._longest
-        if len(text) > most:
+        if len(text) > max(most, LONG_TEXT):
             raise ContextTooLong(
                 f"the text has {len(text)} characters, a context of {max_tokens} tokens holds at most {most}",
                 param=param,

@@ -1,7 +1,12 @@
-"""What the cache's own bookkeeping costs a request, by the size of the tree: no tensors, integers only.
+"""`hybrid-cache bench bookkeeping`: what the cache's own work costs a request, by the size of the tree.
 
-One request of 2,000 tokens, half of them in the tree, is matched, acquired, committed with up to two checkpoints, and
-released. The budget is full, so every request also evicts as much as it adds: the ordinary state of a server.
+No tensors, integers only. A request of 2,000 tokens is matched, acquired, committed with two checkpoints and its end,
+and released. Two kinds of request, each in two budgets:
+
+    branch   half of the prompt is in the tree, the rest is new
+    repeat   the whole prompt is in the tree: a hit on its end
+    full     the budget is full, so what comes in evicts as much: the ordinary state of a server
+    roomy    nothing needs to go
 """
 
 import json
@@ -20,6 +25,7 @@ from rich.table import Table
 
 from hybrid_cache.arena import Geometry, Kind
 from hybrid_cache.cache import HybridCache
+from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.policy import make_policy
 from hybrid_cache.request import TokenArray
@@ -41,67 +47,95 @@ COST = PrefillCost(per_token=2e9, per_token_per_position=3e4)
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One size of the tree; times in microseconds for one request."""
+    """One kind of request in a tree of one size; times in microseconds for one request."""
 
     nodes: int
+    budget: str
+    request: str
     median_us: float
-    p99_us: float
+    p95_us: float
     match_us: float
     acquire_us: float
     commit_us: float
     release_us: float
-    evictions: int
+    hit_tokens: int  # of one request
+    evictions: int  # of all requests
 
 
 def bookkeeping(
-    nodes: Annotated[list[int] | None, typer.Option(help="Sizes of the tree, in pages.")] = None,
-    requests: Annotated[int, typer.Option(help="Requests timed for each size.")] = 500,
+    nodes: Annotated[list[int] | None, typer.Option(min=100, help="Sizes of the tree, in pages.")] = None,
+    requests: Annotated[int, typer.Option(min=2, help="Requests timed in each case.")] = 500,
     policy: Annotated[str, typer.Option(help="Eviction policy.")] = "flops-per-byte",
     seed: Annotated[int, typer.Option(help="Seed of the tokens.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
-    """Times match + acquire + commit + release of a 2,000-token request in trees of several sizes."""
-    timings = [measure(size, requests, policy, seed) for size in nodes or [1_000, 10_000, 100_000]]
-    table = Table(
-        "nodes", "median µs", "p99 µs", "match", "acquire", "commit", "release", "evictions", title="bookkeeping"
-    )
-    for t in timings:
-        parts = (t.median_us, t.p99_us, t.match_us, t.acquire_us, t.commit_us, t.release_us)
-        table.add_row(f"{t.nodes:,}", *(f"{part:.0f}" for part in parts), f"{t.evictions:,}")
-    Console().print(table)
+    """Time the cache's own work for a 2,000-token request in trees of several sizes."""
+    sizes = nodes or [1_000, 10_000, 100_000]
+    try:
+        timings = [t for size in sizes for full in (True, False) for t in measure(size, full, requests, policy, seed)]
+    except HybridCacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    Console().print(table(timings))
     if json_file is not None:
         settings = {"requests": requests, "policy": policy, "seed": seed, "tokens": NUM_TOKENS}
         json_file.write_text(json.dumps({**settings, "timings": [asdict(t) for t in timings]}, indent=2) + "\n")
 
 
-def measure(num_nodes: int, num_requests: int, policy: str, seed: int) -> Timing:
-    """Fills a cache whose budget holds about `num_nodes` pages with their checkpoints, then times requests."""
+def table(timings: list[Timing]) -> Table:
+    columns = ("nodes", "budget", "request", "median", "p95", "match", "acquire", "commit", "release", "evictions")
+    report = Table(*columns, title="microseconds for one request")
+    for t in timings:
+        parts = (t.median_us, t.p95_us, t.match_us, t.acquire_us, t.commit_us, t.release_us)
+        report.add_row(f"{t.nodes:,}", t.budget, t.request, *(f"{part:.0f}" for part in parts), f"{t.evictions:,}")
+    return report
+
+
+def measure(num_nodes: int, full: bool, num_requests: int, policy: str, seed: int) -> list[Timing]:
+    """Times both kinds of request in a tree of about `num_nodes` pages."""
     rng = np.random.default_rng(seed)
-    cache = full_cache(num_nodes, policy, rng)
-    evicted = cache.stats().num_evictions
+    cache = grown_cache(num_nodes, full, policy, rng)
     old = [random_tokens(rng) for _ in range(8)]
-    for tokens in old:
-        serve(cache, tokens)
-    times = []
-    for i in range(num_requests):
-        known = old[i % len(old)][: NUM_TOKENS // 2]
-        times.append(serve(cache, np.concatenate([known, random_tokens(rng)[: NUM_TOKENS - len(known)]])))
-    stats = cache.stats()
-    match, acquire, commit, release = (median(column) * 1e6 for column in zip(*times, strict=True))
-    totals = [sum(t) * 1e6 for t in times]
-    p99 = quantiles(totals, n=100)[98]
-    evictions = stats.num_evictions - evicted
-    return Timing(stats.nodes, median(totals), p99, match, acquire, commit, release, evictions)
+    timings = []
+    for request in ("branch", "repeat"):
+        for tokens in old * 2:
+            serve(cache, tokens)
+        before, times = cache.stats(), []
+        for i in range(num_requests):
+            tokens = old[i % len(old)]
+            if request == "branch":
+                tokens = np.concatenate([tokens[: NUM_TOKENS // 2], random_tokens(rng)[NUM_TOKENS // 2 :]])
+            times.append(serve(cache, tokens))
+        after = cache.stats()
+        totals = [sum(parts) * 1e6 for parts in times]
+        match, acquire, commit, release = (median(column) * 1e6 for column in zip(*times, strict=True))
+        timings.append(
+            Timing(
+                nodes=after.nodes,
+                budget="full" if full else "roomy",
+                request=request,
+                median_us=median(totals),
+                p95_us=quantiles(totals, n=20)[-1],
+                match_us=match,
+                acquire_us=acquire,
+                commit_us=commit,
+                release_us=release,
+                hit_tokens=(after.hit_tokens - before.hit_tokens) // num_requests,
+                evictions=after.num_evictions - before.num_evictions,
+            )
+        )
+    return timings
 
 
-def full_cache(num_nodes: int, policy: str, rng: np.random.Generator) -> HybridCache:
-    """A cache without tensors that is full of prompts nobody asked for twice."""
+def grown_cache(num_nodes: int, full: bool, policy: str, rng: np.random.Generator) -> HybridCache:
+    """A cache without tensors that holds prompts nobody asked for twice."""
     geometry = Geometry.of(SPEC, 1 << 40)
     pages = NUM_TOKENS // TILE
     num_prompts = math.ceil(num_nodes / pages)
-    per_prompt = pages * geometry.stride_bytes(Kind.PAGE) + 2 * geometry.stride_bytes(Kind.SLOT)
-    cache = HybridCache(SPEC, COST, (num_prompts + 4) * per_prompt, make_policy(policy), with_tensors=False)
-    for _ in range(2 * num_prompts):  # the second half replaces the first
+    per_prompt = (pages + 1) * geometry.stride_bytes(Kind.PAGE) + 3 * geometry.stride_bytes(Kind.SLOT)
+    budget = (num_prompts + 4) * per_prompt
+    cache = HybridCache(SPEC, COST, budget if full else 1 << 50, make_policy(policy), with_tensors=False)
+    for _ in range(2 * num_prompts if full else num_prompts):  # the second half replaces the first
         serve(cache, random_tokens(rng))
     return cache
 
@@ -111,7 +145,7 @@ def random_tokens(rng: np.random.Generator) -> TokenArray:
 
 
 def serve(cache: HybridCache, tokens: TokenArray) -> tuple[float, float, float, float]:
-    """One request -> seconds of match, acquire, reserve and commit, release."""
+    """One request -> seconds of match, acquire, all the commits, release."""
     times = [time.perf_counter()]
     match = cache.match("", tokens)
     times.append(time.perf_counter())
@@ -122,6 +156,7 @@ def serve(cache: HybridCache, tokens: TokenArray) -> tuple[float, float, float, 
     for position in (half, NUM_TOKENS // TILE * TILE):
         cache.reserve_checkpoint(lease, position, CheckpointKind.MESSAGE_END)
     cache.commit(lease, NUM_TOKENS // TILE * TILE)
+    cache.commit_end(lease, tokens, None)
     times.append(time.perf_counter())
     cache.release(lease)
     times.append(time.perf_counter())

@@ -88,6 +88,15 @@ class AsyncEngine:
     def draining(self) -> bool:
         return self._draining
 
+    @property
+    def model(self) -> HybridModel:
+        return self._engine.model
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that the model's context and an empty cache both hold."""
+        return self._engine.longest_sequence
+
     def start(self) -> None:
         self._thread.start()
 

@@ -216,9 +216,10 @@ class HybridCache:
         node = lease.nodes[index] if index < len(lease.nodes) else None
         if any(r.position == position for r in lease.reserved) or (node and (node.checkpoint or node.awaited)):
             return None
-        taken = self._take_all(num_slots=1, num_pages=0, ceiling=self._candidate_score(lease, position, kind))
+        score = self._candidate_score(lease, position, kind)
+        taken = self._take_all(num_slots=1, num_pages=0, ceiling=score)
         if taken is None:
-            self._declines[kind.value] += 1
+            self._decline(kind, score)
             return None
         if node is not None:
             node.awaited = True
@@ -245,6 +246,7 @@ class HybridCache:
                 continue
             node.checkpoint = Checkpoint(node, r.slot, r.kind, r.ttl_s)
             self._keep(node.checkpoint)
+            self._rescore_below(node)
 
     def commit_end(self, lease: Lease, tokens: TokenArray, hidden: Tensor | None) -> bool:
         """Keeps the working state as the end of the prompt `tokens`, with its last hidden row [hidden_size].
@@ -256,10 +258,10 @@ class HybridCache:
         if not lease.publish or len(tail) >= KEY_BYTES or tail in lease.tip.ends:
             return False
         kind, num_pages = CheckpointKind.PROMPT_END, 1 if tail and self._geometry.page_bytes else 0
-        ceiling = self._candidate_score(lease, len(tokens), kind)
-        taken = self._take_all(num_slots=1, num_pages=num_pages, ceiling=ceiling)
+        score = self._candidate_score(lease, len(tokens), kind)
+        taken = self._take_all(num_slots=1, num_pages=num_pages, ceiling=score)
         if taken is None:
-            self._declines[kind.value] += 1
+            self._decline(kind, score)
             return False
         slots, pages = taken
         end = PromptEnd(lease.tip, tail, slots[0], pages[0] if pages else None)
@@ -385,7 +387,7 @@ class HybridCache:
     def _take_all(
         self, *, num_slots: int, num_pages: int, num_held: int = 0, ceiling: float | None = None
     ) -> tuple[list[int], list[int]] | None:
-        """So many slots and pages, now fixed, or None. Evicts what scores below `ceiling`, or anything when it is None.
+        """So many slots and pages, now fixed, or None. Evicts what scores up to `ceiling`, or anything when it is None.
 
         Nothing is evicted when even an empty tree would not leave enough room.
         """
@@ -416,13 +418,13 @@ class HybridCache:
         return item
 
     def _evict_next(self, ceiling: float | None) -> bool:
-        """Evicts what is worth least -> whether there was anything, and it scored below `ceiling`."""
+        """Evicts what is worth least -> whether there was anything, and it scored no more than `ceiling`."""
         if (node := self._queues.next_dead()) is not None:
             self._evict_page(node)
             return True
         if (lowest := self._queues.next_scored()) is not None:
             score, kept = lowest
-            if ceiling is not None and score >= ceiling:
+            if ceiling is not None and score > ceiling:  # of two that are worth the same, the newer stays
                 return False
             self._policy.evicted(score)
             self._evict(kept)
@@ -547,10 +549,29 @@ class HybridCache:
                 self._tree.remove(node)
             else:
                 self._queues.add_dead(node)
-        elif not node.children and len(node.ends) + (node.checkpoint is not None) == 1:
-            kept = node.checkpoint or next(iter(node.ends.values()))
-            if kept.ticket:  # the only state here: from now on its pages would go with it
-                self._queues.add(kept)
+            return
+        while len(node.children) == 1 and not (node.checkpoint or node.ends):
+            node = next(iter(node.children.values()))
+        if not node.children and len(node.ends) + (node.checkpoint is not None) == 1:
+            self._rescore(node.checkpoint or next(iter(node.ends.values())))  # more pages would go with it than before
+
+    def _rescore_below(self, node: Node) -> None:
+        """To be called when a node has got a checkpoint: the next states below save less than before."""
+        nodes = [node]
+        while nodes:
+            above = nodes.pop()
+            for end in above.ends.values():
+                self._rescore(end)
+            for child in above.children.values():
+                if child.checkpoint is None:
+                    nodes.append(child)
+                else:
+                    self._rescore(child.checkpoint)
+
+    def _rescore(self, kept: Kept) -> None:
+        """Queues a state again whose score may have fallen. One that has risen is noticed when its turn comes."""
+        if kept.ticket:
+            self._queues.add(kept)
 
     def _keep(self, kept: Kept) -> None:
         """Files a new state."""
@@ -558,6 +579,11 @@ class HybridCache:
         self._admissions[kept.kind.value] += 1
         self._stamp(kept)
         self._unguard(kept)
+
+    def _decline(self, kind: CheckpointKind, score: float) -> None:
+        """To the policy it is as if the candidate had come and gone: else what is here would never grow old."""
+        self._declines[kind.value] += 1
+        self._policy.evicted(score)
 
     def _stamp(self, kept: Kept) -> None:
         """Notes that a state was made or used now."""

@@ -3,6 +3,8 @@
 Nothing is published before the write that fills it has completed. `async_engine` runs this on a thread.
 """
 
+import bisect
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -60,7 +62,7 @@ class Engine:
     """Requests in, outputs out, one step at a time. Not thread-safe."""
 
     def __init__(self, model: HybridModel, config: EngineConfig, *, runner: type[ModelRunner] = ModelRunner) -> None:
-        self._model = model
+        self.model = model
         self._config = config
         self.cache = HybridCache(model.cache_spec, model.prefill_cost, config.budget_bytes, make_policy(config.policy))
         self._runner = runner(model, self.cache)
@@ -79,9 +81,14 @@ class Engine:
         """True while no request waits for an answer."""
         return self._scheduler.idle
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that the model's context and an empty cache both hold."""
+        return bisect.bisect_left(range(self.model.max_length), True, key=lambda n: not self.cache.fits(n + 1))
+
     def check_request(self, request: Request) -> None:
         """Raises RequestError for a request that can never be served."""
-        n, limit = len(request.prompt.tokens), self._model.max_length
+        n, limit = len(request.prompt.tokens), self.model.max_length
         if n == 0:
             raise RequestError("the prompt has 0 tokens, must have at least 1", param="prompt")
         if (n >= limit and request.sampling.max_tokens > 0) or n > limit:
@@ -94,14 +101,14 @@ class Engine:
         if request.n < 1:
             raise BadSampling(f"n is {request.n}, must be at least 1", param="n")
         low, high = int(request.prompt.tokens.min()), int(request.prompt.tokens.max())
-        if low < 0 or high >= self._model.vocab_size:
+        if low < 0 or high >= self.model.vocab_size:
             wrong = low if low < 0 else high
             raise RequestError(
-                f"prompt token {wrong} is outside the vocabulary [0, {self._model.vocab_size})", param="prompt"
+                f"prompt token {wrong} is outside the vocabulary [0, {self.model.vocab_size})", param="prompt"
             )
         for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
-            if not 0 <= token < self._model.vocab_size:
-                raise BadSampling(f"token {token} is outside the vocabulary [0, {self._model.vocab_size})")
+            if not 0 <= token < self.model.vocab_size:
+                raise BadSampling(f"token {token} is outside the vocabulary [0, {self.model.vocab_size})")
 
     @property
     def has_room(self) -> bool:
@@ -180,6 +187,7 @@ class Engine:
             prefill=prefill,
             chooser=TokenChooser(request.sampling, request.prompt.tokens, index),
             stopper=request.make_stopper() if request.make_stopper else None,
+            submitted_s=time.monotonic(),
         )
 
     # After the forward pass
@@ -195,12 +203,13 @@ class Engine:
             assert lease is not None
             self._counters.prompt_tokens += n
             self._counters.cached_tokens += lease.length
-            self._counters.flops_saved += self._model.prefill_cost.flops(0, lease.length)
+            self._counters.flops_saved += self.model.prefill_cost.flops(0, lease.length)
             wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
             output = PromptOutput(
                 cached_tokens=lease.length,
                 written_tokens=lease.written_tokens,
                 logprobs=tuple(sequence.prompt_logprobs) if wants_logprobs else None,
+                queued_s=sequence.started_s - sequence.submitted_s,
             )
             outputs.append((sequence.request.id, output))
         return outputs
@@ -211,7 +220,7 @@ class Engine:
         assert prefill.lease is not None
         prefill.computed = chunk.end
         self.cache.commit(prefill.lease, grid_floor(chunk.end))
-        self._counters.flops_computed += self._model.prefill_cost.flops(chunk.start, chunk.end)
+        self._counters.flops_computed += self.model.prefill_cost.flops(chunk.start, chunk.end)
         if sequence is None:
             self._counters.commit_tokens += chunk.end - chunk.start
             if prefill.done:
@@ -300,7 +309,7 @@ class Engine:
         self._counters.generated_tokens += 1
         num_top = sequence.request.sampling.logprobs
         logprob: TokenLogprob | None = None if num_top is None else log_probability(logits, token, num_top)
-        finish = sequence.finish_reason(self._model.max_length)
+        finish = sequence.finish_reason(self.model.max_length)
         if finish is not None:
             self._finish(sequence)
             self._commit_later(sequence)

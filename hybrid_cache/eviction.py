@@ -52,8 +52,9 @@ class LazyHeap(Generic[T]):
             heapq.heapreplace(self._entries, (fresh, ticket, item))
         return None
 
-    def items(self) -> set[T]:
-        return {item for _, ticket, item in self._entries if item.ticket == ticket}
+    def items(self) -> dict[T, float]:
+        """What is queued, and the score it was filed under."""
+        return {item: score for score, ticket, item in self._entries if item.ticket == ticket}
 
 
 class EvictionQueues:
@@ -98,6 +99,8 @@ class EvictionQueues:
 
     def check(self, dead: set[Node], kept: set[Kept]) -> None:
         """Proves that exactly these are queued."""
-        assert self._dead.items() == dead
-        assert self._scored.items().isdisjoint(self._guaranteed.items())
-        assert self._scored.items() | self._guaranteed.items() == kept
+        scored, guaranteed = self._scored.items(), self._guaranteed.items()
+        assert self._dead.items().keys() == dead
+        assert scored.keys().isdisjoint(guaranteed)
+        assert scored.keys() | guaranteed.keys() == kept
+        assert all(score <= self._score(state) for state, score in scored.items()), "a fall that nobody reported"

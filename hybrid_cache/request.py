@@ -126,6 +126,7 @@ class PromptOutput:
     cached_tokens: int  # prompt tokens that were not computed
     written_tokens: int  # prompt tokens whose pages this request added to the cache
     logprobs: tuple[TokenLogprob | None, ...] | None = None  # per prompt token; the first has none
+    queued_s: float = field(default=0.0, compare=False)  # from submission to the first step
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ Continuous batching with chunked prefill: running sequences decode one token a s
 beside them. Without room the newest sequence gives its pages back and is computed again later.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Waiting requests; further choices of one that has begun are not counted."""
+        return sum(sequence.index == 0 for sequence in self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -145,6 +147,7 @@ class Scheduler:
                 passed_over.append(sequence)
                 break
             self._running.append(sequence)
+            sequence.started_s = sequence.started_s or time.monotonic()
             sequence.fed = len(sequence.prefill.tokens)
             sequence.phase = Phase.DECODE if sequence.prefill.done else Phase.PREFILL
             if sequence.prefill.done:

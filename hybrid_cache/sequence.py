@@ -75,6 +75,8 @@ class Sequence:
     chooser: TokenChooser
     stopper: Stopper | None
     generated: list[int] = field(default_factory=list)
+    submitted_s: float = 0.0
+    started_s: float = 0.0  # first admission
     fed: int = 0  # tokens in the state while decoding: the prompt and the first of `generated`
     phase: Phase = Phase.WAITING
     announced: bool = False  # PromptOutput has been sent

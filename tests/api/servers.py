@@ -108,8 +108,10 @@ class GatedModel(SumModel):
     def __init__(self) -> None:
         super().__init__()
         self.gate = threading.Event()
+        self.reached = threading.Event()  # set while a step waits at the gate, and ever after
 
     def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        self.reached.set()
         assert self.gate.wait(30)
         return super().forward(batch, cache)
 

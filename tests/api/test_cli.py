@@ -58,6 +58,7 @@ def test_talking_to_a_server_needs_no_torch() -> None:
         (["bench"], ["serve", "exactness", "bookkeeping"]),
         (["bench", "serve"], ["--url", "--scenarios"]),
         (["bench", "exactness"], ["--rows", "--seed"]),
+        (["bench", "bookkeeping"], ["--nodes", "--seed"]),
     ],
 )
 def test_help_names_the_options(args: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

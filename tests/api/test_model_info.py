@@ -1,6 +1,7 @@
 """`model info` from bare configs."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ CONFIGS: dict[str, dict[str, object]] = {
 BUDGET = 1 << 24
 
 
-def folder(path: Path, config: dict[str, object]) -> Path:
+def folder(path: Path, config: Mapping[str, object]) -> Path:
     (path / "config.json").write_text(json.dumps(config))
     return path
 

@@ -1,0 +1,128 @@
+import pytest
+
+from hybrid_cache.cache import HybridCache
+from hybrid_cache.errors import ConfigError
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.policy import LRU, POLICIES, RATE, FlopsPerByte, Policy, make_policy
+from hybrid_cache.tree import CheckpointKind
+from tests.cache.driver import SPECS, begin, fill, forward, new_cache, reserve, tokens_of
+
+HYBRID = SPECS["slot of four pages"]
+END = CheckpointKind.MESSAGE_END
+
+
+def hit(cache: HybridCache, pages: str) -> None:
+    cache.release(begin(cache, tokens_of(pages, 1)).lease)
+
+
+def kept(cache: HybridCache, *prompts: str) -> list[str]:
+    return [p for p in prompts if cache.match("", tokens_of(p, 1)).length]
+
+
+def test_every_kind_of_place_has_a_rate() -> None:
+    assert set(RATE) == set(CheckpointKind)
+
+
+def test_what_saves_twice_as_much_or_takes_half_the_bytes_scores_twice_as_high() -> None:
+    policy = FlopsPerByte()
+    assert policy.score(0.0, END, 200.0, 10) == policy.score(0.0, END, 100.0, 5) == 2 * policy.score(0.0, END, 100, 10)
+
+
+def test_what_is_not_used_grows_old_as_others_are_evicted() -> None:
+    policy = FlopsPerByte()
+    old = policy.score(policy.clock, END, 100.0, 10)
+    policy.evicted(8.0)
+    assert policy.score(policy.clock, END, 100.0, 10) == old + 8.0
+    policy.evicted(3.0)
+    assert policy.clock == 8.0
+
+
+def test_hits_are_not_counted() -> None:
+    """Five uses at one moment weigh as much as one."""
+    policy = FlopsPerByte()
+    before = policy.clock
+    for _ in range(5):
+        policy.used()
+    assert policy.clock == before
+
+
+def test_lru_only_asks_for_the_last_use() -> None:
+    policy = LRU()
+    first = policy.clock
+    policy.used()
+    assert policy.score(first, END, 1e9, 1) < policy.score(policy.clock, END, 1.0, 1000)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_policy_is_made_by_its_name(name: str) -> None:
+    assert make_policy(name).name == name
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'best', must be one of flops-per-byte, lru"):
+        make_policy("best")
+
+
+def test_lru_evicts_in_order_of_use() -> None:
+    cache = new_cache(HYBRID, slots=5, pages=4, policy=LRU())
+    for prompt in ("a", "b", "c"):
+        fill(cache, tokens_of(prompt, 1), TILE)
+    hit(cache, "a")
+    fill(cache, tokens_of("d", 1), TILE)
+    assert kept(cache, "a", "b", "c", "d") == ["a", "c", "d"]
+
+
+def test_lru_takes_in_the_newest_even_with_room_for_one_state() -> None:
+    cache = new_cache(HYBRID, slots=2, pages=3, policy=LRU())
+    fill(cache, tokens_of("a", 1), TILE)
+    fill(cache, tokens_of("b", 1), TILE)
+    assert kept(cache, "a", "b") == ["b"]
+
+
+@pytest.mark.parametrize("hits", [0, 1, 20])
+def test_popularity_long_ago_does_not_protect(hits: int) -> None:
+    cache = new_cache(HYBRID, slots=4, pages=8)
+    fill(cache, tokens_of("old", 1), 3 * TILE)
+    for _ in range(hits):
+        hit(cache, "old")
+    letters = [chr(c) for c in range(ord("A"), ord("A") + 26)]
+    for a, b in zip(letters, reversed(letters), strict=True):
+        fill(cache, tokens_of(a + b + "z", 1), 3 * TILE)
+    assert kept(cache, "old") == []
+
+
+@pytest.mark.parametrize("policy", [FlopsPerByte(), LRU()], ids=lambda p: p.name)
+def test_the_newest_stays_when_all_are_worth_the_same(policy: Policy) -> None:
+    cache = new_cache(HYBRID, slots=4, pages=8, policy=policy)
+    for prompt in ("aaa", "bbb", "ccc", "ddd", "eee", "fff", "ggg", "hhh"):
+        fill(cache, tokens_of(prompt, 1), 3 * TILE)
+    assert "hhh" in kept(cache, "aaa", "bbb", "ccc", "ddd", "eee", "fff", "ggg", "hhh")
+
+
+def test_a_state_is_worth_more_once_the_one_above_it_has_gone() -> None:
+    """Its parent went, so without it all would be computed again: the marginal cost is the whole prompt now."""
+    cache = new_cache(HYBRID, slots=20, pages=40)
+    fill(cache, tokens_of("abcdefgh", 1), 7 * TILE, 8 * TILE)
+    path = cache.match("", tokens_of("abcdefgh", 1)).path
+    deep, above = path[7].checkpoint, path[6].checkpoint
+    assert deep is not None
+    assert above is not None
+    before = cache._score(deep)
+    cache._evict(above)
+    assert cache._score(deep) > 2 * before
+    cache.check()
+
+
+def test_a_state_is_worth_less_once_there_is_one_closer_above_it() -> None:
+    """And its turn comes in that order: `lonely` saves less than it did, but more than `deep` now does."""
+    cache = new_cache(HYBRID, slots=20, pages=40)
+    fill(cache, tokens_of("abcdefgh", 1), 8 * TILE)
+    fill(cache, tokens_of("lonely", 1), 6 * TILE)
+    branch = begin(cache, tokens_of("abcdefgx", 1))
+    assert reserve(cache, branch, 7 * TILE, CheckpointKind.BRANCH)
+    forward(cache, branch, len(branch.tokens))
+    cache.commit(branch.lease, 7 * TILE)
+    cache.release(branch.lease)
+    lowest = cache._queues.next_scored()
+    assert lowest is not None
+    assert lowest[1].num_tokens == 8 * TILE
