@@ -112,7 +112,8 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._templates = templates
         self.source = templates["default"].source if "default" in templates else None
-        self._ends: OrderedDict[bytes, _End | None] = OrderedDict()  # by digest of the messages; None: not a prefix
+        # By digest of the messages, and whether the opening of an answer follows. None: cannot be rendered.
+        self._ends: OrderedDict[tuple[bytes, bool], _End | None] = OrderedDict()
         self._lock = Lock()
 
     def encode(self, messages: Sequence[Message], rendering: Rendering, max_tokens: int) -> Prompt:
@@ -124,8 +125,8 @@ class ChatEncoder:
         # A token is rarely more than 16 characters; where it is, the engine still counts.
         if len(text) > 16 * max_tokens:
             self._check_length(len(self._tokenizer.encode(text)), max_tokens)
-        ends = self._message_ends(template, messages, rendering, text, clock)
-        cuts = [*(_Cut(e, Boundary(0)) for e in ends), *self._part_cuts(template, messages, rendering, text, clock)]
+        cuts = self._message_cuts(template, messages, rendering, text, clock)
+        cuts += self._part_cuts(template, messages, rendering, text, clock)
         tokens, boundaries = self._tokenise(text, cuts)
         self._check_length(len(tokens), max_tokens)
         return Prompt(np.asarray(tokens, dtype=np.int32), limited(boundaries))
@@ -172,43 +173,49 @@ class ChatEncoder:
         variables = {**rendering.kwargs, "tools": tools, "add_generation_prompt": opening}
         return template.render(messages, variables, clock)
 
-    def _message_ends(
+    def _message_cuts(
         self,
         template: ChatTemplate,
         messages: Sequence[Message],
         rendering: Rendering,
         text: str,
         clock: Clock,
-    ) -> list[int]:
-        """Positions in `text`, which is rendered from `messages`, at which the first i of them end.
+    ) -> list[_Cut]:
+        """Cuts in `text`, which is rendered from `messages`, where the first i of them end.
+
+        Also where the opening of an answer ends that a later turn has as a message: its prompt ended there.
 
         A conversation that grows has had most of its ends found before: they are remembered by the digest of the
         messages, and checked against the text.
         """
         closed = len(messages) - (1 if rendering.continue_final_message else 0)
-        wanted = [i for i in range(1, closed + 1) if i <= DENSE_MESSAGES or i % SPARSE == 0]
         keys = _prefix_keys(template, messages, rendering, clock)
-        found = [(i, self._end(template, messages[:i], rendering, clock, keys[i - 1])) for i in wanted]
-        seen, position, ends = blake2b(digest_size=16), 0, []
-        for _, end in found:
+        seen, position, cuts = blake2b(digest_size=16), 0, []
+        for count, opening in _wanted_ends(messages, closed):
+            end = self._end(template, messages[:count], rendering, clock, (keys[count - 1], opening))
             if end is None or not position <= end.length <= len(text):
                 continue
             ahead = seen.copy()
             ahead.update(text[position : end.length].encode("utf-8", "surrogatepass"))
             if ahead.digest() == end.digest:
                 seen, position = ahead, end.length
-                ends.append(position)
-        return ends
+                cuts.append(_Cut(position, None if opening else Boundary(0)))
+        return cuts
 
     def _end(
-        self, template: ChatTemplate, messages: Sequence[Message], rendering: Rendering, clock: Clock, key: bytes
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        rendering: Rendering,
+        clock: Clock,
+        key: tuple[bytes, bool],
     ) -> _End | None:
         with self._lock:
             if key in self._ends:
                 self._ends.move_to_end(key)
                 return self._ends[key]
         try:
-            text = self._render(template, messages, rendering, clock)
+            text = self._render(template, messages, rendering, clock, opening=key[1])
             data = text.encode("utf-8", "surrogatepass")
             end = _End(len(text), blake2b(data, digest_size=16).digest())
         except RequestError:  # some templates want the user to speak last
@@ -299,6 +306,17 @@ def _cuts_after(pieces: Sequence[str], same: int, parts: Sequence[Part], default
             return
         ttl = part.ttl_s if part.ttl_s is not None else default_ttl_s
         yield _Cut(position, Boundary(0, BoundaryKind.EXPLICIT, ttl) if part.marked else None)
+
+
+def _wanted_ends(messages: Sequence[Message], closed: int) -> Iterator[tuple[int, bool]]:
+    """Which ends are sought, in the order in which they are in the text: (messages before it, after an opening)."""
+    for count in range(1, len(messages) + 1):
+        if count > DENSE_MESSAGES and count % SPARSE:
+            continue
+        if count <= closed:
+            yield count, False
+        if count < len(messages) and messages[count].role == "assistant":
+            yield count, True
 
 
 def _prefix_keys(

@@ -76,6 +76,8 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(503, str(error), "server_unavailable", code="server_unavailable", retry=True)
         case HybridCacheError():
             return Problem(500, str(error), "internal_error", code="internal_error")
+        case RecursionError():
+            return Problem(400, "The request body is nested too deeply.", code="invalid_json")
     return Problem(500, "The server failed while handling the request.", "internal_error", code="internal_error")
 
 

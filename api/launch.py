@@ -11,6 +11,7 @@ from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.selfcheck import check_exact
 from hybrid_cache.models import loading
+from hybrid_cache.selfcheck import check_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +65,4 @@ def _name(model: str | None) -> str:
 
 def failed_probes(loaded: Loaded) -> list[str]:
     """What the backend does not compute to the same bits in other company; empty if the cache is exact here."""
-    return check_exact(loaded.ops, loaded.dtype)
+    return check_exact(loaded.ops, loaded.dtype) + check_model(loaded.model)

@@ -44,10 +44,12 @@ class RequestIds:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            logger.exception("request %s failed", request_id)
+            problem = problem_of(error)
+            if problem.status >= 500:
+                logger.exception("request %s failed", request_id)
             if started:
                 raise
-            await problem_of(error).response()(scope, receive, send_with_id)
+            await problem.response()(scope, receive, send_with_id)
 
 
 class ApiKeys:

@@ -132,9 +132,9 @@ def grown_cache(num_nodes: int, full: bool, policy: str, rng: np.random.Generato
     geometry = Geometry.of(SPEC, 1 << 40)
     pages = NUM_TOKENS // TILE
     num_prompts = math.ceil(num_nodes / pages)
-    per_prompt = (pages + 1) * geometry.stride_bytes(Kind.PAGE) + 3 * geometry.stride_bytes(Kind.SLOT)
-    budget = (num_prompts + 4) * per_prompt
-    cache = HybridCache(SPEC, COST, budget if full else 1 << 50, make_policy(policy), with_tensors=False)
+    per_prompt = (pages + 1) * geometry.stride_bytes(Kind.PAGE) + 2 * geometry.stride_bytes(Kind.SLOT)
+    budget = (num_prompts + 8) * per_prompt * (1 if full else 8)
+    cache = HybridCache(SPEC, COST, budget, make_policy(policy), with_tensors=False)
     for _ in range(2 * num_prompts if full else num_prompts):  # the second half replaces the first
         serve(cache, random_tokens(rng))
     return cache

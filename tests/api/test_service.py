@@ -167,7 +167,7 @@ def test_a_bug_of_ours_is_a_500_that_tells_nothing(sum_text: TextModel, monkeypa
 
 def test_an_open_length_is_what_the_cache_can_hold_and_a_named_one_is_refused(sum_text: TextModel) -> None:
     async def test() -> None:
-        engine = new_engine(budget_bytes=200_000)
+        engine = new_engine(budget_bytes=20_000)
         async with in_process(new_app(engine, sum_text)) as client:
             messages = [{"role": "user", "content": "Hi"}]
             asked = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
@@ -176,7 +176,7 @@ def test_an_open_length_is_what_the_cache_can_hold_and_a_named_one_is_refused(su
             assert 64 <= total < 4096
             reply = await client.post("/v1/chat/completions", json={**asked, "max_tokens": 4000})
             assert reply.status_code == 400
-            assert "200000 bytes" in reply.json()["error"]["message"]
+            assert "20000 bytes" in reply.json()["error"]["message"]
             await until_free(engine)
 
     run(test)

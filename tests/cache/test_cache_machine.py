@@ -271,7 +271,8 @@ class CacheMachine(RuleBasedStateMachine):
         lease, covered = request.lease, list(request.lease.pages)
         if not self.cache.extend(lease, request.written + num_tokens):
             assert lease.pages == covered
-            assert len(self.running) > 1 or not self.cache.fits(request.written + num_tokens)
+            if len(self.running) == 1 and self.cache.fits(request.written + num_tokens):
+                self.start_again(request, request.decoded + num_tokens)
             return
         new = DECODED + request.written + np.arange(num_tokens)
         for position, number in enumerate(new.tolist(), start=request.written):
@@ -280,6 +281,12 @@ class CacheMachine(RuleBasedStateMachine):
         request.numbers = np.concatenate([request.numbers, new])
         request.decoded += num_tokens
         self.write_state(lease.slot, int(request.numbers[request.written]))
+
+    def start_again(self, request: Running, num_more: int) -> None:
+        """A lone request whose own slot was in the way of its next page has room when it is placed anew."""
+        self.give_back(request)
+        tokens = np.append(request.tokens, np.full(num_more, 8, np.int32))
+        assert self.acquire(request.namespace, tokens, publish=False, reuse=True) is not None
 
     @precondition(lambda self: 0 < len(self.running) < MOST_RUNNING)
     @rule(which=which)
