@@ -73,7 +73,8 @@ def problem_of(error: BaseException) -> Problem:
         case Overloaded():
             return Problem(503, str(error), "server_overloaded", code="server_overloaded", retry=True)
         case EngineStopped():
-            return Problem(503, str(error), "server_unavailable", code="server_unavailable", retry=True)
+            message = str(error).partition(":")[0]  # what made the engine fail is for the log
+            return Problem(503, message, "server_unavailable", code="server_unavailable", retry=True)
         case HybridCacheError():
             return Problem(500, str(error), "internal_error", code="internal_error")
         case RecursionError():

@@ -18,6 +18,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 128  # prompts of one /v1/completions request
 MAX_TOOLS = 128
+MAX_DETOKENIZED = 2**20  # tokens of one /detokenize request
 MAX_SALT = 1024
 MAX_TTL_S = 24 * 3600.0
 MAX_INT = 2**31 - 1
@@ -402,7 +403,7 @@ class DetokenizeRequest(Request):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_DETOKENIZED)]
 
 
 # Responses

@@ -559,14 +559,12 @@ class HybridCache:
         """To be called when a node has got a checkpoint: the next states below save less than before."""
         nodes = [node]
         while nodes:
-            above = nodes.pop()
-            for end in above.ends.values():
-                self._rescore(end)
-            for child in above.children.values():
-                if child.checkpoint is None:
-                    nodes.append(child)
-                else:
-                    self._rescore(child.checkpoint)
+            below = nodes.pop()
+            for state in (below.checkpoint, *below.ends.values()):
+                if state is not None:
+                    self._rescore(state)
+            if below is node or below.checkpoint is None:
+                nodes += below.children.values()
 
     def _rescore(self, kept: Kept) -> None:
         """Queues a state again whose score may have fallen. One that has risen is noticed when its turn comes."""

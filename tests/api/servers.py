@@ -30,7 +30,8 @@ from tests.fakes import VOCAB, SumModel
 
 BOS, IM_START, IM_END = 256, 257, 260  # the walk that ends in the last of them stays clear of the bytes
 # The euro sign is one character in two tokens, the stop strings of the tests begin and end inside of tokens.
-SCRIPT = ("Hel", "lo", " ", b"\xe2", b"\x82\xac", " ST", "OP", " and", " on")
+Script = tuple[str | bytes, ...]
+SCRIPT: Script = ("Hel", "lo", " ", b"\xe2", b"\x82\xac", " ST", "OP", " and", " on")
 TEXT = "Hello € STOP and on"
 TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
@@ -41,17 +42,17 @@ TEMPLATE = """{%- for message in messages %}
 """
 
 
-def script_ids() -> list[int]:
-    """The tokens of `SCRIPT`, then `IM_END`."""
+def script_ids(script: Script = SCRIPT) -> list[int]:
+    """The tokens of a script, then `IM_END`."""
     ids = [IM_END]
-    for _ in SCRIPT:
+    for _ in script:
         ids.insert(0, (ids[0] - 1) * pow(2, -1, VOCAB) % VOCAB)
     assert min(ids) > IM_START
     assert len(set(ids)) == len(ids)
     return ids
 
 
-def write_text_model(folder: Path) -> None:
+def write_text_model(folder: Path, script: Script = SCRIPT) -> None:
     """The text files of a model folder: bytes are tokens 0 to 255, no merges, words that only the model says."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     stand_ins = iter(range(0x100, 0x200))
@@ -61,7 +62,9 @@ def write_text_model(folder: Path) -> None:
         return "".join(char_of[b] for b in data)
 
     vocab = {char_of[b]: b for b in range(256)}
-    words = {i: spelled(s.encode() if isinstance(s, str) else s) for i, s in zip(script_ids(), SCRIPT, strict=False)}
+    words = {
+        i: spelled(s.encode() if isinstance(s, str) else s) for i, s in zip(script_ids(script), script, strict=False)
+    }
     single = {i for i, word in words.items() if word in vocab}
     specials = {"<|bos|>": BOS, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
     vocab |= specials
@@ -93,11 +96,11 @@ def script_prompt() -> list[int]:
     return prompt_for(script_ids()[0])
 
 
-def script_messages(text: TextModel) -> list[dict[str, object]]:
-    """Messages after which `SumModel` says `SCRIPT`."""
+def script_messages(text: TextModel, script: Script = SCRIPT) -> list[dict[str, object]]:
+    """Messages after which `SumModel` says a script."""
     for content in ("a" * count + chr(last) for count in range(40) for last in range(0x21, 0x7F)):
         tokens = text.tokenizer.encode(f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n")
-        if (sum(tokens) + len(tokens)) % VOCAB == script_ids()[0]:
+        if (sum(tokens) + len(tokens)) % VOCAB == script_ids(script)[0]:
             return [{"role": "user", "content": content}]
     raise AssertionError("no content does it")
 

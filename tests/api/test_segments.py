@@ -59,6 +59,18 @@ def test_messages_that_follow_do_not_change_the_tokens_before(
     assert ends(short)[-1] == len(short.tokens)
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, PLAIN], ids=["chatml", "plain"])
+@settings(deadline=None)
+@given(st.lists(words, min_size=1, max_size=5).filter(lambda c: len(c) % 2 == 1), words, st.lists(words, max_size=2))
+def test_the_opening_of_an_answer_keeps_its_tokens_when_the_answer_is_a_message(
+    text: TextModel, template: str, contents: list[str], answer: str, more: list[str]
+) -> None:
+    encoder = encoder_for(text, template)
+    asked = encoder.encode(said(*contents), Rendering(), ROOM)
+    later = encoder.encode(said(*contents, answer, *more), Rendering(), ROOM)
+    assert later.tokens[: len(asked.tokens)].tolist() == asked.tokens.tolist()
+
+
 @given(st.lists(words, min_size=1, max_size=4), st.lists(words, max_size=3))
 @settings(max_examples=25, deadline=None)
 def test_the_embedded_model_has_stable_messages(contents: list[str], more: list[str]) -> None:

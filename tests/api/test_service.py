@@ -143,6 +143,7 @@ def test_a_model_that_fails_is_told_to_every_client_and_probe(sum_text: TextMode
                 assert "[DONE]" not in reply.text
             else:
                 assert reply.status_code == 503
+            assert "secret" not in reply.text
             assert (await client.get("/health")).status_code == 503
             assert (await client.get("/ready")).json() == {"status": "failed"}
             assert (await client.post("/v1/completions", json=ASKED)).status_code == 503

@@ -126,3 +126,14 @@ def test_a_state_is_worth_less_once_there_is_one_closer_above_it() -> None:
     lowest = cache._queues.next_scored()
     assert lowest is not None
     assert lowest[1].num_tokens == 8 * TILE
+
+
+def test_an_end_on_the_grid_is_worth_less_once_there_is_a_closer_state_above_its_node() -> None:
+    """It stands beside a checkpoint that a repeat of its prompt could not use."""
+    cache = new_cache(HYBRID, slots=20, pages=40)
+    fill(cache, tokens_of("ab"), 2 * TILE, end=True)
+    branch = begin(cache, tokens_of("ax", 1))
+    assert reserve(cache, branch, TILE, CheckpointKind.BRANCH)
+    forward(cache, branch, TILE)
+    cache.commit(branch.lease, TILE)
+    cache.check()

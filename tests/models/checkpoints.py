@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -181,3 +182,17 @@ def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def write_all(folder: Path) -> list[Path]:
+    """One folder for each case, named after its first words."""
+    paths = []
+    for number, case in enumerate(CASES):
+        name = f"{number}-{'-'.join(case.name.replace(',', '').split()[:3])}"
+        paths.append(save(reference(case), folder / name))
+        print(paths[-1])
+    return paths
+
+
+if __name__ == "__main__":  # python -m tests.models.checkpoints DIR
+    write_all(Path(sys.argv[1]))
