@@ -148,7 +148,7 @@ class Workload:
     def _request(self) -> Request:
         rng = self._rng
         stem = rng.choice(self._stems)
-        kind = rng.choice(["repeat", "grow", "branch", "branch", "fresh"])
+        kind = rng.choice(["repeat", "grow", "grow", "branch", "branch", "fresh"])
         if kind == "repeat":
             tokens = stem
         elif kind == "fresh":
@@ -205,7 +205,7 @@ def _room(model: HybridModel, sequences: int) -> int:
 
 def _busy_engine(model: HybridModel, runner: type[ModelRunner], rng: random.Random) -> Engine:
     config = EngineConfig(
-        budget_bytes=_room(model, rng.choice([2, 4, 16])),
+        budget_bytes=_room(model, rng.choice([3, 16, 80])),
         max_running=rng.choice([4, 12]),
         max_tiles=rng.choice([1, 2, 3, 7, 16]),
         max_tiles_beside_decode=rng.choice([1, 2, 4]),
