@@ -94,7 +94,7 @@ def table(timings: list[Timing]) -> Table:
 def measure(num_nodes: int, full: bool, num_requests: int, policy: str, seed: int) -> list[Timing]:
     """Times both kinds of request in a tree of about `num_nodes` pages."""
     rng = np.random.default_rng(seed)
-    cache = grown_cache(num_nodes, full, policy, rng)
+    cache = grown_cache(num_nodes, full, num_requests + 32, policy, rng)
     old = [random_tokens(rng) for _ in range(8)]
     timings = []
     for request in ("branch", "repeat"):
@@ -127,13 +127,13 @@ def measure(num_nodes: int, full: bool, num_requests: int, policy: str, seed: in
     return timings
 
 
-def grown_cache(num_nodes: int, full: bool, policy: str, rng: np.random.Generator) -> HybridCache:
-    """A cache without tensors that holds prompts nobody asked for twice."""
+def grown_cache(num_nodes: int, full: bool, room: int, policy: str, rng: np.random.Generator) -> HybridCache:
+    """A cache without tensors that holds prompts nobody asked for twice; unless full, with room for more of them."""
     geometry = Geometry.of(SPEC, 1 << 40)
     pages = NUM_TOKENS // TILE
     num_prompts = math.ceil(num_nodes / pages)
     per_prompt = (pages + 1) * geometry.stride_bytes(Kind.PAGE) + 2 * geometry.stride_bytes(Kind.SLOT)
-    budget = (num_prompts + 8) * per_prompt * (1 if full else 8)
+    budget = (num_prompts + 8) * per_prompt if full else 2 * (num_prompts + room) * per_prompt
     cache = HybridCache(SPEC, COST, budget, make_policy(policy), with_tensors=False)
     for _ in range(2 * num_prompts if full else num_prompts):  # the second half replaces the first
         serve(cache, random_tokens(rng))

@@ -153,6 +153,20 @@ def test_who_publishes_second_takes_the_page_of_who_was_faster() -> None:
     verify(cache, slow)
 
 
+def test_a_page_that_was_about_to_go_stays_once_a_second_publisher_takes_it() -> None:
+    cache = new_cache(HYBRID, slots=3, pages=5)
+    slow, fast = begin(cache, tokens_of("ab", 1)), begin(cache, tokens_of("ab", 1))
+    forward(cache, fast, len(fast.tokens))
+    cache.commit(fast.lease, 2 * TILE)
+    cache.release(fast.lease)
+    forward(cache, slow, len(slow.tokens))
+    cache.commit(slow.lease, 2 * TILE)
+    cache.check()
+    forward(cache, begin(cache, tokens_of("uvwxyz")), 6 * TILE)
+    verify(cache, slow)
+    cache.check()
+
+
 def test_a_checkpoint_that_another_request_is_about_to_fill_is_not_reserved_twice() -> None:
     cache = new_cache(HYBRID, slots=8, pages=16)
     fill(cache, tokens_of("ab", 1))

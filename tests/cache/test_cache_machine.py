@@ -82,6 +82,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.running: list[Running] = []
         self.released: list[Lease] = []
+        self.seen: list[tuple[str, TokenArray]] = []
         self.pages: set[Prefix] = set()  # everything ever published
         self.states: set[Prefix] = set()
         self.ends: set[Prefix] = set()
@@ -159,6 +160,7 @@ class CacheMachine(RuleBasedStateMachine):
         numbers = prefix_numbers(namespace, tokens)
         request = Running(namespace, tokens, lease, publish, lease.length, numbers)
         self.running.append(request)
+        self.seen.append((namespace, tokens))
         self.check_lease(request)
         if lease.end is not None:
             assert lease.length == len(tokens)
@@ -247,6 +249,15 @@ class CacheMachine(RuleBasedStateMachine):
         if request is not None:
             self.reserve(request, wishes)
 
+    @precondition(lambda self: self.seen and len(self.running) < MOST_RUNNING)
+    @rule(back=st.integers(0, 3), release=st.booleans())
+    def repeat(self, back: int, release: bool) -> None:
+        """One of the last prompts once more, word for word."""
+        namespace, tokens = self.seen[-1 - back % len(self.seen)]
+        request = self.acquire(namespace, tokens, publish=True, reuse=True)
+        if request is not None and release:
+            self.give_back(request)
+
     @precondition(lambda self: self.some("in_prompt"))
     @rule(which=which, num_tiles=st.integers(1, 3), commit=st.integers(0, 6), wishes=wishes)
     def go_on(self, which: int, num_tiles: int, commit: int, wishes: Wishes) -> None:
@@ -330,12 +341,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.clock.now += seconds
 
     def some(self, what: str) -> list[Running]:
-        choose = {
-            "in_prompt": lambda r: r.in_prompt,
-            "prompt done": lambda r: not r.in_prompt and not r.decoded,
-            "decoding": lambda r: not r.in_prompt,
-        }[what]
-        return [r for r in self.running if choose(r)]
+        if what == "in_prompt":
+            return [r for r in self.running if r.in_prompt]
+        return [r for r in self.running if not r.in_prompt and not (r.decoded and what == "prompt done")]
 
     def pick(self, which: int, requests: Sequence[Running]) -> Running:
         return requests[which % len(requests)]
