@@ -106,7 +106,7 @@ class Generation:
     def _record(self) -> None:
         """Tells the metrics about this request, once."""
         observe, self._observe = self._observe, lambda record: None
-        observe(self._times.record(len(self.prompt_tokens), self.prompt_output.cached_tokens, self.completion_tokens))
+        observe(self._times.record(len(self.prompt_tokens), self.prompt_output, self.completion_tokens))
 
 
 class _Times:
@@ -128,14 +128,15 @@ class _Times:
             self._gaps.append(now - before)
         self._latest[index] = now
 
-    def record(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> RequestRecord:
+    def record(self, prompt_tokens: int, prompt: PromptOutput, completion_tokens: int) -> RequestRecord:
         return RequestRecord(
             endpoint=self._endpoint,
             finish_reasons=tuple(self.finish_reasons),
             prompt_tokens=prompt_tokens,
-            cached_tokens=cached_tokens,
+            cached_tokens=prompt.cached_tokens,
             completion_tokens=completion_tokens,
-            queue_to_first_token_s=self._first,
+            queued_s=prompt.queued_s,
+            first_token_s=self._first,
             inter_token_s=tuple(self._gaps),
             total_s=time.monotonic() - self._start,
         )

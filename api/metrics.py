@@ -22,6 +22,7 @@ from hybrid_cache.engine import EngineStats
 PREFIX = "hybrid_cache_"
 VLLM_PREFIX = "vllm:"
 # vLLM's bounds, so that its dashboards keep their meaning. Our own histograms begin lower: small models are fast.
+QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0)
 TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5),
     *(5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -83,6 +84,7 @@ class _Instruments:
 
     finished: Counter
     labels: Mapping[str, str]
+    queued: Histogram
     first_token: Histogram
     inter_token: Histogram
     total: Histogram
@@ -91,8 +93,9 @@ class _Instruments:
     def observe(self, record: RequestRecord) -> None:
         for reason in record.finish_reasons:
             self.finished.labels(**self.labels, finished_reason=reason).inc()
-        if record.queue_to_first_token_s is not None:
-            self.first_token.observe(record.queue_to_first_token_s)
+        self.queued.observe(record.queued_s)
+        if record.first_token_s is not None:
+            self.first_token.observe(record.first_token_s)
         for seconds in record.inter_token_s:
             self.inter_token.observe(seconds)
         if self.per_output_token is not None and record.inter_token_s:
@@ -108,6 +111,7 @@ def _own_instruments(registry: CollectorRegistry) -> _Instruments:
     return _Instruments(
         Counter(finished, "Choices that have ended, by reason.", ["finished_reason"], registry=registry),
         {},
+        histogram("request_queue_time_seconds", "From submission to the first step.", QUEUE_BUCKETS),
         histogram("time_to_first_token_seconds", "From submission to the first token.", TTFT_BUCKETS),
         histogram(
             "inter_token_latency_seconds",
@@ -126,6 +130,7 @@ def _vllm_instruments(registry: CollectorRegistry, labels: Mapping[str, str]) ->
     return _Instruments(
         Counter(finished, "Choices that have ended, by reason.", names, registry=registry),
         labels,
+        histogram("request_queue_time_seconds", "From submission to the first step.", QUEUE_BUCKETS),
         histogram("time_to_first_token_seconds", "From submission to the first token.", TTFT_BUCKETS),
         histogram("inter_token_latency_seconds", "Between consecutive tokens of one choice.", INTER_TOKEN_BUCKETS),
         histogram("e2e_request_latency_seconds", "From submission to the end.", TOTAL_BUCKETS),

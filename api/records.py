@@ -12,6 +12,7 @@ class RequestRecord:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int  # all choices together
-    queue_to_first_token_s: float | None  # from submission; None when no token came
+    queued_s: float  # from submission to the first step
+    first_token_s: float | None  # from submission; None when no token came
     inter_token_s: tuple[float, ...]  # between consecutive tokens of one choice
     total_s: float

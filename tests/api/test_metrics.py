@@ -20,7 +20,8 @@ RECORD = RequestRecord(
     prompt_tokens=10,
     cached_tokens=4,
     completion_tokens=5,
-    queue_to_first_token_s=0.015,
+    queued_s=0.002,
+    first_token_s=0.015,
     inter_token_s=(0.002, 0.03),
     total_s=0.6,
 )
@@ -95,7 +96,7 @@ def test_a_finished_request_lands_in_the_histograms(engine: Engine) -> None:
 
 def test_a_request_without_a_token_has_no_time_to_the_first(engine: Engine) -> None:
     metrics = Metrics(engine, SETTINGS)
-    metrics.observe(replace(RECORD, queue_to_first_token_s=None, inter_token_s=(), finish_reasons=("abort",)))
+    metrics.observe(replace(RECORD, first_token_s=None, inter_token_s=(), finish_reasons=("abort",)))
     samples = samples_of(metrics)
     assert value(samples, "hybrid_cache_time_to_first_token_seconds_count") == 0
     assert value(samples, "hybrid_cache_choices_finished_total", finished_reason="abort") == 1
