@@ -177,7 +177,7 @@ class Engine:
         )
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
-        prefill = new_prefill(request, enabled=self._config.prefix_cache)
+        prefill = new_prefill(request, self.model.fingerprint, enabled=self._config.prefix_cache)
         add_interior_wishes(prefill, request.cache_mode)
         self._arrivals += 1
         return Sequence(

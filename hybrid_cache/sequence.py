@@ -109,14 +109,18 @@ class Sequence:
         return np.concatenate([self.prefill.tokens, np.asarray(self.generated, dtype=np.int32)])
 
 
-def new_prefill(request: Request, *, enabled: bool) -> Prefill:
-    """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all."""
+def new_prefill(request: Request, fingerprint: str, *, enabled: bool) -> Prefill:
+    """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all.
+
+    Its namespace is the model's fingerprint (weights and dtype) and the tenant's salt: no hit ever crosses either.
+    """
     marked = tuple(b for b in request.prompt.boundaries if b.kind is BoundaryKind.EXPLICIT)
     kept = marked if request.cache_mode is CacheMode.EXPLICIT else request.prompt.boundaries
     off = (
         not enabled or request.cache_mode is CacheMode.OFF or (request.cache_mode is CacheMode.EXPLICIT and not marked)
     )
-    prefill = Prefill(request.namespace, request.prompt.tokens, publish=not off, reuse=not off)
+    namespace = f"{fingerprint}/{request.namespace}"
+    prefill = Prefill(namespace, request.prompt.tokens, publish=not off, reuse=not off)
     if off:
         return prefill
     # A marked place wins over an unmarked one on the same grid position, so marked ones go first.

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
+TOOL_MARKS = ("<tool_call>", "</tool_call>")
+SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>", *TOOL_MARKS)
 RESERVED = tuple(f"<|reserved_{i}|>" for i in range(9))
 PAD, BOS, EOS, IM_START, IM_END = range(5)
 VOCABULARY = 4096
@@ -80,7 +81,15 @@ def train(texts: Iterable[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return _with_visible_tool_marks(tokenizer)
+
+
+def _with_visible_tool_marks(tokenizer: Tokenizer) -> Tokenizer:
+    """Tool marks are one token each, but text: whoever leaves out special tokens must still see a call."""
+    settings = json.loads(tokenizer.to_str())
+    for token in settings["added_tokens"]:
+        token["special"] = token["content"] not in TOOL_MARKS
+    return Tokenizer.from_str(json.dumps(settings))
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:

@@ -32,7 +32,7 @@ from hybrid_cache.models.training import tokenizer as tok
 from hybrid_cache.models.training.dialogues import KINDS, examined, mixture
 
 # What share of the training dialogues is about what.
-WEIGHTS = {"recall": 0.12, "likes": 0.05, "last": 0.12, "count": 0.38, "order": 0.25, "chat": 0.08}
+WEIGHTS = {"recall": 0.17, "likes": 0.05, "last": 0.11, "count": 0.36, "order": 0.23, "chat": 0.08}
 # Share of questions that are answered without attention to the dialogue: the recurrent state must hold the answer.
 BLIND = {"last": 0.5, "count": 0.5, "order": 0.5}
 

@@ -26,7 +26,7 @@ def small_text() -> TextModel:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(t, special=t.startswith("<|"), normalized=False) for t in SPECIAL])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save(str(folder / "tokenizer.json"))
