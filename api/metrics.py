@@ -16,8 +16,7 @@ from prometheus_client.registry import Collector
 from hybrid_cache import __version__
 from hybrid_cache.api.records import RequestRecord
 from hybrid_cache.api.settings import ServerSettings
-from hybrid_cache.cache import CacheStats
-from hybrid_cache.engine import EngineStats
+from hybrid_cache.stats import CacheStats, EngineStats
 
 PREFIX = "hybrid_cache_"
 VLLM_PREFIX = "vllm:"

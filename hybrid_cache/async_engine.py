@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from hybrid_cache.batch import HybridModel
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine, EngineStats, Outputs
+from hybrid_cache.engine import Engine, Outputs
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError
 from hybrid_cache.request import Output, Request, TokenOutput
+from hybrid_cache.stats import EngineStats
 
 
 class Stream:

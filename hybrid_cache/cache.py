@@ -16,7 +16,6 @@ it has its own copy.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -24,89 +23,12 @@ from hybrid_cache.arena import Allocator, Arena, Geometry, Kind
 from hybrid_cache.batch import CacheTensors
 from hybrid_cache.eviction import EvictionQueues
 from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.lease import Lease, Match, Reservation
 from hybrid_cache.policy import FlopsPerByte, Policy
 from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import CacheSpec, PrefillCost
+from hybrid_cache.stats import CacheStats
 from hybrid_cache.tree import KEY_BYTES, Checkpoint, CheckpointKind, Kept, Node, PrefixTree, PromptEnd, token_bytes
-
-__all__ = ["CacheStats", "CheckpointKind", "HybridCache", "Lease", "Match", "Reservation", "interior_positions"]
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What the cache holds of a prompt."""
-
-    namespace: str
-    path: tuple[Node, ...]  # nodes of [0, shared)
-    length: int  # tokens the request may skip: a grid position below the prompt's end, or all of it with `end`
-    shared: int  # tokens whose pages are there; more than `length` marks a branch point
-    checkpoint: Checkpoint | None
-    end: PromptEnd | None  # the whole prompt was seen: nothing needs computing
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A slot that the coming forward pass fills with the state at a grid position."""
-
-    position: int
-    slot: int
-    kind: CheckpointKind
-    ttl_s: float
-    node: Node | None  # marked as awaiting it, if the tree had the node already
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """What one running sequence holds."""
-
-    namespace: str
-    data: bytes  # the prompt's tokens as int32 bytes
-    publish: bool
-    root: Node
-    nodes: list[Node]  # pinned path; its pages come first in `pages`
-    pages: list[int]  # page of each TILE tokens
-    slot: int  # working state
-    length: int  # tokens that the state held when it was acquired
-    end: PromptEnd | None
-    reserved: list[Reservation] = field(default_factory=list)
-    written_tokens: int = 0  # tokens whose pages this lease has added to the tree
-    released: bool = False
-
-    @property
-    def shared(self) -> int:
-        """Tokens whose pages belong to the tree."""
-        return len(self.nodes) * TILE
-
-    @property
-    def tip(self) -> Node:
-        """The last node of the path, or the root."""
-        return self.nodes[-1] if self.nodes else self.root
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """A snapshot. Bytes are what items take from the budget."""
-
-    budget_bytes: int
-    free_bytes: int
-    kv_bytes: int  # pages of the tree
-    checkpoint_bytes: int
-    prompt_end_bytes: int
-    working_bytes: int  # pages and states of running sequences, and slots about to be filled
-    nodes: int
-    checkpoints: int
-    prompt_ends: int
-    hit_tokens: int  # tokens skipped
-    kv_only_tokens: int  # tokens whose pages were there but whose state was not, computed again
-    miss_tokens: int
-    admissions: dict[str, int]  # by kind
-    declines: dict[str, int]  # by kind
-    evictions: dict[str, int]  # by kind, and "page"
-    compactions: int
-
-    @property
-    def num_evictions(self) -> int:
-        return sum(self.evictions.values())
 
 
 class HybridCache:

@@ -6,13 +6,12 @@ Nothing is published before the write that fills it has completed. `async_engine
 import bisect
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hybrid_cache.batch import HybridModel
-from hybrid_cache.cache import CacheStats, CheckpointKind, HybridCache
+from hybrid_cache.cache import HybridCache
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
 from hybrid_cache.policy import make_policy
@@ -21,41 +20,10 @@ from hybrid_cache.runner import ModelRunner
 from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probability
 from hybrid_cache.scheduler import Chunk, Scheduler, add_interior_wishes
 from hybrid_cache.sequence import Phase, Prefill, Sequence, Wish, grid_floor, new_prefill
+from hybrid_cache.stats import Counters, EngineStats
+from hybrid_cache.tree import CheckpointKind
 
 Outputs = list[tuple[str, Output]]  # (request id, output), in the order in which they arose
-
-
-@dataclass(slots=True)
-class Counters:
-    """Running totals since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    computed_tokens: int = 0  # prompt tokens, including what preemption repeats
-    generated_tokens: int = 0
-    replayed_tokens: int = 0  # generated tokens fed again after a preemption
-    commit_tokens: int = 0  # generated tokens run through the prefill path while idle
-    flops_saved: float = 0.0
-    flops_computed: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot for metrics and for people."""
-
-    running: int
-    waiting: int
-    num_preemptions: int
-    steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    computed_tokens: int
-    generated_tokens: int
-    commit_tokens: int
-    flops_saved: float
-    flops_computed: float
-    cache: CacheStats
 
 
 class Engine:

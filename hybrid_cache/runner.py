@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.batch import ForwardBatch, HybridModel
-from hybrid_cache.cache import HybridCache, Lease
+from hybrid_cache.cache import HybridCache
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+from hybrid_cache.lease import Lease
 from hybrid_cache.scheduler import Chunk, Step
 from hybrid_cache.sequence import Sequence
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_cache.cache import CheckpointKind, HybridCache, Match, interior_positions
+from hybrid_cache.cache import HybridCache, interior_positions
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.lease import Match
 from hybrid_cache.request import CacheMode, TokenArray
 from hybrid_cache.sequence import Phase, Prefill, Sequence, Wish, grid_floor
+from hybrid_cache.tree import CheckpointKind
 
 MAX_COMMITS = 64  # finished turns that wait for an idle moment; the oldest is dropped
 

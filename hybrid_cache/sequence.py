@@ -6,10 +6,11 @@ from enum import Enum
 
 import numpy as np
 
-from hybrid_cache.cache import CheckpointKind, Lease
 from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.lease import Lease
 from hybrid_cache.request import BoundaryKind, CacheMode, FinishReason, Request, Stopper, TokenArray, TokenLogprob
 from hybrid_cache.sampler import TokenChooser
+from hybrid_cache.tree import CheckpointKind
 
 
 def grid_floor(position: int) -> int:

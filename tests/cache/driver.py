@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.cache import HybridCache, Lease
+from hybrid_cache.cache import HybridCache
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
+from hybrid_cache.lease import Lease
 from hybrid_cache.policy import Policy
 from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec

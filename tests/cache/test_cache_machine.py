@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.cache import HybridCache, Lease, Match
+from hybrid_cache.cache import HybridCache
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors
+from hybrid_cache.lease import Lease, Match
 from hybrid_cache.policy import make_policy
 from hybrid_cache.request import TokenArray
 from hybrid_cache.tree import CheckpointKind, Node

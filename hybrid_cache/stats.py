@@ -1,0 +1,62 @@
+"""What the cache and the engine count, for metrics and for people."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """A snapshot. Bytes are what items take from the budget."""
+
+    budget_bytes: int
+    free_bytes: int
+    kv_bytes: int  # pages of the tree
+    checkpoint_bytes: int
+    prompt_end_bytes: int
+    working_bytes: int  # pages and states of running sequences, and slots about to be filled
+    nodes: int
+    checkpoints: int
+    prompt_ends: int
+    hit_tokens: int  # tokens skipped
+    kv_only_tokens: int  # tokens whose pages were there but whose state was not, computed again
+    miss_tokens: int
+    admissions: dict[str, int]  # by kind
+    declines: dict[str, int]  # by kind
+    evictions: dict[str, int]  # by kind, and "page"
+    compactions: int
+
+    @property
+    def num_evictions(self) -> int:
+        return sum(self.evictions.values())
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0  # prompt tokens, including what preemption repeats
+    generated_tokens: int = 0
+    replayed_tokens: int = 0  # generated tokens fed again after a preemption
+    commit_tokens: int = 0  # generated tokens run through the prefill path while idle
+    flops_saved: float = 0.0
+    flops_computed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics and for people."""
+
+    running: int
+    waiting: int
+    num_preemptions: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    generated_tokens: int
+    commit_tokens: int
+    flops_saved: float
+    flops_computed: float
+    cache: CacheStats
