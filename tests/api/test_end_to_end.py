@@ -21,7 +21,6 @@ from hybrid_cache.models.loading import load
 from tests.api.servers import over_the_wire
 
 MODEL = Path(__file__).parents[2] / "models" / "embedded"
-pytestmark = pytest.mark.skipif(not (MODEL / "model.safetensors").is_file(), reason="no embedded model")
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant. You remember what people tell you. " * 12}
 Messages = list[dict[str, str]]
