@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from hybrid_cache.api.tokenizer import TextModel
 
-SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+CONTROL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
+TOOL_MARKS = ["<tool_call>", "</tool_call>"]  # one token each, but text
 NUM_TOKENS = 6 + 256 + 6
 TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content or '' }}<|im_end|>
@@ -21,12 +22,15 @@ TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 def small_text() -> TextModel:
     """Specials first, then the 256 bytes, then `he ll hell hello`, two spaces, and ` w`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, "he", "ll", "hell", "hello", "ĠĠ", "Ġw"])}
+    vocab = {
+        token: i for i, token in enumerate([*CONTROL, *TOOL_MARKS, *alphabet, "he", "ll", "hell", "hello", "ĠĠ", "Ġw"])
+    }
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "Ġ"), ("Ġ", "w")]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=t.startswith("<|"), normalized=False) for t in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in CONTROL])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in TOOL_MARKS])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save(str(folder / "tokenizer.json"))
