@@ -108,12 +108,12 @@ class Scenario(Protocol):
 
 
 class Codes:
-    """Codes of one or two places, each stated once, among other facts."""
+    """Codes of up to `most` places, each stated once, among other facts."""
 
     kind = "recall"
 
-    def __init__(self, rng: Random) -> None:
-        self.left = rng.sample(PLACES, rng.randint(1, 2))
+    def __init__(self, rng: Random, most: int) -> None:
+        self.left = rng.sample(PLACES, rng.randint(1, most))
         self.likes = Likes(rng)
         self.codes: dict[str, str] = {}
 
@@ -340,10 +340,10 @@ class Lift:
         return asked, f"The {lift} is on floor {floor}.", str(floor)
 
 
-def scenario(kind: str, rng: Random) -> Scenario:
-    """A fresh scenario of one kind."""
+def scenario(kind: str, rng: Random, codes: int = 2) -> Scenario:
+    """A fresh scenario of one kind; `codes` is the most codes that a dialogue about codes may hold."""
     makers: dict[str, Callable[[], Scenario]] = {
-        "recall": lambda: Codes(rng),
+        "recall": lambda: Codes(rng, codes),
         "likes": lambda: Likes(rng),
         "last": lambda: Paint(rng) if rng.random() < 0.5 else Walk(rng),
         "count": lambda: Box(rng),
@@ -396,9 +396,14 @@ def examined(kind: str, rng: Random, fewest: int = 3, most: int = 8) -> Dialogue
 
 
 def practised(kinds: tuple[str, ...], rng: Random, most: int, questions: int) -> Dialogue:
-    """A dialogue to learn from: scenarios of the given kinds, and up to `questions` questions along the way."""
+    """A dialogue to learn from: scenarios of the given kinds, and up to `questions` questions along the way.
+
+    One code can be answered without looking it up, so a model learns to look up only among several: practice has up
+    to four codes, more than the exam, and long dialogues about them from the first step.
+    """
     talk = Talk(rng)
-    about = [scenario(kind, rng) for kind in kinds]
+    about = [scenario(kind, rng, codes=4) for kind in kinds]
+    most = max(most, 6) if kinds[0] == "recall" else most
     for _ in range(rng.randint(1, most) + len(about) - 1):
         current = rng.choice(about)
         talk.say(rng.choice(SMALL_TALK) if rng.random() < FILLER else current.tell(rng))
