@@ -27,7 +27,7 @@ from hybrid_cache.arena import Geometry, Kind
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.policy import make_policy
+from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 from hybrid_cache.tree import CheckpointKind
@@ -156,7 +156,7 @@ def serve(cache: HybridCache, tokens: TokenArray) -> tuple[float, float, float, 
     for position in (half, NUM_TOKENS // TILE * TILE):
         cache.reserve_checkpoint(lease, position, CheckpointKind.MESSAGE_END)
     cache.commit(lease, NUM_TOKENS // TILE * TILE)
-    cache.commit_end(lease, tokens, None)
+    cache.commit_end(lease, None)
     times.append(time.perf_counter())
     cache.release(lease)
     times.append(time.perf_counter())

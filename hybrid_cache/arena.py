@@ -13,6 +13,7 @@ fill the fullest open slab first; when units are free but scattered, `compact` p
 A *fixed* item is in use by a running sequence: it stays where it is. A *loose* item may be moved or evicted.
 """
 
+import itertools
 from dataclasses import dataclass
 from enum import Enum
 
@@ -233,14 +234,19 @@ class Allocator:
 
     def __init__(self, geometry: Geometry) -> None:
         self._span = geometry.span
+        self._unit_bytes = geometry.unit_bytes
         self._large = geometry.large if geometry.span > 1 else None
         self._slots = Units(geometry.num_units, geometry.span)
         self._pages = self._slots if geometry.page_bytes else Units(geometry.count(Kind.PAGE), 1)
         self._fixed: dict[Kind, set[int]] = {kind: set() for kind in Kind}
 
     @property
-    def free_units(self) -> int:
-        return self._slots.free_units
+    def free_bytes(self) -> int:
+        return self._slots.free_units * self._unit_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self._slots.num_units * self._unit_bytes - self.free_bytes
 
     @property
     def large(self) -> Kind | None:
@@ -309,6 +315,52 @@ class Allocator:
         else:
             units = self._of(kind)
             units.fix(index // units.span, sign)
+
+
+class Ledger:
+    """Counts bytes where no tensors are: items have no place, so there are no gaps. Takes `Allocator`'s place."""
+
+    large = None
+
+    def __init__(self, budget_bytes: int, item_bytes: dict[Kind, int]) -> None:
+        self._budget_bytes = budget_bytes
+        self._item_bytes = item_bytes
+        self._numbers = itertools.count()
+        self._fixed: dict[Kind, set[int]] = {kind: set() for kind in Kind}
+        self.used_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        return self._budget_bytes - self.used_bytes
+
+    def fits(self, num_pages: int, num_slots: int) -> bool:
+        fixed = sum(len(self._fixed[kind]) * self._item_bytes[kind] for kind in Kind)
+        wanted = num_pages * self._item_bytes[Kind.PAGE] + num_slots * self._item_bytes[Kind.SLOT]
+        return fixed + wanted <= self._budget_bytes
+
+    def take(self, kind: Kind) -> int | None:
+        if self._item_bytes[kind] > self.free_bytes:
+            return None
+        self.used_bytes += self._item_bytes[kind]
+        return next(self._numbers)
+
+    def give(self, kind: Kind, index: int) -> None:
+        self._fixed[kind].discard(index)
+        self.used_bytes -= self._item_bytes[kind]
+
+    def fix(self, kind: Kind, index: int) -> None:
+        self._fixed[kind].add(index)
+
+    def unfix(self, kind: Kind, index: int) -> None:
+        self._fixed[kind].discard(index)
+
+    def compact(self) -> list[tuple[int, int]]:
+        return []
+
+    def check(self, taken: dict[Kind, set[int]], fixed: dict[Kind, set[int]]) -> None:
+        """Proves that exactly the items in `taken` are taken, and those in `fixed` fixed."""
+        assert self._fixed == fixed
+        assert self.used_bytes == sum(len(taken[kind]) * self._item_bytes[kind] for kind in Kind)
 
 
 class Arena:

@@ -15,20 +15,21 @@ it has its own copy.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from hybrid_cache.arena import Allocator, Arena, Geometry, Kind
+from hybrid_cache.arena import Allocator, Arena, Geometry, Kind, Ledger
 from hybrid_cache.batch import CacheTensors
 from hybrid_cache.eviction import EvictionQueues
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.lease import Lease, Match, Reservation
-from hybrid_cache.policy import FlopsPerByte, Policy
-from hybrid_cache.request import TokenArray
+from hybrid_cache.policies.base import Outline, Policy, Wish, Worth
+from hybrid_cache.policies.value import FlopsPerByte
+from hybrid_cache.request import Boundary, TokenArray
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
-from hybrid_cache.tree import KEY_BYTES, Checkpoint, CheckpointKind, Kept, Node, PrefixTree, PromptEnd, token_bytes
+from hybrid_cache.tree import Checkpoint, CheckpointKind, Kept, Keys, Node, PrefixTree, PromptEnd, keys_of
 
 
 class HybridCache:
@@ -43,23 +44,36 @@ class HybridCache:
         *,
         device: str = "cpu",
         with_tensors: bool = True,
+        page_tokens: int = TILE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`with_tensors=False` keeps the books only, for simulations. Raises ConfigError for too small a budget."""
+        """`with_tensors=False` keeps the books only, for simulations, and allows larger pages (a multiple of TILE).
+
+        Raises ConfigError for too small a budget.
+        """
         self._budget_bytes = budget_bytes
         self._cost = cost
         self._policy = policy or FlopsPerByte()
         self._clock = clock
         self._stateless = spec.slot_bytes == 0  # attention alone: every page is a place to resume from
+        self._page_tokens = page_tokens
         self._geometry = Geometry.of(spec, budget_bytes)
-        self._allocator = Allocator(self._geometry)
+        self._item_bytes = {
+            Kind.PAGE: self._geometry.stride_bytes(Kind.PAGE) * (page_tokens // TILE),
+            Kind.SLOT: self._geometry.stride_bytes(Kind.SLOT),
+        }
+        self._allocator: Allocator | Ledger = Allocator(self._geometry)
+        if page_tokens != TILE:
+            assert not with_tensors
+            self._allocator = Ledger(budget_bytes, self._item_bytes)
         self._arena = Arena(spec, self._geometry, device) if with_tensors else None
-        self._tree = PrefixTree()
+        self._tree = PrefixTree(page_tokens)
         # For compaction: who holds each small item that may be moved.
         self._page_owner: dict[int, Node | PromptEnd] = {}
         self._slot_owner: dict[int, Kept] = {}
         self._leases: set[Lease] = set()
-        self._queues = EvictionQueues(self._score, clock)
+        self._policy.open(self._worth, clock)
+        self._queues = EvictionQueues(self._policy, clock)
         self._admissions: Counter[str] = Counter()
         self._declines: Counter[str] = Counter()
         self._evictions: Counter[str] = Counter()
@@ -78,46 +92,72 @@ class HybridCache:
 
     # What requests do
 
-    def match(self, namespace: str, tokens: TokenArray) -> Match:
+    def match(self, namespace: str, prompt: TokenArray | Keys) -> Match:
         """The longest usable part of a prompt. Changes nothing."""
-        path = self._tree.walk(namespace, tokens)
-        full = len(tokens) // TILE
+        keys, step = as_keys(prompt), self._page_tokens
+        path = self._tree.walk(namespace, keys.pages)
         tip = path[-1] if path else self._tree.roots.get(namespace)
-        end = tip.ends.get(token_bytes(tokens[full * TILE :])) if tip is not None and len(path) == full else None
+        end = tip.ends.get(keys.tail) if tip is not None and len(path) == len(keys.pages) else None
         if end is not None:
-            return Match(namespace, path, len(tokens), len(path) * TILE, None, end)
+            return Match(namespace, path, keys.num_tokens, len(path) * step, None, end)
         if self._stateless:
-            length = min(len(path), max(len(tokens) - 1, 0) // TILE) * TILE
-            return Match(namespace, path, length, len(path) * TILE, None, None)
-        usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < len(tokens))
+            length = min(len(path), max(keys.num_tokens - 1, 0) // step) * step
+            return Match(namespace, path, length, len(path) * step, None, None)
+        usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < keys.num_tokens)
         checkpoint = next(usable, None)
         length = checkpoint.num_tokens if checkpoint else 0
-        return Match(namespace, path, length, len(path) * TILE, checkpoint, None)
+        return Match(namespace, path, length, len(path) * step, checkpoint, None)
 
-    def acquire(self, match: Match, tokens: TokenArray, *, publish: bool = True) -> Lease | None:
-        """Pins what was matched and takes a working state and pages for all of `tokens`; all or nothing.
+    def acquire(self, match: Match, prompt: TokenArray | Keys, *, publish: bool = True) -> Lease | None:
+        """Pins what was matched and takes a working state and pages for all of a prompt; all or nothing.
 
         The working state holds the matched state, if there is one. With `publish=False` nothing of it enters the tree.
         """
-        match = self._renew(match, tokens)
+        keys = as_keys(prompt)
+        match = self._renew(match, keys)
         root = self._tree.root(match.namespace)
         num_held = sum(not node.pins for node in match.path)
         self._pin(root, match.path)
-        num_pages = -(-len(tokens) // TILE) - len(match.path)
+        num_pages = -(-keys.num_tokens // self._page_tokens) - len(match.path)
         taken = self._take_for(match, num_pages, num_held)
         if taken is not None:
-            return self._open(match, tokens, publish, *taken)
+            return self._open(match, keys, publish, *taken)
         source = match.end or match.checkpoint
         in_the_way = source is not None and self._fits(num_pages, 1, num_held)
         self._unpin(root, match.path)
         if source is None or not in_the_way:
             return None
         self._evict(source)
-        return self.acquire(self.match(match.namespace, tokens), tokens, publish=publish)
+        return self.acquire(self.match(match.namespace, keys), keys, publish=publish)
+
+    def plan(
+        self,
+        lease: Lease,
+        boundaries: Sequence[Boundary] = (),
+        *,
+        only_marked: bool = False,
+        generated: bool = False,
+        again: bool = False,
+    ) -> list[Wish]:
+        """Where the policy would like checkpoints of a prompt that was just acquired; see `Outline`."""
+        if not lease.publish:
+            return []
+        outline = Outline(
+            lease.namespace,
+            lease.keys,
+            lease.length,
+            lease.shared,
+            self._page_tokens,
+            tuple(boundaries),
+            only_marked,
+            generated,
+            again,
+        )
+        return list(self._policy.plan(outline))
 
     def extend(self, lease: Lease, num_tokens: int) -> bool:
         """Takes pages until the lease covers `num_tokens`; False and unchanged when there is no room."""
-        missing = -(-num_tokens // TILE) - len(lease.pages)
+        missing = -(-num_tokens // self._page_tokens) - len(lease.pages)
         taken = self._take_all(num_slots=0, num_pages=max(missing, 0))
         if taken is None:
             return False
@@ -134,7 +174,7 @@ class HybridCache:
         """
         if not lease.publish or self._stateless or position <= lease.length:
             return None
-        index = position // TILE - 1
+        index = position // self._page_tokens - 1
         node = lease.nodes[index] if index < len(lease.nodes) else None
         if any(r.position == position for r in lease.reserved) or (node and (node.checkpoint or node.awaited)):
             return None
@@ -155,38 +195,38 @@ class HybridCache:
         """
         if not lease.publish:
             return
-        for index in range(len(lease.nodes), num_tokens // TILE):
+        for index in range(len(lease.nodes), num_tokens // self._page_tokens):
             self._publish_page(lease, index)
         filled = [r for r in lease.reserved if r.position <= num_tokens]
         lease.reserved = [r for r in lease.reserved if r.position > num_tokens]
         for r in filled:
             if r.node is not None:
                 r.node.awaited = False
-            node = lease.nodes[r.position // TILE - 1]
+            node = lease.nodes[r.position // self._page_tokens - 1]
             if node.checkpoint is not None:
                 self._allocator.give(Kind.SLOT, r.slot)
                 continue
             node.checkpoint = Checkpoint(node, r.slot, r.kind, r.ttl_s)
-            self._keep(node.checkpoint)
+            self._keep(node.checkpoint, lease)
             self._rescore_below(node)
 
-    def commit_end(self, lease: Lease, tokens: TokenArray, hidden: Tensor | None) -> bool:
-        """Keeps the working state as the end of the prompt `tokens`, with its last hidden row [hidden_size].
+    def commit_end(self, lease: Lease, hidden: Tensor | None) -> bool:
+        """Keeps the working state as the end of the lease's prompt, with its last hidden row [hidden_size].
 
         To be called between the prompt's last tile and the first decode step. False when it is there already, the lease
         does not publish, or the policy declines.
         """
-        tail = token_bytes(tokens[lease.shared :])
-        if not lease.publish or len(tail) >= KEY_BYTES or tail in lease.tip.ends:
+        tail, num_tokens = lease.keys.tail, lease.keys.num_tokens
+        if not lease.publish or len(lease.nodes) < len(lease.keys.pages) or tail in lease.tip.ends:
             return False
         kind, num_pages = CheckpointKind.PROMPT_END, 1 if tail and self._geometry.page_bytes else 0
-        score = self._candidate_score(lease, len(tokens), kind)
+        score = self._candidate_score(lease, num_tokens, kind)
         taken = self._take_all(num_slots=1, num_pages=num_pages, ceiling=score)
         if taken is None:
             self._decline(kind, score)
             return False
         slots, pages = taken
-        end = PromptEnd(lease.tip, tail, slots[0], pages[0] if pages else None)
+        end = PromptEnd(lease.tip, tail, num_tokens, slots[0], pages[0] if pages else None)
         self._copy(Kind.SLOT, lease.slot, end.slot)
         if end.page is not None:
             self._copy(Kind.PAGE, lease.pages[len(lease.nodes)], end.page)
@@ -194,7 +234,7 @@ class HybridCache:
         if self._arena is not None and hidden is not None:
             self._arena.hidden[end.slot] = hidden
         lease.tip.ends[tail] = end
-        self._keep(end)
+        self._keep(end, lease)
         return True
 
     def hidden(self, lease: Lease) -> Tensor:
@@ -215,12 +255,12 @@ class HybridCache:
         slots, pages = taken
         self._pin(lease.root, lease.nodes)
         self._copy(Kind.SLOT, lease.slot, slots[0])
-        num_written = max(-(-num_tokens // TILE) - len(lease.nodes), 0)
+        num_written = max(-(-num_tokens // self._page_tokens) - len(lease.nodes), 0)
         for source, target in zip(own[:num_written], pages, strict=False):
             self._copy(Kind.PAGE, source, target)
         fork = Lease(
             lease.namespace,
-            lease.data,
+            lease.keys,
             lease.publish,
             lease.root,
             list(lease.nodes),
@@ -232,11 +272,16 @@ class HybridCache:
         self._leases.add(fork)
         return fork
 
-    def release(self, lease: Lease) -> None:
-        """Gives back all that a lease holds; what it has published stays. Idempotent."""
+    def release(self, lease: Lease, num_output_tokens: int | None = None) -> None:
+        """Gives back all that a lease holds; what it has published stays. Idempotent.
+
+        `num_output_tokens` tells the policy how long the answer was, if the request is done.
+        """
         if lease.released:
             return
         lease.released = True
+        if num_output_tokens is not None and lease.keys.pages:
+            self._policy.finished(lease.namespace, lease.keys.names[-1], num_output_tokens)
         self._leases.remove(lease)
         for page in lease.pages[len(lease.nodes) :]:
             self._allocator.give(Kind.PAGE, page)
@@ -249,22 +294,22 @@ class HybridCache:
 
     def drop(self, namespace: str | None = None) -> int:
         """Drops everything that nobody is using, of one namespace or of all -> bytes freed."""
-        before = self._allocator.free_units
+        before = self._allocator.free_bytes
         for kept in [k for k in self._slot_owner.values() if namespace in (None, k.node.namespace)]:
             self._evict(kept)
         for node in [n for n in self.nodes() if n.dead and namespace in (None, n.namespace)]:
             while node.dead and node.parent is not None:
                 self._evict_page(node)
                 node = node.parent
-        return (self._allocator.free_units - before) * self._geometry.unit_bytes
+        return self._allocator.free_bytes - before
 
     # Making room
 
-    def _renew(self, match: Match, tokens: TokenArray) -> Match:
+    def _renew(self, match: Match, keys: Keys) -> Match:
         """The match itself, or a new one when something of it has been evicted since."""
         source = match.end or match.checkpoint
         whole = (not match.path or match.path[-1].attached) and (source is None or source.attached)
-        return match if whole else self.match(match.namespace, tokens)
+        return match if whole else self.match(match.namespace, keys)
 
     def _take_for(self, match: Match, num_pages: int, num_held: int) -> tuple[list[int], list[int]] | None:
         """A slot that holds the matched state, and pages; the last one with the rows of a matched prompt end.
@@ -281,7 +326,7 @@ class HybridCache:
             self._copy(Kind.SLOT, source.slot, taken[0][0])
             if tail is not None:
                 self._copy(Kind.PAGE, tail, taken[1][-1])
-            self._stamp(source)
+            self._stamp(source, match.path)
             self._unguard(source)
             return taken
         rest = self._take_all(num_slots=0, num_pages=num_pages - (tail is not None), num_held=num_held)
@@ -359,7 +404,7 @@ class HybridCache:
     def _evict_page(self, node: Node) -> None:
         """Takes out a node that no state needs."""
         assert node.parent is not None
-        self._queues.withdraw(node)
+        self._queues.withdraw_dead(node)
         self._tree.remove(node)
         self._allocator.give(Kind.PAGE, node.page)
         del self._page_owner[node.page]
@@ -414,28 +459,27 @@ class HybridCache:
 
     def _publish_page(self, lease: Lease, index: int) -> None:
         """Gives the tree the lease's page of tokens [index * TILE, ...), or takes the page that the tree has."""
-        parent, key = lease.tip, lease.data[index * KEY_BYTES : (index + 1) * KEY_BYTES]
-        assert len(key) == KEY_BYTES
+        parent, key = lease.tip, lease.keys.pages[index]
         node = parent.children.get(key)
         if node is None:
             node = self._tree.insert(parent, key, lease.pages[index], self._clock())
             self._page_owner[node.page] = node
-            lease.written_tokens += TILE
+            lease.written_tokens += self._page_tokens
         else:
             self._allocator.give(Kind.PAGE, lease.pages[index])
             lease.pages[index] = node.page
             self._allocator.fix(Kind.PAGE, node.page)
-            self._queues.withdraw(node)
+            self._queues.withdraw_dead(node)
         node.pins += 1
         lease.nodes.append(node)
 
-    def _open(self, match: Match, tokens: TokenArray, publish: bool, slots: list[int], pages: list[int]) -> Lease:
+    def _open(self, match: Match, keys: Keys, publish: bool, slots: list[int], pages: list[int]) -> Lease:
         """A lease on a match that has been pinned."""
         for node in match.path:
             self._allocator.fix(Kind.PAGE, node.page)
         lease = Lease(
             match.namespace,
-            token_bytes(tokens),
+            keys,
             publish,
             self._tree.root(match.namespace),
             list(match.path),
@@ -445,14 +489,14 @@ class HybridCache:
             match.end,
         )
         self._leases.add(lease)
-        self._count_match(match, len(tokens))
+        self._count_match(match, keys.num_tokens)
         return lease
 
     def _pin(self, root: Node, path: Sequence[Node]) -> None:
         root.pins += 1
         for node in path:
             node.pins += 1
-            self._queues.withdraw(node)
+            self._queues.withdraw_dead(node)
 
     def _unpin(self, root: Node, path: Sequence[Node]) -> None:
         now = self._clock()
@@ -490,14 +534,14 @@ class HybridCache:
 
     def _rescore(self, kept: Kept) -> None:
         """Queues a state again whose score may have fallen. One that has risen is noticed when its turn comes."""
-        if kept.ticket:
+        if kept in self._queues:
             self._queues.add(kept)
 
-    def _keep(self, kept: Kept) -> None:
+    def _keep(self, kept: Kept, lease: Lease) -> None:
         """Files a new state."""
         self._slot_owner[kept.slot] = kept
         self._admissions[kept.kind.value] += 1
-        self._stamp(kept)
+        self._stamp(kept, lease.nodes)
         self._unguard(kept)
 
     def _decline(self, kind: CheckpointKind, score: float) -> None:
@@ -505,19 +549,17 @@ class HybridCache:
         self._declines[kind.value] += 1
         self._policy.evicted(score)
 
-    def _stamp(self, kept: Kept) -> None:
+    def _stamp(self, kept: Kept, path: Iterable[Node]) -> None:
         """Notes that a state was made or used now."""
-        self._policy.used()
-        kept.base = self._policy.clock
+        self._policy.used(kept, path)
         if isinstance(kept, Checkpoint) and kept.ttl_s:
             kept.keep_until = self._clock() + kept.ttl_s
 
-    def _score(self, kept: Kept) -> float:
+    def _worth(self, kept: Kept) -> Worth:
         start = kept.resume_without()
         if self._stateless:
-            start = (kept.num_tokens - 1) // TILE * TILE
-        saved = self._cost.flops(start, kept.num_tokens)
-        return self._policy.score(kept.base, kept.kind, saved, self._bytes(1, kept.pages_freed()))
+            start = (kept.num_tokens - 1) // self._page_tokens * self._page_tokens
+        return Worth(self._cost.flops(start, kept.num_tokens), self._bytes(1, kept.pages_freed()))
 
     def _candidate_score(self, lease: Lease, position: int, kind: CheckpointKind) -> float:
         """The score that a state of a lease at `position` would have."""
@@ -526,14 +568,14 @@ class HybridCache:
         if (node := next(nodes, None)) is not None:
             above = max(above, node.num_tokens)
         if self._stateless:
-            above = (position - 1) // TILE * TILE
-        num_pages = -(-(position - max(above, min(lease.shared, position))) // TILE)
-        saved = self._cost.flops(above, position)
-        return self._policy.score(self._policy.clock, kind, saved, self._bytes(1, num_pages))
+            above = (position - 1) // self._page_tokens * self._page_tokens
+        num_pages = -(-(position - max(above, min(lease.shared, position))) // self._page_tokens)
+        worth = Worth(self._cost.flops(above, position), self._bytes(1, num_pages))
+        index = position // self._page_tokens - 1
+        return self._policy.candidate(kind, lease.namespace, lease.keys.names[index] if index >= 0 else 0, worth)
 
     def _bytes(self, num_slots: int, num_pages: int) -> int:
-        geometry = self._geometry
-        return num_slots * geometry.stride_bytes(Kind.SLOT) + num_pages * geometry.stride_bytes(Kind.PAGE)
+        return num_slots * self._item_bytes[Kind.SLOT] + num_pages * self._item_bytes[Kind.PAGE]
 
     def _copy(self, kind: Kind, source: int, target: int) -> None:
         if self._arena is not None:
@@ -551,8 +593,7 @@ class HybridCache:
         kv_bytes = self._tree.num_nodes * page_bytes
         checkpoint_bytes = checkpoints * slot_bytes
         end_bytes = ends * slot_bytes + end_pages * page_bytes
-        free_bytes = self._allocator.free_units * self._geometry.unit_bytes
-        used_bytes = (self._geometry.num_units - self._allocator.free_units) * self._geometry.unit_bytes
+        free_bytes, used_bytes = self._allocator.free_bytes, self._allocator.used_bytes
         return CacheStats(
             budget_bytes=self._budget_bytes,
             free_bytes=free_bytes,
@@ -624,21 +665,10 @@ class HybridCache:
         if node.parent is None:
             assert not node.dead
             return
-        assert len(node.key) == KEY_BYTES
         assert self._page_owner[node.page] is node
-        assert node.num_tokens == node.parent.num_tokens + TILE
+        assert node.num_tokens == node.parent.num_tokens + self._page_tokens
         assert node.pins <= node.parent.pins
 
 
-def interior_positions(start: int, end: int) -> list[int]:
-    """Grid positions inside [start, end) at which a long stretch deserves a checkpoint nobody asked for.
-
-    They lie at tiles 8, 16, 32, 64 ... so that a branch at any place finds a state at least half as deep, for a number
-    of states that grows with the logarithm of the length.
-    """
-    position, positions = 8 * TILE, []
-    while position < end:
-        if position > start:
-            positions.append(position)
-        position *= 2
-    return positions
+def as_keys(prompt: TokenArray | Keys) -> Keys:
+    return prompt if isinstance(prompt, Keys) else keys_of(prompt)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.policy import make_policy
+from hybrid_cache.policies.registry import make_policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,13 @@ from hybrid_cache.batch import HybridModel
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
-from hybrid_cache.policy import make_policy
+from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, TokenLogprob, TokenOutput
 from hybrid_cache.runner import ModelRunner
 from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probability
-from hybrid_cache.scheduler import Chunk, Scheduler, add_interior_wishes
-from hybrid_cache.sequence import Phase, Prefill, Sequence, Wish, grid_floor, new_prefill
+from hybrid_cache.scheduler import Chunk, Scheduler
+from hybrid_cache.sequence import Phase, Prefill, Sequence, grid_floor, new_prefill
 from hybrid_cache.stats import Counters, EngineStats
-from hybrid_cache.tree import CheckpointKind
 
 Outputs = list[tuple[str, Output]]  # (request id, output), in the order in which they arose
 
@@ -146,7 +145,6 @@ class Engine:
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
         prefill = new_prefill(request, self.model.fingerprint, enabled=self._config.prefix_cache)
-        add_interior_wishes(prefill, request.cache_mode)
         self._arrivals += 1
         return Sequence(
             request=request,
@@ -200,7 +198,7 @@ class Engine:
         if not prefill.done:
             return []
         if prefill.publish:
-            self.cache.commit_end(prefill.lease, prefill.tokens, rows[-1])
+            self.cache.commit_end(prefill.lease, rows[-1])
         outputs = self._announce([sequence])
         ready += self._begin_decode(sequence, rows[-1])
         return outputs
@@ -294,6 +292,5 @@ class Engine:
         end = grid_floor(sequence.num_tokens)
         if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):
             return
-        commit = Prefill(sequence.prefill.namespace, sequence.all_tokens()[:end], publish=True, reuse=True)
-        commit.wish(Wish(end, CheckpointKind.TURN_END))
+        commit = Prefill(sequence.prefill.namespace, sequence.all_tokens()[:end], True, True, generated=True)
         self._scheduler.commit_later(commit)

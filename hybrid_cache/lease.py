@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.tree import Checkpoint, CheckpointKind, Node, PromptEnd
+from hybrid_cache.tree import Checkpoint, CheckpointKind, Keys, Node, PromptEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Lease:
     """What one running sequence holds."""
 
     namespace: str
-    data: bytes  # the prompt's tokens as int32 bytes
+    keys: Keys  # the prompt
     publish: bool
     root: Node
     nodes: list[Node]  # pinned path; its pages come first in `pages`
@@ -49,7 +48,7 @@ class Lease:
     @property
     def shared(self) -> int:
         """Tokens whose pages belong to the tree."""
-        return len(self.nodes) * TILE
+        return self.tip.num_tokens
 
     @property
     def tip(self) -> Node:

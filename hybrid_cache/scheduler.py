@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_cache.cache import HybridCache, interior_positions
+from hybrid_cache.cache import HybridCache
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.lease import Match
-from hybrid_cache.request import CacheMode, TokenArray
-from hybrid_cache.sequence import Phase, Prefill, Sequence, Wish, grid_floor
+from hybrid_cache.policies.base import Wish
+from hybrid_cache.request import TokenArray
+from hybrid_cache.sequence import Phase, Prefill, Sequence, grid_floor
 from hybrid_cache.tree import CheckpointKind
 
 MAX_COMMITS = 64  # finished turns that wait for an idle moment; the oldest is dropped
@@ -99,7 +100,7 @@ class Scheduler:
         queue = self._waiting if sequence.phase is Phase.WAITING else self._running
         queue.remove(sequence)
         sequence.phase = Phase.FINISHED
-        self._release(sequence.prefill)
+        self._release(sequence.prefill, len(sequence.generated))
 
     def schedule(self) -> Step:
         """Chooses the next step and takes the room that it needs."""
@@ -182,13 +183,21 @@ class Scheduler:
         if lease is None:
             return False
         prefill.lease, prefill.computed = lease, lease.length
-        if prefill.publish and lease.shared > lease.length:
-            prefill.wish(Wish(lease.shared, CheckpointKind.BRANCH))
+        prefill.wishes = deque(
+            self._cache.plan(
+                lease,
+                prefill.boundaries,
+                only_marked=prefill.only_marked,
+                generated=prefill.generated,
+                again=prefill.planned,
+            )
+        )
+        prefill.planned = True
         return True
 
-    def _release(self, prefill: Prefill) -> None:
+    def _release(self, prefill: Prefill, num_output_tokens: int | None = None) -> None:
         if prefill.lease is not None:
-            self._cache.release(prefill.lease)
+            self._cache.release(prefill.lease, num_output_tokens)
         prefill.lease, prefill.computed = None, 0
 
     # Prefill
@@ -243,13 +252,6 @@ class Scheduler:
             return False
         self._release(self._commits[0])
         return True
-
-
-def add_interior_wishes(prefill: Prefill, mode: CacheMode) -> None:
-    """Sparse places inside long messages, for branches that nobody announced."""
-    if prefill.publish and mode is CacheMode.IMPLICIT:
-        for position in interior_positions(0, len(prefill.tokens)):
-            prefill.wish(Wish(position, CheckpointKind.INTERIOR))
 
 
 def common_prefix(a: TokenArray, b: TokenArray) -> int:

@@ -8,23 +8,23 @@ import numpy as np
 
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.lease import Lease
-from hybrid_cache.request import BoundaryKind, CacheMode, FinishReason, Request, Stopper, TokenArray, TokenLogprob
+from hybrid_cache.policies.base import Wish
+from hybrid_cache.request import (
+    Boundary,
+    BoundaryKind,
+    CacheMode,
+    FinishReason,
+    Request,
+    Stopper,
+    TokenArray,
+    TokenLogprob,
+)
 from hybrid_cache.sampler import TokenChooser
-from hybrid_cache.tree import CheckpointKind
 
 
 def grid_floor(position: int) -> int:
     """The last grid position at or before `position`."""
     return position // TILE * TILE
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """A grid position at which a checkpoint would be welcome."""
-
-    position: int
-    kind: CheckpointKind
-    ttl_s: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +39,10 @@ class Prefill:
     tokens: TokenArray
     publish: bool
     reuse: bool
+    boundaries: tuple[Boundary, ...] = ()
+    only_marked: bool = False  # states at explicit boundaries and nowhere else
+    generated: bool = False  # a canonical commit of a finished turn
+    planned: bool = False  # the policy has seen it
     wishes: deque[Wish] = field(default_factory=deque)  # rising positions
     lease: Lease | None = None
     computed: int = 0
@@ -116,18 +120,10 @@ def new_prefill(request: Request, fingerprint: str, *, enabled: bool) -> Prefill
     Its namespace is the model's fingerprint (weights and dtype) and the tenant's salt: no hit ever crosses either.
     """
     marked = tuple(b for b in request.prompt.boundaries if b.kind is BoundaryKind.EXPLICIT)
-    kept = marked if request.cache_mode is CacheMode.EXPLICIT else request.prompt.boundaries
     off = (
         not enabled or request.cache_mode is CacheMode.OFF or (request.cache_mode is CacheMode.EXPLICIT and not marked)
     )
     namespace = f"{fingerprint}/{request.namespace}"
-    prefill = Prefill(namespace, request.prompt.tokens, publish=not off, reuse=not off)
-    if off:
-        return prefill
-    # A marked place wins over an unmarked one on the same grid position, so marked ones go first.
-    for b in sorted(kept, key=lambda b: b.kind is not BoundaryKind.EXPLICIT):
-        kind = CheckpointKind.EXPLICIT if b.kind is BoundaryKind.EXPLICIT else CheckpointKind.MESSAGE_END
-        prefill.wish(Wish(grid_floor(b.position), kind, b.ttl_s))
-    if request.cache_mode is CacheMode.IMPLICIT:
-        prefill.wish(Wish(grid_floor(len(prefill.tokens)), CheckpointKind.MESSAGE_END))
-    return prefill
+    only_marked = request.cache_mode is CacheMode.EXPLICIT
+    boundaries = marked if only_marked else request.prompt.boundaries
+    return Prefill(namespace, request.prompt.tokens, not off, not off, boundaries, only_marked)

@@ -74,7 +74,7 @@ class PrefillCost:
     def flops(self, start: int, end: int) -> float:
         """FLOPs to compute the tokens [start, end) when [0, start) is there."""
         n = end - start
-        return n * self.per_token + self.per_token_per_position * n * (start + end) / 2
+        return n * self.per_token + self.per_token_per_position * n * (start + end - 1) / 2
 
 
 def align64(num_bytes: int) -> int:

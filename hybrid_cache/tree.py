@@ -4,8 +4,11 @@ Every edge is exactly one page, so the key of a child is the page's tokens thems
 look-up a page: no splitting, no hashes that could collide, and a cost that does not depend on how much the tree holds.
 """
 
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -32,16 +35,15 @@ class Node:
 
     namespace: str
     parent: "Node | None"
-    key: bytes
+    key: Hashable
     num_tokens: int  # from the start of the sequence to the end of this page
     page: int
     last_used: float
-    children: dict[bytes, "Node"] = field(default_factory=dict)
+    children: dict[Hashable, "Node"] = field(default_factory=dict)
     checkpoint: "Checkpoint | None" = None
-    ends: dict[bytes, "PromptEnd"] = field(default_factory=dict)
+    ends: dict[Hashable, "PromptEnd"] = field(default_factory=dict)
     pins: int = 0  # leases whose path goes through here
     awaited: bool = False  # a lease is about to fill a checkpoint here
-    ticket: int = 0  # place in the queue of dead pages
 
     @property
     def attached(self) -> bool:
@@ -87,7 +89,6 @@ class Checkpoint:
     ttl_s: float = 0.0  # minimum life after each use, if a client asked for one
     keep_until: float = 0.0
     base: float = 0.0  # the policy's clock when last used
-    ticket: int = 0  # place in the eviction queues
 
     @property
     def attached(self) -> bool:
@@ -111,21 +112,17 @@ class PromptEnd:
     """The state at the end of a whole prompt, off the grid, with its last partial page and its last hidden row."""
 
     node: Node
-    tail: bytes  # the 0 to TILE - 1 tokens after the node
+    tail: Hashable  # the tokens after the node, less than a page
+    num_tokens: int
     slot: int
     page: int | None  # KV rows of the tail; None for an empty tail, or without attention
     kind: CheckpointKind = CheckpointKind.PROMPT_END
     keep_until: float = 0.0
     base: float = 0.0
-    ticket: int = 0
 
     @property
     def attached(self) -> bool:
         return self.node.ends.get(self.tail) is self
-
-    @property
-    def num_tokens(self) -> int:
-        return self.node.num_tokens + len(self.tail) // 4
 
     def resume_without(self) -> int:
         """Where the same prompt would have to start: at least one token has to be computed."""
@@ -139,10 +136,35 @@ class PromptEnd:
 Kept = Checkpoint | PromptEnd
 
 
+@dataclass(frozen=True)
+class Keys:
+    """A token sequence as the tree knows it: a key for each full page, and one for the tokens after them.
+
+    The server's keys are the tokens themselves; a simulation may use any names that are equal for equal tokens.
+    """
+
+    pages: Sequence[Hashable]
+    tail: Hashable  # empty when the last page is full
+    num_tokens: int
+
+    @cached_property
+    def names(self) -> Sequence[int]:
+        """A number for each page and all before it, to remember prefixes by."""
+        return list(accumulate(self.pages, lambda name, key: hash((name, key)), initial=0))[1:]
+
+
+def keys_of(tokens: TokenArray) -> Keys:
+    data = token_bytes(tokens)
+    end = len(data) // KEY_BYTES * KEY_BYTES
+    pages = [data[start : start + KEY_BYTES] for start in range(0, end, KEY_BYTES)]
+    return Keys(pages, data[end:], len(tokens))
+
+
 class PrefixTree:
     """The nodes of all namespaces."""
 
-    def __init__(self) -> None:
+    def __init__(self, page_tokens: int = TILE) -> None:
+        self._page_tokens = page_tokens
         self.roots: dict[str, Node] = {}
         self.num_nodes = 0  # roots not counted
 
@@ -153,19 +175,19 @@ class PrefixTree:
             root = self.roots[namespace] = Node(namespace, None, b"", 0, -1, 0.0)
         return root
 
-    def walk(self, namespace: str, tokens: TokenArray) -> tuple[Node, ...]:
-        """The nodes of the longest known prefix of `tokens`, in full pages."""
+    def walk(self, namespace: str, pages: Iterable[Hashable]) -> tuple[Node, ...]:
+        """The nodes of the longest known prefix."""
         node, path = self.roots.get(namespace), []
-        data = token_bytes(tokens)
-        for start in range(0, len(data) - KEY_BYTES + 1, KEY_BYTES):
-            node = node.children.get(data[start : start + KEY_BYTES]) if node else None
-            if node is None:
-                break
-            path.append(node)
+        if node is not None:
+            for key in pages:
+                node = node.children.get(key)
+                if node is None:
+                    break
+                path.append(node)
         return tuple(path)
 
-    def insert(self, parent: Node, key: bytes, page: int, now: float) -> Node:
-        node = Node(parent.namespace, parent, key, parent.num_tokens + TILE, page, now)
+    def insert(self, parent: Node, key: Hashable, page: int, now: float) -> Node:
+        node = Node(parent.namespace, parent, key, parent.num_tokens + self._page_tokens, page, now)
         parent.children[key] = node
         self.num_nodes += 1
         return node

@@ -17,7 +17,7 @@ from hybrid_cache.cache import HybridCache
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.lease import Lease
-from hybrid_cache.policy import Policy
+from hybrid_cache.policies.base import Policy
 from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 from hybrid_cache.tree import CheckpointKind
@@ -165,6 +165,6 @@ def fill(cache: HybridCache, tokens: TokenArray, *checkpoints: int, end: bool = 
     forward(cache, run, len(tokens))
     cache.commit(run.lease, len(tokens) // TILE * TILE)
     if end:
-        cache.commit_end(run.lease, tokens, torch.tensor([1.0, 2.0]))
+        cache.commit_end(run.lease, torch.tensor([1.0, 2.0]))
     cache.release(run.lease)
     cache.check()

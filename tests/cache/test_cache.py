@@ -3,11 +3,13 @@ import pytest
 import torch
 
 from hybrid_cache.arena import Geometry, Kind, Units
-from hybrid_cache.cache import HybridCache, interior_positions
+from hybrid_cache.cache import HybridCache
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors
-from hybrid_cache.policy import LRU, FlopsPerByte, Policy
+from hybrid_cache.policies.base import Policy, interior_positions
+from hybrid_cache.policies.lru import LRU
+from hybrid_cache.policies.value import FlopsPerByte
 from hybrid_cache.tree import CheckpointKind
 from tests.cache.driver import (
     COST,
@@ -117,7 +119,7 @@ def test_a_request_that_publishes_nothing_leaves_no_trace() -> None:
     assert not reserve(cache, run, TILE, CheckpointKind.EXPLICIT)
     forward(cache, run, len(run.tokens))
     cache.commit(run.lease, 3 * TILE)
-    assert not cache.commit_end(run.lease, run.tokens, torch.zeros(2))
+    assert not cache.commit_end(run.lease, torch.zeros(2))
     cache.release(run.lease)
     cache.check()
     assert list(cache.nodes()) == []
@@ -270,7 +272,7 @@ def test_an_idle_cache_takes_whatever_fits_even_when_one_state_is_all_there_is_r
         reserve(cache, run, TILE, CheckpointKind.MESSAGE_END)
         forward(cache, run, len(tokens))
         cache.commit(run.lease, 2 * TILE)
-        cache.commit_end(run.lease, tokens, torch.zeros(2))
+        cache.commit_end(run.lease, torch.zeros(2))
         verify(cache, run)
         cache.release(run.lease)
         cache.check()

@@ -20,7 +20,7 @@ from hybrid_cache.cache import HybridCache
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.lease import Lease, Match
-from hybrid_cache.policy import make_policy
+from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.request import TokenArray
 from hybrid_cache.tree import CheckpointKind, Node
 from tests.cache.driver import COST, SPECS, Clock, tokens_of
@@ -220,7 +220,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def commit_end(self, request: Running) -> None:
         last = float(request.numbers[-1])
-        if self.cache.commit_end(request.lease, request.tokens, torch.tensor([last, last + 3])):
+        if self.cache.commit_end(request.lease, torch.tensor([last, last + 3])):
             assert request.publish
             self.ends.add(request.prefix(len(request.tokens)))
 

@@ -3,8 +3,11 @@ import pytest
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.policy import LRU, POLICIES, RATE, FlopsPerByte, Policy, make_policy
-from hybrid_cache.tree import CheckpointKind
+from hybrid_cache.policies.base import Policy, Worth
+from hybrid_cache.policies.lru import LRU
+from hybrid_cache.policies.registry import POLICIES, make_policy
+from hybrid_cache.policies.value import RATE, FlopsPerByte
+from hybrid_cache.tree import Checkpoint, CheckpointKind, Node
 from tests.cache.driver import SPECS, begin, fill, forward, new_cache, reserve, tokens_of
 
 HYBRID = SPECS["slot of four pages"]
@@ -13,6 +16,10 @@ END = CheckpointKind.MESSAGE_END
 
 def hit(cache: HybridCache, pages: str) -> None:
     cache.release(begin(cache, tokens_of(pages, 1)).lease)
+
+
+def some_state() -> Checkpoint:
+    return Checkpoint(Node("", None, b"", 64, 0, 0.0), 0, END)
 
 
 def kept(cache: HybridCache, *prompts: str) -> list[str]:
@@ -25,14 +32,15 @@ def test_every_kind_of_place_has_a_rate() -> None:
 
 def test_what_saves_twice_as_much_or_takes_half_the_bytes_scores_twice_as_high() -> None:
     policy = FlopsPerByte()
-    assert policy.score(0.0, END, 200.0, 10) == policy.score(0.0, END, 100.0, 5) == 2 * policy.score(0.0, END, 100, 10)
+    double = policy.score(0.0, END, Worth(200.0, 10))
+    assert double == policy.score(0.0, END, Worth(100.0, 5)) == 2 * policy.score(0.0, END, Worth(100.0, 10))
 
 
 def test_what_is_not_used_grows_old_as_others_are_evicted() -> None:
     policy = FlopsPerByte()
-    old = policy.score(policy.clock, END, 100.0, 10)
+    old = policy.score(policy.clock, END, Worth(100.0, 10))
     policy.evicted(8.0)
-    assert policy.score(policy.clock, END, 100.0, 10) == old + 8.0
+    assert policy.score(policy.clock, END, Worth(100.0, 10)) == old + 8.0
     policy.evicted(3.0)
     assert policy.clock == 8.0
 
@@ -40,17 +48,17 @@ def test_what_is_not_used_grows_old_as_others_are_evicted() -> None:
 def test_hits_are_not_counted() -> None:
     """Five uses at one moment weigh as much as one."""
     policy = FlopsPerByte()
-    before = policy.clock
+    before, state = policy.clock, some_state()
     for _ in range(5):
-        policy.used()
+        policy.used(state, ())
     assert policy.clock == before
 
 
 def test_lru_only_asks_for_the_last_use() -> None:
     policy = LRU()
     first = policy.clock
-    policy.used()
-    assert policy.score(first, END, 1e9, 1) < policy.score(policy.clock, END, 1.0, 1000)
+    policy.used(some_state(), ())
+    assert policy.score(first, END, Worth(1e9, 1)) < policy.score(policy.clock, END, Worth(1.0, 1000))
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
@@ -107,9 +115,9 @@ def test_a_state_is_worth_more_once_the_one_above_it_has_gone() -> None:
     deep, above = path[7].checkpoint, path[6].checkpoint
     assert deep is not None
     assert above is not None
-    before = cache._score(deep)
+    before = cache._worth(deep).flops
     cache._evict(above)
-    assert cache._score(deep) > 2 * before
+    assert cache._worth(deep).flops > 2 * before
     cache.check()
 
 
