@@ -182,6 +182,9 @@ class HybridCache:
         taken = self._take_all(num_slots=1, num_pages=0, ceiling=score)
         if taken is None:
             self._decline(kind, score)
+            above = next((n.checkpoint for n in reversed(lease.nodes[: index]) if n.checkpoint), None)
+            if hasattr(self._policy, "gone"):
+                self._policy.gone(lease.namespace, lease.keys.names[index], above)
             return None
         if node is not None:
             node.awaited = True
@@ -427,6 +430,11 @@ class HybridCache:
         else:
             kept.node.checkpoint = None
         self._evictions[kept.kind.value] += 1
+        above = kept.node
+        while above.parent is not None and above.checkpoint is None:
+            above = above.parent
+        if hasattr(self._policy, "gone"):
+            self._policy.gone(kept.node.namespace, kept.name, above.checkpoint)
         self._settle(kept.node)
 
     def _items(self, kept: Kept) -> list[tuple[Kind, int]]:
@@ -462,7 +470,7 @@ class HybridCache:
         parent, key = lease.tip, lease.keys.pages[index]
         node = parent.children.get(key)
         if node is None:
-            node = self._tree.insert(parent, key, lease.pages[index], self._clock())
+            node = self._tree.insert(parent, key, lease.keys.names[index], lease.pages[index], self._clock())
             self._page_owner[node.page] = node
             lease.written_tokens += self._page_tokens
         else:

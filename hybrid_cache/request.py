@@ -26,6 +26,7 @@ class Boundary:
     position: int  # tokens before it
     kind: BoundaryKind = BoundaryKind.MESSAGE_END
     ttl_s: float | None = None  # keep at least this long, if the budget allows
+    role: str = ""  # of the message that ends here, if that is known
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class Node:
     num_tokens: int  # from the start of the sequence to the end of this page
     page: int
     last_used: float
+    name: int = 0  # of this page and all before it, see `Keys.names`
     children: dict[Hashable, "Node"] = field(default_factory=dict)
     checkpoint: "Checkpoint | None" = None
     ends: dict[Hashable, "PromptEnd"] = field(default_factory=dict)
@@ -98,6 +99,10 @@ class Checkpoint:
     def num_tokens(self) -> int:
         return self.node.num_tokens
 
+    @property
+    def name(self) -> int:
+        return self.node.name
+
     def resume_without(self) -> int:
         """Where a request would have to start if this were gone."""
         return self.node.checkpoint_above()
@@ -123,6 +128,10 @@ class PromptEnd:
     @property
     def attached(self) -> bool:
         return self.node.ends.get(self.tail) is self
+
+    @property
+    def name(self) -> int:
+        return hash((self.node.name, self.tail))
 
     def resume_without(self) -> int:
         """Where the same prompt would have to start: at least one token has to be computed."""
@@ -186,8 +195,8 @@ class PrefixTree:
                 path.append(node)
         return tuple(path)
 
-    def insert(self, parent: Node, key: Hashable, page: int, now: float) -> Node:
-        node = Node(parent.namespace, parent, key, parent.num_tokens + self._page_tokens, page, now)
+    def insert(self, parent: Node, key: Hashable, name: int, page: int, now: float) -> Node:
+        node = Node(parent.namespace, parent, key, parent.num_tokens + self._page_tokens, page, now, name)
         parent.children[key] = node
         self.num_nodes += 1
         return node

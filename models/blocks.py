@@ -1,11 +1,9 @@
 """The parts that hybrid models are made of. Each takes packed rows x [R, hidden] and gives [R, hidden] back.
 
-A part holds packed weights and knows its price: `cost` counts the FLOPs of its matrix products, convolution, scan and
-attention (a multiplication and an addition are two), `spec` says what it keeps in the cache.
+A part holds packed weights; its `shape` says what it costs and what it keeps in the cache.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Protocol
 
@@ -14,11 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_cache.batch import ForwardBatch
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE
+from hybrid_cache.kernels.layout import MIN_ROWS
 from hybrid_cache.kernels.ops import Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, Ops, StateTensors
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.shapes import (
+    AttentionShape,
+    LayerShape,
+    LinearShape,
+    Mamba1Shape,
+    Mamba2Shape,
+    MLPShape,
+    ModelShape,
+    MoEShape,
+)
 from hybrid_cache.models.weights import Checkpoint, Weights
-from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
 CacheEntry = KVTensors | StateTensors
 Router = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -35,18 +42,8 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def linear_cost(*linears: Linear) -> PrefillCost:
-    return PrefillCost(sum(2.0 * part.in_features * part.out_features for part in linears), 0.0)
-
-
-def gated_cost(hidden: int, inner: int) -> PrefillCost:
-    """One gated feed-forward expert."""
-    return PrefillCost(6.0 * hidden * inner, 0.0)
-
-
-def total_cost(costs: Iterable[PrefillCost]) -> PrefillCost:
-    costs = list(costs)
-    return PrefillCost(sum(c.per_token for c in costs), sum(c.per_token_per_position for c in costs))
+def linear_shape(part: Linear) -> LinearShape:
+    return LinearShape(part.in_features, part.out_features)
 
 
 class Norm:
@@ -68,7 +65,7 @@ class MLP:
         self._gate_up = gate_up
         self._down = down
         self._gate_mul = gate_mul
-        self.cost = linear_cost(gate_up, down)
+        self.shape = MLPShape(gate_up.in_features, down.in_features)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._down(self._gate_mul(self._gate_up(x)))
@@ -87,17 +84,16 @@ def chosen_of_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class MoE:
-    """k experts for each row, chosen by a router."""
+    """A few experts for each row, chosen by a router."""
 
-    def __init__(self, router: Linear, experts: Experts, route: Router, k: int, expert_cost: PrefillCost) -> None:
+    def __init__(self, shape: MoEShape, router: Linear, experts: Experts, route: Router) -> None:
+        self.shape = shape
         self._router = router
         self._experts = experts
         self._route = route
-        self._k = k
-        self.cost = total_cost([linear_cost(router), *[expert_cost] * k])
 
     def __call__(self, x: Tensor) -> Tensor:
-        ids, weights = self._route(self._router(x), self._k)
+        ids, weights = self._route(self._router(x), self.shape.num_active)
         return self._experts(x, ids, weights)
 
 
@@ -107,31 +103,25 @@ class Attention:
     def __init__(
         self,
         ops: Ops,
+        shape: AttentionShape,
         qkv: Linear,
         out: Linear,
         *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
         scale: float,
         inv_freq: Tensor | None,
-        dtype: torch.dtype,
     ) -> None:
+        self.shape = shape
         self._ops = ops
         self._qkv = qkv
         self._out = out
-        self._split = [num_heads, num_kv_heads, num_kv_heads]
-        self._rotary_split = [num_heads + num_kv_heads, num_kv_heads]
-        self._head_dim = head_dim
+        self._split = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+        self._rotary_split = [shape.num_heads + shape.num_kv_heads, shape.num_kv_heads]
         self._scale = scale
         self._inv_freq = inv_freq
-        self.spec = AttentionSpec(num_kv_heads, head_dim, dtype)
-        per_key = 4.0 * num_heads * head_dim  # q.k and p.v
-        self.cost = total_cost([linear_cost(qkv, out), PrefillCost(per_key, per_key)])
 
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> Tensor:
         assert isinstance(cache, KVTensors)
-        qkv = self._qkv(x).view(x.shape[0], -1, self._head_dim)
+        qkv = self._qkv(x).view(x.shape[0], -1, self.shape.head_dim)
         if self._inv_freq is None:
             q, k, v = qkv.split_with_sizes(self._split, dim=1)
         else:
@@ -146,68 +136,45 @@ def rotary_frequencies(theta: float, head_dim: int) -> Tensor:
     return 1.0 / theta**exponents
 
 
-@dataclass(frozen=True, slots=True)
-class Mamba2Shape:
-    """Sizes of a Mamba-2 mixer. `conv_bias` and `proj_bias` say which biases the checkpoint has."""
-
-    hidden: int
-    num_heads: int
-    head_dim: int
-    d_state: int
-    num_groups: int
-    conv_width: int
-    conv_bias: bool
-    proj_bias: bool
-    norm_eps: float
-    dt_min: float
-    dt_max: float
-
-    @property
-    def inner(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def channels(self) -> int:
-        return self.inner + 2 * self.num_groups * self.d_state
-
-
 class Mamba2:
     """State-space mixer with one scalar decay per head. All checkpoints call its weights by the same names."""
 
-    def __init__(self, ops: Ops, weights: Weights, s: Mamba2Shape, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        weights: Weights,
+        shape: Mamba2Shape,
+        *,
+        conv_bias: bool,
+        proj_bias: bool,
+        norm_eps: float,
+        dt_min: float,
+        dt_max: float,
+    ) -> None:
+        s = self.shape = shape
         self._mamba2 = ops.mamba2
-        projected = s.inner + s.channels + s.num_heads
-        self._in = linear(ops, weights, {"in_proj": projected}, s.hidden, bias=s.proj_bias)
+        self._in = linear(ops, weights, {"in_proj": s.projected}, s.hidden, bias=proj_bias)
         self._weights = Mamba2Weights(
             conv_weight=weights.take("conv1d.weight", s.channels, 1, s.conv_width).view(s.channels, s.conv_width),
-            conv_bias=weights.take("conv1d.bias", s.channels) if s.conv_bias else None,
+            conv_bias=weights.take("conv1d.bias", s.channels) if conv_bias else None,
             dt_bias=weights.take_float32("dt_bias", s.num_heads),
             A=-weights.take_float32("A_log", s.num_heads).exp(),
             D=weights.take_float32("D", s.num_heads),
             norm_weight=weights.take("norm.weight", s.inner),
-            norm_eps=s.norm_eps,
+            norm_eps=norm_eps,
             norm_group=s.inner // s.num_groups,
             num_heads=s.num_heads,
             head_dim=s.head_dim,
             d_state=s.d_state,
             num_groups=s.num_groups,
-            dt_min=s.dt_min,
-            dt_max=s.dt_max,
+            dt_min=dt_min,
+            dt_max=dt_max,
         )
-        self._out = linear(ops, weights, {"out_proj": s.hidden}, s.inner, bias=s.proj_bias)
-        self.spec = StateSpec((s.conv_width - 1, s.channels), (s.num_heads, s.head_dim, s.d_state), dtype)
-        self.cost = total_cost([linear_cost(self._in, self._out), _mamba2_cost(s)])
+        self._out = linear(ops, weights, {"out_proj": s.hidden}, s.inner, bias=proj_bias)
 
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> Tensor:
         assert isinstance(cache, StateTensors)
         return self._out(self._mamba2(self._in(x), self._weights, batch.layout, cache))
-
-
-def _mamba2_cost(s: Mamba2Shape) -> PrefillCost:
-    conv = 2.0 * s.conv_width * s.channels
-    inside_tile = 2.0 * TILE * (s.num_groups * s.d_state + s.inner)  # C.B of all pairs of rows, then times x
-    across_tiles = 4.0 * s.inner * s.d_state  # C times the state at the start, B x into the state at the end
-    return PrefillCost(conv + inside_tile + across_tiles, 0.0)
 
 
 class Mamba1:
@@ -217,37 +184,29 @@ class Mamba1:
         self,
         ops: Ops,
         weights: Weights,
+        shape: Mamba1Shape,
         *,
-        hidden: int,
-        inner: int,
-        d_state: int,
-        dt_rank: int,
-        conv_width: int,
         conv_bias: bool,
         proj_bias: bool,
         norm_eps: float,
-        dtype: torch.dtype,
     ) -> None:
+        s = self.shape = shape
         self._ops = ops
-        self._in = linear(ops, weights, {"in_proj": 2 * inner}, hidden, bias=proj_bias)
-        self._conv_weight = weights.take("conv1d.weight", inner, 1, conv_width).view(inner, conv_width)
-        self._conv_bias = weights.take("conv1d.bias", inner) if conv_bias else None
-        self._x = linear(ops, weights, {"x_proj": dt_rank + 2 * d_state}, inner)
-        self._x_split = [dt_rank, d_state, d_state]
-        self._dt_norm = Norm(ops, weights, "dt_layernorm", dt_rank, norm_eps)
-        self._b_norm = Norm(ops, weights, "b_layernorm", d_state, norm_eps)
-        self._c_norm = Norm(ops, weights, "c_layernorm", d_state, norm_eps)
-        self._dt = linear(ops, weights, {"dt_proj": inner}, dt_rank)
+        self._in = linear(ops, weights, {"in_proj": 2 * s.inner}, s.hidden, bias=proj_bias)
+        self._conv_weight = weights.take("conv1d.weight", s.inner, 1, s.conv_width).view(s.inner, s.conv_width)
+        self._conv_bias = weights.take("conv1d.bias", s.inner) if conv_bias else None
+        self._x = linear(ops, weights, {"x_proj": s.projected}, s.inner)
+        self._x_split = [s.dt_rank, s.d_state, s.d_state]
+        self._dt_norm = Norm(ops, weights, "dt_layernorm", s.dt_rank, norm_eps)
+        self._b_norm = Norm(ops, weights, "b_layernorm", s.d_state, norm_eps)
+        self._c_norm = Norm(ops, weights, "c_layernorm", s.d_state, norm_eps)
+        self._dt = linear(ops, weights, {"dt_proj": s.inner}, s.dt_rank)
         self._weights = Mamba1Weights(
-            A=-weights.take_float32("A_log", inner, d_state).exp(),
-            D=weights.take_float32("D", inner),
-            dt_bias=weights.take_float32("dt_proj.bias", inner),
+            A=-weights.take_float32("A_log", s.inner, s.d_state).exp(),
+            D=weights.take_float32("D", s.inner),
+            dt_bias=weights.take_float32("dt_proj.bias", s.inner),
         )
-        self._out = linear(ops, weights, {"out_proj": hidden}, inner, bias=proj_bias)
-        self.spec = StateSpec((conv_width - 1, inner), (inner, d_state), dtype)
-        conv, scan = 2.0 * conv_width * inner, 7.0 * inner * d_state  # dt A, exp, h, dt x, B, C, sum
-        projections = linear_cost(self._in, self._x, self._dt, self._out)
-        self.cost = total_cost([projections, PrefillCost(conv + scan, 0.0)])
+        self._out = linear(ops, weights, {"out_proj": s.hidden}, s.inner, bias=proj_bias)
 
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> Tensor:
         assert isinstance(cache, StateTensors)
@@ -267,14 +226,13 @@ def wanted_rows(hidden: Tensor, batch: ForwardBatch) -> Tensor:
     return hidden[F.pad(rows, (0, missing)) if missing > 0 else rows]
 
 
-class PricedLayer(Protocol):
-    """A layer as the model's accounts see it: entries it keeps in the cache, in the order of use, and its price."""
+class ModelLayer(Protocol):
+    """A layer as the model's accounts see it."""
 
     @property
-    def specs(self) -> tuple[AttentionSpec | StateSpec, ...]: ...
-
-    @property
-    def cost(self) -> PrefillCost: ...
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """Of its parts, in the order of use."""
+        ...
 
 
 class CausalModel:
@@ -287,7 +245,7 @@ class CausalModel:
         ops: Ops,
         dtype: torch.dtype,
         *,
-        layers: Sequence[PricedLayer],
+        layers: Sequence[ModelLayer],
         norm: Norm,
         tied: bool,
         logits_divisor: float = 1.0,
@@ -296,8 +254,10 @@ class CausalModel:
         hidden = config.integer("hidden_size")
         self.vocab_size = config.integer("vocab_size")
         self.max_length = config.integer("max_position_embeddings")
-        self.cache_spec = CacheSpec(tuple(spec for layer in layers for spec in layer.specs), hidden, dtype)
-        self.prefill_cost = total_cost([layer.cost for layer in layers])
+        shapes = tuple(shape for layer in layers for shape in layer.shapes)
+        self.shape = ModelShape(type(self).__name__, shapes, hidden, self.vocab_size, dtype)
+        self.cache_spec = self.shape.cache_spec
+        self.prefill_cost = self.shape.prefill_cost
         self._embedding = weights.take("model.embed_tokens.weight", self.vocab_size, hidden)
         shared = tied and not weights.has("lm_head.weight")
         self._head = ops.linear(self._embedding if shared else weights.take("lm_head.weight", self.vocab_size, hidden))

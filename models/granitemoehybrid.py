@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch, HybridModel
+from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks import (
@@ -15,21 +15,19 @@ from hybrid_cache.models.blocks import (
     CacheEntry,
     CausalModel,
     Mamba2,
-    Mamba2Shape,
     MoE,
     Norm,
-    gated_cost,
     linear,
     rotary_frequencies,
     softmax_of_chosen,
-    total_cost,
     wanted_rows,
 )
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.shapes import AttentionShape, Mamba2Shape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> HybridModel:
+def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "GraniteMoeHybrid":
     return GraniteMoeHybrid(config, weights, ops, dtype)
 
 
@@ -74,8 +72,7 @@ class Layer:
         self._mlp_norm = _norm("post_attention_layernorm", config, weights, ops)
         self._moe = _moe(config, Scope(weights, "block_sparse_moe."), ops)
         self._multiplier = config.number("residual_multiplier", 1.0)
-        self.specs = (self._mixer.spec,)
-        self.cost = total_cost([self._mixer.cost, self._mlp.cost, *([self._moe.cost] if self._moe else [])])
+        self.shapes = (self._mixer.shape, self._mlp.shape, *([self._moe.shape] if self._moe else []))
 
     def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
         return self._add(hidden, self._mixer(self._mixer_norm(hidden), batch, tensors))
@@ -111,13 +108,18 @@ def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Ma
         d_state=config.integer("mamba_d_state", 256),
         num_groups=config.divisor("mamba_n_groups", num_heads, default=1),
         conv_width=config.integer("mamba_d_conv", 4, at_least=2),
+        dtype=dtype,
+    )
+    return Mamba2(
+        ops,
+        Scope(weights, "mamba."),
+        shape,
         conv_bias=config.flag("mamba_conv_bias", True),
         proj_bias=config.flag("mamba_proj_bias", False),
         norm_eps=_eps(config),
         dt_min=dt_min,
         dt_max=dt_max,
     )
-    return Mamba2(ops, Scope(weights, "mamba."), shape, dtype)
 
 
 def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Attention:
@@ -131,14 +133,11 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
     qkv = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
     return Attention(
         ops,
+        AttentionShape(hidden, hidden, num_heads, num_kv_heads, head_dim, dtype),
         linear(ops, weights, qkv, hidden, bias=bias),
         linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim, bias=bias),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
         scale=config.number("attention_multiplier", 1.0),
         inv_freq=rotary_frequencies(config.rope_theta(), head_dim) if positions == "rope" else None,
-        dtype=dtype,
     )
 
 
@@ -159,15 +158,15 @@ def _moe(config: Config, weights: Weights, ops: Ops) -> MoE | None:
     if num_experts == 0:
         return None
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 11008)
+    num_active = config.integer("num_experts_per_tok", 2, at_most=num_experts)
     return MoE(
+        MoEShape(hidden, inner, num_experts, num_active),
         router=linear(ops, weights, {"router.layer": num_experts}, hidden),
         experts=ops.experts(
             list(weights.take("input_linear.weight", num_experts, 2 * inner, hidden)),
             list(weights.take("output_linear.weight", num_experts, hidden, inner)),
         ),
         route=softmax_of_chosen,
-        k=config.integer("num_experts_per_tok", 2, at_most=num_experts),
-        expert_cost=gated_cost(hidden, inner),
     )
 
 

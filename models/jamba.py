@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch, HybridModel
+from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks import (
     MLP,
@@ -15,16 +15,15 @@ from hybrid_cache.models.blocks import (
     MoE,
     Norm,
     chosen_of_softmax,
-    gated_cost,
     linear,
-    total_cost,
     wanted_rows,
 )
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.shapes import AttentionShape, Mamba1Shape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> HybridModel:
+def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Jamba":
     return Jamba(config, weights, ops, dtype)
 
 
@@ -66,8 +65,7 @@ class Layer:
         self._mixer_norm = _norm("input_layernorm", config, weights, ops)
         self._feed_forward: MLP | MoE = feed_forward(config, Scope(weights, "feed_forward."), ops)
         self._feed_forward_norm = _norm("pre_ff_layernorm", config, weights, ops)
-        self.specs = (self._mixer.spec,)
-        self.cost = total_cost([self._mixer.cost, self._feed_forward.cost])
+        self.shapes = (self._mixer.shape, self._feed_forward.shape)
 
     def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
         hidden += self._mixer(self._mixer_norm(hidden), batch, tensors)
@@ -86,18 +84,21 @@ def _is_turn(index: int, what: str, period: int, offset: int, config: Config) ->
 
 def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Mamba1:
     hidden = config.integer("hidden_size")
-    return Mamba1(
-        ops,
-        Scope(weights, "mamba."),
+    shape = Mamba1Shape(
         hidden=hidden,
         inner=config.integer("mamba_expand", 2) * hidden,
         d_state=config.integer("mamba_d_state", 16),
         dt_rank=config.integer_or_auto("mamba_dt_rank", -(-hidden // 16)),
         conv_width=config.integer("mamba_d_conv", 4, at_least=2),
+        dtype=dtype,
+    )
+    return Mamba1(
+        ops,
+        Scope(weights, "mamba."),
+        shape,
         conv_bias=config.flag("mamba_conv_bias", True),
         proj_bias=config.flag("mamba_proj_bias", False),
         norm_eps=_eps(config),
-        dtype=dtype,
     )
 
 
@@ -110,14 +111,11 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
     qkv = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
     return Attention(
         ops,
+        AttentionShape(hidden, hidden, num_heads, num_kv_heads, head_dim, dtype),
         linear(ops, weights, qkv, hidden),
         linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
         scale=head_dim**-0.5,
         inv_freq=None,
-        dtype=dtype,
     )
 
 
@@ -136,12 +134,12 @@ def _moe(config: Config, weights: Weights, ops: Ops) -> MoE:
         gate, up = expert.take("gate_proj.weight", inner, hidden), expert.take("up_proj.weight", inner, hidden)
         w_in.append(torch.cat([gate, up]))
         w_out.append(expert.take("down_proj.weight", hidden, inner))
+    num_active = config.integer("num_experts_per_tok", 2, at_most=num_experts)
     return MoE(
+        MoEShape(hidden, inner, num_experts, num_active),
         router=linear(ops, weights, {"router": num_experts}, hidden),
         experts=ops.experts(w_in, w_out),
         route=chosen_of_softmax,
-        k=config.integer("num_experts_per_tok", 2, at_most=num_experts),
-        expert_cost=gated_cost(hidden, inner),
     )
 
 

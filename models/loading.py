@@ -16,8 +16,9 @@ from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models import registry
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
-from hybrid_cache.spec import AttentionSpec, PrefillCost
+from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost
 
 COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
@@ -44,14 +45,20 @@ def load_config(path: str | Path) -> dict[str, object]:
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
+    return read_config(folder / "config.json")
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """The values of one config.json, whatever lies beside it."""
+    folder, file = path.parent, path.name
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise ModelError(f"{folder}: config.json is not there") from e
+        raise ModelError(f"{folder}: {file} is not there") from e
     except (OSError, ValueError) as e:
-        raise ModelError(f"{folder}: config.json cannot be read: {e}") from e
+        raise ModelError(f"{folder}: {file} cannot be read: {e}") from e
     if not isinstance(values, dict):
-        raise ModelError(f"{folder}: config.json is not a JSON object")
+        raise ModelError(f"{folder}: {file} is not a JSON object")
     if values.get("quantization_config"):
         raise UnsupportedModel(f"{folder}: quantized weights (quantization_config) are not supported")
     return values
@@ -70,6 +77,8 @@ class ModelInfo:
     kv_bytes_per_token: int
     checkpoint_bytes: int
     prefill_cost: PrefillCost
+    cache_spec: CacheSpec
+    shape: ModelShape  # the parts that all of these add up from
 
 
 def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
@@ -89,6 +98,8 @@ def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
         kv_bytes_per_token=spec.kv_bytes_per_token,
         checkpoint_bytes=spec.slot_bytes,
         prefill_cost=model.prefill_cost,
+        cache_spec=spec,
+        shape=model.shape,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -10,9 +11,18 @@ from hybrid_cache.batch import HybridModel
 from hybrid_cache.errors import UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.weights import Checkpoint
 
-Build = Callable[[Config, Checkpoint, Ops, torch.dtype], HybridModel]
+
+class ShapedModel(HybridModel, Protocol):
+    """A model that can also say what it is made of."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+
+Build = Callable[[Config, Checkpoint, Ops, torch.dtype], ShapedModel]
 
 
 def find(model_type: object) -> Build:

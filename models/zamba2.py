@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch, HybridModel
+from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Linear, Ops
 from hybrid_cache.models.blocks import (
@@ -21,18 +21,17 @@ from hybrid_cache.models.blocks import (
     CacheEntry,
     CausalModel,
     Mamba2,
-    Mamba2Shape,
     Norm,
     linear,
-    linear_cost,
+    linear_shape,
     rotary_frequencies,
-    total_cost,
 )
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.shapes import AttentionShape, LayerShape, Mamba2Shape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> HybridModel:
+def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Zamba2":
     return Zamba2(config, weights, ops, dtype)
 
 
@@ -79,9 +78,17 @@ class Zamba2(CausalModel):
 class MambaLayer:
     def __init__(self, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
         self._norm = _norm("input_layernorm", config, weights, ops)
-        self._mamba = Mamba2(ops, Scope(weights, "mamba."), _mamba_shape(config), dtype)
-        self.specs = (self._mamba.spec,)
-        self.cost = self._mamba.cost
+        self._mamba = Mamba2(
+            ops,
+            Scope(weights, "mamba."),
+            _mamba_shape(config, dtype),
+            conv_bias=True,
+            proj_bias=config.flag("add_bias_linear", False),
+            norm_eps=1e-5,
+            dt_min=config.number("time_step_min", 0.001),
+            dt_max=inf,
+        )
+        self.shapes = (self._mamba.shape,)
 
     def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
         """Overwrites `hidden`."""
@@ -100,8 +107,7 @@ class HybridLayer:
         self._block = block
         self._linear = linear(ops, weights, {"linear": hidden}, hidden)
         self._mamba = MambaLayer(config, Scope(weights, "mamba_decoder."), ops, dtype)
-        self.specs = (block.spec, *self._mamba.specs)
-        self.cost = total_cost([block.cost, linear_cost(self._linear), self._mamba.cost])
+        self.shapes: tuple[LayerShape, ...] = (*block.shapes, linear_shape(self._linear), *self._mamba.shapes)
 
     def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
         """Overwrites `hidden`."""
@@ -160,20 +166,17 @@ class BlockUse:
         self._attention_norm = block.attention_norm
         self._attention = Attention(
             ops,
+            AttentionShape(2 * s.hidden, s.hidden, s.num_heads, s.num_kv_heads, s.head_dim, dtype),
             qkv,
             block.out,
-            num_heads=s.num_heads,
-            num_kv_heads=s.num_kv_heads,
-            head_dim=s.head_dim,
             scale=(s.head_dim / 2) ** -0.5,
             inv_freq=None if s.rope_theta is None else rotary_frequencies(s.rope_theta, s.head_dim),
-            dtype=dtype,
         )
         self._mlp_norm = block.mlp_norm
         self._mlp = MLP(gate_up, block.down, ops.gelu_mul)
-        self.spec = self._attention.spec
         adapters = [*gate_up.adapters, *(qkv.adapters if isinstance(qkv, AdaptedLinear) else [])]
-        self.cost = total_cost([self._attention.cost, self._mlp.cost, *(adapter.cost for adapter in adapters)])
+        adapter_shapes = (shape for adapter in adapters for shape in adapter.shapes)
+        self.shapes: tuple[LayerShape, ...] = (self._attention.shape, self._mlp.shape, *adapter_shapes)
 
     def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
         x = self._attention_norm(torch.cat([hidden, embedded], dim=1))
@@ -191,7 +194,7 @@ class Adapter:
         self._up = linear(ops, weights, {"1": size}, rank)
         self._first = first
         self._size = size
-        self.cost = linear_cost(self._down, self._up)
+        self.shapes = (linear_shape(self._down), linear_shape(self._up))
 
     def add(self, x: Tensor, y: Tensor) -> None:
         y.narrow(1, self._first, self._size).add_(self._up(self._down(x)))
@@ -252,7 +255,7 @@ def _block_shape(config: Config) -> BlockShape:
     )
 
 
-def _mamba_shape(config: Config) -> Mamba2Shape:
+def _mamba_shape(config: Config, dtype: torch.dtype) -> Mamba2Shape:
     hidden = config.integer("hidden_size")
     inner = int(config.number("mamba_expand", 2) * hidden)
     num_heads = config.divisor("n_mamba_heads", inner, default=8)
@@ -263,11 +266,7 @@ def _mamba_shape(config: Config) -> Mamba2Shape:
         d_state=config.integer("mamba_d_state", 64),
         num_groups=config.divisor("mamba_ngroups", num_heads, default=1),
         conv_width=config.integer("mamba_d_conv", 4, at_least=2),
-        conv_bias=True,
-        proj_bias=config.flag("add_bias_linear", False),
-        norm_eps=1e-5,
-        dt_min=config.number("time_step_min", 0.001),
-        dt_max=inf,
+        dtype=dtype,
     )
 
 

@@ -1,0 +1,289 @@
+"""Costs against what transformers really multiplies, bytes against what the cache really allocates."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybrid_cache.arena import Geometry, Kind
+from hybrid_cache.cache import HybridCache
+from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.kernels import dispatch
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.ops import KVTensors
+from hybrid_cache.models import loading
+from hybrid_cache.models.presets import CONFIGS, PRESETS, model_shape, preset
+from hybrid_cache.models.shapes import (
+    AttentionShape,
+    LinearShape,
+    Mamba1Shape,
+    Mamba2Shape,
+    MLPShape,
+    MoEShape,
+)
+from hybrid_cache.spec import AttentionSpec, PrefillCost, StateSpec
+from tests.models import checkpoints
+
+NUM_TOKENS = 2 * TILE
+MATRICES, CONVOLUTIONS, BATCHED = ("mm", "addmm"), ("convolution",), ("bmm",)
+
+
+def shape_of(case):
+    config = getattr(transformers, f"{case.family}Config")(**case.settings)
+    return loading.describe(json.loads(config.to_json_string())).shape
+
+
+def parts(shape, kind):
+    return [layer for layer in shape.layers if isinstance(layer, kind)]
+
+
+def conv_flops(mixer):
+    return mixer.cost.per_token - replace(mixer, conv_width=0).cost.per_token
+
+
+def scan_flops(mixer):
+    return mixer.cost.per_token - mixer.weight_flops - conv_flops(mixer)
+
+
+@pytest.fixture(scope="module")
+def count():
+    """FLOPs that torch sees in a prefill of NUM_TOKENS by transformers' own model: (case, module, operations)."""
+    counted = {}
+
+    def get(case, module, operations):
+        if case not in counted:
+            counted[case] = count_flops(checkpoints.reference(case))
+        found = counted[case]
+        names = [name for name in found if name.rpartition(".")[2] == module]
+        return sum(flops for name in names for op, flops in found[name].items() if str(op).split(".")[1] in operations)
+
+    return get
+
+
+def count_flops(model):
+    model.set_attn_implementation("eager")  # the counter does not see into the fused ones
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(3, 3 + NUM_TOKENS)[None], use_cache=False)
+    return counter.get_flop_counts()
+
+
+# Costs
+
+
+def test_weight_flops_are_exactly_the_products_with_matrices_that_transformers_does(case, count):
+    shape = shape_of(case)
+    weights = sum(layer.weight_flops for layer in shape.layers)
+    seen = count(case, "Global", MATRICES)
+    assert seen == NUM_TOKENS * (weights + shape.head_flops)  # it computes the logits of all rows
+
+
+def test_the_head_is_one_product_for_each_row_of_logits(case, count):
+    assert count(case, "lm_head", MATRICES) == NUM_TOKENS * shape_of(case).head_flops
+
+
+def test_attention_costs_the_causal_half_of_the_square_that_transformers_computes(case, count):
+    square = count(case, "self_attn", BATCHED)
+    assert square > 0
+    layers = parts(shape_of(case), AttentionShape)
+    mixing = sum(layer.cost.flops(0, NUM_TOKENS) - NUM_TOKENS * layer.weight_flops for layer in layers)
+    causal = NUM_TOKENS * (NUM_TOKENS + 1) / 2  # pairs, with the diagonal
+    assert mixing == square * causal / NUM_TOKENS**2
+
+
+def test_a_convolution_costs_its_width_for_each_channel(case, count):
+    mixers = parts(shape_of(case), (Mamba1Shape, Mamba2Shape))
+    padded = NUM_TOKENS + mixers[0].conv_width - 1  # transformers pads both ends and cuts one
+    assert count(case, "Global", CONVOLUTIONS) == padded * sum(map(conv_flops, mixers))
+
+
+def test_a_mamba2_scan_costs_what_transformers_multiplies_in_tiles_of_the_same_size(count):
+    """With a group for each head, because its plain version repeats C.B for each head of a group."""
+    settings = {**checkpoints.GRANITE, "mamba_chunk_size": TILE, "mamba_n_groups": 6}
+    case = checkpoints.Case("granite in our tiles", "GraniteMoeHybrid", settings)
+    mixers = parts(shape_of(case), Mamba2Shape)
+    scan = sum(map(scan_flops, mixers))
+    # From tile to tile it multiplies all states with a square matrix of decays; a running state needs no such product.
+    num_states = NUM_TOKENS // TILE + 1
+    between = sum(2 * m.inner * m.d_state * num_states**2 for m in mixers)
+    assert count(case, "mamba", BATCHED) == NUM_TOKENS * scan + between
+
+
+def test_of_a_mamba1_scan_torch_sees_the_products_with_c_two_of_seven_flops(count):
+    case = next(c for c in checkpoints.CASES if c.family == "Jamba")
+    scan = sum(map(scan_flops, parts(shape_of(case), Mamba1Shape)))
+    assert count(case, "mamba", BATCHED) == NUM_TOKENS * scan * 2 / 7
+
+
+def test_the_cost_of_a_range_is_the_sum_over_its_tokens():
+    cost = PrefillCost(100.0, 3.0)
+    assert cost.flops(7, 12) == sum(100 + 3 * p for p in range(7, 12))
+    assert cost.flops(0, 7) + cost.flops(7, 12) == cost.flops(0, 12)
+
+
+def test_the_kinds_of_layers_by_hand():
+    assert LinearShape(10, 7).cost == PrefillCost(140, 0)
+    assert MLPShape(10, 7).cost == PrefillCost(3 * 140, 0)
+    assert MLPShape(10, 7, gated=False).cost == PrefillCost(2 * 140, 0)
+    assert MoEShape(10, 7, num_experts=6, num_active=2).cost == PrefillCost(2 * 10 * 6 + 2 * 3 * 140, 0)
+    attention = AttentionShape(10, 12, num_heads=4, num_kv_heads=2, head_dim=5, dtype=torch.bfloat16)
+    assert attention.cost == PrefillCost(2 * 10 * (20 + 2 * 10) + 2 * 20 * 12 + 4 * 20, 4 * 20)
+    assert attention.cache == AttentionSpec(2, 5, torch.bfloat16)
+    mamba = Mamba1Shape(hidden=10, inner=30, d_state=4, dt_rank=3, conv_width=2, dtype=torch.bfloat16)
+    assert mamba.cost.per_token == 2 * (10 * 60 + 30 * 11 + 3 * 30 + 30 * 10) + 2 * 2 * 30 + 7 * 30 * 4
+    assert mamba.cache == StateSpec((1, 30), (30, 4), torch.bfloat16)
+
+
+# Bytes
+
+
+def check_bytes(shape, model):
+    """Every byte that a page or a slot takes: its own tensors, and nothing that the shape does not know."""
+    spec = shape.cache_spec
+    assert spec == model.cache_spec
+    assert shape.prefill_cost == model.prefill_cost
+    geometry = Geometry.of(spec, 1 << 24)
+    tensors = HybridCache(model.cache_spec, model.prefill_cost, 1 << 24).tensors
+    page_bytes = slot_bytes = 0
+    for entry in tensors:
+        if isinstance(entry, KVTensors):
+            kind, halves = Kind.PAGE, (entry.k, entry.v)
+            page_bytes += sum(half[0].nbytes for half in halves)
+        else:
+            kind, halves = Kind.SLOT, (entry.conv, entry.state)
+            slot_bytes += sum(-(-half[0].nbytes // 64) * 64 for half in halves)
+        assert all(half.stride(0) * half.element_size() == geometry.stride_bytes(kind) for half in halves)
+    assert (page_bytes, slot_bytes) == (spec.page_bytes, spec.slot_bytes)
+
+
+def test_bytes_are_those_that_the_cache_allocates_for_the_loaded_model(case, folders):
+    model = loading.load(folders(case), ops=dispatch.select("torch"))
+    check_bytes(model_shape(str(folders(case))), model)
+
+
+def test_bytes_are_those_that_the_cache_allocates_for_the_embedded_model():
+    check_bytes(preset("embedded"), loading.load(loading.embedded_path(), ops=dispatch.select("torch")))
+
+
+def test_transformers_keeps_the_same_keys_and_states(case, references):
+    with torch.no_grad():
+        tokens = torch.arange(3, 3 + NUM_TOKENS)[None]
+        layers = references(case)(tokens, use_cache=True).past_key_values.layers
+    spec = shape_of(case).cache_spec
+    keys = [layer.keys.nbytes for layer in layers if getattr(layer, "keys", None) is not None]
+    assert 2 * sum(keys) == NUM_TOKENS * spec.kv_bytes_per_token
+    states = [s.numel() for layer in layers for s in getattr(layer, "recurrent_states", {}).values()]
+    assert [4 * n for n in states] == [s.state_bytes for s in spec.layers if isinstance(s, StateSpec)]
+
+
+# Presets
+
+BF16 = 2  # bytes
+PUBLISHED = {
+    # name: parameters, KV bytes of a token, bytes of a checkpoint: layers * (window * channels * 2 + state * 4)
+    "nvidia-hybrid-7b": (8.66e9, 4 * 2 * 8 * 128 * BF16, 24 * (3 * (8192 + 2048) * BF16 + 8192 * 128 * 4)),
+    "jamba-1.5-mini": (51.57e9, 4 * 2 * 8 * 128 * BF16, 28 * (3 * 8192 * BF16 + 8192 * 16 * 4)),
+    "zamba2-7b": (7.36e9, 13 * 2 * 32 * 224 * BF16, 81 * (3 * (7168 + 256) * BF16 + 7168 * 64 * 4)),
+    "granite-4-h-tiny": (6.94e9, 4 * 2 * 4 * 128 * BF16, 36 * (3 * (3072 + 256) * BF16 + 3072 * 128 * 4)),
+    "granite-4-h-small": (32.2e9, 4 * 2 * 8 * 128 * BF16, 36 * (3 * (8192 + 256) * BF16 + 8192 * 128 * 4)),
+    "nemotron-h-8b": (8.10e9, 4 * 2 * 8 * 128 * BF16, 24 * (3 * (8192 + 2048) * BF16 + 8192 * 128 * 4)),
+    "bamba-9b": (9.78e9, 3 * 2 * 8 * 128 * BF16, 29 * (3 * (8192 + 256) * BF16 + 8192 * 128 * 4)),
+    "falcon-h1-7b": (7.59e9, 44 * 2 * 2 * 128 * BF16, 44 * (3 * (3072 + 512) * BF16 + 3072 * 256 * 4)),
+}
+
+
+def num_parameters(name):
+    """Exact for a config; from shapes, of dense models, without norms and other vectors: a thousandth less."""
+    if name in CONFIGS:
+        return loading.describe(CONFIGS[name]).num_parameters
+    shape = preset(name)
+    return sum(layer.weight_flops for layer in shape.layers) / 2 + shape.head_flops  # head and embedding
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_the_published_size(name):
+    parameters, kv_bytes, checkpoint_bytes = PUBLISHED[name]
+    spec = preset(name).cache_spec
+    assert num_parameters(name) == pytest.approx(parameters, rel=2e-3)
+    assert (spec.kv_bytes_per_token, spec.slot_bytes) == (kv_bytes, checkpoint_bytes)
+
+
+@pytest.mark.parametrize(("name", "active"), [("jamba-1.5-mini", 12e9), ("granite-4-h-small", 9e9)])
+def test_experts_that_are_not_chosen_cost_nothing(name, active):
+    shape = preset(name)
+    assert (shape.prefill_cost.per_token + shape.head_flops) / 2 == pytest.approx(active, rel=0.05)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_priced(name):
+    shape = preset(name)
+    assert shape.name == name
+    assert model_shape(name) == shape
+    assert shape.prefill_cost.per_token > shape.head_flops > 0
+    assert shape.cache_spec.slot_bytes > shape.cache_spec.kv_bytes_per_token > 0
+
+
+def test_the_as_published_preset_has_the_formulas_of_the_paper():
+    shape = preset("nvidia-hybrid-7b-as-published")
+    assert shape.cache_spec.kv_bytes_per_token == 65_536
+    assert shape.cache_spec.slot_bytes == 26_787_840 == 24 * 1_116_160
+    D, N = 4096, 128
+    for L in (1, 1000, 32_768):
+        attention = 8 * L * D**2 + 4 * L**2 * D
+        mamba = 12 * L * D**2 + 16 * L * D * N + 10 * L * D
+        assert shape.prefill_cost.flops(0, L) == 4 * attention + 24 * mamba + 28 * 16 * L * D**2
+
+
+def test_the_paper_and_the_true_shapes_agree_on_the_work_but_not_on_the_bytes():
+    true, published = preset("nvidia-hybrid-7b"), preset("nvidia-hybrid-7b-as-published")
+    assert true.prefill_cost.per_token == pytest.approx(published.prefill_cost.per_token, rel=0.02)
+    assert true.cache_spec.slot_bytes > 3.8 * published.cache_spec.slot_bytes
+    assert true.cache_spec.kv_bytes_per_token * 4 == published.cache_spec.kv_bytes_per_token
+
+
+def test_the_embedded_preset_is_what_its_config_says():
+    info = loading.describe(loading.load_config(loading.embedded_path()))
+    shape = preset("embedded")
+    assert shape.layers == info.shape.layers
+    assert shape.cache_spec == info.cache_spec
+    assert shape.prefill_cost == info.prefill_cost
+    assert shape.vocab_size == info.vocab_size
+    assert shape.dtype == info.dtype
+
+
+# Names
+
+
+def test_a_folder_and_its_config_file_are_the_same_model(tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIGS["granite-4-h-tiny"]))
+    shape = model_shape(str(folder))
+    assert shape == model_shape(str(folder / "config.json"))
+    assert shape.name == "tiny"
+    assert shape.layers == preset("granite-4-h-tiny").layers
+
+
+@pytest.mark.parametrize("get", [preset, model_shape])
+def test_an_unknown_name_is_refused_in_one_line_with_the_choices(get):
+    with pytest.raises(ModelError, match="'gpt-2' is") as refused:
+        get("gpt-2")
+    assert "nvidia-hybrid-7b, " in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_architecture_is_refused_in_one_line_with_the_choices(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UnsupportedModel, match=r"'llama'.*granitemoehybrid.*presets: nvidia-hybrid-7b, ") as refused:
+        model_shape(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_config_without_sizes_is_refused_with_its_place(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "jamba"}')
+    with pytest.raises(ModelError, match=rf"{tmp_path}.*missing"):
+        model_shape(str(tmp_path))
