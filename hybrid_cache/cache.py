@@ -13,6 +13,7 @@ ends) by the policy's score. A lease pins its pages: they are neither evicted no
 it has its own copy.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from hybrid_cache.policies.value import FlopsPerByte
 from hybrid_cache.request import Boundary, TokenArray
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
-from hybrid_cache.tree import Checkpoint, CheckpointKind, Kept, Keys, Node, PrefixTree, PromptEnd, keys_of
+from hybrid_cache.tree import Checkpoint, CheckpointKind, Kept, Keys, Node, PrefixTree, PromptEnd, end_name, keys_of
 
 
 class HybridCache:
@@ -179,12 +180,9 @@ class HybridCache:
         if any(r.position == position for r in lease.reserved) or (node and (node.checkpoint or node.awaited)):
             return None
         score = self._candidate_score(lease, position, kind)
-        taken = self._take_all(num_slots=1, num_pages=0, ceiling=score)
+        taken = None if score is None else self._take_all(num_slots=1, num_pages=0, ceiling=score)
         if taken is None:
-            self._decline(kind, score)
-            above = next((n.checkpoint for n in reversed(lease.nodes[: index]) if n.checkpoint), None)
-            if hasattr(self._policy, "gone"):
-                self._policy.gone(lease.namespace, lease.keys.names[index], above)
+            self._decline(lease, position, kind, score)
             return None
         if node is not None:
             node.awaited = True
@@ -224,9 +222,9 @@ class HybridCache:
             return False
         kind, num_pages = CheckpointKind.PROMPT_END, 1 if tail and self._geometry.page_bytes else 0
         score = self._candidate_score(lease, num_tokens, kind)
-        taken = self._take_all(num_slots=1, num_pages=num_pages, ceiling=score)
+        taken = None if score is None else self._take_all(num_slots=1, num_pages=num_pages, ceiling=score)
         if taken is None:
-            self._decline(kind, score)
+            self._decline(lease, num_tokens, kind, score)
             return False
         slots, pages = taken
         end = PromptEnd(lease.tip, tail, num_tokens, slots[0], pages[0] if pages else None)
@@ -396,8 +394,7 @@ class HybridCache:
             score, kept = lowest
             if ceiling is not None and score > ceiling:  # of two that are worth the same, the newer stays
                 return False
-            self._policy.evicted(score)
-            self._evict(kept)
+            self._evict(kept, score)
             return True
         guaranteed = self._queues.next_guaranteed() if ceiling is None else None
         if guaranteed is not None:
@@ -412,14 +409,15 @@ class HybridCache:
         self._allocator.give(Kind.PAGE, node.page)
         del self._page_owner[node.page]
         self._evictions["page"] += 1
+        self._report_rise(node.parent, 1)
         self._settle(node.parent)
 
-    def _evict(self, kept: Kept) -> None:
-        self._detach(kept)
+    def _evict(self, kept: Kept, score: float = -math.inf) -> None:
+        self._detach(kept, score)
         for kind, item in self._items(kept):
             self._allocator.give(kind, item)
 
-    def _detach(self, kept: Kept) -> None:
+    def _detach(self, kept: Kept, score: float = -math.inf) -> None:
         """Takes a state out of the tree; its slot and page are the caller's."""
         self._queues.withdraw(kept)
         del self._slot_owner[kept.slot]
@@ -430,11 +428,9 @@ class HybridCache:
         else:
             kept.node.checkpoint = None
         self._evictions[kept.kind.value] += 1
-        above = kept.node
-        while above.parent is not None and above.checkpoint is None:
-            above = above.parent
-        if hasattr(self._policy, "gone"):
-            self._policy.gone(kept.node.namespace, kept.name, above.checkpoint)
+        self._policy.lost(kept.node.namespace, kept.name, score, nearest_checkpoint(kept.node))
+        if self._policy.wants_rises:
+            self._rescore_below(kept.node)
         self._settle(kept.node)
 
     def _items(self, kept: Kept) -> list[tuple[Kind, int]]:
@@ -473,6 +469,7 @@ class HybridCache:
             node = self._tree.insert(parent, key, lease.keys.names[index], lease.pages[index], self._clock())
             self._page_owner[node.page] = node
             lease.written_tokens += self._page_tokens
+            self._report_rise(parent, 2)
         else:
             self._allocator.give(Kind.PAGE, lease.pages[index])
             lease.pages[index] = node.page
@@ -529,8 +526,13 @@ class HybridCache:
         if not node.children and len(node.ends) + (node.checkpoint is not None) == 1:
             self._rescore(node.checkpoint or next(iter(node.ends.values())))  # more pages would go with it than before
 
+    def _report_rise(self, node: Node, num_children: int) -> None:
+        """To be called when a node has got or lost a child."""
+        if self._policy.wants_rises and node.checkpoint is not None and len(node.children) == num_children:
+            self._rescore(node.checkpoint)
+
     def _rescore_below(self, node: Node) -> None:
-        """To be called when a node has got a checkpoint: the next states below save less than before."""
+        """To be called when a node has got or lost its checkpoint: the next states below save less or more."""
         nodes = [node]
         while nodes:
             below = nodes.pop()
@@ -552,10 +554,21 @@ class HybridCache:
         self._stamp(kept, lease.nodes)
         self._unguard(kept)
 
-    def _decline(self, kind: CheckpointKind, score: float) -> None:
+    def _decline(self, lease: Lease, position: int, kind: CheckpointKind, score: float | None) -> None:
         """To the policy it is as if the candidate had come and gone: else what is here would never grow old."""
         self._declines[kind.value] += 1
-        self._policy.evicted(score)
+        index = position // self._page_tokens - 1
+        above = (
+            nearest_checkpoint(lease.nodes[min(index, len(lease.nodes) - 1)]) if lease.nodes and index >= 0 else None
+        )
+        name = self._name(lease, position, kind)
+        self._policy.lost(lease.namespace, name, -math.inf if score is None else score, above)
+
+    def _name(self, lease: Lease, position: int, kind: CheckpointKind) -> int:
+        """Names the prefix of a lease's prompt that a state at `position` would stand for."""
+        keys, index = lease.keys, position // self._page_tokens - 1
+        name = keys.names[index] if index >= 0 else 0
+        return end_name(name, keys.tail) if kind is CheckpointKind.PROMPT_END else name
 
     def _stamp(self, kept: Kept, path: Iterable[Node]) -> None:
         """Notes that a state was made or used now."""
@@ -569,7 +582,7 @@ class HybridCache:
             start = (kept.num_tokens - 1) // self._page_tokens * self._page_tokens
         return Worth(self._cost.flops(start, kept.num_tokens), self._bytes(1, kept.pages_freed()))
 
-    def _candidate_score(self, lease: Lease, position: int, kind: CheckpointKind) -> float:
+    def _candidate_score(self, lease: Lease, position: int, kind: CheckpointKind) -> float | None:
         """The score that a state of a lease at `position` would have."""
         above = max((r.position for r in lease.reserved if r.position < position), default=0)
         nodes = (n for n in reversed(lease.nodes) if n.checkpoint and n.num_tokens < position)
@@ -579,8 +592,7 @@ class HybridCache:
             above = (position - 1) // self._page_tokens * self._page_tokens
         num_pages = -(-(position - max(above, min(lease.shared, position))) // self._page_tokens)
         worth = Worth(self._cost.flops(above, position), self._bytes(1, num_pages))
-        index = position // self._page_tokens - 1
-        return self._policy.candidate(kind, lease.namespace, lease.keys.names[index] if index >= 0 else 0, worth)
+        return self._policy.candidate(kind, lease.namespace, self._name(lease, position, kind), worth)
 
     def _bytes(self, num_slots: int, num_pages: int) -> int:
         return num_slots * self._item_bytes[Kind.SLOT] + num_pages * self._item_bytes[Kind.PAGE]
@@ -676,6 +688,14 @@ class HybridCache:
         assert self._page_owner[node.page] is node
         assert node.num_tokens == node.parent.num_tokens + self._page_tokens
         assert node.pins <= node.parent.pins
+
+
+def nearest_checkpoint(node: Node) -> Checkpoint | None:
+    """The state to go on from for who comes to this node."""
+    above: Node | None = node
+    while above is not None and above.checkpoint is None:
+        above = above.parent
+    return above.checkpoint if above else None
 
 
 def as_keys(prompt: TokenArray | Keys) -> Keys:

@@ -131,7 +131,7 @@ class PromptEnd:
 
     @property
     def name(self) -> int:
-        return hash((self.node.name, self.tail))
+        return end_name(self.node.name, self.tail)
 
     def resume_without(self) -> int:
         """Where the same prompt would have to start: at least one token has to be computed."""
@@ -160,6 +160,11 @@ class Keys:
     def names(self) -> Sequence[int]:
         """A number for each page and all before it, to remember prefixes by."""
         return list(accumulate(self.pages, lambda name, key: hash((name, key)), initial=0))[1:]
+
+
+def end_name(name: int, tail: Hashable) -> int:
+    """Names a whole prompt by its full pages and the tokens after them; never the name of the full pages alone."""
+    return hash((name, tail, "end"))
 
 
 def keys_of(tokens: TokenArray) -> Keys:

@@ -73,6 +73,7 @@ class Policy(Protocol):
     """Decides what enters and what leaves. One object belongs to one cache."""
 
     name: str
+    wants_rises: bool  # whether `add` is to be called also when the worth of a state may have risen
 
     def open(self, worth_of: Callable[[Kept], Worth], clock: Callable[[], float]) -> None:
         """Called once by the cache: how to ask for the present worth of a state, and the time in seconds."""
@@ -84,8 +85,8 @@ class Policy(Protocol):
     def finished(self, namespace: str, name: int, num_output_tokens: int) -> None:
         """The request whose prompt's last full page has this name got an answer of so many tokens."""
 
-    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float:
-        """The score that a state of a running request would have."""
+    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
+        """The score that a state of a running request would have; None refuses it whatever room there is."""
         ...
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
@@ -101,8 +102,11 @@ class Policy(Protocol):
         """The state that goes next, and its score."""
         ...
 
-    def evicted(self, score: float) -> None:
-        """A state, or a candidate that was refused, with this score went."""
+    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
+        """A state has gone, or a candidate was refused; who would use it has to go on from `above`.
+
+        `score` is minus infinity for a state that went for other reasons than its score.
+        """
 
     def items(self) -> Iterable[Kept]:
         """All states that may be evicted."""
@@ -157,6 +161,7 @@ class ScoredPolicy:
     """Keeps states in a heap by a score that may only rise while a state is not used. Subclasses say the score."""
 
     name = ""
+    wants_rises = False
 
     def __init__(self) -> None:
         self._heap: LazyHeap[Kept] = LazyHeap()
@@ -180,7 +185,7 @@ class ScoredPolicy:
     def finished(self, namespace: str, name: int, num_output_tokens: int) -> None:
         pass
 
-    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float:
+    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
         return self.score(self.clock, kind, worth)
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
@@ -195,7 +200,7 @@ class ScoredPolicy:
     def lowest(self) -> tuple[float, Kept] | None:
         return self._heap.peek(self._score)
 
-    def evicted(self, score: float) -> None:
+    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
         pass
 
     def items(self) -> Iterable[Kept]:

@@ -41,7 +41,15 @@ class Place:
     heir: "Place | None" = None  # the best place that this one stands in for
 
     def features(self) -> list[int]:
-        values = ((self.kind * 5 + self.role) * 3 + self.group, int(self.at_end), self.hit, self.length, self.output, self.pace, self.turns)
+        values = (
+            (self.kind * 5 + self.role) * 3 + self.group,
+            int(self.at_end),
+            self.hit,
+            self.length,
+            self.output,
+            self.pace,
+            self.turns,
+        )
         return [offset + value for offset, value in zip(OFFSETS, values, strict=True)]
 
     @property
@@ -51,6 +59,7 @@ class Place:
 
 class Ours:
     name = "ours"
+    wants_rises = False
 
     def __init__(self) -> None:
         self.model = ReturnModel(sum(SIZES), len(SIZES))
@@ -176,7 +185,9 @@ class Ours:
         key = (kept.node.namespace, self._name(kept))
         place = self._places.get(key)
         if place is None:
-            place = Place(KINDS.index(kept.kind), 0, True, 0, log_bin(kept.num_tokens / 512, 11), 0, 13, 0, 0, self._clock(), 0)
+            place = Place(
+                KINDS.index(kept.kind), 0, True, 0, log_bin(kept.num_tokens / 512, 11), 0, 13, 0, 0, self._clock(), 0
+            )
             place.life = self.model.begin(place.features(), place.group, self._clock())
             place.level = self.model.level(place.features())
             self._places[key] = place
@@ -200,7 +211,9 @@ class Ours:
         self._place.pop()
 
     def _score_row(self, row: int) -> float:
-        return float(self.model.at(self._level[row], self._group[row], self._clock() - self._since[row]) * self._value[row])
+        return float(
+            self.model.at(self._level[row], self._group[row], self._clock() - self._since[row]) * self._value[row]
+        )
 
     def lowest(self) -> tuple[float, Kept] | None:
         while True:
@@ -231,16 +244,17 @@ class Ours:
             worth = self._worth_of(kept)
             self._value[row] = worth.flops / worth.num_bytes
             own = self._places.get((kept.node.namespace, kept.name))
-            if own is not None and own is not self._place[row] and self._index(own, now) > self._index(self._place[row], now):
+            if (
+                own is not None
+                and own is not self._place[row]
+                and self._index(own, now) > self._index(self._place[row], now)
+            ):
                 self._place[row] = own
             self._serial += 1
             self._short.append((self._score_row(int(row)), self._serial, kept))
         self._short.sort()
 
-    def evicted(self, score: float) -> None:
-        pass
-
-    def gone(self, namespace: str, name: int, above: Kept | None) -> None:
+    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
         place = self._places.get((namespace, name))
         row = self._rows.get(above) if above is not None else None
         if place is None or row is None:

@@ -1,7 +1,7 @@
 """Value per byte without learning: GreedyDual-Size on replay FLOPs."""
 
 from hybrid_cache.policies.base import ScoredPolicy, Worth
-from hybrid_cache.tree import CheckpointKind
+from hybrid_cache.tree import CheckpointKind, Kept
 
 # Prior odds that a boundary of a kind is returned to, relative to a message end.
 RATE = {
@@ -34,5 +34,5 @@ class FlopsPerByte(ScoredPolicy):
     def score(self, base: float, kind: CheckpointKind, worth: Worth) -> float:
         return base + RATE[kind] * worth.flops / worth.num_bytes
 
-    def evicted(self, score: float) -> None:
+    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
         self._inflation = max(self._inflation, score)
