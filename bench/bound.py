@@ -1,9 +1,9 @@
 """How much of all prefill any cache could save in so many bytes, even one that knows the future.
 
-A request that resumes at depth d needs d pages and the state behind the last of them. Whatever its own last visitor did
-not leave in the cache must be kept from then on, so every page and state it needs takes room in all gaps between that
-visit and this request, and serves nobody else meanwhile. Let a byte cost `prices[g]` in the gap after request g. Every
-request then resumes where benefit less rent is largest, and whatever the prices are (Lagrangian duality),
+Requests run one after the other. One that resumes at depth d needs d pages and the state behind the last of them. Each
+must have been kept ever since the last earlier request that passed it: it takes room in all gaps between the two, and
+serves nobody else meanwhile. Let a byte cost `prices[g]` in the gap after request g, and let every request resume where
+benefit less rent is largest. Then, whatever the prices are (Lagrangian duality),
 
     best saving  <=  sum of prices * capacity  +  sum over requests of max(0, max over depths of benefit - rent)
 
@@ -34,7 +34,7 @@ SOFTEST, HARDEST = 0.3, 0.01  # how sharply requests choose, in mean benefits
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Shares of all prefill, 0 to 1. No policy saves more than `flops_saved`; the best one not less than `planned`."""
+    """Shares of all prefill, 0 to 1. The best policy saves from `planned_flops_saved` to `flops_saved`."""
 
     flops_saved: float
     planned_flops_saved: float  # by one plan that knows the future, is allowed and fits

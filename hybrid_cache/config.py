@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.policies.registry import make_policy
+from hybrid_cache.policies.registry import check_policy_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,4 +22,4 @@ class EngineConfig:
         for name in ("budget_bytes", "max_running", "max_waiting", "max_tiles", "max_tiles_beside_decode"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
-        make_policy(self.policy)
+        check_policy_name(self.policy)

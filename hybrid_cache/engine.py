@@ -31,7 +31,8 @@ class Engine:
     def __init__(self, model: HybridModel, config: EngineConfig, *, runner: type[ModelRunner] = ModelRunner) -> None:
         self.model = model
         self._config = config
-        self.cache = HybridCache(model.cache_spec, model.prefill_cost, config.budget_bytes, make_policy(config.policy))
+        fit = model.cache_spec, model.prefill_cost, config.budget_bytes
+        self.cache = HybridCache(*fit, make_policy(config.policy, *fit))
         self._runner = runner(model, self.cache)
         self._scheduler = Scheduler(self.cache, config)
         self._arrivals = 0

@@ -14,7 +14,7 @@ from hybrid_cache.tree import CheckpointKind, Kept, Node, PromptEnd
 
 KINDS = list(CheckpointKind)
 ROLES = {"": 0, "system": 1, "developer": 1, "user": 2, "assistant": 3, "tool": 4}
-SIZES = (len(KINDS) * 15, 2, 6, 12, 15, 15, 8)  # values of each feature
+SIZES = (len(KINDS) * 5, 2, 6, 12, 15, 15, 8)  # values of each feature
 OFFSETS = tuple(sum(SIZES[:i]) for i in range(len(SIZES)))
 MOST_PLACES = 1 << 17
 FIT_EVERY = 256
@@ -42,7 +42,7 @@ class Place:
 
     def features(self) -> list[int]:
         values = (
-            (self.kind * 5 + self.role) * 3 + self.group,
+            self.kind * 5 + self.role,
             int(self.at_end),
             self.hit,
             self.length,
@@ -54,7 +54,7 @@ class Place:
 
     @property
     def group(self) -> int:
-        return min(self.uses, 2)
+        return 1 + min(self.uses, 2) if self.uses else int(KINDS[self.kind] is CheckpointKind.INTERIOR)
 
 
 class Ours:
@@ -102,7 +102,7 @@ class Ours:
             found.pace = pace
             found.since = now
             found.life = self.model.begin(found.features(), found.group, now)
-            found.level = self.model.level(found.features())
+            found.level = self.model.level(found.features(), found.group)
         hit = min(int(outline.shared / outline.num_tokens * 4 + 0.999), 4) + (outline.shared > 0.9 * outline.num_tokens)
         roles = {outline.floor(b.position): ROLES.get(b.role, 0) for b in outline.boundaries}
         for wish in wishes:
@@ -124,7 +124,7 @@ class Ours:
                 0,
             )
             place.life = self.model.begin(place.features(), place.group, now)
-            place.level = self.model.level(place.features())
+            place.level = self.model.level(place.features(), place.group)
             self._places[key] = place
         while len(self._places) > MOST_PLACES:
             self._places.popitem(last=False)
@@ -135,13 +135,13 @@ class Ours:
         if place is not None and place.output == 0:
             place.output = 1 + log_bin(num_output_tokens, 13)
             self.model.change(place.life, place.features())
-            place.level = self.model.level(place.features())
+            place.level = self.model.level(place.features(), place.group)
             kept = self._kept_at.get(place) if hasattr(self, "_kept_at") else None
 
     def _fit(self, now: float) -> None:
         self.model.fit(now)
         for place in self._places.values():
-            place.level = self.model.level(place.features())
+            place.level = self.model.level(place.features(), place.group)
         for row, place in enumerate(self._place):
             self._level[row] = place.level
         self._short.clear()
@@ -189,7 +189,7 @@ class Ours:
                 KINDS.index(kept.kind), 0, True, 0, log_bin(kept.num_tokens / 512, 11), 0, 13, 0, 0, self._clock(), 0
             )
             place.life = self.model.begin(place.features(), place.group, self._clock())
-            place.level = self.model.level(place.features())
+            place.level = self.model.level(place.features(), place.group)
             self._places[key] = place
         return place
 
@@ -239,6 +239,7 @@ class Ours:
         k = min(n, max(8, n // 64))
         rows = np.argpartition(scores, k - 1)[:k]
         self._short = []
+        bound = scores[rows].max() if k < n else math.inf
         for row in rows:
             kept = self._kept[row]
             worth = self._worth_of(kept)
@@ -251,7 +252,9 @@ class Ours:
             ):
                 self._place[row] = own
             self._serial += 1
-            self._short.append((self._score_row(int(row)), self._serial, kept))
+            score = self._score_row(int(row))
+            if score <= bound:
+                self._short.append((score, self._serial, kept))
         self._short.sort()
 
     def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:

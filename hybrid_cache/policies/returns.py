@@ -25,10 +25,10 @@ Floats = NDArray[np.float64]
 NUM_BUCKETS = 17
 EDGES = np.concatenate([[0.0], 2.0 ** np.arange(NUM_BUCKETS)])  # seconds: 0, 1, 2, 4 ... 65,536
 WIDTHS = np.diff(EDGES)
-NUM_GROUPS = 3  # lives of places that returned never before, once, more often
+NUM_GROUPS = 4  # lives of places that returned never before, once, more often
 GRID = np.arange(-8.0, 8.01, 0.25)  # relative log-rates for which indices are tabulated
 PRIOR_WEIGHT = 4.0  # returns that the prior is worth in each group
-RIDGE = 2.0
+RIDGE = float(__import__("os").environ.get("RIDGE", 8.0))
 
 
 def prior_rates() -> Floats:
@@ -76,7 +76,7 @@ class ReturnModel:
         self._start = np.zeros(num_lives)
         self._end = np.full(num_lives, np.inf)
         self._count = 0
-        self.weights = np.zeros(num_features)
+        self.weights = np.zeros((NUM_GROUPS, num_features))
         self._u = np.log(np.tile(prior_rates(), (NUM_GROUPS, 1)))
         self._tabulate()
 
@@ -102,9 +102,9 @@ class ReturnModel:
         if self._count - life <= len(self._start):
             self._features[life % len(self._start)] = features
 
-    def level(self, features: Sequence[int]) -> int:
+    def level(self, features: Sequence[int], group: int) -> int:
         """Row of `table` for a place with these features."""
-        log_rate = sum(map(self.weights.__getitem__, features))
+        log_rate = sum(map(self.weights[group].__getitem__, features))
         return min(max(int((log_rate - GRID[0]) * 4 + 0.5), 0), len(GRID) - 1)
 
     def at(self, level, group, age):
@@ -119,28 +119,30 @@ class ReturnModel:
         n = min(self._count, len(self._start))
         if n < 32:
             return
-        features, group = self._features[:n], self._group[:n].astype(np.int64)
         ended = self._end[:n] < np.inf
         age = np.where(ended, self._end[:n], now) - self._start[:n]
+        for g in range(NUM_GROUPS):
+            mine = np.flatnonzero(self._group[:n] == g)
+            if len(mine):
+                self._fit_group(g, self._features[mine], ended[mine], age[mine], rounds)
+        self._tabulate()
+
+    def _fit_group(self, g, features, ended, age, rounds) -> None:
         exposure = np.clip(age[:, None] - EDGES[None, :-1], 0.0, WIDTHS[None, :])  # [n, buckets]
-        last = bucket_of(age)
-        d = len(self.weights)
+        n, d = len(age), self.weights.shape[1]
+        returns = np.bincount(bucket_of(age[ended]), minlength=NUM_BUCKETS).astype(float)
         x = np.zeros((n, d), np.float32)
         x[np.arange(n)[:, None], features] = 1.0
         prior = prior_rates()
         for _ in range(rounds):
-            relative = np.exp(np.clip((x @ self.weights.astype(np.float32)).astype(np.float64), -8, 8))
-            for g in range(NUM_GROUPS):
-                mine = group == g
-                returns = np.bincount(last[mine & ended], minlength=NUM_BUCKETS).astype(float)
-                at_risk = relative[mine] @ exposure[mine]
-                # The prior says how rates fall with age; how high they are overall is learned first.
-                scale = (returns.sum() + 1.0) / ((prior * at_risk).sum() + 1.0)
-                expected = PRIOR_WEIGHT / NUM_BUCKETS
-                self._u[g] = np.log((returns + expected) / (at_risk + expected / (prior * scale)))
-            means = relative * np.einsum("nb,nb->n", exposure, np.exp(self._u)[group])
-            gradient = x.T @ (ended - means).astype(np.float32) - RIDGE * self.weights
+            relative = np.exp(np.clip((x @ self.weights[g].astype(np.float32)).astype(np.float64), -8, 8))
+            at_risk = relative @ exposure
+            # The prior says how rates fall with age; how high they are overall is learned first.
+            scale = (returns.sum() + 1.0) / ((prior * at_risk).sum() + 1.0)
+            expected = PRIOR_WEIGHT / NUM_BUCKETS
+            self._u[g] = np.log((returns + expected) / (at_risk + expected / (prior * scale)))
+            means = relative * (exposure @ np.exp(self._u[g]))
+            gradient = x.T @ (ended - means).astype(np.float32) - RIDGE * self.weights[g]
             hessian = (x.T * means.astype(np.float32)) @ x + RIDGE * np.eye(d)
             step = np.linalg.solve(hessian, gradient)
-            self.weights = self.weights + np.clip(step, -1.0, 1.0)
-        self._tabulate()
+            self.weights[g] += np.clip(step, -1.0, 1.0)
