@@ -35,6 +35,8 @@ class Kind(Enum):
     PAGE = "page"
     SLOT = "slot"
 
+    __hash__ = object.__hash__  # members are unique; the enum's own hash is slow
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:

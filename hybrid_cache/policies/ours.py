@@ -1,277 +1,172 @@
-"""Predicted returns a second * FLOPs saved a return / bytes held."""
+"""The default policy: expected FLOPs saved per byte and second.
 
-import math
+    score = returns a second (returns.py) * FLOPs that a return saves / bytes that are freed
+
+In real traffic three quarters of all prompts never come back, so most of what can be gained lies in not keeping them.
+Which prompts come back shows in what a server sees anyway: how long the last answer was, how much of the prompt was
+known, how many turns it has had, whose message ended it, how far from its end it parts from the next. places.py turns
+that into features, returns.py into a rate that is learned while the server runs, and from the rate into what a second of
+memory is worth now. A state enters if it is worth more than what has to go for it.
+
+Two rules complete it. The cost of a state is that of computing again from the nearest state that is *still there*, and
+when a state goes, the one above it stands in for it and takes over its prospects, if they are better.
+
+No state is walked to for a decision: the scores of all are computed at once, in one vectorised pass, and the lowest 64th
+is a shortlist from which victims are taken until it is empty. A state on it whose score has risen meanwhile is dropped
+from it, a state that is made or changed and scores less than its last is put in.
+"""
+
 from bisect import insort
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
 from hybrid_cache.policies.base import Outline, Wish, Worth, every_place
-from hybrid_cache.policies.returns import GRID, NUM_BUCKETS, ReturnModel, bucket_of
-from hybrid_cache.tree import CheckpointKind, Kept, Node, PromptEnd
+from hybrid_cache.policies.places import NUM_GROUPS, SIZES, Place, PlaceMemory
+from hybrid_cache.policies.returns import ReturnModel
+from hybrid_cache.tree import CheckpointKind, Kept, Node
 
-KINDS = list(CheckpointKind)
-ROLES = {"": 0, "system": 1, "developer": 1, "user": 2, "assistant": 3, "tool": 4}
-SIZES = (len(KINDS) * 5, 2, 6, 12, 15, 15, 8)  # values of each feature
-OFFSETS = tuple(sum(SIZES[:i]) for i in range(len(SIZES)))
-MOST_PLACES = 1 << 17
-FIT_EVERY = 256
-
-
-def log_bin(value: float, most: int) -> int:
-    return min(int(math.log2(value + 1.0)), most)
-
-
-@dataclass(slots=True, eq=False)
-class Place:
-    kind: int
-    role: int
-    at_end: bool
-    hit: int
-    length: int
-    output: int
-    pace: int
-    turns: int
-    uses: int
-    since: float
-    life: int
-    level: int = 0
-    heir: "Place | None" = None  # the best place that this one stands in for
-
-    def features(self) -> list[int]:
-        values = (
-            self.kind * 5 + self.role,
-            int(self.at_end),
-            self.hit,
-            self.length,
-            self.output,
-            self.pace,
-            self.turns,
-        )
-        return [offset + value for offset, value in zip(OFFSETS, values, strict=True)]
-
-    @property
-    def group(self) -> int:
-        return 1 + min(self.uses, 2) if self.uses else int(KINDS[self.kind] is CheckpointKind.INTERIOR)
+FIT_EARLY = (32, 64, 96, 128, 192, 256, 384)  # after so many requests the model is fitted,
+FIT_EVERY = 512  # and then each time after so many more
+SHORTLIST_SHARE = 64
 
 
 class Ours:
+    """See the module docstring."""
+
     name = "ours"
     wants_rises = False
 
     def __init__(self) -> None:
-        self.model = ReturnModel(sum(SIZES), len(SIZES))
-        self._places: OrderedDict[tuple[str, int], Place] = OrderedDict()
-        self._requests = 0
+        self._model = ReturnModel(NUM_GROUPS, tuple(SIZES.values()))
+        self._memory = PlaceMemory(self._model)
+        self._num_requests = 0
+        self._num_added = 0
         self._rows: dict[Kept, int] = {}
+        # One row for each state that may be evicted.
         self._kept: list[Kept] = []
-        self._place: list[Place] = []
-        self._value = np.zeros(64)
-        self._level = np.zeros(64, np.int64)
-        self._group = np.zeros(64, np.int64)
+        self._places: list[Place] = []  # the state's own, or the one it stands in for
+        self._value = np.zeros(64)  # FLOPs a byte
         self._since = np.zeros(64)
-        self._short: list[tuple[float, int, Kept]] = []
-        self._serial = 0
+        self._group = np.zeros(64, np.int64)
+        self._features = np.zeros((64, len(SIZES)), np.int64)
+        self._shortlist: list[tuple[float, int, Kept]] = []
 
     def open(self, worth_of: Callable[[Kept], Worth], clock: Callable[[], float]) -> None:
         self._worth_of, self._clock = worth_of, clock
 
-    # learning
+    # Learning
 
     def plan(self, outline: Outline) -> Iterable[Wish]:
         wishes = list(every_place(outline))
-        now, names, ns = self._clock(), outline.keys.names, outline.namespace
-        found: Place | None = None
+        self._memory.visit(outline, wishes, self._clock())
         if not outline.generated and not outline.again:
-            last = len(names) if outline.num_tokens % outline.page_tokens else len(names) - 1
-            for index in range(last - 1, -1, -1):
-                found = self._places.get((ns, names[index]))
-                if found is not None:
-                    break
-            self._requests += 1
-            if self._requests % FIT_EVERY == 0 or self._requests in (32, 64, 128):
-                self._fit(now)
-        pace, turns = 13, 0
-        if found is not None:
-            pace = log_bin(now - found.since, 12)
-            turns = min(found.turns + 1, 7)
-            self.model.end(found.life, now)
-            found.uses += 1
-            found.pace = pace
-            found.since = now
-            found.life = self.model.begin(found.features(), found.group, now)
-            found.level = self.model.level(found.features(), found.group)
-        hit = min(int(outline.shared / outline.num_tokens * 4 + 0.999), 4) + (outline.shared > 0.9 * outline.num_tokens)
-        roles = {outline.floor(b.position): ROLES.get(b.role, 0) for b in outline.boundaries}
-        for wish in wishes:
-            key = (ns, outline.name(wish.position))
-            place = self._places.get(key)
-            if place is not None:
-                continue
-            place = Place(
-                KINDS.index(wish.kind),
-                3 if outline.generated else roles.get(wish.position, 0),
-                wish.position == outline.end,
-                hit,
-                log_bin(wish.position / 512, 11),
-                0,
-                pace,
-                turns,
-                0,
-                now,
-                0,
-            )
-            place.life = self.model.begin(place.features(), place.group, now)
-            place.level = self.model.level(place.features(), place.group)
-            self._places[key] = place
-        while len(self._places) > MOST_PLACES:
-            self._places.popitem(last=False)
+            self._num_requests += 1
+            if self._num_requests % FIT_EVERY == 0 or self._num_requests in FIT_EARLY:
+                self._model.fit(self._clock())
+                self._shortlist.clear()
         return wishes
 
     def finished(self, namespace: str, name: int, num_output_tokens: int) -> None:
-        place = self._places.get((namespace, name))
-        if place is not None and place.output == 0:
-            place.output = 1 + log_bin(num_output_tokens, 13)
-            self.model.change(place.life, place.features())
-            place.level = self.model.level(place.features(), place.group)
-            kept = self._kept_at.get(place) if hasattr(self, "_kept_at") else None
+        place = self._memory.get(namespace, name)
+        if place is not None:
+            self._memory.answered(place, num_output_tokens)
+            if place.kept in self._rows:
+                self.add(place.kept)
 
-    def _fit(self, now: float) -> None:
-        self.model.fit(now)
-        for place in self._places.values():
-            place.level = self.model.level(place.features(), place.group)
-        for row, place in enumerate(self._place):
-            self._level[row] = place.level
-        self._short.clear()
+    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
+        place = self._memory.get(namespace, name)
+        row = self._rows.get(above) if above is not None else None
+        if place is not None:
+            place.kept = None
+            if row is not None and self._index(place) > self._index(self._places[row]):
+                self._file(row, place)
 
-    # ordering
+    # Ordering
 
-    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float:
-        place = self._places.get((namespace, name))
-        if place is None:
-            return 0.0
-        return float(self.model.table[place.level, place.group, 0] * worth.flops / worth.num_bytes)
+    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
+        place = self._memory.get(namespace, name)
+        return 0.0 if place is None else self._index(place) * worth.flops / worth.num_bytes
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
         pass
 
     def add(self, kept: Kept) -> None:
-        place = self._place_of(kept)
         row = self._rows.get(kept)
         if row is None:
             row = self._rows[kept] = len(self._kept)
+            place = self._memory.place_of(kept, self._clock())
+            place.kept = kept
             self._kept.append(kept)
-            self._place.append(place)
+            self._places.append(place)
             if row == len(self._value):
-                for column in ("_value", "_level", "_group", "_since"):
-                    old = getattr(self, column)
-                    setattr(self, column, np.concatenate([old, np.zeros_like(old)]))
-        else:
-            self._place[row] = place
-        worth = self._worth_of(kept)
-        self._value[row] = worth.flops / worth.num_bytes
-        self._level[row] = place.level
-        self._group[row] = place.group
-        self._since[row] = place.since
-        if self._short:
-            score = self._score_row(row)
-            if score < self._short[-1][0]:
-                self._serial += 1
-                insort(self._short, (score, self._serial, kept))
-
-    def _place_of(self, kept: Kept) -> Place:
-        key = (kept.node.namespace, self._name(kept))
-        place = self._places.get(key)
-        if place is None:
-            place = Place(
-                KINDS.index(kept.kind), 0, True, 0, log_bin(kept.num_tokens / 512, 11), 0, 13, 0, 0, self._clock(), 0
-            )
-            place.life = self.model.begin(place.features(), place.group, self._clock())
-            place.level = self.model.level(place.features(), place.group)
-            self._places[key] = place
-        return place
-
-    def _name(self, kept: Kept) -> int:
-        return kept.name
+                self._grow()
+        self._file(row, self._places[row])
 
     def remove(self, kept: Kept) -> None:
         row = self._rows.pop(kept, None)
         if row is None:
             return
-        last = len(self._kept) - 1
-        if row != last:
-            self._kept[row] = self._kept[last]
-            self._place[row] = self._place[last]
-            self._rows[self._kept[row]] = row
-            for column in (self._value, self._level, self._group, self._since):
-                column[row] = column[last]
-        self._kept.pop()
-        self._place.pop()
-
-    def _score_row(self, row: int) -> float:
-        return float(
-            self.model.at(self._level[row], self._group[row], self._clock() - self._since[row]) * self._value[row]
-        )
+        last, place = self._kept.pop(), self._places.pop()
+        if last is not kept:
+            end = len(self._kept)
+            self._kept[row], self._places[row], self._rows[last] = last, place, row
+            for column in (self._value, self._since, self._group, self._features):
+                column[row] = column[end]
 
     def lowest(self) -> tuple[float, Kept] | None:
-        while True:
-            while self._short:
-                score, _, kept = self._short[0]
-                row = self._rows.get(kept)
-                if row is not None and self._score_row(row) <= score * 1.0000001:
+        while self._kept:
+            while self._shortlist:
+                score, _, kept = self._shortlist[0]
+                if kept in self._rows and self._score(self._rows[kept]) <= score:
                     return score, kept
-                self._short.pop(0)
-            if not self._kept:
-                return None
-            self._rebuild()
-
-    def _rebuild(self) -> None:
-        n = len(self._kept)
-        now = self._clock()
-        for row in range(n):
-            place = self._place[row]
-            self._since[row] = place.since
-            self._group[row] = place.group
-            self._level[row] = place.level
-        scores = self.model.at(self._level[:n], self._group[:n], now - self._since[:n]) * self._value[:n]
-        k = min(n, max(8, n // 64))
-        rows = np.argpartition(scores, k - 1)[:k]
-        self._short = []
-        bound = scores[rows].max() if k < n else math.inf
-        for row in rows:
-            kept = self._kept[row]
-            worth = self._worth_of(kept)
-            self._value[row] = worth.flops / worth.num_bytes
-            own = self._places.get((kept.node.namespace, kept.name))
-            if (
-                own is not None
-                and own is not self._place[row]
-                and self._index(own, now) > self._index(self._place[row], now)
-            ):
-                self._place[row] = own
-            self._serial += 1
-            score = self._score_row(int(row))
-            if score <= bound:
-                self._short.append((score, self._serial, kept))
-        self._short.sort()
-
-    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
-        place = self._places.get((namespace, name))
-        row = self._rows.get(above) if above is not None else None
-        if place is None or row is None:
-            return
-        now = self._clock()
-        mine = self._place[row]
-        if self._index(place, now) > self._index(mine, now):
-            self._place[row] = place
-            self._level[row] = place.level
-            self._group[row] = place.group
-            self._since[row] = place.since
-
-    def _index(self, place: Place, now: float) -> float:
-        return float(self.model.at(place.level, place.group, now - place.since))
+                del self._shortlist[0]
+            self._make_shortlist()
+        return None
 
     def items(self) -> Iterable[Kept]:
         return list(self._kept)
+
+    def _file(self, row: int, place: Place) -> None:
+        """Writes the row of a state whose place is now `place`, which may be that of another state it stands in for."""
+        worth = self._worth_of(self._kept[row])
+        self._places[row] = place
+        self._value[row] = worth.flops / worth.num_bytes
+        self._since[row] = place.since
+        self._group[row] = place.group
+        self._features[row] = place.features
+        if self._shortlist:
+            score = self._score(row)
+            if score < self._shortlist[-1][0]:
+                self._num_added += 1
+                insort(self._shortlist, (score, self._num_added, self._kept[row]))
+
+    def _grow(self) -> None:
+        self._value = np.concatenate([self._value, np.zeros_like(self._value)])
+        self._since = np.concatenate([self._since, np.zeros_like(self._since)])
+        self._group = np.concatenate([self._group, np.zeros_like(self._group)])
+        self._features = np.concatenate([self._features, np.zeros_like(self._features)])
+
+    def _make_shortlist(self) -> None:
+        """The states with the lowest scores, by what they were worth when filed; rises since then are noticed now."""
+        n = len(self._kept)
+        group = self._group[:n]
+        level = self._model.level(group, self._features[:n])
+        scores = self._model.index(group, level, self._clock() - self._since[:n]) * self._value[:n]
+        k = min(n, max(8, n // SHORTLIST_SHARE))
+        rows = np.argpartition(scores, k - 1)[:k]
+        bound = scores[rows].max() if k < n else np.inf
+        for row in rows.tolist():
+            worth = self._worth_of(self._kept[row])
+            self._value[row] = worth.flops / worth.num_bytes
+            score = self._score(row)
+            if score <= bound:
+                self._num_added += 1
+                self._shortlist.append((score, self._num_added, self._kept[row]))
+        self._shortlist.sort()
+
+    def _score(self, row: int) -> float:
+        return self._index(self._places[row]) * self._value.item(row)
+
+    def _index(self, place: Place) -> float:
+        return self._model.index_of(place.group, place.features, self._clock() - place.since)

@@ -1,148 +1,165 @@
-"""When will somebody come back to this prefix? Learned online from what the server sees.
+"""When will somebody come back to this prefix? Learned online from what a server sees anyway.
 
-A *place* is a position in a prompt where a state could be kept, kept or not. It *returns* when a later prompt runs
-through it and through no deeper known place: that prompt would be resumed from there. A place's life starts when it is
-made or returns, and ends when it returns (again). Lives are modelled by piecewise constant rates,
+A *life* begins when a place in a prompt is made or returned to, and ends when it is returned to (again). The chance that
+it ends now depends on its age and on what is known of the place. It is modelled by piecewise constant rates,
 
-    rate(age) = exp(u[group, bucket of age] + w . features)          returns a second,
+    rate(age) = exp(u[bucket of age] + w . features)          returns a second,
 
-a Poisson regression on lives so far (Friedman 1982, "Piecewise exponential models for survival data with covariates").
-A life that has not ended counts for the time it has lasted, so nothing waits for an answer that may never come, and
-places that were never kept teach as much as those that were.
+one Poisson regression for each group of lives (Friedman 1982, "Piecewise exponential models for survival data with
+covariates"). A life that has not ended counts for the time it has lasted, so nothing waits for an answer that may never
+come, and places whose state was not kept teach as much as those whose state was.
 
-From the rates follows an index for each age: the best ratio, over all times to stop, of the chance that the place
-returns before then to the expected time that it would be held (Gittins 1979). That is what an hour of memory is worth
-to this place now, the future included: a chat that is read for a minute before it goes on is not given up meanwhile.
+From the rates follows an *index* for each age: the best ratio, over all times to stop, of the chance that the place is
+returned to before then to the expected time until then (Gittins 1979). It is what a second of memory is worth to this
+place now, its future included: a chat that is read for a minute before it goes on is not given up within that minute.
 """
 
+import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 NUM_BUCKETS = 17
 EDGES = np.concatenate([[0.0], 2.0 ** np.arange(NUM_BUCKETS)])  # seconds: 0, 1, 2, 4 ... 65,536
 WIDTHS = np.diff(EDGES)
-NUM_GROUPS = 4  # lives of places that returned never before, once, more often
-GRID = np.arange(-8.0, 8.01, 0.25)  # relative log-rates for which indices are tabulated
-PRIOR_WEIGHT = 4.0  # returns that the prior is worth in each group
-RIDGE = float(__import__("os").environ.get("RIDGE", 8.0))
+MOST_LIVES = 4096  # of each group, the latest
+FEWEST_LIVES = 16
+RIDGE = 8.0  # pulls weights towards zero as that many returns pull them away
+PRIOR_RETURNS = 4.0  # what the prior for the shape of the rates weighs, in returns
+LEVELS = [i / 4 for i in range(-32, 33)]  # values of w . features for which indices are tabulated
 
 
 def prior_rates() -> Floats:
-    """Before anything is known: rate ~ 1 / age, which ranks by recency."""
-    middle = (EDGES[:-1] + EDGES[1:]) / 2
-    return np.asarray(0.15 / (middle + 20.0))
+    """Before anything is known the rate falls as 1 / age, which ranks by recency."""
+    return np.asarray(0.15 / ((EDGES[:-1] + EDGES[1:]) / 2 + 20.0))
 
 
-def bucket_of(age: Floats) -> NDArray[np.int64]:
-    """Index of the bucket that holds an age in seconds."""
-    exponents = np.frexp(np.maximum(age, 0.5))[1]  # age = m * 2**e with m in [0.5, 1)
-    return np.asarray(np.clip(exponents, 0, NUM_BUCKETS - 1), dtype=np.int64)
+def buckets(age: Floats) -> Ints:
+    """The bucket that holds each age in seconds."""
+    exponents = np.frexp(np.maximum(age, 0.5))[1]  # age = m * 2**exponent with 0.5 <= m < 1
+    return np.clip(exponents, 0, NUM_BUCKETS - 1).astype(np.int64)
 
 
-def place_of(age: Floats) -> tuple[NDArray[np.int64], Floats]:
-    """Bucket that holds an age in seconds, and how far into it the age is, 0 to 1."""
-    bucket = bucket_of(age)
-    return bucket, np.minimum((age - EDGES[bucket]) / WIDTHS[bucket], 1.0)
-
-
-def indices(rates: Floats) -> Floats:
-    """rates [..., buckets] -> Gittins index at the start of each bucket, returns per second held."""
+def gittins(rates: Floats) -> Floats:
+    """rates [..., buckets] -> the index at the start of each bucket [..., buckets], returns a second."""
     hazard = rates * WIDTHS
+    stay, time = np.exp(-hazard), -np.expm1(-hazard) / np.maximum(rates, 1e-300)
     result = np.zeros_like(rates)
-    stay = np.exp(-hazard)
-    time = -np.expm1(-hazard) / np.maximum(rates, 1e-300)  # expected time in a bucket, once in it
     for first in range(NUM_BUCKETS):
-        alive = np.ones(rates.shape[:-1])
-        spent = np.zeros(rates.shape[:-1])
-        best = np.zeros(rates.shape[:-1])
+        alive, spent = np.ones(rates.shape[:-1]), np.zeros(rates.shape[:-1])
         for k in range(first, NUM_BUCKETS):
             spent = spent + alive * time[..., k]
             alive = alive * stay[..., k]
-            best = np.maximum(best, (1.0 - alive) / spent)
-        result[..., first] = best
-    return np.concatenate([result, result[..., -1:]], axis=-1)
+            result[..., first] = np.maximum(result[..., first], (1.0 - alive) / spent)
+    return result
+
+
+class Lives:
+    """The latest lives of one group, in a ring."""
+
+    def __init__(self, num_features: int) -> None:
+        self.features = np.zeros((MOST_LIVES, num_features), np.int64)
+        self.start = np.zeros(MOST_LIVES)
+        self.end = np.full(MOST_LIVES, np.inf)
+        self.count = 0
+
+    def begin(self, features: Sequence[int], now: float) -> int:
+        """A life starts -> its number."""
+        row = self.count % MOST_LIVES
+        self.features[row], self.start[row], self.end[row] = features, now, np.inf
+        self.count += 1
+        return self.count - 1
+
+    def row(self, life: int) -> int | None:
+        """Where a life is, unless later ones have taken its place."""
+        return life % MOST_LIVES if self.count - life <= MOST_LIVES else None
 
 
 class ReturnModel:
-    """Rates of return by group, age and features, refitted now and then to the latest lives."""
+    """Rates of return by group, age and features; `fit` learns them from the lives so far."""
 
-    def __init__(self, num_features: int, features_each: int, num_lives: int = 16384) -> None:
-        self._features = np.zeros((num_lives, features_each), np.int32)
-        self._group = np.zeros(num_lives, np.int8)
-        self._start = np.zeros(num_lives)
-        self._end = np.full(num_lives, np.inf)
-        self._count = 0
-        self.weights = np.zeros((NUM_GROUPS, num_features))
-        self._u = np.log(np.tile(prior_rates(), (NUM_GROUPS, 1)))
+    def __init__(self, num_groups: int, sizes: Sequence[int]) -> None:
+        """`sizes`: how many values each feature has."""
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        self._lives = [Lives(len(sizes)) for _ in range(num_groups)]
+        self._edges, self._widths = EDGES.tolist(), WIDTHS.tolist()
+        self._u = np.log(np.tile(prior_rates(), (num_groups, 1)))  # [groups, buckets]
+        self._w = np.zeros((num_groups, sum(sizes)))
         self._tabulate()
+
+    def begin(self, group: int, features: Sequence[int], now: float) -> int:
+        """A life starts -> its number."""
+        return self._lives[group].begin(features, now)
+
+    def end(self, group: int, life: int, now: float) -> None:
+        """A life ends with a return."""
+        lives = self._lives[group]
+        if (row := lives.row(life)) is not None:
+            lives.end[row] = now
+
+    def change(self, group: int, life: int, features: Sequence[int]) -> None:
+        """More is known of a place now."""
+        lives = self._lives[group]
+        if (row := lives.row(life)) is not None:
+            lives.features[row] = features
+
+    def level(self, groups: Ints, features: Ints) -> Ints:
+        """groups [n], features [n, features] -> rows of the table of indices [n]."""
+        log_rate = self._w[groups[:, None], features + self._offsets].sum(1)
+        return np.clip(((log_rate - LEVELS[0]) * 4 + 0.5).astype(np.int64), 0, len(LEVELS) - 1)
+
+    def index(self, groups: Ints, levels: Ints, ages: Floats) -> Floats:
+        """Returns a second that holding each place is worth now, all arguments [n]."""
+        bucket = buckets(ages)
+        part = np.minimum((ages - EDGES[bucket]) / WIDTHS[bucket], 1.0)
+        here, there = self._table[groups, levels, bucket], self._table[groups, levels, bucket + 1]
+        return np.asarray(here + part * (there - here))
+
+    def index_of(self, group: int, features: Sequence[int], age: float) -> float:
+        """`index` of one place: the same numbers without the cost of arrays."""
+        log_rate = sum(map(operator.getitem, self._weights[group], features))
+        level = min(max(int((log_rate - LEVELS[0]) * 4 + 0.5), 0), len(LEVELS) - 1)
+        bucket = min(max(math.frexp(max(age, 0.5))[1], 0), NUM_BUCKETS - 1)
+        part = min((age - self._edges[bucket]) / self._widths[bucket], 1.0)
+        here, there = self._indices[group][level][bucket : bucket + 2]
+        return here + part * (there - here)
+
+    def fit(self, now: float) -> None:
+        """A step of Newton's method for each group, beside the closed form for its rates by age."""
+        for group, lives in enumerate(self._lives):
+            n = min(lives.count, MOST_LIVES)
+            if n >= FEWEST_LIVES:
+                ended = lives.end[:n] < np.inf
+                age = np.where(ended, lives.end[:n], now) - lives.start[:n]
+                for _ in range(2):
+                    self._fit_group(group, lives.features[:n] + self._offsets, ended, age)
+        self._tabulate()
+
+    def _fit_group(self, group: int, features: Ints, ended: NDArray[np.bool_], age: Floats) -> None:
+        n, prior, w = len(age), prior_rates(), self._w[group]
+        exposure = np.clip(age[:, None] - EDGES[:-1], 0.0, WIDTHS)  # [n, buckets] seconds
+        returns = np.bincount(buckets(age[ended]), minlength=NUM_BUCKETS)
+        relative = np.exp(np.clip(w[features].sum(1), LEVELS[0], LEVELS[-1]))
+        at_risk = relative @ exposure
+        # The prior says how rates fall with age; how high they are overall is learned first.
+        scale = (returns.sum() + 1.0) / (prior @ at_risk + 1.0)
+        weight = PRIOR_RETURNS / NUM_BUCKETS
+        self._u[group] = np.log((returns + weight) / (at_risk + weight / (prior * scale)))
+        means = (relative * (exposure @ np.exp(self._u[group]))).astype(np.float32)
+        x = np.zeros((n, len(w)), np.float32)
+        x[np.arange(n)[:, None], features] = 1.0
+        gradient = x.T @ (ended - means) - RIDGE * w
+        hessian = (x.T * means) @ x + RIDGE * np.eye(len(w))
+        w += np.clip(np.linalg.solve(hessian, gradient), -1.0, 1.0)
 
     def _tabulate(self) -> None:
-        self.table = indices(np.exp(self._u[None, :, :] + GRID[:, None, None]))  # [grid, group, bucket]
-
-    def begin(self, features: Sequence[int], group: int, now: float) -> int:
-        """A life starts -> its number."""
-        row = self._count % len(self._start)
-        self._features[row] = features
-        self._group[row] = group
-        self._start[row] = now
-        self._end[row] = np.inf
-        self._count += 1
-        return self._count - 1
-
-    def end(self, life: int, now: float) -> None:
-        """A life ends with a return."""
-        if self._count - life <= len(self._start):
-            self._end[life % len(self._start)] = now
-
-    def change(self, life: int, features: Sequence[int]) -> None:
-        if self._count - life <= len(self._start):
-            self._features[life % len(self._start)] = features
-
-    def level(self, features: Sequence[int], group: int) -> int:
-        """Row of `table` for a place with these features."""
-        log_rate = sum(map(self.weights[group].__getitem__, features))
-        return min(max(int((log_rate - GRID[0]) * 4 + 0.5), 0), len(GRID) - 1)
-
-    def at(self, level, group, age):
-        bucket, part = place_of(np.asarray(age, dtype=np.float64))
-        row = self.table[level, group]
-        if row.ndim == 1:
-            return row[bucket] * (1 - part) + row[bucket + 1] * part
-        i = np.arange(len(row))
-        return row[i, bucket] * (1 - part) + row[i, bucket + 1] * part
-
-    def fit(self, now: float, rounds: int = 2) -> None:
-        n = min(self._count, len(self._start))
-        if n < 32:
-            return
-        ended = self._end[:n] < np.inf
-        age = np.where(ended, self._end[:n], now) - self._start[:n]
-        for g in range(NUM_GROUPS):
-            mine = np.flatnonzero(self._group[:n] == g)
-            if len(mine):
-                self._fit_group(g, self._features[mine], ended[mine], age[mine], rounds)
-        self._tabulate()
-
-    def _fit_group(self, g, features, ended, age, rounds) -> None:
-        exposure = np.clip(age[:, None] - EDGES[None, :-1], 0.0, WIDTHS[None, :])  # [n, buckets]
-        n, d = len(age), self.weights.shape[1]
-        returns = np.bincount(bucket_of(age[ended]), minlength=NUM_BUCKETS).astype(float)
-        x = np.zeros((n, d), np.float32)
-        x[np.arange(n)[:, None], features] = 1.0
-        prior = prior_rates()
-        for _ in range(rounds):
-            relative = np.exp(np.clip((x @ self.weights[g].astype(np.float32)).astype(np.float64), -8, 8))
-            at_risk = relative @ exposure
-            # The prior says how rates fall with age; how high they are overall is learned first.
-            scale = (returns.sum() + 1.0) / ((prior * at_risk).sum() + 1.0)
-            expected = PRIOR_WEIGHT / NUM_BUCKETS
-            self._u[g] = np.log((returns + expected) / (at_risk + expected / (prior * scale)))
-            means = relative * (exposure @ np.exp(self._u[g]))
-            gradient = x.T @ (ended - means).astype(np.float32) - RIDGE * self.weights[g]
-            hessian = (x.T * means.astype(np.float32)) @ x + RIDGE * np.eye(d)
-            step = np.linalg.solve(hessian, gradient)
-            self.weights[g] += np.clip(step, -1.0, 1.0)
+        """Indices [groups, levels, buckets + 1]; the last bucket goes on for ever."""
+        table = gittins(np.exp(self._u[:, None, :] + np.array(LEVELS)[None, :, None]))
+        self._table = np.concatenate([table, table[..., -1:]], axis=-1)
+        self._indices: list[list[list[float]]] = self._table.tolist()
+        self._weights = [[part.tolist() for part in np.split(w, self._offsets[1:])] for w in self._w]

@@ -1,0 +1,123 @@
+"""What the policy remembers of prompts: places where a state could be kept, whether or not one was.
+
+A place is *returned to* by the next prompt that runs through it and through no deeper place that is known: that prompt
+would go on from there. Only names and small numbers are kept, and of the latest places only.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hybrid_cache.policies.base import Outline, Wish
+from hybrid_cache.policies.returns import ReturnModel
+from hybrid_cache.tree import CheckpointKind, Kept
+
+MOST_PLACES = 1 << 17
+
+KINDS = list(CheckpointKind)
+ROLES = {"system": 1, "developer": 1, "user": 2, "assistant": 3, "tool": 4, "function": 4}
+FRESH, FRESH_INTERIOR, ONCE, OFTEN = range(4)  # groups of lives
+NUM_GROUPS = 4
+# What is known of a place, and how many values that has.
+SIZES = {
+    "kind": len(KINDS),
+    "role": 5,  # of the message that ends there
+    "from_end": 16,  # messages after it in the prompt that made it; 15: it is inside a message
+    "shared": 6,  # share of that prompt that was known already
+    "length": 12,  # log2 of tokens / 512
+    "output": 15,  # log2 of tokens generated from it, once known
+    "pace": 14,  # log2 of seconds since the place before it on the same path was made or returned to; 13: there is none
+    "turns": 8,  # known places on the path, one for each prompt that was longer than the one before
+}
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    features: list[int]  # in the order of SIZES
+    since: float  # when it was made or last returned to
+    uses: int = 0
+    life: int = 0
+    kept: Kept | None = None  # the state that is kept there
+
+    @property
+    def group(self) -> int:
+        if self.uses:
+            return ONCE if self.uses == 1 else OFTEN
+        return FRESH_INTERIOR if KINDS[self.features[0]] is CheckpointKind.INTERIOR else FRESH
+
+    @property
+    def turns(self) -> int:
+        return self.features[-1]
+
+
+class PlaceMemory:
+    """Finds the place that a prompt returns to, makes new ones, and tells the model what it sees."""
+
+    def __init__(self, model: ReturnModel) -> None:
+        self._model = model
+        self._places: OrderedDict[tuple[str, int], Place] = OrderedDict()
+
+    def get(self, namespace: str, name: int) -> Place | None:
+        return self._places.get((namespace, name))
+
+    def visit(self, outline: Outline, wishes: Iterable[Wish], now: float) -> Place | None:
+        """Remembers a prompt and the places wished for in it -> the place that it returned to, if any."""
+        found = None if outline.generated or outline.again else self._deepest(outline)
+        pace, turns = 13, 0
+        if found is not None:
+            pace, turns = log2_bin(now - found.since, 12), min(found.turns + 1, 7)
+            self._model.end(found.group, found.life, now)
+            found.uses += 1
+            found.features[6] = pace
+            found.since = now
+            found.life = self._model.begin(found.group, found.features, now)
+        new = [w for w in wishes if (outline.namespace, outline.name(w.position)) not in self._places]
+        if new:
+            known = outline.shared / outline.num_tokens
+            shared = 5 if known > 0.9 else math.ceil(min(known, 0.75) * 4)
+            ends = sorted({outline.floor(b.position) for b in outline.boundaries} | {outline.end}, reverse=True)
+            from_end = {position: min(i, 14) for i, position in enumerate(ends)}
+            roles = {outline.floor(b.position): ROLES.get(b.role, 0) for b in outline.boundaries}
+            if outline.generated:
+                roles[outline.end] = ROLES["assistant"]
+            for w in new:
+                kind, role = KINDS.index(w.kind), roles.get(w.position, 0)
+                length = log2_bin(w.position / 512, 11)
+                features = [kind, role, from_end.get(w.position, 15), shared, length, 0, pace, turns]
+                self.add(outline.namespace, outline.name(w.position), features, now)
+        return found
+
+    def add(self, namespace: str, name: int, features: list[int], now: float) -> Place:
+        place = self._places[namespace, name] = Place(features, now)
+        place.life = self._model.begin(place.group, features, now)
+        if len(self._places) > MOST_PLACES:
+            self._places.popitem(last=False)
+        return place
+
+    def place_of(self, kept: Kept, now: float) -> Place:
+        """The place of a state, made anew if it was forgotten."""
+        place = self.get(kept.node.namespace, kept.name)
+        if place is None:
+            features = [KINDS.index(kept.kind), 0, 0, 0, log2_bin(kept.num_tokens / 512, 11), 0, 13, 0]
+            place = self.add(kept.node.namespace, kept.name, features, now)
+        return place
+
+    def answered(self, place: Place, num_output_tokens: int) -> None:
+        """The prompt that ends at a place got an answer of so many tokens."""
+        place.features[5] = 1 + log2_bin(num_output_tokens, 13)
+        self._model.change(place.group, place.life, place.features)
+
+    def _deepest(self, outline: Outline) -> Place | None:
+        """The last known place that leaves something to compute."""
+        names = outline.keys.names
+        last = len(names) - (outline.num_tokens % outline.page_tokens == 0)
+        for index in range(last - 1, -1, -1):
+            place = self._places.get((outline.namespace, names[index]))
+            if place is not None:
+                return place
+        return None
+
+
+def log2_bin(value: float, most: int) -> int:
+    return min(int(math.log2(value + 1.0)), most)
