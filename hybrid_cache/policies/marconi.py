@@ -28,7 +28,7 @@ class Marconi(RankedPolicy):
     Where this differs: FLOPs and bytes of a state are those against the nearest state that is still there, not the
     radix parent, and exactly what goes with it is counted. States lie on the page grid. The end of a prompt gets a
     state as well as the end of its answer, since the cache may never see the answer. A state with one child that goes
-    does not hand its last use down to the child. States in use are safe.
+    does not hand its last use down to the child. A request works on a copy of the state it found.
     """
 
     def __init__(

@@ -129,17 +129,20 @@ class Ours:
 
     def _file(self, row: int, place: Place) -> None:
         """Writes the row of a state whose place is now `place`, which may be that of another state it stands in for."""
+        self._write(row, place)
+        if self._shortlist:
+            score = self._score(row)
+            if score < self._shortlist[-1][0]:
+                self._num_added += 1
+                insort(self._shortlist, (score, self._num_added, self._kept[row]))
+
+    def _write(self, row: int, place: Place) -> None:
         worth = self._worth_of(self._kept[row])
         self._places[row] = place
         self._value[row] = worth.flops / worth.num_bytes
         self._since[row] = place.since
         self._group[row] = place.group
         self._features[row] = place.features
-        if self._shortlist:
-            score = self._score(row)
-            if score < self._shortlist[-1][0]:
-                self._num_added += 1
-                insort(self._shortlist, (score, self._num_added, self._kept[row]))
 
     def _grow(self) -> None:
         self._value = np.concatenate([self._value, np.zeros_like(self._value)])
@@ -148,17 +151,19 @@ class Ours:
         self._features = np.concatenate([self._features, np.zeros_like(self._features)])
 
     def _make_shortlist(self) -> None:
-        """The states with the lowest scores, by what they were worth when filed; rises since then are noticed now."""
+        """The states with the lowest scores, by what they were worth when filed; rises since then are noticed now.
+
+        May stay empty when all of them have risen; but what was noticed is filed, so that the next pass knows it.
+        """
         n = len(self._kept)
         group = self._group[:n]
         level = self._model.level(group, self._features[:n])
         scores = self._model.index(group, level, self._clock() - self._since[:n]) * self._value[:n]
         k = min(n, max(8, n // SHORTLIST_SHARE))
         rows = np.argpartition(scores, k - 1)[:k]
-        bound = scores[rows].max() if k < n else np.inf
+        bound = scores[rows].max() * (1 + 1e-9) if k < n else np.inf
         for row in rows.tolist():
-            worth = self._worth_of(self._kept[row])
-            self._value[row] = worth.flops / worth.num_bytes
+            self._write(row, self._places[row])
             score = self._score(row)
             if score <= bound:
                 self._num_added += 1

@@ -67,11 +67,11 @@ class PlaceMemory:
         pace, turns = 13, 0
         if found is not None:
             pace, turns = log2_bin(now - found.since, 12), min(found.turns + 1, 7)
-            self._model.end(found.group, found.life, now)
-            found.uses += 1
-            found.features[6] = pace
-            found.since = now
-            found.life = self._model.begin(found.group, found.features, now)
+            self._renew(found, now)
+        if outline.start and not outline.generated and not outline.again:
+            resumed = self.get(outline.namespace, outline.name(outline.start))
+            if resumed is not None and resumed is not found:
+                self._renew(resumed, now)
         new = [w for w in wishes if (outline.namespace, outline.name(w.position)) not in self._places]
         if new:
             known = outline.shared / outline.num_tokens
@@ -87,6 +87,14 @@ class PlaceMemory:
                 features = [kind, role, from_end.get(w.position, 15), shared, length, 0, pace, turns]
                 self.add(outline.namespace, outline.name(w.position), features, now)
         return found
+
+    def _renew(self, place: Place, now: float) -> None:
+        """One life ends, the next begins."""
+        self._model.end(place.group, place.life, now)
+        place.uses += 1
+        place.features[6] = log2_bin(now - place.since, 12)
+        place.since = now
+        place.life = self._model.begin(place.group, place.features, now)
 
     def add(self, namespace: str, name: int, features: list[int], now: float) -> Place:
         place = self._places[namespace, name] = Place(features, now)
