@@ -13,7 +13,7 @@ As in Hugging Face's own code, special tokens that a client writes into a messag
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from threading import Lock
 
@@ -199,7 +199,7 @@ class ChatEncoder:
             ahead.update(text[position : end.length].encode("utf-8", "surrogatepass"))
             if ahead.digest() == end.digest:
                 seen, position = ahead, end.length
-                cuts.append(_Cut(position, None if opening else Boundary(0)))
+                cuts.append(_Cut(position, None if opening else Boundary(0, role=messages[count - 1].role)))
         return cuts
 
     def _end(
@@ -264,7 +264,7 @@ class ChatEncoder:
             tokens += self._tokenizer.encode(text[position : cut.position])
             position = cut.position
             if cut.boundary is not None:
-                boundaries.append(Boundary(len(tokens), cut.boundary.kind, cut.boundary.ttl_s))
+                boundaries.append(replace(cut.boundary, position=len(tokens)))
         return tokens + self._tokenizer.encode(text[position:]), boundaries
 
     @staticmethod

@@ -23,6 +23,10 @@ bench_app = typer.Typer(help="Measurements.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
 
+POLICY_HELP = (
+    "What the cache keeps: ours (learned value per byte), flops-per-byte, gdsf, lru, seglen, marconi, sglang-radix, "
+    "sglang-unified, vllm-block, none."
+)
 Model = Annotated[
     str | None, typer.Argument(help="A folder in Hugging Face format or a hub name; the embedded model if left out.")
 ]
@@ -79,7 +83,7 @@ def serve(
         list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
     ] = None,
     budget: Budget = "2GiB",
-    policy: Annotated[str, typer.Option(help="What the cache keeps: flops-per-byte or lru.")] = "flops-per-byte",
+    policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "ours",
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     threads: Threads = 0,

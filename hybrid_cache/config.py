@@ -13,7 +13,7 @@ class EngineConfig:
     budget_bytes: int = 2 << 30  # KV pages, states and prompt ends together
     max_running: int = 32
     max_waiting: int = 256
-    policy: str = "flops-per-byte"
+    policy: str = "ours"
     prefix_cache: bool = True  # off: nothing is reused between requests
     max_tiles: int = 16  # prefill tiles in a step with nobody decoding
     max_tiles_beside_decode: int = 4  # bounds the pause that a long prompt puts between a neighbour's tokens

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from hybrid_cache.eviction import LazyHeap
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.request import Boundary, BoundaryKind
-from hybrid_cache.tree import Checkpoint, CheckpointKind, Kept, Keys, Node
+from hybrid_cache.tree import Checkpoint, CheckpointKind, Kept, Keys, Node, end_name
 
 
 class Worth(NamedTuple):
@@ -67,6 +67,11 @@ class Outline:
     def name(self, position: int) -> int:
         """Names the prefix that ends at a grid position above zero."""
         return self.keys.names[position // self.page_tokens - 1]
+
+    @property
+    def end_name(self) -> int:
+        """Names the state at the very end, from which decoding starts."""
+        return end_name(self.keys.names[-1] if self.keys.pages else 0, self.keys.tail)
 
 
 class Policy(Protocol):

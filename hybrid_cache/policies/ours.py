@@ -3,17 +3,18 @@
     score = returns a second (returns.py) * FLOPs that a return saves / bytes that are freed
 
 In real traffic three quarters of all prompts never come back, so most of what can be gained lies in not keeping them.
-Which prompts come back shows in what a server sees anyway: how long the last answer was, how much of the prompt was
+Which ones come back shows in what a server sees anyway: how long the last answer was, how much of the prompt was
 known, how many turns it has had, whose message ended it, how far from its end it parts from the next. places.py turns
-that into features, returns.py into a rate that is learned while the server runs, and from the rate into what a second of
+that into features, returns.py into a rate that is learned while the server runs, and the rate into what a second of
 memory is worth now. A state enters if it is worth more than what has to go for it.
 
-Two rules complete it. The cost of a state is that of computing again from the nearest state that is *still there*, and
-when a state goes, the one above it stands in for it and takes over its prospects, if they are better.
+Two rules complete it. The cost of a state is that of computing again from the nearest state that is *still there*.
+And when a state goes, the one above it stands in for it: it takes over its prospects if they are better, and what is
+resumed from it from then on counts for it.
 
-No state is walked to for a decision: the scores of all are computed at once, in one vectorised pass, and the lowest 64th
-is a shortlist from which victims are taken until it is empty. A state on it whose score has risen meanwhile is dropped
-from it, a state that is made or changed and scores less than its last is put in.
+No state is walked to for a decision: the scores of all are computed at once, in one vectorised pass, and the lowest
+64th is a shortlist from which victims are taken until it is empty or old. A state on it whose score has risen is
+dropped from it; a state that is made or changed and scores less than its last is put in.
 """
 
 from bisect import insort
@@ -29,6 +30,7 @@ from hybrid_cache.tree import CheckpointKind, Kept, Node
 FIT_EARLY = (32, 64, 96, 128, 192, 256, 384)  # after so many requests the model is fitted,
 FIT_EVERY = 512  # and then each time after so many more
 SHORTLIST_SHARE = 64
+STALE_SCORES = 512  # scores computed in vain a second, at most: a shortlist of n states lives for n / 512 seconds
 
 
 class Ours:
@@ -51,6 +53,7 @@ class Ours:
         self._group = np.zeros(64, np.int64)
         self._features = np.zeros((64, len(SIZES)), np.int64)
         self._shortlist: list[tuple[float, int, Kept]] = []
+        self._stale_at = 0.0  # when the shortlist is too old to be believed
 
     def open(self, worth_of: Callable[[Kept], Worth], clock: Callable[[], float]) -> None:
         self._worth_of, self._clock = worth_of, clock
@@ -115,10 +118,13 @@ class Ours:
                 column[row] = column[end]
 
     def lowest(self) -> tuple[float, Kept] | None:
+        if self._clock() > self._stale_at:
+            self._shortlist.clear()
         while self._kept:
             while self._shortlist:
-                score, _, kept = self._shortlist[0]
-                if kept in self._rows and self._score(self._rows[kept]) <= score:
+                filed, _, kept = self._shortlist[0]
+                row = self._rows.get(kept)
+                if row is not None and (score := self._score(row)) <= filed:
                     return score, kept
                 del self._shortlist[0]
             self._make_shortlist()
@@ -169,6 +175,7 @@ class Ours:
                 self._num_added += 1
                 self._shortlist.append((score, self._num_added, self._kept[row]))
         self._shortlist.sort()
+        self._stale_at = self._clock() + n / STALE_SCORES
 
     def _score(self, row: int) -> float:
         return self._index(self._places[row]) * self._value.item(row)

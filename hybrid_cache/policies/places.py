@@ -17,8 +17,9 @@ MOST_PLACES = 1 << 17
 
 KINDS = list(CheckpointKind)
 ROLES = {"system": 1, "developer": 1, "user": 2, "assistant": 3, "tool": 4, "function": 4}
-FRESH, FRESH_INTERIOR, ONCE, OFTEN = range(4)  # groups of lives
-NUM_GROUPS = 4
+FRESH, FRESH_INTERIOR, FRESH_PROMPT_END, ONCE, OFTEN = range(5)  # groups of lives
+NUM_GROUPS = 5
+GROUPS = {CheckpointKind.INTERIOR: FRESH_INTERIOR, CheckpointKind.PROMPT_END: FRESH_PROMPT_END}
 # What is known of a place, and how many values that has.
 SIZES = {
     "kind": len(KINDS),
@@ -44,7 +45,7 @@ class Place:
     def group(self) -> int:
         if self.uses:
             return ONCE if self.uses == 1 else OFTEN
-        return FRESH_INTERIOR if KINDS[self.features[0]] is CheckpointKind.INTERIOR else FRESH
+        return GROUPS.get(KINDS[self.features[0]], FRESH)
 
     @property
     def turns(self) -> int:
@@ -69,10 +70,14 @@ class PlaceMemory:
             pace, turns = log2_bin(now - found.since, 12), min(found.turns + 1, 7)
             self._renew(found, now)
         if outline.start and not outline.generated and not outline.again:
-            resumed = self.get(outline.namespace, outline.name(outline.start))
+            whole = outline.start == outline.num_tokens
+            resumed = self.get(outline.namespace, outline.end_name if whole else outline.name(outline.start))
             if resumed is not None and resumed is not found:
                 self._renew(resumed, now)
-        new = [w for w in wishes if (outline.namespace, outline.name(w.position)) not in self._places]
+        new = [(outline.name(w.position), w.position, w.kind) for w in wishes]
+        if not outline.generated:
+            new.append((outline.end_name, outline.num_tokens, CheckpointKind.PROMPT_END))
+        new = [place for place in new if (outline.namespace, place[0]) not in self._places]
         if new:
             known = outline.shared / outline.num_tokens
             shared = 5 if known > 0.9 else math.ceil(min(known, 0.75) * 4)
@@ -81,11 +86,11 @@ class PlaceMemory:
             roles = {outline.floor(b.position): ROLES.get(b.role, 0) for b in outline.boundaries}
             if outline.generated:
                 roles[outline.end] = ROLES["assistant"]
-            for w in new:
-                kind, role = KINDS.index(w.kind), roles.get(w.position, 0)
-                length = log2_bin(w.position / 512, 11)
-                features = [kind, role, from_end.get(w.position, 15), shared, length, 0, pace, turns]
-                self.add(outline.namespace, outline.name(w.position), features, now)
+            for name, position, kind in new:
+                position_on_grid = outline.floor(position)
+                role, after = roles.get(position_on_grid, 0), from_end.get(position_on_grid, 15)
+                length = log2_bin(position / 512, 11)
+                self.add(outline.namespace, name, [KINDS.index(kind), role, after, shared, length, 0, pace, turns], now)
         return found
 
     def _renew(self, place: Place, now: float) -> None:
@@ -117,7 +122,9 @@ class PlaceMemory:
         self._model.change(place.group, place.life, place.features)
 
     def _deepest(self, outline: Outline) -> Place | None:
-        """The last known place that leaves something to compute."""
+        """The whole prompt if it is known, otherwise the last known place that leaves something to compute."""
+        if (whole := self.get(outline.namespace, outline.end_name)) is not None:
+            return whole
         names = outline.keys.names
         last = len(names) - (outline.num_tokens % outline.page_tokens == 0)
         for index in range(last - 1, -1, -1):

@@ -8,6 +8,7 @@ from hybrid_cache.policies.gdsf import GDSF
 from hybrid_cache.policies.lru import LRU
 from hybrid_cache.policies.marconi import Marconi
 from hybrid_cache.policies.nothing import Nothing
+from hybrid_cache.policies.ours import Ours
 from hybrid_cache.policies.seglen import SegLen
 from hybrid_cache.policies.sglang_radix import SGLangRadix, SGLangUnified
 from hybrid_cache.policies.value import FlopsPerByte
@@ -15,7 +16,7 @@ from hybrid_cache.policies.vllm_block import VLLMBlock, equal_page_tokens
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (FlopsPerByte, LRU, GDSF, Nothing, SegLen, SGLangRadix, SGLangUnified)
+    policy.name: policy for policy in (Ours, FlopsPerByte, LRU, GDSF, Nothing, SegLen, SGLangRadix, SGLangUnified)
 }
 # Policies that depend on the model, or on the size of the cache.
 FITTED: dict[str, Callable[[CacheSpec, PrefillCost, int], Policy]] = {

@@ -1,7 +1,7 @@
 """When will somebody come back to this prefix? Learned online from what a server sees anyway.
 
-A *life* begins when a place in a prompt is made or returned to, and ends when it is returned to (again). The chance that
-it ends now depends on its age and on what is known of the place. It is modelled by piecewise constant rates,
+A *life* begins when a place in a prompt is made or returned to, and ends when it is returned to (again). The chance
+that it ends now depends on its age and on what is known of the place. It is modelled by piecewise constant rates,
 
     rate(age) = exp(u[bucket of age] + w . features)          returns a second,
 
@@ -111,7 +111,7 @@ class ReturnModel:
     def level(self, groups: Ints, features: Ints) -> Ints:
         """groups [n], features [n, features] -> rows of the table of indices [n]."""
         log_rate = self._w[groups[:, None], features + self._offsets].sum(1)
-        return np.clip(((log_rate - LEVELS[0]) * 4 + 0.5).astype(np.int64), 0, len(LEVELS) - 1)
+        return np.asarray(np.clip(((log_rate - LEVELS[0]) * 4 + 0.5).astype(np.int64), 0, len(LEVELS) - 1))
 
     def index(self, groups: Ints, levels: Ints, ages: Floats) -> Floats:
         """Returns a second that holding each place is worth now, all arguments [n]."""
@@ -126,8 +126,9 @@ class ReturnModel:
         level = min(max(int((log_rate - LEVELS[0]) * 4 + 0.5), 0), len(LEVELS) - 1)
         bucket = min(max(math.frexp(max(age, 0.5))[1], 0), NUM_BUCKETS - 1)
         part = min((age - self._edges[bucket]) / self._widths[bucket], 1.0)
-        here, there = self._indices[group][level][bucket : bucket + 2]
-        return here + part * (there - here)
+        row = self._indices[group][level]
+        here, there = row[bucket], row[bucket + 1]
+        return float(here + part * (there - here))
 
     def fit(self, now: float) -> None:
         """A step of Newton's method for each group, beside the closed form for its rates by age."""

@@ -18,6 +18,7 @@ from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.lease import Lease
 from hybrid_cache.policies.base import Policy
+from hybrid_cache.policies.value import FlopsPerByte
 from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 from hybrid_cache.tree import CheckpointKind
@@ -57,7 +58,7 @@ def new_cache(
     """A cache whose budget holds about so many slots and pages."""
     geometry = Geometry.of(spec, 1 << 24)
     budget = slots * geometry.stride_bytes(Kind.SLOT) + pages * geometry.stride_bytes(Kind.PAGE)
-    return HybridCache(spec, COST, budget, policy, clock=clock or Clock())
+    return HybridCache(spec, COST, budget, policy or FlopsPerByte(), clock=clock or Clock())
 
 
 def tokens_of(pages: str, tail: int = 0) -> TokenArray:

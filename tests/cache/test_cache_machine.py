@@ -20,7 +20,8 @@ from hybrid_cache.cache import HybridCache
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.lease import Lease, Match
-from hybrid_cache.policies.registry import make_policy
+from hybrid_cache.policies.marconi import Marconi
+from hybrid_cache.policies.registry import make_policy, policy_names
 from hybrid_cache.request import TokenArray
 from hybrid_cache.tree import CheckpointKind, Node
 from tests.cache.driver import COST, SPECS, Clock, tokens_of
@@ -93,7 +94,7 @@ class CacheMachine(RuleBasedStateMachine):
         slots=st.integers(1, 9),
         pages=st.integers(1, 24),
         spare_bytes=st.sampled_from([0, 64, 1000]),
-        policy=st.sampled_from(["flops-per-byte", "lru"]),
+        policy=st.sampled_from([*policy_names(), "marconi-static"]),
         with_tensors=st.sampled_from([True, True, True, False]),
     )
     def make_cache(self, name: str, slots: int, pages: int, spare_bytes: int, policy: str, with_tensors: bool) -> None:
@@ -102,9 +103,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.unit = geometry.unit_bytes
         num_bytes = slots * geometry.stride_bytes(Kind.SLOT) + pages * geometry.stride_bytes(Kind.PAGE)
         self.budget = num_bytes + spare_bytes
-        self.cache = HybridCache(
-            SPECS[name], COST, self.budget, make_policy(policy), with_tensors=with_tensors, clock=self.clock
-        )
+        fit = SPECS[name], COST, self.budget
+        chosen = Marconi(0.5) if policy == "marconi-static" else make_policy(policy, *fit)
+        self.cache = HybridCache(*fit, chosen, with_tensors=with_tensors, clock=self.clock)
         self.layers: list[tuple[bool, npt.NDArray[np.float32], npt.NDArray[np.float32]]] = []
         for layer in self.cache.tensors if with_tensors else ():
             a, b = (layer.k, layer.v) if isinstance(layer, KVTensors) else (layer.conv, layer.state)

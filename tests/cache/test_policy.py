@@ -67,7 +67,7 @@ def test_a_policy_is_made_by_its_name(name: str) -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'best', must be one of flops-per-byte, lru"):
+    with pytest.raises(ConfigError, match=r"'best', must be one of ours, flops-per-byte, lru"):
         make_policy("best")
 
 
