@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from hybrid_cache.policies.base import Outline, Wish, Worth, every_place
-from hybrid_cache.policies.places import NUM_GROUPS, SIZES, Place, PlaceMemory
+from hybrid_cache.policies.places import ODDS, SIZES, Place, PlaceMemory
 from hybrid_cache.policies.returns import ReturnModel
 from hybrid_cache.tree import CheckpointKind, Kept, Node
 
-FIT_EARLY = (32, 64, 96, 128, 192, 256, 384)  # after so many requests the model is fitted,
+FIT_EARLY = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448)  # after so many requests the model is fitted,
 FIT_EVERY = 512  # and then each time after so many more
 SHORTLIST_SHARE = 64
 STALE_SCORES = 512  # scores computed in vain a second, at most: a shortlist of n states lives for n / 512 seconds
@@ -40,7 +40,7 @@ class Ours:
     wants_rises = False
 
     def __init__(self) -> None:
-        self._model = ReturnModel(NUM_GROUPS, tuple(SIZES.values()))
+        self._model = ReturnModel(ODDS, tuple(SIZES.values()))
         self._memory = PlaceMemory(self._model)
         self._num_requests = 0
         self._num_added = 0

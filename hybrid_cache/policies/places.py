@@ -18,7 +18,7 @@ MOST_PLACES = 1 << 17
 KINDS = list(CheckpointKind)
 ROLES = {"system": 1, "developer": 1, "user": 2, "assistant": 3, "tool": 4, "function": 4}
 FRESH, FRESH_INTERIOR, FRESH_PROMPT_END, ONCE, OFTEN = range(5)  # groups of lives
-NUM_GROUPS = 5
+ODDS = (1.0, 0.1, 0.3, 0.5, 3.0)  # of a return in each group, before anything is known
 GROUPS = {CheckpointKind.INTERIOR: FRESH_INTERIOR, CheckpointKind.PROMPT_END: FRESH_PROMPT_END}
 # What is known of a place, and how many values that has.
 SIZES = {

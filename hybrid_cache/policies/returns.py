@@ -29,7 +29,7 @@ EDGES = np.concatenate([[0.0], 2.0 ** np.arange(NUM_BUCKETS)])  # seconds: 0, 1,
 WIDTHS = np.diff(EDGES)
 MOST_LIVES = 4096  # of each group, the latest
 FEWEST_LIVES = 16
-RIDGE = 8.0  # pulls weights towards zero as that many returns pull them away
+RIDGE = 2.0  # pulls weights towards zero as that many returns pull them away
 PRIOR_RETURNS = 4.0  # what the prior for the shape of the rates weighs, in returns
 LEVELS = [i / 4 for i in range(-32, 33)]  # values of w . features for which indices are tabulated
 
@@ -83,12 +83,14 @@ class Lives:
 class ReturnModel:
     """Rates of return by group, age and features; `fit` learns them from the lives so far."""
 
-    def __init__(self, num_groups: int, sizes: Sequence[int]) -> None:
-        """`sizes`: how many values each feature has."""
+    def __init__(self, odds: Sequence[float], sizes: Sequence[int]) -> None:
+        """`odds`: how likely a return is in each group before anything is known; `sizes`: values of each feature."""
+        self._prior = np.outer(odds, prior_rates())
+        num_groups = len(odds)
         self._offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._lives = [Lives(len(sizes)) for _ in range(num_groups)]
         self._edges, self._widths = EDGES.tolist(), WIDTHS.tolist()
-        self._u = np.log(np.tile(prior_rates(), (num_groups, 1)))  # [groups, buckets]
+        self._u = np.log(self._prior)  # [groups, buckets]
         self._w = np.zeros((num_groups, sum(sizes)))
         self._tabulate()
 
@@ -142,7 +144,7 @@ class ReturnModel:
         self._tabulate()
 
     def _fit_group(self, group: int, features: Ints, ended: NDArray[np.bool_], age: Floats) -> None:
-        n, prior, w = len(age), prior_rates(), self._w[group]
+        n, prior, w = len(age), self._prior[group], self._w[group]
         exposure = np.clip(age[:, None] - EDGES[:-1], 0.0, WIDTHS)  # [n, buckets] seconds
         returns = np.bincount(buckets(age[ended]), minlength=NUM_BUCKETS)
         relative = np.exp(np.clip(w[features].sum(1), LEVELS[0], LEVELS[-1]))

@@ -10,7 +10,7 @@ from hybrid_cache.cache import HybridCache
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.policies.base import Outline, Wish
 from hybrid_cache.policies.ours import Ours
-from hybrid_cache.policies.places import NUM_GROUPS, SIZES, PlaceMemory
+from hybrid_cache.policies.places import ODDS, SIZES, PlaceMemory
 from hybrid_cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
 from hybrid_cache.request import Boundary
 from hybrid_cache.tree import CheckpointKind, Keys
@@ -25,7 +25,7 @@ def outline(pages: str, *, start: int = 0, shared: int = 0, **more: object) -> O
 
 
 def memory() -> PlaceMemory:
-    return PlaceMemory(ReturnModel(NUM_GROUPS, tuple(SIZES.values())))
+    return PlaceMemory(ReturnModel(ODDS, tuple(SIZES.values())))
 
 
 def ends(*positions: int) -> list[Wish]:
@@ -67,7 +67,7 @@ def test_what_is_about_to_return_is_worth_keeping_before_it_does() -> None:
 
 
 def test_one_index_is_the_same_with_and_without_arrays() -> None:
-    model, rng = ReturnModel(2, (3, 4)), np.random.default_rng(1)
+    model, rng = ReturnModel((1.0, 1.0), (3, 4)), np.random.default_rng(1)
     for i in range(200):
         life = model.begin(i % 2, [i % 3, i % 4], float(i))
         if rng.random() < 0.5:
@@ -82,7 +82,7 @@ def test_one_index_is_the_same_with_and_without_arrays() -> None:
 
 def test_the_model_finds_the_rates_behind_what_it_sees() -> None:
     """Two kinds of places return after 50 and after 500 seconds on average; some are still waiting at the end."""
-    model, rng, now = ReturnModel(1, (2,)), np.random.default_rng(2), 0.0
+    model, rng, now = ReturnModel((1.0,), (2,)), np.random.default_rng(2), 0.0
     open_lives = []
     for i in range(3000):
         now = i * 1.0
@@ -98,7 +98,7 @@ def test_the_model_finds_the_rates_behind_what_it_sees() -> None:
 
 
 def test_nobody_returns_and_the_model_says_so() -> None:
-    model = ReturnModel(1, (1,))
+    model = ReturnModel((1.0,), (1,))
     before = model.index_of(0, [0], 0.0)
     for i in range(500):
         model.begin(0, [0], float(i))
@@ -107,7 +107,7 @@ def test_nobody_returns_and_the_model_says_so() -> None:
 
 
 def test_before_anything_is_known_the_older_is_worth_less() -> None:
-    model = ReturnModel(1, (1,))
+    model = ReturnModel((1.0,), (1,))
     indices = [model.index_of(0, [0], age) for age in (0.0, 30.0, 100.0, 1000.0, 10000.0)]
     assert indices == sorted(indices, reverse=True)
 
