@@ -9,9 +9,9 @@ clock and without tensors. Two rows beside the policies say what there is to win
 A trace's unique bytes, of which `--capacity 5%` is a share, are the KV bytes of all its distinct pages, answers
 included, and one state for each distinct prompt.
 
-The time to the first token is predicted as a constant plus the computed FLOPs at a constant rate. If it is not given, it
-is fitted to what Marconi's authors published of Jamba-1.5-Mini on four A100 (Pan et al. 2024, arXiv 2411.19379): 17.8
-ms, and 0.0530 ms for each computed token. A model with half the FLOPs a token takes half as long for each.
+The time to the first token is predicted as a constant plus the computed FLOPs at a constant rate. If not given, it
+fits what Marconi's authors published of Jamba-1.5-Mini on four A100 (Pan et al. 2024, arXiv 2411.19379): 17.8 ms, and
+0.0530 ms for each computed token. A model with half the FLOPs a token takes half as long for each.
 """
 
 import re
@@ -32,11 +32,11 @@ from hybrid_cache.bench.policy_report import (
     LIMITS,
     Row,
     by_trace,
-    check_target,
     conclusion,
     plot_png,
     rows_json,
     table,
+    target,
     with_gaps,
     write_whole,
 )
@@ -51,9 +51,9 @@ from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.policies.registry import policy_names
 
 # Without arguments: small enough for a minute on one core, large enough that something has to go.
-DEFAULT_SCALES = {"chat": 0.3, "agent": 0.2, "few-shot": 0.3}
+DEFAULT_SCALES = {"chat": 0.25, "agent": 0.15, "few-shot": 0.25}
 DEFAULT_MODEL = "jamba-1.5-mini"
-DEFAULT_CAPACITIES = "2%,5%,20%"
+DEFAULT_CAPACITIES = "5%,10%,20%"
 ORDER = (
     *("none", "lru", "vllm-block", "sglang-radix", "sglang-unified", "marconi", STATIC, ARTIFACT),
     *("seglen", "gdsf", "flops-per-byte", "ours"),
@@ -65,6 +65,8 @@ KNOWN = tuple(
         key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER),
     )
 )
+ON_REQUEST = (STATIC, ARTIFACT)  # not run unless named: one needs hindsight, the other repeats errors
+FILE_WIDTH = 100  # at least, where nobody can widen a window
 REFERENCE_MODEL, REFERENCE_SPEED = "jamba-1.5-mini", "17.8:53.0"
 
 
@@ -85,7 +87,7 @@ def policy(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{', '.join(PRESETS)}, or a config.json; may be given several times. [default: {DEFAULT_MODEL}]"
+            help=f"{', '.join(PRESETS)}, or a config.json; may be given several times. {DEFAULT_MODEL} if left out."
         ),
     ] = None,
     capacity: Annotated[
@@ -93,11 +95,12 @@ def policy(
         typer.Option(
             help="Cache sizes, with commas: bytes such as 8GiB, or shares such as 5% of the trace's unique bytes, "
             "which are the KV bytes of all distinct pages and one state for each distinct prompt. "
-            f"[default: {DEFAULT_CAPACITIES}]"
+            f"{DEFAULT_CAPACITIES} if left out."
         ),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help=f"With commas, of {', '.join(KNOWN)}; all of them if left out.")
+        str | None,
+        typer.Option(help=f"With commas, of {', '.join(KNOWN)}; if left out, all but {' and '.join(ON_REQUEST)}."),
     ] = None,
     with_bound: Annotated[
         bool, typer.Option("--bound/--no-bound", help="Add what is possible in those bytes, and without a limit.")
@@ -140,11 +143,19 @@ def policy(
 ) -> None:
     """Replay traces through cache policies: what does each save, and what would be possible?
 
-    Admissions and evictions are those of states; pages go when no state needs them. The gap is the way from lru to the
-    bound, in FLOPs. marconi-static is the best of 21 alphas, chosen afterwards.
+    hit %         prompt tokens that were not computed
+    saved %       prefill FLOPs that were not computed
+    TTFT, p95     predicted time to the first token, median and 95th percentile
+    KV, states    mean bytes of pages and of states
+    admit, evict  states that came and went
+    gap %         closed of the way from lru to the bound, in FLOPs
+
+    The number beside marconi-static is its alpha, the best of 21 in hindsight.
     """
     try:
-        check_files(json_file, plot)
+        json_file, plot = json_file and target(json_file), plot and target(plot)
+        if plot is not None:
+            check_plot(plot)
         traces = load_all(
             trace or [],
             workload or [],
@@ -157,6 +168,8 @@ def policy(
             seed=seed,
         )
         if live is not None:
+            if plot is not None:
+                raise ConfigError("--live draws nothing, leave out --plot")
             asked = policy_live.Asked(server_url(live), api_key_file, tuple(model or ()), policy, capacity, concurrency)
             policy_live.compare(asked, traces, json_file)
             return
@@ -185,7 +198,7 @@ def policy(
 
 def chosen_policies(text: str | None, with_bound: bool) -> tuple[str, ...]:
     known = (*KNOWN, *LIMITS)
-    names = KNOWN if text is None else listed("policy", text)
+    names = tuple(name for name in KNOWN if name not in ON_REQUEST) if text is None else listed("policy", text)
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown policy {name!r}, must be one of {', '.join(known)}")
@@ -265,24 +278,22 @@ def load_all(
     traces = [
         load_trace(path, format, page_tokens=page_tokens, sessions=sessions, seed=seed, rate=rate) for path in paths
     ]
-    names = named_apart([trace.name for trace in traces], [str(path) for path in paths])
-    traces = [replace(trace, name=name) for trace, name in zip(traces, names, strict=True)]
     usual = dict.fromkeys(workloads, 1.0) if paths or workloads else DEFAULT_SCALES
     for name, share in usual.items():
         factor = share if scale is None else share * scale
         traces.append(make_workload(name, seed=seed, scale=factor, page_tokens=page_tokens or TILE))
-    return [replace(trace, requests=trace.requests[:limit]) for trace in traces]
+    names = named_apart([trace.name for trace in traces], [*map(str, paths), *usual])
+    traces = [replace(t, name=name, requests=t.requests[:limit]) for t, name in zip(traces, names, strict=True)]
+    for trace in traces:
+        if not trace.num_prompt_tokens:
+            raise ConfigError(f"{trace.name}: its prompts have no tokens")
+    return traces
 
 
-def check_files(json_file: Path | None, plot: Path | None) -> None:
-    """Before hours of replays: raises ConfigError for what cannot be written or drawn."""
-    for path in (json_file, plot):
-        if path is not None:
-            check_target(path)
-    if plot is None:
-        return
-    if plot.suffix.lower() != ".png":
-        raise ConfigError(f"{plot}: a plot is a PNG file, wanted a name that ends in .png")
+def check_plot(path: Path) -> None:
+    """Raises ConfigError if no plot can be made."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"{path}: a plot is a PNG file, wanted a name that ends in .png")
     if find_spec("matplotlib") is None:
         raise ConfigError("a plot needs matplotlib: pip install 'hybrid-cache[bench]'")
 
@@ -308,6 +319,8 @@ def watched(cells: Sequence[Cell], jobs: int) -> list[Row]:
 def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
     """Tables, then a sentence for each trace and model."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, FILE_WIDTH))
     groups = by_trace(rows)
     for setting, group in zip(settings, groups, strict=True):
         trace = setting.trace

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ValidationError
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -302,6 +303,7 @@ def replayed(name: str, sent: Sequence[Sent], model: Model, policy: str, capacit
         make_policy(policy, model.spec, model.cost, capacity),
         concurrency,
         prompt_ends=True,
+        chunk_tokens=EngineConfig().max_tiles * TILE,
     ).run()
 
 
@@ -376,7 +378,10 @@ def compared(
 def show(c: Comparison) -> None:
     console = Console()
     size = format_bytes(c.capacity_bytes)
-    report = Table("", "server", "replay", title=f"{c.trace} on {c.model}: {c.policy} in {size}", title_justify="left")
+    report = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
+    report.add_column("server", justify="right")
+    report.add_column("replay", justify="right")
+    console.print(f"{c.trace} on {c.model}: {c.policy} in {size}", style="italic", highlight=False)
     report.add_row("requests", f"{c.requests:,}", f"{c.requests:,}")
     report.add_row("prompt tokens", f"{c.prompt_tokens:,}", f"{c.prompt_tokens:,}")
     report.add_row("cached tokens", f"{c.live_cached_tokens:,}", f"{c.simulated_cached_tokens:,}")

@@ -100,7 +100,7 @@ def texts(row: Row) -> list[str]:
         or_dash(row.state_bytes, format_bytes),
         or_dash(row.admissions, format_count),
         or_dash(row.evictions, format_count),
-        or_dash(row.gap_closed, lambda share: f"{100 * share:.0f}"),
+        or_dash(row.gap_closed, lambda share: f"{round(100 * share)}" if share > -0.995 else "<-99"),
     ]
 
 
@@ -126,20 +126,21 @@ def conclusion(rows: Sequence[Row]) -> str:
         p: fmean(row.flops_saved for row in rows if row.policy == p) for p in dict.fromkeys(r.policy for r in rows)
     }
     where = f"{rows[0].trace} on {rows[0].model}"
-    limit = f"; no policy could save more than {percent(means[BOUND])}" if BOUND in means else ""
     best = best_of(means)
+    tails = [f"no policy could save more than {percent(means[BOUND])}"] if BOUND in means else []
     if not best:
-        return f"{where}: nothing is saved{limit}."
-    every = [best_of({r.policy: r.flops_saved for r in rows if r.capacity_bytes == size}) for size in sizes]
-    others = len([policy for policy in means if policy not in LIMITS]) > len(best)
-    most = " most" * others
-    if len(sizes) > 1:
-        most += " at every size" if others and all(set(best) <= set(b) for b in every) else " on average"
-    against = (
-        f", against {percent(means[BASELINE])} with {BASELINE}" if BASELINE in means and BASELINE not in best else ""
-    )
+        return f"{where}: nothing is saved{''.join(f', and {text}' for text in tails)}."
+    if BASELINE in means and BASELINE not in best:
+        tails.insert(0, f"{BASELINE} saves {percent(means[BASELINE])}")
+    most = ""
+    if any(policy not in (*LIMITS, *best) for policy in means):
+        here = [best_of({r.policy: r.flops_saved for r in rows if r.capacity_bytes == size}) for size in sizes]
+        always = len(sizes) > 1 and all(set(best) <= set(names) for names in here)
+        most = ", the most at every size" if always else ", the most"
     verb = "saves" if len(best) == 1 else "save"
-    return f"{where}: {' and '.join(best)} {verb}{most}, {percent(means[best[0]])} of prefill FLOPs{against}{limit}."
+    mean = " on average" if len(sizes) > 1 else ""
+    tail = "; " * bool(tails) + " and ".join(tails)
+    return f"{where}: {' and '.join(best)} {verb} {percent(means[best[0]])} of prefill FLOPs{mean}{most}{tail}."
 
 
 # Files
@@ -149,15 +150,16 @@ def rows_json(rows: Sequence[Row]) -> bytes:
     return (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode()
 
 
-def check_target(path: Path) -> None:
-    """Before hours of replays: raises ConfigError for a file that could not be written."""
-    folder = path.absolute().parent
-    if (path.exists() and not path.is_file()) or not folder.is_dir() or not os.access(folder, os.W_OK):
+def target(path: Path) -> Path:
+    """Where a file really lies. Raises ConfigError if nothing can be written there: better before hours of replays."""
+    path = path.resolve()
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{path}: cannot be written")
+    return path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all. Raises ConfigError."""
+    """Whole or not at all; `path` is a `target`. Raises ConfigError."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(content)
@@ -170,9 +172,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 # Picture
 
-HERO, HERO_COLOR = "ours", "#d62728"
+OURS = "ours"
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#6a3d9a", "#a0a000")
-MARKERS = "osD^vP"
+MARKERS = "sD^vPXd"
 PANELS_A_ROW = 3
 MOST_TICKS = 8
 
@@ -185,7 +187,7 @@ def plot_png(rows: Sequence[Row]) -> bytes:
     across = min(len(panels), PANELS_A_ROW)
     down = -(-len(panels) // across)
     figure = Figure(figsize=(3.9 * across + 1.7, 3.6 * down), dpi=150, layout="constrained")
-    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    grid = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     for axes, panel in zip(grid, panels, strict=False):
         draw(axes, panel)
     for axes in grid[len(panels) :]:
@@ -204,25 +206,27 @@ def plot_png(rows: Sequence[Row]) -> bytes:
 def draw(axes: "Axes", rows: Sequence[Row]) -> None:
     lines = {policy: points(rows, policy) for policy in dict.fromkeys(row.policy for row in rows)}
     sizes = sorted({100 * row.capacity_share for row in rows})
-    top = 1.06 * max(1.0, *(share for _, shares in lines.values() for share in shares))
     axes.set_xscale("log")
-    for number, (policy, (x, y)) in enumerate((p, xy) for p, xy in lines.items() if p not in (*LIMITS, "none")):
-        if policy == HERO:
-            axes.plot(x, y, color=HERO_COLOR, linewidth=2.6, marker="o", markersize=5, label=policy, zorder=5)
-            continue
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        style = "-" if number < len(COLORS) else "--"
-        axes.plot(x, y, style, color=color, linewidth=1.3, marker=marker, markersize=3.5, label=policy, zorder=4)
+    others = [policy for policy in lines if policy not in (*LIMITS, BASELINE, OURS, "none")]
+    for policy, line in lines.items():
+        if policy == OURS:
+            axes.plot(*line, "o-", color="#d62728", linewidth=2.6, markersize=5, label=policy, zorder=6)
+        elif policy == BASELINE:
+            axes.plot(*line, "o-", color="black", linewidth=1.6, markersize=3.5, label=policy, zorder=5)
+        elif policy in others:
+            number = others.index(policy)
+            style = MARKERS[number % len(MARKERS)] + ("-" if number < len(COLORS) else "--")
+            color = COLORS[number % len(COLORS)]
+            axes.plot(*line, style, color=color, linewidth=1.2, markersize=3.5, label=policy, zorder=4)
     if BOUND in lines:
-        x, y = lines[BOUND]
-        axes.plot(x, y, color="0.55", linewidth=1.6, label=BOUND, zorder=3)
-        axes.fill_between(x, y, top, color="0.92", linewidth=0, zorder=1)
+        axes.plot(*lines[BOUND], color="0.55", linewidth=1.6, label=BOUND, zorder=3)
+        axes.fill_between(*lines[BOUND], 100, color="0.93", linewidth=0, zorder=1)
     if INFINITE in lines:
         axes.plot(*lines[INFINITE], ":", color="0.35", linewidth=1.2, label=INFINITE, zorder=3)
     if len(sizes) <= MOST_TICKS:
         axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
         axes.set_xticks([], minor=True)
-    axes.set_ylim(0, top)
+    axes.set_ylim(0, 100)
     axes.set_title(f"{rows[0].trace}, {rows[0].model}", fontsize=10)
     axes.grid(axis="y", color="0.9", linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

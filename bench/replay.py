@@ -28,7 +28,7 @@ class NamedKeys(Keys):
     """Pages whose keys name all that comes before them as well."""
 
     @property
-    def names(self) -> Sequence[int]:  # type: ignore[override]
+    def names(self) -> Sequence[int]:
         return self.pages  # type: ignore[return-value]
 
 
@@ -58,6 +58,7 @@ class Simulation:
     policy: Policy
     concurrency: int = 1
     prompt_ends: bool = False  # keep whole prompts for exact repeats too, as the server does
+    chunk_tokens: int | None = None  # publish so much at a time, and answers by the page, as it does; None: all at once
     now: float = 0.0
     cache: HybridCache = field(init=False)
     _held: deque[tuple[Lease, TraceRequest]] = field(default_factory=deque)
@@ -126,9 +127,15 @@ class Simulation:
             Boundary(m.position, BoundaryKind.EXPLICIT if m.explicit else BoundaryKind.MESSAGE_END, role=m.role)
             for m in marks
         ]
-        for wish in self.cache.plan(lease, boundaries, generated=generated):
-            self.cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
-        self.cache.commit(lease, lease.keys.num_tokens // self.trace.page_tokens * self.trace.page_tokens)
+        wishes = deque(self.cache.plan(lease, boundaries, generated=generated))
+        page, total, end = self.trace.page_tokens, lease.keys.num_tokens, lease.length
+        step = total if self.chunk_tokens is None else page if generated else self.chunk_tokens
+        while end < total:
+            end = min(end + step, total)
+            while wishes and wishes[0].position <= end:
+                wish = wishes.popleft()
+                self.cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
+            self.cache.commit(lease, end // page * page)
 
     def _finish(self) -> None:
         """Ends the oldest request in progress; its answer enters the cache."""

@@ -43,6 +43,7 @@ class Ours:
         self._model = ReturnModel(ODDS, tuple(SIZES.values()))
         self._memory = PlaceMemory(self._model)
         self._num_requests = 0
+        self._now = 0.0  # when a prompt was last admitted: between two, no score changes by the clock alone
         self._num_added = 0
         self._rows: dict[Kept, int] = {}
         # One row for each state that may be evicted.
@@ -57,16 +58,18 @@ class Ours:
 
     def open(self, worth_of: Callable[[Kept], Worth], clock: Callable[[], float]) -> None:
         self._worth_of, self._clock = worth_of, clock
+        self._now = clock()
 
     # Learning
 
     def plan(self, outline: Outline) -> Iterable[Wish]:
+        self._now = self._clock()
         wishes = list(every_place(outline))
-        self._memory.visit(outline, wishes, self._clock())
+        self._memory.visit(outline, wishes, self._now)
         if not outline.generated and not outline.again:
             self._num_requests += 1
             if self._num_requests % FIT_EVERY == 0 or self._num_requests in FIT_EARLY:
-                self._model.fit(self._clock())
+                self._model.fit(self._now)
                 self._shortlist.clear()
         return wishes
 
@@ -98,7 +101,7 @@ class Ours:
         row = self._rows.get(kept)
         if row is None:
             row = self._rows[kept] = len(self._kept)
-            place = self._memory.place_of(kept, self._clock())
+            place = self._memory.place_of(kept, self._now)
             place.kept = kept
             self._kept.append(kept)
             self._places.append(place)
@@ -118,7 +121,7 @@ class Ours:
                 column[row] = column[end]
 
     def lowest(self) -> tuple[float, Kept] | None:
-        if self._clock() > self._stale_at:
+        if self._now > self._stale_at:
             self._shortlist.clear()
         while self._kept:
             while self._shortlist:
@@ -164,7 +167,7 @@ class Ours:
         n = len(self._kept)
         group = self._group[:n]
         level = self._model.level(group, self._features[:n])
-        scores = self._model.index(group, level, self._clock() - self._since[:n]) * self._value[:n]
+        scores = self._model.index(group, level, self._now - self._since[:n]) * self._value[:n]
         k = min(n, max(8, n // SHORTLIST_SHARE))
         rows = np.argpartition(scores, k - 1)[:k]
         bound = scores[rows].max() * (1 + 1e-9) if k < n else np.inf
@@ -175,10 +178,10 @@ class Ours:
                 self._num_added += 1
                 self._shortlist.append((score, self._num_added, self._kept[row]))
         self._shortlist.sort()
-        self._stale_at = self._clock() + n / STALE_SCORES
+        self._stale_at = self._now + n / STALE_SCORES
 
     def _score(self, row: int) -> float:
         return self._index(self._places[row]) * self._value.item(row)
 
     def _index(self, place: Place) -> float:
-        return self._model.index_of(place.group, place.features, self._clock() - place.since)
+        return self._model.index_of(place.group, place.features, self._now - place.since)

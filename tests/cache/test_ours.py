@@ -196,6 +196,9 @@ def test_the_state_above_takes_over_the_prospects_of_one_that_has_gone() -> None
     cache = cache_with(policy, clock, slots=20, pages=40)
     fill(cache, tokens_of("abc", 1), TILE)
     clock.now += 5000.0
+    admitted = begin(cache, tokens_of("x", 1))
+    cache.plan(admitted.lease)  # scores change when a prompt is admitted
+    cache.release(admitted.lease)
     fill(cache, tokens_of("abcdef", 1), 6 * TILE)
     path = cache.match("", tokens_of("abcdef", 1)).path
     above, deep = path[0].checkpoint, path[5].checkpoint
