@@ -1,7 +1,7 @@
 """`hybrid-cache bench bookkeeping`: what the cache's own work costs a request, by the size of the tree.
 
-No tensors, integers only. A request of 2,000 tokens is matched, acquired, committed with two checkpoints and its end,
-and released. Two kinds of request, each in two budgets:
+No tensors, integers only. A request of 2,000 tokens is matched, acquired, planned (the policy learns from it and says
+where it would like checkpoints), committed with those it gets and its end, and released. Two kinds of request, each in two budgets:
 
     branch   half of the prompt is in the tree, the rest is new
     repeat   the whole prompt is in the tree: a hit on its end
@@ -28,9 +28,8 @@ from hybrid_cache.cache import HybridCache
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.policies.registry import make_policy
-from hybrid_cache.request import TokenArray
+from hybrid_cache.request import Boundary, TokenArray
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
-from hybrid_cache.tree import CheckpointKind
 
 NUM_TOKENS = 2000
 # A hybrid of about a billion parameters: a state takes as much as 50 pages.
@@ -56,6 +55,7 @@ class Timing:
     p95_us: float
     match_us: float
     acquire_us: float
+    plan_us: float
     commit_us: float
     release_us: float
     hit_tokens: int  # of one request
@@ -65,7 +65,7 @@ class Timing:
 def bookkeeping(
     nodes: Annotated[list[int] | None, typer.Option(min=100, help="Sizes of the tree, in pages.")] = None,
     requests: Annotated[int, typer.Option(min=2, help="Requests timed in each case.")] = 500,
-    policy: Annotated[str, typer.Option(help="Eviction policy.")] = "flops-per-byte",
+    policy: Annotated[str, typer.Option(help="Eviction policy.")] = "ours",
     seed: Annotated[int, typer.Option(help="Seed of the tokens.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
@@ -83,10 +83,22 @@ def bookkeeping(
 
 
 def table(timings: list[Timing]) -> Table:
-    columns = ("nodes", "budget", "request", "median", "p95", "match", "acquire", "commit", "release", "evictions")
+    columns = (
+        "nodes",
+        "budget",
+        "request",
+        "median",
+        "p95",
+        "match",
+        "acquire",
+        "plan",
+        "commit",
+        "release",
+        "evictions",
+    )
     report = Table(*columns, title="microseconds for one request")
     for t in timings:
-        parts = (t.median_us, t.p95_us, t.match_us, t.acquire_us, t.commit_us, t.release_us)
+        parts = (t.median_us, t.p95_us, t.match_us, t.acquire_us, t.plan_us, t.commit_us, t.release_us)
         report.add_row(f"{t.nodes:,}", t.budget, t.request, *(f"{part:.0f}" for part in parts), f"{t.evictions:,}")
     return report
 
@@ -108,7 +120,7 @@ def measure(num_nodes: int, full: bool, num_requests: int, policy: str, seed: in
             times.append(serve(cache, tokens))
         after = cache.stats()
         totals = [sum(parts) * 1e6 for parts in times]
-        match, acquire, commit, release = (median(column) * 1e6 for column in zip(*times, strict=True))
+        match, acquire, plan, commit, release = (median(column) * 1e6 for column in zip(*times, strict=True))
         timings.append(
             Timing(
                 nodes=after.nodes,
@@ -118,6 +130,7 @@ def measure(num_nodes: int, full: bool, num_requests: int, policy: str, seed: in
                 p95_us=quantiles(totals, n=20)[-1],
                 match_us=match,
                 acquire_us=acquire,
+                plan_us=plan,
                 commit_us=commit,
                 release_us=release,
                 hit_tokens=(after.hit_tokens - before.hit_tokens) // num_requests,
@@ -144,24 +157,25 @@ def random_tokens(rng: np.random.Generator) -> TokenArray:
     return rng.integers(0, 50_000, NUM_TOKENS, dtype=np.int32)
 
 
-def serve(cache: HybridCache, tokens: TokenArray) -> tuple[float, float, float, float]:
-    """One request -> seconds of match, acquire, all the commits, release."""
+def serve(cache: HybridCache, tokens: TokenArray) -> tuple[float, float, float, float, float]:
+    """One request -> seconds of match, acquire, plan, all the commits, release."""
     times = [time.perf_counter()]
     match = cache.match("", tokens)
     times.append(time.perf_counter())
     lease = cache.acquire(match, tokens)
     assert lease is not None
     times.append(time.perf_counter())
-    half = NUM_TOKENS // 2 // TILE * TILE
-    for position in (half, NUM_TOKENS // TILE * TILE):
-        cache.reserve_checkpoint(lease, position, CheckpointKind.MESSAGE_END)
+    wishes = cache.plan(lease, [Boundary(NUM_TOKENS // 2, role="system"), Boundary(NUM_TOKENS, role="user")])
+    times.append(time.perf_counter())
+    for wish in wishes:
+        cache.reserve_checkpoint(lease, wish.position, wish.kind)
     cache.commit(lease, NUM_TOKENS // TILE * TILE)
     cache.commit_end(lease, None)
     times.append(time.perf_counter())
-    cache.release(lease)
+    cache.release(lease, num_output_tokens=100)
     times.append(time.perf_counter())
-    a, b, c, d, e = times
-    return b - a, c - b, d - c, e - d
+    a, b, c, d, e, f = times
+    return b - a, c - b, d - c, e - d, f - e
 
 
 if __name__ == "__main__":
