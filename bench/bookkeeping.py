@@ -1,7 +1,8 @@
 """`hybrid-cache bench bookkeeping`: what the cache's own work costs a request, by the size of the tree.
 
 No tensors, integers only. A request of 2,000 tokens is matched, acquired, planned (the policy learns from it and says
-where it would like checkpoints), committed with those it gets and its end, and released. Two kinds of request, each in two budgets:
+where it would like checkpoints), committed with those it gets and its end, and released. Two kinds of request, each in
+two budgets:
 
     branch   half of the prompt is in the tree, the rest is new
     repeat   the whole prompt is in the tree: a hit on its end
@@ -97,6 +98,8 @@ def table(timings: list[Timing]) -> Table:
         "evictions",
     )
     report = Table(*columns, title="microseconds for one request")
+    for column in report.columns[:3]:
+        column.no_wrap = True
     for t in timings:
         parts = (t.median_us, t.p95_us, t.match_us, t.acquire_us, t.plan_us, t.commit_us, t.release_us)
         report.add_row(f"{t.nodes:,}", t.budget, t.request, *(f"{part:.0f}" for part in parts), f"{t.evictions:,}")
