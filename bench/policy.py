@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from hybrid_cache.api.sizes import format_bytes, parse_bytes
 from hybrid_cache.bench import policy_live
-from hybrid_cache.bench.policy_cells import ARTIFACT, STATIC, Cell, Setting, Speed, all_measured
+from hybrid_cache.bench.policy_cells import ARTIFACT, HINDSIGHT, STATIC, Cell, Setting, Speed, all_measured
 from hybrid_cache.bench.policy_report import (
     LIMITS,
     Row,
@@ -61,11 +61,11 @@ ORDER = (
 # In the order in which they are shown: what came first, and ours last.
 KNOWN = tuple(
     sorted(
-        dict.fromkeys((*policy_names(), STATIC, ARTIFACT)),
+        dict.fromkeys((*policy_names(), STATIC, ARTIFACT, HINDSIGHT)),
         key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER),
     )
 )
-ON_REQUEST = (STATIC, ARTIFACT)  # not run unless named: one needs hindsight, the other repeats errors
+ON_REQUEST = (STATIC, ARTIFACT, HINDSIGHT)  # not run unless named: two need hindsight, the other repeats errors
 FILE_WIDTH = 100  # at least, where nobody can widen a window
 REFERENCE_MODEL, REFERENCE_SPEED = "jamba-1.5-mini", "17.8:53.0"
 

@@ -18,11 +18,13 @@ from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models.shapes import ModelShape, total_cost
 from hybrid_cache.policies.base import Policy
 from hybrid_cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
+from hybrid_cache.policies.ours import Ours, new_model
 from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
-# Policies that only make sense here: one needs hindsight, the other more of a model than a server tells.
-STATIC, ARTIFACT = "marconi-static", "marconi-artifact"
+# Policies that only make sense here: two need hindsight, the other more of a model than a server tells.
+STATIC, ARTIFACT, HINDSIGHT = "marconi-static", "marconi-artifact", "ours-hindsight"
+ALL_LIVES = 1 << 18
 ANY_BUDGET = 1 << 50  # for sizes that do not depend on the budget
 
 Ints = NDArray[np.int64]
@@ -151,7 +153,18 @@ def outcome_of(cell: Cell) -> Outcome:
         return max(tried, key=lambda outcome: outcome.flops_saved)
     if cell.policy == ARTIFACT:
         return replayed(cell, MarconiArtifact(s.spec, s.costs, budget_bytes=cell.capacity_bytes))
+    if cell.policy == HINDSIGHT:
+        return informed(cell)
     return replayed(cell, make_policy(cell.policy, s.spec, s.cost, cell.capacity_bytes))
+
+
+def informed(cell: Cell) -> Outcome:
+    """The default policy with what its features can teach about this very trace, known from the first request on."""
+    model = new_model(ALL_LIVES)
+    replayed(cell, Ours(model, learn=False))
+    for _ in range(5):
+        model.fit(cell.setting.trace.requests[-1].arrival_s)
+    return replayed(cell, Ours(model, learn=False))
 
 
 def replayed(cell: Cell, policy: Policy) -> Outcome:

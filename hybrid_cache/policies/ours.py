@@ -24,7 +24,7 @@ import numpy as np
 
 from hybrid_cache.policies.base import Outline, Wish, Worth, every_place
 from hybrid_cache.policies.places import ODDS, SIZES, Place, PlaceMemory
-from hybrid_cache.policies.returns import ReturnModel
+from hybrid_cache.policies.returns import MOST_LIVES, ReturnModel
 from hybrid_cache.tree import CheckpointKind, Kept, Node
 
 FIT_EARLY = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448)  # after so many requests the model is fitted,
@@ -33,14 +33,21 @@ SHORTLIST_SHARE = 64
 STALE_SCORES = 512  # scores computed in vain a second, at most: a shortlist of n states lives for n / 512 seconds
 
 
+def new_model(most_lives: int = MOST_LIVES) -> ReturnModel:
+    """Knows nothing yet."""
+    return ReturnModel(ODDS, tuple(SIZES.values()), most_lives)
+
+
 class Ours:
     """See the module docstring."""
 
     name = "ours"
     wants_rises = False
 
-    def __init__(self) -> None:
-        self._model = ReturnModel(ODDS, tuple(SIZES.values()))
+    def __init__(self, model: ReturnModel | None = None, *, learn: bool = True) -> None:
+        """`model` and `learn=False`: what it would do if it knew from the start what can be learned, for studies."""
+        self._model = model or new_model()
+        self._learn = learn
         self._memory = PlaceMemory(self._model)
         self._num_requests = 0
         self._now = 0.0  # when a prompt was last admitted: between two, no score changes by the clock alone
@@ -66,7 +73,7 @@ class Ours:
         self._now = self._clock()
         wishes = list(every_place(outline))
         self._memory.visit(outline, wishes, self._now)
-        if not outline.generated and not outline.again:
+        if self._learn and not outline.generated and not outline.again:
             self._num_requests += 1
             if self._num_requests % FIT_EVERY == 0 or self._num_requests in FIT_EARLY:
                 self._model.fit(self._now)

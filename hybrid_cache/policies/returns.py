@@ -62,33 +62,34 @@ def gittins(rates: Floats) -> Floats:
 class Lives:
     """The latest lives of one group, in a ring."""
 
-    def __init__(self, num_features: int) -> None:
-        self.features = np.zeros((MOST_LIVES, num_features), np.int64)
-        self.start = np.zeros(MOST_LIVES)
-        self.end = np.full(MOST_LIVES, np.inf)
+    def __init__(self, num_features: int, most: int) -> None:
+        self.features = np.zeros((most, num_features), np.int64)
+        self.start = np.zeros(most)
+        self.end = np.full(most, np.inf)
+        self.most = most
         self.count = 0
 
     def begin(self, features: Sequence[int], now: float) -> int:
         """A life starts -> its number."""
-        row = self.count % MOST_LIVES
+        row = self.count % self.most
         self.features[row], self.start[row], self.end[row] = features, now, np.inf
         self.count += 1
         return self.count - 1
 
     def row(self, life: int) -> int | None:
         """Where a life is, unless later ones have taken its place."""
-        return life % MOST_LIVES if self.count - life <= MOST_LIVES else None
+        return life % self.most if self.count - life <= self.most else None
 
 
 class ReturnModel:
     """Rates of return by group, age and features; `fit` learns them from the lives so far."""
 
-    def __init__(self, odds: Sequence[float], sizes: Sequence[int]) -> None:
+    def __init__(self, odds: Sequence[float], sizes: Sequence[int], most_lives: int = MOST_LIVES) -> None:
         """`odds`: how likely a return is in each group before anything is known; `sizes`: values of each feature."""
         self._prior = np.outer(odds, prior_rates())
         num_groups = len(odds)
         self._offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        self._lives = [Lives(len(sizes)) for _ in range(num_groups)]
+        self._lives = [Lives(len(sizes), most_lives) for _ in range(num_groups)]
         self._edges, self._widths = EDGES.tolist(), WIDTHS.tolist()
         self._u = np.log(self._prior)  # [groups, buckets]
         self._w = np.zeros((num_groups, sum(sizes)))
@@ -135,7 +136,7 @@ class ReturnModel:
     def fit(self, now: float) -> None:
         """A step of Newton's method for each group, beside the closed form for its rates by age."""
         for group, lives in enumerate(self._lives):
-            n = min(lives.count, MOST_LIVES)
+            n = min(lives.count, lives.most)
             if n >= FEWEST_LIVES:
                 ended = lives.end[:n] < np.inf
                 age = np.where(ended, lives.end[:n], now) - lives.start[:n]
