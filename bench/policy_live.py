@@ -303,7 +303,6 @@ def replayed(name: str, sent: Sequence[Sent], model: Model, policy: str, capacit
         make_policy(policy, model.spec, model.cost, capacity),
         concurrency,
         prompt_ends=True,
-        chunk_tokens=EngineConfig().max_tiles * TILE,
     ).run()
 
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from hybrid_cache.bench.trace import Mark, Trace, TraceRequest
 from hybrid_cache.cache import HybridCache
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.lease import Lease
 from hybrid_cache.policies.base import Policy
 from hybrid_cache.request import Boundary, BoundaryKind
@@ -21,6 +23,7 @@ from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
 from hybrid_cache.tree import Keys
 
+SERVER_CHUNK = EngineConfig().max_tiles * TILE
 SAMPLES = 200  # moments at which the bytes of a replay are looked at
 
 
@@ -58,7 +61,7 @@ class Simulation:
     policy: Policy
     concurrency: int = 1
     prompt_ends: bool = False  # keep whole prompts for exact repeats too, as the server does
-    chunk_tokens: int | None = None  # publish so much at a time, and answers by the page, as it does; None: all at once
+    chunk_tokens: int = SERVER_CHUNK  # of a prompt that is computed and published at a time; answers go by the page
     now: float = 0.0
     cache: HybridCache = field(init=False)
     _held: deque[tuple[Lease, TraceRequest]] = field(default_factory=deque)
@@ -129,7 +132,7 @@ class Simulation:
         ]
         wishes = deque(self.cache.plan(lease, boundaries, generated=generated))
         page, total, end = self.trace.page_tokens, lease.keys.num_tokens, lease.length
-        step = total if self.chunk_tokens is None else page if generated else self.chunk_tokens
+        step = page if generated else self.chunk_tokens
         while end < total:
             end = min(end + step, total)
             while wishes and wishes[0].position <= end:
