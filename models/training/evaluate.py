@@ -131,7 +131,8 @@ def table(scores: list[Score]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=201, help="take others once these have been looked at")
     parser.add_argument("--each", type=int, default=100, help="dialogues for each kind and seed")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--threads", type=int, default=1)
@@ -140,7 +141,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     answerer = Answerer(given.model)
     scores = []
-    for seed in range(101, 101 + given.seeds):
+    for seed in range(given.first_seed, given.first_seed + given.seeds):
         for kind in given.kinds:
             scores.append(score(answerer, kind, seed, given.each))
             s = scores[-1]
