@@ -14,16 +14,14 @@ from numpy.typing import NDArray
 
 from hybrid_cache.bench.trace import Mark, Trace, TraceRequest
 from hybrid_cache.cache import HybridCache
-from hybrid_cache.config import EngineConfig
-from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.lease import Lease
 from hybrid_cache.policies.base import Policy
+from hybrid_cache.policies.rehearsal import CHUNK_TOKENS, publish
 from hybrid_cache.request import Boundary, BoundaryKind
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
 from hybrid_cache.tree import Keys
 
-SERVER_CHUNK = EngineConfig().max_tiles * TILE
 SAMPLES = 200  # moments at which the bytes of a replay are looked at
 
 
@@ -61,7 +59,7 @@ class Simulation:
     policy: Policy
     concurrency: int = 1
     prompt_ends: bool = False  # keep whole prompts for exact repeats too, as the server does
-    chunk_tokens: int = SERVER_CHUNK  # of a prompt that is computed and published at a time; answers go by the page
+    chunk_tokens: int = CHUNK_TOKENS  # of a prompt that is computed and published at a time; answers go by the page
     now: float = 0.0
     cache: HybridCache = field(init=False)
     _held: deque[tuple[Lease, TraceRequest]] = field(default_factory=deque)
@@ -130,15 +128,8 @@ class Simulation:
             Boundary(m.position, BoundaryKind.EXPLICIT if m.explicit else BoundaryKind.MESSAGE_END, role=m.role)
             for m in marks
         ]
-        wishes = deque(self.cache.plan(lease, boundaries, generated=generated))
-        page, total, end = self.trace.page_tokens, lease.keys.num_tokens, lease.length
-        step = page if generated else self.chunk_tokens
-        while end < total:
-            end = min(end + step, total)
-            while wishes and wishes[0].position <= end:
-                wish = wishes.popleft()
-                self.cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
-            self.cache.commit(lease, end // page * page)
+        wishes, page = self.cache.plan(lease, boundaries, generated=generated), self.trace.page_tokens
+        publish(self.cache, lease, wishes, page, page if generated else self.chunk_tokens)
 
     def _finish(self) -> None:
         """Ends the oldest request in progress; its answer enters the cache."""

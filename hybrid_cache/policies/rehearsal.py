@@ -1,17 +1,22 @@
 """Finds the best of several policies by running the requests seen so far through each of them."""
 
 import itertools
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hybrid_cache.cache import HybridCache
-from hybrid_cache.policies.base import Outline, Policy
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.lease import Lease
+from hybrid_cache.policies.base import Outline, Policy, Wish
 from hybrid_cache.request import Boundary
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.tree import Keys
 
+CHUNK_TOKENS = 16 * TILE  # of a prompt computed at a time, as the server does when nobody decodes
 MEASURED = 500  # latest requests whose savings are compared
 
 
@@ -81,8 +86,18 @@ def serve(cache: HybridCache, recorded: Recorded) -> int:
     if lease is None:
         return 0
     only_marked, generated = recorded.only_marked, recorded.generated
-    for wish in cache.plan(lease, recorded.boundaries, only_marked=only_marked, generated=generated):
-        cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
-    cache.commit(lease, len(keys.pages) * recorded.page_tokens)
+    wishes = cache.plan(lease, recorded.boundaries, only_marked=only_marked, generated=generated)
+    publish(cache, lease, wishes, recorded.page_tokens, recorded.page_tokens if generated else CHUNK_TOKENS)
     cache.release(lease)
     return lease.length
+
+
+def publish(cache: HybridCache, lease: Lease, wishes: Iterable[Wish], page_tokens: int, chunk_tokens: int) -> None:
+    """Computes a prompt, as far as the books go: chunk by chunk, so that a state competes as soon as it is there."""
+    waiting, total, end = deque(wishes), lease.keys.num_tokens, lease.length
+    while end < total:
+        end = min(end + chunk_tokens, total)
+        while waiting and waiting[0].position <= end:
+            wish = waiting.popleft()
+            cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
+        cache.commit(lease, end // page_tokens * page_tokens)
