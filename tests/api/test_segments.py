@@ -104,6 +104,11 @@ def test_each_message_end_is_a_boundary_and_text_is_what_the_template_says(text:
     ]
 
 
+def test_boundaries_say_whose_message_ends_there(text: TextModel) -> None:
+    prompt = encoder_for(text, TEMPLATE).encode(said("hello", "w", "hello"), Rendering(), ROOM)
+    assert [b.role for b in prompt.boundaries] == ["user", "assistant", "user"]
+
+
 def test_remembered_ends_give_the_same_prompt(text: TextModel) -> None:
     contents = ["hello"] * 7
     fresh = encoder_for(text, TEMPLATE).encode(said(*contents), Rendering(), ROOM)
