@@ -35,6 +35,7 @@ SIZES = {
 
 @dataclass(slots=True, eq=False)
 class Place:
+    key: tuple[str, int]  # namespace, and name of the prefix that ends here
     features: list[int]  # in the order of SIZES
     since: float  # when it was made or last returned to
     uses: int = 0
@@ -95,6 +96,8 @@ class PlaceMemory:
 
     def _renew(self, place: Place, now: float) -> None:
         """One life ends, the next begins."""
+        if place.key in self._places:
+            self._places.move_to_end(place.key)  # what is returned to is not forgotten
         self._model.end(place.group, place.life, now)
         place.uses += 1
         place.features[6] = log2_bin(now - place.since, 12)
@@ -102,7 +105,7 @@ class PlaceMemory:
         place.life = self._model.begin(place.group, place.features, now)
 
     def add(self, namespace: str, name: int, features: list[int], now: float) -> Place:
-        place = self._places[namespace, name] = Place(features, now)
+        place = self._places[namespace, name] = Place((namespace, name), features, now)
         place.life = self._model.begin(place.group, features, now)
         if len(self._places) > MOST_PLACES:
             self._places.popitem(last=False)

@@ -247,6 +247,20 @@ def test_a_score_is_never_infinite_or_negative() -> None:
     assert COST.flops(0, TILE) > 0
 
 
+def test_a_place_that_is_returned_to_outlives_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid_cache.policies.places.MOST_PLACES", 8)
+    places = memory()
+    places.visit(outline("s"), ends(1), 0.0)
+    system, idle = outline("s").name(TILE), outline("x").name(TILE)
+    places.visit(outline("x"), ends(1), 0.0)
+    for i, letter in enumerate("abcdefgh"):
+        places.visit(outline("s" + letter), ends(2), 1.0 + i)
+    place = places.get("", system)
+    assert place is not None
+    assert place.uses == 8
+    assert places.get("", idle) is None
+
+
 def test_an_exact_repeat_returns_to_the_end_of_the_prompt() -> None:
     places = memory()
     places.visit(outline("ab"), ends(2), 0.0)
