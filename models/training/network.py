@@ -29,12 +29,12 @@ class Shape:
     """Sizes and multipliers, named as in the `config.json` that is written from them."""
 
     vocab_size: int = 4096
-    hidden_size: int = 128
+    hidden_size: int = 192
     layer_types: tuple[str, ...] = ("mamba", "attention", "mamba", "mamba", "attention", "mamba")
-    shared_intermediate_size: int = 256
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 4
-    mamba_n_heads: int = 4
+    shared_intermediate_size: int = 384
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 6
+    mamba_n_heads: int = 6
     mamba_d_head: int = 64
     mamba_d_state: int = 32
     mamba_d_conv: int = 4

@@ -31,8 +31,11 @@ from hybrid_cache.models.training import rows as rw
 from hybrid_cache.models.training import tokenizer as tok
 from hybrid_cache.models.training.dialogues import KINDS, examined, mixture
 
-# What share of the training dialogues is about what.
+# What share of the training dialogues is about what, at first and while the learning rate falls: looking up among
+# several codes is sharpened last.
 WEIGHTS = {"recall": 0.25, "likes": 0.07, "last": 0.10, "count": 0.31, "order": 0.21, "chat": 0.06}
+LATE_WEIGHTS = {"recall": 0.38, "likes": 0.09, "last": 0.08, "count": 0.22, "order": 0.17, "chat": 0.06}
+COOLING = 0.35  # last share of the run
 # Share of questions that are answered without attention to the dialogue: the recurrent state must hold the answer.
 BLIND = {"last": 0.5, "count": 0.5, "order": 0.5}
 
@@ -47,7 +50,6 @@ class Settings:
     lr: float
     batch_tokens: int
     every: int
-    weights: dict[str, float]
     shape: net.Shape
     compiled: bool
 
@@ -69,8 +71,8 @@ def longest(progress: float) -> int:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Warm up for 2 %, hold, and fall to 2 % of the peak over the last third."""
-    warm, cool = min(1.0, progress / 0.02), min(1.0, (1.0 - progress) / 0.35)
+    """Warm up for 2 %, hold, and fall to 2 % of the peak at the end."""
+    warm, cool = min(1.0, progress / 0.02), min(1.0, (1.0 - progress) / COOLING)
     return peak * max(0.02, min(warm, cool))
 
 
@@ -90,7 +92,8 @@ class Rows:
                 tokens = self.codec.tokenizer.encode(self.rng.choice(self.passages)).ids
                 yield rw.text_row(tokens[:192])
             else:
-                dialogue = mixture(self.rng, self.settings.weights, longest(self.progress))
+                weights = LATE_WEIGHTS if self.progress > 1.0 - COOLING else WEIGHTS
+                dialogue = mixture(self.rng, weights, longest(self.progress))
                 yield rw.row(self.codec, dialogue, self.rng, BLIND)
 
 
@@ -257,11 +260,10 @@ def parsed() -> Settings:
     parser.add_argument("--every", type=int, default=600, help="steps between two exams, each with a checkpoint")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--weights", type=json.loads, default=WEIGHTS, help="JSON, shares of the kinds")
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON, fields of network.Shape")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    steps = given.steps or (6000 if given.minutes is None else 10**9)
+    steps = given.steps or (9000 if given.minutes is None else 10**9)
     if "layer_types" in given.shape:
         names = {"M": "mamba", "A": "attention"}
         given.shape["layer_types"] = tuple(names[c] for c in given.shape["layer_types"])
@@ -274,7 +276,6 @@ def parsed() -> Settings:
         lr=given.lr,
         batch_tokens=given.batch_tokens,
         every=given.every,
-        weights=given.weights,
         shape=net.Shape(**given.shape),
         compiled=given.compile,
     )
