@@ -188,4 +188,5 @@ def _bench(name: str, summary: str) -> None:
 _bench("serve", "Measure an OpenAI-compatible server on the prompts that a prefix cache meets.")
 _bench("exactness", "Count the bits in which cache on and cache off differ.")
 _bench("policy", "Replay traces through cache policies: what does each save, and what would be possible?")
+_bench("published", "Repeat Marconi's evaluation on made-up trajectories, beside the published hit rates.")
 _bench("bookkeeping", "Time the cache's own work in large trees.")

@@ -167,7 +167,7 @@ class PublishedShape:
     cache: AttentionSpec | StateSpec | None = None
 
 
-def _nvidia_hybrid_as_published() -> ModelShape:
+def nvidia_hybrid_as_published(num_mamba: int = 24, num_attention: int = 4, d_state: int = 128) -> ModelShape:
     """The same model by the Marconi paper's formulas (arXiv 2411.19379), to see its order of policies again.
 
     L tokens, width D, state N; the bytes are of float16:
@@ -175,8 +175,10 @@ def _nvidia_hybrid_as_published() -> ModelShape:
         attention   8 L D^2 + 4 L^2 D             4 L D           every head has keys of its own, and all pairs count
         MLP         16 L D^2
         Mamba       12 L D^2 + 16 L D N + 10 L D  2 D N + 8 (2 D + 2 N)   state without expansion, window of 4 rows
+
+    Other numbers of layers and other states than the model's are those of the paper's ablations.
     """
-    D, N = 4096, 128
+    D, N = 4096, d_state
     fp16 = torch.float16
     # The sum over tokens p < L of a + b p is (a - b / 2) L + b L^2 / 2, hence the 4 D.
     attention = PublishedShape(PrefillCost(8.0 * D * D + 4.0 * D, 8.0 * D), AttentionSpec(32, D // 32, fp16))
@@ -184,7 +186,8 @@ def _nvidia_hybrid_as_published() -> ModelShape:
     state = StateSpec((4, 2 * D + 2 * N), (D, N // 2), fp16)
     mamba = PublishedShape(PrefillCost(12.0 * D * D + 16.0 * D * N + 10.0 * D, 0.0), state)
     mlp = PublishedShape(PrefillCost(16.0 * D * D, 0.0))
-    return ModelShape("nvidia-hybrid-7b-as-published", _nvidia_layers(mamba, attention, mlp), D, 256000, fp16)
+    layers = (*(mamba,) * num_mamba, *(attention,) * num_attention, *(mlp,) * 28)
+    return ModelShape("nvidia-hybrid-7b-as-published", layers, D, 256000, fp16)
 
 
 def _nemotron_h() -> ModelShape:
@@ -216,7 +219,7 @@ def _falcon_h1() -> ModelShape:
 
 _BUILDERS: Mapping[str, Callable[[], ModelShape]] = {
     "nvidia-hybrid-7b": _nvidia_hybrid,
-    "nvidia-hybrid-7b-as-published": _nvidia_hybrid_as_published,
+    "nvidia-hybrid-7b-as-published": nvidia_hybrid_as_published,
     **{name: partial(_from_config, name) for name in CONFIGS},
     "nemotron-h-8b": _nemotron_h,
     "bamba-9b": _bamba,
