@@ -197,7 +197,18 @@ class NativeOps(TorchOps):
         )
         return out
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        layout: RowLayout,
+        kv: KVTensors,
+        window: int | None = None,
+    ) -> Tensor:
+        if window is not None:
+            return super().attention(q, k, v, scale, layout, kv, window)
         rows, heads, size = q.shape
         kv_heads = k.shape[1]
         q, k, v = _with_rows(q, heads * size), _with_rows(k, kv_heads * size), _with_rows(v, kv_heads * size)

@@ -119,10 +119,20 @@ class Ops(Protocol):
         """x [R, heads, d], positions [R] int64, inv_freq [d / 2] float32 -> rotated (half-split, "neox" order)."""
         ...
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        layout: RowLayout,
+        kv: KVTensors,
+        window: int | None = None,
+    ) -> Tensor:
         """Writes k, v into the pages at `layout.kv_rows`, then causal attention over each row's sequence.
 
         q [R, heads, d]   k, v [R, kv_heads, d], heads a multiple of kv_heads -> [R, heads, d]
+        window: how many tokens a token sees, itself included; None for all
         """
         ...
 

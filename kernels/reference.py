@@ -56,8 +56,10 @@ def rotary(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors) -> Tensor:
-    """A token attends to itself and all earlier tokens of its sequence, read from the pages."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors, window: int | None = None
+) -> Tensor:
+    """A token attends to itself and all earlier tokens of its sequence, or the latest of them, read from the pages."""
     for row, target in enumerate(layout.kv_rows.tolist()):
         if target >= 0:
             kv.k[target // TILE, target % TILE] = k[row]
@@ -68,9 +70,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, 
         keys, values = (pages[run.pages].flatten(0, 1).float() for pages in (kv.k, kv.v))
         for i in range(run.length):
             num_visible = run.start + i + 1
+            first = 0 if window is None else max(0, num_visible - window)
             for head in range(q.shape[1]):
-                scores = keys[:num_visible, head // group] @ q[run.row + i, head].float() * scale
-                out[run.row + i, head] = (scores.softmax(0) @ values[:num_visible, head // group]).to(q.dtype)
+                scores = keys[first:num_visible, head // group] @ q[run.row + i, head].float() * scale
+                out[run.row + i, head] = (scores.softmax(0) @ values[first:num_visible, head // group]).to(q.dtype)
     return out
 
 

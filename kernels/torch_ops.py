@@ -131,7 +131,16 @@ class TorchOps:
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        layout: RowLayout,
+        kv: KVTensors,
+        window: int | None = None,
+    ) -> Tensor:
         _write_rows(k, v, layout, kv)
         out = torch.zeros_like(q)
         plan = self._runs(layout)
@@ -140,10 +149,11 @@ class TorchOps:
                 row = run.row + tile * TILE
                 num_pages = run.start // TILE + tile + 1
                 keys, values = _gather(kv, run.pages[:num_pages], min(run.end, num_pages * TILE))
-                out[row : row + TILE] = _attend_tile(q[row : row + TILE], keys, values, scale)
+                out[row : row + TILE] = _attend_tile(q[row : row + TILE], keys, values, scale, window)
         for run in plan.decodes:
             keys, values = _gather(kv, run.pages, run.end)
-            out[run.row] = _attend_last(q[run.row], keys[:, : run.end], values[:, : run.end], scale)
+            first = 0 if window is None else max(0, run.end - window)
+            out[run.row] = _attend_last(q[run.row], keys[:, first : run.end], values[:, first : run.end], scale)
         return out
 
     def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
@@ -267,7 +277,7 @@ def _gather(kv: KVTensors, pages: list[int], num_tokens: int) -> tuple[Tensor, T
     return keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()
 
 
-def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
     """q [TILE, heads, d], the last TILE of the positions in keys, values [kv_heads, T, d] -> [TILE, heads, d]."""
     _, heads, d = q.shape
     kv_heads, num_keys, _ = keys.shape
@@ -275,6 +285,8 @@ def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
     scores = (grouped @ keys.transpose(1, 2)).view(kv_heads, -1, TILE, num_keys) * scale
     positions = torch.arange(num_keys, device=q.device)
     visible = positions <= positions[-TILE:, None]
+    if window is not None:
+        visible &= positions > positions[-TILE:, None] - window
     scores.masked_fill_(~visible, -torch.inf)
     y = scores.softmax(-1).flatten(1, 2) @ values
     return y.view(heads, TILE, d).transpose(0, 1).to(q.dtype)

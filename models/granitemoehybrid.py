@@ -9,19 +9,11 @@ from torch.nn import functional as F
 from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.blocks import (
-    MLP,
-    Attention,
-    CacheEntry,
-    CausalModel,
-    Mamba2,
-    MoE,
-    Norm,
-    linear,
-    rotary_frequencies,
-    softmax_of_chosen,
-    wanted_rows,
-)
+from hybrid_cache.models.blocks.attention import Attention, rotary_frequencies
+from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
+from hybrid_cache.models.blocks.feed_forward import MLP, MoE, softmax_of_chosen
+from hybrid_cache.models.blocks.mamba import Mamba2
+from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, Mamba2Shape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights

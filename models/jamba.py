@@ -6,18 +6,11 @@ from torch.nn import functional as F
 
 from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.blocks import (
-    MLP,
-    Attention,
-    CacheEntry,
-    CausalModel,
-    Mamba1,
-    MoE,
-    Norm,
-    chosen_of_softmax,
-    linear,
-    wanted_rows,
-)
+from hybrid_cache.models.blocks.attention import Attention
+from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
+from hybrid_cache.models.blocks.feed_forward import MLP, MoE, chosen_of_softmax
+from hybrid_cache.models.blocks.mamba import Mamba1
+from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, Mamba1Shape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights

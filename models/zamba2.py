@@ -15,17 +15,11 @@ from torch.nn import functional as F
 from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Linear, Ops
-from hybrid_cache.models.blocks import (
-    MLP,
-    Attention,
-    CacheEntry,
-    CausalModel,
-    Mamba2,
-    Norm,
-    linear,
-    linear_shape,
-    rotary_frequencies,
-)
+from hybrid_cache.models.blocks.attention import Attention, rotary_frequencies
+from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, linear_shape
+from hybrid_cache.models.blocks.feed_forward import MLP
+from hybrid_cache.models.blocks.mamba import Mamba2
+from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, LayerShape, Mamba2Shape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights

@@ -16,7 +16,9 @@ from hybrid_cache.models import loading, registry
 from tests.models import checkpoints
 from tests.models.driver import Driver
 
-GRANITE, ROPE_GRANITE, MOE_GRANITE, ZAMBA, _, OWN_ZAMBA, JAMBA, _ = checkpoints.CASES
+GRANITE, ROPE_GRANITE, MOE_GRANITE = (c for c in checkpoints.CASES if c.family == "GraniteMoeHybrid")
+ZAMBA, _, OWN_ZAMBA = (c for c in checkpoints.CASES if c.family == "Zamba2")
+JAMBA, _ = (c for c in checkpoints.CASES if c.family == "Jamba")
 OPS = dispatch.select("torch")
 
 

@@ -26,6 +26,8 @@ from hybrid_cache.models.shapes import (
 )
 from hybrid_cache.spec import AttentionSpec, PrefillCost, StateSpec
 from tests.models import checkpoints
+from tests.models.case import Case
+from tests.models.cases.granitemoehybrid import GRANITE
 
 NUM_TOKENS = 2 * TILE
 MATRICES, CONVOLUTIONS, BATCHED = ("mm", "addmm"), ("convolution",), ("bmm",)
@@ -103,8 +105,8 @@ def test_a_convolution_costs_its_width_for_each_channel(case, count):
 
 def test_a_mamba2_scan_costs_what_transformers_multiplies_in_tiles_of_the_same_size(count):
     """With a group for each head, because its plain version repeats C.B for each head of a group."""
-    settings = {**checkpoints.GRANITE, "mamba_chunk_size": TILE, "mamba_n_groups": 6}
-    case = checkpoints.Case("granite in our tiles", "GraniteMoeHybrid", settings)
+    settings = {**GRANITE, "mamba_chunk_size": TILE, "mamba_n_groups": 6}
+    case = Case("granite in our tiles", "GraniteMoeHybrid", settings)
     mixers = parts(shape_of(case), Mamba2Shape)
     scan = sum(map(scan_flops, mixers))
     # From tile to tile it multiplies all states with a square matrix of decays; a running state needs no such product.

@@ -1,0 +1,54 @@
+"""Projections and norms: what all other parts use."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.kernels.layout import MIN_ROWS
+from hybrid_cache.kernels.ops import KVTensors, Linear, Ops, StateTensors
+from hybrid_cache.models.shapes import LinearShape
+from hybrid_cache.models.weights import Weights
+
+CacheEntry = KVTensors | StateTensors
+
+
+def linear(ops: Ops, weights: Weights, parts: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
+    """One packed projection for `parts` (name -> output features), all of the same input, outputs side by side."""
+    matrices = [weights.take(f"{name}.weight", size, in_features) for name, size in parts.items()]
+    biases = [weights.take(f"{name}.bias", size) for name, size in parts.items()] if bias else []
+    return ops.linear(_join(matrices), _join(biases) if bias else None)
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def linear_shape(part: Linear) -> LinearShape:
+    return LinearShape(part.in_features, part.out_features)
+
+
+class Norm:
+    """Root-mean-square norm."""
+
+    def __init__(self, ops: Ops, weights: Weights, name: str, size: int, eps: float) -> None:
+        self._rms_norm = ops.rms_norm
+        self._weight = weights.take(f"{name}.weight", size)
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._rms_norm(x, self._weight, self._eps)
+
+
+def wanted_rows(hidden: Tensor, batch: ForwardBatch) -> Tensor:
+    """The output rows of the batch, first; padded to MIN_ROWS with copies of row 0."""
+    rows = batch.output_rows
+    missing = MIN_ROWS - rows.shape[0]
+    return hidden[F.pad(rows, (0, missing)) if missing > 0 else rows]
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """In float32; unlike torch's own it rounds alike in the middle and at the end of a tensor."""
+    return 1.0 / (1.0 + torch.exp(-x.float()))

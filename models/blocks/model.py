@@ -1,0 +1,64 @@
+"""What models share around their layers."""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybrid_cache.kernels.layout import MIN_ROWS
+from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.blocks.common import Norm
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.shapes import LayerShape, ModelShape
+from hybrid_cache.models.weights import Checkpoint
+
+
+class ModelLayer(Protocol):
+    """A layer as the model's accounts see it."""
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """Of its parts, in the order of use."""
+        ...
+
+
+class CausalModel:
+    """What models share around their layers: token embedding, final norm, output head, and the facts about them."""
+
+    def __init__(
+        self,
+        config: Config,
+        weights: Checkpoint,
+        ops: Ops,
+        dtype: torch.dtype,
+        *,
+        layers: Sequence[ModelLayer],
+        norm: Norm,
+        tied: bool,
+        logits_divisor: float = 1.0,
+    ) -> None:
+        """Takes the remaining weights. `tied`: a file without a head uses the embedding."""
+        hidden = config.integer("hidden_size")
+        self.vocab_size = config.integer("vocab_size")
+        self.max_length = config.integer("max_position_embeddings")
+        shapes = tuple(shape for layer in layers for shape in layer.shapes)
+        self.shape = ModelShape(type(self).__name__, shapes, hidden, self.vocab_size, dtype)
+        self.cache_spec = self.shape.cache_spec
+        self.prefill_cost = self.shape.prefill_cost
+        self._embedding = weights.take("model.embed_tokens.weight", self.vocab_size, hidden)
+        shared = tied and not weights.has("lm_head.weight")
+        self._head = ops.linear(self._embedding if shared else weights.take("lm_head.weight", self.vocab_size, hidden))
+        self._norm = norm
+        self._logits_divisor = logits_divisor
+        facts = f"{type(self).__name__} {weights.finish()} {config.used_json()} {dtype} {ops.name}"
+        self.fingerprint = blake2b(facts.encode(), digest_size=16).hexdigest()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        rows = hidden.shape[0]
+        if rows < MIN_ROWS:
+            hidden = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
+        logits = self._head(hidden)[:rows].float()
+        return logits if self._logits_divisor == 1.0 else logits / self._logits_divisor
