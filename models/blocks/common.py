@@ -1,4 +1,8 @@
-"""Projections and norms: what all other parts use."""
+"""Projections and norms: what the other parts of a model use.
+
+A part takes packed rows x [R, hidden] and gives [R, hidden] back. It holds packed weights; its `shape` says what it
+costs and what it keeps in the cache.
+"""
 
 from collections.abc import Mapping
 
