@@ -139,9 +139,9 @@ class Workload:
         values = [self._rng.randrange(self._vocab_size) for _ in range(self._rng.randrange(1, limit + 1))]
         return np.array(values, np.int32)
 
-    def round(self) -> list[Request]:
+    def round(self, num_requests: int) -> list[Request]:
         """The next requests. Their prompts become stems of later ones."""
-        requests = [self._request() for _ in range(REQUESTS_PER_ROUND)]
+        requests = [self._request() for _ in range(num_requests)]
         self._stems = self._rng.sample([*self._stems, *(r.prompt.tokens for r in requests)], 8)
         return requests
 
@@ -167,7 +167,13 @@ class Workload:
         return Request(f"r{self._count}", prompt, sampling, n=rng.choice([1, 1, 1, 2]))
 
 
-def compare(model: HybridModel, report: Report, num_rows: int, progress: Progress | None = None) -> Report:
+def compare(
+    model: HybridModel,
+    report: Report,
+    num_rows: int,
+    progress: Progress | None = None,
+    requests_per_round: int = REQUESTS_PER_ROUND,
+) -> Report:
     """Rounds until at least `num_rows` logits rows have been compared; fills in and returns the report."""
     ledger = Ledger(report)
     runner = recording_runner(ledger)
@@ -181,7 +187,7 @@ def compare(model: HybridModel, report: Report, num_rows: int, progress: Progres
         if number % 8 == 7:  # a new budget and chunk size now and then
             _close(busy, report)
             busy = _busy_engine(model, runner, rng)
-        requests = workload.round()
+        requests = workload.round(requests_per_round)
         ledger.rows, ledger.comparing = {}, False
         expected = [_answer_alone(plain, request) for request in requests]
         ledger.comparing = True
