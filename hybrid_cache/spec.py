@@ -26,7 +26,8 @@ class StateSpec:
     """Recurrent state of one layer: the convolution window and the state proper.
 
     conv_shape   (width - 1, channels), oldest row first, in the model's dtype
-    state_shape  (heads, head_dim, d_state) for Mamba-2, (channels, d_state) for Mamba-1; always float32
+    state_shape  (heads, head_dim, d_state) for Mamba-2 and delta nets, (channels, d_state) for Mamba-1; always float32;
+                 (0,) for a layer that keeps a window only
     """
 
     conv_shape: tuple[int, int]

@@ -34,7 +34,8 @@ class _Layout(ctypes.Structure):
 
 class _Mamba2(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("num_heads", "head_dim", "d_state", "num_groups", "width", "norm_group")),
+        *((name, c_int64) for name in ("num_heads", "head_dim", "d_state", "num_groups")),
+        *((name, c_int64) for name in ("width", "norm_group", "norm_first")),
         *((name, c_float) for name in ("norm_eps", "dt_min", "dt_max")),
         *((name, c_void_p) for name in ("taps", "bias", "dt_bias", "A", "D", "norm")),
     )
@@ -109,11 +110,13 @@ def _prepare_conv(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
 
 def _prepare_mamba2(w: Mamba2Weights) -> _Prepared:
     tensors = [*_prepare_conv(w.conv_weight, w.conv_bias)]
-    tensors += [t.float().contiguous() for t in (w.dt_bias, w.A, w.D, w.norm_weight)]
+    tensors += [t.float().contiguous() for t in (w.dt_bias, w.A, w.D)]
+    if w.norm_weight is not None:
+        tensors.append(w.norm_weight.float().contiguous())
     structure = _Mamba2(
-        *(w.num_heads, w.head_dim, w.d_state, w.num_groups, w.conv_weight.shape[1], w.norm_group),
+        *(w.num_heads, w.head_dim, w.d_state, w.num_groups, w.conv_weight.shape[1], w.norm_group, w.norm_first),
         *(w.norm_eps, w.dt_min, w.dt_max),
-        *(tensor.data_ptr() for tensor in tensors),
+        *(tensor.data_ptr() for tensor in tensors),  # the last one stays null without a norm
     )
     return _Prepared(w, structure, tensors)
 
@@ -226,10 +229,18 @@ class NativeOps(TorchOps):
         )
         return out
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
+    def causal_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: RowLayout,
+        conv: Tensor,
+        activation: bool = True,
+    ) -> Tensor:
         channels, width = weight.shape
-        if width > MAX_CONV_WIDTH or conv.dtype != x.dtype:
-            return super().causal_conv(x, weight, bias, layout, conv)
+        if not activation or width > MAX_CONV_WIDTH or conv.dtype != x.dtype:
+            return super().causal_conv(x, weight, bias, layout, conv, activation)
         x = _with_rows(x, channels)
         taps, offset = self._conv_tensors(weight, bias)
         out = torch.empty(len(x), channels, dtype=x.dtype)

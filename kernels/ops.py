@@ -11,7 +11,7 @@ Two promises hold for each method of each backend that says `exact`:
 2. tiles of one sequence give the same bits and states in one call as in several calls, cut at any tile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,7 +48,7 @@ class Mamba2Weights:
     dt_bias: Tensor  # [H] float32
     A: Tensor  # [H] float32, negative
     D: Tensor  # [H] float32
-    norm_weight: Tensor  # [H * P]
+    norm_weight: Tensor | None  # [H * P]; None for y * silu(z) without a norm
     norm_eps: float
     norm_group: int  # channels normalised together; H * P for one norm over all
     num_heads: int
@@ -57,6 +57,7 @@ class Mamba2Weights:
     num_groups: int
     dt_min: float = 0.0  # dt is clamped to [dt_min, dt_max] after softplus
     dt_max: float = float("inf")
+    norm_first: bool = False  # norm(y) * silu(z) in place of norm(y * silu(z))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Linear(Protocol):
 
 
 class Experts(Protocol):
-    """Gated feed-forward experts (SwiGLU): w_out_e @ (silu(g) * u), [g; u] = w_in_e @ x."""
+    """Feed-forward experts: w_out_e @ act(w_in_e @ x)."""
 
     def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
         """x [R, hidden]   expert_ids [R, k] int64   expert_weights [R, k] float32 -> [R, hidden].
@@ -99,8 +100,13 @@ class Ops(Protocol):
         """Packs weight [out, in] (+ bias [out]); the caller may drop its copy."""
         ...
 
-    def experts(self, w_in: Sequence[Tensor], w_out: Sequence[Tensor]) -> Experts:
-        """Packs one [2 * inner, hidden] (gate rows first) and one [hidden, inner] matrix for each expert."""
+    def experts(
+        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+    ) -> Experts:
+        """Packs one [2 * inner, hidden] (gate rows first) and one [hidden, inner] matrix for each expert.
+
+        act: None for `silu_mul`; another takes [R, rows of w_in] to [R, inner], each row by itself
+        """
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -113,6 +119,10 @@ class Ops(Protocol):
 
     def gelu_mul(self, x: Tensor) -> Tensor:
         """x [R, 2 * d] -> gelu(x[:, :d]) * x[:, d:], the exact (erf) gelu."""
+        ...
+
+    def gelu_tanh_mul(self, x: Tensor) -> Tensor:
+        """x [R, 2 * d] -> gelu(x[:, :d]) * x[:, d:], the gelu with tanh in place of erf."""
         ...
 
     def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -143,8 +153,16 @@ class Ops(Protocol):
         """
         ...
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
-        """silu(depthwise causal convolution); advances `conv` [slots, K - 1, channels].
+    def causal_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: RowLayout,
+        conv: Tensor,
+        activation: bool = True,
+    ) -> Tensor:
+        """silu(depthwise causal convolution), or without the silu; advances `conv` [slots, K - 1, channels].
 
         x [R, channels]   weight [channels, K]   bias [channels] -> [R, channels]
         """
@@ -164,5 +182,49 @@ class Ops(Protocol):
         """h = exp(dt A) h + dt B x, y = (C h + D x) * silu(z), with dt = softplus(dt + dt_bias); advances `state`.
 
         x, dt, z [R, channels]   B, C [R, N]   state [slots, channels, N] float32 -> [R, channels]
+        """
+        ...
+
+    def linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, slope: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        """h = exp(-slope) h + v k^T, y = h q for each head (Qin et al. 2024, arXiv 2401.04658); advances `state`.
+
+        q, k [R, H, N]   v [R, H, P]   slope [H] float32, positive   state [slots, H, P, N] float32 -> [R, H, P]
+        """
+        ...
+
+    def rg_lru(
+        self, x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        """h = a h + sqrt(1 - a^2) sigmoid(input_gate) x, with a = exp(decay sigmoid(gate)), for each channel.
+
+        The real-gated linear recurrent unit (De et al. 2024, arXiv 2402.19427, section 2.4). The first token of a
+        sequence comes in without the square root. Advances `state`.
+
+        x, input_gate, gate [R, channels]   decay [channels] float32, negative   state [slots, channels] float32
+        -> [R, channels]
+        """
+        ...
+
+    def gated_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        """The gated delta rule (Yang et al. 2024, arXiv 2412.06464): h = exp(g) h, then h += beta (v - h k) k^T, y = h q.
+
+        Queries and keys are first divided by sqrt(sum(x^2) + 1e-6), queries also by sqrt(N); advances `state`.
+
+        q, k [R, G, N]   v [R, H, P], H a multiple of G   g, beta [R, H] float32, g <= 0
+        state [slots, H, P, N] float32 -> [R, H, P]
+        """
+        ...
+
+    def kimi_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        """`gated_delta` with a decay for each of the N columns of the state (Kimi Team 2025, arXiv 2510.26692).
+
+        q, k [R, H, N]   v [R, H, P]   g [R, H, N] float32, g <= 0   beta [R, H] float32
+        state [slots, H, P, N] float32 -> [R, H, P]
         """
         ...

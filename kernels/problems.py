@@ -108,6 +108,8 @@ class Mamba2Problem:
         dt_min: float = 0.0,
         dt_max: float = float("inf"),
         bias: bool = True,
+        norm: bool = True,
+        norm_first: bool = False,
     ) -> None:
         inner = num_heads * head_dim
         channels = inner + 2 * num_groups * d_state
@@ -121,7 +123,7 @@ class Mamba2Problem:
             dt_bias=_uniform(rng, num_heads, low=-4.0, high=-1.0),
             A=-_uniform(rng, num_heads, low=0.5, high=8.0),
             D=_normal(rng, num_heads),
-            norm_weight=_uniform(rng, inner, low=0.5, high=1.5).to(dtype),
+            norm_weight=_uniform(rng, inner, low=0.5, high=1.5).to(dtype) if norm else None,
             norm_eps=1e-5,
             norm_group=inner // norm_groups,
             num_heads=num_heads,
@@ -130,6 +132,7 @@ class Mamba2Problem:
             num_groups=num_groups,
             dt_min=dt_min,
             dt_max=dt_max,
+            norm_first=norm_first,
         )
 
     def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
@@ -149,9 +152,17 @@ class ConvProblem:
     name = "causal_conv"
 
     def __init__(
-        self, dtype: torch.dtype, rng: torch.Generator, *, channels: int = 40, width: int = 4, bias: bool = True
+        self,
+        dtype: torch.dtype,
+        rng: torch.Generator,
+        *,
+        channels: int = 40,
+        width: int = 4,
+        bias: bool = True,
+        activation: bool = True,
     ) -> None:
         self._dtype = dtype
+        self._activation = activation
         self.weight = _normal(rng, channels, width, scale=0.5).to(dtype)
         self.bias = _normal(rng, channels, scale=0.2).to(dtype) if bias else None
 
@@ -163,7 +174,7 @@ class ConvProblem:
         return [pool(size, (width - 1, channels), self._dtype, filler)]
 
     def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
-        return ops.causal_conv(inputs[0], self.weight, self.bias, layout, cache[0])
+        return ops.causal_conv(inputs[0], self.weight, self.bias, layout, cache[0], self._activation)
 
 
 class Mamba1Problem:
@@ -188,6 +199,104 @@ class Mamba1Problem:
     def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
         x, dt, B, C, z = inputs
         return ops.mamba1_scan(x, dt, B, C, z, self.weights, layout, cache[0])
+
+
+class GatedDeltaProblem:
+    name = "gated_delta"
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        *,
+        num_heads: int = 4,
+        num_groups: int = 2,
+        head_dim: int = 24,
+        d_state: int = 16,
+        max_beta: float = 1.0,
+    ) -> None:
+        self._dtype = dtype
+        self._sizes = (num_heads, num_groups, head_dim, d_state)
+        self._max_beta = max_beta
+
+    def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
+        num_heads, num_groups, head_dim, d_state = self._sizes
+        shapes = ((num_groups, d_state), (num_groups, d_state), (num_heads, head_dim))
+        q, k, v = (_normal(rng, num_tokens, *shape).to(self._dtype) for shape in shapes)
+        g = _uniform(rng, num_tokens, num_heads, low=-6.0, high=1.0)  # forgets between all and nothing
+        return [q, k, v, -g.exp(), _uniform(rng, num_tokens, num_heads, low=0.0, high=self._max_beta)]
+
+    def cache(self, size: int, filler: float) -> list[Tensor]:
+        num_heads, _, head_dim, d_state = self._sizes
+        return [pool(size, (num_heads, head_dim, d_state), torch.float32, filler)]
+
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
+        q, k, v, g, beta = inputs
+        return ops.gated_delta(q, k, v, g, beta, layout, cache[0])
+
+
+class LinearAttentionProblem:
+    name = "linear_attention"
+
+    def __init__(
+        self, dtype: torch.dtype, rng: torch.Generator, *, num_heads: int = 4, head_dim: int = 16, d_state: int = 16
+    ) -> None:
+        self._dtype = dtype
+        self._widths = (d_state, d_state, head_dim)  # q, k, v
+        self.slope = _uniform(rng, num_heads, low=0.004, high=0.9)
+
+    def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
+        return [_normal(rng, num_tokens, len(self.slope), width).to(self._dtype) for width in self._widths]
+
+    def cache(self, size: int, filler: float) -> list[Tensor]:
+        d_state, _, head_dim = self._widths
+        return [pool(size, (len(self.slope), head_dim, d_state), torch.float32, filler)]
+
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
+        q, k, v = inputs
+        return ops.linear_attention(q, k, v, self.slope, layout, cache[0])
+
+
+class RgLruProblem:
+    name = "rg_lru"
+
+    def __init__(self, dtype: torch.dtype, rng: torch.Generator, *, channels: int = 40) -> None:
+        self._dtype = dtype
+        self.decay = -_uniform(rng, channels, low=0.02, high=2.0)
+
+    def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
+        return [_normal(rng, num_tokens, len(self.decay)).to(self._dtype) for _ in range(3)]  # x and two gates
+
+    def cache(self, size: int, filler: float) -> list[Tensor]:
+        return [pool(size, self.decay.shape, torch.float32, filler)]
+
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
+        x, input_gate, gate = inputs
+        return ops.rg_lru(x, input_gate, gate, self.decay, layout, cache[0])
+
+
+class KimiDeltaProblem:
+    name = "kimi_delta"
+
+    def __init__(
+        self, dtype: torch.dtype, *, num_heads: int = 3, head_dim: int = 24, d_state: int = 16, most: float = 2.0
+    ) -> None:
+        """`most`: no column forgets more than exp(-most) at one token."""
+        self._dtype = dtype
+        self._sizes = (num_heads, head_dim, d_state)
+        self._most = most
+
+    def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
+        num_heads, head_dim, d_state = self._sizes
+        q, k, v = (_normal(rng, num_tokens, num_heads, n).to(self._dtype) for n in (d_state, d_state, head_dim))
+        g = -self._most * _uniform(rng, num_tokens, num_heads, d_state, low=0.0, high=1.0) ** 8
+        return [q, k, v, g, _uniform(rng, num_tokens, num_heads, low=0.0, high=1.0)]
+
+    def cache(self, size: int, filler: float) -> list[Tensor]:
+        return [pool(size, self._sizes, torch.float32, filler)]
+
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
+        q, k, v, g, beta = inputs
+        return ops.kimi_delta(q, k, v, g, beta, layout, cache[0])
 
 
 class AttentionProblem:

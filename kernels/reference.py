@@ -4,7 +4,7 @@ These functions say what is right; they are not meant to be fast. Shapes and sid
 Rows that belong to no sequence come back as zeros.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def experts(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, w_in: Sequence[Tensor], w_out: Sequence[Tensor]
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    w_in: Sequence[Tensor],
+    w_out: Sequence[Tensor],
+    act: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """A token goes to its k experts, one after the other (Shazeer et al. 2017)."""
+    act = act or silu_mul
     out = torch.zeros(x.shape, dtype=torch.float32)
     for row in range(len(x)):
         for expert, share in zip(expert_ids[row].tolist(), expert_weights[row], strict=True):
-            gate, up = (w_in[expert].float() @ x[row].float()).chunk(2)
-            out[row] += share * (w_out[expert].float() @ (F.silu(gate) * up))
+            out[row] += share * (w_out[expert].float() @ act(w_in[expert].float() @ x[row].float()))
     return out.to(x.dtype)
 
 
@@ -46,6 +51,11 @@ def silu_mul(x: Tensor) -> Tensor:
 def gelu_mul(x: Tensor) -> Tensor:
     gate, up = x.float().chunk(2, dim=-1)
     return (F.gelu(gate) * up).to(x.dtype)
+
+
+def gelu_tanh_mul(x: Tensor) -> Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
 
 def rotary(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -77,8 +87,10 @@ def attention(
     return out
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
-    """y[t] = silu(bias + sum_k weight[:, k] * x[t - K + 1 + k])."""
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor, activation: bool = True
+) -> Tensor:
+    """y[t] = silu(bias + sum_k weight[:, k] * x[t - K + 1 + k]), or the sum as it is."""
     out = torch.zeros_like(x)
     width = weight.shape[1]
     for run in runs.read(layout):
@@ -86,14 +98,18 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayou
         rows = torch.cat([window, x[run.row : run.row + run.length]])
         for i in range(run.length):
             y = (rows[i : i + width].float() * weight.float().T).sum(0)
-            out[run.row + i] = F.silu(y if bias is None else y + bias.float()).to(x.dtype)
+            y = y if bias is None else y + bias.float()
+            out[run.row + i] = (F.silu(y) if activation else y).to(x.dtype)
         for num_tokens, slot in [*run.captures, (run.length, run.slot)]:
             conv[slot] = rows[num_tokens : num_tokens + width - 1]
     return out
 
 
 def mamba2(zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
-    """h = exp(dt A) h + dt x B^T, y = h C + D x for each head, then norm(y * silu(z)) (Dao and Gu 2024)."""
+    """h = exp(dt A) h + dt x B^T, y = h C + D x for each head, then norm(y * silu(z)) (Dao and Gu 2024).
+
+    Or norm(y) * silu(z), or y * silu(z) without a norm (Falcon-H1).
+    """
     w = weights
     inner, bc = w.num_heads * w.head_dim, w.num_groups * w.d_state
     z, conv_in, dt = zxbcdt.float().tensor_split([inner, 2 * inner + 2 * bc], dim=1)
@@ -115,8 +131,12 @@ def mamba2(zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: Sta
             if i + 1 in points:
                 cache.state[points[i + 1]] = h
         cache.state[run.slot] = h
-    gated = (y.flatten(1) * F.silu(z)).view(len(y), -1, w.norm_group)
-    return _normalised(gated, w.norm_weight.view(-1, w.norm_group), w.norm_eps).flatten(1).to(zxbcdt.dtype)
+    y, gate = y.flatten(1), F.silu(z)
+    if w.norm_weight is None:
+        return (y * gate).to(zxbcdt.dtype)
+    grouped = (y if w.norm_first else y * gate).view(len(y), -1, w.norm_group)
+    normed = _normalised(grouped, w.norm_weight.view(-1, w.norm_group), w.norm_eps).flatten(1)
+    return (normed * gate if w.norm_first else normed).to(zxbcdt.dtype)
 
 
 def mamba1_scan(
@@ -144,6 +164,31 @@ def mamba1_scan(
                 state[points[i + 1]] = h
         state[run.slot] = h
     return (y * F.silu(z.float())).to(x.dtype)
+
+
+def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
+    """One decay for all columns of a head's state, queries and keys shared by some heads (Yang et al. 2024)."""
+    q, k = (x.repeat_interleave(v.shape[1] // k.shape[1], dim=1) for x in (q, k))
+    return kimi_delta(q, k, v, g[:, :, None].expand(k.shape), beta, layout, state)
+
+
+def kimi_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
+    """A state forgets, then moves what it says at k towards v (Kimi Team 2025)."""
+    q, k = (x.float() * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    y = torch.zeros_like(v)
+    for run in runs.read(layout):
+        h = torch.zeros_like(state[run.slot]) if run.fresh else state[run.slot].clone()
+        points = dict(run.captures)
+        for i in range(run.length):
+            t = run.row + i
+            h = g[t].exp()[:, None, :] * h
+            error = v[t].float() - (h * k[t][:, None, :]).sum(-1)
+            h = h + (beta[t][:, None] * error)[:, :, None] * k[t][:, None, :]
+            y[t] = ((h * q[t][:, None, :]).sum(-1) * q.shape[-1] ** -0.5).to(y.dtype)
+            if i + 1 in points:
+                state[points[i + 1]] = h
+        state[run.slot] = h
+    return y
 
 
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,10 +14,14 @@ from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.problems import (
     AttentionProblem,
     ConvProblem,
+    GatedDeltaProblem,
+    KimiDeltaProblem,
+    LinearAttentionProblem,
     Mamba1Problem,
     Mamba2Problem,
     Piece,
     Problem,
+    RgLruProblem,
     Stream,
     run_batch,
     token,
@@ -122,6 +126,7 @@ def _row_probes(ops: Ops, dtype: torch.dtype, rng: torch.Generator) -> Iterator[
     yield "rms_norm", lambda rows: ops.rms_norm(x[rows], weight, 1e-5)
     yield "silu_mul", lambda rows: ops.silu_mul(x[rows])
     yield "gelu_mul", lambda rows: ops.gelu_mul(x[rows])
+    yield "gelu_tanh_mul", lambda rows: ops.gelu_tanh_mul(x[rows])
     yield "rotary", lambda rows: ops.rotary(heads[rows], positions[rows], inv_freq)
     w_in, w_out = (0.1 * torch.randn(5, *size, generator=rng).to(dtype) for size in ((96, 208), (208, 48)))
     experts = ops.experts(list(w_in), list(w_out))
@@ -144,5 +149,9 @@ def _problems(dtype: torch.dtype, rng: torch.Generator) -> list[Problem]:
         Mamba2Problem(dtype, rng),
         ConvProblem(dtype, rng),
         Mamba1Problem(dtype, rng),
+        LinearAttentionProblem(dtype, rng),
+        RgLruProblem(dtype, rng),
+        GatedDeltaProblem(dtype),
+        KimiDeltaProblem(dtype),
         AttentionProblem(dtype),
     ]

@@ -11,6 +11,7 @@ Three habits keep the promises of `ops`:
 """
 
 from collections.abc import Callable, Sequence
+from math import pi
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,10 @@ from hybrid_cache.kernels import runs
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
 from hybrid_cache.kernels.ops import Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
 from hybrid_cache.kernels.runs import Run, Runs
+
+# gelu with tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
+_GELU_LINEAR = 2.0 * (2.0 / pi) ** 0.5
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
 
 class PlainLinear:
@@ -111,8 +116,10 @@ class TorchOps:
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return pack(weight, bias)
 
-    def experts(self, w_in: Sequence[Tensor], w_out: Sequence[Tensor]) -> Experts:
-        return LoopExperts([self.linear(w) for w in w_in], [self.linear(w) for w in w_out], self.silu_mul)
+    def experts(
+        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+    ) -> Experts:
+        return LoopExperts([self.linear(w) for w in w_in], [self.linear(w) for w in w_out], act or self.silu_mul)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
@@ -124,6 +131,10 @@ class TorchOps:
     def gelu_mul(self, x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)
         return (0.5 * gate * (1.0 + torch.erf(gate * 0.5**0.5)) * up).to(x.dtype)
+
+    def gelu_tanh_mul(self, x: Tensor) -> Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (gate / (1.0 + torch.exp(gate * (gate * gate * -_GELU_CUBIC - _GELU_LINEAR))) * up).to(x.dtype)
 
     def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
         angle = positions.float()[:, None, None] * inv_freq
@@ -156,27 +167,34 @@ class TorchOps:
             out[run.row] = _attend_last(q[run.row], keys[:, first : run.end], values[:, first : run.end], scale)
         return out
 
-    def causal_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
-        return self._conv(x, weight, bias, layout, conv).to(x.dtype)
+    def causal_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: RowLayout,
+        conv: Tensor,
+        activation: bool = True,
+    ) -> Tensor:
+        y = self._conv(x, weight, bias, layout, conv)
+        return (silu(y) if activation else y).to(x.dtype)
 
     def mamba2(self, zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
         w = weights
         inner, bc = w.num_heads * w.head_dim, w.num_groups * w.d_state
         z, conv_in, dt_in = zxbcdt.tensor_split([inner, 2 * inner + 2 * bc], dim=1)
-        conv_out = self._conv(conv_in, w.conv_weight, w.conv_bias, layout, cache.conv)
+        conv_out = silu(self._conv(conv_in, w.conv_weight, w.conv_bias, layout, cache.conv))
         x = conv_out[:, :inner].reshape(-1, w.num_heads, w.head_dim)
         B, C = (part.reshape(-1, w.num_groups, w.d_state) for part in conv_out[:, inner:].chunk(2, dim=1))
         dt = softplus(dt_in.float() + w.dt_bias).clamp(w.dt_min, w.dt_max)
         y = torch.zeros_like(x)
         plan = self._runs(layout)
         for run in plan.chunks:
-            _scan_chunk(run, x, dt, B, C, w, cache.state, y)
+            _scan_chunk(run, x, dt, B, C, w.A, cache.state, y)
         if plan.decodes:
-            _scan_step(_decode_rows(layout), layout.decode_slot, x, dt, B, C, w, cache.state, y)
+            _scan_step(_decode_rows(layout), layout.decode_slot, x, dt, B, C, w.A, cache.state, y)
         y += w.D[:, None] * x
-        gated = (y.flatten(1) * silu(z.float())).view(len(y), -1, w.norm_group)
-        normed = F.rms_norm(gated, (w.norm_group,), None, w.norm_eps).flatten(1)
-        return (normed * w.norm_weight.float()).to(zxbcdt.dtype)
+        return _gated_norm(y.flatten(1), silu(z.float()), w).to(zxbcdt.dtype)
 
     def mamba1_scan(
         self,
@@ -210,6 +228,90 @@ class TorchOps:
             y[rows] = (h * C[rows, None, :]).sum(-1)
         return ((y + weights.D * u) * silu(z.float())).to(x.dtype)
 
+    def linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, slope: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        B, C, x = k.float(), q.float(), v.float()
+        y, one = torch.zeros_like(x), x.new_ones(x.shape[:2])
+        plan = self._runs(layout)
+        for run in plan.chunks:
+            _scan_chunk(run, x, one, B, C, -slope, state, y)
+        if plan.decodes:
+            _scan_step(_decode_rows(layout), layout.decode_slot, x, one, B, C, -slope, state, y)
+        return y.to(v.dtype)
+
+    def rg_lru(
+        self, x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        gated = sigmoid(input_gate.float()) * x.float()
+        a = (decay * sigmoid(gate.float())).exp()
+        share = (1.0 - a * a).sqrt()
+        y = gated * share
+        plan = self._runs(layout)
+        for run in plan.chunks:
+            points = dict(run.captures)
+            h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
+            if run.fresh:
+                y[run.row] = gated[run.row]
+            for i in range(run.length):
+                y[run.row + i] += a[run.row + i] * h
+                h = y[run.row + i]
+                if i + 1 in points:
+                    state[points[i + 1]] = h
+            state[run.slot] = h
+        if plan.decodes:
+            rows = _decode_rows(layout)
+            y[rows] += a[rows] * state[layout.decode_slot]
+            state[layout.decode_slot] = y[rows]
+        return y.to(x.dtype)
+
+    def gated_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        return self._delta(_gated_delta_tile, q, k, v, g[:, :, None], beta, layout, state)
+
+    def kimi_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        return self._delta(_kimi_delta_tile, q, k, v, g, beta, layout, state)
+
+    def _delta(
+        self,
+        compute_tile: "DeltaTile",
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        layout: RowLayout,
+        state: Tensor,
+    ) -> Tensor:
+        """g [R, H, 1 or N]."""
+        q, k, v_wide = _unit(q) * q.shape[-1] ** -0.5, _unit(k), v.float()
+        y = torch.zeros_like(v_wide)
+        plan = self._runs(layout)
+        for run in plan.chunks:
+            points = dict(run.captures)
+            h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
+            for first in range(0, run.length, TILE):
+                length = min(TILE, run.length - first)
+                rows = slice(run.row + first, run.row + first + length)
+                h, y_tile = compute_tile(h, *(_padded(x[rows]) for x in (q, k, v_wide, g, beta)))
+                y[rows] = y_tile[:length]
+                if first + TILE in points:
+                    state[points[first + TILE]] = h
+            state[run.slot] = h
+        if plan.decodes:
+            rows = _decode_rows(layout)
+            heads_per_group = v.shape[1] // k.shape[1]
+            q, k = (x[rows].repeat_interleave(heads_per_group, dim=1)[:, :, None] for x in (q, k))  # [D, H, 1, N]
+            h = state[layout.decode_slot] * g[rows, :, None].exp()
+            error = v_wide[rows] - (h * k).sum(-1)
+            h += (beta[rows, :, None] * error)[..., None] * k
+            state[layout.decode_slot] = h
+            y[rows] = (h * q).sum(-1)
+        return y.to(v.dtype)
+
     def _runs(self, layout: RowLayout) -> Runs:
         """All layers of a step share one layout object; reading it takes longer than a small operation."""
         last = self._last
@@ -218,7 +320,7 @@ class TorchOps:
         return last[1]
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
-        """-> [R, channels] float32."""
+        """-> [R, channels] float32, before any activation."""
         width = weight.shape[1]
         taps = weight.float().T
         offset = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float()
@@ -231,7 +333,7 @@ class TorchOps:
             y = offset.expand(run.length, -1)
             for i in range(width):
                 y = y + wide[i : i + run.length] * taps[i]
-            out[run.row : run.row + run.length] = silu(y)
+            out[run.row : run.row + run.length] = y
             for num_tokens, slot in [*run.captures, (run.length, run.slot)]:
                 conv[slot] = rows[num_tokens : num_tokens + width - 1]
         if plan.decodes:
@@ -239,13 +341,17 @@ class TorchOps:
             y = offset.expand(len(rows), -1)
             for i in range(width):
                 y = y + rows[:, i].float() * taps[i]
-            out[_decode_rows(layout)] = silu(y)
+            out[_decode_rows(layout)] = y
             conv[layout.decode_slot] = rows[:, 1:]
         return out
 
 
 def silu(x: Tensor) -> Tensor:
     return x / (1.0 + torch.exp(-x))
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1.0 / (1.0 + torch.exp(-x))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -303,7 +409,7 @@ def _attend_last(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
 
 
 def _scan_chunk(
-    run: Run, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, w: Mamba2Weights, state: Tensor, y: Tensor
+    run: Run, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor, y: Tensor
 ) -> None:
     """x [R, H, P], dt [R, H], B, C [R, G, N]; fills the run's rows of y [R, H, P] and its slots of `state`."""
     points = dict(run.captures)
@@ -311,7 +417,7 @@ def _scan_chunk(
     for first in range(0, run.length, TILE):
         length = min(TILE, run.length - first)
         rows = slice(run.row + first, run.row + first + length)
-        h, y_tile = _scan_tile(h, _padded(x[rows]), _padded(dt[rows]), _padded(B[rows]), _padded(C[rows]), w.A)
+        h, y_tile = _scan_tile(h, _padded(x[rows]), _padded(dt[rows]), _padded(B[rows]), _padded(C[rows]), A)
         y[rows] = y_tile[:length]
         if first + TILE in points:
             state[points[first + TILE]] = h
@@ -352,17 +458,96 @@ def _scan_step(
     dt: Tensor,
     B: Tensor,
     C: Tensor,
-    w: Mamba2Weights,
+    A: Tensor,
     state: Tensor,
     y: Tensor,
 ) -> None:
     """The recurrence for one token of each decode row."""
-    heads_per_group = w.num_heads // w.num_groups
+    heads_per_group = x.shape[1] // B.shape[1]
     b, c = (part[rows].repeat_interleave(heads_per_group, dim=1) for part in (B, C))  # [D, H, N]
-    h = state[slots] * (dt[rows] * w.A).exp()[:, :, None, None]
+    h = state[slots] * (dt[rows] * A).exp()[:, :, None, None]
     h += (dt[rows, :, None] * x[rows])[..., None] * b[:, :, None, :]
     state[slots] = h
     y[rows] = (h * c[:, :, None, :]).sum(-1)
+
+
+def _gated_norm(y: Tensor, gate: Tensor, w: Mamba2Weights) -> Tensor:
+    if w.norm_weight is None:
+        return y * gate
+    x = y if w.norm_first else y * gate
+    grouped = x.view(len(x), -1, w.norm_group)
+    normed = F.rms_norm(grouped, (w.norm_group,), None, w.norm_eps).flatten(1) * w.norm_weight.float()
+    return normed * gate if w.norm_first else normed
+
+
+# Delta rule
+
+DELTA_BLOCK = 16  # rows
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x [R, heads, N] -> float32 rows of length one."""
+    x = x.float()
+    return x / ((x * x).sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+DeltaTile = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""h [H, P, N], q, k [T, G, N], v [T, H, P], g [T, H, 1 or N], beta [T, H] -> h after the tile, y [T, H, P].
+
+All float32. A token writes beta (v - h k): what the state would say at its key is wrong by so much. That depends on
+what the earlier tokens of the tile wrote, so all of it is the solution of one triangular system.
+"""
+
+
+def _gated_delta_tile(h: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Yang et al. 2024, section 3.3."""
+    heads_per_group = v.shape[1] // k.shape[1]
+    decay = g[:, :, 0].cumsum(0).T.contiguous()  # [H, T], log of the decay from before the tile to a token
+    causal = torch.ones(TILE, TILE, dtype=torch.bool, device=v.device).tril_()
+    between = (decay[:, :, None] - decay[:, None, :]).masked_fill_(~causal, -torch.inf).exp_()
+    q, k = (x.transpose(0, 1).contiguous() for x in (q, k))  # [G, T, N]
+    qk, kk = ((x @ k.transpose(1, 2)).repeat_interleave(heads_per_group, dim=0) * between for x in (q, k))
+    q, k = (x.repeat_interleave(heads_per_group, dim=0) for x in (q, k))
+    return _delta_of_products(h, q, k, v, decay[:, :, None], beta, qk, kk)
+
+
+def _kimi_delta_tile(h: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Kimi Team 2025, section 3.2.
+
+    A product of two tokens' rows has the decay between them inside. Within a block of rows it is computed pair by pair;
+    between blocks it is split at the block's start, so that no factor is larger than one.
+    """
+    decay, q, k = (x.transpose(0, 1).contiguous() for x in (g.cumsum(0), q, k))  # [H, T, N]
+    heads, _, size = k.shape
+    blocks = [x.view(heads, -1, DELTA_BLOCK, size) for x in (decay, q, k)]
+    causal = torch.ones(DELTA_BLOCK, DELTA_BLOCK, dtype=torch.bool, device=v.device).tril_()
+    between = blocks[0][:, :, :, None] - blocks[0][:, :, None]
+    decayed = between.masked_fill_(~causal[:, :, None], -torch.inf).exp_() * blocks[2][:, :, None]
+    near = [(decayed * x[:, :, :, None]).sum(-1) for x in blocks[1:]]  # [H, blocks, block, block] each
+    qk, kk = torch.zeros(heads, TILE, TILE, device=v.device), torch.zeros(heads, TILE, TILE, device=v.device)
+    for block, first in enumerate(range(0, TILE, DELTA_BLOCK)):
+        rows = slice(first, first + DELTA_BLOCK)
+        earlier = slice(0, first)
+        for product, x, own in zip((qk, kk), (q, k), near, strict=True):
+            product[:, rows, rows] = own[:, block]
+            if first:
+                start = decay[:, first - 1 : first]
+                since, until = (decay[:, rows] - start).exp(), (start - decay[:, earlier]).exp()
+                product[:, rows, earlier] = (x[:, rows] * since) @ (k[:, earlier] * until).transpose(1, 2)
+    return _delta_of_products(h, q, k, v, decay, beta, qk, kk)
+
+
+def _delta_of_products(
+    h: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, qk: Tensor, kk: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q, k [H, T, N], decay [H, T, 1 or N] summed up, qk, kk [H, T, T] with the decay between two tokens; see above."""
+    beta = beta.T.contiguous()[:, :, None]
+    from_start, to_end = decay.exp(), (decay[:, -1:] - decay).exp()
+    said = (k * from_start) @ h.transpose(1, 2)  # by the state before the tile
+    right = beta * (v.transpose(0, 1) - said)
+    written = torch.linalg.solve_triangular(kk * beta, right, upper=False, unitriangular=True)  # [H, T, P]
+    y = (q * from_start) @ h.transpose(1, 2) + qk @ written
+    return h * from_start[:, -1:] + written.transpose(1, 2) @ (k * to_end), y.transpose(0, 1)
 
 
 # Mamba-1

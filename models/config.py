@@ -21,8 +21,10 @@ _KINDS = {
 class Config:
     """The fields of one config.json. `used` holds the values that were read, defaults included."""
 
-    def __init__(self, values: Mapping[str, object]) -> None:
+    def __init__(self, values: Mapping[str, object], inside: str = "") -> None:
+        """`inside`: begins the names of the fields in messages."""
         self._values = values
+        self._inside = inside
         self.used: dict[str, object] = {}
 
     def integer(self, name: str, default: int | None = None, *, at_least: int = 1, at_most: int | None = None) -> int:
@@ -49,6 +51,15 @@ class Config:
             self._refuse(name, self._values.get(name), "a number")
         return self._note(name, value)
 
+    def positive(self, name: str, default: float | None = None) -> float:
+        value = self.number(name, default)
+        if not 0 < value < inf:
+            self._refuse(name, value, "a positive number")
+        return value
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
@@ -61,7 +72,7 @@ class Config:
         value = default if value is None else value
         if value not in allowed:
             names = ", ".join("null" if a is None else repr(a) for a in allowed)
-            raise UnsupportedModel(f"config.json: {name} is {value!r}, supported: {names}")
+            raise UnsupportedModel(f"config.json: {self._inside}{name} is {value!r}, supported: {names}")
         return self._note(name, None if value is None else str(value))
 
     def refuse(self, name: str) -> None:
@@ -80,6 +91,62 @@ class Config:
                 raise UnsupportedModel(f"config.json: {name} contains {kind!r}, supported: {', '.join(_KINDS)}")
         return self._note("layer_types", tuple(_KINDS[kind] for kind in value))
 
+    def each_layer(
+        self, name: str, num_layers: int, allowed: Sequence[str], default: Sequence[str] | None = None
+    ) -> tuple[str, ...]:
+        """One of the `allowed` words for each layer."""
+        value = self._get(name, default)
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != num_layers:
+            self._refuse(name, value, f"a list of {num_layers} layer kinds")
+        for kind in value:
+            if kind not in allowed:
+                raise UnsupportedModel(
+                    f"config.json: {self._inside}{name} contains {kind!r}, supported: {', '.join(allowed)}"
+                )
+        return self._note(name, tuple(value))
+
+    def words(self, name: str, allowed: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+        """A list of some of the `allowed` words."""
+        value = self._get(name, default)
+        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+            self._refuse(name, value, "a list of words")
+        return self.each_layer(name, len(value), allowed, default)
+
+    def integers(self, name: str, default: Sequence[int] | None = None) -> tuple[int, ...]:
+        """A list of whole numbers, none of them negative."""
+        value = self._get(name, default)
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(_is_index(v) for v in value):
+            self._refuse(name, value, "a list of whole numbers")
+        return self._note(name, tuple(value))
+
+    def pattern(self, name: str, words: Mapping[str, str]) -> tuple[str, ...]:
+        """A string with a letter for each layer -> the word for each letter."""
+        value = self._get(name, None)
+        if not isinstance(value, str) or not value:
+            self._refuse(name, value, "a letter for each layer")
+        for letter in value:
+            if letter not in words:
+                raise UnsupportedModel(f"config.json: {name} contains {letter!r}, supported: {', '.join(words)}")
+        return self._note(name, tuple(words[letter] for letter in value))
+
+    def numbers(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
+        """As many numbers as `default` has."""
+        value = self._get(name, default)
+        found = [_plain_float(v) for v in value] if isinstance(value, list | tuple) else []
+        numbers = tuple(v for v in found if v is not None and v == v)
+        if not len(found) == len(numbers) == len(default):
+            self._refuse(name, value, f"a list of {len(default)} numbers")
+        return self._note(name, numbers)
+
+    def text(self) -> "Config":
+        """The text model's part of a multimodal config; a text model's own config as it is."""
+        nested = self._values.get("text_config")
+        if nested is None:
+            return self
+        if not isinstance(nested, Mapping):
+            self._refuse("text_config", nested, "an object")
+        return Config(nested, "text_config.")
+
     def interval(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
         value = self._values.get(name)
         if value is None:
@@ -90,18 +157,35 @@ class Config:
             self._refuse(name, value, "a pair of increasing numbers")
         return self._note(name, (low, high))
 
-    def rope_theta(self) -> float:
-        """The base of plain rotary positions, as published (`rope_theta`) or as transformers 5 nests it."""
-        nested = self._values.get("rope_parameters") or self._values.get("rope_scaling") or {}
+    def rope(self, layer_kind: str | None = None, default: Mapping[str, object] | None = None) -> "Config":
+        """The settings of rotary positions, as published (`rope_theta` beside `rope_scaling`) or as transformers 5
+        nests them all (`rope_parameters`). What is read of them counts as used here.
+
+        layer_kind  whose settings, where each kind of layer has its own
+        default     where there are none at all
+        """
+        nested = self._values.get("rope_parameters") or self._values.get("rope_scaling") or default or {}
         if not isinstance(nested, Mapping):
             self._refuse("rope_parameters", nested, "an object")
-        kind = nested.get("rope_type") or nested.get("type") or "default"
-        if kind != "default":
-            raise UnsupportedModel(f"config.json: rope_type is {kind!r}, supported: 'default'")
-        theta = _plain_float(nested.get("rope_theta", self._values.get("rope_theta", 10000.0)))
-        if theta is None or not 0 < theta < inf:
-            self._refuse("rope_theta", theta, "a positive number")
-        return self._note("rope_theta", theta)
+        place = f"{self._inside}rope_parameters."
+        if layer_kind is not None and any(isinstance(value, Mapping) for value in nested.values()):
+            settings = nested.get(layer_kind)
+            if not isinstance(settings, Mapping):
+                self._refuse(f"rope_parameters.{layer_kind}", settings, "an object")
+            nested, place = settings, f"{place}{layer_kind}."
+        beside = {name: self._values.get(name) for name in ("rope_theta", "max_position_embeddings")}
+        kind = {"rope_type": nested.get("rope_type") or nested.get("type")}
+        trained = "original_max_position_embeddings"
+        first = {trained: self._values[trained]} if self._values.get(trained) is not None else {}
+        rope = Config({**beside, **nested, **kind, **first}, place)
+        rope.used = self.used
+        return rope
+
+    def rope_is_off(self) -> bool:
+        """Whether the base of rotary positions is there and null (OLMo hybrid)."""
+        nested = self._values.get("rope_parameters")
+        place = nested if isinstance(nested, Mapping) and "rope_theta" in nested else self._values
+        return self._note("rope_is_off", "rope_theta" in place and place["rope_theta"] is None)
 
     def used_json(self) -> str:
         return json.dumps(self.used, sort_keys=True)
@@ -111,15 +195,19 @@ class Config:
         if value is None:
             value = default
         if value is None:
-            raise ModelError(f"config.json: {name} is missing")
+            raise ModelError(f"config.json: {self._inside}{name} is missing")
         return value
 
     def _note(self, name: str, value: T) -> T:
-        self.used[name] = value
+        self.used[self._inside + name] = value
         return value
 
     def _refuse(self, name: str, value: object, expected: str) -> NoReturn:
-        raise ModelError(f"config.json: {name} is {value!r}, expected {expected}")
+        raise ModelError(f"config.json: {self._inside}{name} is {value!r}, expected {expected}")
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _plain_float(value: object) -> float | None:

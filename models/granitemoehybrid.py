@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.blocks.attention import Attention, rotary_frequencies
+from hybrid_cache.models.blocks.attention import Attention, Rotary
 from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
 from hybrid_cache.models.blocks.feed_forward import MLP, MoE, softmax_of_chosen
 from hybrid_cache.models.blocks.mamba import Mamba2
@@ -129,7 +129,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
         linear(ops, weights, qkv, hidden, bias=bias),
         linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim, bias=bias),
         scale=config.number("attention_multiplier", 1.0),
-        inv_freq=rotary_frequencies(config.rope_theta(), head_dim) if positions == "rope" else None,
+        rotary=Rotary(ops, config, head_dim) if positions == "rope" else None,
     )
 
 

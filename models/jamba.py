@@ -85,13 +85,14 @@ def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Ma
         conv_width=config.integer("mamba_d_conv", 4, at_least=2),
         dtype=dtype,
     )
+    mamba = Scope(weights, "mamba.")
     return Mamba1(
         ops,
-        Scope(weights, "mamba."),
+        mamba,
         shape,
         conv_bias=config.flag("mamba_conv_bias", True),
         proj_bias=config.flag("mamba_proj_bias", False),
-        norm_eps=_eps(config),
+        norm=lambda name, size: Norm(ops, mamba, name, size, _eps(config)),
     )
 
 
@@ -108,7 +109,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
         linear(ops, weights, qkv, hidden),
         linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim),
         scale=head_dim**-0.5,
-        inv_freq=None,
+        rotary=None,
     )
 
 

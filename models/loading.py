@@ -18,7 +18,7 @@ from hybrid_cache.models import registry
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
-from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost
+from hybrid_cache.spec import CacheSpec, PrefillCost
 
 COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
@@ -70,7 +70,7 @@ class ModelInfo:
 
     model_type: str
     dtype: torch.dtype
-    layers: Mapping[str, int]  # cache entries by kind: "attention", "mamba"
+    layers: Mapping[str, int]  # parts that keep something, by the `kind` of their shapes
     num_parameters: int
     vocab_size: int
     max_length: int
@@ -91,7 +91,7 @@ def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
     return ModelInfo(
         model_type=str(config["model_type"]),
         dtype=compute_dtype,
-        layers=Counter("attention" if isinstance(s, AttentionSpec) else "mamba" for s in spec.layers),
+        layers=Counter(layer.kind for layer in model.shape.layers if layer.cache is not None),
         num_parameters=weights.num_parameters,
         vocab_size=model.vocab_size,
         max_length=model.max_length,
@@ -143,10 +143,10 @@ class _ShapeOps:
     """Packs nothing; enough to build a model whose facts are asked for."""
 
     name = "shapes"
-    mamba2 = rms_norm = silu_mul = gelu_mul = None
+    mamba2 = rms_norm = silu_mul = gelu_mul = gelu_tanh_mul = None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> SimpleNamespace:
         return SimpleNamespace(in_features=weight.shape[1], out_features=weight.shape[0])
 
-    def experts(self, w_in: object, w_out: object) -> None:
+    def experts(self, w_in: object, w_out: object, act: object = None) -> None:
         return None

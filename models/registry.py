@@ -25,6 +25,9 @@ class ShapedModel(HybridModel, Protocol):
 Build = Callable[[Config, Checkpoint, Ops, torch.dtype], ShapedModel]
 
 
+ALIASES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}  # text models by themselves
+
+
 def find(model_type: object) -> Build:
     build = _build(model_type) if isinstance(model_type, str) else None
     if build is None:
@@ -41,6 +44,7 @@ def _files() -> list[str]:
 
 
 def _build(name: str) -> Build | None:
+    name = ALIASES.get(name, name)
     if name not in _files():
         return None
     build: Build | None = getattr(import_module(f"hybrid_cache.models.{name}"), "build", None)

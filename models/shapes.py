@@ -6,11 +6,14 @@ Every kind has a `cost` and a `cache`, what it keeps or None, and a model's are 
 A multiplication and an addition are two FLOPs. Norms, gates, activations, biases and rotations are left out: they are
 about a hundredth of the rest. A cost counts every token, also in a last layer where an engine may compute only the
 rows that somebody reads.
+
+A part that keeps something also says how it comes to it, see `Advance`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from enum import StrEnum
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -18,8 +21,36 @@ from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
 
+class Advance(StrEnum):
+    """How what a layer keeps goes from token to token, and so what the pieces of two texts make together.
+
+    ROWS         a row for each token, which no later token changes
+    ELEMENTWISE  h -> a * h + b, number by number: two pieces make h -> (a2 * a1) * h + (a2 * b1 + b2)
+    MATRIX       h -> A h + b: the same with products of matrices
+    WINDOW       the last few inputs: those of the second piece, and of the first if the second is shorter
+    """
+
+    ROWS = "rows"
+    ELEMENTWISE = "elementwise"
+    MATRIX = "matrix"
+    WINDOW = "window"
+
+
 class LayerShape(Protocol):
     """One part of a model: a mixer, a feed-forward part or a lone projection."""
+
+    @property
+    def kind(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def advance(self) -> Advance | None:
+        """Of what it keeps; None if it keeps nothing, or nothing that can be put together from pieces.
+
+        A convolution before a state keeps a window as well.
+        """
+        ...
 
     @property
     def cost(self) -> PrefillCost: ...
@@ -32,6 +63,8 @@ class Tokenwise:
     """A part that treats each token by itself: nothing to add to its matrices, nothing to keep."""
 
     __slots__ = ()
+    kind: ClassVar[str] = "token by token"
+    advance: ClassVar[Advance | None] = None
 
     @property
     def weight_flops(self) -> float:
@@ -73,22 +106,44 @@ class MLPShape(Tokenwise):
 
 @dataclass(frozen=True, slots=True)
 class MoEShape(Tokenwise):
-    """A router over all experts, and the gated experts that one token goes to. A shared expert is an MLP beside it."""
+    """A router over all experts, and the experts that one token goes to. A shared expert is an MLP beside it."""
 
     hidden: int
     inner: int
     num_experts: int
     num_active: int
+    gated: bool = True
+    latent: int | None = None  # what goes into and comes out of the experts, if not as wide as the router's input
 
     @property
     def weight_flops(self) -> float:
-        expert = MLPShape(self.hidden, self.inner)
+        expert = MLPShape(self.hidden if self.latent is None else self.latent, self.inner, self.gated)
         return _product(self.hidden, self.num_experts) + self.num_active * expert.weight_flops
 
 
 @dataclass(frozen=True, slots=True)
+class SharedMoEShape(Tokenwise):
+    """Experts, and beside them an MLP that every token goes to; where `gated`, times a number for each token."""
+
+    experts: MoEShape
+    shared: MLPShape
+    gated: bool
+
+    @property
+    def weight_flops(self) -> float:
+        gate = _product(self.experts.hidden, 1) if self.gated else 0.0
+        return self.experts.weight_flops + self.shared.weight_flops + gate
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Causal attention with grouped queries; what goes in may be wider than what comes out."""
+    """Causal attention with grouped queries; what goes in may be wider than what comes out.
+
+    gate    for each head, so many values of a gate are projected beside the query
+    window  a token sees itself and so many tokens - 1 before it; None for all. Neither cost nor cache count it
+    """
+
+    advance: ClassVar[Advance] = Advance.ROWS
 
     in_features: int
     out_features: int
@@ -96,10 +151,16 @@ class AttentionShape:
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    gate: int = 0
+    window: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return "attention" if self.window is None else f"attention, window {self.window}"
 
     @property
     def weight_flops(self) -> float:
-        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim + self.num_heads * self.gate
         return _product(self.in_features, qkv) + _product(self.num_heads * self.head_dim, self.out_features)
 
     @property
@@ -115,6 +176,9 @@ class AttentionShape:
 @dataclass(frozen=True, slots=True)
 class Mamba2Shape:
     """State-space mixer with one scalar decay per head (Dao and Gu 2024), computed in tiles."""
+
+    kind: ClassVar[str] = "Mamba-2"
+    advance: ClassVar[Advance] = Advance.ELEMENTWISE
 
     hidden: int
     num_heads: int
@@ -160,6 +224,9 @@ class Mamba2Shape:
 class Mamba1Shape:
     """State-space mixer with one decay per channel and state (Gu and Dao 2023), computed token by token."""
 
+    kind: ClassVar[str] = "Mamba-1"
+    advance: ClassVar[Advance] = Advance.ELEMENTWISE
+
     hidden: int
     inner: int
     d_state: int
@@ -188,6 +255,144 @@ class Mamba1Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearAttentionShape:
+    """Linear attention with a fixed decay for each head (Qin et al. 2024) and an output gate, computed in tiles."""
+
+    kind: ClassVar[str] = "lightning attention"
+    advance: ClassVar[Advance] = Advance.ELEMENTWISE
+
+    hidden: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def weight_flops(self) -> float:
+        return _product(self.hidden, 4 * self.inner) + _product(self.inner, self.hidden)
+
+    @property
+    def cost(self) -> PrefillCost:
+        inside_tile = 4.0 * TILE * self.inner  # q.k of all pairs of rows, times v
+        across_tiles = 4.0 * self.inner * self.head_dim  # q times the state at the start, v k into that at the end
+        return PrefillCost(self.weight_flops + inside_tile + across_tiles, 0.0)
+
+    @property
+    def cache(self) -> StateSpec:
+        return StateSpec((0, 0), (self.num_heads, self.head_dim, self.head_dim), self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class RgLruShape:
+    """Real-gated linear recurrent unit between a convolution and a gate (De et al. 2024); its gates are in blocks."""
+
+    kind: ClassVar[str] = "RG-LRU"
+    advance: ClassVar[Advance] = Advance.ELEMENTWISE
+
+    hidden: int
+    width: int
+    num_blocks: int
+    conv_width: int
+    dtype: torch.dtype
+
+    @property
+    def block_size(self) -> int:
+        return self.width // self.num_blocks
+
+    @property
+    def weight_flops(self) -> float:
+        outer = _product(self.hidden, 2 * self.width) + _product(self.width, self.hidden)
+        return outer + self.num_blocks * _product(self.block_size, 2 * self.block_size)
+
+    @property
+    def cost(self) -> PrefillCost:
+        scan = 2.0 * self.width  # a h, plus what comes in
+        return PrefillCost(self.weight_flops + _conv(self.conv_width, self.width) + scan, 0.0)
+
+    @property
+    def cache(self) -> StateSpec:
+        return StateSpec((self.conv_width - 1, self.width), (self.width,), self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConvShape:
+    """Gated short convolution (LFM2): a window of rows and no state."""
+
+    kind: ClassVar[str] = "short convolution"
+    advance: ClassVar[Advance] = Advance.WINDOW
+
+    hidden: int
+    conv_width: int
+    dtype: torch.dtype
+
+    @property
+    def weight_flops(self) -> float:
+        return _product(self.hidden, 3 * self.hidden) + _product(self.hidden, self.hidden)
+
+    @property
+    def cost(self) -> PrefillCost:
+        return PrefillCost(self.weight_flops + _conv(self.conv_width, self.hidden), 0.0)
+
+    @property
+    def cache(self) -> StateSpec:
+        return StateSpec((self.conv_width - 1, self.hidden), (0,), self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDeltaShape:
+    """Linear attention with the gated delta rule (Yang et al. 2024), computed in tiles."""
+
+    kind: ClassVar[str] = "gated delta net"
+    advance: ClassVar[Advance] = Advance.MATRIX
+
+    hidden: int
+    num_heads: int  # of values
+    num_groups: int  # heads of queries and keys
+    head_dim: int  # of values
+    d_state: int  # of queries and keys
+    conv_width: int
+    dtype: torch.dtype
+
+    @property
+    def keys(self) -> int:
+        return self.num_groups * self.d_state
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """What the convolution runs over: queries, keys and values."""
+        return 2 * self.keys + self.inner
+
+    @property
+    def projected(self) -> int:
+        """What comes out of the first projection: `channels`, then the gate z, then b and a of each head."""
+        return self.channels + self.inner + 2 * self.num_heads
+
+    @property
+    def weight_flops(self) -> float:
+        return _product(self.hidden, self.projected) + _product(self.inner, self.hidden)
+
+    @property
+    def cost(self) -> PrefillCost:
+        pairs = 4.0 * TILE * self.keys + 2.0 * TILE * self.inner  # q.k and k.k of all pairs of rows, then times values
+        system = 1.0 * TILE * self.inner  # triangular, for what each token writes
+        across_tiles = 6.0 * self.inner * self.d_state  # the state at the start times k and q, and what it becomes
+        conv = _conv(self.conv_width, self.channels)
+        return PrefillCost(self.weight_flops + conv + pairs + system + across_tiles, 0.0)
+
+    @property
+    def cache(self) -> StateSpec:
+        conv = (self.conv_width - 1, self.channels)
+        return StateSpec(conv, (self.num_heads, self.head_dim, self.d_state), self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """A whole model, in the order in which its forward pass goes through the parts."""
 
@@ -211,6 +416,18 @@ class ModelShape:
     def head_flops(self) -> float:
         """Of the logits of one row. A prompt pays this once, not for each token."""
         return LinearShape(self.hidden_size, self.vocab_size).weight_flops
+
+
+def ways_to_compose(shape: ModelShape) -> tuple[str, ...]:
+    """What a choreography may do with what a model keeps, beside going on from a checkpoint.
+
+    relocated  rows of a text are used again at another place: there must be attention only
+    composed   what two texts leave behind is put together: each layer must say how
+    """
+    advances = {layer.advance for layer in shape.layers if layer.cache is not None}
+    if not advances or None in advances:
+        return ()
+    return ("relocated", "composed") if advances == {Advance.ROWS} else ("composed",)
 
 
 def total_cost(costs: Iterable[PrefillCost]) -> PrefillCost:

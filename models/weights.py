@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
 from math import isfinite, prod
@@ -30,11 +30,15 @@ class Weights(Protocol):
 
     def take_float32(self, name: str, *shape: int) -> Tensor: ...
 
+    def take_joined(self, names: Sequence[str], *shape: int) -> Tensor:
+        """Tensors one after another along their first dimension, however it is split among them."""
+        ...
+
+    def has(self, name: str) -> bool: ...
+
 
 class Checkpoint(Weights, Protocol):
     """All weights of one model."""
-
-    def has(self, name: str) -> bool: ...
 
     def ignore(self, pattern: str) -> None:
         """Tensors in whose name the regular expression is found may be left over."""
@@ -57,6 +61,12 @@ class Scope:
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self._weights.take_float32(self._prefix + name, *shape)
+
+    def take_joined(self, names: Sequence[str], *shape: int) -> Tensor:
+        return self._weights.take_joined([self._prefix + name for name in names], *shape)
+
+    def has(self, name: str) -> bool:
+        return self._weights.has(self._prefix + name)
 
 
 class _Slice(Protocol):
@@ -105,6 +115,12 @@ class SafetensorsWeights:
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self._read(name, shape, torch.float32)
 
+    def take_joined(self, names: Sequence[str], *shape: int) -> Tensor:
+        lengths = [self._length(name) for name in names]
+        if sum(lengths) != shape[0]:
+            raise ModelError(f"weights {', '.join(names)} have {sum(lengths)} rows, expected {shape[0]}")
+        return torch.cat([self.take(name, n, *shape[1:]) for name, n in zip(names, lengths, strict=True)])
+
     def has(self, name: str) -> bool:
         return name in self._handle
 
@@ -139,6 +155,11 @@ class SafetensorsWeights:
         self._left.remove(name)
         return tensor.to(dtype, copy=True)  # a copy, never a view of the file
 
+    def _length(self, name: str) -> int:
+        if name not in self._handle:
+            raise ModelError(f"missing weight: {name}")
+        return self._handle[name].get_slice(name).get_shape()[0]
+
     def _file_dtype(self) -> torch.dtype:
         kinds = {self._handle[n].get_slice(n).get_dtype() for n in self._handle if "embed" in n}
         return torch.bfloat16 if kinds == {"BF16"} else torch.float32
@@ -165,8 +186,11 @@ class ShapesOnly:
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self.take(name, *shape).float()
 
+    def take_joined(self, names: Sequence[str], *shape: int) -> Tensor:
+        return self.take(names[0], *shape)
+
     def has(self, name: str) -> bool:
-        return False
+        return name.endswith("experts.gate_up_proj")  # all experts in one tensor are quicker than each by itself
 
     def ignore(self, pattern: str) -> None:
         pass

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Linear, Ops
-from hybrid_cache.models.blocks.attention import Attention, rotary_frequencies
+from hybrid_cache.models.blocks.attention import Attention, Rotary
 from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, linear_shape
 from hybrid_cache.models.blocks.feed_forward import MLP
 from hybrid_cache.models.blocks.mamba import Mamba2
@@ -121,7 +121,6 @@ class BlockShape:
     bias: bool
     rank: int
     adapted_attention: bool
-    rope_theta: float | None
 
     @property
     def qkv(self) -> dict[str, int]:
@@ -144,6 +143,7 @@ class SharedBlock:
         self.out = linear(ops, self.attention_weights, {"o_proj": s.hidden}, s.num_heads * s.head_dim)
         self.gate_up = linear(ops, self.mlp_weights, {"gate_up_proj": 2 * s.inner}, s.hidden, bias=s.bias)
         self.down = linear(ops, self.mlp_weights, {"down_proj": s.hidden}, s.inner, bias=s.bias)
+        self.rotary = Rotary(ops, config, s.head_dim) if config.flag("use_mem_rope", False) else None
         self.attention_norm = Norm(ops, weights, "input_layernorm", 2 * s.hidden, _eps(config))
         self.mlp_norm = _norm("pre_ff_layernorm", config, weights, ops)
 
@@ -164,7 +164,7 @@ class BlockUse:
             qkv,
             block.out,
             scale=(s.head_dim / 2) ** -0.5,
-            inv_freq=None if s.rope_theta is None else rotary_frequencies(s.rope_theta, s.head_dim),
+            rotary=block.rotary,
         )
         self._mlp_norm = block.mlp_norm
         self._mlp = MLP(gate_up, block.down, ops.gelu_mul)
@@ -245,7 +245,6 @@ def _block_shape(config: Config) -> BlockShape:
         bias=config.flag("add_bias_linear", False),
         rank=config.integer("adapter_rank", 128),
         adapted_attention=adapted_attention,
-        rope_theta=config.rope_theta() if config.flag("use_mem_rope", False) else None,
     )
 
 

@@ -20,12 +20,12 @@ typedef struct {
 } Layout;
 
 typedef struct {
-    int64_t num_heads, head_dim, d_state, num_groups, width, norm_group;
+    int64_t num_heads, head_dim, d_state, num_groups, width, norm_group, norm_first;
     float norm_eps, dt_min, dt_max;
     const float *taps;  /* [width, channels] */
     const float *bias;  /* [channels] */
     const float *dt_bias, *A, *D;  /* [num_heads] */
-    const float *norm;  /* [num_heads * head_dim] */
+    const float *norm;  /* [num_heads * head_dim], or null for no norm */
 } Mamba2;
 
 /* Slots or pages: `stride` elements from one to the next. */

@@ -226,6 +226,31 @@ static void step_head(const Layout *l, const Mamba2 *w, const Plan *p, const Poo
     }
 }
 
+/* out = y * silu(z) for one row. */
+INLINE void gate(const Plan *p, const float *y, const void *z, void *out, int bf16) {
+    for (int64_t i = 0; i < p->inner; i += LANES) {
+        const int64_t n = p->inner - i;
+        store_n(out, i, load_n(y, i, n, 0) * vsilu(load_n(z, i, n, bf16)), n, bf16);
+    }
+}
+
+/* out = norm(y) * weight * silu(z) for one row. */
+INLINE void norm_gate(const Mamba2 *w, const Plan *p, const float *y, const void *z, void *out, int bf16) {
+    const int64_t size = w->norm_group;
+    for (int64_t start = 0; start < p->inner; start += size) {
+        vf squares = splat(0);
+        for (int64_t i = 0; i < size; i += LANES) {
+            vf v = load_n(y, start + i, size - i, 0);
+            squares += v * v;
+        }
+        const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)size + w->norm_eps);
+        for (int64_t i = 0; i < size; i += LANES) {
+            vf v = load_n(y, start + i, size - i, 0) * scale * load_n(w->norm, start + i, size - i, 0);
+            store_n(out, start + i, v * vsilu(load_n(z, start + i, size - i, bf16)), size - i, bf16);
+        }
+    }
+}
+
 /* out = norm(y * silu(z)) * weight for one row. */
 INLINE void gate_norm(const Mamba2 *w, const Plan *p, float *y, const void *z, void *out, int bf16) {
     const int64_t size = w->norm_group;
@@ -276,10 +301,16 @@ INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, P
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < l->num_rows; r++) {
             void *to = at_mut(out, r * p->inner, bf16);
-            if (row_is_token(l, r))
-                gate_norm(w, p, p->y + r * p->innerp, at(rows, r * p->row_width, bf16), to, bf16);
-            else
+            float *y = p->y + r * p->innerp;
+            const void *z = at(rows, r * p->row_width, bf16);
+            if (!row_is_token(l, r))
                 memset(to, 0, (size_t)p->inner * (bf16 ? 2 : 4));
+            else if (!w->norm)
+                gate(p, y, z, to, bf16);
+            else if (w->norm_first)
+                norm_gate(w, p, y, z, to, bf16);
+            else
+                gate_norm(w, p, y, z, to, bf16);
         }
     }
 }

@@ -4,7 +4,7 @@ A part takes packed rows x [R, hidden] and gives [R, hidden] back. It holds pack
 costs and what it keeps in the cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from hybrid_cache.models.shapes import LinearShape
 from hybrid_cache.models.weights import Weights
 
 CacheEntry = KVTensors | StateTensors
+RowNorm = Callable[[Tensor], Tensor]  # [R, size] -> [R, size]
 
 
 def linear(ops: Ops, weights: Weights, parts: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
@@ -35,15 +36,31 @@ def linear_shape(part: Linear) -> LinearShape:
 
 
 class Norm:
-    """Root-mean-square norm."""
+    """Root-mean-square norm. With `plus_one` the file holds weights less one, which are added up in float32."""
 
-    def __init__(self, ops: Ops, weights: Weights, name: str, size: int, eps: float) -> None:
+    def __init__(
+        self, ops: Ops, weights: Weights, name: str, size: int, eps: float, *, plus_one: bool = False
+    ) -> None:
+        self.size = size
         self._rms_norm = ops.rms_norm
-        self._weight = weights.take(f"{name}.weight", size)
+        name = f"{name}.weight"
+        self._weight = 1.0 + weights.take_float32(name, size) if plus_one else weights.take(name, size)
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._rms_norm(x, self._weight, self._eps)
+
+
+class PlainNorm:
+    """Root-mean-square norm without weights."""
+
+    def __init__(self, ops: Ops, size: int, eps: float, dtype: torch.dtype) -> None:
+        self._rms_norm = ops.rms_norm
+        self._ones = torch.ones(size, dtype=dtype)
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._rms_norm(x, self._ones, self._eps)
 
 
 def wanted_rows(hidden: Tensor, batch: ForwardBatch) -> Tensor:
@@ -56,3 +73,14 @@ def wanted_rows(hidden: Tensor, batch: ForwardBatch) -> Tensor:
 def sigmoid(x: Tensor) -> Tensor:
     """In float32; unlike torch's own it rounds alike in the middle and at the end of a tensor."""
     return 1.0 / (1.0 + torch.exp(-x.float()))
+
+
+def tanh(x: Tensor) -> Tensor:
+    """In float32, with the same promise as `sigmoid`."""
+    return 1.0 - 2.0 / (1.0 + torch.exp(2.0 * x.float()))
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) in float32; rounds alike everywhere in a tensor."""
+    x = x.float()
+    return torch.where(x > 20.0, x, torch.log1p(torch.exp(x.clamp(max=20.0))))

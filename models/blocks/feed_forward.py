@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.ops import Experts, Linear
-from hybrid_cache.models.shapes import MLPShape, MoEShape
+from hybrid_cache.models.blocks.common import sigmoid
+from hybrid_cache.models.shapes import MLPShape, MoEShape, SharedMoEShape
+from hybrid_cache.models.weights import Scope, Weights
 
 Router = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -23,6 +26,28 @@ class MLP:
         return self._down(self._gate_mul(self._gate_up(x)))
 
 
+class PlainMLP:
+    """Two matrices with an activation between them."""
+
+    def __init__(self, up: Linear, down: Linear, act: Callable[[Tensor], Tensor]) -> None:
+        self._up = up
+        self._down = down
+        self._act = act
+        self.shape = MLPShape(up.in_features, down.in_features, gated=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._down(self._act(self._up(x)))
+
+
+def relu2(x: Tensor) -> Tensor:
+    """Squared relu (So et al. 2021)."""
+    return x.relu().square()
+
+
+def silu(x: Tensor) -> Tensor:
+    return (x.float() * sigmoid(x)).to(x.dtype)
+
+
 def softmax_of_chosen(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Weights of the k chosen experts add up to one."""
     chosen, ids = logits.float().topk(k, dim=-1)
@@ -33,6 +58,44 @@ def chosen_of_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Weights of all experts add up to one; the k largest are used as they are."""
     chosen, ids = logits.float().softmax(dim=-1).topk(k, dim=-1)
     return ids, chosen
+
+
+class SigmoidRouter:
+    """A sigmoid for each expert; the k with the largest sum of it and `bias` are chosen, their sigmoids are the weights.
+
+    eps         the weights of the chosen are divided by their sum plus this; None leaves them as they are
+    scale       multiplies the weights
+    num_groups  experts come in so many groups, of which only the `top_groups` with the best two experts count
+    """
+
+    def __init__(
+        self, bias: Tensor | None, *, eps: float | None, scale: float, num_groups: int = 1, top_groups: int = 1
+    ) -> None:
+        self._bias = bias
+        self._eps = eps
+        self._scale = scale
+        self._num_groups = num_groups
+        self._top_groups = top_groups
+
+    def __call__(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        scores = sigmoid(logits)
+        wanted = scores if self._bias is None else scores + self._bias
+        if self._top_groups < self._num_groups:
+            wanted = wanted.masked_fill(~_in_best_groups(wanted, self._num_groups, self._top_groups), -torch.inf)
+        ids = wanted.topk(k, dim=-1).indices
+        chosen = scores.gather(1, ids)
+        if self._eps is not None:
+            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + self._eps)
+        return ids, chosen * self._scale
+
+
+def _in_best_groups(scores: Tensor, num_groups: int, top_groups: int) -> Tensor:
+    """scores [R, experts] -> bool [R, experts]. A group is as good as its two best experts together."""
+    rows, num_experts = scores.shape
+    best, second = scores.view(rows, num_groups, -1).topk(2, dim=-1).values.unbind(-1)
+    chosen = (best + second).topk(top_groups, dim=-1).indices
+    mask = torch.zeros(rows, num_groups, dtype=torch.bool, device=scores.device).scatter_(1, chosen, True)
+    return mask.repeat_interleave(num_experts // num_groups, dim=1)
 
 
 class MoE:
@@ -47,3 +110,39 @@ class MoE:
     def __call__(self, x: Tensor) -> Tensor:
         ids, weights = self._route(self._router(x), self.shape.num_active)
         return self._experts(x, ids, weights)
+
+
+class GatedSharedMoE:
+    """Experts, and beside them an MLP for all rows, times the sigmoid of a gate (Qwen).
+
+    `router` gives the experts' logits and, last, that of the gate.
+    """
+
+    def __init__(self, shape: MoEShape, router: Linear, experts: Experts, route: Router, shared: MLP) -> None:
+        self.shape = SharedMoEShape(shape, shared.shape, gated=True)
+        self._split = [shape.num_experts, 1]
+        self._num_active = shape.num_active
+        self._router = router
+        self._experts = experts
+        self._route = route
+        self._shared = shared
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits, gate = self._router(x).split_with_sizes(self._split, dim=1)
+        ids, weights = self._route(logits, self._num_active)
+        y = self._experts(x, ids, weights)
+        y += (self._shared(x).float() * sigmoid(gate)).to(y.dtype)
+        return y
+
+
+def expert_matrices(
+    weights: Weights, shape: MoEShape, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What `ops.experts` takes, from `experts.{i}.{gate, up, down}.weight` or from all experts in two tensors."""
+    hidden, inner, num_experts = shape.hidden, shape.inner, shape.num_experts
+    if weights.has("experts.gate_up_proj"):
+        w_in = weights.take("experts.gate_up_proj", num_experts, 2 * inner, hidden)
+        return list(w_in), list(weights.take("experts.down_proj", num_experts, hidden, inner))
+    experts = [Scope(weights, f"experts.{i}.") for i in range(num_experts)]
+    w_in_each = [torch.cat([e.take(f"{name}.weight", inner, hidden) for name in (gate, up)]) for e in experts]
+    return w_in_each, [e.take(f"{down}.weight", hidden, inner) for e in experts]

@@ -10,10 +10,13 @@ from torch.nn import functional as F
 
 from hybrid_cache.kernels.layout import MIN_ROWS
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.blocks.common import Norm
+from hybrid_cache.models.blocks.common import Norm, tanh
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import LayerShape, ModelShape
 from hybrid_cache.models.weights import Checkpoint
+
+UNBOUNDED = 1 << 20
+"""Tokens of context where a model without positions names no bound of its own: what a state holds does not grow."""
 
 
 class ModelLayer(Protocol):
@@ -39,20 +42,32 @@ class CausalModel:
         norm: Norm,
         tied: bool,
         logits_divisor: float = 1.0,
+        logits_multiplier: float = 1.0,
+        embedding: str = "model.embed_tokens.weight",
+        max_length: int | None = None,
+        logits_cap: float | None = None,
     ) -> None:
-        """Takes the remaining weights. `tied`: a file without a head uses the embedding."""
+        """Takes the remaining weights.
+
+        tied        a file without a head uses the embedding
+        embedding   its name in the file
+        max_length  where the config says nothing
+        logits_cap  bounds logits softly: cap * tanh(logits / cap)
+        """
         hidden = config.integer("hidden_size")
         self.vocab_size = config.integer("vocab_size")
-        self.max_length = config.integer("max_position_embeddings")
+        self.max_length = config.integer("max_position_embeddings", max_length)
         shapes = tuple(shape for layer in layers for shape in layer.shapes)
         self.shape = ModelShape(type(self).__name__, shapes, hidden, self.vocab_size, dtype)
         self.cache_spec = self.shape.cache_spec
         self.prefill_cost = self.shape.prefill_cost
-        self._embedding = weights.take("model.embed_tokens.weight", self.vocab_size, hidden)
+        self._embedding = weights.take(embedding, self.vocab_size, hidden)
         shared = tied and not weights.has("lm_head.weight")
         self._head = ops.linear(self._embedding if shared else weights.take("lm_head.weight", self.vocab_size, hidden))
         self._norm = norm
         self._logits_divisor = logits_divisor
+        self._logits_cap = logits_cap
+        self._logits_multiplier = logits_multiplier
         facts = f"{type(self).__name__} {weights.finish()} {config.used_json()} {dtype} {ops.name}"
         self.fingerprint = blake2b(facts.encode(), digest_size=16).hexdigest()
 
@@ -61,4 +76,8 @@ class CausalModel:
         if rows < MIN_ROWS:
             hidden = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
         logits = self._head(hidden)[:rows].float()
-        return logits if self._logits_divisor == 1.0 else logits / self._logits_divisor
+        if self._logits_multiplier != 1.0:
+            logits *= self._logits_multiplier
+        if self._logits_divisor != 1.0:
+            logits = logits / self._logits_divisor
+        return logits if self._logits_cap is None else self._logits_cap * tanh(logits / self._logits_cap)

@@ -85,6 +85,7 @@ def test_operations_on_rows_agree_with_the_reference(ops, dtype, width):
     assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     assert_close(ops.silu_mul(x), reference.silu_mul(x))
     assert_close(ops.gelu_mul(x), reference.gelu_mul(x))
+    assert_close(ops.gelu_tanh_mul(x), reference.gelu_tanh_mul(x))
     view = torch.cat([x, x], dim=1)[:, 3 : 3 + width]
     assert_close(ops.rms_norm(view, weight, 1e-5), reference.rms_norm(view, weight, 1e-5))
 
@@ -118,3 +119,13 @@ def test_experts_agree_with_the_reference(ops, dtype, k):
     shares, ids = torch.rand(ROWS, 6, generator=rng).topk(k)
     found = ops.experts(w_in, w_out)(x, ids, shares)
     assert_close(found, reference.experts(x, ids, shares, w_in, w_out))
+
+
+def test_experts_with_another_activation_agree_with_the_reference(ops, dtype):
+    rng = torch.Generator().manual_seed(3)
+    x = torch.randn(ROWS, 48, generator=rng).to(dtype)
+    w_in = [0.2 * torch.randn(40, 48, generator=rng).to(dtype) for _ in range(6)]
+    w_out = [0.2 * torch.randn(48, 40, generator=rng).to(dtype) for _ in range(6)]
+    shares, ids = torch.rand(ROWS, 6, generator=rng).topk(2)
+    found = ops.experts(w_in, w_out, torch.relu)(x, ids, shares)
+    assert_close(found, reference.experts(x, ids, shares, w_in, w_out, torch.relu))

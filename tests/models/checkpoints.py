@@ -11,6 +11,7 @@ import transformers
 from tests.models.case import Case, all_cases
 
 CASES = all_cases()
+LAST_NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f", "final_norm")
 
 
 def reference(case: Case) -> torch.nn.Module:
@@ -22,7 +23,7 @@ def reference(case: Case) -> torch.nn.Module:
         for name, p in model.named_parameters():
             if "conv1d.weight" in name:
                 p.normal_(0, 0.5)
-            elif "embed_tokens" in name:
+            elif "embed" in name and p.dim() == 2:
                 p.normal_(0, 1.0)
             elif p.dim() >= 2 and "A_log" not in name:
                 p.normal_(0, p.shape[-1] ** -0.5)
@@ -33,7 +34,7 @@ def reference(case: Case) -> torch.nn.Module:
             else:  # norms, A_log, D
                 p.mul_(1 + 0.2 * torch.randn(p.shape))
         if config.tie_word_embeddings:
-            last = model.model.norm if hasattr(model.model, "norm") else model.model.final_layernorm
+            last = next(getattr(model.base_model, name) for name in LAST_NORMS if hasattr(model.base_model, name))
             last.weight.mul_(config.hidden_size**-0.5)  # logits of size one, as without tying
     if case.prepare is not None:
         with torch.no_grad():

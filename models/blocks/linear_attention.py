@@ -1,0 +1,38 @@
+"""Linear attention."""
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.kernels.ops import Ops, StateTensors
+from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, sigmoid
+from hybrid_cache.models.shapes import LinearAttentionShape
+from hybrid_cache.models.weights import Weights
+
+
+class LightningAttention:
+    """Attention without softmax and with a fixed decay for each head (Qin et al. 2024), then a norm and a gate."""
+
+    def __init__(self, ops: Ops, weights: Weights, shape: LinearAttentionShape, *, slope: Tensor, norm: Norm) -> None:
+        """slope [heads] float32: how fast a head forgets."""
+        s = self.shape = shape
+        self._ops = ops
+        self._in = linear(ops, weights, {"qkv_proj": 3 * s.inner, "output_gate": s.inner}, s.hidden)
+        self._slope = slope
+        self._norm = norm
+        self._out = linear(ops, weights, {"out_proj": s.hidden}, s.inner)
+
+    def __call__(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> Tensor:
+        assert isinstance(cache, StateTensors)
+        s = self.shape
+        qkv, gate = self._in(x).split_with_sizes([3 * s.inner, s.inner], dim=1)
+        qkv = (qkv.float() * sigmoid(qkv)).to(x.dtype).view(len(x), s.num_heads, 3 * s.head_dim)
+        q, k, v = qkv.chunk(3, dim=2)
+        y = self._ops.linear_attention(q, k, v, self._slope, batch.layout, cache.state).flatten(1)
+        return self._out((sigmoid(gate) * self._norm(y).float()).to(x.dtype))
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """2^(-8 i / heads) for head i from 1 on (Press et al. 2021)."""
+    base: float = 1 / 2 ** (8 / num_heads)
+    return base ** (torch.arange(num_heads) + 1)

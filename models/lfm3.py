@@ -1,0 +1,135 @@
+"""LFM3: gated short convolutions, attention, some of it in a window, each followed by an MLP; norms around each part."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybrid_cache.batch import CacheTensors, ForwardBatch
+from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.blocks.attention import Attention, Rotary
+from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
+from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.short_conv import ShortConv
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.lfm2 import short_conv, swiglu
+from hybrid_cache.models.shapes import AttentionShape
+from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+
+ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+}
+
+
+def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Lfm3":
+    return Lfm3(config, weights, ops, dtype)
+
+
+class Lfm3(CausalModel):
+    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+        num_layers = config.integer("num_hidden_layers")
+        default = [_default_kind(i) for i in range(num_layers)]
+        kinds = config.each_layer("layer_types", num_layers, list(_MIXERS), default)
+        self._layers = tuple(
+            Layer(kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype) for i, kind in enumerate(kinds)
+        )
+        super().__init__(
+            config,
+            weights,
+            ops,
+            dtype,
+            layers=self._layers,
+            norm=_norm("model.embedding_norm", config, weights, ops),
+            tied=config.flag("tie_word_embeddings", True),
+        )
+
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        hidden = F.embedding(batch.token_ids, self._embedding)
+        for layer, tensors in zip(self._layers, cache, strict=True):
+            hidden = layer.mix(hidden, batch, tensors)
+            if layer is self._layers[-1]:
+                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
+            hidden = layer.feed_forward(hidden)
+        return self._norm(hidden)[: batch.output_rows.shape[0]]
+
+
+class Layer:
+    """A mixer, then an MLP, each between two norms or behind one; both add to `hidden` in place."""
+
+    def __init__(self, kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
+        hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 7680)
+        both = config.flag("use_sandwich_norm", True)
+        self._mixer = _MIXERS[kind](config, weights, ops, dtype)
+        self._mixer_norm = _norm("operator_norm", config, weights, ops)
+        self._mixed_norm = _norm("post_operator_norm", config, weights, ops) if both else None
+        self._mlp = swiglu(hidden, inner, Scope(weights, "feed_forward."), ops)
+        self._mlp_norm = _norm("ffn_norm", config, weights, ops)
+        self._fed_norm = _norm("post_ffn_norm", config, weights, ops) if both else None
+        self.shapes = (self._mixer.shape, self._mlp.shape)
+
+    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
+        y = self._mixer(self._mixer_norm(hidden), batch, tensors)
+        hidden += y if self._mixed_norm is None else self._mixed_norm(y)
+        return hidden
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        y = self._mlp(self._mlp_norm(hidden))
+        hidden += y if self._fed_norm is None else self._fed_norm(y)
+        return hidden
+
+
+def _default_kind(index: int) -> str:
+    if index % 4 == 2:
+        return "full_attention"
+    return "sliding_attention" if index % 4 == 0 and index > 0 else "conv"
+
+
+def _full_attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Attention:
+    return _attention("full_attention", None, config, weights, ops, dtype)
+
+
+def _sliding_attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Attention:
+    return _attention("sliding_attention", config.integer("sliding_window", 256), config, weights, ops, dtype)
+
+
+def _attention(
+    kind: str, window: int | None, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype
+) -> Attention:
+    hidden = config.integer("hidden_size")
+    num_heads = config.integer("num_attention_heads", 16)
+    num_kv_heads = config.divisor("num_key_value_heads", num_heads, default=4)
+    head_dim = config.integer("head_dim", 128)
+    bias = config.flag("attention_bias", False)
+    gated = config.flag("use_attention_gate", True)
+    weights = Scope(weights, "self_attn.")
+    gate = "g_proj" if weights.has("g_proj.weight") else "gate_proj"  # transformers 5's name, the published one
+    qkv = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
+    return Attention(
+        ops,
+        AttentionShape(hidden, hidden, num_heads, num_kv_heads, head_dim, dtype, gate=int(gated)),
+        linear(ops, weights, qkv, hidden, bias=bias),
+        linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim, bias=bias),
+        scale=head_dim**-0.5,
+        rotary=Rotary(ops, config, head_dim, theta=1e6, rope=config.rope(kind, default=ROPE)),
+        q_norm=Norm(ops, weights, "q_norm", head_dim, _eps(config)),
+        k_norm=Norm(ops, weights, "k_norm", head_dim, _eps(config)),
+        window=window,
+        head_gate=linear(ops, weights, {gate: num_heads}, hidden) if gated else None,
+    )
+
+
+_MIXERS: dict[str, Callable[[Config, Weights, Ops, torch.dtype], ShortConv | Attention]] = {
+    "conv": short_conv,
+    "full_attention": _full_attention,
+    "sliding_attention": _sliding_attention,
+}
+
+
+def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
+    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
+
+
+def _eps(config: Config) -> float:
+    return config.number("norm_eps", 1e-5)

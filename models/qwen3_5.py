@@ -1,0 +1,39 @@
+"""Qwen3.5: Qwen3-Next with an MLP in every layer. Of a multimodal checkpoint, the text model alone.
+
+Its rotary positions have three sections, for time, height and width; of text all three are the position.
+"""
+
+import torch
+
+from hybrid_cache.kernels.ops import Linear, Ops
+from hybrid_cache.models.blocks.common import linear
+from hybrid_cache.models.blocks.feed_forward import MLP
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.qwen3_next import Qwen3Next, mlp
+from hybrid_cache.models.shapes import GatedDeltaShape
+from hybrid_cache.models.weights import Checkpoint, Weights
+
+INSIDE = "model.language_model."  # begins the names of the text model's weights in a multimodal checkpoint
+
+
+def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Qwen3_5":
+    return Qwen3_5(config.text(), weights, ops, dtype, text_prefix(weights), delta_projection, _feed_forward)
+
+
+class Qwen3_5(Qwen3Next):
+    """Only projections and feed-forward parts differ."""
+
+
+def text_prefix(weights: Checkpoint) -> str:
+    weights.ignore(r"^model\.visual\.")
+    return INSIDE if weights.has(f"{INSIDE}embed_tokens.weight") else "model."
+
+
+def delta_projection(shape: GatedDeltaShape, weights: Weights, ops: Ops) -> Linear:
+    s = shape
+    parts = {"qkv": s.channels, "z": s.inner, "b": s.num_heads, "a": s.num_heads}
+    return linear(ops, weights, {f"in_proj_{name}": size for name, size in parts.items()}, s.hidden)
+
+
+def _feed_forward(index: int, config: Config, weights: Weights, ops: Ops) -> MLP:
+    return mlp(config, "intermediate_size", 12288, weights, ops)
