@@ -34,6 +34,7 @@ Budget = Annotated[str, typer.Option(help="Memory for KV pages and states togeth
 Backend = Annotated[str, typer.Option(help="auto, native or torch.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads that compute; 0 leaves it to torch.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyFile = Annotated[Path | None, typer.Option(help="File with API keys, one a line.")]
 
 
@@ -156,20 +157,34 @@ def chat(
 
 @model_app.command()
 def info(
-    path: Annotated[
-        Path | None, typer.Argument(help="Folder with a config.json, weights or not; the embedded model if left out.")
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder with a config.json, weights or not, such a file, or a name of `model list`; "
+            "the embedded model if left out."
+        ),
     ] = None,
     budget: Budget = "2GiB",
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What a model keeps in the cache, from its config alone. Exit code 1 if it is not supported."""
     from hybrid_cache.api import model_info
     from hybrid_cache.api.sizes import parse_bytes
 
-    report = model_info.examine(path, parse_bytes(budget), dtype)
+    report = model_info.examine(model, parse_bytes(budget), dtype)
     typer.echo(model_info.to_json(report)) if as_json else model_info.print_table(report)
     raise typer.Exit(0 if report.supported else 1)
+
+
+@model_app.command("list")
+def list_models(budget: Budget = "2GiB", as_json: Json = False) -> None:
+    """Published models whose shapes are known: parameters, KV, checkpoints. With --json all that `model info` says."""
+    from hybrid_cache.api import model_info
+    from hybrid_cache.api.sizes import parse_bytes
+
+    reports = model_info.examine_presets(parse_bytes(budget))
+    typer.echo(model_info.to_json(reports)) if as_json else model_info.print_list(reports)
 
 
 def _bench(name: str, summary: str) -> None:

@@ -1,6 +1,8 @@
-"""`hybrid-cache model info`: what a model keeps in the cache, from its config alone."""
+"""`hybrid-cache model info` and `model list`: what models keep in the cache, from their configs alone."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,25 +10,29 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_cache.api.sizes import format_bytes, format_count
-from hybrid_cache.errors import UnsupportedModel
+from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models import loading
+from hybrid_cache.models.presets import PRESETS, preset
+from hybrid_cache.models.published import CONFIGS
+from hybrid_cache.models.shapes import ModelShape
 
 CONVERSATION_TOKENS = 2000
+LIST_WIDTH = 120  # characters, where no terminal says how many it has
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Facts about a model that we can serve."""
+    """Facts about a model. A preset that is a shape and no config has no number of parameters and no context."""
 
     dtype: str  # what rows are computed and cached in
     layers: dict[str, int]  # what the cache holds something for, by kind
-    num_parameters: int
+    num_parameters: int | None
     vocab_size: int
-    max_length: int
+    max_length: int | None
     kv_bytes_per_token: int
     checkpoint_bytes: int
-    break_even_tokens: int | None  # from this length on a checkpoint is smaller than the KV; None if there is no KV
+    break_even_tokens: int | None  # from this length on a checkpoint is smaller than the KV; None if one is missing
     budget_bytes: int
     conversation_tokens: int
     conversations_in_budget: int  # each with its KV and one checkpoint
@@ -34,50 +40,70 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What there is to say about one folder."""
+    """What there is to say about one model."""
 
-    path: str
+    path: str  # or the name of a preset
     model_type: str | None
     supported: bool
     reason: str | None  # why it is not supported
     facts: Facts | None
 
 
-def examine(path: Path | None, budget_bytes: int, dtype: str = "auto") -> Report:
-    """Reads the config of a folder; None is the embedded model. Raises ModelError for a broken config."""
-    folder = path or loading.embedded_path()
-    name = "the embedded model" if path is None else str(path)
+def examine(model: str | Path | None, budget_bytes: int, dtype: str = "auto") -> Report:
+    """Of a preset, of the config of a folder or of a config.json; None is the embedded model.
+
+    A preset's name comes first. Raises ModelError for a broken config.
+    """
+    name = "the embedded model" if model is None else str(model)
+    if model in PRESETS and model != "embedded" and model not in CONFIGS:
+        shape_only = "it is known by its shape, its config is not one that we load"
+        return Report(name, None, False, shape_only, _facts(preset(str(model)), None, budget_bytes))
     model_type = None
     try:
-        config = loading.load_config(folder)
+        config = _config("embedded" if model is None else str(model))
         kind = config.get("model_type")
         model_type = kind if isinstance(kind, str) else None
-        facts = _facts(loading.describe(config, dtype=dtype), budget_bytes)
+        info = loading.describe(config, dtype=dtype)
     except UnsupportedModel as error:
         return Report(name, model_type, False, " ".join(str(error).split()), None)
-    return Report(name, model_type, True, None, facts)
+    return Report(name, model_type, True, None, _facts(info.shape, info, budget_bytes))
 
 
-def _facts(info: loading.ModelInfo, budget_bytes: int) -> Facts:
+def examine_presets(budget_bytes: int) -> list[Report]:
+    return [examine(name, budget_bytes) for name in PRESETS]
+
+
+def _config(model: str) -> Mapping[str, object]:
+    if model in CONFIGS:
+        return CONFIGS[model]
+    path = loading.embedded_path() if model == "embedded" else Path(model)
+    if not path.exists():
+        raise ModelError(f"{model!r} is no folder, no config.json and no preset; `hybrid-cache model list` names those")
+    return loading.load_config(path) if path.is_dir() else loading.read_config(path)
+
+
+def _facts(shape: ModelShape, info: loading.ModelInfo | None, budget_bytes: int) -> Facts:
+    kv_bytes, checkpoint_bytes = shape.cache_spec.kv_bytes_per_token, shape.cache_spec.slot_bytes
     pages = -(-CONVERSATION_TOKENS // TILE)
-    conversation_bytes = pages * TILE * info.kv_bytes_per_token + info.checkpoint_bytes
     return Facts(
-        dtype=str(info.dtype).removeprefix("torch."),
-        layers=dict(info.layers),
-        num_parameters=info.num_parameters,
-        vocab_size=info.vocab_size,
-        max_length=info.max_length,
-        kv_bytes_per_token=info.kv_bytes_per_token,
-        checkpoint_bytes=info.checkpoint_bytes,
-        break_even_tokens=info.checkpoint_bytes // info.kv_bytes_per_token + 1 if info.kv_bytes_per_token else None,
+        dtype=str(shape.dtype).removeprefix("torch."),
+        layers=dict(Counter(layer.kind for layer in shape.layers if layer.cache is not None)),
+        num_parameters=info.num_parameters if info else None,
+        vocab_size=shape.vocab_size,
+        max_length=info.max_length if info else None,
+        kv_bytes_per_token=kv_bytes,
+        checkpoint_bytes=checkpoint_bytes,
+        break_even_tokens=checkpoint_bytes // kv_bytes + 1 if kv_bytes and checkpoint_bytes else None,
         budget_bytes=budget_bytes,
         conversation_tokens=CONVERSATION_TOKENS,
-        conversations_in_budget=budget_bytes // conversation_bytes,
+        conversations_in_budget=budget_bytes // (pages * TILE * kv_bytes + checkpoint_bytes),
     )
 
 
-def to_json(report: Report) -> str:
-    return json.dumps(asdict(report), indent=2)
+def to_json(reports: Report | Sequence[Report]) -> str:
+    """An object, or an array of such objects."""
+    values = asdict(reports) if isinstance(reports, Report) else [asdict(report) for report in reports]
+    return json.dumps(values, indent=2)
 
 
 def print_table(report: Report) -> None:
@@ -90,29 +116,58 @@ def print_table(report: Report) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
+def print_list(reports: Sequence[Report]) -> None:
+    """Writes a line for each report to the standard output."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("model", no_wrap=True)
+    table.add_column("type", no_wrap=True)
+    for name in ("parameters", "KV a token", "checkpoint", "break-even"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for report in reports:
+        table.add_row(report.path, report.model_type or "-", *_cells(report.facts))
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = LIST_WIDTH
+    console.print(table)
+
+
+def _cells(facts: Facts | None) -> tuple[str, ...]:
+    if facts is None:
+        return ("-",) * 4
+    return (
+        "-" if facts.num_parameters is None else format_count(facts.num_parameters),
+        format_bytes(facts.kv_bytes_per_token) if facts.kv_bytes_per_token else "-",
+        format_bytes(facts.checkpoint_bytes) if facts.checkpoint_bytes else "-",
+        "-" if facts.break_even_tokens is None else f"{facts.break_even_tokens:,} tokens",
+    )
+
+
 def _rows(report: Report) -> list[tuple[str, str]]:
-    rows = [("model", report.path), ("type", report.model_type or "not named")]
+    named = [("model", report.path), ("type", report.model_type or "not named")]
+    rows = [*named, ("supported", "yes" if report.supported else f"no: {report.reason}")]
     facts = report.facts
     if facts is None:
-        return [*rows, ("supported", f"no: {report.reason}")]
-    layers = ", ".join(f"{count} {kind}" for kind, count in sorted(facts.layers.items()))
+        return rows
+    rows.append(("layers", "; ".join(f"{count} {kind}" for kind, count in sorted(facts.layers.items()))))
+    if facts.num_parameters is not None:
+        rows.append(("parameters", f"{format_count(facts.num_parameters)} ({facts.num_parameters:,})"))
+    rows.append(("dtype", facts.dtype))
+    if facts.max_length is not None:
+        rows.append(("context", f"{facts.max_length:,} tokens"))
     conversations = f"{facts.conversations_in_budget:,} of {facts.conversation_tokens:,} tokens with a checkpoint each"
     return [
         *rows,
-        ("supported", "yes"),
-        ("layers", layers),
-        ("parameters", f"{format_count(facts.num_parameters)} ({facts.num_parameters:,})"),
-        ("dtype", facts.dtype),
-        ("context", f"{facts.max_length:,} tokens"),
         ("vocabulary", f"{facts.vocab_size:,} tokens"),
         ("KV", f"{format_bytes(facts.kv_bytes_per_token)} a token"),
         ("checkpoint", format_bytes(facts.checkpoint_bytes)),
-        ("break-even", _break_even(facts.break_even_tokens)),
+        ("break-even", _break_even(facts)),
         (f"in {format_bytes(facts.budget_bytes)}", f"conversations: {conversations}"),
     ]
 
 
-def _break_even(tokens: int | None) -> str:
-    return (
-        "this model has no KV" if tokens is None else f"a checkpoint is smaller than the KV from {tokens:,} tokens on"
-    )
+def _break_even(facts: Facts) -> str:
+    if not facts.kv_bytes_per_token:
+        return "this model has no KV"
+    if facts.break_even_tokens is None:
+        return "this model has no state, and a checkpoint takes nothing"
+    return f"a checkpoint is smaller than the KV from {facts.break_even_tokens:,} tokens on"

@@ -210,7 +210,7 @@ class Ops(Protocol):
     def gated_delta(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
     ) -> Tensor:
-        """The gated delta rule (Yang et al. 2024, arXiv 2412.06464): h = exp(g) h, then h += beta (v - h k) k^T, y = h q.
+        """The gated delta rule (Yang et al. 2024, arXiv 2412.06464): h = exp(g) h, h += beta (v - h k) k^T, y = h q.
 
         Queries and keys are first divided by sqrt(sum(x^2) + 1e-6), queries also by sqrt(N); advances `state`.
 

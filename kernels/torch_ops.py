@@ -408,9 +408,7 @@ def _attend_last(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
 # Mamba-2
 
 
-def _scan_chunk(
-    run: Run, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor, y: Tensor
-) -> None:
+def _scan_chunk(run: Run, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor, y: Tensor) -> None:
     """x [R, H, P], dt [R, H], B, C [R, G, N]; fills the run's rows of y [R, H, P] and its slots of `state`."""
     points = dict(run.captures)
     h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
@@ -508,41 +506,47 @@ def _gated_delta_tile(h: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, bet
     q, k = (x.transpose(0, 1).contiguous() for x in (q, k))  # [G, T, N]
     qk, kk = ((x @ k.transpose(1, 2)).repeat_interleave(heads_per_group, dim=0) * between for x in (q, k))
     q, k = (x.repeat_interleave(heads_per_group, dim=0) for x in (q, k))
-    return _delta_of_products(h, q, k, v, decay[:, :, None], beta, qk, kk)
+    return _delta_of_products(h, q, k, v, g.transpose(0, 1).contiguous(), beta, qk, kk)
 
 
 def _kimi_delta_tile(h: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Kimi Team 2025, section 3.2.
 
     A product of two tokens' rows has the decay between them inside. Within a block of rows it is computed pair by pair;
-    between blocks it is split at the block's start, so that no factor is larger than one.
+    between blocks it is split at the later block's start, so that no factor is larger than one.
     """
-    decay, q, k = (x.transpose(0, 1).contiguous() for x in (g.cumsum(0), q, k))  # [H, T, N]
+    g, q, k = (x.transpose(0, 1).contiguous() for x in (g, q, k))  # [H, T, N]
     heads, _, size = k.shape
-    blocks = [x.view(heads, -1, DELTA_BLOCK, size) for x in (decay, q, k)]
+    g_blocks, q_blocks, k_blocks = (x.view(heads, -1, DELTA_BLOCK, size) for x in (g, q, k))
     causal = torch.ones(DELTA_BLOCK, DELTA_BLOCK, dtype=torch.bool, device=v.device).tril_()
-    between = blocks[0][:, :, :, None] - blocks[0][:, :, None]
-    decayed = between.masked_fill_(~causal[:, :, None], -torch.inf).exp_() * blocks[2][:, :, None]
-    near = [(decayed * x[:, :, :, None]).sum(-1) for x in blocks[1:]]  # [H, blocks, block, block] each
+    between = torch.where(causal.tril(-1)[:, :, None], g_blocks[:, :, :, None], 0.0).cumsum(2)  # from column to row
+    decayed = between.masked_fill_(~causal[:, :, None], -torch.inf).exp_() * k_blocks[:, :, None]
     qk, kk = torch.zeros(heads, TILE, TILE, device=v.device), torch.zeros(heads, TILE, TILE, device=v.device)
-    for block, first in enumerate(range(0, TILE, DELTA_BLOCK)):
-        rows = slice(first, first + DELTA_BLOCK)
-        earlier = slice(0, first)
-        for product, x, own in zip((qk, kk), (q, k), near, strict=True):
-            product[:, rows, rows] = own[:, block]
+    for product, x, x_blocks in ((qk, q, q_blocks), (kk, k, k_blocks)):
+        near = (decayed * x_blocks[:, :, :, None]).sum(-1)  # [H, blocks, block, block]
+        far = x * g_blocks.cumsum(2).exp_().view(heads, TILE, size)
+        for block, first in enumerate(range(0, TILE, DELTA_BLOCK)):
+            rows = slice(first, first + DELTA_BLOCK)
+            product[:, rows, rows] = near[:, block]
             if first:
-                start = decay[:, first - 1 : first]
-                since, until = (decay[:, rows] - start).exp(), (start - decay[:, earlier]).exp()
-                product[:, rows, earlier] = (x[:, rows] * since) @ (k[:, earlier] * until).transpose(1, 2)
-    return _delta_of_products(h, q, k, v, decay, beta, qk, kk)
+                until = k[:, :first] * _sums_after(g[:, :first]).exp_()
+                product[:, rows, :first] = far[:, rows] @ until.transpose(1, 2)
+    return _delta_of_products(h, q, k, v, g, beta, qk, kk)
+
+
+def _sums_after(g: Tensor) -> Tensor:
+    """g [H, T, *] -> for each row the sum of all rows behind it."""
+    sums = torch.zeros_like(g)
+    sums[:, :-1] = g[:, 1:].flip(1).cumsum(1).flip(1)
+    return sums
 
 
 def _delta_of_products(
-    h: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, qk: Tensor, kk: Tensor
+    h: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, qk: Tensor, kk: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """q, k [H, T, N], decay [H, T, 1 or N] summed up, qk, kk [H, T, T] with the decay between two tokens; see above."""
+    """q, k [H, T, N], g [H, T, 1 or N], qk, kk [H, T, T] with the decay between two tokens; the rest as above."""
     beta = beta.T.contiguous()[:, :, None]
-    from_start, to_end = decay.exp(), (decay[:, -1:] - decay).exp()
+    from_start, to_end = g.cumsum(1).exp(), _sums_after(g).exp()
     said = (k * from_start) @ h.transpose(1, 2)  # by the state before the tile
     right = beta * (v.transpose(0, 1) - said)
     written = torch.linalg.solve_triangular(kk * beta, right, upper=False, unitriangular=True)  # [H, T, P]

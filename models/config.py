@@ -60,6 +60,10 @@ class Config:
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def either(self, *names: str) -> str:
+        """Of several names of one field, the one that is used here; the first where none is."""
+        return next((name for name in names if self.has(name)), names[0])
+
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
@@ -137,6 +141,15 @@ class Config:
         if not len(found) == len(numbers) == len(default):
             self._refuse(name, value, f"a list of {len(default)} numbers")
         return self._note(name, numbers)
+
+    def section(self, name: str) -> "Config":
+        """The fields of an object inside, none where it is missing. What is read of them counts as used here."""
+        nested = self._values.get(name) or {}
+        if not isinstance(nested, Mapping):
+            self._refuse(name, nested, "an object")
+        section = Config(nested, f"{self._inside}{name}.")
+        section.used = self.used
+        return section
 
     def text(self) -> "Config":
         """The text model's part of a multimodal config; a text model's own config as it is."""

@@ -1,4 +1,4 @@
-"""LFM3: gated short convolutions, attention, some of it in a window, each followed by an MLP; norms around each part."""
+"""LFM3: gated short convolutions, attention, some in a window, each followed by an MLP; norms around each part."""
 
 from collections.abc import Callable
 

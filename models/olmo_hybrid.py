@@ -129,7 +129,7 @@ def _delta_net(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
 
 
 def _conv_weight(weights: Weights, s: GatedDeltaShape) -> Tensor:
-    """Three published tensors, which transformers 5 joins and, where it saves them, cuts in thirds; or the joined one."""
+    """Three tensors, which transformers 5 joins and cuts in thirds where it saves them; or the joined one."""
     parts = ["conv1d.weight"] if weights.has("conv1d.weight") else [f"{name}_conv1d.weight" for name in "qkv"]
     return weights.take_joined(parts, s.channels, 1, s.conv_width).view(s.channels, s.conv_width)
 

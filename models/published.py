@@ -194,7 +194,9 @@ FALCON_H1: Mapping[str, Fields] = {
     "falcon-h1-1.5b": _falcon_h1(24, 2048, 4608, 8, (48, 64)),
     "falcon-h1-1.5b-deep": _falcon_h1(66, 1280, 3072, 6, (24, 64)),
     "falcon-h1-3b": _falcon_h1(32, 2560, 6144, 10, (32, 128), vocab_size=65536),
-    "falcon-h1-7b": _falcon_h1(44, 3072, 12288, 12, (24, 128), vocab_size=130048, max_position_embeddings=262144),
+    "falcon-h1-7b": _falcon_h1(
+        44, 3072, 12288, 12, (24, 128), mamba_rms_norm=True, vocab_size=130048, max_position_embeddings=262144
+    ),
     "falcon-h1-34b": _falcon_h1(
         72,
         5120,
@@ -203,6 +205,7 @@ FALCON_H1: Mapping[str, Fields] = {
         (32, 128),
         num_key_value_heads=4,
         mamba_n_groups=2,
+        mamba_rms_norm=True,
         vocab_size=261120,
         max_position_embeddings=262144,
     ),
@@ -381,6 +384,36 @@ def _recurrent_gemma(hidden: int, num_layers: int) -> Fields:
     }
 
 
+# moonshotai/Kimi-Linear-48B-A3B: the defaults of KimiLinearConfig, and config.json as quoted by tests of ports.
+KIMI: Mapping[str, Fields] = {
+    "kimi-linear-48b-a3b": {
+        "model_type": "kimi_linear",
+        "dtype": "bfloat16",
+        "num_hidden_layers": 27,
+        "linear_attn_config": {
+            "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],  # from 1
+            "kda_layers": [i for i in range(1, 27) if i % 4],
+            "head_dim": 128,
+            "num_heads": 32,
+            "short_conv_kernel_size": 4,
+        },
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_attention_heads": 32,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "first_k_dense_replace": 1,
+        "num_experts": 256,
+        "num_experts_per_token": 8,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 1024,
+        "max_position_embeddings": 1048576,
+        "vocab_size": 163840,
+    },
+}
+
 # state-spaces, tiiuae and google: papers and copies of config.json on the hub. The first two name no dtype: float32.
 RECURRENT: Mapping[str, Fields] = {
     "mamba-2.8b": {
@@ -453,6 +486,7 @@ CONFIGS: Mapping[str, Fields] = {
     **NEMOTRON,
     **LFM2,
     **DELTA_NETS,
+    **KIMI,
     **RECURRENT,
     **ATTENTION,
 }

@@ -174,6 +174,53 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentAttentionShape:
+    """Attention over latent rows that all heads share (DeepSeek-AI 2024).
+
+    A head's query has a part of its own, which meets the latent row, and one that meets values next to it. A latent row
+    is cached as a key and as a value.
+    """
+
+    kind: ClassVar[str] = "latent attention"
+    advance: ClassVar[Advance] = Advance.ROWS
+
+    hidden: int
+    num_heads: int
+    own_dim: int
+    shared_dim: int
+    value_dim: int
+    kv_rank: int
+    q_rank: int | None  # None for queries of full rank
+    dtype: torch.dtype
+    gate: int = 0  # values of a gate for each head
+
+    @property
+    def query_dim(self) -> int:
+        return self.own_dim + self.shared_dim
+
+    @property
+    def cached_dim(self) -> int:
+        return self.kv_rank + self.shared_dim
+
+    @property
+    def weight_flops(self) -> float:
+        q, gate = self.num_heads * self.query_dim, _product(self.hidden, self.num_heads * self.gate)
+        low = _product(self.hidden, self.q_rank) + _product(self.q_rank, q) if self.q_rank else _product(self.hidden, q)
+        latent = _product(self.kv_rank, self.num_heads * (self.own_dim + self.value_dim))
+        out = _product(self.num_heads * self.value_dim, self.hidden)
+        return low + _product(self.hidden, self.cached_dim) + latent + gate + out
+
+    @property
+    def cost(self) -> PrefillCost:
+        per_key = 4.0 * self.num_heads * self.cached_dim  # q.c and p.c
+        return PrefillCost(self.weight_flops + per_key, per_key)
+
+    @property
+    def cache(self) -> AttentionSpec:
+        return AttentionSpec(1, self.cached_dim, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class Mamba2Shape:
     """State-space mixer with one scalar decay per head (Dao and Gu 2024), computed in tiles."""
 
@@ -390,6 +437,53 @@ class GatedDeltaShape:
     def cache(self) -> StateSpec:
         conv = (self.conv_width - 1, self.channels)
         return StateSpec(conv, (self.num_heads, self.head_dim, self.d_state), self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class KimiDeltaShape:
+    """Linear attention with the delta rule and a decay for each column of a state (Kimi Team 2025), in tiles."""
+
+    kind: ClassVar[str] = "Kimi delta attention"
+    advance: ClassVar[Advance] = Advance.MATRIX
+
+    hidden: int
+    num_heads: int
+    head_dim: int  # of queries, keys and values
+    conv_width: int
+    dtype: torch.dtype
+    gate_rank: int | None  # of the projections of decay and gate; None for full rank
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """What the convolution runs over: queries, keys and values."""
+        return 3 * self.inner
+
+    @property
+    def gate_width(self) -> int:
+        return self.inner if self.gate_rank is None else self.gate_rank
+
+    @property
+    def weight_flops(self) -> float:
+        low = 0.0 if self.gate_rank is None else 2 * _product(self.gate_rank, self.inner)
+        projected = self.channels + self.num_heads + 2 * self.gate_width
+        return _product(self.hidden, projected) + low + _product(self.inner, self.hidden)
+
+    @property
+    def cost(self) -> PrefillCost:
+        pairs = 6.0 * TILE * self.inner  # q.k and k.k of all pairs of rows, then times values
+        system = 1.0 * TILE * self.inner  # triangular, for what each token writes
+        across_tiles = 6.0 * self.inner * self.head_dim  # the state at the start times k and q, and what it becomes
+        conv = _conv(self.conv_width, self.channels)
+        return PrefillCost(self.weight_flops + conv + pairs + system + across_tiles, 0.0)
+
+    @property
+    def cache(self) -> StateSpec:
+        conv = (self.conv_width - 1, self.channels)
+        return StateSpec(conv, (self.num_heads, self.head_dim, self.head_dim), self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

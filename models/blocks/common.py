@@ -38,9 +38,7 @@ def linear_shape(part: Linear) -> LinearShape:
 class Norm:
     """Root-mean-square norm. With `plus_one` the file holds weights less one, which are added up in float32."""
 
-    def __init__(
-        self, ops: Ops, weights: Weights, name: str, size: int, eps: float, *, plus_one: bool = False
-    ) -> None:
+    def __init__(self, ops: Ops, weights: Weights, name: str, size: int, eps: float, *, plus_one: bool = False) -> None:
         self.size = size
         self._rms_norm = ops.rms_norm
         name = f"{name}.weight"

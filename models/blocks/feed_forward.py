@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.ops import Experts, Linear
+from hybrid_cache.kernels.ops import Experts, Linear, Ops
 from hybrid_cache.models.blocks.common import sigmoid
 from hybrid_cache.models.shapes import MLPShape, MoEShape, SharedMoEShape
 from hybrid_cache.models.weights import Scope, Weights
@@ -61,7 +61,7 @@ def chosen_of_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class SigmoidRouter:
-    """A sigmoid for each expert; the k with the largest sum of it and `bias` are chosen, their sigmoids are the weights.
+    """A sigmoid for each expert; the k with the largest sum of it and `bias` are chosen, and weigh what it says.
 
     eps         the weights of the chosen are divided by their sum plus this; None leaves them as they are
     scale       multiplies the weights
@@ -110,6 +110,31 @@ class MoE:
     def __call__(self, x: Tensor) -> Tensor:
         ids, weights = self._route(self._router(x), self.shape.num_active)
         return self._experts(x, ids, weights)
+
+
+class SharedMoE:
+    """Experts, and beside them an MLP for all rows (DeepSeek)."""
+
+    def __init__(self, experts: MoE, shared: MLP) -> None:
+        self.shape = SharedMoEShape(experts.shape, shared.shape, gated=False)
+        self._experts = experts
+        self._shared = shared
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._experts(x)
+        y += self._shared(x)
+        return y
+
+
+class Float32Router:
+    """Logits in float32, whatever the rows are: a last bit of bfloat16 is enough to choose another expert."""
+
+    def __init__(self, ops: Ops, weights: Weights, name: str, num_experts: int, hidden: int) -> None:
+        self.in_features, self.out_features = hidden, num_experts
+        self._linear = ops.linear(weights.take_float32(f"{name}.weight", num_experts, hidden))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x.float())
 
 
 class GatedSharedMoE:

@@ -55,6 +55,7 @@ def test_talking_to_a_server_needs_no_torch() -> None:
         (["serve"], ["--host", "--port", "--api-key-file", "--budget", "--policy", "--backend", "--drain-timeout"]),
         (["chat"], ["--url", "--system", "--temperature", "--max-tokens", "--seed"]),
         (["model", "info"], ["--budget", "--json"]),
+        (["model", "list"], ["--budget", "--json"]),
         (["bench"], ["serve", "exactness", "bookkeeping"]),
         (["bench", "serve"], ["--url", "--scenarios"]),
         (["bench", "exactness"], ["--rows", "--seed"]),
@@ -157,7 +158,7 @@ def test_a_bench_command_checks_its_own_options() -> None:
 def test_model_info_exits_with_1_for_a_model_that_is_not_supported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert exit_code("model", "info", str(tmp_path), "--json") == 1
     assert json.loads(capsys.readouterr().out)["supported"] is False
 

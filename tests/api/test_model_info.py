@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_cache.api.model_info import CONVERSATION_TOKENS, Facts, examine, print_table, to_json
+from hybrid_cache.api.model_info import (
+    CONVERSATION_TOKENS,
+    Facts,
+    examine,
+    examine_presets,
+    print_list,
+    print_table,
+    to_json,
+)
 from hybrid_cache.errors import ModelError
+from hybrid_cache.models.presets import PRESETS
 
 SMALL = {
     "vocab_size": 100,
@@ -72,7 +81,7 @@ def folder(path: Path, config: Mapping[str, object]) -> Path:
     return path
 
 
-def facts_of(path: Path | None) -> Facts:
+def facts_of(path: Path | str | None) -> Facts:
     report = examine(path, BUDGET)
     assert report.supported, report.reason
     assert report.facts is not None
@@ -83,14 +92,15 @@ def facts_of(path: Path | None) -> Facts:
 def test_a_bare_config_is_enough(model_type: str, tmp_path: Path) -> None:
     facts = facts_of(folder(tmp_path, {"model_type": model_type, "dtype": "bfloat16", **CONFIGS[model_type]}))
     assert facts.dtype == "bfloat16"
-    assert set(facts.layers) == {"attention", "mamba"}
+    assert set(facts.layers) == {"attention", "Mamba-1" if model_type == "jamba" else "Mamba-2"}
+    assert facts.num_parameters is not None
     assert facts.num_parameters > 10_000
     assert facts.conversations_in_budget > 1
 
 
 def test_the_numbers_are_those_of_a_hand_calculation(tmp_path: Path) -> None:
     facts = facts_of(folder(tmp_path, {"model_type": "granitemoehybrid", **CONFIGS["granitemoehybrid"]}))
-    assert facts.layers == {"attention": 1, "mamba": 2}
+    assert facts.layers == {"attention": 1, "Mamba-2": 2}
     kv = 2 * 2 * 16 * 4  # K and V, heads, head dimension, float32
     checkpoint = 2 * (3 * (128 + 2 * 16) * 4 + 4 * 32 * 16 * 4)  # layers, convolution window, state
     assert (facts.kv_bytes_per_token, facts.checkpoint_bytes) == (kv, checkpoint)
@@ -101,15 +111,49 @@ def test_the_numbers_are_those_of_a_hand_calculation(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_is_supported() -> None:
-    assert facts_of(None).max_length >= 2048
+    facts = facts_of(None)
+    assert facts.max_length is not None
+    assert facts.max_length >= 2048
+    assert facts_of("embedded") == facts
+
+
+def test_a_folder_its_config_file_and_their_text_are_the_same_model(tmp_path: Path) -> None:
+    path = folder(tmp_path, {"model_type": "jamba", **CONFIGS["jamba"]})
+    assert facts_of(path) == facts_of(path / "config.json") == facts_of(str(path))
+
+
+def test_a_preset_needs_no_folder() -> None:
+    facts = facts_of("llama-3.1-8b")
+    assert facts.layers == {"attention": 32}
+    assert facts.num_parameters == 8_030_261_248
+    assert (facts.checkpoint_bytes, facts.break_even_tokens) == (0, None)  # no state: no length makes one smaller
+
+
+def test_a_preset_that_is_only_a_shape_has_facts_all_the_same() -> None:
+    report = examine("nvidia-hybrid-7b", BUDGET)
+    assert not report.supported
+    assert report.facts is not None
+    assert report.facts.layers == {"Mamba-2": 24, "attention": 4}
+    assert report.facts.num_parameters is None
+
+
+def test_a_name_of_nothing_is_an_error_that_says_where_names_are() -> None:
+    with pytest.raises(ModelError, match=r"'gpt-2' is no folder.*model list"):
+        examine("gpt-2", BUDGET)
 
 
 def test_an_unknown_architecture_is_reported_in_one_line(tmp_path: Path) -> None:
-    report = examine(folder(tmp_path, {"model_type": "llama"}), BUDGET)
+    report = examine(folder(tmp_path, {"model_type": "gpt2"}), BUDGET)
     assert not report.supported
     assert report.reason is not None
-    assert "llama" in report.reason
+    assert "gpt2" in report.reason
     assert "\n" not in report.reason
+
+
+def test_a_setting_that_is_not_supported_is_named(tmp_path: Path) -> None:
+    config = {"model_type": "jamba", **CONFIGS["jamba"], "hidden_act": "tanh"}
+    report = examine(folder(tmp_path, config), BUDGET)
+    assert report.reason == "config.json: hidden_act is 'tanh', supported: 'silu'"
 
 
 def test_quantized_weights_are_reported_as_not_supported(tmp_path: Path) -> None:
@@ -134,3 +178,31 @@ def test_the_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> Non
     print_table(examine(None, BUDGET))
     out = capsys.readouterr().out
     assert all(word in out for word in ("parameters", "KV", "checkpoint", "break-even", "conversations"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("recurrentgemma-2b", ["18 RG-LRU", "8 attention, window 2048", "2.68 G"]),
+        ("mamba-2.8b", ["64 Mamba-1", "no KV"]),
+        ("llama-3.1-8b", ["32 attention", "no state"]),
+        ("nvidia-hybrid-7b", ["no: ", "24 Mamba-2", "6,235 tokens"]),
+    ],
+)
+def test_the_table_of_a_preset_says_what_it_has_and_what_not(
+    name: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_table(examine(name, BUDGET))
+    out = capsys.readouterr().out
+    assert [word for word in words if word not in out] == []
+
+
+def test_the_list_has_a_line_for_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    reports = examine_presets(BUDGET)
+    assert [report.path for report in reports] == list(PRESETS)
+    print_list(reports)
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    values = {value["path"]: value for value in json.loads(to_json(reports))}
+    assert values["bamba-9b"]["model_type"] == "bamba"
+    assert values["bamba-9b"]["facts"]["kv_bytes_per_token"] == 3 * 2 * 8 * 128 * 2

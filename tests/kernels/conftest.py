@@ -45,7 +45,7 @@ SHAPES = {
     "rg_lru 13 channels": lambda dtype, rng: RgLruProblem(dtype, rng, channels=13),
     "kimi delta": lambda dtype, rng: KimiDeltaProblem(dtype),
     "kimi delta state 128": lambda dtype, rng: KimiDeltaProblem(dtype, num_heads=2, head_dim=128, d_state=128),
-    "kimi delta forgets all": lambda dtype, rng: KimiDeltaProblem(dtype, head_dim=9, d_state=20, most=30.0),
+    "kimi delta forgets all": lambda dtype, rng: KimiDeltaProblem(dtype, head_dim=9, d_state=20, most=300.0),
     "attention": lambda dtype, rng: AttentionProblem(dtype),
     "attention one head each": lambda dtype, rng: AttentionProblem(dtype, num_heads=3, num_kv_heads=3, head_dim=16),
     "attention 12 to 4 of 64": lambda dtype, rng: AttentionProblem(dtype, num_heads=12, num_kv_heads=4, head_dim=64),

@@ -174,7 +174,7 @@ REFUSED = {
     "unknown model_type": (
         set_config(model_type="mystery"),
         UnsupportedModel,
-        "model_type 'mystery' is not supported; supported: bamba, ",
+        "model_type 'mystery' is not supported; supported: bailing_hybrid, bamba, ",
     ),
     "model_type of a helper module": (set_config(model_type="blocks"), UnsupportedModel, "model_type 'blocks' is not"),
     "no model_type": (set_config(model_type=None), UnsupportedModel, "model_type None is not supported"),

@@ -8,7 +8,6 @@ import torch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading, registry
-from tests.models import checkpoints
 from tests.models.case import Case
 from tests.models.cases.qwen3_5 import QWEN3_5
 from tests.models.cases.qwen3_5_moe import QWEN3_5_MOE
