@@ -69,7 +69,7 @@ class Shape:
             "mamba_conv_bias": True,
             "mamba_proj_bias": False,
             "position_embedding_type": "nope",
-            "max_position_embeddings": 8192,
+            "max_position_embeddings": 32768,
             "attention_bias": False,
             "attention_dropout": 0.0,
             "hidden_act": "silu",

@@ -104,7 +104,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "additional_special_tokens": ["<|eos|>", "<|im_start|>", "<|im_end|>"],
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 8192,
+        "model_max_length": 32768,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
