@@ -1,6 +1,6 @@
 """Train the embedded model, tokenizer included.
 
-    python -m hybrid_cache.models.training.train --out DIR [--steps N | --minutes M] [--seed N] [--books PATH]
+    python -m hybrid_cache.models.training.train --out DIR [--seed N] [--books PATH] [--steps N]
 
 Writes an ordinary model folder to DIR and, beside it, `DIR/run/` with a checkpoint to resume from and a log of the
 accuracy by kind. Only answers and replies are targets; a twentieth of the rows are passages of books, if given.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections import defaultdict
@@ -31,21 +30,35 @@ from hybrid_cache.models.training import rows as rw
 from hybrid_cache.models.training import tokenizer as tok
 from hybrid_cache.models.training.dialogues import KINDS, examined, mixture
 
-# What share of the training dialogues is about what, at first and while the learning rate falls: looking up among
-# several codes is sharpened last.
+# What share of the training dialogues is about what.
 WEIGHTS = {"recall": 0.25, "likes": 0.07, "last": 0.10, "count": 0.31, "order": 0.21, "chat": 0.06}
 LATE_WEIGHTS = {"recall": 0.38, "likes": 0.09, "last": 0.08, "count": 0.22, "order": 0.17, "chat": 0.06}
-COOLING = 0.35  # last share of the run
+LAST_WEIGHTS = {"recall": 0.22, "likes": 0.05, "last": 0.06, "count": 0.28, "order": 0.34, "chat": 0.05}
+COOLING = 0.35  # last share of a phase, while the learning rate falls
 # Share of questions that are answered without attention to the dialogue: the recurrent state must hold the answer.
 BLIND = {"last": 0.5, "count": 0.5, "order": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of the run with its own learning rates, which rise at its start and fall at its end."""
+
+    steps: int
+    peak: float  # of the highest learning rate
+    weights: dict[str, float]
+    late_weights: dict[str, float]  # while the learning rate falls
+
+
+# All kinds are learned, and looking up among several codes is sharpened while the learning rate falls; then once more
+# with stress on what the state has to carry.
+PHASES = (Phase(9000, 1.0, WEIGHTS, LATE_WEIGHTS), Phase(2000, 0.4, LAST_WEIGHTS, LAST_WEIGHTS))
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     out: Path
     seed: int
-    steps: int
-    minutes: float
+    phases: tuple[Phase, ...]
     books: Path | None
     lr: float
     batch_tokens: int
@@ -77,10 +90,10 @@ def learning_rate(progress: float, peak: float) -> float:
 
 
 class Rows:
-    """Endless training rows; the part of the run that is done sets how long they are."""
+    """Endless training rows of one phase; the part of the first phase that is done sets how long they are."""
 
-    def __init__(self, settings: Settings, codec: tok.Codec, seed: int) -> None:
-        self.settings, self.codec, self.rng = settings, codec, Random(seed)
+    def __init__(self, settings: Settings, phase: Phase, codec: tok.Codec, seed: int) -> None:
+        self.settings, self.phase, self.codec, self.rng = settings, phase, codec, Random(seed)
         self.progress = 0.0
         self.passages: list[str] = []
         if settings.books:
@@ -92,8 +105,10 @@ class Rows:
                 tokens = self.codec.tokenizer.encode(self.rng.choice(self.passages)).ids
                 yield rw.text_row(tokens[:192])
             else:
-                weights = LATE_WEIGHTS if self.progress > 1.0 - COOLING else WEIGHTS
-                dialogue = mixture(self.rng, weights, longest(self.progress))
+                phase = self.phase
+                weights = phase.late_weights if self.progress > 1.0 - COOLING else phase.weights
+                first = phase is self.settings.phases[0]
+                dialogue = mixture(self.rng, weights, longest(self.progress if first else 1.0))
                 yield rw.row(self.codec, dialogue, self.rng, BLIND)
 
 
@@ -189,23 +204,38 @@ def train(settings: Settings) -> None:
         state = load_run(network, optimizers, run)
     run.mkdir(parents=True, exist_ok=True)
     exam = Exam(codec)
-    source = Rows(settings, codec, hash((settings.seed, state["step"])))
-    batches = rw.bucketed(iter(source), settings.batch_tokens, Random(settings.seed))
     if settings.compiled:
         network.hidden = torch.compile(network.hidden, dynamic=True)  # type: ignore[method-assign]
     print(f"{net.num_parameters(network):,} parameters, {codec.tokenizer.get_vocab_size()} tokens", flush=True)
     began = time.monotonic() - state["seconds"]
+    end = 0
+    for phase in settings.phases:
+        start, end = end, end + phase.steps
+        if state["step"] < end:
+            source = Rows(settings, phase, codec, hash((settings.seed, state["step"])))
+            run_phase(settings, phase, start, source, network, optimizers, state, exam, began)
+
+
+def run_phase(
+    settings: Settings,
+    phase: Phase,
+    start: int,
+    source: Rows,
+    network: net.Network,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, float],
+    exam: Exam,
+    began: float,
+) -> None:
+    """Takes the steps that are left of a phase which begins at step `start`; advances `state`."""
+    batches = rw.bucketed(iter(source), settings.batch_tokens, Random(settings.seed))
     marks: dict[str, list[bool]] = defaultdict(list)
     recent: list[float] = []
-    while True:
-        spent = time.monotonic() - began
-        progress = max(state["step"] / settings.steps, spent / 60 / settings.minutes)
-        if progress >= 1.0:
-            break
+    while (progress := (state["step"] - start) / phase.steps) < 1.0:
         source.progress = progress
         for optimizer, peak in zip(optimizers, (settings.lr, settings.lr / 2), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(progress, peak)
+                group["lr"] = learning_rate(progress, peak * phase.peak)
         batch, targets = rw.collate(next(batches))
         loss, hits = loss_of(network, batch, targets)
         network.zero_grad(set_to_none=True)
@@ -219,8 +249,8 @@ def train(settings: Settings) -> None:
         state["step"] += 1
         state["tokens"] += batch.tokens.numel()
         state["answers"] += len(targets.kinds)
+        state["seconds"] = time.monotonic() - began
         if state["step"] % 50 == 0:
-            state["seconds"] = time.monotonic() - began
             told = " ".join(f"{k} {sum(m) / len(m):.2f}" for k, m in sorted(marks.items()))
             speed = state["tokens"] / state["seconds"]
             print(
@@ -230,11 +260,20 @@ def train(settings: Settings) -> None:
             )
             recent.clear()
             marks.clear()
-        if state["step"] % settings.every == 0:
-            report(network, exam, state, run)
-            save_run(network, optimizers, state, run)
-            net.save(network, settings.out)
-    state["seconds"] = time.monotonic() - began
+        if state["step"] % settings.every == 0 and progress < 1.0 - 1.0 / phase.steps:
+            keep(settings, network, optimizers, state, exam)
+    keep(settings, network, optimizers, state, exam)
+
+
+def keep(
+    settings: Settings,
+    network: net.Network,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, float],
+    exam: Exam,
+) -> None:
+    """Examines the network and writes it, with a checkpoint to go on from."""
+    run = settings.out / "run"
     report(network, exam, state, run)
     save_run(network, optimizers, state, run)
     net.save(network, settings.out)
@@ -252,8 +291,7 @@ def parsed() -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--steps", type=int, help="one phase of so many steps instead of the two")
     parser.add_argument("--books", type=Path, help="folder with public-domain text, see tokenizer.passages")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--batch-tokens", type=int, default=2048)
@@ -263,15 +301,14 @@ def parsed() -> Settings:
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON, fields of network.Shape")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    steps = given.steps or (9000 if given.minutes is None else 10**9)
+    phases = (Phase(given.steps, 1.0, WEIGHTS, LATE_WEIGHTS),) if given.steps else PHASES
     if "layer_types" in given.shape:
         names = {"M": "mamba", "A": "attention"}
         given.shape["layer_types"] = tuple(names[c] for c in given.shape["layer_types"])
     return Settings(
         out=given.out,
         seed=given.seed,
-        steps=steps,
-        minutes=given.minutes or math.inf,
+        phases=phases,
         books=given.books,
         lr=given.lr,
         batch_tokens=given.batch_tokens,
