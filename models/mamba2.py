@@ -1,4 +1,4 @@
-"""Mamba-2: state-space layers and nothing else. No attention, so no pages: all that is cached of a prefix is a state."""
+"""Mamba-2: state-space layers and nothing else. No attention, so no pages: what is cached of a prefix is a state."""
 
 import torch
 from torch import Tensor

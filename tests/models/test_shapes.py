@@ -169,7 +169,9 @@ def test_the_kinds_of_layers_by_hand():
     conv = ShortConvShape(hidden=10, conv_width=3, dtype=torch.bfloat16)
     assert conv.cost.per_token == 2 * (10 * 30 + 10 * 10) + 2 * 3 * 10
     assert (conv.cache, conv.cache.state_bytes) == (StateSpec((2, 10), (0,), torch.bfloat16), 0)
-    latent = LatentAttentionShape(10, 4, own_dim=3, shared_dim=2, value_dim=6, kv_rank=7, q_rank=8, dtype=torch.bfloat16)
+    latent = LatentAttentionShape(
+        10, 4, own_dim=3, shared_dim=2, value_dim=6, kv_rank=7, q_rank=8, dtype=torch.bfloat16
+    )
     products = 10 * 8 + 8 * 20 + 10 * 9 + 7 * 4 * 9 + 24 * 10
     assert latent.cost == PrefillCost(2 * products + 4 * 4 * 9, 4 * 4 * 9)
     assert latent.cache == AttentionSpec(1, 9, torch.bfloat16)
