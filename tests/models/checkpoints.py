@@ -11,6 +11,7 @@ import transformers
 from tests.models.case import Case, all_cases
 
 CASES = all_cases()
+FIRST_CASES = list({case.family: case for case in reversed(CASES)}.values())  # of each family
 LAST_NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f", "final_norm")
 
 

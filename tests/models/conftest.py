@@ -7,6 +7,21 @@ from tests.models import checkpoints
 BACKENDS = [name for name, reason in dispatch.available().items() if reason is None]
 
 
+def pytest_collection_modifyitems(items):
+    """Exactness is tested on every backend for the first case of a family, on the usual one for the others."""
+    usual = dispatch.select().name
+
+    def wanted(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        return (
+            item.path.name != "test_exact.py"
+            or params.get("ops", usual) == usual
+            or params.get("case") in checkpoints.FIRST_CASES
+        )
+
+    items[:] = [item for item in items if wanted(item)]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """These models are too small for more, and on a busy machine threads wait for each other."""

@@ -168,6 +168,7 @@ def spoil(value):
 
 
 NORM = "model.layers.2.input_layernorm.weight"
+MATRIX = "model.layers.1.self_attn.v_proj.weight"
 REFUSED = {
     "no config": (drop_config, ModelError, "config.json is not there"),
     "config is not JSON": (break_config, ModelError, "config.json cannot be read: "),
@@ -214,7 +215,52 @@ REFUSED = {
         ModelError,
         "config.json: num_key_value_heads is 4, expected a divisor of 6",
     ),
-    "quantized": (set_config(quantization_config={"bits": 4}), UnsupportedModel, "quantized weights"),
+    "quantized, nobody says how": (
+        set_config(quantization_config={"bits": 4}),
+        UnsupportedModel,
+        "config.json: quantization_config.quant_method is None, quantized weights are read in 'hybrid-cache' only",
+    ),
+    "quantized by us, but not like this": (
+        set_config(quantization_config={"quant_method": "hybrid-cache", "bits": 3, "group_size": 128}),
+        UnsupportedModel,
+        "config.json: quantization_config has {'bits': 3, 'group_size': 128}, supported: {'bits': 8, ",
+    ),
+    "quantized, in a field of old": (
+        set_config(compression_config={"quant_method": "compressed-tensors"}),
+        UnsupportedModel,
+        "config.json: compression_config.quant_method is 'compressed-tensors', quantized weights are read in ",
+    ),
+    "quantized inside of text_config": (
+        set_config(text_config={"quantization_config": {"quant_method": "fp8"}}),
+        UnsupportedModel,
+        "config.json: text_config.quantization_config.quant_method is 'fp8', quantized weights are read in ",
+    ),
+    "quantized, not an object": (
+        set_config(quantization_config="int8"),
+        UnsupportedModel,
+        "config.json: quantization_config is 'int8', supported: an object with quant_method 'hybrid-cache'",
+    ),
+    "weights that GPTQ packed": (
+        set_weights(lambda w: w.update({MATRIX: w[MATRIX].to(torch.int32)})),
+        UnsupportedModel,
+        f"weight {MATRIX} is I32, supported: F32, BF16, F16",
+    ),
+    "weights in eight bits": (
+        set_weights(lambda w: w.update({MATRIX: w[MATRIX].to(torch.float8_e4m3fn)})),
+        UnsupportedModel,
+        f"weight {MATRIX} is F8_E4M3, supported: F32, BF16, F16",
+    ),
+    "one layer more than weights": (
+        set_config(num_hidden_layers=5, layer_types=["mamba", "attention", "mamba", "mamba", "mamba"]),
+        ModelError,
+        "missing weight: model.layers.4.mamba.in_proj.weight [486, 96]; there are weights for 4 layers, config.json: "
+        "num_hidden_layers is larger",
+    ),
+    "one layer less than weights": (
+        set_config(num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"]),
+        ModelError,
+        "unexpected weights: model.layers.3.",
+    ),
     "pickled weights": (only_pickle, UnsupportedModel, "only safetensors weights are read, found pytorch_model.bin"),
     "no weights": (no_weights, ModelError, "neither model.safetensors nor model.safetensors.index.json is there"),
     "truncated weights": (truncate, ModelError, "model.safetensors is not a complete safetensors file: "),
@@ -256,6 +302,21 @@ def test_refuses(folder, damage, error, message):
         loading.load(folder, ops=OPS)
     assert type(raised.value) is error
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8", "mxfp4", "torchao"])
+def test_refuses_weights_that_others_quantized_and_names_how(folder, method):
+    checkpoints.edit_config(folder, quantization_config={"quant_method": method, "bits": 8, "group_size": None})
+    with pytest.raises(UnsupportedModel, match=rf"config\.json: quantization_config\.quant_method is '{method}', "):
+        loading.load(folder, ops=OPS)
+
+
+def test_left_over_layers_are_blamed_on_the_config(folder):
+    checkpoints.edit_config(folder, num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"])
+    with pytest.raises(
+        ModelError, match=r"and \d+ more; there are weights for 4 layers, config\.json: num_hidden_layers"
+    ):
+        loading.load(folder, ops=OPS)
 
 
 def test_refuses_a_missing_shard_and_names_it(references, tmp_path):

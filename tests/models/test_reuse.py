@@ -9,12 +9,10 @@ from hybrid_cache.engine import Engine
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
 from hybrid_cache.request import Boundary, Prompt, PromptOutput, Request, SamplingParams, TokenOutput
-from tests.models import checkpoints
-
-FIRST_OF_EACH = list({case.family: case for case in reversed(checkpoints.CASES)}.values())[::-1]
+from tests.models.checkpoints import FIRST_CASES
 
 
-@pytest.fixture(scope="module", params=FIRST_OF_EACH, ids=str)
+@pytest.fixture(scope="module", params=FIRST_CASES, ids=str)
 def case(request):
     return request.param
 
