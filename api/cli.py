@@ -187,6 +187,37 @@ def list_models(budget: Budget = "2GiB", as_json: Json = False) -> None:
     typer.echo(model_info.to_json(reports)) if as_json else model_info.print_list(reports)
 
 
+@model_app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder in Hugging Face format or a hub name.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make; it must not be there.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float32 or float16, for all weights but those stored in float32 that the model computes "
+            "in float32, such as A_log; kept as it is if left out."
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="int8 (a scale for each row) or int4 (a scale and a zero for each 128 inputs; not embedding and "
+            "head), for matrices with both sides of 32 or more. Saves disk and download, not memory: loading gives "
+            "them back their dtype, because products with such weights are slower on a CPU from a few rows on."
+        ),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+) -> None:
+    """Write a model folder with another dtype or quantized weights.
+
+    Weights that the text model does not use are left out. OUT appears when all of it is written.
+    """
+    from hybrid_cache.api import model_convert
+    from hybrid_cache.api.sizes import parse_bytes
+
+    model_convert.run(source, out, dtype=dtype, quantize=quantize, shard_bytes=parse_bytes(shard_size))
+
+
 def _bench(name: str, summary: str) -> None:
     """Mounts `hybrid_cache.bench.NAME:NAME`, which is imported when the command runs or is asked for help."""
 

@@ -2,18 +2,25 @@
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence, Sized
 from hashlib import blake2b
+from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension
 from jinja2.ext import loopcontrols as LoopControls
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from hybrid_cache.errors import ModelError, RequestError
 
 MAX_RENDERED = 16 * 2**20  # characters; a template loops over what a client sent
+MAX_SECONDS = 5.0  # of processor time for one rendering
+MAX_BITS = 4096  # of a whole number
+DEADLINE = "#deadline"  # no name that a template could write
 
 # What a request may not set by way of chat_template_kwargs.
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
@@ -37,14 +44,13 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises ModelError for a template that does not compile."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls, _GenerationBlock]
-        )
+        environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls, _GenerationBlock])
         environment.filters["tojson"] = _to_json
+        environment.filters |= {"hc_look": _look, "hc_joined": _joined}
         environment.globals["raise_exception"] = _raise
         try:
             self._template = environment.from_string(source)
-        except (TemplateError, RecursionError) as e:
+        except (TemplateError, RecursionError, SyntaxError, MemoryError) as e:  # the last two: nested too deeply
             raise ModelError(f"the chat template does not compile: {e}") from e
         self._special_tokens = dict(special_tokens)
         self.source = source
@@ -52,8 +58,9 @@ class ChatTemplate:
         self.takes_argument_text = self._shows_argument_text()
 
     def render(self, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object], clock: Clock) -> str:
-        """The text of a conversation. Raises RequestError for what the template refuses, and for too much text."""
+        """The text of a conversation. Raises RequestError for what the template refuses, for too much text or work."""
         context = {**self._special_tokens, **variables, "messages": messages, "strftime_now": clock.strftime}
+        context[DEADLINE] = time.thread_time() + MAX_SECONDS
         parts: list[str] = []
         length = 0
         try:
@@ -80,6 +87,81 @@ class ChatTemplate:
             return probe in self.render(messages, {"tools": None, "add_generation_prompt": False}, Clock())
         except RequestError:
             return False
+
+
+class _Bounded(ImmutableSandboxedEnvironment):
+    """A sandbox in which loops and recursion come to an end, and values stay of a size."""
+
+    intercepted_binops = frozenset({"+", "*", "**"})
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        watched: nodes.Template = _Watching().visit(source)
+        return super()._generate(watched, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            if isinstance(left, int) and isinstance(right, int):
+                _check_bits(left.bit_length() * right)
+        elif operator == "*":
+            values, times = (right, left) if isinstance(left, int) else (left, right)
+            if isinstance(times, int) and isinstance(values, Sized):
+                _check_size(len(values) * times)
+            elif isinstance(left, int) and isinstance(right, int):
+                _check_bits(left.bit_length() + right.bit_length())
+        elif isinstance(left, Sized) and isinstance(right, Sized):
+            _check_size(len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
+
+class _Watching(NodeTransformer):
+    """Has the clock looked at in each turn of a loop and each call of a macro, and the size of what `~` joins."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        watched = self._watch(node)
+        if node.test is not None:  # a loop that skips all has no turn
+            node.test = nodes.And(_look_at_clock(True, node.lineno), node.test, lineno=node.lineno)
+        return watched
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        return self._watch(node)
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        return self._watch(node)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return nodes.Filter(node, "hc_joined", [], [], None, None, lineno=node.lineno)
+
+    def _watch(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_look_at_clock(None, node.lineno), lineno=node.lineno))
+        return node
+
+
+def _look_at_clock(value: object, lineno: int) -> nodes.Filter:
+    return nodes.Filter(nodes.Const(value), "hc_look", [], [], None, None, lineno=lineno)
+
+
+@pass_context
+def _look(context: Context, value: object) -> object:
+    if time.thread_time() > context.resolve(DEADLINE):
+        raise RequestError(f"the chat template takes more than {MAX_SECONDS:g} s for these messages", param="messages")
+    return value
+
+
+def _joined(value: Sized) -> Sized:
+    _check_size(len(value))
+    return value
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_RENDERED:
+        raise TemplateError(f"a value of size {size}, at most {MAX_RENDERED}")
+
+
+def _check_bits(bits: int) -> None:
+    if bits > MAX_BITS:
+        raise TemplateError(f"a number of {bits} bits, at most {MAX_BITS}")
 
 
 class _GenerationBlock(Extension):

@@ -39,7 +39,9 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._byte_level = _is_byte_level(backend)
-        self._longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)  # characters of one token
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self._longest = max(map(len, vocab), default=1)  # characters of one token
+        self.last_token = max(vocab.items(), key=lambda item: item[1], default=("", -1))  # and its id
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self.named_tokens = {name: token for name in names if (token := _token_content(config.get(name))) is not None}
         self.bos_id = self.id_of(self.named_tokens.get("bos_token"))
@@ -129,6 +131,7 @@ class TextModel:
         if not folder.is_dir():
             raise ModelError(f"{folder} is not a folder")
         tokenizer = load_tokenizer(folder)
+        _check_vocabulary(folder, tokenizer)
         sources = load_chat_templates(folder)
         try:
             templates = {name: ChatTemplate(source, tokenizer.named_tokens) for name, source in sources.items()}
@@ -148,7 +151,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise
     except Exception as e:  # the library raises plain Exception
         raise ModelError(f"{folder}: the tokenizer cannot be read: {_first_line(e)}") from e
-    return Tokenizer(backend, {**special, **config})
+    tokenizer = Tokenizer(backend, {**special, **config})
+    for name, token in tokenizer.named_tokens.items():
+        if tokenizer.id_of(token) is None:
+            file = "tokenizer_config.json" if config.get(name) is not None else "special_tokens_map.json"
+            raise ModelError(f"{folder}: {file}: {name} is {token!r}, which the tokenizer's vocabulary lacks")
+    return tokenizer
 
 
 def load_defaults(folder: Path, tokenizer: Tokenizer) -> GenerationDefaults:
@@ -197,6 +205,16 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(values, dict):
         raise ModelError(f"{path} is not a JSON object")
     return values
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """Every token has a row in the model's embedding. Rows without a token are fine: many models have some."""
+    config = read_json(folder / "config.json")
+    nested = config.get("text_config")
+    size = (nested if isinstance(nested, dict) else config).get("vocab_size")
+    token, last = tokenizer.last_token
+    if isinstance(size, int) and last >= size:
+        raise ModelError(f"{folder}: the tokenizer's token {token!r} has id {last}, config.json: vocab_size is {size}")
 
 
 def _converted(folder: Path) -> Backend:

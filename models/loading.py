@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid_cache.batch import HybridModel
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models import registry
+from hybrid_cache.models import quantized, registry
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
@@ -33,9 +33,12 @@ def load(path: str | Path, *, dtype: str = "auto", ops: Ops) -> HybridModel:
     folder = Path(path)
     compute_dtype = _compute_dtype(dtype)
     values = load_config(folder)
+    stored = quantized.format_of(values)
+    if stored is not None and compute_dtype is None:  # codes do not say what they were made from
+        compute_dtype = _named_dtype(values)
     try:
         build = registry.find(values.get("model_type"))
-        with SafetensorsWeights(folder, compute_dtype) as weights:
+        with SafetensorsWeights(folder, compute_dtype, stored) as weights:
             return build(Config(values), weights, ops, weights.dtype)
     except ModelError as e:
         raise type(e)(f"{folder}: {e}") from e
@@ -59,8 +62,10 @@ def read_config(path: Path) -> dict[str, object]:
         raise ModelError(f"{folder}: {file} cannot be read: {e}") from e
     if not isinstance(values, dict):
         raise ModelError(f"{folder}: {file} is not a JSON object")
-    if values.get("quantization_config"):
-        raise UnsupportedModel(f"{folder}: quantized weights (quantization_config) are not supported")
+    try:
+        quantized.format_of(values)
+    except UnsupportedModel as e:
+        raise UnsupportedModel(f"{folder}: {file}: {e}") from e
     return values
 
 
@@ -85,8 +90,7 @@ def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
     """The facts of a model from its config alone; "auto" reads the dtype that the config names."""
     compute_dtype = _compute_dtype(dtype) or _named_dtype(config)
     weights = ShapesOnly(compute_dtype)
-    ops = cast(Ops, _ShapeOps())
-    model = registry.find(config.get("model_type"))(Config(config), weights, ops, compute_dtype)
+    model = registry.find(config.get("model_type"))(Config(config), weights, shape_ops(), compute_dtype)
     spec = model.cache_spec
     return ModelInfo(
         model_type=str(config["model_type"]),
@@ -126,6 +130,11 @@ def resolve(model: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(f"{wanted}, and the hub could not give it: {reason}") from e
+
+
+def shape_ops() -> Ops:
+    """Operations for a model that is built of shapes only and never run."""
+    return cast(Ops, _ShapeOps())
 
 
 def _compute_dtype(dtype: str) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
 from math import isfinite, prod
@@ -14,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.models.quantized import Format, dequantize
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DERIVED = r"rotary_emb\.inv_freq$"  # we compute these ourselves
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODES = {torch.int8: "I8", torch.uint8: "U8"}  # of quantized matrices
+_LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
 
 
 class Weights(Protocol):
@@ -88,8 +91,11 @@ class _File(Protocol):
 class SafetensorsWeights:
     """Streams tensors out of the safetensors files of one folder. Use as a context manager."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
-        """`dtype` None takes the files' own; float16 is computed in float32, which holds all its values."""
+    def __init__(self, folder: Path, dtype: torch.dtype | None, stored: Format | None = None) -> None:
+        """`dtype` None takes the files' own; float16 is computed in float32, which holds all its values.
+
+        `stored` is the format of quantized matrices, if there are any.
+        """
         self._files = ExitStack()
         self._handle: dict[str, _File] = {}
         for path in _shards(folder):
@@ -99,7 +105,10 @@ class SafetensorsWeights:
                     raise ModelError(f"weight {name} is in two files, one of them {path.name}")
                 self._handle[name] = file
         self.dtype = dtype or self._file_dtype()
-        self._left = set(self._handle)
+        self._stored = stored
+        self._packed = {name for name in self._handle if stored and self._kind(name) == CODES[stored.codes]}
+        self._names = set(self._handle) - set(self._beside_codes())
+        self._left = set(self._names)
         self._ignored = [DERIVED]
         self._hash = blake2b(digest_size=16)
 
@@ -122,7 +131,7 @@ class SafetensorsWeights:
         return torch.cat([self.take(name, n, *shape[1:]) for name, n in zip(names, lengths, strict=True)])
 
     def has(self, name: str) -> bool:
-        return name in self._handle
+        return name in self._names
 
     def ignore(self, pattern: str) -> None:
         self._ignored.append(pattern)
@@ -132,36 +141,92 @@ class SafetensorsWeights:
         left = sorted(name for name in self._left if not ignored.search(name))
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            raise ModelError(f"unexpected weights: {', '.join(left[:3])}{more}")
+            raise ModelError(f"unexpected weights: {', '.join(left[:3])}{more}{self._layers_left(left[0])}")
         return self._hash.hexdigest()
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self._expect(name, shape)
+        if self._stored is None or name not in self._packed:
+            tensor = self._hashed(name, shape)
+            return tensor.to(dtype, copy=True)  # a copy, never a view of the file
+        names = [name + suffix for suffix in self._stored.suffixes]
+        parts = [self._hashed(part, kind) for part, kind in zip(names, self._stored.shapes(shape), strict=True)]
+        return dequantize(parts, shape, self._stored, dtype)
+
+    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Checks what the file says of a weight, and counts it as taken."""
         if name not in self._left:
-            assert name not in self._handle, f"{name} taken twice"
-            raise ModelError(f"missing weight: {name} {list(shape)}")
+            assert name not in self._names, f"{name} taken twice"
+            raise ModelError(f"missing weight: {name} {list(shape)}{self._layers_missing(name)}")
+        if self._stored is not None and name in self._packed:
+            for suffix, expected in zip(self._stored.suffixes, self._stored.shapes(shape), strict=True):
+                self._check_shape(name + suffix, expected)
+        else:
+            self._check_shape(name, shape)
+            if self._kind(name) not in DTYPES:
+                raise UnsupportedModel(f"weight {name} is {self._kind(name)}, supported: {', '.join(DTYPES)}")
+        self._left.remove(name)
+
+    def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        found = self._slice(name).get_shape()
+        if tuple(found) != expected:
+            raise ModelError(f"weight {name} has shape {found}, expected {list(expected)}")
+
+    def _hashed(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._finite(name)
+        self._hash.update(f"{name} {list(shape)} {tensor.dtype}\n".encode())
+        self._hash.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return tensor
+
+    def _finite(self, name: str) -> Tensor:
+        """A tensor as it lies in the file, which may be mapped into memory."""
         try:
-            found = self._handle[name].get_slice(name)
-            if tuple(found.get_shape()) != shape:
-                raise ModelError(f"weight {name} has shape {found.get_shape()}, expected {list(shape)}")
-            if found.get_dtype() not in DTYPES:
-                raise UnsupportedModel(f"weight {name} is {found.get_dtype()}, supported: {', '.join(DTYPES)}")
             tensor = self._handle[name].get_tensor(name)
         except (SafetensorError, OSError) as e:
             raise ModelError(f"weight {name} cannot be read: {e}") from e
         if not all(isfinite(float(bound)) for bound in tensor.aminmax()):
             raise ModelError(f"weight {name} contains values that are not finite")
-        self._hash.update(f"{name} {list(shape)} {tensor.dtype}\n".encode())
-        self._hash.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._left.remove(name)
-        return tensor.to(dtype, copy=True)  # a copy, never a view of the file
+        return tensor
+
+    def _slice(self, name: str) -> _Slice:
+        try:
+            return self._handle[name].get_slice(name)
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f"weight {name} cannot be read: {e}") from e
+
+    def _kind(self, name: str) -> str:
+        return self._slice(name).get_dtype()
 
     def _length(self, name: str) -> int:
-        if name not in self._handle:
-            raise ModelError(f"missing weight: {name}")
-        return self._handle[name].get_slice(name).get_shape()[0]
+        if name not in self._names:
+            raise ModelError(f"missing weight: {name}{self._layers_missing(name)}")
+        return self._slice(name).get_shape()[0]
+
+    def _beside_codes(self) -> Iterator[str]:
+        """Names of scales and zeros, which are no weights of their own."""
+        for name in self._packed:
+            for suffix in self._stored.suffixes[1:] if self._stored else ():
+                if self._handle.get(name + suffix) is None or self._kind(name + suffix) != "F32":
+                    raise ModelError(f"missing weight: {name}{suffix} in F32, which belongs to {name}")
+                yield name + suffix
+
+    def _layers_missing(self, name: str) -> str:
+        """Says so where a whole layer is not there."""
+        place = _LAYER.match(name)
+        if place is None or int(place[2]) < (found := _num_layers(self._names, place[1])):
+            return ""
+        return f"; there are weights for {found} layers, config.json: num_hidden_layers is larger"
+
+    def _layers_left(self, name: str) -> str:
+        """Says so where a whole layer is left over."""
+        place = _LAYER.match(name)
+        if place is None or int(place[2]) < _num_layers(self._names - self._left, place[1]):
+            return ""
+        found = _num_layers(self._names, place[1])
+        return f"; there are weights for {found} layers, config.json: num_hidden_layers is smaller"
 
     def _file_dtype(self) -> torch.dtype:
-        kinds = {self._handle[n].get_slice(n).get_dtype() for n in self._handle if "embed" in n}
+        kinds = {self._kind(name) for name in self._handle if "embed" in name}
         return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
     def _open(self, path: Path) -> _File:
@@ -197,6 +262,11 @@ class ShapesOnly:
 
     def finish(self) -> str:
         return ""
+
+
+def _num_layers(names: Iterable[str], prefix: str) -> int:
+    places = (_LAYER.match(name) for name in names)
+    return max((int(place[2]) + 1 for place in places if place and place[1] == prefix), default=0)
 
 
 def _shards(folder: Path) -> Iterable[Path]:

@@ -56,6 +56,7 @@ def test_talking_to_a_server_needs_no_torch() -> None:
         (["chat"], ["--url", "--system", "--temperature", "--max-tokens", "--seed"]),
         (["model", "info"], ["--budget", "--json"]),
         (["model", "list"], ["--budget", "--json"]),
+        (["model", "convert"], ["--dtype", "--quantize", "--shard-size"]),
         (["bench"], ["serve", "exactness", "bookkeeping"]),
         (["bench", "serve"], ["--url", "--scenarios"]),
         (["bench", "exactness"], ["--rows", "--seed"]),
