@@ -9,9 +9,10 @@ public; here they are made up by the same rules, so what can be compared is orde
     state        by size of a state: the larger, the worse for one in every block
     arrivals     by sessions a second
 
-Blocks are of 64 tokens here, since pages are, which spares the first baseline half of its states. The model's costs and
-bytes are those of the paper's formulas. It has 100 sessions and 60 to 140 GB; the made-up ones are half as many and
-need less, so that a fifth of its sizes makes them as tight.
+The model's costs and bytes are those of the paper's formulas. It has 100 sessions in 60 to 140 GB; the made-up ones are
+30 and need less, so that a fifth of its sizes makes them as tight. Their instructions are short: long ones that all
+sessions share are kept by any policy, and hide the rest. Pages here are of 64 tokens, so blocks of 32 are stood in for
+by pages whose states take twice the bytes.
 """
 
 import json
@@ -32,7 +33,7 @@ from hybrid_cache.bench.policy import listed
 from hybrid_cache.bench.policy_cells import Cell, Setting, Speed, replayed
 from hybrid_cache.bench.policy_report import target, write_whole
 from hybrid_cache.bench.trace import Trace
-from hybrid_cache.bench.workloads import Agent
+from hybrid_cache.bench.workloads import Agent, Uniform
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models.presets import nvidia_hybrid_as_published
@@ -42,7 +43,8 @@ from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.policies.vllm_block import VLLMBlock
 
 GB = 10**9
-SESSIONS = 50  # for which the cache sizes are
+SESSIONS = 30  # for which the cache sizes are
+INSTRUCTIONS = 150  # tokens that all sessions begin with
 VLLM, SGLANG, MARCONI, STATIC, OURS = "vllm-block", "sglang-radix", "marconi", "marconi-static", "ours"
 POLICIES = VLLM, SGLANG, MARCONI, STATIC, OURS
 
@@ -54,7 +56,7 @@ class Point:
     sweep: str
     at: str
     published: Mapping[str, float] = field(default_factory=dict, hash=False)
-    capacity_gb: int = 20  # for 50 sessions
+    capacity_gb: int = 18  # for SESSIONS
     rate: float = 5.0  # sessions a second
     tool_s: float = 10.0
     num_mamba: int = 24
@@ -70,11 +72,11 @@ POINTS = (
     Point("contention", "3 GB", capacity_gb=3),
     Point("contention", "6 GB", capacity_gb=6),
     Point("contention", "12 GB", hit_rates(9.59, 7.72), 12),
-    Point("contention", "16 GB", hit_rates(22.74, 15.01), 16),
-    Point("contention", "20 GB", hit_rates(43.03, 25.57), 20),
-    Point("contention", "24 GB", hit_rates(47.92, 36.90), 24),
-    Point("contention", "28 GB", hit_rates(48.21, 43.89), 28),
-    Point("contention", "48 GB", capacity_gb=48),
+    Point("contention", "15 GB", hit_rates(22.74, 15.01), 15),
+    Point("contention", "18 GB", hit_rates(43.03, 25.57), 18),
+    Point("contention", "21 GB", hit_rates(47.92, 36.90), 21),
+    Point("contention", "24 GB", hit_rates(48.21, 43.89), 24),
+    Point("contention", "36 GB", capacity_gb=36),
     Point("layers", "32 Mamba, 4 attention", hit_rates(18.06, 11.31, 5.0), num_mamba=32, num_attention=4),
     Point("layers", "30 Mamba, 5 attention", hit_rates(12.3, 8.51, 5.0), num_mamba=30, num_attention=5),
     Point("layers", "28 Mamba, 7 attention", hit_rates(8.35, 6.62, 5.0), num_mamba=28, num_attention=7),
@@ -94,7 +96,7 @@ SWEEPS = tuple(dict.fromkeys(point.sweep for point in POINTS))
 def published(
     sweep: Annotated[str | None, typer.Option(help=f"With commas, of {', '.join(SWEEPS)}; all if left out.")] = None,
     policy: Annotated[str, typer.Option(help=f"With commas, of {', '.join(POLICIES)}.")] = ",".join(POLICIES),
-    sessions: Annotated[int, typer.Option(min=1, help="Of each trace; cache sizes are for 50.")] = 50,
+    sessions: Annotated[int, typer.Option(min=1, help="Of each trace; cache sizes grow with them.")] = SESSIONS,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the made-up trajectories.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the hit rates to this file.")] = None,
@@ -140,7 +142,8 @@ def watched(cells: Sequence[tuple[Point, str, int, int]], jobs: int) -> list[flo
 def hit_rate(point: Point, policy: str, sessions: int, seed: int) -> float:
     """The share of prompt tokens that a policy spares at a point."""
     trace = trajectories(sessions, point.rate, point.tool_s, seed)
-    model = nvidia_hybrid_as_published(point.num_mamba, point.num_attention, point.d_state)
+    blocks_a_page = 2 if policy == VLLM else 1
+    model = nvidia_hybrid_as_published(point.num_mamba, point.num_attention, blocks_a_page * point.d_state)
     setting = Setting.of(trace, model, Speed(0.0, 1.0), seed=seed)
     cell = Cell(setting, policy, point.capacity_gb * GB * sessions // SESSIONS)
     if policy == STATIC:
@@ -156,7 +159,8 @@ def made(cell: Cell) -> Policy:
 
 @lru_cache(maxsize=1)
 def trajectories(sessions: int, rate: float, tool_s: float, seed: int) -> Trace:
-    return Agent(sessions=sessions, rate=rate, tool_s=tool_s).trace(seed=seed)
+    short = Uniform(INSTRUCTIONS, INSTRUCTIONS)
+    return Agent(sessions=sessions, rate=rate, tool_s=tool_s, systems=1, system=short).trace(seed=seed)
 
 
 def report(
