@@ -166,6 +166,40 @@ def mamba1_scan(
     return (y * F.silu(z.float())).to(x.dtype)
 
 
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
+    """h = exp(-slope) h + v k^T, y = h q for each head (Qin et al. 2024)."""
+    y = torch.zeros_like(v)
+    for run in runs.read(layout):
+        h = torch.zeros_like(state[run.slot]) if run.fresh else state[run.slot].clone()
+        points = dict(run.captures)
+        for i in range(run.length):
+            t = run.row + i
+            h = (-slope).exp()[:, None, None] * h + v[t].float()[:, :, None] * k[t].float()[:, None, :]
+            y[t] = (h * q[t].float()[:, None, :]).sum(-1).to(y.dtype)
+            if i + 1 in points:
+                state[points[i + 1]] = h
+        state[run.slot] = h
+    return y
+
+
+def rg_lru(x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
+    """h = a h + sqrt(1 - a^2) sigmoid(input_gate) x, a = exp(decay sigmoid(gate)) (De et al. 2024)."""
+    y = torch.zeros_like(x)
+    for run in runs.read(layout):
+        h = torch.zeros_like(state[run.slot]) if run.fresh else state[run.slot].clone()
+        points = dict(run.captures)
+        for i in range(run.length):
+            t = run.row + i
+            a = (decay * gate[t].float().sigmoid()).exp()
+            share = torch.ones_like(a) if run.fresh and i == 0 else (1.0 - a * a).sqrt()
+            h = a * h + share * input_gate[t].float().sigmoid() * x[t].float()
+            y[t] = h.to(y.dtype)
+            if i + 1 in points:
+                state[points[i + 1]] = h
+        state[run.slot] = h
+    return y
+
+
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
     """One decay for all columns of a head's state, queries and keys shared by some heads (Yang et al. 2024)."""
     q, k = (x.repeat_interleave(v.shape[1] // k.shape[1], dim=1) for x in (q, k))
