@@ -184,7 +184,7 @@ def test_messages_without_an_answer_are_counted(monkeypatch: pytest.MonkeyPatch)
 def test_a_pipe_with_an_unanswered_message_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("word " * 20_000 + "\nHello\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("word " * 40_000 + "\nHello\n"))
     with pytest.raises(SystemExit) as caught:
         cli.main(["chat", "--max-tokens", "2"])
     assert caught.value.code == 1
