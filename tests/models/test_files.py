@@ -35,6 +35,7 @@ def test_half_precision_files_hold_what_transformers_computes_from_them(case, re
     with torch.no_grad():
         # What follows from the config is computed, not read: MiniMax's files hold its decays, rounded.
         for name, derived in references(case).named_buffers():
-            rounded.get_buffer(name).copy_(derived)
+            if "decay" in name or "slope" in name:
+                rounded.get_buffer(name).copy_(derived)
         expected = rounded(torch.tensor([PROMPT]), use_cache=False).logits[0]
     torch.testing.assert_close(logits(folder), expected, rtol=0, atol=1e-4)
