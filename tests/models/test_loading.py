@@ -17,9 +17,9 @@ from hybrid_cache.models import loading, registry
 from tests.models import checkpoints
 from tests.models.driver import Driver
 
-GRANITE, ROPE_GRANITE, MOE_GRANITE = (c for c in checkpoints.CASES if c.family == "GraniteMoeHybrid")
+GRANITE, ROPE_GRANITE, MOE_GRANITE, *_ = (c for c in checkpoints.CASES if c.family == "GraniteMoeHybrid")
 ZAMBA, *_ = (c for c in checkpoints.CASES if c.family == "Zamba2")
-JAMBA, _ = (c for c in checkpoints.CASES if c.family == "Jamba")
+JAMBA, *_ = (c for c in checkpoints.CASES if c.family == "Jamba")
 OPS = dispatch.select("torch")
 
 

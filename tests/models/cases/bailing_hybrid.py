@@ -34,4 +34,15 @@ CASES = [
         },
         prepare=spread_routers_and_forget_slowly,
     ),
+    Case(
+        "bailing hybrid of one delta layer with experts",
+        "BailingHybrid",
+        {**BAILING, "num_hidden_layers": 1, "layer_types": ["linear_attention"], "first_k_dense_replace": 0},
+        prepare=spread_routers_and_forget_slowly,
+    ),
+    Case(
+        "bailing hybrid of one attention layer",
+        "BailingHybrid",
+        {**BAILING, "num_hidden_layers": 1, "layer_types": ["full_attention"]},
+    ),
 ]

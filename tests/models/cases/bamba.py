@@ -29,4 +29,6 @@ CASES = [
             "tie_word_embeddings": True,
         },
     ),
+    Case("bamba of one Mamba-2 layer", "Bamba", {**BAMBA, "num_hidden_layers": 1, "attn_layer_indices": []}),
+    Case("bamba of one attention layer", "Bamba", {**BAMBA, "num_hidden_layers": 1, "attn_layer_indices": [0]}),
 ]

@@ -54,4 +54,5 @@ CASES = [
             "num_key_value_heads": 3,
         },
     ),
+    Case("falcon_h1 of one layer, which has both", "FalconH1", {**FALCON, "num_hidden_layers": 1}),
 ]

@@ -17,4 +17,5 @@ CASES = [
         },
         prepare=short_steps,
     ),
+    Case("falcon mamba of one layer", "FalconMamba", {**MAMBA, "num_hidden_layers": 1}, prepare=short_steps),
 ]

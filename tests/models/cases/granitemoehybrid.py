@@ -47,4 +47,14 @@ CASES = [
         "GraniteMoeHybrid",
         {**GRANITE, "num_local_experts": 5, "num_experts_per_tok": 3, "attention_multiplier": 0.25},
     ),
+    Case(
+        "granite of one Mamba-2 layer",
+        "GraniteMoeHybrid",
+        {**GRANITE, "num_hidden_layers": 1, "layer_types": ["mamba"]},
+    ),
+    Case(
+        "granite of one attention layer",
+        "GraniteMoeHybrid",
+        {**GRANITE, "num_hidden_layers": 1, "layer_types": ["attention"]},
+    ),
 ]

@@ -26,4 +26,10 @@ CASES = [
             "tie_word_embeddings": True,
         },
     ),
+    Case("jamba of one Mamba-1 layer", "Jamba", {**JAMBA, "num_hidden_layers": 1}),
+    Case(
+        "jamba of one attention layer with experts",
+        "Jamba",
+        {**JAMBA, "num_hidden_layers": 1, "attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_offset": 0},
+    ),
 ]

@@ -49,4 +49,15 @@ CASES = [
         },
         prepare=spread_routers_and_forget_slowly,
     ),
+    Case(
+        "kimi linear of one delta layer with experts",
+        "KimiLinear",
+        {**KIMI_LINEAR, "num_hidden_layers": 1, "layer_types": ["linear_attention"], "mlp_layer_types": ["sparse"]},
+        prepare=spread_routers_and_forget_slowly,
+    ),
+    Case(
+        "kimi linear of one attention layer",
+        "KimiLinear",
+        {**KIMI_LINEAR, "num_hidden_layers": 1, "layer_types": ["full_attention"], "mlp_layer_types": ["dense"]},
+    ),
 ]

@@ -26,4 +26,6 @@ CASES = [
             "tie_word_embeddings": True,
         },
     ),
+    Case("lfm2 of one convolution", "Lfm2", {**LFM2, "num_hidden_layers": 1, "layer_types": ["conv"]}),
+    Case("lfm2 of one attention layer", "Lfm2", {**LFM2, "num_hidden_layers": 1, "layer_types": ["full_attention"]}),
 ]

@@ -37,4 +37,15 @@ CASES = [
             "tie_word_embeddings": True,
         },
     ),
+    Case(
+        "lfm2 moe of one convolution with experts",
+        "Lfm2Moe",
+        {**LFM2_MOE, "num_hidden_layers": 1, "layer_types": ["conv"], "num_dense_layers": 0},
+        prepare=spread_the_bias,
+    ),
+    Case(
+        "lfm2 moe of one attention layer without experts",
+        "Lfm2Moe",
+        {**LFM2_MOE, "num_hidden_layers": 1, "layer_types": ["full_attention"]},
+    ),
 ]

@@ -30,4 +30,10 @@ CASES = [
             "tie_word_embeddings": True,
         },
     ),
+    Case("lfm3 of one convolution", "Lfm3", {**LFM3, "num_hidden_layers": 1, "layer_types": ["conv"]}),
+    Case(
+        "lfm3 of one attention layer with a window",
+        "Lfm3",
+        {**LFM3, "num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+    ),
 ]

@@ -22,4 +22,5 @@ CASES = [
             },
         },
     ),
+    Case("llama of one layer", "Llama", {**LLAMA, "num_hidden_layers": 1}),
 ]

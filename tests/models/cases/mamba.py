@@ -28,4 +28,5 @@ CASES = [
         },
         prepare=short_steps,
     ),
+    Case("mamba of one layer", "Mamba", {**MAMBA, "num_hidden_layers": 1}, prepare=short_steps),
 ]

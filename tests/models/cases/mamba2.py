@@ -28,4 +28,5 @@ CASES = [
             "residual_in_fp32": False,
         },
     ),
+    Case("mamba2 of one layer", "Mamba2", {**MAMBA2, "num_hidden_layers": 1}),
 ]

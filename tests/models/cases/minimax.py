@@ -28,4 +28,14 @@ CASES = [
             "mlp_beta_factor": 0.9,
         },
     ),
+    Case(
+        "minimax of one linear layer",
+        "MiniMax",
+        {**MINIMAX, "num_hidden_layers": 1, "layer_types": ["linear_attention"]},
+    ),
+    Case(
+        "minimax of one attention layer",
+        "MiniMax",
+        {**MINIMAX, "num_hidden_layers": 1, "layer_types": ["full_attention"]},
+    ),
 ]

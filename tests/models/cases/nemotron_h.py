@@ -69,4 +69,6 @@ CASES = [
         },
         prepare=correct_scores,
     ),
+    Case("nemotron_h of one Mamba-2 layer", "NemotronH", {**NEMOTRON, "layers_block_type": ["linear_attention"]}),
+    Case("nemotron_h of one attention layer", "NemotronH", {**NEMOTRON, "layers_block_type": ["full_attention"]}),
 ]

@@ -32,4 +32,9 @@ CASES = [
             "tie_word_embeddings": True,
         },
     ),
+    Case(  # OlmoHybridConfig.validate_architecture() refuses one layer: it asks for one of each kind
+        "olmo hybrid of two layers",
+        "OlmoHybrid",
+        {**OLMO_HYBRID, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    ),
 ]

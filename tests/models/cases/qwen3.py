@@ -21,4 +21,5 @@ CASES = [
             },
         },
     ),
+    Case("qwen3 of one layer", "Qwen3", {**QWEN, "num_hidden_layers": 1}),
 ]

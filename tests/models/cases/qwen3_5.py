@@ -33,4 +33,18 @@ CASES = [
         config="Qwen3_5TextConfig",
         prepare=spread_norms_around_zero,
     ),
+    Case(
+        "qwen3.5 of one delta layer",
+        "Qwen3_5",
+        {**QWEN3_5, "num_hidden_layers": 1, "layer_types": ["linear_attention"]},
+        config="Qwen3_5TextConfig",
+        prepare=spread_norms_around_zero,
+    ),
+    Case(
+        "qwen3.5 of one attention layer",
+        "Qwen3_5",
+        {**QWEN3_5, "num_hidden_layers": 1, "layer_types": ["full_attention"]},
+        config="Qwen3_5TextConfig",
+        prepare=spread_norms_around_zero,
+    ),
 ]

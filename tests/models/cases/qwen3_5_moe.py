@@ -30,4 +30,18 @@ CASES = [
         config="Qwen3_5MoeTextConfig",
         prepare=spread_norms_around_zero,
     ),
+    Case(
+        "qwen3.5 moe of one delta layer",
+        "Qwen3_5Moe",
+        {**QWEN3_5_MOE, "num_hidden_layers": 1, "layer_types": ["linear_attention"]},
+        config="Qwen3_5MoeTextConfig",
+        prepare=spread_norms_around_zero,
+    ),
+    Case(
+        "qwen3.5 moe of one attention layer",
+        "Qwen3_5Moe",
+        {**QWEN3_5_MOE, "num_hidden_layers": 1, "layer_types": ["full_attention"]},
+        config="Qwen3_5MoeTextConfig",
+        prepare=spread_norms_around_zero,
+    ),
 ]

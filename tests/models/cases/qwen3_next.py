@@ -49,4 +49,16 @@ CASES = [
         },
         prepare=spread_norms_around_zero,
     ),
+    Case(
+        "qwen3 next of one delta layer",
+        "Qwen3Next",
+        {**QWEN3_NEXT, "num_hidden_layers": 1, "layer_types": ["linear_attention"]},
+        prepare=spread_norms_around_zero,
+    ),
+    Case(
+        "qwen3 next of one attention layer",
+        "Qwen3Next",
+        {**QWEN3_NEXT, "num_hidden_layers": 1, "layer_types": ["full_attention"]},
+        prepare=spread_norms_around_zero,
+    ),
 ]

@@ -42,4 +42,16 @@ CASES = [
         },
         prepare=prepare,
     ),
+    Case(
+        "recurrent gemma of one recurrent layer",
+        "RecurrentGemma",
+        {**GEMMA, "num_hidden_layers": 1, "block_types": ["recurrent"]},
+        prepare=prepare,
+    ),
+    Case(
+        "recurrent gemma of one attention layer",
+        "RecurrentGemma",
+        {**GEMMA, "num_hidden_layers": 1, "block_types": ["attention"]},
+        prepare=prepare,
+    ),
 ]

@@ -38,4 +38,16 @@ CASES = [
         },
         prepare=short_steps,
     ),
+    Case(
+        "zamba of one Mamba-1 layer",
+        "Zamba",
+        {**ZAMBA, "num_hidden_layers": 1, "layers_block_type": ["mamba"]},
+        prepare=short_steps,
+    ),
+    Case(  # when anything is tied, get_expanded_tied_weights_keys() asks for a second use of the shared block
+        "zamba of one hybrid layer, untied",
+        "Zamba",
+        {**ZAMBA, "num_hidden_layers": 1, "layers_block_type": ["hybrid"]},
+        prepare=short_steps,
+    ),
 ]

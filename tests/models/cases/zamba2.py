@@ -40,4 +40,14 @@ CASES = [
         "Zamba2",
         {**ZAMBA, "num_key_value_heads": 3, "num_mem_blocks": 2},
     ),
+    Case(
+        "zamba2 of one Mamba-2 layer, tied",
+        "Zamba2",
+        {**ZAMBA, "num_hidden_layers": 1, "layers_block_type": ["mamba"], "tie_word_embeddings": True},
+    ),
+    Case(
+        "zamba2 of one hybrid layer, tied",
+        "Zamba2",
+        {**ZAMBA, "num_hidden_layers": 1, "layers_block_type": ["hybrid"], "tie_word_embeddings": True},
+    ),
 ]
