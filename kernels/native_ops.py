@@ -19,6 +19,7 @@ from hybrid_cache.kernels.torch_ops import TorchOps
 MAX_CONV_WIDTH = 8  # MAX_WIDTH in conv.h
 LANES = 16
 PANEL = 64  # in linear.c
+MIN_SHARED_ROWS = 2  # reading a page once for two rows is already cheaper than twice
 MIN_VALUES_FOR_THREADS = 1 << 17  # below this, waking a second thread takes longer than the work
 
 _LAYOUT_SIZES = ("num_rows", "num_tiles", "num_decode", "num_chunks", "num_captures", "max_pages")
@@ -28,8 +29,15 @@ _LAYOUT_TENSORS = (
 )
 
 
+_SHARING_TENSORS = ("decode_order", "trees", "segments")
+
+
 class _Layout(ctypes.Structure):
-    _fields_ = (*((name, c_int64) for name in _LAYOUT_SIZES), *((name, c_void_p) for name in _LAYOUT_TENSORS))
+    _fields_ = (
+        *((name, c_int64) for name in _LAYOUT_SIZES),
+        *((name, c_void_p) for name in (*_LAYOUT_TENSORS, *_SHARING_TENSORS)),
+        ("num_trees", c_int64),
+    )
 
 
 class _Mamba2(ctypes.Structure):
@@ -43,7 +51,8 @@ class _Mamba2(ctypes.Structure):
 
 class _Attention(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "q_stride", "k_stride", "v_stride")),
+        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "window")),
         ("scale", c_float),
         *((name, c_void_p) for name in ("keys", "values")),
         *((name, c_int64) for name in ("key_page_size", "value_page_size")),
@@ -63,7 +72,8 @@ _SIGNATURES = {
     "mamba2": "pppppipipii",
     "mamba2_scratch": "ppi",
     "attention": "pppppppii",
-    "attention_scratch": "pi",
+    "attention_scratch": "ppi",
+    "find_shared_prefixes": "pi",
     "causal_conv": "ppiiippppiii",
     "mamba1_scan": "ppppipii",
     "mamba1_scratch": "pi",
@@ -97,7 +107,9 @@ class _Prepared:
 
 def _prepare_layout(layout: RowLayout) -> _Prepared:
     tensors = [getattr(layout, name).contiguous() for name in _LAYOUT_TENSORS]
-    sizes = [layout.num_rows, layout.num_tiles, layout.num_decode]
+    num_decode = layout.num_decode
+    tensors += [torch.empty(size, dtype=torch.int64) for size in (num_decode, num_decode + 1, 2 * num_decode * 4)]
+    sizes = [layout.num_rows, layout.num_tiles, num_decode]
     sizes += [len(layout.chunk_tile), len(layout.capture_chunk), layout.page_table.shape[1]]
     return _Prepared(layout, _Layout(*sizes, *(tensor.data_ptr() for tensor in tensors)), tensors)
 
@@ -152,8 +164,10 @@ class NativeOps(TorchOps):
 
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, min_shared_rows: int = MIN_SHARED_ROWS) -> None:
+        """min_shared_rows: how many decode rows must share pages before these are read once for all of them"""
         super().__init__()
+        self._min_shared_rows = min_shared_rows
         self._c = native_library.load()
         _bind(self._c)
         self._layout: _Prepared | None = None
@@ -210,21 +224,20 @@ class NativeOps(TorchOps):
         kv: KVTensors,
         window: int | None = None,
     ) -> Tensor:
-        if window is not None:
-            return super().attention(q, k, v, scale, layout, kv, window)
-        rows, heads, size = q.shape
+        num_rows, heads, size = q.shape
         kv_heads = k.shape[1]
         q, k, v = _with_rows(q, heads * size), _with_rows(k, kv_heads * size), _with_rows(v, kv_heads * size)
-        out = torch.empty(rows, heads, size, dtype=q.dtype)
+        out = torch.empty(num_rows, heads, size, dtype=q.dtype)
         task = _Attention(
-            *(heads, kv_heads, size, q.stride(0), k.stride(0), v.stride(0), scale),
+            *(heads, kv_heads, size, q.stride(0), k.stride(0), v.stride(0), window or 0, scale),
             *(kv.k.data_ptr(), kv.v.data_ptr(), kv.k.stride(0), kv.v.stride(0)),
         )
         pairs = (TILE * TILE * layout.num_tiles + TILE * layout.num_decode) * layout.page_table.shape[1]
         address, threads = ctypes.addressof(task), _threads(pairs * heads * size // 8)
-        scratch = self._scratch_memory(self._c.attention_scratch(address, threads))
+        rows = self._layout_address(layout)
+        scratch = self._scratch_memory(self._c.attention_scratch(rows, address, threads))
         self._c.attention(
-            *(self._layout_address(layout), address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()),
+            *(rows, address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()),
             *(scratch, threads, q.dtype is torch.bfloat16),
         )
         return out
@@ -300,6 +313,7 @@ class NativeOps(TorchOps):
         prepared = self._layout
         if prepared is None or prepared.source is not layout:
             prepared = self._layout = _prepare_layout(layout)
+            self._c.find_shared_prefixes(prepared.address, self._min_shared_rows)
         return prepared.address
 
     def _mamba2_address(self, weights: Mamba2Weights) -> int:

@@ -302,10 +302,19 @@ class KimiDeltaProblem:
 class AttentionProblem:
     name = "attention"
 
-    def __init__(self, dtype: torch.dtype, *, num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 32) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        *,
+        num_heads: int = 4,
+        num_kv_heads: int = 2,
+        head_dim: int = 32,
+        window: int | None = None,
+    ) -> None:
         self._dtype = dtype
         self._heads = (num_heads, num_kv_heads, num_kv_heads)
         self._head_dim = head_dim
+        self._window = window
 
     def inputs(self, num_tokens: int, rng: torch.Generator) -> list[Tensor]:
         return [_normal(rng, num_tokens, heads, self._head_dim).to(self._dtype) for heads in self._heads]
@@ -315,7 +324,8 @@ class AttentionProblem:
 
     def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
         q, k, v = inputs
-        return ops.attention(q, k, v, 2.0 * self._head_dim**-0.5, layout, KVTensors(k=cache[0], v=cache[1]))
+        kv = KVTensors(k=cache[0], v=cache[1])
+        return ops.attention(q, k, v, 2.0 * self._head_dim**-0.5, layout, kv, self._window)
 
 
 def _normal(rng: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:

@@ -9,20 +9,51 @@
 typedef struct {
     int64_t num_heads, num_kv_heads, head_dim;
     int64_t q_stride, k_stride, v_stride; /* elements from one row to the next; heads are contiguous in a row */
+    int64_t window;                       /* tokens that a token sees, itself included; 0 for all */
     float scale;
     void *keys, *values;                    /* [pages, 64, num_kv_heads, head_dim] */
     int64_t key_page_size, value_page_size; /* elements from one page to the next */
 } Attention;
 
-/* Scratch of one thread, in floats; dp is head_dim rounded up to 16.
- * keys [dp, 64] transposed, values [64, dp], scores [64, 64]; then for each head of a group: queries [64, dp],
- * result [64, dp], highest [64], total [64]. */
-static int64_t thread_size(const Attention *a) {
-    const int64_t dp = ROUND_UP(a->head_dim), group = a->num_heads / a->num_kv_heads;
-    return 2 * TILE * dp + TILE * TILE + group * (2 * TILE * dp + 2 * TILE);
+/* One query of one head, while the pages go by. */
+typedef struct {
+    const void *query; /* [d], of the rows' type where pairs are multiplied, else float32 */
+    float *result;     /* [dp], then highest and total */
+} Query;
+
+/* Of one thread: keys [dp, 64] turned, values [64, dp], and room for as many queries as a task has. */
+typedef struct {
+    float *keys, *values, *floats;
+    Query *queries;
+} Memory;
+
+/* Floats of one query: its result, highest and total, and the query itself in float32. */
+static int64_t query_size(const Attention *a) { return 2 * ROUND_UP(a->head_dim) + 2; }
+
+static int64_t most_queries(const Layout *l, const Attention *a) {
+    const int64_t rows = l->num_tiles && l->num_decode < TILE ? TILE : l->num_decode;
+    return rows * (a->num_heads / a->num_kv_heads);
 }
 
-int64_t attention_scratch(const Attention *a, int64_t num_threads) { return num_threads * thread_size(a); }
+static int64_t thread_size(const Layout *l, const Attention *a) {
+    const int64_t pointers = sizeof(Query) / sizeof(float);
+    return ROUND_UP(2 * TILE * ROUND_UP(a->head_dim) + most_queries(l, a) * (query_size(a) + pointers));
+}
+
+static Memory memory_of(const Layout *l, const Attention *a, float *mine) {
+    float *values = mine + TILE * ROUND_UP(a->head_dim), *queries = values + TILE * ROUND_UP(a->head_dim);
+    const int64_t pointers = sizeof(Query) / sizeof(float);
+    return (Memory){mine, values, queries + most_queries(l, a) * pointers, (Query *)queries};
+}
+
+int64_t attention_scratch(const Layout *l, const Attention *a, int64_t num_threads) {
+    return num_threads * thread_size(l, a);
+}
+
+/* The first page that the token at `position` sees. */
+static int64_t first_page(const Attention *a, int64_t position) {
+    return !a->window || position < a->window ? 0 : (position + 1 - a->window) / TILE;
+}
 
 INLINE void write_row(const Attention *a, int64_t target, const void *k, const void *v, int bf16) {
     const int64_t page = target / TILE, row = target % TILE, size = a->num_kv_heads * a->head_dim;
@@ -45,61 +76,108 @@ INLINE void read_page(const Attention *a, int64_t page, int64_t kv_head, int64_t
             store_f32(values + t * dp + i, load_n(a->values, v + t * row + i, d - i, bf16));
 }
 
-/* scores [64] of one row -> weights exp(scale * score - highest); -> what to multiply earlier results with. */
-static float soften(float *scores, float scale, int64_t num_visible, float *highest, float *total) {
+/* Tokens [first, end) of a page. */
+typedef struct {
+    int64_t first, end;
+} Span;
+
+/* What the last of `length` tokens sees of a page. */
+static Span span_of(const Attention *a, int64_t page, int64_t length) {
+    const int64_t end = length - page * TILE, first = a->window ? end - a->window : 0;
+    return (Span){first > 0 ? first : 0, end < TILE ? end : TILE};
+}
+
+/* scores [64] of one query -> weights exp(scale * score - highest); -> what to multiply earlier results with.
+ * seen: the highest score and the sum of the weights so far */
+static float soften(float *scores, float scale, Span span, float *seen) {
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vf hidden = splat(-__builtin_inff());
+    const int32_t first = (int32_t)span.first, end = (int32_t)span.end;
     vf s[4], most = hidden, weights = splat(0);
+    if (first >= end) { /* the window has left this page behind, or it lies ahead */
+        memset(scores, 0, TILE * sizeof *scores);
+        return 1.0f;
+    }
     for (int j = 0; j < 4; j++) {
-        s[j] = choose(lane + LANES * j < (int32_t)num_visible, scale * load_f32(scores + LANES * j), hidden);
+        const vi token = lane + LANES * j;
+        s[j] = choose((token >= first) & (token < end), scale * load_f32(scores + LANES * j), hidden);
         most = vmax(most, s[j]);
     }
-    const float now = largest(most), before = *highest;
-    *highest = now > before ? now : before;
+    const float now = largest(most), before = seen[0];
+    seen[0] = now > before ? now : before;
     for (int j = 0; j < 4; j++) {
-        vf p = vexp(s[j] - *highest);
+        vf p = vexp(s[j] - seen[0]);
         store_f32(scores + LANES * j, p);
         weights += p;
     }
-    const vf keep = vexp(splat(before - *highest));
-    *total = keep[0] * *total + sum(weights);
+    const vf keep = vexp(splat(before - seen[0]));
+    seen[1] = keep[0] * seen[1] + sum(weights);
     return keep[0];
 }
 
-/* How a tile multiplies: in float32, or, for bfloat16 rows where the CPU can, in pairs of bfloat16. Then the weights
- * are rounded to bfloat16 before they meet V, as in FlashAttention; scores and sums stay float32. Both forms take
- * keys [d, 64] and values [64, dp], or half as many rows of pairs. */
+#define BLOCK 6 /* queries that meet a page together: 6 x 4 sums fit the registers */
+
+/* How a page multiplies: in float32, or, for bfloat16 rows where the CPU can, in pairs of bfloat16. Then the weights are
+ * rounded to bfloat16 before they meet V, as in FlashAttention; scores and sums stay float32. Both forms take keys
+ * [d, 64] and values [64, dp], or half as many rows of pairs. */
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 #define PAIRS(a, bf16) ((bf16) && (a)->head_dim % 2 == 0)
 
-INLINE void pairs_rows4(float *out, int64_t ldo, const float *keep, const uint16_t *a, int64_t lda, const float *x,
-                        int64_t ldx, int64_t num_pairs, const int nv) {
-    __m512 acc[4][4];
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < nv; j++)
-            acc[i][j] = (__m512)(keep ? keep[i] * load_f32(out + i * ldo + LANES * j) : splat(0));
+INLINE void pairs_rows(float *const *out, const float *keep, const uint16_t *const *a, const float *x, int64_t ldx,
+                       int64_t num_pairs, const int rows, const int nv) {
+    __m512 acc[BLOCK][4];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < nv; j++) acc[i][j] = (__m512)(keep ? keep[i] * load_f32(out[i] + LANES * j) : splat(0));
     for (int64_t k = 0; k < num_pairs; k++) {
         __m512bh b[4];
         for (int j = 0; j < nv; j++) {
             b[j] = (__m512bh)load_f32(x + k * ldx + LANES * j);
             IN_REGISTER(b[j]);
         }
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < rows; i++) {
             int32_t pair;
-            memcpy(&pair, a + i * lda + 2 * k, sizeof pair);
+            memcpy(&pair, a[i] + 2 * k, sizeof pair);
             const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
             for (int j = 0; j < nv; j++) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], both, b[j]);
         }
     }
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < nv; j++) store_f32(out + i * ldo + LANES * j, (vf)acc[i][j]);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < nv; j++) store_f32(out[i] + LANES * j, (vf)acc[i][j]);
 }
 
-INLINE void pairs_block4(float *out, int64_t ldo, const float *keep, const uint16_t *a, int64_t lda, const float *x,
-                         int64_t ldx, int64_t num_pairs, int64_t width) {
-    int64_t col = 0;
-    for (; col + 64 <= width; col += 64) pairs_rows4(out + col, ldo, keep, a, lda, x + col, ldx, num_pairs, 4);
-    for (; col + 16 <= width; col += 16) pairs_rows4(out + col, ldo, keep, a, lda, x + col, ldx, num_pairs, 1);
+/* Sixteen tokens, a row of pairs each -> [num_pairs, 64], for a multiple of four pairs. Four 128-bit parts of rows make
+ * a vector, and four vectors are turned within these parts. */
+INLINE void turn16(const uint16_t *rows, int64_t stride, int64_t num_pairs, float *to) {
+    for (int64_t c = 0; c < num_pairs; c += 4) {
+        __m512i v[4];
+        for (int i = 0; i < 4; i++) {
+            const uint16_t *part = rows + i * stride + 2 * c;
+            v[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)part));
+            v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128((const __m128i *)(part + 4 * stride)), 1);
+            v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128((const __m128i *)(part + 8 * stride)), 2);
+            v[i] = _mm512_inserti32x4(v[i], _mm_loadu_si128((const __m128i *)(part + 12 * stride)), 3);
+        }
+        const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+        const __m512i d = _mm512_unpacklo_epi32(v[2], v[3]), e = _mm512_unpackhi_epi32(v[2], v[3]);
+        _mm512_storeu_si512(to + (c + 0) * TILE, _mm512_unpacklo_epi64(a, d));
+        _mm512_storeu_si512(to + (c + 1) * TILE, _mm512_unpackhi_epi64(a, d));
+        _mm512_storeu_si512(to + (c + 2) * TILE, _mm512_unpacklo_epi64(b, e));
+        _mm512_storeu_si512(to + (c + 3) * TILE, _mm512_unpackhi_epi64(b, e));
+    }
+}
+
+/* A whole page, for a multiple of 32 values a head. */
+INLINE void read_whole_page(const uint16_t *k, const uint16_t *v, int64_t row, int64_t d, float *keys, float *values) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t t = 0; t < TILE; t += LANES) turn16(k + t * row, row, d / 2, keys + t);
+    for (int64_t t = 0; t < TILE; t += 2)
+        for (int64_t i = 0; i < d; i += 32) {
+            const __m512i even = _mm512_loadu_si512(v + t * row + i), odd = _mm512_loadu_si512(v + (t + 1) * row + i);
+            _mm512_storeu_si512(values + t / 2 * d + i, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_storeu_si512(values + t / 2 * d + i + LANES, _mm512_permutex2var_epi16(even, high, odd));
+        }
 }
 
 static void read_page_pairs(const Attention *a, int64_t page, int64_t kv_head, int64_t num_tokens, float *keys,
@@ -107,6 +185,9 @@ static void read_page_pairs(const Attention *a, int64_t page, int64_t kv_head, i
     const int64_t d = a->head_dim, dp = ROUND_UP(d), row = a->num_kv_heads * d;
     const void *k = at(a->keys, page * a->key_page_size + kv_head * d, 1);
     const void *v = at(a->values, page * a->value_page_size + kv_head * d, 1);
+    if (num_tokens == TILE && d == 64) return read_whole_page(k, v, row, 64, keys, values);
+    if (num_tokens == TILE && d == 128) return read_whole_page(k, v, row, 128, keys, values);
+    if (num_tokens == TILE && d % 32 == 0) return read_whole_page(k, v, row, d, keys, values);
     for (int64_t t = 0; t < TILE; t += LANES)
         for (int64_t i = 0; i < d / 2; i += LANES)
             transpose16(k, t * row / 2 + i, row / 2, num_tokens - t, d / 2 - i, keys + i * TILE + t, TILE, 0);
@@ -117,173 +198,189 @@ static void read_page_pairs(const Attention *a, int64_t page, int64_t kv_head, i
             store_f32(values + t / 2 * dp + i, (vf)((vu)even >> 16 | (vu)odd));
         }
 }
-
-/* Four rows of weights [4, 64] times values. */
-static void mix_pairs(float *result, int64_t dp, const float *keep, const float *weights, const float *values,
-                      int64_t num_tokens) {
-    uint16_t rounded[4 * TILE];
-    for (int i = 0; i < 4 * TILE; i += LANES) store(rounded, i, load_f32(weights + i), 1);
-    pairs_block4(result, dp, keep, rounded, TILE, values, dp, num_tokens / 2, dp);
-}
 #else
 #define PAIRS(a, bf16) 0
-#define pairs_block4(out, ldo, keep, a, ...) (void)(a)
+#define pairs_rows(...) (void)0
 #define read_page_pairs(...) (void)0
-#define mix_pairs(...) (void)0
 #endif
 
-/* One tile of queries for the heads that share a kv head. */
-INLINE void attend_tile(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t num_pages,
-                        int64_t num_tokens, int64_t kv_head, float *mine, int bf16) {
-    const int64_t d = a->head_dim, dp = ROUND_UP(d), group = a->num_heads / a->num_kv_heads;
-    const int pairs = PAIRS(a, bf16);
-    float *keys = mine, *values = keys + TILE * dp, *scores = values + TILE * dp, *heads = scores + TILE * TILE;
-    const int64_t head_size = 2 * TILE * dp + 2 * TILE;
-    for (int64_t g = 0; g < group; g++) {
-        float *queries = heads + g * head_size, *highest = queries + 2 * TILE * dp;
-        const int64_t column = (kv_head * group + g) * d;
-        memset(queries, 0, (size_t)head_size * sizeof *queries);
-        for (int t = 0; t < TILE; t++) highest[t] = -__builtin_inff();
-        for (int64_t t = 0; t < num_tokens && !pairs; t++)
-            for (int64_t i = 0; i < d; i += LANES)
-                store_f32(queries + t * dp + i, load_n(q, t * a->q_stride + column + i, d - i, bf16));
-    }
-    for (int64_t page = 0; page < num_pages; page++) {
-        const int last = page == num_pages - 1;
-        if (pairs)
-            read_page_pairs(a, pages[page], kv_head, last ? num_tokens : TILE, keys, values);
-        else
-            read_page(a, pages[page], kv_head, last ? num_tokens : TILE, keys, values, bf16);
-        for (int64_t g = 0; g < group; g++) {
-            float *queries = heads + g * head_size, *result = queries + TILE * dp;
-            float *highest = result + TILE * dp, *total = highest + TILE;
-            const uint16_t *raw = at(q, (kv_head * group + g) * d, 1);
-            for (int64_t t = 0; t < num_tokens; t += 4) {
-                float keep[4];
-                if (pairs)
-                    pairs_block4(scores, TILE, 0, raw + t * a->q_stride, a->q_stride, keys, TILE, d / 2, TILE);
-                else
-                    block4(scores, TILE, 0, queries + t * dp, dp, 1, keys, TILE, d, TILE);
-                for (int i = 0; i < 4; i++)
-                    keep[i] =
-                        soften(scores + i * TILE, a->scale, last ? t + i + 1 : TILE, highest + t + i, total + t + i);
-                if (pairs)
-                    mix_pairs(result + t * dp, dp, keep, scores, values, last ? t + 4 : TILE);
-                else
-                    block4(result + t * dp, dp, keep, scores, TILE, 1, values, dp, last ? t + 4 : TILE, dp);
-            }
-        }
-    }
-    for (int64_t g = 0; g < group; g++) {
-        const float *result = heads + g * head_size + TILE * dp, *total = result + TILE * dp + TILE;
-        const int64_t column = (kv_head * group + g) * d, row = a->num_heads * d;
-        for (int64_t t = 0; t < num_tokens; t++)
-            for (int64_t i = 0; i < d; i += LANES)
-                store_n(out, t * row + column + i, load_f32(result + t * dp + i) / total[t], d - i, bf16);
-    }
-}
-
-/* Up to four heads that share a kv head, with one query each. For each head `mine` holds query [dp], result [dp],
- * scores [64], highest, total. num_heads, and mostly d, are constants after inlining. */
-#define MAX_HEADS 4
-#define MAX_VECTORS 4
-
-INLINE void score_page(const Attention *a, int64_t page, int64_t kv_head, int64_t num_tokens, float *mine,
-                       int64_t head_size, int bf16, const int num_heads, const int64_t d) {
-    const int64_t row = a->num_kv_heads * d, first = page * a->key_page_size + kv_head * d;
-    float *scores = mine + 2 * ROUND_UP(d);
-    for (int64_t start = 0; start < num_tokens; start += LANES) {
-        vf dots[MAX_HEADS][LANES];
-#pragma GCC unroll 1
-        for (int64_t t = 0; t < LANES; t++) {
-            const int64_t token = start + t < num_tokens ? start + t : start;
-            for (int h = 0; h < num_heads; h++) dots[h][t] = splat(0);
-            for (int64_t i = 0; i < d; i += LANES) {
-                const vf k = load_n(a->keys, first + token * row + i, d - i, bf16);
-                for (int h = 0; h < num_heads; h++) dots[h][t] += load_f32(mine + h * head_size + i) * k;
-            }
-        }
-        for (int h = 0; h < num_heads; h++) store_f32(scores + h * head_size + start, sums16(dots[h]));
-    }
-}
-
-/* Columns [c, c + 16 nv) of the results. */
-INLINE void gather_values(const Attention *a, int64_t page, int64_t kv_head, int64_t num_tokens, float *mine,
-                          int64_t head_size, const float *keep, int bf16, const int num_heads, const int64_t d,
-                          int64_t c, const int nv) {
-    const int64_t row = a->num_kv_heads * d, first = page * a->value_page_size + kv_head * d + c;
-    const float *scores = mine + 2 * ROUND_UP(d);
-    float *result = mine + ROUND_UP(d) + c;
-    vf total[MAX_HEADS][MAX_VECTORS];
-    for (int h = 0; h < num_heads; h++)
-        for (int j = 0; j < nv; j++) total[h][j] = keep[h] * load_f32(result + h * head_size + LANES * j);
-    for (int64_t t = 0; t < num_tokens; t++)
+INLINE void float_rows(float *const *out, const float *keep, const float *const *a, const float *x, int64_t ldx,
+                       int64_t num_k, const int rows, const int nv) {
+    vf acc[BLOCK][4];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < nv; j++) acc[i][j] = keep ? keep[i] * load_f32(out[i] + LANES * j) : splat(0);
+    for (int64_t k = 0; k < num_k; k++) {
+        vf b[4];
         for (int j = 0; j < nv; j++) {
-            const vf v = load_n(a->values, first + t * row + LANES * j, d - c - LANES * j, bf16);
-            for (int h = 0; h < num_heads; h++) total[h][j] += scores[h * head_size + t] * v;
+            b[j] = load_f32(x + k * ldx + LANES * j);
+            IN_REGISTER(b[j]);
         }
-    for (int h = 0; h < num_heads; h++)
-        for (int j = 0; j < nv; j++) store_f32(result + h * head_size + LANES * j, total[h][j]);
+        for (int i = 0; i < rows; i++) {
+            const vf both = splat(a[i][k]);
+            for (int j = 0; j < nv; j++) acc[i][j] += both * b[j];
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < nv; j++) store_f32(out[i] + LANES * j, acc[i][j]);
 }
 
-INLINE void attend_token(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t length,
-                         int64_t kv_head, int64_t first_head, float *mine, int bf16, const int num_heads,
-                         const int64_t d) {
-    const int64_t dp = ROUND_UP(d), head_size = 2 * dp + TILE + 2;
-    memset(mine, 0, (size_t)(num_heads * head_size) * sizeof *mine);
-    for (int h = 0; h < num_heads; h++) {
-        float *query = mine + h * head_size;
-        query[2 * dp + TILE] = -__builtin_inff();
-        for (int64_t i = 0; i < d; i += LANES)
-            store_f32(query + i, a->scale * load_n(q, (first_head + h) * d + i, d - i, bf16));
-    }
-    for (int64_t start = 0; start < length; start += TILE, pages++) {
-        const int64_t n = length - start < TILE ? length - start : TILE;
-        float keep[MAX_HEADS];
-        score_page(a, *pages, kv_head, n, mine, head_size, bf16, num_heads, d);
-        for (int h = 0; h < num_heads; h++) {
-            float *scores = mine + h * head_size + 2 * dp;
-            keep[h] = soften(scores, 1.0f, n, scores + TILE, scores + TILE + 1);
-        }
-        int64_t c = 0;
-        for (; c + 64 <= dp; c += 64)
-            gather_values(a, *pages, kv_head, n, mine, head_size, keep, bf16, num_heads, d, c, 4);
-        for (; c < dp; c += LANES)
-            gather_values(a, *pages, kv_head, n, mine, head_size, keep, bf16, num_heads, d, c, 1);
-    }
-    for (int h = 0; h < num_heads; h++) {
-        const float *result = mine + h * head_size + dp, total = result[dp + TILE + 1];
-        for (int64_t i = 0; i < d; i += LANES)
-            store_n(out, (first_head + h) * d + i, load_f32(result + i) / total, d - i, bf16);
+/* out[i] = keep[i] * out[i] + a[i] times x for `rows` rows and `width` columns, a multiple of 16. */
+INLINE void multiply(float *const *out, const float *keep, const void *const *a, const float *x, int64_t ldx,
+                     int64_t num_k, int64_t width, const int pairs, const int rows) {
+    float *to[BLOCK];
+    for (int64_t col = 0; col < width;) {
+        const int nv = width - col >= 64 ? 4 : 1;
+        for (int i = 0; i < rows; i++) to[i] = out[i] + col;
+        if (pairs && nv == 4)
+            pairs_rows(to, keep, (const uint16_t *const *)a, x + col, ldx, (num_k + 1) / 2, rows, 4);
+        else if (pairs)
+            pairs_rows(to, keep, (const uint16_t *const *)a, x + col, ldx, (num_k + 1) / 2, rows, 1);
+        else if (nv == 4)
+            float_rows(to, keep, (const float *const *)a, x + col, ldx, num_k, rows, 4);
+        else
+            float_rows(to, keep, (const float *const *)a, x + col, ldx, num_k, rows, 1);
+        col += nv * LANES;
     }
 }
 
-#define HEADS(n)                                                                                      \
-    case n:                                                                                           \
-        attend_token(a, q, out, pages, length, kv_head, head, mine, bf16, n, d);                      \
-        break
+/* One page for up to BLOCK queries; spans[i * step] is what query i sees. `rows` and `pairs` are constants after
+ * inlining; a query's sums do not depend on them. */
+INLINE void attend_block(const Attention *a, const Query *q, const Span *spans, const int64_t step, const float *keys,
+                         const float *values, const int pairs, const int rows) {
+    const int64_t d = a->head_dim, dp = ROUND_UP(d);
+    float scores[BLOCK][TILE], keep[BLOCK], *to[BLOCK], *results[BLOCK];
+    uint16_t rounded[BLOCK][TILE];
+    const void *queries[BLOCK], *weights[BLOCK];
+    int64_t end = 0;
+    for (int i = 0; i < rows; i++) {
+        to[i] = scores[i];
+        results[i] = q[i].result;
+        queries[i] = q[i].query;
+        weights[i] = pairs ? (const void *)rounded[i] : (const void *)scores[i];
+        if (spans[i * step].end > end) end = spans[i * step].end;
+    }
+    multiply(to, 0, queries, keys, TILE, d, TILE, pairs, rows);
+    for (int i = 0; i < rows; i++) {
+        keep[i] = soften(scores[i], a->scale, spans[i * step], q[i].result + dp);
+        for (int t = 0; pairs && t < TILE; t += LANES) store(rounded[i], t, load_f32(scores[i] + t), 1);
+    }
+    multiply(results, keep, weights, values, dp, end, dp, pairs, rows);
+}
 
-/* All heads that share a kv head, where d is a constant. */
-INLINE void attend_group(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t length,
-                         int64_t kv_head, float *mine, int bf16, const int64_t d) {
-    const int64_t group = a->num_heads / a->num_kv_heads;
-    for (int64_t done = 0; done < group; done += MAX_HEADS) {
-        const int64_t head = kv_head * group + done;
-        switch (group - done) {
-            HEADS(1);
-            HEADS(2);
-            HEADS(3);
-            default: attend_token(a, q, out, pages, length, kv_head, head, mine, bf16, MAX_HEADS, d);
+#define BLOCK_OF(n) \
+    case n: attend_block(a, q, spans, step, keys, values, pairs, n); break
+
+INLINE void attend_page(const Attention *a, const Query *q, const Span *spans, const int64_t step, int64_t num_queries,
+                        const float *keys, const float *values, const int pairs) {
+    for (; num_queries > 0; num_queries -= BLOCK, q += BLOCK, spans += BLOCK * step) {
+        switch (num_queries) {
+            BLOCK_OF(1);
+            BLOCK_OF(2);
+            BLOCK_OF(3);
+            BLOCK_OF(4);
+            BLOCK_OF(5);
+            default: attend_block(a, q, spans, step, keys, values, pairs, BLOCK);
         }
     }
+}
+
+INLINE void read_kv(const Attention *a, int64_t page, int64_t kv_head, int64_t num_tokens, float *keys, float *values,
+                    int bf16) {
+    if (PAIRS(a, bf16))
+        read_page_pairs(a, page, kv_head, num_tokens, keys, values);
+    else
+        read_page(a, page, kv_head, num_tokens, keys, values, bf16);
+}
+
+/* Query and result of one head of one row, before its first page; `floats` [2 dp + 2]. */
+INLINE Query new_query(const Attention *a, const void *q, int64_t head, float *floats, int bf16) {
+    const int64_t d = a->head_dim, dp = ROUND_UP(d);
+    Query new = {at(q, head * d, bf16), floats};
+    memset(floats, 0, (size_t)(dp + 2) * sizeof *floats);
+    floats[dp] = -__builtin_inff();
+    if (bf16 && !PAIRS(a, bf16)) {
+        new.query = floats + dp + 2;
+        for (int64_t i = 0; i < d; i += LANES) store_n(floats + dp + 2, i, load_n(q, head * d + i, d - i, 1), d - i, 0);
+    }
+    return new;
+}
+
+INLINE void write_result(const Attention *a, const Query *q, void *out, int64_t head, int bf16) {
+    const int64_t d = a->head_dim, dp = ROUND_UP(d);
+    for (int64_t i = 0; i < d; i += LANES)
+        store_n(out, head * d + i, load_f32(q->result + i) / q->result[dp + 1], d - i, bf16);
+}
+
+/* One tile of queries for the heads that share a kv head. Its tokens follow `start` others. */
+INLINE void attend_tile(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t start,
+                        int64_t num_tokens, int64_t kv_head, const Memory *m, int bf16) {
+    const int64_t group = a->num_heads / a->num_kv_heads, row = a->num_heads * a->head_dim;
+    const int64_t last = start / TILE;
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t t = 0; t < num_tokens; t++)
+            m->queries[g * TILE + t] = new_query(a, at(q, t * a->q_stride, bf16), kv_head * group + g,
+                                                 m->floats + (g * TILE + t) * query_size(a), bf16);
+    for (int64_t page = first_page(a, start); page <= last; page++) {
+        Span spans[TILE];
+        for (int64_t t = 0; t < TILE; t++) spans[t] = span_of(a, page, start + t + 1);
+        read_kv(a, pages[page], kv_head, page == last ? num_tokens : TILE, m->keys, m->values, bf16);
+        for (int64_t g = 0; g < group; g++)
+            attend_page(a, m->queries + g * TILE, spans, 1, num_tokens, m->keys, m->values, PAIRS(a, bf16));
+    }
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t t = 0; t < num_tokens; t++)
+            write_result(a, m->queries + g * TILE + t, at_mut(out, t * row, bf16), kv_head * group + g, bf16);
+}
+
+/* The decode rows of one tree of shared pages, for the heads that share a kv head. A page that several rows share is
+ * read and turned once, and meets the queries of all of them (Hydragen: Juravsky et al. 2024). Each row still takes its
+ * own pages one by one and in order, so sharing changes no bit. */
+INLINE void attend_tree(const Layout *l, const Attention *a, const void *q, void *out, int64_t tree, int64_t kv_head,
+                        const Memory *m, int bf16) {
+    const int64_t group = a->num_heads / a->num_kv_heads, row = a->num_heads * a->head_dim;
+    const int64_t first_row = l->num_tiles * TILE, from = l->trees[tree], to = l->trees[tree + 1];
+    const int64_t root = l->segments[from].first_row;
+    int64_t num_rows = 0;
+    for (int64_t s = from; s < to; s++) {
+        const Segment *segment = l->segments + s;
+        const int64_t end_row = segment->first_row + segment->num_rows;
+        for (; root + num_rows < end_row; num_rows++) {
+            const int64_t i = l->decode_order[root + num_rows];
+            for (int64_t g = 0; g < group; g++)
+                m->queries[num_rows * group + g] =
+                    new_query(a, at(q, (first_row + i) * a->q_stride, bf16), kv_head * group + g,
+                              m->floats + (num_rows * group + g) * query_size(a), bf16);
+        }
+        const Query *queries = m->queries + (segment->first_row - root) * group;
+        const int64_t *rows = l->decode_order + segment->first_row, length = l->decode_len[rows[0]];
+        const int64_t *pages = l->page_table + (l->num_chunks + rows[0]) * l->max_pages;
+        for (int64_t page = segment->first_page; page < segment->end_page; page++) {
+            if (segment->num_rows == 1 && page < first_page(a, length - 1)) continue;
+            const Span span = span_of(a, page, length);
+            read_kv(a, pages[page], kv_head, span.end, m->keys, m->values, bf16);
+            if (!a->window) {
+                attend_page(a, queries, &span, 0, segment->num_rows * group, m->keys, m->values, PAIRS(a, bf16));
+                continue;
+            }
+            for (int64_t r = 0; r < segment->num_rows; r++) {
+                const Span own = span_of(a, page, l->decode_len[rows[r]]);
+                if (own.first < own.end)
+                    attend_page(a, queries + r * group, &own, 0, group, m->keys, m->values, PAIRS(a, bf16));
+            }
+        }
+    }
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t g = 0; g < group; g++)
+            write_result(a, m->queries + r * group + g,
+                         at_mut(out, (first_row + l->decode_order[root + r]) * row, bf16), kv_head * group + g, bf16);
 }
 
 INLINE void run(const Layout *l, const Attention *a, const void *q, const void *k, const void *v, void *out,
                 float *scratch, int64_t num_threads, int bf16) {
-    const int64_t row = a->num_heads * a->head_dim, first = l->num_tiles * TILE, group = a->num_heads / a->num_kv_heads;
+    const int64_t row = a->num_heads * a->head_dim;
 #pragma omp parallel num_threads(num_threads)
     {
-        float *mine = scratch + THREAD() * thread_size(a);
+        const Memory memory = memory_of(l, a, scratch + THREAD() * thread_size(l, a));
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < l->num_rows; r++) {
             if (l->kv_rows[r] >= 0)
@@ -295,24 +392,12 @@ INLINE void run(const Layout *l, const Attention *a, const void *q, const void *
             const int64_t tile = l->num_tiles - 1 - task / a->num_kv_heads, c = chunk_of(l, tile);
             const int64_t i = tile - l->chunk_tile[c];
             attend_tile(a, at(q, tile * TILE * a->q_stride, bf16), at_mut(out, tile * TILE * row, bf16),
-                        l->page_table + c * l->max_pages, l->chunk_start[c] / TILE + i + 1, tokens_in(l, c, i),
-                        task % a->num_kv_heads, mine, bf16);
+                        l->page_table + c * l->max_pages, l->chunk_start[c] + i * TILE, tokens_in(l, c, i),
+                        task % a->num_kv_heads, &memory, bf16);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < l->num_decode * a->num_kv_heads; task++) {
-            const int64_t i = task / a->num_kv_heads, kv_head = task % a->num_kv_heads;
-            const void *query = at(q, (first + i) * a->q_stride, bf16);
-            void *to = at_mut(out, (first + i) * row, bf16);
-            const int64_t *pages = l->page_table + (l->num_chunks + i) * l->max_pages;
-            if (a->head_dim == 64)
-                attend_group(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, 64);
-            else if (a->head_dim == 128)
-                attend_group(a, query, to, pages, l->decode_len[i], kv_head, mine, bf16, 128);
-            else
-                for (int64_t h = 0; h < group; h++)
-                    attend_token(a, query, to, pages, l->decode_len[i], kv_head, kv_head * group + h, mine, bf16, 1,
-                                 a->head_dim);
-        }
+        for (int64_t task = 0; task < l->num_trees * a->num_kv_heads; task++)
+            attend_tree(l, a, q, out, task / a->num_kv_heads, task % a->num_kv_heads, &memory, bf16);
     }
 }
 

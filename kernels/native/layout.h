@@ -11,12 +11,21 @@
 #define THREAD() 0
 #endif
 
+/* Pages [first_page, end_page) of the decode rows order[first_row .. first_row + num_rows), which share them. */
+typedef struct {
+    int64_t first_row, num_rows, first_page, end_page;
+} Segment;
+
 typedef struct {
     int64_t num_rows, num_tiles, num_decode, num_chunks, num_captures, max_pages;
     const int64_t *chunk_tile, *chunk_tiles, *chunk_start, *chunk_len, *chunk_slot, *chunk_fresh;
     const int64_t *capture_chunk, *capture_tiles, *capture_slot;
     const int64_t *decode_slot, *decode_len;
     const int64_t *page_table, *kv_rows;
+    /* Set by find_shared_prefixes: the segments of tree i are [trees[i], trees[i + 1]), each after those above it. */
+    int64_t *decode_order, *trees; /* [num_decode], [num_decode + 1] */
+    Segment *segments;             /* [2 num_decode] */
+    int64_t num_trees;
 } Layout;
 
 typedef struct {

@@ -51,6 +51,8 @@ SHAPES = {
     "attention 12 to 4 of 64": lambda dtype, rng: AttentionProblem(dtype, num_heads=12, num_kv_heads=4, head_dim=64),
     "attention head 128": lambda dtype, rng: AttentionProblem(dtype, num_heads=4, num_kv_heads=2, head_dim=128),
     "attention 6 to 1 of 40": lambda dtype, rng: AttentionProblem(dtype, num_heads=6, num_kv_heads=1, head_dim=40),
+    "attention window 20": lambda dtype, rng: AttentionProblem(dtype, window=20),
+    "attention window 100": lambda dtype, rng: AttentionProblem(dtype, window=100, head_dim=64),
 }
 
 
