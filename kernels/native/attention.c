@@ -4,6 +4,7 @@
  * a page that hold no token yet are read as zeros.
  */
 #include "layout.h"
+#include "pairs.h"
 #include "vec.h"
 
 typedef struct {
@@ -115,35 +116,11 @@ static float soften(float *scores, float scale, Span span, float *seen) {
     return keep[0];
 }
 
-#define BLOCK 6 /* queries that meet a page together: 6 x 4 sums fit the registers */
-
 /* How a page multiplies: in float32, or, for bfloat16 rows where the CPU can, in pairs of bfloat16. Then the weights are
  * rounded to bfloat16 before they meet V, as in FlashAttention; scores and sums stay float32. Both forms take keys
  * [d, 64] and values [64, dp], or half as many rows of pairs. */
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#if HAVE_PAIRS
 #define PAIRS(a, bf16) ((bf16) && (a)->head_dim % 2 == 0)
-
-INLINE void pairs_rows(float *const *out, const float *keep, const uint16_t *const *a, const float *x, int64_t ldx,
-                       int64_t num_pairs, const int rows, const int nv) {
-    __m512 acc[BLOCK][4];
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < nv; j++) acc[i][j] = (__m512)(keep ? keep[i] * load_f32(out[i] + LANES * j) : splat(0));
-    for (int64_t k = 0; k < num_pairs; k++) {
-        __m512bh b[4];
-        for (int j = 0; j < nv; j++) {
-            b[j] = (__m512bh)load_f32(x + k * ldx + LANES * j);
-            IN_REGISTER(b[j]);
-        }
-        for (int i = 0; i < rows; i++) {
-            int32_t pair;
-            memcpy(&pair, a[i] + 2 * k, sizeof pair);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            for (int j = 0; j < nv; j++) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], both, b[j]);
-        }
-    }
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < nv; j++) store_f32(out[i] + LANES * j, (vf)acc[i][j]);
-}
 
 /* Sixteen tokens, a row of pairs each -> [num_pairs, 64], for a multiple of four pairs. Four 128-bit parts of rows make
  * a vector, and four vectors are turned within these parts. */
@@ -200,48 +177,8 @@ static void read_page_pairs(const Attention *a, int64_t page, int64_t kv_head, i
 }
 #else
 #define PAIRS(a, bf16) 0
-#define pairs_rows(...) (void)0
 #define read_page_pairs(...) (void)0
 #endif
-
-INLINE void float_rows(float *const *out, const float *keep, const float *const *a, const float *x, int64_t ldx,
-                       int64_t num_k, const int rows, const int nv) {
-    vf acc[BLOCK][4];
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < nv; j++) acc[i][j] = keep ? keep[i] * load_f32(out[i] + LANES * j) : splat(0);
-    for (int64_t k = 0; k < num_k; k++) {
-        vf b[4];
-        for (int j = 0; j < nv; j++) {
-            b[j] = load_f32(x + k * ldx + LANES * j);
-            IN_REGISTER(b[j]);
-        }
-        for (int i = 0; i < rows; i++) {
-            const vf both = splat(a[i][k]);
-            for (int j = 0; j < nv; j++) acc[i][j] += both * b[j];
-        }
-    }
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < nv; j++) store_f32(out[i] + LANES * j, acc[i][j]);
-}
-
-/* out[i] = keep[i] * out[i] + a[i] times x for `rows` rows and `width` columns, a multiple of 16. */
-INLINE void multiply(float *const *out, const float *keep, const void *const *a, const float *x, int64_t ldx,
-                     int64_t num_k, int64_t width, const int pairs, const int rows) {
-    float *to[BLOCK];
-    for (int64_t col = 0; col < width;) {
-        const int nv = width - col >= 64 ? 4 : 1;
-        for (int i = 0; i < rows; i++) to[i] = out[i] + col;
-        if (pairs && nv == 4)
-            pairs_rows(to, keep, (const uint16_t *const *)a, x + col, ldx, (num_k + 1) / 2, rows, 4);
-        else if (pairs)
-            pairs_rows(to, keep, (const uint16_t *const *)a, x + col, ldx, (num_k + 1) / 2, rows, 1);
-        else if (nv == 4)
-            float_rows(to, keep, (const float *const *)a, x + col, ldx, num_k, rows, 4);
-        else
-            float_rows(to, keep, (const float *const *)a, x + col, ldx, num_k, rows, 1);
-        col += nv * LANES;
-    }
-}
 
 /* One page for up to BLOCK queries; spans[i * step] is what query i sees. `rows` and `pairs` are constants after
  * inlining; a query's sums do not depend on them. */

@@ -6,6 +6,9 @@
  *     y[t] = sum over s <= t of (C[t] . B[s]) exp(l[t] - l[s]) dt[s] x[s]  +  exp(l[t]) C[t] h
  *     h   <- exp(l[63]) h + sum over s of B[s] (exp(l[63] - l[s]) dt[s] x[s])
  *
+ * For bfloat16 rows, and where the CPU can, y is summed over pairs of bfloat16, as the authors' own kernels do; what
+ * becomes of h stays in float32.
+ *
  * A padding row has dt = 0, x = B = C = 0 and changes nothing. Decode rows run the recurrence.
  *
  * Three phases with a barrier between them: what heads share (B, C, C.B, dt), heads, rows. Threads split each phase by
@@ -13,6 +16,7 @@
  */
 #include "conv.h"
 #include "layout.h"
+#include "pairs.h"
 #include "vec.h"
 
 /* Sizes, and where things lie in the scratch memory; all in floats. np, pp, hp: rounded up to 16. */
@@ -103,33 +107,55 @@ INLINE void tile_group(const Signal *s, const Mamba2 *w, const Plan *p, int64_t 
 }
 
 /* coefficients[t] = [exp(l[t]) C[t] (np), (C[t] . B[s]) exp(l[t] - l[s]) dt[s] for s <= t, else 0 (64)] */
-static void tile_coefficients(const Plan *p, const float *C, const float *cb, const float *dt, const float *l,
-                              float *coefficients) {
+INLINE void tile_coefficients(const Plan *p, const float *C, const float *cb, const float *dt, const float *l,
+                              void *coefficients, const int bf16) {
     const int64_t width = p->np + TILE;
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     float decay[TILE];
     for (int i = 0; i < TILE; i += LANES) store_f32(decay + i, vexp(load_f32(l + i)));
     for (int t = 0; t < TILE; t++) {
-        float *row = coefficients + t * width;
-        for (int64_t n = 0; n < p->np; n += LANES) store_f32(row + n, decay[t] * load_f32(C + t * p->np + n));
-        for (int s = 0; s <= t; s += LANES) {
+        void *row = at_mut(coefficients, t * width, bf16);
+        for (int64_t n = 0; n < p->np; n += LANES) store(row, n, decay[t] * load_f32(C + t * p->np + n), bf16);
+        for (int s = 0; s < TILE; s += LANES) {
+            if (s > t) {
+                store(row, p->np + s, splat(0), bf16);
+                continue;
+            }
             vf e = vexp(vmin(l[t] - load_f32(l + s), splat(0)));
             vf m = load_f32(cb + t * TILE + s) * e * load_f32(dt + s);
-            store_f32(row + p->np + s, choose(lane + s <= t, m, splat(0)));
+            store(row, p->np + s, choose(lane + s <= t, m, splat(0)), bf16);
         }
     }
 }
 
+/* num_rows rows -> half as many rows of pairs. */
+INLINE void pair_rows(const float *from, int64_t num_rows, int64_t width, float *to) {
+    for (int64_t r = 0; r < num_rows; r += 2)
+        for (int64_t i = 0; i < width; i += LANES)
+            store_f32(to + r / 2 * width + i,
+                      make_pairs(load_f32(from + r * width + i), load_f32(from + (r + 1) * width + i)));
+}
+
 /* One head of one tile: x (in operands from row np on) -> y rows, and h (operands, rows 0 .. np - 1) moves on. */
-static void tile_head(const Mamba2 *w, const Plan *p, const float *tile, int64_t h, float *coefficients,
-                      float *operands, float *weighted, int64_t num_tokens, float *y) {
+INLINE void tile_head(const Mamba2 *w, const Plan *p, const float *tile, int64_t h, float *coefficients,
+                      float *operands, float *weighted, int64_t num_tokens, float *y, const int pairs) {
     const int64_t g = h / (w->num_heads / w->num_groups), width = p->np + TILE, pp = p->pp;
     const float *B = tile + g * TILE * p->np, *C = tile + p->at_c + g * TILE * p->np;
     const float *dt = tile + p->at_dt + h * TILE, *l = tile + p->at_log + h * TILE;
     const float *x = operands + p->np * pp;
-    tile_coefficients(p, C, tile + p->at_cb + g * TILE * TILE, dt, l, coefficients);
-    for (int64_t t = 0; t < num_tokens; t += 4)
-        block4(weighted + t * pp, pp, 0, coefficients + t * width, width, 1, operands, pp, p->np + t + 4, pp);
+    float *paired = coefficients + TILE * width / 2; /* what coefficients in bfloat16 leave free */
+    tile_coefficients(p, C, tile + p->at_cb + g * TILE * TILE, dt, l, coefficients, pairs);
+    if (pairs) {
+        pair_rows(operands, p->np + TILE, pp, paired);
+        for (int64_t t = 0; t < num_tokens; t += BLOCK) {
+            const int64_t rows = TILE - t < BLOCK ? TILE - t : BLOCK;
+            pairs_block(weighted + t * pp, pp, (const uint16_t *)coefficients + t * width, width, paired, pp,
+                        p->np + t + rows, pp, rows);
+        }
+    } else {
+        for (int64_t t = 0; t < num_tokens; t += 4)
+            block4(weighted + t * pp, pp, 0, coefficients + t * width, width, 1, operands, pp, p->np + t + 4, pp);
+    }
     for (int64_t t = 0; t < num_tokens; t++)
         for (int64_t i = 0; i < w->head_dim; i += LANES) {
             vf with_skip = load_f32(weighted + t * pp + i) + w->D[h] * load_f32(x + t * pp + i);
@@ -169,7 +195,7 @@ INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Plan *p, const vo
         const int64_t tile = l->chunk_tile[chunk] + i, n = tokens_in(l, chunk, i);
         tile_conv(&s, w, i * TILE, n, h * w->head_dim, w->head_dim, operands + p->np * p->pp, p->pp, bf16);
         tile_head(w, p, p->tiles + tile * p->tile_size, h, coefficients, operands, weighted, n,
-                  p->y + tile * TILE * p->innerp);
+                  p->y + tile * TILE * p->innerp, HAVE_PAIRS && bf16);
         for (int64_t c = 0; c < l->num_captures; c++)
             if (l->capture_chunk[c] == chunk && l->capture_tiles[c] == i + 1)
                 save_state(w, p, operands, coefficients, head_state(w, state, l->capture_slot[c], h));
