@@ -235,4 +235,5 @@ _bench("serve", "Measure an OpenAI-compatible server on the prompts that a prefi
 _bench("exactness", "Count the bits in which cache on and cache off differ.")
 _bench("policy", "Replay traces through cache policies: what does each save, and what would be possible?")
 _bench("published", "Repeat Marconi's evaluation on made-up trajectories, beside the published hit rates.")
+_bench("kernels", "Time every operation against the roofline, the portable backend and other libraries.")
 _bench("bookkeeping", "Time the cache's own work in large trees.")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.layout import RowLayout
@@ -21,9 +22,19 @@ class ForwardBatch:
     layout: RowLayout
     output_rows: Tensor  # [L] int64, the rows whose hidden state is wanted
 
+    def to(self, device: torch.device) -> "ForwardBatch":
+        rows = (t.to(device, non_blocking=True) for t in (self.token_ids, self.positions, self.output_rows))
+        token_ids, positions, output_rows = rows
+        return ForwardBatch(token_ids, positions, self.layout.to(device), output_rows)
+
 
 class HybridModel(Protocol):
     """A loaded model. It owns its weights and nothing else."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of its weights, and of the tensors that it is given."""
+        ...
 
     @property
     def cache_spec(self) -> CacheSpec: ...

@@ -32,7 +32,7 @@ class Engine:
         self.model = model
         self._config = config
         fit = model.cache_spec, model.prefill_cost, config.budget_bytes
-        self.cache = HybridCache(*fit, make_policy(config.policy, *fit))
+        self.cache = HybridCache(*fit, make_policy(config.policy, *fit), device=str(model.device))
         self._runner = runner(model, self.cache)
         self._scheduler = Scheduler(self.cache, config)
         self._arrivals = 0

@@ -35,6 +35,8 @@ class ModelRunner:
 
     def run(self, step: Step) -> StepHidden:
         batch, counts = build_batch(step)
+        if self._model.device.type != "cpu":
+            batch = batch.to(self._model.device)
         hidden = self._model.forward(batch, self._cache.tensors)
         *chunks, decodes = torch.split(hidden, [*counts, len(step.decodes)])
         return StepHidden(tuple(chunks), decodes)

@@ -12,8 +12,9 @@ reuse bit-exact. Every kernel must give a row the same bits whatever else is in 
 padded rows change a state.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
 TILE = 64  # rows; also the tokens of a KV page
@@ -45,3 +46,10 @@ class RowLayout:
 
     page_table: Tensor  # [C + D, max_pages] page of each TILE tokens: chunks first, then decode rows; 0 past the end
     kv_rows: Tensor  # [R] where the row's K and V go, page * TILE + offset; -1 writes nothing
+
+    def to(self, device: torch.device) -> "RowLayout":
+        """The same layout with its tensors on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if isinstance(t, Tensor)}
+        )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.layout import RowLayout
@@ -95,6 +96,7 @@ class Ops(Protocol):
     """A backend. See the module's two promises."""
 
     name: str
+    device: torch.device  # of all tensors
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Packs weight [out, in] (+ bias [out]); the caller may drop its copy."""

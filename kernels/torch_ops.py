@@ -109,6 +109,7 @@ class TorchOps:
     """See the module. Weights and layouts are read once: do not change them after their first use."""
 
     name = "torch"
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self._last: tuple[RowLayout, Runs] | None = None

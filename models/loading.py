@@ -38,7 +38,7 @@ def load(path: str | Path, *, dtype: str = "auto", ops: Ops) -> HybridModel:
         compute_dtype = _named_dtype(values)
     try:
         build = registry.find(values.get("model_type"))
-        with SafetensorsWeights(folder, compute_dtype, stored) as weights:
+        with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device) as weights:
             return build(Config(values), weights, ops, weights.dtype)
     except ModelError as e:
         raise type(e)(f"{folder}: {e}") from e
@@ -152,6 +152,7 @@ class _ShapeOps:
     """Packs nothing; enough to build a model whose facts are asked for."""
 
     name = "shapes"
+    device = torch.device("cpu")
     mamba2 = rms_norm = silu_mul = gelu_mul = gelu_tanh_mul = None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> SimpleNamespace:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.models.quantized import Format, dequantize
 
+CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DERIVED = r"rotary_emb\.inv_freq$"  # we compute these ourselves
@@ -91,11 +92,14 @@ class _File(Protocol):
 class SafetensorsWeights:
     """Streams tensors out of the safetensors files of one folder. Use as a context manager."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None, stored: Format | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype | None, stored: Format | None = None, device: torch.device = CPU
+    ) -> None:
         """`dtype` None takes the files' own; float16 is computed in float32, which holds all its values.
 
-        `stored` is the format of quantized matrices, if there are any.
+        `stored` is the format of quantized matrices, if there are any; `device` is where tensors go.
         """
+        self._device = device
         self._files = ExitStack()
         self._handle: dict[str, _File] = {}
         for path in _shards(folder):
@@ -148,10 +152,11 @@ class SafetensorsWeights:
         self._expect(name, shape)
         if self._stored is None or name not in self._packed:
             tensor = self._hashed(name, shape)
-            return tensor.to(dtype, copy=True)  # a copy, never a view of the file
+            return tensor.to(self._device, dtype, copy=True)  # a copy, never a view of the file
         names = [name + suffix for suffix in self._stored.suffixes]
-        parts = [self._hashed(part, kind) for part, kind in zip(names, self._stored.shapes(shape), strict=True)]
-        return dequantize(parts, shape, self._stored, dtype)
+        with CPU:
+            parts = [self._hashed(part, kind) for part, kind in zip(names, self._stored.shapes(shape), strict=True)]
+            return dequantize(parts, shape, self._stored, dtype).to(self._device)
 
     def _expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Checks what the file says of a weight, and counts it as taken."""

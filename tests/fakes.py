@@ -42,6 +42,7 @@ class SumModel:
     vocab_size = VOCAB
     max_length = 4096
     fingerprint = "sum-model"
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.rows_computed = 0  # rows of real tokens, padding left out

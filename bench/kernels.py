@@ -1,0 +1,195 @@
+"""`hybrid-cache bench kernels`: every operation against the roofline, the portable backend and other libraries.
+
+The ceilings are measured in the same run: reading a large buffer, and the fastest product of two square matrices. The
+roofline of a case is the longer of the time to move its bytes and the time to do its FLOPs at these rates. Contenders
+take turns and the median counts, so that a busy machine slows them alike; on a CPU each runs on one thread unless
+--threads says otherwise.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from hybrid_cache.bench.kernel_cases import Case, Timed, cases
+from hybrid_cache.kernels import dispatch
+from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.kernels.torch_ops import TorchOps
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MATRIX = {"cpu": (1024, 1536, 2048), "cuda": (4096, 8192)}
+BUFFER = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes: larger than any cache
+WIDTH = 150  # columns of the table, on a narrow terminal too
+SHORT_S = 2e-3  # calls are repeated until a timing takes at least this long
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What this machine does at best, in the run that they are compared with."""
+
+    gigabytes_per_s: float
+    gigaflops_per_s: float
+
+    def seconds(self, case: Case) -> float:
+        return max(case.bytes / self.gigabytes_per_s, case.flops / self.gigaflops_per_s) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Times in milliseconds for one call; `roofline` is the share of what the machine could do."""
+
+    kernel: str
+    size: str
+    backend: str
+    ms: float
+    roofline: float
+    bound: str  # memory or arithmetic
+    gigabytes_per_s: float
+    gigaflops_per_s: float
+    torch_ms: float | None
+    others_ms: dict[str, float]
+
+
+def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
+    buffer = torch.ones(BUFFER[device.type] // 4, device=device)
+    read = min(_rounds([lambda: buffer.sum()], device, rounds=5)[0])
+    fastest = 0.0
+    for size in MATRIX[device.type]:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        multiply = _square_product(a, b)
+        fastest = max(fastest, 2.0 * size**3 / min(_rounds([multiply], device, rounds=5)[0]))
+    return Ceilings(BUFFER[device.type] / read / 1e9, fastest / 1e9)
+
+
+def _square_product(a: Tensor, b: Tensor) -> Timed:
+    """The fastest product that torch has: with a packed weight on a CPU."""
+    if a.device.type == "cpu":
+        linear = TorchOps().linear(b)
+        return lambda: linear(a)
+    return lambda: a @ b
+
+
+def measure(case: Case, ops: Ops, ceilings: Ceilings, device: torch.device, rounds: int, *, portable: bool) -> Result:
+    contenders: dict[str, Timed] = {"ours": case.build(ops)}
+    if portable and ops.name != "torch":
+        contenders["torch"] = case.build(TorchOps())
+    contenders |= case.others
+    taken = dict(zip(contenders, _rounds(list(contenders.values()), device, rounds), strict=True))
+    seconds = {name: median(times) for name, times in taken.items()}
+    ours = seconds.pop("ours")
+    by_memory = case.bytes / ceilings.gigabytes_per_s > case.flops / ceilings.gigaflops_per_s
+    plain = seconds.pop("torch", None)
+    return Result(
+        kernel=case.name,
+        size=case.size,
+        backend=ops.name,
+        ms=1e3 * ours,
+        roofline=ceilings.seconds(case) / ours,
+        bound="memory" if by_memory else "arithmetic",
+        gigabytes_per_s=case.bytes / ours / 1e9,
+        gigaflops_per_s=case.flops / ours / 1e9,
+        torch_ms=None if plain is None else 1e3 * plain,
+        others_ms={name: 1e3 * value for name, value in seconds.items()},
+    )
+
+
+def _rounds(contenders: Sequence[Timed], device: torch.device, rounds: int) -> list[list[float]]:
+    """Seconds of one call of each contender, `rounds` times in turn."""
+    clock: Callable[[Timed, int], float] = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    repeats = []
+    for call in contenders:
+        call()
+        repeats.append(max(1, round(SHORT_S / max(clock(call, 1), 1e-6))))
+    times: list[list[float]] = [[] for _ in contenders]
+    for _ in range(rounds):
+        for call, count, seconds in zip(contenders, repeats, times, strict=True):
+            seconds.append(clock(call, count) / count)
+    return times
+
+
+def _cpu_seconds(call: Timed, count: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - begin
+
+
+def _cuda_seconds(call: Timed, count: int) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def kernels(
+    backend: Annotated[str, typer.Option(help="auto, native, torch or triton.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    only: Annotated[str, typer.Option(help="Operations to run, with commas; all if left out.")] = "",
+    prompt: Annotated[int, typer.Option(min=64, help="Tokens of a prefill.")] = 1024,
+    sequences: Annotated[int, typer.Option(min=2, help="Sequences that decode together.")] = 32,
+    context: Annotated[int, typer.Option(min=64, help="Tokens that each of them attends to.")] = 8192,
+    rounds: Annotated[int, typer.Option(min=1, help="Timings of each contender; the median counts.")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 1,
+    portable: Annotated[bool, typer.Option(help="Time the portable torch backend as well.")] = True,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+) -> None:
+    """Time every operation against the roofline, the portable backend and other libraries."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
+    console = Console(highlight=False)
+    torch.set_num_threads(threads)
+    try:
+        ops = dispatch.select(backend)
+    except dispatch.BackendUnavailable as error:
+        raise typer.BadParameter(str(error), param_hint="--backend") from error
+    device = torch.device("cuda" if ops.name == "triton" and torch.cuda.is_available() else "cpu")
+    wanted = {name for name in only.split(",") if name}
+    with torch.inference_mode():
+        ceilings = measure_ceilings(DTYPES[dtype], device)
+        chosen = [c for c in cases(DTYPES[dtype], device, prompt, sequences, context) if not wanted or c.name in wanted]
+        if not chosen:
+            raise typer.BadParameter(f"no operation is called {only}", param_hint="--only")
+        results = [
+            measure(case, ops, ceilings, device, rounds, portable=portable)
+            for case in track(chosen, description="kernels", console=Console(stderr=True), transient=True)
+        ]
+    console = Console(highlight=False, width=max(console.width, WIDTH))
+    console.print(_table(results, ceilings, dtype, device))
+    if as_json is not None:
+        facts = {"dtype": dtype, "device": _device_name(device), "threads": threads, "rounds": rounds}
+        rows = [asdict(result) for result in results]
+        as_json.write_text(json.dumps({**facts, "ceilings": asdict(ceilings), "results": rows}, indent=2) + "\n")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+
+
+def _table(results: Sequence[Result], ceilings: Ceilings, dtype: str, device: torch.device) -> Table:
+    reads, computes = f"{ceilings.gigabytes_per_s:,.0f} GB/s", f"{ceilings.gigaflops_per_s:,.0f} GFLOP/s"
+    table = Table(title=f"{_device_name(device)}, {dtype}: reads {reads}, multiplies {computes}", box=None)
+    for name in ("kernel", "size"):
+        table.add_column(name)
+    for name in ("ms", "roofline", "bound", "GB/s", "GFLOP/s", "torch", "others"):
+        table.add_column(name, justify="right")
+    for r in results:
+        others = ", ".join(f"{name} {ms / r.ms:.2f}x" for name, ms in r.others_ms.items())
+        table.add_row(
+            *(r.kernel, r.size, f"{r.ms:.3g}", f"{r.roofline:.0%}", r.bound),
+            *(f"{r.gigabytes_per_s:,.1f}", f"{r.gigaflops_per_s:,.0f}"),
+            *("" if r.torch_ms is None else f"{r.torch_ms / r.ms:.1f}x", others),
+        )
+    return table
