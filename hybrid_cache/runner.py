@@ -1,6 +1,6 @@
 """Turns a `Step` into index tensors, runs the model, and brings back the hidden rows that somebody reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ from torch import Tensor
 from hybrid_cache.batch import ForwardBatch, HybridModel
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+from hybrid_cache.kernels.shared_prefix import plan_shared
 from hybrid_cache.lease import Lease
 from hybrid_cache.scheduler import Chunk, Step
 from hybrid_cache.sequence import Sequence
@@ -36,7 +37,7 @@ class ModelRunner:
     def run(self, step: Step) -> StepHidden:
         batch, counts = build_batch(step)
         if self._model.device.type != "cpu":
-            batch = batch.to(self._model.device)
+            batch = on_device(batch, self._model.device)
         hidden = self._model.forward(batch, self._cache.tensors)
         *chunks, decodes = torch.split(hidden, [*counts, len(step.decodes)])
         return StepHidden(tuple(chunks), decodes)
@@ -91,6 +92,15 @@ def build_batch(step: Step) -> tuple[ForwardBatch, list[int]]:
         torch.from_numpy(np.concatenate(output_rows).astype(np.int64)),
     )
     return batch, [len(rows) for rows in output_rows[:-1]]
+
+
+def on_device(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
+    """The batch on an accelerator, with a plan of the pages that its decode rows share."""
+    layout = batch.layout
+    if layout.num_decode:
+        tables = layout.page_table[len(layout.chunk_tile) :].numpy()
+        batch = replace(batch, layout=replace(layout, decode_plan=plan_shared(tables, layout.decode_len.numpy())))
+    return batch.to(device)
 
 
 def _lease(owner: Chunk | Sequence) -> Lease:
