@@ -13,7 +13,7 @@ padded rows change a state.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,7 +55,5 @@ class RowLayout:
 
     def to(self, device: torch.device) -> "RowLayout":
         """The same layout with its tensors on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if isinstance(t, Tensor)}
-        )
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in values.items() if isinstance(t, Tensor)})
