@@ -10,7 +10,7 @@ plain run's row for the same tokens, and every answer the same tokens and log-pr
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from hybrid_cache.batch import ForwardBatch, HybridModel
+from hybrid_cache.batch import HybridModel
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine, Outputs
@@ -32,7 +32,7 @@ from hybrid_cache.kernels.dispatch import select
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models.loading import embedded_path, load
 from hybrid_cache.request import Boundary, Prompt, Request, SamplingParams, TokenArray, TokenOutput
-from hybrid_cache.runner import ModelRunner, StepHidden, build_batch
+from hybrid_cache.runner import ModelRunner, StepHidden
 from hybrid_cache.scheduler import Step
 
 REQUESTS_PER_ROUND = 24
@@ -100,9 +100,9 @@ def recording_runner(ledger: Ledger) -> type[ModelRunner]:
             self._recorded_cache = cache
 
         def run(self, step: Step) -> StepHidden:
-            batch, counts = build_batch(step)
+            batch, counts = self.batch(step)
             keys, rows = zip(*row_keys(step), strict=True)
-            everything = ForwardBatch(batch.token_ids, batch.positions, batch.layout, torch.tensor(rows))
+            everything = replace(batch, output_rows=torch.tensor(rows, device=self._recorded_model.device))
             hidden = self._recorded_model.forward(everything, self._recorded_cache.tensors)
             for key, logits in zip(keys, self.logits(hidden), strict=True):
                 ledger.enter(key, logits)

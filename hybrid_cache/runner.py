@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid_cache.batch import ForwardBatch, HybridModel
 from hybrid_cache.cache import HybridCache
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+from hybrid_cache.kernels.layout import TILE, RowLayout, end_of
 from hybrid_cache.kernels.shared_prefix import plan_shared
 from hybrid_cache.lease import Lease
 from hybrid_cache.scheduler import Chunk, Step
@@ -35,25 +35,31 @@ class ModelRunner:
         self._cache = cache
 
     def run(self, step: Step) -> StepHidden:
-        batch, counts = build_batch(step)
-        if self._model.device.type != "cpu":
-            batch = on_device(batch, self._model.device)
+        batch, counts = self.batch(step)
         hidden = self._model.forward(batch, self._cache.tensors)
         *chunks, decodes = torch.split(hidden, [*counts, len(step.decodes)])
         return StepHidden(tuple(chunks), decodes)
+
+    def batch(self, step: Step) -> tuple[ForwardBatch, list[int]]:
+        """What the model is given for a step, and how many hidden rows each chunk gets back."""
+        if self._model.device.type == "cpu":
+            return build_batch(step, trim=True)
+        batch, counts = build_batch(step, trim=False)
+        return on_device(batch, self._model.device), counts
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [L, hidden] -> [L, V] float32."""
         return self._model.logits(hidden)
 
 
-def build_batch(step: Step) -> tuple[ForwardBatch, list[int]]:
-    """A step's rows and index tensors, and how many hidden rows each chunk gets back."""
+def build_batch(step: Step, *, trim: bool) -> tuple[ForwardBatch, list[int]]:
+    """A step's rows and index tensors, and how many hidden rows each chunk gets back; `trim` as in `end_of`."""
     tiles = [-(-(c.end - c.start) // TILE) for c in step.chunks]
     first_tile = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
     num_tiles, num_decode = int(first_tile[-1]), len(step.decodes)
     decode_row = num_tiles * TILE
-    num_rows = max(decode_row + num_decode, MIN_ROWS)
+    last = (step.chunks[-1].end - step.chunks[-1].start) % TILE or TILE if step.chunks else 0
+    num_rows = end_of(num_tiles, num_decode, last, trim=trim)
     token_ids, positions = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
     kv_rows = np.full(num_rows, -1, np.int64)
     output_rows: list[Rows] = []

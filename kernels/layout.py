@@ -6,6 +6,9 @@ A batch has R rows of tokens and no batch axis:
     [TILE * num_tiles, ... + num_decode)     decode rows, one token of one sequence each
     [..., R)                                 padding, so that R >= MIN_ROWS; computed and ignored
 
+On a CPU, where a row less is time saved, R ends with the last token: without decode rows, the rest of the last tile is
+not there (`end_of`).
+
 A *chunk* is a run of consecutive tiles of one sequence. It starts at a multiple of TILE in that sequence, so a
 token sits in the same row of the same tile whether or not earlier tokens came from the cache: this grid is what makes
 reuse bit-exact. Every kernel must give a row the same bits whatever else is in the batch, and must not let
@@ -57,3 +60,11 @@ class RowLayout:
         """The same layout with its tensors on a device."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: t.to(device, non_blocking=True) for n, t in values.items() if isinstance(t, Tensor)})
+
+
+def end_of(num_tiles: int, num_decode: int, last_tile_tokens: int, *, trim: bool) -> int:
+    """R of a batch. `trim` leaves out what follows the last token of the last tile, if no decode rows do."""
+    rows = num_tiles * TILE + num_decode
+    if trim and num_tiles and not num_decode:
+        rows -= TILE - last_tile_tokens
+    return max(rows, MIN_ROWS)

@@ -14,6 +14,8 @@ from hybrid_cache.kernels import runs
 from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights, Mamba2Weights, StateTensors
 
+trims = True  # as in `ops.Ops`
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = x.float() @ weight.float().T
@@ -64,6 +66,27 @@ def rotary(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def relocate_keys(
+    kv: KVTensors, source_rows: Tensor, target_rows: Tensor, delta: Tensor, inv_freq: Tensor | None, first: int = 0
+) -> None:
+    """Copies KV rows to other rows, for tokens that stand `delta` positions further on there.
+
+    A key turned to position p and then by delta more is the key of position p + delta. Values and keys without
+    positions are copied as they are, and so is what `delta` = 0 leaves alone.
+
+    source_rows, target_rows [N] int64, page * TILE + offset; a row may not be in both, a negative target is skipped
+    delta [N] int64   inv_freq [d / 2] float32: the values [first, first + d) of a head are turned; None for none
+    """
+    for source, target, shift in zip(source_rows.tolist(), target_rows.tolist(), delta.tolist(), strict=True):
+        if target < 0:
+            continue
+        for pages in (kv.k, kv.v):
+            pages[target // TILE, target % TILE] = pages[source // TILE, source % TILE]
+        if inv_freq is not None and shift != 0:
+            key = kv.k[target // TILE, target % TILE, None, :, first : first + 2 * len(inv_freq)]
+            key.copy_(rotary(key, torch.tensor([shift], device=key.device), inv_freq))
 
 
 def attention(

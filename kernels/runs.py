@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+from hybrid_cache.kernels.layout import TILE, RowLayout, end_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +75,15 @@ def _pages(table: list[int], num_tokens: int) -> list[int]:
     return table[: -(-num_tokens // TILE)]
 
 
-def arrange(chunks: Sequence[Run], decodes: Sequence[Run]) -> tuple[RowLayout, Runs]:
+def arrange(chunks: Sequence[Run], decodes: Sequence[Run], *, trim: bool = False) -> tuple[RowLayout, Runs]:
     """The layout of a batch, and the same runs with `Run.row` filled in; what it was before does not matter."""
     placed, tile = [], 0
     for chunk in chunks:
         placed.append(replace(chunk, row=tile * TILE))
         tile += chunk.num_tiles
     runs = Runs(placed, [replace(decode, row=tile * TILE + i) for i, decode in enumerate(decodes)])
-    num_rows = max(tile * TILE + len(decodes), MIN_ROWS)
+    last = chunks[-1].length % TILE or TILE if chunks else 0
+    num_rows = end_of(tile, len(decodes), last, trim=trim)
     kv_rows = torch.full((num_rows,), -1)
     table = torch.zeros(len(placed) + len(decodes), max((len(run.pages) for run in runs), default=0), dtype=torch.int64)
     for i, run in enumerate(runs):

@@ -110,6 +110,7 @@ class TorchOps:
 
     name = "torch"
     device = torch.device("cpu")
+    trims = True
 
     def __init__(self) -> None:
         self._last: tuple[RowLayout, Runs] | None = None
@@ -158,10 +159,10 @@ class TorchOps:
         plan = self._runs(layout)
         for run in plan.chunks:
             for tile in range(run.num_tiles):
-                row = run.row + tile * TILE
+                rows = slice(run.row + tile * TILE, min(run.row + (tile + 1) * TILE, run.row + run.length))
                 num_pages = run.start // TILE + tile + 1
                 keys, values = _gather(kv, run.pages[:num_pages], min(run.end, num_pages * TILE))
-                out[row : row + TILE] = _attend_tile(q[row : row + TILE], keys, values, scale, window)
+                out[rows] = _attend_tile(_padded(q[rows]), keys, values, scale, window)[: rows.stop - rows.start]
         for run in plan.decodes:
             keys, values = _gather(kv, run.pages, run.end)
             first = 0 if window is None else max(0, run.end - window)
