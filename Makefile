@@ -10,6 +10,8 @@ MODEL ?=
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
+# The oldest Triton that kernels have to compile under, beside the one that is used; tests look for it here.
+OLD_TRITON := 3.6.0
 
 .PHONY: install serve test lint check clean
 
@@ -20,6 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
+	test "$$(uname -sm)" != "Linux x86_64" || test -d .venv/triton-$(OLD_TRITON) || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	touch $(STAMP)
 
 serve: install

@@ -43,6 +43,7 @@ def router(serving: Serving) -> APIRouter:
             status="ok" if engine.alive else "failed",
             exact=settings.exact,
             backend=settings.backend,
+            fallbacks=dict(settings.fallbacks),
             model=model.name,
             dtype=model.dtype,
             version=__version__,

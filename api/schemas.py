@@ -544,6 +544,7 @@ class Health(Response):
     status: Literal["ok", "failed"]
     exact: bool
     backend: str
+    fallbacks: dict[str, str]  # operations that the backend leaves to torch, and why
     model: str
     dtype: str
     version: str

@@ -47,6 +47,7 @@ class ServeOptions:
             exact=exact,
             backend=loaded.ops.name,
             model_path=str(loaded.path),
+            fallbacks=getattr(loaded.ops, "reasons", {}),
             api_keys=self.api_keys,
             max_body_bytes=self.max_body_bytes,
             vllm_metrics=self.vllm_metrics,

@@ -1,6 +1,7 @@
 """Settings of the HTTP server."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hybrid_cache.errors import ConfigError
@@ -14,6 +15,7 @@ class ServerSettings:
     exact: bool
     backend: str
     model_path: str
+    fallbacks: Mapping[str, str] = field(default_factory=dict)  # operations the backend leaves to torch, and why
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body_bytes: int = 10 * 2**20
     vllm_metrics: bool = False

@@ -58,8 +58,9 @@ class RowLayout:
 
     def to(self, device: torch.device) -> "RowLayout":
         """The same layout with its tensors on a device."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in values.items() if isinstance(t, Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in values.items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
 
 def end_of(num_tiles: int, num_decode: int, last_tile_tokens: int, *, trim: bool) -> int:

@@ -73,8 +73,8 @@ def run_batch(
     padding: float = 0.0,
 ) -> list[Tensor]:
     """One call; -> the output rows of each piece, chunks first. Rows of no piece are filled with `padding`."""
-    parts = [[piece.run(decode) for piece in pieces] for decode, pieces in enumerate((chunks, decodes))]
-    layout, runs = arrange(*parts, trim=ops.trims)
+    runs_of = ([piece.run(False) for piece in chunks], [piece.run(True) for piece in decodes])
+    layout, runs = arrange(*runs_of, trim=ops.trims)
     pieces = [*chunks, *decodes]
     inputs = [torch.full((layout.num_rows, *x.shape[1:]), padding, dtype=x.dtype) for x in pieces[0].stream.inputs]
     for piece, run in zip(pieces, runs, strict=True):

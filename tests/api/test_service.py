@@ -28,10 +28,11 @@ def test_request_ids_are_echoed_or_made(client: httpx.Client) -> None:
 
 def test_the_server_tells_about_itself(client: httpx.Client) -> None:
     health = client.get("/health").json()
-    assert {k: health[k] for k in ("status", "exact", "backend", "model")} == {
+    assert {k: health[k] for k in ("status", "exact", "backend", "fallbacks", "model")} == {
         "status": "ok",
         "exact": True,
         "backend": "fake",
+        "fallbacks": {},
         "model": "sum",
     }
     assert client.get("/ready").json() == {"status": "ready"}

@@ -3,8 +3,11 @@
 import ctypes
 import os
 import shutil
+import warnings
+from importlib.util import find_spec
 
 import pytest
+import torch
 
 from hybrid_cache.kernels import dispatch, native_library
 from hybrid_cache.kernels.native_library import FLAGS, BuildError
@@ -12,6 +15,7 @@ from hybrid_cache.kernels.native_library import FLAGS, BuildError
 compiler_needed = pytest.mark.skipif(
     native_library.reason_missing() is not None, reason=f"native backend: {native_library.reason_missing()}"
 )
+triton_needed = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +28,83 @@ def test_torch_is_always_there():
     assert dispatch.select("torch").name == "torch"
 
 
+@pytest.fixture
+def without_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def with_a_device(monkeypatch):
+    """One that Triton's kernels run on; no test that asks for it starts one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
 @compiler_needed
-def test_native_is_preferred():
+@pytest.mark.usefixtures("without_a_device")
+def test_native_is_preferred_without_a_gpu():
     assert dispatch.select().name == "native"
+
+
+@triton_needed
+@pytest.mark.usefixtures("with_a_device")
+def test_triton_is_preferred_with_a_gpu():
+    assert dispatch.available()["triton"] is None
+    assert dispatch.select().name == dispatch.select("triton").name == "triton"
+
+
+@pytest.mark.usefixtures("with_a_device")
+def test_triton_needs_its_package(monkeypatch):
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert dispatch.available()["triton"] == "triton not installed"
+
+
+@triton_needed
+@pytest.mark.usefixtures("with_a_device")
+def test_triton_needs_a_version_of_its_package(monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.4.1+git")
+    assert dispatch.available()["triton"] == "triton 3.4.1+git, needs 3.6"
+    monkeypatch.setattr("triton.__version__", "3.10.0")
+    assert dispatch.available()["triton"] is None
+
+
+@triton_needed
+@pytest.mark.usefixtures("with_a_device")
+def test_a_package_that_cannot_be_imported_is_a_reason(monkeypatch):
+    def fail(name):
+        raise ImportError(f"{name}: undefined symbol")
+
+    monkeypatch.setattr(dispatch, "import_module", fail)
+    assert dispatch.available()["triton"] == "triton cannot be imported: triton: undefined symbol"
+
+
+@triton_needed
+@pytest.mark.usefixtures("with_a_device")
+def test_triton_needs_a_card_of_a_generation(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert dispatch.available()["triton"] == "CUDA device of compute capability 7.5, needs 8.0"
+
+
+@triton_needed
+def test_trouble_with_a_driver_is_a_reason(monkeypatch):
+    def warn():
+        warnings.warn("CUDA initialization: the driver is too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", warn)
+    reason = dispatch.available()["triton"]
+    assert reason == "no CUDA device; CUDA initialization: the driver is too old"
+    assert dispatch.select().name in ("native", "torch")
+
+
+@triton_needed
+@pytest.mark.usefixtures("with_a_device")
+def test_a_card_that_cannot_be_used_is_a_reason(monkeypatch):
+    def fail():
+        raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    assert dispatch.available()["triton"] == "no CUDA device that works: CUDA error: out of memory"
 
 
 def test_the_environment_decides_when_nobody_asked(monkeypatch):
@@ -34,6 +112,7 @@ def test_the_environment_decides_when_nobody_asked(monkeypatch):
     assert dispatch.select().name == "torch"
 
 
+@pytest.mark.usefixtures("without_a_device")
 @pytest.mark.parametrize("name", ["triton", "mamba_ssm"])
 def test_a_missing_backend_is_refused_with_its_reason(name):
     reason = dispatch.available()[name]
@@ -47,6 +126,7 @@ def test_an_unknown_backend_is_refused():
         dispatch.select("abacus")
 
 
+@pytest.mark.usefixtures("without_a_device")
 def test_without_a_compiler_torch_takes_over(monkeypatch):
     monkeypatch.setattr(native_library, "reason_missing", lambda: "no C compiler found")
     assert dispatch.select().name == "torch"

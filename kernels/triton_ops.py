@@ -1,0 +1,341 @@
+"""The GPU backend: Triton kernels for what torch has no operation for, and for what has to be exact.
+
+The same arguments and the same grid as every backend (see `ops`). Block sizes are fixed and nothing is autotuned, so an
+order of summation never depends on the batch, the card's mood, or the process. Without a GPU the kernels run in
+Triton's interpreter (`TRITON_INTERPRET=1`), for tests; tensors that no kernel can reach go to `TorchOps`, and so does
+what a kernel has no code for.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from hybrid_cache.kernels import torch_ops
+from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.ops import Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
+from hybrid_cache.kernels.runs import Run, Runs, arrange
+from hybrid_cache.kernels.shared_prefix import plan_shared
+from hybrid_cache.kernels.torch_ops import LoopExperts, TorchOps
+from hybrid_cache.kernels.triton_kernels import attention, conv, delta, matmul, rows, scan, ssd
+from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
+
+# Triton 3.9 warns unless somebody says whether a * b + c may be one instruction; 3.10 will say no.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+CPU = torch.device("cpu")
+CHECK_ROWS = 70
+NUM_SLOTS = 8  # or pages
+# Share of the output's root mean square; what is wrong is further off than any rounding.
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# Operation -> how many of its first arguments have rows, and which argument is the cache.
+_MIXERS = {
+    "attention": (3, 5),
+    "mamba2": (1, 3),
+    "causal_conv": (1, 4),
+    "mamba1_scan": (5, 7),
+    "linear_attention": (3, 5),
+    "rg_lru": (3, 5),
+    "gated_delta": (5, 6),
+    "kimi_delta": (5, 6),
+}
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""What a kernel says, and what torch does."""
+
+
+class TritonOps(TorchOps):
+    """See the module. `fast` leaves matrix products to cuBLAS, whose bits depend on the number of rows.
+
+    reasons: operation -> why it is left to torch, for the latest such call; empty where kernels do everything
+    """
+
+    name = "triton"
+    trims = False  # kernels write whole tiles
+
+    def __init__(self, fast: bool = False) -> None:
+        super().__init__()
+        interpreted = bool(triton.knobs.runtime.interpret)
+        self.device = CPU if interpreted else torch.device("cuda", torch.cuda.current_device())
+        self.reasons: dict[str, str] = {}
+        self._fast = fast
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if self._fast or not _reachable(weight):
+            return super().linear(weight, bias)
+        return matmul.TritonLinear(weight, bias)
+
+    def experts(
+        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+    ) -> Experts:
+        if not _reachable(w_in[0]):
+            return super().experts(w_in, w_out, act)
+        return matmul.TritonExperts(w_in, w_out, act or self.silu_mul)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._run("rms_norm", rows.rms_norm, super().rms_norm, x, weight, eps)
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        return self._run("silu_mul", lambda x: rows.gated(x, "silu"), super().silu_mul, x)
+
+    def gelu_mul(self, x: Tensor) -> Tensor:
+        return self._run("gelu_mul", lambda x: rows.gated(x, "gelu"), super().gelu_mul, x)
+
+    def gelu_tanh_mul(self, x: Tensor) -> Tensor:
+        return self._run("gelu_tanh_mul", lambda x: rows.gated(x, "gelu_tanh"), super().gelu_tanh_mul, x)
+
+    def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+        return self._run("rotary", rows.rotary, super().rotary, x, positions, inv_freq)
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        layout: RowLayout,
+        kv: KVTensors,
+        window: int | None = None,
+    ) -> Tensor:
+        return self._run("attention", attention.attention, super().attention, q, k, v, scale, layout, kv, window)
+
+    def mamba2(self, zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
+        return self._run("mamba2", ssd.mamba2, super().mamba2, zxbcdt, weights, layout, cache)
+
+    def causal_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: RowLayout,
+        conv_state: Tensor,
+        activation: bool = True,
+    ) -> Tensor:
+        plain = super().causal_conv
+        return self._run("causal_conv", conv.causal_conv, plain, x, weight, bias, layout, conv_state, activation)
+
+    def mamba1_scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor,
+        weights: Mamba1Weights,
+        layout: RowLayout,
+        state: Tensor,
+    ) -> Tensor:
+        plain = super().mamba1_scan
+        return self._run("mamba1_scan", scan.mamba1_scan, plain, x, dt, B, C, z, weights, layout, state)
+
+    def linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, slope: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        plain = super().linear_attention
+        return self._run("linear_attention", ssd.linear_attention, plain, q, k, v, slope, layout, state)
+
+    def rg_lru(
+        self, x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        return self._run("rg_lru", scan.rg_lru, super().rg_lru, x, input_gate, gate, decay, layout, state)
+
+    def gated_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        return self._run("gated_delta", delta.gated_delta, super().gated_delta, q, k, v, g, beta, layout, state)
+
+    def kimi_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        return self._run("kimi_delta", delta.kimi_delta, super().kimi_delta, q, k, v, g, beta, layout, state)
+
+    def _run(self, name: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *args: object) -> Tensor:
+        """`kernel(*args)`, or `plain(*args)` where there is no kernel for them."""
+        x = args[0]
+        assert isinstance(x, Tensor)
+        if not _reachable(x):
+            return plain(*args)
+        try:
+            return kernel(*args)
+        except UnsupportedShape as error:  # raised before anything was changed
+            self.reasons[name] = str(error)
+            return plain(*args)
+
+
+class CheckedTritonOps(TritonOps):
+    """Tries a kernel on a small case before its first use for arguments of a kind, against `TorchOps` on this device.
+
+    The case has the shapes, types, weights and some rows of the first call. A kernel that fails there, or is wrong, is
+    never called with arguments of this kind; torch is.
+    """
+
+    def __init__(self, fast: bool = False) -> None:
+        super().__init__(fast)
+        self._verdicts: dict[Hashable, bool] = {}
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if self._fast or not _reachable(weight):
+            return super().linear(weight, bias)
+        plain, made = torch_ops.pack(weight, bias), super().linear
+
+        def probe() -> Pairs:
+            x = _random(weight, CHECK_ROWS, weight.shape[1])
+            return [(made(weight, bias)(x), plain(x))]
+
+        kind = ("linear", weight.dtype, tuple(weight.shape), bias is None)
+        return made(weight, bias) if self._agrees("linear", kind, probe) else plain
+
+    def experts(
+        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+    ) -> Experts:
+        if not _reachable(w_in[0]):
+            return super().experts(w_in, w_out, act)
+        act, made = act or self.silu_mul, super().experts
+        plain = LoopExperts([torch_ops.pack(w) for w in w_in], [torch_ops.pack(w) for w in w_out], act)
+
+        def probe() -> Pairs:
+            x = _random(w_in[0], CHECK_ROWS, w_in[0].shape[1])
+            shares, ids = _random(x, CHECK_ROWS, len(w_in)).float().abs().topk(min(2, len(w_in)))
+            return [(made(w_in, w_out, act)(x, ids, shares), plain(x, ids, shares))]
+
+        kind = ("experts", w_in[0].dtype, len(w_in), *w_in[0].shape, *w_out[0].shape)
+        return made(w_in, w_out, act) if self._agrees("experts", kind, probe) else plain
+
+    def _run(self, name: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *args: object) -> Tensor:
+        x = args[0]
+        assert isinstance(x, Tensor)
+        if not _reachable(x):
+            return plain(*args)
+
+        def probe() -> Pairs:
+            if name in _MIXERS:
+                return _both_on_tokens(*_MIXERS[name], kernel, plain, args)
+            return _both_on_rows(kernel, plain, args)
+
+        if not self._agrees(name, (name, *map(_kind, args)), probe):
+            return plain(*args)
+        return super()._run(name, kernel, plain, *args)
+
+    def _agrees(self, name: str, kind: Hashable, probe: Callable[[], Pairs]) -> bool:
+        """Whether the kernel does what torch does, as found the first time."""
+        if kind not in self._verdicts:
+            try:
+                problem = _difference(probe())
+            except Exception as error:  # from a compiler, a launch, a kernel without code for these sizes
+                problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            if problem:
+                self.reasons[name] = problem
+            self._verdicts[kind] = not problem
+        return self._verdicts[kind]
+
+
+def _reachable(x: Tensor) -> bool:
+    return x.is_cuda or bool(triton.knobs.runtime.interpret)
+
+
+def _kind(value: object) -> Hashable:
+    """What a kernel is compiled for; not how many rows, slots or pages there are."""
+    match value:
+        case Tensor():
+            return value.dtype, value.shape[1:]
+        case KVTensors():
+            return _kind(value.k), _kind(value.v)
+        case StateTensors():
+            return _kind(value.conv), _kind(value.state)
+        case Mamba1Weights():
+            return value.A.shape
+        case Mamba2Weights():
+            sizes = (value.num_heads, value.head_dim, value.d_state, value.num_groups, value.norm_group)
+            return *sizes, value.norm_first, value.norm_weight is None, _kind(value.conv_weight)
+        case bool() | int() | float():
+            return value
+    return None
+
+
+def _both_on_rows(kernel: Callable[..., Tensor], plain: Callable[..., Tensor], args: Sequence[object]) -> Pairs:
+    """The first argument, and positions if there are any, have rows."""
+    x = args[0]
+    assert isinstance(x, Tensor)
+    small: list[object] = [_random(x, CHECK_ROWS, *x.shape[1:]), *args[1:]]
+    if x.dim() == 3:
+        small[1] = torch.arange(CHECK_ROWS, device=x.device)
+    return [(kernel(*small), plain(*small))]
+
+
+def _both_on_tokens(
+    num_row_args: int,
+    cache_at: int,
+    kernel: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    args: Sequence[object],
+) -> Pairs:
+    """Rows of the real call in a small layout, on caches of our own."""
+    x = args[0]
+    assert isinstance(x, Tensor)
+    layout, runs = _small_layout(x.device)
+    index = torch.arange(layout.num_rows, device=x.device) % len(x)
+    small: list[object] = [layout if isinstance(arg, RowLayout) else arg for arg in args]
+    for i in range(num_row_args):
+        rows_of = args[i]
+        assert isinstance(rows_of, Tensor)
+        small[i] = rows_of[index].nan_to_num()
+    said = []
+    for function in (kernel, plain):
+        tensors, small[cache_at] = _small_cache(args[cache_at])
+        out = function(*small)
+        said.append([*(out[run.row : run.row + run.length] for run in runs), *tensors])
+    return list(zip(*said, strict=True))
+
+
+@functools.cache
+def _small_layout(device: torch.device) -> tuple[RowLayout, Runs]:
+    """A prompt of two tiles with a capture, three tokens of a resumed one, a decode row."""
+    prompt = Run(0, TILE + 6, 0, 0, True, [0, 1], [(TILE, 3)])
+    resumed = Run(0, 3, TILE, 1, False, [2, 3], [])
+    decode = Run(0, 1, TILE + 1, 2, False, [4, 5], [])
+    with CPU:  # whatever the default
+        layout, runs = arrange([prompt, resumed], [decode])
+        plan = plan_shared(layout.page_table[2:].numpy(), layout.decode_len.numpy())
+    return replace(layout, decode_plan=plan).to(device), runs
+
+
+def _small_cache(cache: object) -> tuple[list[Tensor], object]:
+    """-> tensors of a few slots or pages, the same numbers each time, and the cache that they make up."""
+    match cache:
+        case KVTensors():
+            k, v = _slots_like(cache.k), _slots_like(cache.v)
+            return [k, v], KVTensors(k, v)
+        case StateTensors():
+            window, state = _slots_like(cache.conv), _slots_like(cache.state)
+            return [window, state], StateTensors(window, state)
+    assert isinstance(cache, Tensor)
+    slots = _slots_like(cache)
+    return [slots], slots
+
+
+def _slots_like(cache: Tensor) -> Tensor:
+    """Some way apart, as in a pool."""
+    numel = cache[0].numel()
+    return _random(cache, NUM_SLOTS, numel + 64)[:, :numel].view(NUM_SLOTS, *cache.shape[1:])
+
+
+def _random(like: Tensor, *shape: int) -> Tensor:
+    """The same each time, in the dtype and on the device of `like`."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device=CPU).to(like)
+
+
+def _difference(pairs: Pairs) -> str:
+    """Empty where a kernel says the same as torch, but for rounding."""
+    tolerance = CHECK_TOLERANCE[pairs[0][1].dtype]
+    for found, expected in pairs:
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            return f"has the shape {tuple(found.shape)} and type {found.dtype}"
+        error, size = (t.double().square().mean().sqrt().item() for t in (found.double() - expected.double(), expected))
+        if not error <= tolerance * size:  # NaN, too
+            return f"differs from torch by {error / max(size, 1e-30):.2g} of its size"
+    return ""
