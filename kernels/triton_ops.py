@@ -22,7 +22,7 @@ from hybrid_cache.kernels.runs import Run, Runs, arrange
 from hybrid_cache.kernels.shared_prefix import plan_shared
 from hybrid_cache.kernels.torch_ops import LoopExperts, TorchOps
 from hybrid_cache.kernels.triton_kernels import attention, conv, delta, matmul, rows, scan, ssd
-from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
+from hybrid_cache.kernels.unsupported import UnsupportedShape
 
 # Triton 3.9 warns unless somebody says whether a * b + c may be one instruction; 3.10 will say no.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

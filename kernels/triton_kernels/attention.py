@@ -36,7 +36,7 @@ from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.kernels.shared_prefix import PAGES_PER_SPLIT, DecodePlan, plan_shared
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
-from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
+from hybrid_cache.kernels.unsupported import UnsupportedShape
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 

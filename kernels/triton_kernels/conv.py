@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
-from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
+from hybrid_cache.kernels.unsupported import UnsupportedShape
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 

@@ -27,8 +27,16 @@ from triton import knobs
 
 from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
-from hybrid_cache.kernels.triton_kernels.scan import counted, find_capture, inlined, running_sum, summed
-from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
+from hybrid_cache.kernels.triton_kernels.scan import (
+    COUNTS,
+    INDICES,
+    counted,
+    find_capture,
+    inlined,
+    running_sum,
+    summed,
+)
+from hybrid_cache.kernels.unsupported import UnsupportedShape
 
 BLOCK = 16  # rows
 PART = 32  # columns of keys that are looked at together, with their products with earlier blocks
@@ -137,7 +145,7 @@ def _tokens_of_tile(tile, chunk_tile, chunk_len, num_chunks):
     return tl.minimum(tl.load(chunk_len + chunk) - before, _TILE).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDICES)
 def _gated_products_kernel(
     q,
     k,
@@ -202,7 +210,7 @@ def _gated_products_kernel(
     tl.store(factors + 3 * _TILE, from_start)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDICES)
 def _kimi_products_kernel(
     q,
     k,
@@ -309,7 +317,9 @@ def _merge(matrix, HALF: tl.constexpr):
     upper = matrix + i * _TILE + j
     lower = upper + HALF * _TILE
     product = tl.dot(tl.load(lower), tl.load(upper, i >= j, 0.0), input_precision="ieee")
-    tl.store(lower, -tl.dot(tl.load(lower + HALF, i >= j, 0.0), product, input_precision="ieee"))
+    product = tl.dot(tl.load(lower + HALF, i >= j, 0.0), product, input_precision="ieee")
+    tl.debug_barrier()
+    tl.store(lower, -product)
 
 
 @triton.jit
@@ -330,6 +340,7 @@ def _inverse_kernel(kk, inverse_out, HEADS: tl.constexpr):
         factor = summed(tl.where(column == step, near, 0.0), 2)
         done = summed(tl.where(row == step, inverse, 0.0), 1)
         inverse -= factor[:, :, None] * done[:, None, :]
+    tl.debug_barrier()
     tl.store(kk + place, inverse)
     tl.debug_barrier()
     for first in tl.static_range(0, _TILE, 2 * _BLOCK):
@@ -408,7 +419,7 @@ def _tile(
         return h * kept + _dot_rows(tl.trans(key_rows), _split(written))
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDICES)
 def _chunk_kernel(
     q,
     k,
@@ -498,7 +509,7 @@ def _chunk_kernel(
     tl.store(state + slot * state_stride + place, h, inside)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDICES)
 def _decode_kernel(
     q,
     k,

@@ -18,7 +18,7 @@ from triton import knobs
 from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.ops import Mamba1Weights
 from hybrid_cache.kernels.triton_kernels.aot import Spec
-from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
+from hybrid_cache.kernels.unsupported import UnsupportedShape
 
 STATES = 512  # values of the state in a Mamba-1 program over a chunk: 4 for a thread
 STATES_DECODE = 1024
@@ -31,7 +31,11 @@ _TILE = tl.constexpr(TILE)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _ROWS = tl.constexpr(TILE + AHEAD)  # of scratch for a tile: the last are loaded ahead, and not used
 _CAPTURES = tl.constexpr(64)  # looked at in one step
-_COUNTS = ["num_captures", "num_decode", "first_row"]  # they differ from batch to batch: never compiled in
+
+# What differs from batch to batch is never compiled in.
+COUNTS = ["num_chunks", "num_captures", "num_decode", "first_row"]
+INDICES = ["chunk_tile", "chunk_len", "chunk_slot", "chunk_fresh", "decode_slot"]
+INDICES += ["capture_chunk", "capture_tiles", "capture_slot"]
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -119,7 +123,7 @@ def _load_rows(x, y, first, last, x_stride, y_stride, mask, NUM: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDICES)
 def _mamba1_chunk_kernel(
     x,
     dt,
@@ -211,7 +215,7 @@ def _mamba1_chunk_kernel(
     tl.store(state + slot * state_stride + state_place, h, inside)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDICES)
 def _mamba1_decode_kernel(
     x,
     dt,
@@ -314,7 +318,7 @@ def _rg_lru_gates(x, input_gate, gate, decay):
     return a, sigmoid(input_gate.to(tl.float32)) * x.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDICES)
 def _rg_lru_chunk_kernel(
     x,
     input_gate,
@@ -392,7 +396,7 @@ def _rg_lru_chunk_kernel(
     tl.store(state + slot * state_stride + c, h, c_mask)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDICES)
 def _rg_lru_decode_kernel(
     x,
     input_gate,

@@ -13,7 +13,7 @@ from hybrid_cache.kernels.problems import AttentionProblem, pool
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.shared_prefix import PAGES_PER_SPLIT, plan_shared
 from hybrid_cache.kernels.triton_kernels import attention
-from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
+from hybrid_cache.kernels.unsupported import UnsupportedShape
 from tests.kernels.test_against_reference import BATCHES, TOLERANCE, assert_close, play
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

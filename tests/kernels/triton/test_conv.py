@@ -7,7 +7,7 @@ from hybrid_cache.kernels import reference, selfcheck
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.problems import ConvProblem, Piece, Stream, run_batch, token
 from hybrid_cache.kernels.triton_kernels import conv
-from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
+from hybrid_cache.kernels.unsupported import UnsupportedShape
 from tests.kernels.test_against_reference import BATCHES, assert_close, play
 
 

@@ -8,8 +8,8 @@ from hybrid_cache.kernels.problems import ConvProblem, Piece, Stream, run_batch,
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.torch_ops import LoopExperts, PackedLinear, PlainLinear, TorchOps
 from hybrid_cache.kernels.triton_kernels import conv, matmul, rows, scan
-from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
 from hybrid_cache.kernels.triton_ops import CheckedTritonOps, TritonOps
+from hybrid_cache.kernels.unsupported import UnsupportedShape
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of these tests lie on the CPU")
 X = torch.randn(6, 40)

@@ -11,7 +11,7 @@ from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.problems import LinearAttentionProblem, Mamba2Problem, Piece, Stream, run_batch, token
 from hybrid_cache.kernels.runs import arrange
 from hybrid_cache.kernels.triton_kernels import ssd
-from hybrid_cache.kernels.triton_kernels.shapes import UnsupportedShape
+from hybrid_cache.kernels.unsupported import UnsupportedShape
 from tests.kernels.test_against_reference import assert_close, play
 
 SMALL = {"num_heads": 2, "head_dim": 16, "d_state": 16}
