@@ -1,0 +1,64 @@
+"""`bench kernels` at sizes that take a second."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hybrid_cache.api.cli import app
+from hybrid_cache.bench import kernels
+from hybrid_cache.bench.kernel_cases import Case
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(kernels, "MATRIX", {"cpu": (64,)})
+    monkeypatch.setattr(kernels, "BUFFER", {"cpu": 1 << 16})
+    monkeypatch.setattr(kernels, "SHORT_S", 1e-5)
+
+
+def run(*options):
+    return CliRunner().invoke(
+        app, ["bench", "kernels", "--prompt", "70", "--sequences", "3", "--context", "128", *options]
+    )
+
+
+def test_every_operation_is_timed_against_the_roofline(small, tmp_path):
+    out = tmp_path / "kernels.json"
+    result = run("--rounds", "1", "--json", str(out))
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert report["device"] == "cpu"
+    assert all(value > 0 for value in report["ceilings"].values())
+    rows = report["results"]
+    assert {row["kernel"] for row in rows} == {
+        *("linear", "rms_norm", "silu_mul", "mamba2", "mamba1_scan", "causal_conv", "gated_delta", "kimi_delta"),
+        *("linear_attention", "rg_lru", "attention", "decode attention"),
+    }
+    for row in rows:
+        assert row["ms"] > 0
+        assert row["roofline"] > 0
+        assert row["bound"] in ("memory", "arithmetic")
+    assert "reads" in result.output
+
+
+def test_a_share_of_the_roofline_is_the_longer_of_bytes_and_flops():
+    ceilings = kernels.Ceilings(gigabytes_per_s=10, gigaflops_per_s=1000)
+    moves = Case("a", "", flops=1e9, bytes=1e9, build=lambda ops: lambda: None)
+    computes = Case("b", "", flops=1e12, bytes=1e9, build=lambda ops: lambda: None)
+    assert ceilings.seconds(moves) == pytest.approx(0.1)
+    assert ceilings.seconds(computes) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dtype", "int8"], "'int8' is not one of"),
+        (["--backend", "abacus"], "no such backend"),
+        (["--only", "nothing"], "no operation is called nothing"),
+    ],
+)
+def test_a_wrong_option_is_named(small, options, words):
+    result = run(*options)
+    assert result.exit_code != 0
+    assert words in result.output.replace("\n", " ") + str(result.exception)
