@@ -114,6 +114,8 @@ def test_views_of_wider_rows_are_taken():
     stream = Stream(problem.inputs(3, random()), 0, [0])
 
     class Wider:
+        trims = False
+
         @staticmethod
         def linear_attention(q, k, v, *others):
             q, k, v = torch.cat([q, k, v], dim=2).split([q.shape[2], k.shape[2], v.shape[2]], dim=2)
