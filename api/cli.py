@@ -31,7 +31,7 @@ Model = Annotated[
     str | None, typer.Argument(help="A folder in Hugging Face format or a hub name; the embedded model if left out.")
 ]
 Budget = Annotated[str, typer.Option(help="Memory for KV pages and states together, such as 2GiB.")]
-Backend = Annotated[str, typer.Option(help="auto, native or torch.")]
+Backend = Annotated[str, typer.Option(help="auto, native, torch or triton (needs a GPU; new).")]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads that compute; 0 leaves it to torch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

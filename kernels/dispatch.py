@@ -33,12 +33,15 @@ def available() -> dict[str, str | None]:
 
 
 def select(name: str = "auto") -> Ops:
-    """The named backend; "auto" is `$HYBRID_CACHE_BACKEND`, else the first of triton, native and torch that runs."""
+    """The named backend; "auto" is `$HYBRID_CACHE_BACKEND`, else native, else torch.
+
+    Triton is asked for by name as long as its kernels have been compiled and interpreted, but not run on a card.
+    """
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     reasons = available()
     if name == "auto":
-        name = next(backend for backend in ("triton", "native", "torch") if reasons[backend] is None)
+        name = next(backend for backend in ("native", "torch") if reasons[backend] is None)
     if name not in reasons or reasons[name] is not None:
         usable = ", ".join(backend for backend, reason in reasons.items() if reason is None)
         raise BackendUnavailable(f"backend {name!r}: {reasons.get(name) or 'no such backend'}; usable here: {usable}")

@@ -48,9 +48,12 @@ def test_native_is_preferred_without_a_gpu():
 
 @triton_needed
 @pytest.mark.usefixtures("with_a_device")
-def test_triton_is_preferred_with_a_gpu():
+def test_triton_is_taken_when_it_is_asked_for(monkeypatch):
     assert dispatch.available()["triton"] is None
-    assert dispatch.select().name == dispatch.select("triton").name == "triton"
+    assert dispatch.select().name != "triton"
+    assert dispatch.select("triton").name == "triton"
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
+    assert dispatch.select().name == "triton"
 
 
 @pytest.mark.usefixtures("with_a_device")
