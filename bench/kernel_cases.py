@@ -50,15 +50,15 @@ def cases(dtype: torch.dtype, device: torch.device, prompt: int, sequences: int,
     sequences  decode rows
     context    tokens that each decode row attends to
     """
-    bench = _Bench(dtype, device, prompt, sequences, context)
-    yield from bench.linears()
-    yield from bench.rows()
-    yield from bench.mixers()
-    yield from bench.attention()
+    sizes = _Sizes(dtype, device, prompt, sequences, context)
+    yield from sizes.linears()
+    yield from sizes.rows()
+    yield from sizes.mixers()
+    yield from sizes.attention()
 
 
 @dataclass(frozen=True, slots=True)
-class _Bench:
+class _Sizes:
     dtype: torch.dtype
     device: torch.device
     prompt: int
