@@ -11,10 +11,8 @@ import torch
 
 from hybrid_cache.kernels import dispatch, native_library
 from hybrid_cache.kernels.native_library import FLAGS, BuildError
+from tests.kernels.compiler import compiler_needed
 
-compiler_needed = pytest.mark.skipif(
-    native_library.reason_missing() is not None, reason=f"native backend: {native_library.reason_missing()}"
-)
 triton_needed = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 

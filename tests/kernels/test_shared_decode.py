@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.kernels import native_library
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.native_ops import NativeOps
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.torch_ops import TorchOps
+from tests.kernels.compiler import compiler_needed
 
-pytestmark = pytest.mark.skipif(native_library.reason_missing() is not None, reason="no C compiler")
+pytestmark = compiler_needed
 
 NUM_PAGES = 40
 APART = 1 << 30  # rows that would have to share before anything is shared

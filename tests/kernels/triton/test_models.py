@@ -9,7 +9,7 @@ from hybrid_cache.models import loading
 from tests.models import checkpoints
 from tests.models.driver import Driver
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs all tests of models")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of these tests lie on the CPU")
 
 # One layer of each kind.
 CASES = [
