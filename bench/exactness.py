@@ -29,7 +29,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine, Outputs
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.dispatch import select
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.models.loading import embedded_path, load
 from hybrid_cache.request import Boundary, Prompt, Request, SamplingParams, TokenArray, TokenOutput
 from hybrid_cache.runner import ModelRunner, StepHidden
@@ -101,7 +101,7 @@ def recording_runner(ledger: Ledger) -> type[ModelRunner]:
 
         def run(self, step: Step) -> StepHidden:
             batch, counts = self.batch(step)
-            keys, rows = zip(*row_keys(step), strict=True)
+            keys, rows = zip(*row_keys(step, batch.layout), strict=True)
             everything = replace(batch, output_rows=torch.tensor(rows, device=self._recorded_model.device))
             hidden = self._recorded_model.forward(everything, self._recorded_cache.tensors)
             for key, logits in zip(keys, self.logits(hidden), strict=True):
@@ -114,16 +114,14 @@ def recording_runner(ledger: Ledger) -> type[ModelRunner]:
     return RecordingRunner
 
 
-def row_keys(step: Step) -> Iterator[tuple[RowKey, int]]:
+def row_keys(step: Step, layout: RowLayout) -> Iterator[tuple[RowKey, int]]:
     """Every row of a step that holds a token: its key, and its place in the batch."""
-    row = 0
-    for chunk in step.chunks:
+    for chunk, row in zip(step.chunks, layout.chunk_row.tolist(), strict=True):
         for i in range(chunk.start, chunk.end):
             yield (chunk.prefill.tokens[: i + 1].tobytes(), -1), row + i - chunk.start
-        row += -(-(chunk.end - chunk.start) // TILE) * TILE
     for i, sequence in enumerate(step.decodes):
         tokens = sequence.all_tokens()[: sequence.fed + 1]
-        yield (tokens.tobytes(), len(sequence.prefill.tokens)), row + i
+        yield (tokens.tobytes(), len(sequence.prefill.tokens)), layout.decode_row + i
 
 
 class Workload:

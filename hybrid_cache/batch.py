@@ -37,6 +37,11 @@ class HybridModel(Protocol):
         ...
 
     @property
+    def packs(self) -> bool:
+        """Takes batches whose chunks follow each other without padding (`kernels.layout`)."""
+        ...
+
+    @property
     def cache_spec(self) -> CacheSpec: ...
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid_cache.batch import ForwardBatch, HybridModel
 from hybrid_cache.cache import HybridCache
-from hybrid_cache.kernels.layout import TILE, RowLayout, end_of
+from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows
 from hybrid_cache.kernels.shared_prefix import plan_shared
 from hybrid_cache.lease import Lease
 from hybrid_cache.scheduler import Chunk, Step
@@ -42,9 +42,9 @@ class ModelRunner:
 
     def batch(self, step: Step) -> tuple[ForwardBatch, list[int]]:
         """What the model is given for a step, and how many hidden rows each chunk gets back."""
+        batch, counts = build_batch(step, packed=self._model.packs)
         if self._model.device.type == "cpu":
-            return build_batch(step, trim=True)
-        batch, counts = build_batch(step, trim=False)
+            return batch, counts
         return on_device(batch, self._model.device), counts
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -52,19 +52,16 @@ class ModelRunner:
         return self._model.logits(hidden)
 
 
-def build_batch(step: Step, *, trim: bool) -> tuple[ForwardBatch, list[int]]:
-    """A step's rows and index tensors, and how many hidden rows each chunk gets back; `trim` as in `end_of`."""
-    tiles = [-(-(c.end - c.start) // TILE) for c in step.chunks]
+def build_batch(step: Step, *, packed: bool) -> tuple[ForwardBatch, list[int]]:
+    """A step's rows and index tensors, and how many hidden rows each chunk gets back."""
+    lengths, num_decode = [c.end - c.start for c in step.chunks], len(step.decodes)
+    rows, decode_row, num_rows = place_rows(lengths, num_decode, packed=packed)
+    tiles = [-(-length // TILE) for length in lengths]
     first_tile = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
-    num_tiles, num_decode = int(first_tile[-1]), len(step.decodes)
-    decode_row = num_tiles * TILE
-    last = (step.chunks[-1].end - step.chunks[-1].start) % TILE or TILE if step.chunks else 0
-    num_rows = end_of(num_tiles, num_decode, last, trim=trim)
     token_ids, positions = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
     kv_rows = np.full(num_rows, -1, np.int64)
     output_rows: list[Rows] = []
-    for chunk, tile in zip(step.chunks, first_tile, strict=False):
-        row, length = int(tile) * TILE, chunk.end - chunk.start
+    for chunk, row, length in zip(step.chunks, rows, lengths, strict=True):
         token_ids[row : row + length] = chunk.prefill.tokens[chunk.start : chunk.end]
         positions[row : row + length] = np.arange(chunk.start, chunk.end)
         kv_rows[row : row + length] = _kv_rows(_lease(chunk), chunk.start, chunk.end)
@@ -75,12 +72,14 @@ def build_batch(step: Step, *, trim: bool) -> tuple[ForwardBatch, list[int]]:
     output_rows.append(np.arange(decode_row, decode_row + num_decode))
     layout = RowLayout(
         num_rows=num_rows,
-        num_tiles=num_tiles,
+        num_tiles=int(first_tile[-1]),
         num_decode=num_decode,
+        decode_row=decode_row,
+        chunk_row=_ints(rows),
         chunk_tile=torch.from_numpy(first_tile[:-1].copy()),
         chunk_tiles=_ints(tiles),
         chunk_start=_ints([c.start for c in step.chunks]),
-        chunk_len=_ints([c.end - c.start for c in step.chunks]),
+        chunk_len=_ints(lengths),
         chunk_slot=_ints([_lease(c).slot for c in step.chunks]),
         chunk_fresh=_ints([int(c.start == 0) for c in step.chunks]),
         capture_chunk=_ints([i for i, c in enumerate(step.chunks) for _ in c.captures]),

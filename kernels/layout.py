@@ -2,19 +2,20 @@
 
 A batch has R rows of tokens and no batch axis:
 
-    [0, TILE * num_tiles)                    prefill tiles, TILE rows each; the last tile of a chunk is zero-padded
-    [TILE * num_tiles, ... + num_decode)     decode rows, one token of one sequence each
+    [0, decode_row)                          chunks of prompts, one after the other
+    [decode_row, decode_row + num_decode)    decode rows, one token of one sequence each
     [..., R)                                 padding, so that R >= MIN_ROWS; computed and ignored
-
-On a CPU, where a row less is time saved, R ends with the last token: without decode rows, the rest of the last tile is
-not there (`end_of`).
 
 A *chunk* is a run of consecutive tiles of one sequence. It starts at a multiple of TILE in that sequence, so a
 token sits in the same row of the same tile whether or not earlier tokens came from the cache: this grid is what makes
 reuse bit-exact. Every kernel must give a row the same bits whatever else is in the batch, and must not let
-padded rows change a state.
+padding rows change a state.
+
+The last tile of a chunk may hold fewer than TILE tokens. On a CPU, where a row less is time saved, the next chunk
+follows at once (*packed*); elsewhere the tile is padded, so that tile i starts in row TILE * i.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,13 @@ class RowLayout:
     num_rows: int  # R
     num_tiles: int
     num_decode: int  # D
+    decode_row: int  # row of the first decode row
 
-    chunk_tile: Tensor  # [C] index of the chunk's first tile
+    chunk_row: Tensor  # [C] row of the chunk's first token
+    chunk_tile: Tensor  # [C] index of the chunk's first tile, counted over all chunks
     chunk_tiles: Tensor  # [C] number of tiles
     chunk_start: Tensor  # [C] position of its first token in the sequence, a multiple of TILE
-    chunk_len: Tensor  # [C] tokens; rows past this are padding
+    chunk_len: Tensor  # [C] tokens; rows of its tiles past this are padding, or not there
     chunk_slot: Tensor  # [C] state slot read at the start and overwritten at the end
     chunk_fresh: Tensor  # [C] 1 to start from the zero state instead of the slot's content
 
@@ -63,9 +66,10 @@ class RowLayout:
         return replace(self, **moved)
 
 
-def end_of(num_tiles: int, num_decode: int, last_tile_tokens: int, *, trim: bool) -> int:
-    """R of a batch. `trim` leaves out what follows the last token of the last tile, if no decode rows do."""
-    rows = num_tiles * TILE + num_decode
-    if trim and num_tiles and not num_decode:
-        rows -= TILE - last_tile_tokens
-    return max(rows, MIN_ROWS)
+def place_rows(lengths: Sequence[int], num_decode: int, *, packed: bool) -> tuple[list[int], int, int]:
+    """Chunks of `lengths` tokens -> first row of each, of the decode rows, and R."""
+    rows, row = [], 0
+    for length in lengths:
+        rows.append(row)
+        row += length if packed else -(-length // TILE) * TILE
+    return rows, row, max(row + num_decode, MIN_ROWS)

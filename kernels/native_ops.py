@@ -22,9 +22,9 @@ PANEL = 64  # in linear.c
 MIN_SHARED_ROWS = 2  # reading a page once for two rows is already cheaper than twice
 MIN_VALUES_FOR_THREADS = 1 << 17  # below this, waking a second thread takes longer than the work
 
-_LAYOUT_SIZES = ("num_rows", "num_tiles", "num_decode", "num_chunks", "num_captures", "max_pages")
+_LAYOUT_SIZES = ("num_rows", "num_tiles", "num_decode", "decode_row", "num_chunks", "num_captures", "max_pages")
 _LAYOUT_TENSORS = (
-    *("chunk_tile", "chunk_tiles", "chunk_start", "chunk_len", "chunk_slot", "chunk_fresh"),
+    *("chunk_row", "chunk_tile", "chunk_tiles", "chunk_start", "chunk_len", "chunk_slot", "chunk_fresh"),
     *("capture_chunk", "capture_tiles", "capture_slot", "decode_slot", "decode_len", "page_table", "kv_rows"),
 )
 
@@ -109,7 +109,7 @@ def _prepare_layout(layout: RowLayout) -> _Prepared:
     tensors = [getattr(layout, name).contiguous() for name in _LAYOUT_TENSORS]
     num_decode = layout.num_decode
     tensors += [torch.empty(size, dtype=torch.int64) for size in (num_decode, num_decode + 1, 2 * num_decode * 4)]
-    sizes = [layout.num_rows, layout.num_tiles, num_decode]
+    sizes = [layout.num_rows, layout.num_tiles, num_decode, layout.decode_row]
     sizes += [len(layout.chunk_tile), len(layout.capture_chunk), layout.page_table.shape[1]]
     return _Prepared(layout, _Layout(*sizes, *(tensor.data_ptr() for tensor in tensors)), tensors)
 

@@ -97,7 +97,7 @@ class Ops(Protocol):
 
     name: str
     device: torch.device  # of all tensors
-    trims: bool  # takes batches that end with the last token of the last tile
+    packs: bool  # takes packed batches (`layout`)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Packs weight [out, in] (+ bias [out]); the caller may drop its copy."""

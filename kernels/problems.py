@@ -74,7 +74,7 @@ def run_batch(
 ) -> list[Tensor]:
     """One call; -> the output rows of each piece, chunks first. Rows of no piece are filled with `padding`."""
     runs_of = ([piece.run(False) for piece in chunks], [piece.run(True) for piece in decodes])
-    layout, runs = arrange(*runs_of, trim=ops.trims)
+    layout, runs = arrange(*runs_of, packed=ops.packs)
     pieces = [*chunks, *decodes]
     inputs = [torch.full((layout.num_rows, *x.shape[1:]), padding, dtype=x.dtype) for x in pieces[0].stream.inputs]
     for piece, run in zip(pieces, runs, strict=True):

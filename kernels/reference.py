@@ -14,7 +14,7 @@ from hybrid_cache.kernels import runs
 from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights, Mamba2Weights, StateTensors
 
-trims = True  # as in `ops.Ops`
+packs = True  # as in `ops.Ops`
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

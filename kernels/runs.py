@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.layout import TILE, RowLayout, end_of
+from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +53,18 @@ def read(layout: RowLayout) -> Runs:
         captures.setdefault(chunk, []).append((tiles * TILE, slot))
     tables = layout.page_table.tolist()
     columns = (
-        layout.chunk_tile.tolist(),
+        layout.chunk_row.tolist(),
         layout.chunk_len.tolist(),
         layout.chunk_start.tolist(),
         layout.chunk_slot.tolist(),
         layout.chunk_fresh.tolist(),
     )
     chunks = [
-        Run(tile * TILE, length, start, slot, bool(fresh), _pages(tables[i], start + length), captures.get(i, []))
-        for i, (tile, length, start, slot, fresh) in enumerate(zip(*columns, strict=True))
+        Run(row, length, start, slot, bool(fresh), _pages(tables[i], start + length), captures.get(i, []))
+        for i, (row, length, start, slot, fresh) in enumerate(zip(*columns, strict=True))
     ]
-    first = layout.num_tiles * TILE
     decodes = [
-        Run(first + i, 1, length - 1, slot, False, _pages(tables[len(chunks) + i], length), [])
+        Run(layout.decode_row + i, 1, length - 1, slot, False, _pages(tables[len(chunks) + i], length), [])
         for i, (slot, length) in enumerate(zip(layout.decode_slot.tolist(), layout.decode_len.tolist(), strict=True))
     ]
     return Runs(chunks, decodes)
@@ -75,15 +74,12 @@ def _pages(table: list[int], num_tokens: int) -> list[int]:
     return table[: -(-num_tokens // TILE)]
 
 
-def arrange(chunks: Sequence[Run], decodes: Sequence[Run], *, trim: bool = False) -> tuple[RowLayout, Runs]:
+def arrange(chunks: Sequence[Run], decodes: Sequence[Run], *, packed: bool = False) -> tuple[RowLayout, Runs]:
     """The layout of a batch, and the same runs with `Run.row` filled in; what it was before does not matter."""
-    placed, tile = [], 0
-    for chunk in chunks:
-        placed.append(replace(chunk, row=tile * TILE))
-        tile += chunk.num_tiles
-    runs = Runs(placed, [replace(decode, row=tile * TILE + i) for i, decode in enumerate(decodes)])
-    last = chunks[-1].length % TILE or TILE if chunks else 0
-    num_rows = end_of(tile, len(decodes), last, trim=trim)
+    rows, decode_row, num_rows = place_rows([chunk.length for chunk in chunks], len(decodes), packed=packed)
+    placed = [replace(chunk, row=row) for chunk, row in zip(chunks, rows, strict=True)]
+    runs = Runs(placed, [replace(decode, row=decode_row + i) for i, decode in enumerate(decodes)])
+    tiles = [chunk.num_tiles for chunk in chunks]
     kv_rows = torch.full((num_rows,), -1)
     table = torch.zeros(len(placed) + len(decodes), max((len(run.pages) for run in runs), default=0), dtype=torch.int64)
     for i, run in enumerate(runs):
@@ -93,10 +89,12 @@ def arrange(chunks: Sequence[Run], decodes: Sequence[Run], *, trim: bool = False
     captures = [(i, tokens // TILE, slot) for i, run in enumerate(placed) for tokens, slot in run.captures]
     layout = RowLayout(
         num_rows=num_rows,
-        num_tiles=tile,
+        num_tiles=sum(tiles),
         num_decode=len(decodes),
-        chunk_tile=_index(run.row // TILE for run in placed),
-        chunk_tiles=_index(run.num_tiles for run in placed),
+        decode_row=decode_row,
+        chunk_row=_index(rows),
+        chunk_tile=_index(sum(tiles[:i]) for i in range(len(tiles))),
+        chunk_tiles=_index(tiles),
         chunk_start=_index(run.start for run in placed),
         chunk_len=_index(run.length for run in placed),
         chunk_slot=_index(run.slot for run in placed),

@@ -110,7 +110,7 @@ class TorchOps:
 
     name = "torch"
     device = torch.device("cpu")
-    trims = True
+    packs = True
 
     def __init__(self) -> None:
         self._last: tuple[RowLayout, Runs] | None = None
@@ -361,8 +361,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def _decode_rows(layout: RowLayout) -> slice:
-    first = layout.num_tiles * TILE
-    return slice(first, first + layout.num_decode)
+    return slice(layout.decode_row, layout.decode_row + layout.num_decode)
 
 
 # Attention

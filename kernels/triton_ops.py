@@ -56,7 +56,7 @@ class TritonOps(TorchOps):
     """
 
     name = "triton"
-    trims = False  # kernels write whole tiles
+    packs = False  # kernels write whole tiles
 
     def __init__(self, fast: bool = False) -> None:
         super().__init__()

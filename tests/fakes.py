@@ -43,6 +43,7 @@ class SumModel:
     max_length = 4096
     fingerprint = "sum-model"
     device = torch.device("cpu")
+    packs = True
 
     def __init__(self) -> None:
         self.rows_computed = 0  # rows of real tokens, padding left out
@@ -67,7 +68,7 @@ class SumModel:
             self.rows_computed += 1
 
         for c in range(len(layout.chunk_slot)):
-            slot, first = int(layout.chunk_slot[c]), int(layout.chunk_tile[c]) * TILE
+            slot, first = int(layout.chunk_slot[c]), int(layout.chunk_row[c])
             state = torch.zeros(600) if layout.chunk_fresh[c] else states.state[slot].clone()
             captures = {
                 int(n) * TILE: int(s)
@@ -81,7 +82,7 @@ class SumModel:
                 if i + 1 in captures:
                     states.state[captures[i + 1]] = state
             states.state[slot] = state
-        first = layout.num_tiles * TILE
+        first = layout.decode_row
         for d in range(layout.num_decode):
             state = states.state[int(layout.decode_slot[d])]
             assert int(layout.decode_len[d]) == int(batch.positions[first + d]) + 1

@@ -275,7 +275,7 @@ INLINE void attend_tile(const Attention *a, const void *q, void *out, const int6
 INLINE void attend_tree(const Layout *l, const Attention *a, const void *q, void *out, int64_t tree, int64_t kv_head,
                         const Memory *m, int bf16) {
     const int64_t group = a->num_heads / a->num_kv_heads, row = a->num_heads * a->head_dim;
-    const int64_t first_row = l->num_tiles * TILE, from = l->trees[tree], to = l->trees[tree + 1];
+    const int64_t first_row = l->decode_row, from = l->trees[tree], to = l->trees[tree + 1];
     const int64_t root = l->segments[from].first_row;
     int64_t num_rows = 0;
     for (int64_t s = from; s < to; s++) {
@@ -327,8 +327,8 @@ INLINE void run(const Layout *l, const Attention *a, const void *q, const void *
 #pragma omp for schedule(dynamic) nowait
         for (int64_t task = 0; task < l->num_tiles * a->num_kv_heads; task++) {
             const int64_t tile = l->num_tiles - 1 - task / a->num_kv_heads, c = chunk_of(l, tile);
-            const int64_t i = tile - l->chunk_tile[c];
-            attend_tile(a, at(q, tile * TILE * a->q_stride, bf16), at_mut(out, tile * TILE * row, bf16),
+            const int64_t i = tile - l->chunk_tile[c], r = row_of(l, c, i);
+            attend_tile(a, at(q, r * a->q_stride, bf16), at_mut(out, r * row, bf16),
                         l->page_table + c * l->max_pages, l->chunk_start[c] + i * TILE, tokens_in(l, c, i),
                         task % a->num_kv_heads, &memory, bf16);
         }

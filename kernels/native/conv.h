@@ -62,7 +62,7 @@ static inline void save_window(const Signal *s, int64_t num_tokens, void *to, in
 
 INLINE Signal chunk_signal(const Layout *l, int64_t chunk, const void *x, int64_t stride, const Pool *conv,
                            int64_t channels, int64_t width, int bf16) {
-    Signal s = {0, at(x, l->chunk_tile[chunk] * TILE * stride, bf16), stride, channels, width};
+    Signal s = {0, at(x, l->chunk_row[chunk] * stride, bf16), stride, channels, width};
     if (!l->chunk_fresh[chunk]) s.window = at(conv->data, l->chunk_slot[chunk] * conv->stride, bf16);
     return s;
 }
@@ -70,7 +70,7 @@ INLINE Signal chunk_signal(const Layout *l, int64_t chunk, const void *x, int64_
 INLINE Signal decode_signal(const Layout *l, int64_t i, const void *x, int64_t stride, const Pool *conv,
                             int64_t channels, int64_t width, int bf16) {
     Signal s = {at(conv->data, l->decode_slot[i] * conv->stride, bf16),
-                at(x, (l->num_tiles * TILE + i) * stride, bf16), stride, channels, width};
+                at(x, (l->decode_row + i) * stride, bf16), stride, channels, width};
     return s;
 }
 

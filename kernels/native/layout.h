@@ -17,8 +17,8 @@ typedef struct {
 } Segment;
 
 typedef struct {
-    int64_t num_rows, num_tiles, num_decode, num_chunks, num_captures, max_pages;
-    const int64_t *chunk_tile, *chunk_tiles, *chunk_start, *chunk_len, *chunk_slot, *chunk_fresh;
+    int64_t num_rows, num_tiles, num_decode, decode_row, num_chunks, num_captures, max_pages;
+    const int64_t *chunk_row, *chunk_tile, *chunk_tiles, *chunk_start, *chunk_len, *chunk_slot, *chunk_fresh;
     const int64_t *capture_chunk, *capture_tiles, *capture_slot;
     const int64_t *decode_slot, *decode_len;
     const int64_t *page_table, *kv_rows;
@@ -56,11 +56,17 @@ static inline int64_t tokens_in(const Layout *l, int64_t chunk, int64_t tile_of_
     return n < 64 ? n : 64;
 }
 
+/* Row of the first token of a chunk's tile. */
+static inline int64_t row_of(const Layout *l, int64_t chunk, int64_t tile_of_chunk) {
+    return l->chunk_row[chunk] + 64 * tile_of_chunk;
+}
+
 /* Does row r hold a token? */
 static inline int row_is_token(const Layout *l, int64_t r) {
-    if (r >= l->num_tiles * 64) return r < l->num_tiles * 64 + l->num_decode;
-    const int64_t chunk = chunk_of(l, r / 64);
-    return r - l->chunk_tile[chunk] * 64 < l->chunk_len[chunk];
+    if (r >= l->decode_row) return r < l->decode_row + l->num_decode;
+    for (int64_t c = 0; c < l->num_chunks; c++)
+        if (r < l->chunk_row[c] + l->chunk_len[c]) return r >= l->chunk_row[c];
+    return 0;
 }
 
 #endif

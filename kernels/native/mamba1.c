@@ -23,7 +23,7 @@ INLINE void convolve(const Layout *l, const void *x, int64_t stride, int64_t cha
             for (int64_t c = 0; c < channels; c += LANES) {
                 conv_columns(&s, taps, bias, i * TILE, n, c, channels - c, y, LANES, bf16);
                 for (int64_t t = 0; t < n; t++)
-                    store_n(out, (tile * TILE + t) * channels + c, load_f32(y + t * LANES), channels - c, bf16);
+                    store_n(out, (row_of(l, chunk, i) + t) * channels + c, load_f32(y + t * LANES), channels - c, bf16);
             }
         }
 #pragma omp for schedule(static)
@@ -32,7 +32,7 @@ INLINE void convolve(const Layout *l, const void *x, int64_t stride, int64_t cha
             float y[LANES];
             for (int64_t c = 0; c < channels; c += LANES) {
                 conv_columns(&s, taps, bias, 0, 1, c, channels - c, y, LANES, bf16);
-                store_n(out, (l->num_tiles * TILE + i) * channels + c, load_f32(y), channels - c, bf16);
+                store_n(out, (l->decode_row + i) * channels + c, load_f32(y), channels - c, bf16);
             }
         }
 #pragma omp single
@@ -119,7 +119,7 @@ int64_t mamba1_scratch(const Layout *l, int64_t d_state) {
 }
 
 INLINE void run(const Layout *l, const Scan *s, void *out, Pool state, float *scratch, int64_t num_threads, int bf16) {
-    const int64_t size = 2 * TILE * ROUND_UP(s->d_state), first = l->num_tiles * TILE;
+    const int64_t size = 2 * TILE * ROUND_UP(s->d_state), first = l->decode_row;
     const int64_t num_blocks = ROUND_UP(s->channels) / LANES;
 #pragma omp parallel num_threads(num_threads)
     {
@@ -129,8 +129,8 @@ INLINE void run(const Layout *l, const Scan *s, void *out, Pool state, float *sc
                 memset(at_mut(out, r * s->channels, bf16), 0, (size_t)s->channels * (bf16 ? 2 : 4));
 #pragma omp for schedule(static) nowait
         for (int64_t tile = 0; tile < l->num_tiles; tile++) {
-            const int64_t chunk = chunk_of(l, tile);
-            widen_bc(s, tile * TILE, tokens_in(l, chunk, tile - l->chunk_tile[chunk]), scratch + tile * size, bf16);
+            const int64_t chunk = chunk_of(l, tile), i = tile - l->chunk_tile[chunk];
+            widen_bc(s, row_of(l, chunk, i), tokens_in(l, chunk, i), scratch + tile * size, bf16);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < l->num_decode; i++)
@@ -143,8 +143,8 @@ INLINE void run(const Layout *l, const Scan *s, void *out, Pool state, float *sc
                 (size_t)((s->channels - c < LANES ? s->channels - c : LANES) * s->d_state) * sizeof *to;
             if (l->chunk_fresh[chunk]) memset(to, 0, num_bytes);
             for (int64_t i = 0; i < l->chunk_tiles[chunk]; i++) {
-                const int64_t tile = l->chunk_tile[chunk] + i;
-                scan_rows(s, tile * TILE, tokens_in(l, chunk, i), c, to, scratch + tile * size, out, bf16);
+                const float *work = scratch + (l->chunk_tile[chunk] + i) * size;
+                scan_rows(s, row_of(l, chunk, i), tokens_in(l, chunk, i), c, to, work, out, bf16);
                 for (int64_t x = 0; x < l->num_captures; x++)
                     if (l->capture_chunk[x] == chunk && l->capture_tiles[x] == i + 1)
                         memcpy((float *)state.data + l->capture_slot[x] * state.stride + c * s->d_state, to, num_bytes);

@@ -195,7 +195,7 @@ INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Plan *p, const vo
         const int64_t tile = l->chunk_tile[chunk] + i, n = tokens_in(l, chunk, i);
         tile_conv(&s, w, i * TILE, n, h * w->head_dim, w->head_dim, operands + p->np * p->pp, p->pp, bf16);
         tile_head(w, p, p->tiles + tile * p->tile_size, h, coefficients, operands, weighted, n,
-                  p->y + tile * TILE * p->innerp, HAVE_PAIRS && bf16);
+                  p->y + row_of(l, chunk, i) * p->innerp, HAVE_PAIRS && bf16);
         for (int64_t c = 0; c < l->num_captures; c++)
             if (l->capture_chunk[c] == chunk && l->capture_tiles[c] == i + 1)
                 save_state(w, p, operands, coefficients, head_state(w, state, l->capture_slot[c], h));
@@ -242,7 +242,7 @@ static void step_head(const Layout *l, const Mamba2 *w, const Plan *p, const Poo
     const int64_t N = w->d_state, P = w->head_dim, g = h / (w->num_heads / w->num_groups);
     const float *x = mine + h * P, *B = mine + p->inner + g * N, *C = B + w->num_groups * N;
     float *to = head_state(w, state, l->decode_slot[i], h);
-    float *y = p->y + (l->num_tiles * TILE + i) * p->innerp + h * P;
+    float *y = p->y + (l->decode_row + i) * p->innerp + h * P;
     switch (N) {
         case 16: step_state(B, C, x, dt[h], decay[h], w->D[h], P, N, to, y, 1); break;
         case 64: step_state(B, C, x, dt[h], decay[h], w->D[h], P, N, to, y, 4); break;

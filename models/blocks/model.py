@@ -56,6 +56,7 @@ class CausalModel:
         """
         hidden = config.integer("hidden_size")
         self.device = ops.device
+        self.packs = ops.packs
         self.vocab_size = config.integer("vocab_size")
         self.max_length = config.integer("max_position_embeddings", max_length)
         shapes = tuple(shape for layer in layers for shape in layer.shapes)

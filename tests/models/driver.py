@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.batch import ForwardBatch, HybridModel
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.spec import AttentionSpec, CacheSpec
 
@@ -94,16 +94,14 @@ class Driver:
 
     def _batch(self, chunks: list[Chunk], decodes: list[Sequence]) -> tuple[ForwardBatch, list[int]]:
         tiles = [-(-c.num_tokens // TILE) for c in chunks]
-        num_tiles = sum(tiles)
-        num_rows = max(num_tiles * TILE + len(decodes), MIN_ROWS)
+        first, decode_row, num_rows = place_rows([c.num_tokens for c in chunks], len(decodes), packed=self.model.packs)
         tokens = torch.zeros(num_rows, dtype=torch.int64)
         positions = torch.zeros(num_rows, dtype=torch.int64)
         kv_rows = torch.full((num_rows,), -1)
         outputs, spans, tables = [], [], []
-        first = [sum(tiles[:i]) for i in range(len(tiles))]
         wanted = [c.num_tokens if c.outputs is None else c.outputs for c in chunks] + [1] * len(decodes)
-        runs = [(c.sequence, tile * TILE, c.num_tokens) for c, tile in zip(chunks, first, strict=True)]
-        runs += [(s, num_tiles * TILE + i, 1) for i, s in enumerate(decodes)]
+        runs = [(c.sequence, row, c.num_tokens) for c, row in zip(chunks, first, strict=True)]
+        runs += [(s, decode_row + i, 1) for i, s in enumerate(decodes)]
         starts = [s.done for s, _, _ in runs]
         for (s, row, n), num_wanted in zip(runs, wanted, strict=True):
             start, end = s.done, s.done + n
@@ -121,9 +119,11 @@ class Driver:
         captures = [(i, t, slot) for i, c in enumerate(chunks) for t, slot in c.captures.items()]
         layout = RowLayout(
             num_rows=num_rows,
-            num_tiles=num_tiles,
+            num_tiles=sum(tiles),
             num_decode=len(decodes),
-            chunk_tile=_ints(first),
+            decode_row=decode_row,
+            chunk_row=_ints(first),
+            chunk_tile=_ints([sum(tiles[:i]) for i in range(len(tiles))]),
             chunk_tiles=_ints(tiles),
             chunk_start=_ints(starts[: len(chunks)]),
             chunk_len=_ints([c.num_tokens for c in chunks]),

@@ -29,7 +29,7 @@ def on_device(layout):
 class TritonAttention:
     """`Ops` as far as these tests go, for tensors on the CPU."""
 
-    trims = False
+    packs = False
 
     def attention(self, q, k, v, scale, layout, kv, window=None):
         pages = KVTensors(kv.k.to(DEVICE), kv.v.to(DEVICE))

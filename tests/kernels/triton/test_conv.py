@@ -14,7 +14,7 @@ from tests.kernels.test_against_reference import BATCHES, assert_close, play
 class ConvOps:
     """`Ops` as far as these tests go."""
 
-    trims = False
+    packs = False
     causal_conv = staticmethod(conv.causal_conv)
 
 
@@ -78,7 +78,7 @@ def test_a_view_of_wider_rows_is_taken():
     stream = Stream(problem.inputs(70, torch.Generator().manual_seed(1)), 0, [0, 1])
 
     class Wider:
-        trims = False
+        packs = False
 
         @staticmethod
         def causal_conv(x, *others):

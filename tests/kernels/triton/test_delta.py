@@ -39,7 +39,7 @@ ONE_HEAD = {GatedDeltaProblem: {"num_heads": 1, "num_groups": 1}, KimiDeltaProbl
 class DeltaOps:
     """`Ops` as far as these tests go."""
 
-    trims = False
+    packs = False
     gated_delta = staticmethod(delta.gated_delta)
     kimi_delta = staticmethod(delta.kimi_delta)
 
@@ -107,7 +107,7 @@ def test_rows_of_no_token_come_back_as_zeros(kind):
         return staticmethod(run)
 
     class Watched:
-        trims = False
+        packs = False
         gated_delta = watched(delta.gated_delta)
         kimi_delta = watched(delta.kimi_delta)
 
@@ -124,7 +124,7 @@ def test_views_of_wider_rows_are_taken():
     stream = Stream(problem.inputs(3, torch.Generator().manual_seed(0)), 0, [0])
 
     class Wider:
-        trims = False
+        packs = False
 
         @staticmethod
         def gated_delta(q, k, v, g, *others):

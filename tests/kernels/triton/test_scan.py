@@ -35,7 +35,7 @@ RG_LRU = {"13 channels": ({"channels": 13}, CALLS), "300 channels": ({"channels"
 class ScanOps:
     """`Ops` as far as these tests go."""
 
-    trims = False
+    packs = False
     mamba1_scan = staticmethod(scan.mamba1_scan)
     rg_lru = staticmethod(scan.rg_lru)
 
@@ -87,7 +87,7 @@ def test_rows_of_no_token_come_back_as_zeros(kind):
     rows = []
 
     class Watched:
-        trims = False
+        packs = False
 
         @staticmethod
         def mamba1_scan(*arguments):
@@ -112,7 +112,7 @@ def test_views_of_wider_rows_are_taken():
     stream = Stream(problem.inputs(3, random()), 0, [0])
 
     class Wider:
-        trims = False
+        packs = False
 
         @staticmethod
         def mamba1_scan(x, dt, B, C, z, *others):

@@ -50,7 +50,7 @@ LINEAR_ATTENTION = {
 class SsdOps:
     """`Ops` as far as these tests go."""
 
-    trims = False
+    packs = False
     mamba2 = staticmethod(ssd.mamba2)
     linear_attention = staticmethod(ssd.linear_attention)
 
@@ -114,7 +114,7 @@ def test_views_of_wider_rows_are_taken():
     stream = Stream(problem.inputs(3, random()), 0, [0])
 
     class Wider:
-        trims = False
+        packs = False
 
         @staticmethod
         def linear_attention(q, k, v, *others):
