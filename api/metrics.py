@@ -166,6 +166,7 @@ def _cache_families(cache: CacheStats) -> Iterator[Metric]:
         "kv": cache.kv_bytes,
         "checkpoint": cache.checkpoint_bytes,
         "prompt_end": cache.prompt_end_bytes,
+        "message": cache.message_bytes,
         "working": cache.working_bytes,
         "free": cache.free_bytes,
     }
@@ -175,6 +176,7 @@ def _cache_families(cache: CacheStats) -> Iterator[Metric]:
     yield _gauge("cache_nodes", "Nodes of the prefix tree.", cache.nodes)
     yield _gauge("cache_checkpoints", "Recurrent states kept.", cache.checkpoints)
     yield _gauge("cache_prompt_ends", "Ends of whole prompts kept.", cache.prompt_ends)
+    yield _gauge("cache_messages", "Messages kept by choreographies.", cache.messages)
     yield _by_kind(CounterMetricFamily, "admissions", "States kept.", cache.admissions)
     yield _by_kind(CounterMetricFamily, "declines", "States not kept.", cache.declines)
     yield _by_kind(CounterMetricFamily, "evictions", "States and pages that went.", cache.evictions)

@@ -386,6 +386,10 @@ class Arena:
         sources, targets = torch.tensor(moves, device=self._buffer.device).T
         self._rows[kind][targets] = self._rows[kind][sources]
 
+    def bytes_of(self, kind: Kind, item: int) -> Tensor:
+        """All bytes of one item, uint8."""
+        return self._rows[kind][item]
+
     def _layers(self, spec: CacheSpec) -> CacheTensors:
         """Views [pages, TILE, kv_heads, head_dim] and [slots, ...] of every layer, side by side inside an item."""
         layers: list[KVTensors | StateTensors] = []

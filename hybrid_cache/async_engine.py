@@ -98,6 +98,11 @@ class AsyncEngine:
         """Tokens that the model's context and an empty cache both hold."""
         return self._engine.longest_sequence
 
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """What runs in a slower way than it could on this device, and why."""
+        return self._engine.fallbacks
+
     def start(self) -> None:
         self._thread.start()
 

@@ -1,6 +1,7 @@
 """The contract between the engine and a model: what a forward pass is given, and what it must return."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,6 +14,18 @@ from hybrid_cache.spec import CacheSpec, PrefillCost
 CacheTensors = tuple[KVTensors | StateTensors, ...]
 
 
+class EffectRecorder(Protocol):
+    """Who wants to know what runs of the batch do to recurrent states; see `choreography.effects`."""
+
+    def keys(self, kv: KVTensors, inv_freq: Tensor | None, first: int = 0) -> None: ...
+
+    def decay(self, state: Tensor, log_decay: Tensor) -> None: ...
+
+    def channel_decay(self, state: Tensor, A: Tensor, dt: Tensor) -> None: ...
+
+    def matrix(self, state: Tensor, size: int, run: Callable[[slice, RowLayout, Tensor], object]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """R packed rows, laid out as `RowLayout` describes; padding rows hold token 0 at position 0."""
@@ -21,11 +34,13 @@ class ForwardBatch:
     positions: Tensor  # [R] int64
     layout: RowLayout
     output_rows: Tensor  # [L] int64, the rows whose hidden state is wanted
+    effects: EffectRecorder | None = None  # every layer that keeps something reports to it
 
     def to(self, device: torch.device) -> "ForwardBatch":
         rows = (t.to(device, non_blocking=True) for t in (self.token_ids, self.positions, self.output_rows))
         token_ids, positions, output_rows = rows
-        return ForwardBatch(token_ids, positions, self.layout.to(device), output_rows)
+        layout = self.layout.to(device)
+        return replace(self, token_ids=token_ids, positions=positions, layout=layout, output_rows=output_rows)
 
 
 class HybridModel(Protocol):
@@ -58,6 +73,16 @@ class HybridModel(Protocol):
     @property
     def fingerprint(self) -> str:
         """Names weights and dtype; nothing cached under one fingerprint is ever used under another."""
+        ...
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How messages may be put together beside exactly, see `choreography.arrangement.Fidelity`."""
+        ...
+
+    @property
+    def commutes(self) -> bool:
+        """What tokens do to the states may be averaged over all orders: no layer multiplies by matrices."""
         ...
 
     def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:

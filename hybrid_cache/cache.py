@@ -30,7 +30,18 @@ from hybrid_cache.policies.ours import Ours
 from hybrid_cache.request import Boundary, TokenArray
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
-from hybrid_cache.tree import Checkpoint, CheckpointKind, Kept, Keys, Node, PrefixTree, PromptEnd, end_name, keys_of
+from hybrid_cache.tree import (
+    Checkpoint,
+    CheckpointKind,
+    Kept,
+    Keys,
+    Node,
+    PrefixTree,
+    PromptEnd,
+    StoredMessage,
+    end_name,
+    keys_of,
+)
 
 
 class HybridCache:
@@ -70,9 +81,13 @@ class HybridCache:
         self._arena = Arena(spec, self._geometry, device) if with_tensors else None
         self._tree = PrefixTree(page_tokens)
         # For compaction: who holds each small item that may be moved.
-        self._page_owner: dict[int, Node | PromptEnd] = {}
+        self._page_owner: dict[int, Node | PromptEnd | StoredMessage] = {}
         self._slot_owner: dict[int, Kept] = {}
         self._leases: set[Lease] = set()
+        self._messages: dict[str, StoredMessage] = {}
+        self._loans: set[int] = set()  # slots that somebody uses for a while
+        self._unwritten: set[StoredMessage] = set()
+        self._scratch_slot: int | None = None
         self._policy.open(self._worth, clock)
         self._queues = EvictionQueues(self._policy, clock)
         self._admissions: Counter[str] = Counter()
@@ -89,7 +104,17 @@ class HybridCache:
 
     def fits(self, num_tokens: int) -> bool:
         """Whether one sequence of this length fits into an otherwise empty cache."""
-        return self._geometry.fits(-(-num_tokens // TILE), 1)
+        return self._geometry.fits(-(-num_tokens // TILE), 1 if self._scratch_slot is None else 2)
+
+    def scratch_slot(self) -> int | None:
+        """A state slot that is nobody's, for rows that only fill a batch up; always the same one.
+
+        Taken at the first call. None where the budget holds one sequence only.
+        """
+        if self._scratch_slot is None and self._geometry.fits(1, 2):
+            taken = self._take_all(num_slots=1, num_pages=0)
+            self._scratch_slot = taken[0][0] if taken else None
+        return self._scratch_slot
 
     # What requests do
 
@@ -297,12 +322,98 @@ class HybridCache:
         """Drops everything that nobody is using, of one namespace or of all -> bytes freed."""
         before = self._allocator.free_bytes
         for kept in [k for k in self._slot_owner.values() if namespace in (None, k.node.namespace)]:
-            self._evict(kept)
+            if not (isinstance(kept, StoredMessage) and kept.holders):
+                self._evict(kept)
         for node in [n for n in self.nodes() if n.dead and namespace in (None, n.namespace)]:
             while node.dead and node.parent is not None:
                 self._evict_page(node)
                 node = node.parent
         return self._allocator.free_bytes - before
+
+    # What a choreography keeps
+
+    def message(self, key: str) -> StoredMessage | None:
+        """What is stored under a key."""
+        return self._messages.get(key)
+
+    def reserve_message(
+        self, namespace: str, key: str, start: int, end: int, position: int, extra_bytes: int
+    ) -> StoredMessage | None:
+        """Room for the tokens [start, end) of a sequence, with `extra_bytes` beside rows and states, to be written.
+
+        None when the key is taken, or the policy would have to evict something better.
+        """
+        if key in self._messages:
+            return None
+        num_pages = -(-(end - start) // self._page_tokens) if self._geometry.page_bytes else 0
+        extra_kind = self._extra_kind
+        num_extra = -(-extra_bytes // self._item_bytes[extra_kind]) if extra_bytes else 0
+        num_slots = 1 + (num_extra if extra_kind is Kind.SLOT else 0)
+        num_pages += num_extra if extra_kind is Kind.PAGE else 0
+        kind, worth = CheckpointKind.EXPLICIT, Worth(self._cost.flops(start, end), self._bytes(num_slots, num_pages))
+        score = self._policy.candidate(kind, namespace, hash(key), worth)
+        taken = None if score is None else self._take_all(num_slots=num_slots, num_pages=num_pages, ceiling=score)
+        if taken is None:
+            self._declines["message"] += 1
+            return None
+        slots, pages = taken
+        extra = slots[1:] + (pages[len(pages) - num_extra :] if extra_kind is Kind.PAGE else [])
+        pages = pages[: len(pages) - num_extra] if extra_kind is Kind.PAGE else pages
+        root = Node(namespace, None, b"", 0, -1, 0.0)
+        stored = StoredMessage(root, key, start, end, position, slots[0], pages, extra)
+        self._unwritten.add(stored)
+        return stored
+
+    def publish_message(self, stored: StoredMessage) -> None:
+        """From now on it can be found: everything of it has been written."""
+        self._unwritten.remove(stored)
+        self._messages[stored.key] = stored
+        self._slot_owner[stored.slot] = stored
+        for kind, item in self._items(stored)[1:]:
+            if kind is Kind.PAGE:
+                self._page_owner[item] = stored
+        self._admissions["message"] += 1
+        self._stamp(stored, [])
+        stored.attached = True
+        self._unguard(stored)
+
+    def hold(self, stored: StoredMessage) -> None:
+        """Keeps a message where it is until `let_go`."""
+        if not stored.holders:
+            self._guard(stored)
+        stored.holders += 1
+
+    def let_go(self, stored: StoredMessage, *, used: bool) -> None:
+        """Ends one `hold`; `used` tells the policy that it was good for something."""
+        stored.holders -= 1
+        if used:
+            self._stamp(stored, [])
+        if not stored.holders:
+            self._unguard(stored)
+
+    def lend_slot(self) -> int | None:
+        """A slot for a while; None when there is no room."""
+        taken = self._take_all(num_slots=1, num_pages=0)
+        if taken is None:
+            return None
+        self._loans.add(taken[0][0])
+        return taken[0][0]
+
+    def return_slot(self, slot: int) -> None:
+        self._loans.remove(slot)
+        self._allocator.give(Kind.SLOT, slot)
+
+    def copy_slot(self, source: int, target: int) -> None:
+        self._copy(Kind.SLOT, source, target)
+
+    def extra_bytes(self, stored: StoredMessage) -> list[Tensor]:
+        """The bytes beside rows and states of a message: a row of uint8 for each of its `extra` items."""
+        assert self._arena is not None
+        return [self._arena.bytes_of(self._extra_kind, item) for item in stored.extra]
+
+    @property
+    def _extra_kind(self) -> Kind:
+        return Kind.PAGE if self._geometry.page_bytes else Kind.SLOT
 
     # Making room
 
@@ -421,6 +532,9 @@ class HybridCache:
         """Takes a state out of the tree; its slot and page are the caller's."""
         self._queues.withdraw(kept)
         del self._slot_owner[kept.slot]
+        if isinstance(kept, StoredMessage):
+            self._forget_message(kept, score)
+            return
         if isinstance(kept, PromptEnd):
             del kept.node.ends[kept.tail]
             if kept.page is not None:
@@ -433,7 +547,19 @@ class HybridCache:
             self._rescore_below(kept.node)
         self._settle(kept.node)
 
+    def _forget_message(self, stored: StoredMessage, score: float) -> None:
+        del self._messages[stored.key]
+        stored.attached = False
+        for kind, item in self._items(stored)[1:]:
+            if kind is Kind.PAGE:
+                del self._page_owner[item]
+        self._evictions["message"] += 1
+        self._policy.lost(stored.node.namespace, stored.name, score, None)
+
     def _items(self, kept: Kept) -> list[tuple[Kind, int]]:
+        if isinstance(kept, StoredMessage):
+            extra = [(self._extra_kind, item) for item in kept.extra]
+            return [(Kind.SLOT, kept.slot), *((Kind.PAGE, page) for page in kept.pages), *extra]
         tail = kept.page if isinstance(kept, PromptEnd) else None
         return [(Kind.SLOT, kept.slot)] + ([(Kind.PAGE, tail)] if tail is not None else [])
 
@@ -457,7 +583,11 @@ class HybridCache:
             kept.slot = target
         else:
             owner = self._page_owner[target] = self._page_owner.pop(source)
-            owner.page = target
+            if isinstance(owner, StoredMessage):
+                pages = owner.pages if source in owner.pages else owner.extra
+                pages[pages.index(source)] = target
+            else:
+                owner.page = target
 
     # Bookkeeping
 
@@ -578,7 +708,7 @@ class HybridCache:
 
     def _worth(self, kept: Kept) -> Worth:
         start = kept.resume_without()
-        if self._stateless:
+        if self._stateless and not isinstance(kept, StoredMessage):
             start = (kept.num_tokens - 1) // self._page_tokens * self._page_tokens
         return Worth(self._cost.flops(start, kept.num_tokens), self._bytes(1, kept.pages_freed()))
 
@@ -608,8 +738,10 @@ class HybridCache:
     def stats(self) -> CacheStats:
         slot_bytes, page_bytes = self._bytes(1, 0), self._bytes(0, 1)
         ends = sum(isinstance(k, PromptEnd) for k in self._slot_owner.values())
-        checkpoints = len(self._slot_owner) - ends
-        end_pages = len(self._page_owner) - self._tree.num_nodes
+        checkpoints = len(self._slot_owner) - ends - len(self._messages)
+        message_bytes = sum(self._bytes_of(stored) for stored in self._messages.values())
+        message_pages = sum(kind is Kind.PAGE for m in self._messages.values() for kind, _ in self._items(m))
+        end_pages = len(self._page_owner) - self._tree.num_nodes - message_pages
         kv_bytes = self._tree.num_nodes * page_bytes
         checkpoint_bytes = checkpoints * slot_bytes
         end_bytes = ends * slot_bytes + end_pages * page_bytes
@@ -620,10 +752,12 @@ class HybridCache:
             kv_bytes=kv_bytes,
             checkpoint_bytes=checkpoint_bytes,
             prompt_end_bytes=end_bytes,
-            working_bytes=used_bytes - kv_bytes - checkpoint_bytes - end_bytes,
+            message_bytes=message_bytes,
+            working_bytes=used_bytes - kv_bytes - checkpoint_bytes - end_bytes - message_bytes,
             nodes=self._tree.num_nodes,
             checkpoints=checkpoints,
             prompt_ends=ends,
+            messages=len(self._messages),
             hit_tokens=self._tokens["hit"],
             kv_only_tokens=self._tokens["kv_only"],
             miss_tokens=self._tokens["miss"],
@@ -632,6 +766,9 @@ class HybridCache:
             evictions=dict(self._evictions),
             compactions=self._compactions,
         )
+
+    def _bytes_of(self, stored: StoredMessage) -> int:
+        return sum(self._item_bytes[kind] for kind, _ in self._items(stored))
 
     def nodes(self) -> Iterator[Node]:
         """All nodes, roots first in each namespace."""
@@ -652,6 +789,12 @@ class HybridCache:
             awaited.update(r.node for r in lease.reserved if r.node)
             assert [n.page for n in lease.nodes] == lease.pages[: len(lease.nodes)]
             assert all(n.parent is p for p, n in zip([lease.root, *lease.nodes], lease.nodes, strict=False))
+        if self._scratch_slot is not None:
+            slots.append(self._scratch_slot)
+        slots += self._loans
+        for stored in self._unwritten:
+            for kind, item in self._items(stored):
+                (slots if kind is Kind.SLOT else pages).append(item)
         fixed = {Kind.PAGE: set(pages), Kind.SLOT: set(slots)}
         for node in nodes:
             self._check_node(node)
@@ -661,7 +804,11 @@ class HybridCache:
         in_tree = [node for node in nodes if node.parent is not None]
         fixed[Kind.PAGE].update(node.page for node in in_tree if node.pins)
         pages += [node.page for node in in_tree]
-        kept = {k for node in nodes for k in (node.checkpoint, *node.ends.values()) if k is not None}
+        kept: set[Kept] = {k for node in nodes for k in (node.checkpoint, *node.ends.values()) if k is not None}
+        kept |= set(self._messages.values())
+        held = {m for m in self._messages.values() if m.holders}
+        for kind, item in (each for m in held for each in self._items(m)):
+            fixed[kind].add(item)
         for k in kept:
             assert k.attached
             assert self._slot_owner[k.slot] is k
@@ -669,13 +816,15 @@ class HybridCache:
                 (slots if kind is Kind.SLOT else pages).append(item)
                 assert kind is Kind.SLOT or self._page_owner[item] is k
         assert len(self._slot_owner) == len(kept)
-        assert len(self._page_owner) == len(in_tree) + sum(len(self._items(k)) - 1 for k in kept)
+        num_pages = sum(kind is Kind.PAGE for k in kept for kind, _ in self._items(k))
+        assert len(self._page_owner) == len(in_tree) + num_pages
         assert len(set(pages)) == len(pages)
         assert len(set(slots)) == len(slots)
-        self._queues.check({node for node in in_tree if node.dead}, kept)
+        self._queues.check({node for node in in_tree if node.dead}, kept - held)
         self._allocator.check({Kind.PAGE: set(pages), Kind.SLOT: set(slots)}, fixed)
         stats = self.stats()
-        parts = stats.free_bytes, stats.kv_bytes, stats.checkpoint_bytes, stats.prompt_end_bytes, stats.working_bytes
+        parts = [stats.free_bytes, stats.kv_bytes, stats.checkpoint_bytes, stats.prompt_end_bytes, stats.working_bytes]
+        parts.append(stats.message_bytes)
         assert min(parts) >= 0
         assert sum(parts) <= self._budget_bytes
 

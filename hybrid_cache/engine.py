@@ -12,13 +12,15 @@ from torch import Tensor
 
 from hybrid_cache.batch import HybridModel
 from hybrid_cache.cache import HybridCache
+from hybrid_cache.choreography.arrangement import closed, message_id
+from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
 from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, TokenLogprob, TokenOutput
-from hybrid_cache.runner import ModelRunner
+from hybrid_cache.runner import ModelRunner, StepHidden
 from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probability
-from hybrid_cache.scheduler import Chunk, Scheduler
+from hybrid_cache.scheduler import Chunk, Scheduler, Step
 from hybrid_cache.sequence import Phase, Prefill, Sequence, grid_floor, new_prefill
 from hybrid_cache.stats import Counters, EngineStats
 
@@ -34,7 +36,8 @@ class Engine:
         fit = model.cache_spec, model.prefill_cost, config.budget_bytes
         self.cache = HybridCache(*fit, make_policy(config.policy, *fit), device=str(model.device))
         self._runner = runner(model, self.cache)
-        self._scheduler = Scheduler(self.cache, config)
+        self.stage = Stage(self.cache, model.prefill_cost, model.ways, self._runner.anatomy, commutes=model.commutes)
+        self._scheduler = Scheduler(self.cache, config, self.stage)
         self._arrivals = 0
         self._open: dict[str, int] = {}  # request id -> choices that have not finished
         self._counters = Counters()
@@ -66,6 +69,8 @@ class Engine:
             raise ContextTooLong(
                 f"{longest} tokens need more than the cache budget of {self._config.budget_bytes} bytes"
             )
+        if request.arrangement is not None:
+            request.arrangement.check(n)
         if request.n < 1:
             raise BadSampling(f"n is {request.n}, must be at least 1", param="n")
         low, high = int(request.prompt.tokens.min()), int(request.prompt.tokens.max())
@@ -111,14 +116,24 @@ class Engine:
         with torch.inference_mode():
             outputs = self._announce(step.resumed)
             ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
-            if step.chunks or step.decodes:
-                hidden = self._runner.run(step)
+            hidden = self._forward(step) if step.chunks or step.decodes else None
+            if hidden is not None:
                 for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
                     outputs += self._end_chunk(chunk, rows, ready)
                 ready += self._end_decodes(step.decodes, hidden.decodes)
             for sequence in step.resumed:
                 ready += self._begin_decode(sequence, self._kept_hidden(sequence))
             return outputs + self._choose(ready)
+
+    def _forward(self, step: Step) -> StepHidden | None:
+        """None where the device had no memory: then the step is taken back, and smaller ones follow."""
+        try:
+            return self._runner.run(step)
+        except torch.OutOfMemoryError:
+            if not self._scheduler.out_of_memory(step):
+                raise
+        torch.cuda.empty_cache()  # now that nothing holds the tensors of the step
+        return None
 
     def run_until_idle(self) -> Outputs:
         """Steps until all requests are answered and all commits are done -> all outputs."""
@@ -128,11 +143,13 @@ class Engine:
         return outputs
 
     def stats(self) -> EngineStats:
-        c = self._counters
+        c, graphs = self._counters, self._runner.graphs
         return EngineStats(
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
             num_preemptions=self._scheduler.num_preemptions,
+            num_out_of_memory=self._scheduler.num_out_of_memory,
+            num_graph_replays=graphs.num_replays if graphs else 0,
             steps=c.steps,
             prompt_tokens=c.prompt_tokens,
             cached_tokens=c.cached_tokens,
@@ -144,8 +161,15 @@ class Engine:
             cache=self.cache.stats(),
         )
 
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """What runs in a slower way than it could on this device, and why."""
+        graphs = self._runner.graphs
+        return {"cuda graphs": graphs.reason} if graphs and graphs.reason else {}
+
     def _new_sequence(self, request: Request, index: int) -> Sequence:
-        prefill = new_prefill(request, self.model.fingerprint, enabled=self._config.prefix_cache)
+        arranged = request.arrangement is not None and not self.stage.can(request.arrangement)
+        prefill = new_prefill(request, self.model.fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
         self._arrivals += 1
         return Sequence(
             request=request,
@@ -166,17 +190,22 @@ class Engine:
             if sequence.announced or sequence.index > 0:
                 continue
             sequence.announced = True
-            lease, n = sequence.prefill.lease, len(sequence.prefill.tokens)
+            lease, n, program = sequence.prefill.lease, len(sequence.prefill.tokens), sequence.prefill.program
             assert lease is not None
+            asked = sequence.request.arrangement
+            plan = program.plan if program else self.stage.exact_plan(asked, lease.length) if asked else None
+            cached = lease.length if plan is None else n - plan.computed
+            cost = self.model.prefill_cost
             self._counters.prompt_tokens += n
-            self._counters.cached_tokens += lease.length
-            self._counters.flops_saved += self.model.prefill_cost.flops(0, lease.length)
+            self._counters.cached_tokens += cached
+            self._counters.flops_saved += plan.flops_of_encoding - plan.flops if plan else cost.flops(0, lease.length)
             wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
             output = PromptOutput(
-                cached_tokens=lease.length,
+                cached_tokens=cached,
                 written_tokens=lease.written_tokens,
                 logprobs=tuple(sequence.prompt_logprobs) if wants_logprobs else None,
                 queued_s=sequence.started_s - sequence.submitted_s,
+                plan=plan,
             )
             outputs.append((sequence.request.id, output))
         return outputs
@@ -188,6 +217,12 @@ class Engine:
         prefill.computed = chunk.end
         self.cache.commit(prefill.lease, grid_floor(chunk.end))
         self._counters.flops_computed += self.model.prefill_cost.flops(chunk.start, chunk.end)
+        if prefill.program is not None:
+            prefill.computed = self.stage.advance(prefill.program, prefill.lease, prefill.computed)
+        if sequence is None and prefill.program is not None:
+            if prefill.done:
+                self._scheduler.end_message(prefill)
+            return []
         if sequence is None:
             self._counters.commit_tokens += chunk.end - chunk.start
             if prefill.done:
@@ -221,6 +256,7 @@ class Engine:
     def _begin_decode(self, sequence: Sequence, hidden: Tensor) -> list[tuple[Sequence, Tensor]]:
         """The prompt is in the state -> the sequence and its forks, which choose their next token from `hidden`."""
         sequence.phase = Phase.DECODE
+        self._watch_answer(sequence)
         started = [] if sequence.generated else [(sequence, hidden)]
         if sequence.index == 0 and not sequence.generated:
             started += [(s, hidden) for s in self._fork(sequence)]
@@ -233,7 +269,7 @@ class Engine:
             sequence = self._new_sequence(first.request, index)
             sequence.arrival = first.arrival
             assert first.prefill.lease is not None
-            room = self._scheduler.num_running < self._config.max_running
+            room = self._scheduler.has_room
             lease = self.cache.fork(first.prefill.lease, len(first.prefill.tokens)) if room else None
             if lease is None:
                 self._scheduler.add(sequence)
@@ -253,6 +289,7 @@ class Engine:
             else:
                 ready.append((sequence, row))
             sequence.fed += 1
+            self._watch_answer(sequence)
         return ready
 
     def _choose(self, ready: list[tuple[Sequence, Tensor]]) -> Outputs:
@@ -278,6 +315,7 @@ class Engine:
         logprob: TokenLogprob | None = None if num_top is None else log_probability(logits, token, num_top)
         finish = sequence.finish_reason(self.model.max_length)
         if finish is not None:
+            self._keep_answer(sequence)
             self._finish(sequence)
             self._commit_later(sequence)
         return TokenOutput(sequence.index, token, logprob, finish)
@@ -287,6 +325,27 @@ class Engine:
         self._open[sequence.request.id] -= 1
         if self._open[sequence.request.id] == 0:
             del self._open[sequence.request.id]
+
+    def _watch_answer(self, sequence: Sequence) -> None:
+        prefill = sequence.prefill
+        if prefill.program is not None and prefill.lease is not None and sequence.request.n == 1:
+            self.stage.decoded(prefill.program, prefill.lease, sequence.fed)
+
+    def _keep_answer(self, sequence: Sequence) -> None:
+        """Has the last tokens of an arranged answer computed, and the answer stored as a message."""
+        prefill, arrangement = sequence.prefill, sequence.prefill.arrangement
+        lease, program = prefill.lease, prefill.program
+        if arrangement is None or arrangement.closing is None or program is None or lease is None:
+            return
+        tokens = closed(sequence.all_tokens(), arrangement.closing)
+        name = message_id(prefill.namespace, tokens[arrangement.answer_start :], arrangement.context)
+        if len(tokens) - arrangement.answer_start <= arrangement.seam or not self.cache.extend(lease, len(tokens)):
+            return
+        last = self.stage.answer(program, self.stage.key(arrangement, name), len(tokens), sequence.fed)
+        if last is not None:
+            message = Prefill(prefill.namespace, tokens, False, False, lease=lease, computed=sequence.fed, program=last)
+            prefill.lease = None
+            self._scheduler.store(message)
 
     def _commit_later(self, sequence: Sequence) -> None:
         """Has the generated tokens of a finished turn computed again by the prefill path, when nobody waits."""

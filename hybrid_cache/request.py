@@ -3,11 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from hybrid_cache.errors import BadSampling
+
+if TYPE_CHECKING:
+    from hybrid_cache.choreography.arrangement import Arrangement
+    from hybrid_cache.choreography.plan import Plan
 
 TokenArray = npt.NDArray[np.int32]
 
@@ -109,6 +114,7 @@ class Request:
     namespace: str = ""  # tenant salt; no cache entry crosses it
     cache_mode: CacheMode = CacheMode.IMPLICIT
     make_stopper: Callable[[], Stopper] | None = None  # one per choice, e.g. for stop strings
+    arrangement: "Arrangement | None" = None  # messages reused in this order; approximate, and labelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +134,7 @@ class PromptOutput:
     written_tokens: int  # prompt tokens whose pages this request added to the cache
     logprobs: tuple[TokenLogprob | None, ...] | None = None  # per prompt token; the first has none
     queued_s: float = field(default=0.0, compare=False)  # from submission to the first step
+    plan: "Plan | None" = None  # of an arranged request: what was really done
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Turns a `Step` into index tensors, runs the model, and brings back the hidden rows that somebody reads."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from hybrid_cache.batch import ForwardBatch, HybridModel
 from hybrid_cache.cache import HybridCache
-from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows
-from hybrid_cache.kernels.shared_prefix import plan_shared
+from hybrid_cache.choreography.effects import Anatomy, Effect, Recorder
+from hybrid_cache.cuda_graphs import DecodeGraphs
+from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout, place_rows
+from hybrid_cache.kernels.shared_prefix import with_plan
 from hybrid_cache.lease import Lease
 from hybrid_cache.scheduler import Chunk, Step
 from hybrid_cache.sequence import Sequence
@@ -33,23 +36,46 @@ class ModelRunner:
     def __init__(self, model: HybridModel, cache: HybridCache) -> None:
         self._model = model
         self._cache = cache
+        self.anatomy = Anatomy()
+        self.graphs = DecodeGraphs(model, cache) if model.device.type == "cuda" else None
 
     def run(self, step: Step) -> StepHidden:
-        batch, counts = self.batch(step)
-        hidden = self._model.forward(batch, self._cache.tensors)
+        """The hidden rows of a step, good until the next call.
+
+        May raise torch.OutOfMemoryError: then states of the step's sequences may or may not have moved on.
+        """
+        batch, counts = build_batch(step, packed=self._model.packs)
+        runs = list(recorded_runs(step, batch.layout))
+        if runs:
+            batch = replace(batch, effects=Recorder(self.anatomy, runs))
+        elif self.graphs is not None and not step.chunks:
+            decodes = self.graphs.run(batch)
+            if decodes is not None:
+                return StepHidden((), decodes)
+        hidden = self._model.forward(self._placed(batch), self._cache.tensors)
         *chunks, decodes = torch.split(hidden, [*counts, len(step.decodes)])
         return StepHidden(tuple(chunks), decodes)
 
     def batch(self, step: Step) -> tuple[ForwardBatch, list[int]]:
         """What the model is given for a step, and how many hidden rows each chunk gets back."""
         batch, counts = build_batch(step, packed=self._model.packs)
+        return self._placed(batch), counts
+
+    def _placed(self, batch: ForwardBatch) -> ForwardBatch:
+        """The batch where the model is, with a plan of the pages that its decode rows share if that is no CPU."""
         if self._model.device.type == "cpu":
-            return batch, counts
-        return on_device(batch, self._model.device), counts
+            return batch
+        return replace(batch, layout=with_plan(batch.layout)).to(self._model.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [L, hidden] -> [L, V] float32."""
-        return self._model.logits(hidden)
+        """hidden [L, hidden] -> [L, V] float32. Without device memory for all rows at once, in halves."""
+        try:
+            return self._model.logits(hidden)
+        except torch.OutOfMemoryError:
+            if len(hidden) <= MIN_ROWS:
+                raise
+        torch.cuda.empty_cache()
+        return torch.cat([self.logits(half) for half in hidden.chunk(2)])
 
 
 def build_batch(step: Step, *, packed: bool) -> tuple[ForwardBatch, list[int]]:
@@ -63,11 +89,11 @@ def build_batch(step: Step, *, packed: bool) -> tuple[ForwardBatch, list[int]]:
     output_rows: list[Rows] = []
     for chunk, row, length in zip(step.chunks, rows, lengths, strict=True):
         token_ids[row : row + length] = chunk.prefill.tokens[chunk.start : chunk.end]
-        positions[row : row + length] = np.arange(chunk.start, chunk.end)
+        positions[row : row + length] = np.arange(chunk.start, chunk.end) - chunk.prefill.shift
         kv_rows[row : row + length] = _kv_rows(_lease(chunk), chunk.start, chunk.end)
         output_rows.append(row + _wanted_rows(chunk))
     for row, sequence in enumerate(step.decodes, start=decode_row):
-        token_ids[row], positions[row] = sequence.next_token(), sequence.fed
+        token_ids[row], positions[row] = sequence.next_token(), sequence.fed - sequence.prefill.shift
         kv_rows[row] = _lease(sequence).pages[sequence.fed // TILE] * TILE + sequence.fed % TILE
     output_rows.append(np.arange(decode_row, decode_row + num_decode))
     layout = RowLayout(
@@ -81,7 +107,7 @@ def build_batch(step: Step, *, packed: bool) -> tuple[ForwardBatch, list[int]]:
         chunk_start=_ints([c.start for c in step.chunks]),
         chunk_len=_ints(lengths),
         chunk_slot=_ints([_lease(c).slot for c in step.chunks]),
-        chunk_fresh=_ints([int(c.start == 0) for c in step.chunks]),
+        chunk_fresh=_ints([int(c.start == 0 and not c.prefill.alone) for c in step.chunks]),
         capture_chunk=_ints([i for i, c in enumerate(step.chunks) for _ in c.captures]),
         capture_tiles=_ints([(position - c.start) // TILE for c in step.chunks for position, _ in c.captures]),
         capture_slot=_ints([slot for c in step.chunks for _, slot in c.captures]),
@@ -99,13 +125,15 @@ def build_batch(step: Step, *, packed: bool) -> tuple[ForwardBatch, list[int]]:
     return batch, [len(rows) for rows in output_rows[:-1]]
 
 
-def on_device(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
-    """The batch on an accelerator, with a plan of the pages that its decode rows share."""
-    layout = batch.layout
-    if layout.num_decode:
-        tables = layout.page_table[len(layout.chunk_tile) :].numpy()
-        batch = replace(batch, layout=replace(layout, decode_plan=plan_shared(tables, layout.decode_len.numpy())))
-    return batch.to(device)
+def recorded_runs(step: Step, layout: RowLayout) -> Iterator[tuple[slice, Effect]]:
+    """Rows of messages that will be stored, and where what they do to the states is to be noted."""
+    rows = [*layout.chunk_row.tolist(), *range(layout.decode_row, layout.decode_row + layout.num_decode)]
+    owners: list[Chunk | Sequence] = [*step.chunks, *step.decodes]
+    for owner, row in zip(owners, rows, strict=True):
+        program = owner.prefill.program
+        if program is not None and program.span is not None:
+            length = owner.end - owner.start if isinstance(owner, Chunk) else 1
+            yield slice(row, row + length), program.span.effect
 
 
 def _lease(owner: Chunk | Sequence) -> Lease:

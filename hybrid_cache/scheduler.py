@@ -4,6 +4,7 @@ Continuous batching with chunked prefill: running sequences decode one token a s
 beside them. Without room the newest sequence gives its pages back and is computed again later.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybrid_cache.cache import HybridCache
+from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.lease import Match
@@ -19,6 +21,8 @@ from hybrid_cache.policies.base import Wish
 from hybrid_cache.request import TokenArray
 from hybrid_cache.sequence import Phase, Prefill, Sequence, grid_floor
 from hybrid_cache.tree import CheckpointKind
+
+logger = logging.getLogger("hybrid_cache")
 
 MAX_COMMITS = 64  # finished turns that wait for an idle moment; the oldest is dropped
 
@@ -28,7 +32,7 @@ class Chunk:
     """Tiles of one prompt in one step."""
 
     prefill: Prefill
-    sequence: Sequence | None  # None: a canonical commit, nobody waits for it
+    sequence: Sequence | None  # None: a message for the store, or a canonical commit
     start: int
     end: int
     captures: tuple[tuple[int, int], ...]  # (position on the grid, slot that gets the state there)
@@ -48,15 +52,25 @@ class Step:
 
 
 class Scheduler:
-    """The queues: waiting, running (in order of arrival), and finished turns to commit when idle."""
+    """The queues: waiting, running (in order of arrival), messages to store, and finished turns to commit when idle."""
 
-    def __init__(self, cache: HybridCache, config: EngineConfig) -> None:
+    def __init__(self, cache: HybridCache, config: EngineConfig, stage: Stage) -> None:
         self._cache = cache
-        self._config = config
+        self._stage = stage
+        self._max_running = config.max_running
+        self._max_tiles = config.max_tiles
+        self._max_tiles_beside_decode = config.max_tiles_beside_decode
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._messages: list[Prefill] = []  # on their way into the store
         self._commits: deque[Prefill] = deque()
         self.num_preemptions = 0
+        self.num_out_of_memory = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more sequence may run beside those that do."""
+        return len(self._running) < self._max_running
 
     @property
     def num_waiting(self) -> int:
@@ -70,7 +84,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nobody waits for an answer; canonical commits may still be pending."""
-        return not (self._waiting or self._running)
+        return not (self._waiting or self._running or self._messages)
 
     @property
     def has_work(self) -> bool:
@@ -95,6 +109,14 @@ class Scheduler:
             self._commits.popleft()
         self._commits.append(prefill)
 
+    def store(self, message: Prefill) -> None:
+        """Takes in tokens that are to become a message in the store; before any prompt that waits for it."""
+        self._messages.append(message)
+
+    def end_message(self, message: Prefill) -> None:
+        self._messages.remove(message)
+        self._release(message)
+
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is; what it has published stays in the cache."""
         queue = self._waiting if sequence.phase is Phase.WAITING else self._running
@@ -108,8 +130,63 @@ class Scheduler:
             return self._commit_step()
         decodes = self._extend_decodes()
         resumed = self._admit()
-        tiles = self._config.max_tiles_beside_decode if decodes else self._config.max_tiles
+        tiles = self._max_tiles_beside_decode if decodes else self._max_tiles
         return Step(self._cut_chunks(tiles), decodes, resumed)
+
+    # Messages for the store
+
+    def _encode_missing(self, prefill: Prefill) -> bool:
+        """Sees to it that the parts which a prompt wants encoded alone are stored -> whether it has to wait for any."""
+        arrangement = prefill.arrangement
+        if arrangement is None:
+            return False
+        starts = np.cumsum([0, *(part.num_tokens for part in arrangement.parts)])
+        for index in self._stage.missing(arrangement):
+            key = self._stage.key(arrangement, arrangement.parts[index].id)
+            if self._stage.is_making(key) or key in prefill.refused:
+                continue
+            tokens = prefill.tokens[starts[index] : starts[index + 1]]
+            message = Prefill(prefill.namespace, tokens, False, False, alone=True)
+            message.lease = self._cache.acquire(self._cache.match(prefill.namespace, tokens[:0]), tokens, publish=False)
+            prefill.refused.add(key)  # it is tried once
+            if message.lease is not None:
+                message.program = self._stage.encoding(prefill.namespace, arrangement, index)
+                self._stage.clear(message.lease)
+                self._messages.append(message)
+        keys = (self._stage.key(arrangement, part.id) for part in arrangement.parts if part.id)
+        return any(self._stage.is_making(key) for key in keys)
+
+    def out_of_memory(self, step: Step) -> bool:
+        """Takes back a step for which the device had no memory, and makes all later ones smaller.
+
+        Some states of its sequences may have moved on and others not, so these sequences begin again, as after any
+        preemption; a canonical commit is given up. False, and nothing changes, where a step cannot be smaller.
+        """
+        if self.idle:
+            self.end_commit(self._commits[0])
+            self.num_out_of_memory += 1
+            return True
+        for message in [chunk.prefill for chunk in step.chunks if chunk.prefill in self._messages]:
+            self.end_message(message)
+        num_tiles = sum(-(-(chunk.end - chunk.start) // TILE) for chunk in step.chunks)
+        num_sequences = len(step.chunks) + len(step.decodes)
+        if num_tiles <= 1 and num_sequences <= 1:
+            return False
+        if num_tiles > 1:
+            self._max_tiles = min(self._max_tiles, num_tiles // 2)
+            self._max_tiles_beside_decode = min(self._max_tiles_beside_decode, num_tiles // 2)
+        if step.decodes and num_sequences > 1:
+            self._max_running = num_sequences // 2
+        sequences = [*(chunk.sequence for chunk in step.chunks if chunk.sequence is not None), *step.decodes]
+        for sequence in sorted(sequences, key=lambda s: s.arrival, reverse=True):
+            self._preempt(sequence)
+        self.num_out_of_memory += 1
+        logger.warning(
+            "no device memory for %d prefill tiles and %d decode rows; from now on at most %d tiles (%d beside decode) "
+            "and %d sequences",
+            *(num_tiles, len(step.decodes), self._max_tiles, self._max_tiles_beside_decode, self._max_running),
+        )
+        return True
 
     # Decoding
 
@@ -140,8 +217,11 @@ class Scheduler:
     def _admit(self) -> tuple[Sequence, ...]:
         """Moves waiting sequences to running while there is room -> those whose whole prompt was kept."""
         resumed, passed_over = [], list[Sequence]()
-        while self._waiting and len(self._running) < self._config.max_running:
+        while self._waiting and self.has_room:
             sequence = self._waiting.popleft()
+            if self._encode_missing(sequence.prefill):
+                passed_over.append(sequence)
+                continue
             match = self._match(sequence.prefill)
             if self._someone_computes_more(sequence.prefill, match):
                 passed_over.append(sequence)  # its turn comes when the shared prefix is there
@@ -159,11 +239,22 @@ class Scheduler:
         return tuple(resumed)
 
     def _match(self, prefill: Prefill) -> Match:
+        if prefill.arrangement is not None:
+            return self._match_arranged(prefill)
         return self._cache.match(prefill.namespace, prefill.tokens if prefill.reuse else prefill.tokens[:0])
+
+    def _match_arranged(self, prefill: Prefill) -> Match:
+        """The prefix that an arranged prompt starts from, which ends before its answer's header."""
+        assert prefill.arrangement is not None
+        end = min(prefill.arrangement.answer_start or len(prefill.tokens), len(prefill.tokens) - 1)
+        known = np.append(prefill.tokens[:end] if prefill.reuse else prefill.tokens[:0], np.int32(0))
+        match = self._cache.match(prefill.namespace, known)  # one token more: no prompt ends there
+        plan = self._stage.plan(prefill.arrangement, match.length)
+        return match if plan.prefix == match.length else self._cache.match(prefill.namespace, known[:0])
 
     def _someone_computes_more(self, prefill: Prefill, match: Match) -> bool:
         """True while a running prompt is on its way to a longer shared prefix; asks it for a checkpoint there."""
-        if not prefill.reuse or match.end is not None:
+        if not prefill.reuse or match.end is not None or prefill.arrangement is not None:
             return False
         for other in (s.prefill for s in self._running if s.phase is Phase.PREFILL):
             if not other.publish or other.namespace != prefill.namespace:
@@ -183,6 +274,9 @@ class Scheduler:
         if lease is None:
             return False
         prefill.lease, prefill.computed = lease, lease.length
+        if prefill.arrangement is not None:
+            prefill.program = self._stage.begin(prefill.namespace, prefill.arrangement, lease.length)
+            return True
         prefill.wishes = deque(
             self._cache.plan(
                 lease,
@@ -196,14 +290,20 @@ class Scheduler:
         return True
 
     def _release(self, prefill: Prefill, num_output_tokens: int | None = None) -> None:
+        if prefill.program is not None:
+            self._stage.end(prefill.program)
         if prefill.lease is not None:
             self._cache.release(prefill.lease, num_output_tokens)
-        prefill.lease, prefill.computed = None, 0
+        prefill.lease, prefill.program, prefill.computed = None, None, 0
 
     # Prefill
 
     def _cut_chunks(self, tiles: int) -> tuple[Chunk, ...]:
         chunks = []
+        for message in self._messages:
+            if tiles > 0:
+                chunks.append(self._cut(message, None, tiles))
+                tiles -= -(-(chunks[-1].end - chunks[-1].start) // TILE)
         for sequence in self._running:
             if sequence.phase is Phase.PREFILL and tiles > 0:
                 chunk = self._cut(sequence.prefill, sequence, tiles)
@@ -214,7 +314,9 @@ class Scheduler:
     def _cut(self, prefill: Prefill, sequence: Sequence | None, tiles: int) -> Chunk:
         """The next at most `tiles` tiles of a prompt, with slots for the checkpoints wished for inside them."""
         assert prefill.lease is not None
-        start, end = prefill.computed, min(prefill.computed + tiles * TILE, len(prefill.tokens))
+        if prefill.program is not None:
+            prefill.computed = self._stage.advance(prefill.program, prefill.lease, prefill.computed)
+        start, end = prefill.computed, min(prefill.computed + tiles * TILE, prefill.until)
         captures = []
         while prefill.wishes and prefill.wishes[0].position <= end:
             wish = prefill.wishes.popleft()

@@ -6,6 +6,8 @@ from enum import Enum
 
 import numpy as np
 
+from hybrid_cache.choreography.arrangement import Arrangement
+from hybrid_cache.choreography.stage import Program
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.lease import Lease
 from hybrid_cache.policies.base import Wish
@@ -33,6 +35,8 @@ class Prefill:
 
     [0, computed)            in the lease's state and pages
     [computed, len(tokens))  still to compute, in chunks that start on the grid
+
+    An arranged prompt has a program: some of its tokens are not computed but put in place by the stage.
     """
 
     namespace: str
@@ -46,6 +50,20 @@ class Prefill:
     wishes: deque[Wish] = field(default_factory=deque)  # rising positions
     lease: Lease | None = None
     computed: int = 0
+    arrangement: Arrangement | None = None
+    program: Program | None = None
+    refused: set[str] = field(default_factory=set)  # messages that could not be stored for it
+    alone: bool = False  # a message for the store: its states start from zero, but it is not the start of a text
+
+    @property
+    def shift(self) -> int:
+        """Place of a token in the sequence less its position for the model."""
+        return self.program.shift if self.program else 0
+
+    @property
+    def until(self) -> int:
+        """Where the next chunk ends at the latest."""
+        return self.program.until() if self.program else len(self.tokens)
 
     @property
     def done(self) -> bool:
@@ -114,7 +132,7 @@ class Sequence:
         return np.concatenate([self.prefill.tokens, np.asarray(self.generated, dtype=np.int32)])
 
 
-def new_prefill(request: Request, fingerprint: str, *, enabled: bool) -> Prefill:
+def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: bool = False) -> Prefill:
     """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all.
 
     Its namespace is the model's fingerprint (weights and dtype) and the tenant's salt: no hit ever crosses either.
@@ -124,6 +142,8 @@ def new_prefill(request: Request, fingerprint: str, *, enabled: bool) -> Prefill
         not enabled or request.cache_mode is CacheMode.OFF or (request.cache_mode is CacheMode.EXPLICIT and not marked)
     )
     namespace = f"{fingerprint}/{request.namespace}"
+    if arranged:
+        return Prefill(namespace, request.prompt.tokens, False, not off, arrangement=request.arrangement)
     only_marked = request.cache_mode is CacheMode.EXPLICIT
     boundaries = marked if only_marked else request.prompt.boundaries
     return Prefill(namespace, request.prompt.tokens, not off, not off, boundaries, only_marked)

@@ -12,10 +12,12 @@ class CacheStats:
     kv_bytes: int  # pages of the tree
     checkpoint_bytes: int
     prompt_end_bytes: int
+    message_bytes: int  # rows, states and transitions of messages that a choreography keeps
     working_bytes: int  # pages and states of running sequences, and slots about to be filled
     nodes: int
     checkpoints: int
     prompt_ends: int
+    messages: int
     hit_tokens: int  # tokens skipped
     kv_only_tokens: int  # tokens whose pages were there but whose state was not, computed again
     miss_tokens: int
@@ -51,6 +53,8 @@ class EngineStats:
     running: int
     waiting: int
     num_preemptions: int
+    num_out_of_memory: int  # steps that the device had no memory for
+    num_graph_replays: int  # decode steps that were one launch
     steps: int
     prompt_tokens: int
     cached_tokens: int

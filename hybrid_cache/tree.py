@@ -142,7 +142,44 @@ class PromptEnd:
         return own if self.node.checkpoint or len(self.node.ends) > 1 else own + self.node.pages_alone()
 
 
-Kept = Checkpoint | PromptEnd
+@dataclass(slots=True, eq=False)
+class StoredMessage:
+    """Some tokens as they were encoded in one context, kept outside the tree: their KV rows, and what they do to states.
+
+    The slot holds what they leave in a state that was zero, and their last convolution windows; see `choreography`.
+    """
+
+    node: Node  # the root of its namespace, for policies; not in the tree
+    key: str
+    start: int  # tokens before it in the context it was encoded in
+    num_tokens: int  # and with it
+    position: int  # of its first row
+    slot: int
+    pages: list[int]  # its rows, from the first row of the first page on
+    extra: list[int]  # more pages (slots, without attention) for the transitions' bytes
+    attached: bool = False
+    holders: int = 0  # requests that are about to use it
+    kind: CheckpointKind = CheckpointKind.EXPLICIT
+    keep_until: float = 0.0
+    base: float = 0.0
+
+    @property
+    def length(self) -> int:
+        return self.num_tokens - self.start
+
+    @property
+    def name(self) -> int:
+        return hash(self.key)
+
+    def resume_without(self) -> int:
+        """It would be computed again behind as many tokens."""
+        return self.start
+
+    def pages_freed(self) -> int:
+        return len(self.pages) + len(self.extra)
+
+
+Kept = Checkpoint | PromptEnd | StoredMessage
 
 
 @dataclass(frozen=True)

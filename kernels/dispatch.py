@@ -3,18 +3,21 @@
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
 from hybrid_cache.kernels import native_library
+from hybrid_cache.kernels.compiled_ops import CompiledOps
 from hybrid_cache.kernels.native_ops import NativeOps
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.torch_ops import TorchOps
 
 ENVIRONMENT_VARIABLE = "HYBRID_CACHE_BACKEND"
-OLDEST_TRITON = (3, 6)
+TRITON = {"triton": (3, 6)}  # package -> oldest version
+MAMBA_SSM = {"mamba_ssm": (2, 2, 4), "causal_conv1d": (1, 5)}
 OLDEST_CAPABILITY = (8, 0)  # Ampere
 
 
@@ -27,15 +30,24 @@ def available() -> dict[str, str | None]:
     return {
         "native": native_library.reason_missing(),
         "torch": None,
-        "triton": _triton_reason(),
-        "mamba_ssm": _mamba_ssm_reason(),
+        "torch-compile": None,  # with no compiler it does what torch does, and says why
+        "triton": _gpu_reason(TRITON),
+        "mamba_ssm": _gpu_reason(MAMBA_SSM),
     }
 
 
-def select(name: str = "auto") -> Ops:
+def exact_backends() -> list[str]:
+    """Those that can be selected here and promise exact results."""
+    reasons = available()
+    return [name for name in ("native", "torch", "triton") if reasons[name] is None]
+
+
+def select(name: str = "auto", *, fast: bool = False) -> Ops:
     """The named backend; "auto" is `$HYBRID_CACHE_BACKEND`, else native, else torch.
 
     Triton is asked for by name as long as its kernels have been compiled and interpreted, but not run on a card.
+
+    fast: bits may depend on the batch where that is faster; so far in products of the Triton backend
     """
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -48,21 +60,29 @@ def select(name: str = "auto") -> Ops:
     if name == "triton":
         from hybrid_cache.kernels.triton_ops import CheckedTritonOps  # it needs triton
 
-        return CheckedTritonOps()
+        return CheckedTritonOps(fast)
+    if name == "mamba_ssm":
+        from hybrid_cache.kernels.mamba_ssm_ops import MambaSsmOps
+
+        return MambaSsmOps(torch.device("cuda", torch.cuda.current_device()))
+    if name == "torch-compile":
+        return CompiledOps()
     return NativeOps() if name == "native" else TorchOps()
 
 
-def _triton_reason() -> str | None:
-    missing = [] if find_spec("triton") else ["triton not installed"]
+def _gpu_reason(packages: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why these packages cannot be used on a card here."""
+    missing = [f"{name} not installed" for name in packages if not find_spec(name)]
     device = _device_reason()
     if missing or device:
         return ", ".join(missing + ([device] if device else []))
-    try:
-        version: str = import_module("triton").__version__
-    except (ImportError, OSError) as error:
-        return f"triton cannot be imported: {error}"
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
-        return f"triton {version}, needs {_dotted(OLDEST_TRITON)}"
+    for name, oldest in packages.items():
+        try:
+            version: str = import_module(name).__version__
+        except (ImportError, OSError) as error:
+            return f"{name} cannot be imported: {error}"
+        if tuple(int(part) for part in re.findall(r"\d+", version)[: len(oldest)]) < oldest:
+            return f"{name} {version}, needs {_dotted(oldest)}"
     return None
 
 
@@ -84,13 +104,3 @@ def _device_reason() -> str | None:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
-def _mamba_ssm_reason() -> str:
-    """It needs an adapter that this release does not have."""
-    missing = [package for package in ("mamba_ssm", "causal_conv1d") if find_spec(package) is None]
-    reasons = ["this release has no code for it"]
-    if missing:
-        reasons.append(f"{' and '.join(missing)} not installed")
-    device = _device_reason()
-    return ", ".join([*reasons, device] if device else reasons)

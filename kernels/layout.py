@@ -6,9 +6,9 @@ A batch has R rows of tokens and no batch axis:
     [decode_row, decode_row + num_decode)    decode rows, one token of one sequence each
     [..., R)                                 padding, so that R >= MIN_ROWS; computed and ignored
 
-A *chunk* is a run of consecutive tiles of one sequence. It starts at a multiple of TILE in that sequence, so a
-token sits in the same row of the same tile whether or not earlier tokens came from the cache: this grid is what makes
-reuse bit-exact. Every kernel must give a row the same bits whatever else is in the batch, and must not let
+A *chunk* is a run of consecutive tiles of one sequence. Where results must be exact it starts at a multiple of TILE in
+that sequence, so a token sits in the same row of the same tile whether or not earlier tokens came from the cache: this
+grid is what makes reuse bit-exact. (A choreography starts chunks anywhere.) Every kernel must give a row the same bits whatever else is in the batch, and must not let
 padding rows change a state.
 
 The last tile of a chunk may hold fewer than TILE tokens. On a CPU, where a row less is time saved, the next chunk
@@ -41,7 +41,7 @@ class RowLayout:
     chunk_row: Tensor  # [C] row of the chunk's first token
     chunk_tile: Tensor  # [C] index of the chunk's first tile, counted over all chunks
     chunk_tiles: Tensor  # [C] number of tiles
-    chunk_start: Tensor  # [C] position of its first token in the sequence, a multiple of TILE
+    chunk_start: Tensor  # [C] position of its first token in the sequence
     chunk_len: Tensor  # [C] tokens; rows of its tiles past this are padding, or not there
     chunk_slot: Tensor  # [C] state slot read at the start and overwritten at the end
     chunk_fresh: Tensor  # [C] 1 to start from the zero state instead of the slot's content

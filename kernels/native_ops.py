@@ -6,9 +6,12 @@ rows but never a sum, so results do not depend on `torch.get_num_threads()` eith
 
 import ctypes
 import threading
+from collections.abc import Callable
 from ctypes import c_float, c_int64, c_void_p
+from math import log
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_cache.kernels import native_library
@@ -67,6 +70,25 @@ class _Scan(ctypes.Structure):
     )
 
 
+class _Rows(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("row", c_int64), ("head", c_int64))
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("num_heads", "num_groups", "head_dim", "d_state")),
+        *((name, _Rows) for name in ("q", "k", "v", "g", "beta")),
+    )
+
+
+class _Unit(ctypes.Structure):
+    _fields_ = (
+        ("channels", c_int64),
+        *((name, c_void_p) for name in ("decay", "x", "input_gate", "gate")),
+        *((name, c_int64) for name in ("x_stride", "input_gate_stride", "gate_stride")),
+    )
+
+
 # Argument types: p pointer, i int64, f float.
 _SIGNATURES = {
     "mamba2": "pppppipipii",
@@ -77,6 +99,12 @@ _SIGNATURES = {
     "causal_conv": "ppiiippppiii",
     "mamba1_scan": "ppppipii",
     "mamba1_scratch": "pi",
+    "linear_attention": "ppppipii",
+    "linear_attention_scratch": "pi",
+    "gated_delta": "ppppipii",
+    "kimi_delta": "ppppipii",
+    "delta_scratch": "pi",
+    "rg_lru": "ppppiii",
     "linear": "piiiipppi",
     "linear_supported": "",
     "rms_norm": "piiipfpii",
@@ -133,6 +161,17 @@ def _prepare_mamba2(w: Mamba2Weights) -> _Prepared:
     return _Prepared(w, structure, tensors)
 
 
+def _prepare_heads(*rows: Tensor) -> _Prepared:
+    """q, k [R, G, N], v [R, H, P], g [R, H] or [R, H, N], and beta [R, H] or nothing."""
+    tensors = [x if x.dim() == 2 or x.stride(2) == 1 else x.contiguous() for x in rows]
+    q, _, v, *_ = tensors
+    structure = _Heads(
+        *(v.shape[1], q.shape[1], v.shape[2], q.shape[2]),
+        *(_Rows(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors),
+    )
+    return _Prepared(rows, structure, tensors)
+
+
 class NativeLinear:
     """A bfloat16 weight in the panels of linear.c. Each output sums in one order, whatever the number of rows."""
 
@@ -172,6 +211,7 @@ class NativeOps(TorchOps):
         _bind(self._c)
         self._layout: _Prepared | None = None
         self._weights: dict[int, _Prepared] = {}
+        self._scans: dict[int, tuple[Mamba1Weights, list[Tensor]]] = {}
         self._convs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weight, taps, bias
         self._scratch = threading.local()
         self._multiplies_bfloat16 = bool(self._c.linear_supported())
@@ -293,10 +333,9 @@ class NativeOps(TorchOps):
     ) -> Tensor:
         channels, d_state = weights.A.shape
         inputs = [_with_rows(t, t.shape[1]) for t in (x, dt, B, C, z)]
-        constants = [t.float().contiguous() for t in (weights.A, weights.D, weights.dt_bias)]
         task = _Scan(
             *(channels, d_state),
-            *(t.data_ptr() for t in (*constants, *inputs)),
+            *(t.data_ptr() for t in (*self._scan_tensors(weights), *inputs)),
             *(t.stride(0) for t in inputs),
         )
         rows = self._layout_address(layout)
@@ -305,6 +344,54 @@ class NativeOps(TorchOps):
             *(rows, ctypes.addressof(task), out.data_ptr(), state.data_ptr(), state.stride(0)),
             self._scratch_memory(self._c.mamba1_scratch(rows, d_state)),
             *(_threads(out.numel() * d_state), x.dtype is torch.bfloat16),
+        )
+        return out
+
+    def linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, slope: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        heads = _prepare_heads(q, k, v, (-slope).expand(len(v), -1))
+        return self._mix(self._c.linear_attention, self._c.linear_attention_scratch, heads, v, layout, state)
+
+    def gated_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        heads = _prepare_heads(q, k, v, g, beta)
+        return self._mix(self._c.gated_delta, self._c.delta_scratch, heads, v, layout, state)
+
+    def kimi_delta(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        heads = _prepare_heads(q, k, v, g, beta)
+        return self._mix(self._c.kimi_delta, self._c.delta_scratch, heads, v, layout, state)
+
+    def _mix(
+        self,
+        function: Callable[..., None],
+        scratch_size: Callable[[int, int], int],
+        heads: _Prepared,
+        v: Tensor,
+        layout: RowLayout,
+        state: Tensor,
+    ) -> Tensor:
+        threads = _threads(state[0].numel() * (TILE * layout.num_tiles + layout.num_decode) // 4)
+        out = torch.empty(v.shape, dtype=v.dtype)
+        function(
+            *(self._layout_address(layout), heads.address, out.data_ptr(), state.data_ptr(), state.stride(0)),
+            *(self._scratch_memory(scratch_size(heads.address, threads)), threads, v.dtype is torch.bfloat16),
+        )
+        return out
+
+    def rg_lru(
+        self, x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: RowLayout, state: Tensor
+    ) -> Tensor:
+        rows, channels = x.shape
+        inputs = [_with_rows(t, channels) for t in (x, input_gate, gate)]
+        task = _Unit(channels, decay.data_ptr(), *(t.data_ptr() for t in inputs), *(t.stride(0) for t in inputs))
+        out = torch.empty(rows, channels, dtype=x.dtype)
+        self._c.rg_lru(
+            *(self._layout_address(layout), ctypes.addressof(task), out.data_ptr()),
+            *(state.data_ptr(), state.stride(0), _threads(4 * out.numel()), x.dtype is torch.bfloat16),
         )
         return out
 
@@ -328,6 +415,15 @@ class NativeOps(TorchOps):
             taps, offset = _prepare_conv(weight, bias)
             prepared = self._convs[id(weight)] = (weight, taps, offset)
         return prepared[1:]
+
+    def _scan_tensors(self, weights: Mamba1Weights) -> list[Tensor]:
+        """A / ln 2 [ROUND_UP(N), channels], D and dt_bias [channels]."""
+        prepared = self._scans.get(id(weights))
+        if prepared is None:
+            _, d_state = weights.A.shape
+            A = F.pad(weights.A.float().T / log(2), (0, 0, 0, -d_state % LANES)).contiguous()
+            prepared = self._scans[id(weights)] = (weights, [A, weights.D.float(), weights.dt_bias.float()])
+        return prepared[1]
 
     def _scratch_memory(self, num_floats: int) -> int:
         """Address of at least `num_floats` floats, the same memory in each call of a thread."""

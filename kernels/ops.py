@@ -98,6 +98,7 @@ class Ops(Protocol):
     name: str
     device: torch.device  # of all tensors
     packs: bool  # takes packed batches (`layout`)
+    inexact: str  # why it does not promise exact results; empty if it does
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Packs weight [out, in] (+ bias [out]); the caller may drop its copy."""

@@ -5,8 +5,8 @@ A problem knows its weights. A `Stream` is one sequence: inputs for all its toke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights, Mamba2Weights, Ops, StateTensors
 from hybrid_cache.kernels.runs import Run, arrange
+from hybrid_cache.kernels.shared_prefix import with_plan
+
+CPU = torch.device("cpu")
 
 
 class Problem(Protocol):
@@ -72,11 +75,18 @@ def run_batch(
     decodes: Sequence[Piece] = (),
     padding: float = 0.0,
 ) -> list[Tensor]:
-    """One call; -> the output rows of each piece, chunks first. Rows of no piece are filled with `padding`."""
+    """One call; -> the output rows of each piece, chunks first. Rows of no piece are filled with `padding`.
+
+    Everything is on the device of `cache`, but for the inputs of streams, which may be anywhere.
+    """
+    device = cache[0].device
     runs_of = ([piece.run(False) for piece in chunks], [piece.run(True) for piece in decodes])
     layout, runs = arrange(*runs_of, packed=ops.packs)
     pieces = [*chunks, *decodes]
-    inputs = [torch.full((layout.num_rows, *x.shape[1:]), padding, dtype=x.dtype) for x in pieces[0].stream.inputs]
+    if device != CPU:
+        layout = with_plan(layout).to(device)
+    shapes = [((layout.num_rows, *x.shape[1:]), x.dtype) for x in pieces[0].stream.inputs]
+    inputs = [torch.full(shape, padding, dtype=dtype, device=device) for shape, dtype in shapes]
     for piece, run in zip(pieces, runs, strict=True):
         for packed, source in zip(inputs, piece.stream.inputs, strict=True):
             packed[run.row : run.row + run.length] = source[piece.start : piece.end]
@@ -90,6 +100,33 @@ def pool(size: int, shape: Sequence[int], dtype: torch.dtype, filler: float) -> 
     gap = 64 // dtype.itemsize
     stride = -(-numel // gap) * gap + gap
     return torch.full((size, stride), filler, dtype=dtype)[:, :numel].view(size, *shape)
+
+
+AnyProblem = TypeVar("AnyProblem", bound=Problem)
+
+
+def move(problem: AnyProblem, device: torch.device) -> AnyProblem:
+    """Takes the problem's weights to a device, and returns it."""
+    for name, value in vars(problem).items():
+        setattr(problem, name, _moved(value, device))
+    return problem
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+def cache_on(device: torch.device, problem: Problem, size: int, filler: float) -> list[Tensor]:
+    """The problem's cache on a device, as far apart as on the host."""
+    found = []
+    for entries in problem.cache(size, filler):
+        storage = torch.full((size, entries.stride(0)), filler, dtype=entries.dtype, device=device)
+        found.append(storage.as_strided(entries.shape, entries.stride()))
+    return found
 
 
 class Mamba2Problem:

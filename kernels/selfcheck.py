@@ -12,6 +12,7 @@ from torch import Tensor
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.problems import (
+    CPU,
     AttentionProblem,
     ConvProblem,
     GatedDeltaProblem,
@@ -23,6 +24,8 @@ from hybrid_cache.kernels.problems import (
     Problem,
     RgLruProblem,
     Stream,
+    cache_on,
+    move,
     run_batch,
     token,
 )
@@ -46,7 +49,8 @@ def check_exact(
         if not rows_agree(_linear(ops, dtype, *size, rng)):
             failed.append(f"linear {size[0]} -> {size[1]} in {dtype}")
     for problem in _problems(dtype, rng) if problems is None else problems:
-        failed += [f"{problem.name} in {dtype}: {what}" for what in mismatches(ops, problem)]
+        here = move(problem, ops.device)
+        failed += [f"{problem.name} in {dtype}: {what}" for what in mismatches(ops, here, ops.device)]
     return failed
 
 
@@ -58,33 +62,39 @@ def rows_agree(probe: Callable[[slice], Tensor]) -> bool:
     return all(torch.equal(probe(rows), expected[rows]) for rows in slices)
 
 
-def mismatches(ops: Ops, problem: Problem) -> list[str]:
-    """One sequence alone in one call, against the same one in other calls, places and company."""
+def mismatches(ops: Ops, problem: Problem, device: torch.device = CPU) -> list[str]:
+    """One sequence alone in one call, against the same one in other calls, places and company.
+
+    The problem's weights are on `device`.
+    """
     rng = torch.Generator().manual_seed(1)
-    total = PROMPT + NUM_DECODES
-    alone = Stream(problem.inputs(total, rng), 0, [0, 1, 2, 3])
-    others = [
-        Stream(problem.inputs(total, rng), 1, [4, 5, 6, 7]),
-        Stream(problem.inputs(total, rng), 2, [8, 9, 10, 11]),
-    ]
-    expected = _run(ops, problem, alone, cuts=(), others=[], filler=0.0)
+    places = ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [8, 9, 10, 11]))
+    inputs = ([x.to(device) for x in problem.inputs(PROMPT + NUM_DECODES, rng)] for _ in places)
+    alone, *others = (Stream(rows, slot, pages) for rows, (slot, pages) in zip(inputs, places, strict=True))
+    expected = _run(ops, problem, alone, cuts=(), others=[], filler=0.0, device=device)
     elsewhere = alone.moved(5, [13, 3, 12, 15])
     failed = []
     for cuts in ((), *CUTS):
         for others_here, company in (([], "alone"), (others, "with others")):
-            found = _run(ops, problem, elsewhere, cuts, others_here, filler=float("nan"))
+            found = _run(ops, problem, elsewhere, cuts, others_here, float("nan"), device)
             if not all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
                 failed.append(f"cut at tiles {cuts}, {company}")
-    if not _resumes(ops, problem, alone, expected):
+    if not _resumes(ops, problem, alone, expected, device):
         failed.append("resumed from a captured state")
     return failed
 
 
 def _run(
-    ops: Ops, problem: Problem, stream: Stream, cuts: Sequence[int], others: Sequence[Stream], filler: float
+    ops: Ops,
+    problem: Problem,
+    stream: Stream,
+    cuts: Sequence[int],
+    others: Sequence[Stream],
+    filler: float,
+    device: torch.device,
 ) -> list[Tensor]:
     """-> outputs of the prompt, of each decode step, and the cache rows at the end."""
-    cache = problem.cache(16, filler)
+    cache = cache_on(device, problem, 16, filler)
     prompt = []
     bounds = [0, *(TILE * cut for cut in cuts), PROMPT]
     for step, (start, end) in enumerate(pairwise(bounds)):
@@ -104,8 +114,8 @@ def _captures(start: int, end: int) -> tuple[tuple[int, int], ...]:
     return ((2 * TILE - start, 9),) if start < 2 * TILE <= end else ()
 
 
-def _resumes(ops: Ops, problem: Problem, stream: Stream, expected: Sequence[Tensor]) -> bool:
-    cache = problem.cache(16, float("nan"))
+def _resumes(ops: Ops, problem: Problem, stream: Stream, expected: Sequence[Tensor], device: torch.device) -> bool:
+    cache = cache_on(device, problem, 16, float("nan"))
     run_batch(ops, problem, cache, [Piece(stream, 0, PROMPT, captures=((2 * TILE, 9),))])
     found = run_batch(ops, problem, cache, [Piece(stream.moved(9, stream.pages), 2 * TILE, PROMPT)])
     return torch.equal(found[0], expected[0][2 * TILE :])
@@ -118,19 +128,20 @@ def _kept(problem: Problem, cache: Sequence[Tensor], stream: Stream) -> list[Ten
 
 
 def _row_probes(ops: Ops, dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[str, Callable[[slice], Tensor]]]:
-    x = torch.randn(NUM_ROWS[-1], 2 * 104, generator=rng).to(dtype)
-    weight = torch.rand(2 * 104, generator=rng).to(dtype)
+    device = ops.device
+    x = torch.randn(NUM_ROWS[-1], 2 * 104, generator=rng).to(device, dtype)
+    weight = torch.rand(2 * 104, generator=rng).to(device, dtype)
     heads = x[:, :192].reshape(-1, 6, 32)
-    positions = torch.randint(0, 4000, (len(x),), generator=rng)
-    inv_freq = 1e4 ** -(torch.arange(16) / 16)
+    positions = torch.randint(0, 4000, (len(x),), generator=rng).to(device)
+    inv_freq = 1e4 ** -(torch.arange(16, device=device) / 16)
     yield "rms_norm", lambda rows: ops.rms_norm(x[rows], weight, 1e-5)
     yield "silu_mul", lambda rows: ops.silu_mul(x[rows])
     yield "gelu_mul", lambda rows: ops.gelu_mul(x[rows])
     yield "gelu_tanh_mul", lambda rows: ops.gelu_tanh_mul(x[rows])
     yield "rotary", lambda rows: ops.rotary(heads[rows], positions[rows], inv_freq)
-    w_in, w_out = (0.1 * torch.randn(5, *size, generator=rng).to(dtype) for size in ((96, 208), (208, 48)))
+    w_in, w_out = (0.1 * torch.randn(5, *size, generator=rng).to(device, dtype) for size in ((96, 208), (208, 48)))
     experts = ops.experts(list(w_in), list(w_out))
-    scores = torch.rand(len(x), 5, generator=rng)
+    scores = torch.rand(len(x), 5, generator=rng).to(device)
     shares, ids = scores.topk(2)
     yield "experts", lambda rows: experts(x[rows], ids[rows], shares[rows])
 
@@ -138,9 +149,9 @@ def _row_probes(ops: Ops, dtype: torch.dtype, rng: torch.Generator) -> Iterator[
 def _linear(
     ops: Ops, dtype: torch.dtype, size_in: int, size_out: int, rng: torch.Generator
 ) -> Callable[[slice], Tensor]:
-    block = torch.randn(min(size_out, 512), size_in, generator=rng).to(dtype)
+    block = torch.randn(min(size_out, 512), size_in, generator=rng).to(ops.device, dtype)
     linear = ops.linear(block.repeat(-(-size_out // 512), 1)[:size_out])
-    x = torch.randn(NUM_ROWS[-1], size_in, generator=rng).to(dtype)
+    x = torch.randn(NUM_ROWS[-1], size_in, generator=rng).to(ops.device, dtype)
     return lambda rows: linear(x[rows])
 
 

@@ -14,14 +14,14 @@ grouped anew for each split, which gives a hierarchy of any depth and shape:
 Plans are made on the host, once for all layers of a step.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.layout import TILE, RowLayout
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -40,7 +40,7 @@ class DecodePlan:
     split: Ints  # [I] ascending
     first: Ints  # [I + 1]
     rows: Ints  # [E] ascending inside an item
-    _uploaded: dict[tuple[int, torch.device], "DeviceBlocks"] = field(default_factory=dict)
+    uploaded: dict[tuple[int, torch.device], "DeviceBlocks"] = field(default_factory=dict)  # what `on` has sent
 
     @property
     def num_items(self) -> int:
@@ -64,13 +64,13 @@ class DecodePlan:
     def on(self, device: torch.device, rows_per_block: int) -> "DeviceBlocks":
         """`blocks` and `rows`, sent to the device at the first call only, in one copy that nobody waits for."""
         key = (rows_per_block, device)
-        if key not in self._uploaded:
+        if key not in self.uploaded:
             blocks = self.blocks(rows_per_block)
             flat = torch.from_numpy(np.concatenate([blocks.ravel(), self.rows]))
             if device.type == "cuda":
                 flat = flat.pin_memory()
-            self._uploaded[key] = DeviceBlocks(len(blocks), flat.to(device, non_blocking=True))
-        return self._uploaded[key]
+            self.uploaded[key] = DeviceBlocks(len(blocks), flat.to(device, non_blocking=True))
+        return self.uploaded[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,14 @@ def plan_shared(page_table: Ints, lengths: Ints, min_rows: int = MIN_SHARED_ROWS
     joins = _without_small_items(joins, min_rows)
     starts = (~joins).nonzero()[0]
     return DecodePlan(split[starts], np.append(starts, len(split)), row)
+
+
+def with_plan(layout: RowLayout) -> RowLayout:
+    """A layout on the host with the plan of its decode rows, for devices that must not be asked for page tables."""
+    if not layout.num_decode:
+        return layout
+    tables = layout.page_table[len(layout.chunk_tile) :]
+    return replace(layout, decode_plan=plan_shared(tables.numpy(), layout.decode_len.numpy()))
 
 
 def _sort_key(pages: Ints, sharable: Bools, split: Ints, row: Ints) -> npt.NDArray[np.uint64]:

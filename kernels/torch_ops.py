@@ -12,6 +12,7 @@ Three habits keep the promises of `ops`:
 
 from collections.abc import Callable, Sequence
 from math import pi
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,11 @@ from hybrid_cache.kernels.runs import Run, Runs
 # gelu with tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
 _GELU_LINEAR = 2.0 * (2.0 / pi) ** 0.5
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+ScanTile = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # as `_scan_tile`
 
 
 class PlainLinear:
@@ -111,6 +117,7 @@ class TorchOps:
     name = "torch"
     device = torch.device("cpu")
     packs = True
+    inexact = ""
 
     def __init__(self) -> None:
         self._last: tuple[RowLayout, Runs] | None = None
@@ -124,25 +131,19 @@ class TorchOps:
         return LoopExperts([self.linear(w) for w in w_in], [self.linear(w) for w in w_out], act or self.silu_mul)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+        return self._fused(_rms_norm)(x, weight, eps)
 
     def silu_mul(self, x: Tensor) -> Tensor:
-        gate, up = x.float().chunk(2, dim=-1)
-        return (silu(gate) * up).to(x.dtype)
+        return self._fused(_silu_mul)(x)
 
     def gelu_mul(self, x: Tensor) -> Tensor:
-        gate, up = x.float().chunk(2, dim=-1)
-        return (0.5 * gate * (1.0 + torch.erf(gate * 0.5**0.5)) * up).to(x.dtype)
+        return self._fused(_gelu_mul)(x)
 
     def gelu_tanh_mul(self, x: Tensor) -> Tensor:
-        gate, up = x.float().chunk(2, dim=-1)
-        return (gate / (1.0 + torch.exp(gate * (gate * gate * -_GELU_CUBIC - _GELU_LINEAR))) * up).to(x.dtype)
+        return self._fused(_gelu_tanh_mul)(x)
 
     def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-        angle = positions.float()[:, None, None] * inv_freq
-        cos, sin = angle.cos(), angle.sin()
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+        return self._fused(_rotary)(x, positions, inv_freq)
 
     def attention(
         self,
@@ -160,11 +161,11 @@ class TorchOps:
         for run in plan.chunks:
             for tile in range(run.num_tiles):
                 rows = slice(run.row + tile * TILE, min(run.row + (tile + 1) * TILE, run.row + run.length))
-                num_pages = run.start // TILE + tile + 1
-                keys, values = _gather(kv, run.pages[:num_pages], min(run.end, num_pages * TILE))
+                last = run.start + (tile + 1) * TILE
+                keys, values = _gather(kv, run.pages[: -(-last // TILE)], min(run.end, last), last)
                 out[rows] = _attend_tile(_padded(q[rows]), keys, values, scale, window)[: rows.stop - rows.start]
         for run in plan.decodes:
-            keys, values = _gather(kv, run.pages, run.end)
+            keys, values = _gather(kv, run.pages, run.end, TILE * len(run.pages))
             first = 0 if window is None else max(0, run.end - window)
             out[run.row] = _attend_last(q[run.row], keys[:, first : run.end], values[:, first : run.end], scale)
         return out
@@ -179,24 +180,24 @@ class TorchOps:
         activation: bool = True,
     ) -> Tensor:
         y = self._conv(x, weight, bias, layout, conv)
-        return (silu(y) if activation else y).to(x.dtype)
+        return (self._fused(silu)(y) if activation else y).to(x.dtype)
 
     def mamba2(self, zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
         w = weights
         inner, bc = w.num_heads * w.head_dim, w.num_groups * w.d_state
         z, conv_in, dt_in = zxbcdt.tensor_split([inner, 2 * inner + 2 * bc], dim=1)
-        conv_out = silu(self._conv(conv_in, w.conv_weight, w.conv_bias, layout, cache.conv))
+        conv_out = self._fused(silu)(self._conv(conv_in, w.conv_weight, w.conv_bias, layout, cache.conv))
         x = conv_out[:, :inner].reshape(-1, w.num_heads, w.head_dim)
         B, C = (part.reshape(-1, w.num_groups, w.d_state) for part in conv_out[:, inner:].chunk(2, dim=1))
-        dt = softplus(dt_in.float() + w.dt_bias).clamp(w.dt_min, w.dt_max)
+        dt = self._fused(_time_steps)(dt_in, w.dt_bias).clamp(w.dt_min, w.dt_max)
         y = torch.zeros_like(x)
         plan = self._runs(layout)
         for run in plan.chunks:
-            _scan_chunk(run, x, dt, B, C, w.A, cache.state, y)
+            _scan_chunk(self._fused(_scan_tile), run, x, dt, B, C, w.A, cache.state, y)
         if plan.decodes:
             _scan_step(_decode_rows(layout), layout.decode_slot, x, dt, B, C, w.A, cache.state, y)
         y += w.D[:, None] * x
-        return _gated_norm(y.flatten(1), silu(z.float()), w).to(zxbcdt.dtype)
+        return self._fused(_gated_norm)(y.flatten(1), z, w.norm_weight, w.norm_eps, w.norm_group, w.norm_first)
 
     def mamba1_scan(
         self,
@@ -210,7 +211,7 @@ class TorchOps:
         state: Tensor,
     ) -> Tensor:
         u, B, C = x.float(), B.float(), C.float()
-        dt = softplus(dt.float() + weights.dt_bias)
+        dt = self._fused(_time_steps)(dt, weights.dt_bias)
         y = torch.zeros_like(u)
         plan = self._runs(layout)
         for run in plan.chunks:
@@ -237,7 +238,7 @@ class TorchOps:
         y, one = torch.zeros_like(x), x.new_ones(x.shape[:2])
         plan = self._runs(layout)
         for run in plan.chunks:
-            _scan_chunk(run, x, one, B, C, -slope, state, y)
+            _scan_chunk(self._fused(_scan_tile), run, x, one, B, C, -slope, state, y)
         if plan.decodes:
             _scan_step(_decode_rows(layout), layout.decode_slot, x, one, B, C, -slope, state, y)
         return y.to(v.dtype)
@@ -314,6 +315,10 @@ class TorchOps:
             y[rows] = (h * q).sum(-1)
         return y.to(v.dtype)
 
+    def _fused(self, part: Callable[P, R]) -> Callable[P, R]:
+        """A pure function of tensors, as it is; `CompiledOps` compiles it."""
+        return part
+
     def _runs(self, layout: RowLayout) -> Runs:
         """All layers of a step share one layout object; reading it takes longer than a small operation."""
         last = self._last
@@ -331,19 +336,12 @@ class TorchOps:
         for run in plan.chunks:
             window = torch.zeros_like(conv[0]) if run.fresh else conv[run.slot]
             rows = torch.cat([window, x[run.row : run.row + run.length]])
-            wide = rows.float()
-            y = offset.expand(run.length, -1)
-            for i in range(width):
-                y = y + wide[i : i + run.length] * taps[i]
-            out[run.row : run.row + run.length] = y
+            out[run.row : run.row + run.length] = self._fused(_convolve)(rows, taps, offset)
             for num_tokens, slot in [*run.captures, (run.length, run.slot)]:
                 conv[slot] = rows[num_tokens : num_tokens + width - 1]
         if plan.decodes:
             rows = torch.cat([conv[layout.decode_slot], x[_decode_rows(layout), None]], dim=1)
-            y = offset.expand(len(rows), -1)
-            for i in range(width):
-                y = y + rows[:, i].float() * taps[i]
-            out[_decode_rows(layout)] = y
+            out[_decode_rows(layout)] = self._fused(_convolve_last)(rows, taps, offset)
             conv[layout.decode_slot] = rows[:, 1:]
         return out
 
@@ -360,11 +358,74 @@ def softplus(x: Tensor) -> Tensor:
     return torch.where(x > 20.0, x, torch.log1p(torch.exp(x.clamp(max=20.0))))
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def _silu_mul(x: Tensor) -> Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    return (silu(gate) * up).to(x.dtype)
+
+
+def _gelu_mul(x: Tensor) -> Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    return (0.5 * gate * (1.0 + torch.erf(gate * 0.5**0.5)) * up).to(x.dtype)
+
+
+def _gelu_tanh_mul(x: Tensor) -> Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    return (gate / (1.0 + torch.exp(gate * (gate * gate * -_GELU_CUBIC - _GELU_LINEAR))) * up).to(x.dtype)
+
+
+def _rotary(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    angle = positions.float()[:, None, None] * inv_freq
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def _time_steps(dt: Tensor, bias: Tensor) -> Tensor:
+    return softplus(dt.float() + bias)
+
+
+def _convolve(rows: Tensor, taps: Tensor, offset: Tensor) -> Tensor:
+    """rows [K - 1 + T, channels], taps [K, channels] -> [T, channels] float32."""
+    length, wide = len(rows) - len(taps) + 1, rows.float()
+    y = offset.expand(length, -1)
+    for i in range(len(taps)):
+        y = y + wide[i : i + length] * taps[i]
+    return y
+
+
+def _convolve_last(rows: Tensor, taps: Tensor, offset: Tensor) -> Tensor:
+    """rows [D, K, channels], taps [K, channels] -> [D, channels] float32."""
+    y = offset.expand(len(rows), -1)
+    for i in range(len(taps)):
+        y = y + rows[:, i].float() * taps[i]
+    return y
+
+
 def _decode_rows(layout: RowLayout) -> slice:
     return slice(layout.decode_row, layout.decode_row + layout.num_decode)
 
 
 # Attention
+
+
+def relocate_keys(
+    kv: KVTensors, source_rows: Tensor, target_rows: Tensor, delta: Tensor, inv_freq: Tensor | None, first: int = 0
+) -> None:
+    """`reference.relocate_keys`: copies KV rows, and turns keys by `delta` positions."""
+    source, target = (source_rows // TILE, source_rows % TILE), (target_rows // TILE, target_rows % TILE)
+    keys = kv.k[source]
+    if inv_freq is not None and bool(delta.any()):
+        end = first + 2 * len(inv_freq)
+        angle = delta.float()[:, None, None] * inv_freq
+        cos, sin = angle.cos(), angle.sin()
+        a, b = keys[:, :, first:end].float().chunk(2, dim=-1)
+        keys[:, :, first:end] = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(keys.dtype)
+    kv.k[target] = keys
+    kv.v[target] = kv.v[source]
 
 
 def _write_rows(k: Tensor, v: Tensor, layout: RowLayout, kv: KVTensors) -> None:
@@ -375,13 +436,19 @@ def _write_rows(k: Tensor, v: Tensor, layout: RowLayout, kv: KVTensors) -> None:
     kv.v[page, offset] = v[rows]
 
 
-def _gather(kv: KVTensors, pages: list[int], num_tokens: int) -> tuple[Tensor, Tensor]:
-    """-> keys, values [kv_heads, TILE * pages, d] float32; rows from `num_tokens` on, which may hold NaN, are zero."""
+def _gather(kv: KVTensors, pages: list[int], num_tokens: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """-> keys, values [kv_heads, num_rows, d] float32; rows from `num_tokens` on, which may hold NaN, are zero."""
     index = torch.tensor(pages, device=kv.k.device)
-    keys, values = (pool[index].flatten(0, 1).float() for pool in (kv.k, kv.v))
-    keys[num_tokens:] = 0.0
-    values[num_tokens:] = 0.0
+    keys, values = (_fitted(pool[index].flatten(0, 1).float(), num_tokens, num_rows) for pool in (kv.k, kv.v))
     return keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()
+
+
+def _fitted(rows: Tensor, num_tokens: int, num_rows: int) -> Tensor:
+    """Zeros from `num_tokens` on, and `num_rows` in all."""
+    if len(rows) != num_rows:
+        rows = torch.cat([rows[:num_rows], rows.new_zeros(max(num_rows - len(rows), 0), *rows.shape[1:])])
+    rows[num_tokens:] = 0.0
+    return rows
 
 
 def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
@@ -409,14 +476,24 @@ def _attend_last(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
 # Mamba-2
 
 
-def _scan_chunk(run: Run, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor, y: Tensor) -> None:
+def _scan_chunk(
+    scan_tile: ScanTile,
+    run: Run,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A: Tensor,
+    state: Tensor,
+    y: Tensor,
+) -> None:
     """x [R, H, P], dt [R, H], B, C [R, G, N]; fills the run's rows of y [R, H, P] and its slots of `state`."""
     points = dict(run.captures)
     h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
     for first in range(0, run.length, TILE):
         length = min(TILE, run.length - first)
         rows = slice(run.row + first, run.row + first + length)
-        h, y_tile = _scan_tile(h, _padded(x[rows]), _padded(dt[rows]), _padded(B[rows]), _padded(C[rows]), A)
+        h, y_tile = scan_tile(h, _padded(x[rows]), _padded(dt[rows]), _padded(B[rows]), _padded(C[rows]), A)
         y[rows] = y_tile[:length]
         if first + TILE in points:
             state[points[first + TILE]] = h
@@ -470,13 +547,14 @@ def _scan_step(
     y[rows] = (h * c[:, :, None, :]).sum(-1)
 
 
-def _gated_norm(y: Tensor, gate: Tensor, w: Mamba2Weights) -> Tensor:
-    if w.norm_weight is None:
-        return y * gate
-    x = y if w.norm_first else y * gate
-    grouped = x.view(len(x), -1, w.norm_group)
-    normed = F.rms_norm(grouped, (w.norm_group,), None, w.norm_eps).flatten(1) * w.norm_weight.float()
-    return normed * gate if w.norm_first else normed
+def _gated_norm(y: Tensor, z: Tensor, weight: Tensor | None, eps: float, group: int, norm_first: bool) -> Tensor:
+    """y float32, z [R, channels] -> [R, channels] in the dtype of z; see `Mamba2Weights`."""
+    gate = silu(z.float())
+    if weight is None:
+        return (y * gate).to(z.dtype)
+    x = y if norm_first else y * gate
+    normed = F.rms_norm(x.view(len(x), -1, group), (group,), None, eps).flatten(1) * weight.float()
+    return (normed * gate if norm_first else normed).to(z.dtype)
 
 
 # Delta rule

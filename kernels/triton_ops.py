@@ -27,6 +27,7 @@ from hybrid_cache.kernels.unsupported import UnsupportedShape
 # Triton 3.9 warns unless somebody says whether a * b + c may be one instruction; 3.10 will say no.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+FAST = "fast mode: products are cuBLAS's, whose bits depend on the number of rows"
 CPU = torch.device("cpu")
 CHECK_ROWS = 70
 NUM_SLOTS = 8  # or pages
@@ -63,6 +64,7 @@ class TritonOps(TorchOps):
         interpreted = bool(triton.knobs.runtime.interpret)
         self.device = CPU if interpreted else torch.device("cuda", torch.cuda.current_device())
         self.reasons: dict[str, str] = {}
+        self.inexact = FAST if fast else ""
         self._fast = fast
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -44,6 +44,8 @@ class SumModel:
     fingerprint = "sum-model"
     device = torch.device("cpu")
     packs = True
+    ways = ()
+    commutes = True
 
     def __init__(self) -> None:
         self.rows_computed = 0  # rows of real tokens, padding left out

@@ -25,7 +25,7 @@ import numpy as np
 from hybrid_cache.policies.base import Outline, Wish, Worth, every_place
 from hybrid_cache.policies.places import ODDS, SIZES, Place, PlaceMemory
 from hybrid_cache.policies.returns import MOST_LIVES, ReturnModel
-from hybrid_cache.tree import CheckpointKind, Kept, Node
+from hybrid_cache.tree import CheckpointKind, Kept, Node, StoredMessage
 
 FIT_EARLY = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448)  # after so many requests the model is fitted,
 FIT_EVERY = 512  # and then each time after so many more
@@ -99,10 +99,17 @@ class Ours:
 
     def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
         place = self._memory.get(namespace, name)
+        if place is None and kind is CheckpointKind.EXPLICIT:  # a message that is kept outside the tree
+            place = self._memory.add_unseen(kind, namespace, name, 0, self._now)
         return 0.0 if place is None else self._index(place) * worth.flops / worth.num_bytes
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
-        pass
+        if isinstance(kept, StoredMessage) and kept.attached:  # `plan` sees the returns to what is in the tree
+            place = self._memory.get(kept.node.namespace, kept.name)
+            if place is not None:
+                self._memory.returned_to(place, self._clock())
+                if kept in self._rows:
+                    self.add(kept)
 
     def add(self, kept: Kept) -> None:
         row = self._rows.get(kept)

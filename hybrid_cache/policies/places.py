@@ -69,12 +69,12 @@ class PlaceMemory:
         pace, turns = 13, 0
         if found is not None:
             pace, turns = log2_bin(now - found.since, 12), min(found.turns + 1, 7)
-            self._renew(found, now)
+            self.returned_to(found, now)
         if outline.start and not outline.generated and not outline.again:
             whole = outline.start == outline.num_tokens
             resumed = self.get(outline.namespace, outline.end_name if whole else outline.name(outline.start))
             if resumed is not None and resumed is not found:
-                self._renew(resumed, now)
+                self.returned_to(resumed, now)
         new = [(outline.name(w.position), w.position, w.kind) for w in wishes]
         if not outline.generated:
             new.append((outline.end_name, outline.num_tokens, CheckpointKind.PROMPT_END))
@@ -94,7 +94,7 @@ class PlaceMemory:
                 self.add(outline.namespace, name, [KINDS.index(kind), role, after, shared, length, 0, pace, turns], now)
         return found
 
-    def _renew(self, place: Place, now: float) -> None:
+    def returned_to(self, place: Place, now: float) -> None:
         """One life ends, the next begins."""
         if place.key in self._places:
             self._places.move_to_end(place.key)  # what is returned to is not forgotten
@@ -115,9 +115,13 @@ class PlaceMemory:
         """The place of a state, made anew if it was forgotten."""
         place = self.get(kept.node.namespace, kept.name)
         if place is None:
-            features = [KINDS.index(kept.kind), 0, 0, 0, log2_bin(kept.num_tokens / 512, 11), 0, 13, 0]
-            place = self.add(kept.node.namespace, kept.name, features, now)
+            place = self.add_unseen(kept.kind, kept.node.namespace, kept.name, kept.num_tokens, now)
         return place
+
+    def add_unseen(self, kind: CheckpointKind, namespace: str, name: int, num_tokens: int, now: float) -> Place:
+        """A place that no prompt has shown: a forgotten one, or a message outside the tree."""
+        features = [KINDS.index(kind), 0, 0, 0, log2_bin(num_tokens / 512, 11), 0, 13, 0]
+        return self.add(namespace, name, features, now)
 
     def answered(self, place: Place, num_output_tokens: int) -> None:
         """The prompt that ends at a place got an answer of so many tokens."""

@@ -248,11 +248,12 @@ INLINE void write_result(const Attention *a, const Query *q, void *out, int64_t 
         store_n(out, head * d + i, load_f32(q->result + i) / q->result[dp + 1], d - i, bf16);
 }
 
-/* One tile of queries for the heads that share a kv head. Its tokens follow `start` others. */
+/* One tile of queries for the heads that share a kv head. Its tokens follow `start` others; they lie in one page, or,
+ * where a chunk does not start on the grid, in two. */
 INLINE void attend_tile(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t start,
                         int64_t num_tokens, int64_t kv_head, const Memory *m, int bf16) {
     const int64_t group = a->num_heads / a->num_kv_heads, row = a->num_heads * a->head_dim;
-    const int64_t last = start / TILE;
+    const int64_t end = start + num_tokens, last = (end - 1) / TILE;
     for (int64_t g = 0; g < group; g++)
         for (int64_t t = 0; t < num_tokens; t++)
             m->queries[g * TILE + t] = new_query(a, at(q, t * a->q_stride, bf16), kv_head * group + g,
@@ -260,7 +261,7 @@ INLINE void attend_tile(const Attention *a, const void *q, void *out, const int6
     for (int64_t page = first_page(a, start); page <= last; page++) {
         Span spans[TILE];
         for (int64_t t = 0; t < TILE; t++) spans[t] = span_of(a, page, start + t + 1);
-        read_kv(a, pages[page], kv_head, page == last ? num_tokens : TILE, m->keys, m->values, bf16);
+        read_kv(a, pages[page], kv_head, page == last ? end - page * TILE : TILE, m->keys, m->values, bf16);
         for (int64_t g = 0; g < group; g++)
             attend_page(a, m->queries + g * TILE, spans, 1, num_tokens, m->keys, m->values, PAIRS(a, bf16));
     }

@@ -3,6 +3,7 @@
 #define HYBRID_CACHE_LAYOUT_H
 
 #include <stdint.h>
+#include <string.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -67,6 +68,12 @@ static inline int row_is_token(const Layout *l, int64_t r) {
     for (int64_t c = 0; c < l->num_chunks; c++)
         if (r < l->chunk_row[c] + l->chunk_len[c]) return r >= l->chunk_row[c];
     return 0;
+}
+
+/* Zeros in the rows of `out` that hold no token. */
+static inline void clear_unused_rows(const Layout *l, void *out, int64_t row_bytes) {
+    for (int64_t r = 0; r < l->num_rows; r++)
+        if (!row_is_token(l, r)) memset((char *)out + r * row_bytes, 0, (size_t)row_bytes);
 }
 
 #endif

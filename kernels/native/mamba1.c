@@ -1,7 +1,8 @@
 /* Mamba-1: depthwise convolution, and the selective scan of Gu and Dao 2023.
  *
- * The scan is the plain recurrence, token by token, for sixteen channels at a time; nothing depends on where a prompt
- * was cut.
+ * The scan is the plain recurrence, token by token, so nothing depends on where a prompt was cut. Sixteen channels lie
+ * side by side, for sixteen columns of the state at a time: sums over the state need no sum across lanes. Nearly all of
+ * the time goes into the exponentials.
  */
 #include "conv.h"
 #include "layout.h"
@@ -11,10 +12,8 @@ INLINE void convolve(const Layout *l, const void *x, int64_t stride, int64_t cha
                      const float *bias, void *out, Pool conv, int64_t num_threads, int bf16) {
 #pragma omp parallel num_threads(num_threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < l->num_rows; r++)
-            if (!row_is_token(l, r))
-                memset(at_mut(out, r * channels, bf16), 0, (size_t)channels * (bf16 ? 2 : 4));
+#pragma omp single nowait
+        clear_unused_rows(l, out, channels * (bf16 ? 2 : 4));
 #pragma omp for schedule(static) nowait
         for (int64_t tile = 0; tile < l->num_tiles; tile++) {
             const int64_t chunk = chunk_of(l, tile), i = tile - l->chunk_tile[chunk], n = tokens_in(l, chunk, i);
@@ -50,7 +49,7 @@ void causal_conv(const Layout *l, const void *x, int64_t stride, int64_t channel
         convolve(l, x, stride, channels, width, taps, bias, out, windows, num_threads, 0);
 }
 
-/* Rows of x, dt, B, C, z, each `*_stride` elements apart. A [channels, d_state]. */
+/* Rows of x, dt, B, C, z, each `*_stride` elements apart. A [np, channels], in powers of two: A / ln 2. */
 typedef struct {
     int64_t channels, d_state;
     const float *A, *D, *dt_bias;
@@ -58,12 +57,38 @@ typedef struct {
     int64_t x_stride, dt_stride, b_stride, c_stride, z_stride;
 } Scan;
 
+/* Columns [j, j + 16) of the state of n channels from c on, over the rows of `dt`; adds to y. */
+INLINE void scan_columns(const Scan *s, int64_t num_rows, int64_t c, int64_t n, int64_t j, const float *dt,
+                         const float *dtu, const float *B, const float *C, float *h, float *y) {
+    const int64_t np = ROUND_UP(s->d_state), size = s->d_state - j;
+    float columns[LANES * LANES] = {0};
+    vf A[LANES], state[LANES];
+    transpose16(h, j, s->d_state, n, size, columns, LANES, 0);
+    for (int k = 0; k < LANES; k++) {
+        A[k] = load_n(s->A, (j + k) * s->channels + c, n, 0);
+        state[k] = load_f32(columns + k * LANES);
+    }
+    for (int64_t t = 0; t < num_rows; t++) {
+        const vf step = load_f32(dt + t * LANES), write = load_f32(dtu + t * LANES);
+        vf total = load_f32(y + t * LANES);
+#pragma GCC unroll 16
+        for (int k = 0; k < LANES; k++) {
+            state[k] = vexp2(step * A[k]) * state[k] + write * B[t * np + j + k];
+            total += state[k] * C[t * np + j + k];
+        }
+        store_f32(y + t * LANES, total);
+    }
+    float rows[LANES * LANES];
+    for (int k = 0; k < LANES; k++) store_f32(columns + k * LANES, state[k]);
+    transpose16(columns, 0, LANES, LANES, LANES, rows, LANES, 0);
+    for (int64_t i = 0; i < n; i++) store_n(h, i * s->d_state + j, load_f32(rows + i * LANES), size, 0);
+}
+
 /* Sixteen channels from c on, up to 64 rows from `row` on. h [16, d_state] moves on. `work`: B, C [64, np]. */
-INLINE void scan_block(const Scan *s, int64_t row, int64_t num_rows, int64_t c, float *h, const float *work, void *out,
-                       int bf16, const int64_t num_vectors) {
+INLINE void scan_rows(const Scan *s, int64_t row, int64_t num_rows, int64_t c, float *h, const float *work, void *out,
+                      int bf16) {
     const int64_t n = s->channels - c < LANES ? s->channels - c : LANES, np = ROUND_UP(s->d_state);
-    const float *B = work, *C = work + TILE * np;
-    float u[TILE * LANES], dt[TILE * LANES], dtu[TILE * LANES], y[TILE * LANES] = {0};
+    float u[TILE * LANES], dt[TILE * LANES], dtu[TILE * LANES], y[TILE * LANES];
     const vf bias = load_n(s->dt_bias, c, n, 0), D = load_n(s->D, c, n, 0);
     for (int64_t t = 0; t < num_rows; t++) {
         vf x = load_n(s->x, (row + t) * s->x_stride + c, n, bf16);
@@ -71,23 +96,9 @@ INLINE void scan_block(const Scan *s, int64_t row, int64_t num_rows, int64_t c, 
         store_f32(u + t * LANES, x);
         store_f32(dt + t * LANES, step);
         store_f32(dtu + t * LANES, step * x);
+        store_f32(y + t * LANES, splat(0));
     }
-    for (int64_t i = 0; i < n; i++) {
-        const float *A = s->A + (c + i) * s->d_state;
-        float *mine = h + i * s->d_state;
-        for (int64_t j = 0; j < num_vectors; j++) {
-            const int64_t size = s->d_state - j * LANES;
-            const vf a = load_n(A, j * LANES, size, 0);
-            vf state = load_n(mine, j * LANES, size, 0);
-            for (int64_t t = 0; t < num_rows; t++) {
-                const float *b = B + t * np + j * LANES;
-                state = vexp(dt[t * LANES + i] * a) * state + dtu[t * LANES + i] * load_f32(b);
-                const float part = sum(state * load_f32(C + t * np + j * LANES));
-                y[t * LANES + i] = j ? y[t * LANES + i] + part : part;
-            }
-            store_n(mine, j * LANES, state, size, 0);
-        }
-    }
+    for (int64_t j = 0; j < np; j += LANES) scan_columns(s, num_rows, c, n, j, dt, dtu, work, work + TILE * np, h, y);
     for (int64_t t = 0; t < num_rows; t++) {
         vf skip = load_f32(y + t * LANES) + D * load_f32(u + t * LANES);
         vf gated = skip * vsilu(load_n(s->z, (row + t) * s->z_stride + c, n, bf16));
@@ -105,14 +116,6 @@ INLINE void widen_bc(const Scan *s, int64_t row, int64_t num_rows, float *work, 
         }
 }
 
-INLINE void scan_rows(const Scan *s, int64_t row, int64_t num_rows, int64_t c, float *h, const float *work, void *out,
-                      int bf16) {
-    if (s->d_state == LANES)
-        scan_block(s, row, num_rows, c, h, work, out, bf16, 1);
-    else
-        scan_block(s, row, num_rows, c, h, work, out, bf16, ROUND_UP(s->d_state) / LANES);
-}
-
 /* Floats of scratch memory: B and C of each tile and of each decode row. */
 int64_t mamba1_scratch(const Layout *l, int64_t d_state) {
     return (l->num_tiles + l->num_decode) * 2 * TILE * ROUND_UP(d_state);
@@ -123,10 +126,8 @@ INLINE void run(const Layout *l, const Scan *s, void *out, Pool state, float *sc
     const int64_t num_blocks = ROUND_UP(s->channels) / LANES;
 #pragma omp parallel num_threads(num_threads)
     {
-#pragma omp for schedule(static) nowait
-        for (int64_t r = 0; r < l->num_rows; r++)
-            if (!row_is_token(l, r))
-                memset(at_mut(out, r * s->channels, bf16), 0, (size_t)s->channels * (bf16 ? 2 : 4));
+#pragma omp single nowait
+        clear_unused_rows(l, out, s->channels * (bf16 ? 2 : 4));
 #pragma omp for schedule(static) nowait
         for (int64_t tile = 0; tile < l->num_tiles; tile++) {
             const int64_t chunk = chunk_of(l, tile), i = tile - l->chunk_tile[chunk];

@@ -15,9 +15,7 @@
  * tile and group, by head, by row, so no sum depends on their number.
  */
 #include "conv.h"
-#include "layout.h"
-#include "pairs.h"
-#include "vec.h"
+#include "tile.h"
 
 /* Sizes, and where things lie in the scratch memory; all in floats. np, pp, hp: rounded up to 16. */
 typedef struct {
@@ -45,7 +43,7 @@ static Plan make_plan(const Layout *l, const Mamba2 *w, int64_t num_threads, flo
     p.at_dt = p.at_cb + w->num_groups * TILE * TILE;
     p.at_log = p.at_dt + p.hp * TILE;
     p.tile_size = p.at_log + p.hp * TILE;
-    p.coefficients_size = (TILE > p.pp ? TILE : p.pp) * (p.np + TILE); /* a transposed state fits as well */
+    p.coefficients_size = coefficients_size(p.np, p.pp);
     p.thread_size = p.coefficients_size + (p.np + TILE) * p.pp + TILE * p.pp;
     p.step_size = p.channelsp + 2 * p.hp;
     p.tiles = scratch;
@@ -102,60 +100,18 @@ INLINE void tile_group(const Signal *s, const Mamba2 *w, const Plan *p, int64_t 
     tile_conv(s, w, first, num_tokens, c, w->d_state, B, p->np, bf16);
     tile_conv(s, w, first, num_tokens, c + w->num_groups * w->d_state, w->d_state, C, p->np, bf16);
     transpose(B, p->np, TILE, p->np, b_transposed, TILE);
-    for (int64_t t = 0; t < TILE; t += 4)
-        block4(cb + t * TILE, TILE, 0, C + t * p->np, p->np, 1, b_transposed, TILE, p->np, TILE);
-}
-
-/* coefficients[t] = [exp(l[t]) C[t] (np), (C[t] . B[s]) exp(l[t] - l[s]) dt[s] for s <= t, else 0 (64)] */
-INLINE void tile_coefficients(const Plan *p, const float *C, const float *cb, const float *dt, const float *l,
-                              void *coefficients, const int bf16) {
-    const int64_t width = p->np + TILE;
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    float decay[TILE];
-    for (int i = 0; i < TILE; i += LANES) store_f32(decay + i, vexp(load_f32(l + i)));
-    for (int t = 0; t < TILE; t++) {
-        void *row = at_mut(coefficients, t * width, bf16);
-        for (int64_t n = 0; n < p->np; n += LANES) store(row, n, decay[t] * load_f32(C + t * p->np + n), bf16);
-        for (int s = 0; s < TILE; s += LANES) {
-            if (s > t) {
-                store(row, p->np + s, splat(0), bf16);
-                continue;
-            }
-            vf e = vexp(vmin(l[t] - load_f32(l + s), splat(0)));
-            vf m = load_f32(cb + t * TILE + s) * e * load_f32(dt + s);
-            store(row, p->np + s, choose(lane + s <= t, m, splat(0)), bf16);
-        }
-    }
-}
-
-/* num_rows rows -> half as many rows of pairs. */
-INLINE void pair_rows(const float *from, int64_t num_rows, int64_t width, float *to) {
-    for (int64_t r = 0; r < num_rows; r += 2)
-        for (int64_t i = 0; i < width; i += LANES)
-            store_f32(to + r / 2 * width + i,
-                      make_pairs(load_f32(from + r * width + i), load_f32(from + (r + 1) * width + i)));
+    tile_products(C, b_transposed, p->np, num_tokens, cb);
 }
 
 /* One head of one tile: x (in operands from row np on) -> y rows, and h (operands, rows 0 .. np - 1) moves on. */
 INLINE void tile_head(const Mamba2 *w, const Plan *p, const float *tile, int64_t h, float *coefficients,
                       float *operands, float *weighted, int64_t num_tokens, float *y, const int pairs) {
-    const int64_t g = h / (w->num_heads / w->num_groups), width = p->np + TILE, pp = p->pp;
+    const int64_t g = h / (w->num_heads / w->num_groups), pp = p->pp;
     const float *B = tile + g * TILE * p->np, *C = tile + p->at_c + g * TILE * p->np;
     const float *dt = tile + p->at_dt + h * TILE, *l = tile + p->at_log + h * TILE;
     const float *x = operands + p->np * pp;
-    float *paired = coefficients + TILE * width / 2; /* what coefficients in bfloat16 leave free */
-    tile_coefficients(p, C, tile + p->at_cb + g * TILE * TILE, dt, l, coefficients, pairs);
-    if (pairs) {
-        pair_rows(operands, p->np + TILE, pp, paired);
-        for (int64_t t = 0; t < num_tokens; t += BLOCK) {
-            const int64_t rows = TILE - t < BLOCK ? TILE - t : BLOCK;
-            pairs_block(weighted + t * pp, pp, (const uint16_t *)coefficients + t * width, width, paired, pp,
-                        p->np + t + rows, pp, rows);
-        }
-    } else {
-        for (int64_t t = 0; t < num_tokens; t += 4)
-            block4(weighted + t * pp, pp, 0, coefficients + t * width, width, 1, operands, pp, p->np + t + 4, pp);
-    }
+    tile_coefficients(C, tile + p->at_cb + g * TILE * TILE, dt, l, p->np, num_tokens, coefficients, pairs);
+    tile_output(coefficients, operands, p->np, pp, num_tokens, weighted, pairs);
     for (int64_t t = 0; t < num_tokens; t++)
         for (int64_t i = 0; i < w->head_dim; i += LANES) {
             vf with_skip = load_f32(weighted + t * pp + i) + w->D[h] * load_f32(x + t * pp + i);
@@ -171,15 +127,8 @@ INLINE void tile_head(const Mamba2 *w, const Plan *p, const float *tile, int64_t
     for (int64_t n = 0; n < p->np; n += 4) block4(operands + n * pp, pp, keep, B + n, 1, p->np, weighted, pp, TILE, pp);
 }
 
-INLINE float *head_state(const Mamba2 *w, const Pool *state, int64_t slot, int64_t h) {
+INLINE float *state_of(const Mamba2 *w, const Pool *state, int64_t slot, int64_t h) {
     return (float *)state->data + slot * state->stride + h * w->head_dim * w->d_state;
-}
-
-/* h [np, pp] -> to [head_dim, d_state] */
-static void save_state(const Mamba2 *w, const Plan *p, const float *h, float *transposed, float *to) {
-    transpose(h, p->pp, p->np, p->pp, transposed, p->np);
-    for (int64_t i = 0; i < w->head_dim; i++)
-        memcpy(to + i * w->d_state, transposed + i * p->np, (size_t)w->d_state * sizeof *to);
 }
 
 /* All tiles of a chunk for one head. */
@@ -188,9 +137,8 @@ INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Plan *p, const vo
     float *coefficients = mine, *operands = coefficients + p->coefficients_size;
     float *weighted = operands + (p->np + TILE) * p->pp;
     const Signal s = chunk_signal(l, chunk, at(rows, p->inner, bf16), p->row_width, conv, p->channels, w->width, bf16);
-    memset(operands, 0, (size_t)(p->np * p->pp) * sizeof *operands);
-    if (!l->chunk_fresh[chunk])
-        transpose(head_state(w, state, l->chunk_slot[chunk], h), w->d_state, w->head_dim, w->d_state, operands, p->pp);
+    float *own = state_of(w, state, l->chunk_slot[chunk], h);
+    load_state(l->chunk_fresh[chunk] ? 0 : own, w->head_dim, w->d_state, operands);
     for (int64_t i = 0; i < l->chunk_tiles[chunk]; i++) {
         const int64_t tile = l->chunk_tile[chunk] + i, n = tokens_in(l, chunk, i);
         tile_conv(&s, w, i * TILE, n, h * w->head_dim, w->head_dim, operands + p->np * p->pp, p->pp, bf16);
@@ -198,9 +146,9 @@ INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Plan *p, const vo
                   p->y + row_of(l, chunk, i) * p->innerp, HAVE_PAIRS && bf16);
         for (int64_t c = 0; c < l->num_captures; c++)
             if (l->capture_chunk[c] == chunk && l->capture_tiles[c] == i + 1)
-                save_state(w, p, operands, coefficients, head_state(w, state, l->capture_slot[c], h));
+                save_state(operands, w->head_dim, w->d_state, coefficients, state_of(w, state, l->capture_slot[c], h));
     }
-    save_state(w, p, operands, coefficients, head_state(w, state, l->chunk_slot[chunk], h));
+    save_state(operands, w->head_dim, w->d_state, coefficients, own);
 }
 
 /* Convolution, dt and decay of a decode row. */
@@ -219,37 +167,13 @@ INLINE void step_inputs(const Layout *l, const Mamba2 *w, const Plan *p, const v
     }
 }
 
-/* h = decay h + dt x B, y = h C, over d_state = 16 nv values, or any number if nv = 0. */
-INLINE void step_state(const float *B, const float *C, const float *x, float dt, float decay, float D,
-                       int64_t head_dim, int64_t d_state, float *h, float *y, const int nv) {
-    const int64_t num_vectors = nv ? nv : ROUND_UP(d_state) / LANES;
-    for (int64_t i = 0; i < head_dim; i++, h += d_state) {
-        const float dtx = dt * x[i];
-        vf total = splat(0);
-        for (int64_t j = 0; j < num_vectors; j++) {
-            const int64_t n = nv ? LANES : d_state - j * LANES;
-            vf b = load_n(B, j * LANES, n, 0), c = load_n(C, j * LANES, n, 0);
-            vf next = decay * load_n(h, j * LANES, n, 0) + dtx * b;
-            store_n(h, j * LANES, next, n, 0);
-            total += next * c;
-        }
-        y[i] = sum(total) + D * x[i];
-    }
-}
-
 static void step_head(const Layout *l, const Mamba2 *w, const Plan *p, const Pool *state, int64_t i, int64_t h) {
     const float *mine = p->steps + i * p->step_size, *dt = mine + p->channelsp, *decay = dt + p->hp;
     const int64_t N = w->d_state, P = w->head_dim, g = h / (w->num_heads / w->num_groups);
     const float *x = mine + h * P, *B = mine + p->inner + g * N, *C = B + w->num_groups * N;
-    float *to = head_state(w, state, l->decode_slot[i], h);
+    float *to = state_of(w, state, l->decode_slot[i], h);
     float *y = p->y + (l->decode_row + i) * p->innerp + h * P;
-    switch (N) {
-        case 16: step_state(B, C, x, dt[h], decay[h], w->D[h], P, N, to, y, 1); break;
-        case 64: step_state(B, C, x, dt[h], decay[h], w->D[h], P, N, to, y, 4); break;
-        case 128: step_state(B, C, x, dt[h], decay[h], w->D[h], P, N, to, y, 8); break;
-        case 256: step_state(B, C, x, dt[h], decay[h], w->D[h], P, N, to, y, 16); break;
-        default: step_state(B, C, x, dt[h], decay[h], w->D[h], P, N, to, y, 0);
-    }
+    step_state(B, C, x, dt[h], decay[h], w->D[h], P, N, to, y);
 }
 
 /* out = y * silu(z) for one row. */

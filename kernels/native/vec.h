@@ -150,6 +150,33 @@ INLINE vf vexp(vf x) {
     return scale(p, n);
 }
 
+/* 2^x for x <= 127 to about 1 ulp, closer still near 0: 2^n 2^f by a polynomial, f in [-1/2, 1/2]. */
+INLINE vf vexp2(vf x) {
+#ifdef __AVX512F__
+    vf n = (vf)_mm512_roundscale_ps((__m512)x, 0);
+#else
+    vf n = (x + 12582912.0f) - 12582912.0f;
+#endif
+    vf f = x - n;
+    vf p = splat(1.5353362e-4f);
+    p = p * f + 1.3398875e-3f;
+    p = p * f + 9.6184369e-3f;
+    p = p * f + 5.5503324e-2f;
+    p = p * f + 2.4022648e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    return scale(p, n);
+}
+
+INLINE vf vsqrt(vf x) {
+#ifdef __AVX512F__
+    return (vf)_mm512_sqrt_ps((__m512)x);
+#else
+    for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
 INLINE vf vsilu(vf x) { return x / (1.0f + vexp(-x)); }
 
 /* max(x, 0) + log1p(e), e = exp(-|x|); log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3. */

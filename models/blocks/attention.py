@@ -26,13 +26,13 @@ class Rotary:
         rope   the settings, where they are not `config.rope()`
         """
         self._ops = ops
-        self._inv_freq, self._scale = rotary_frequencies(rope or config.rope(), size, theta)
-        self._size = 2 * len(self._inv_freq)
+        self.inv_freq, self._scale = rotary_frequencies(rope or config.rope(), size, theta)
+        self._size = 2 * len(self.inv_freq)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [R, heads, head_dim], positions [R]."""
         size = self._size
-        turned = self._ops.rotary(x if size == x.shape[-1] else x[..., :size], positions, self._inv_freq)
+        turned = self._ops.rotary(x if size == x.shape[-1] else x[..., :size], positions, self.inv_freq)
         if self._scale != 1.0:
             turned *= self._scale
         return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], dim=-1)
@@ -91,6 +91,8 @@ class Attention:
             if not self._plain:
                 qk = torch.cat([q, k], dim=1)
             q, k = self._rotary(qk, batch.positions).split_with_sizes([s.num_heads, s.num_kv_heads], dim=1)
+        if batch.effects is not None:
+            batch.effects.keys(cache, None if self._rotary is None else self._rotary.inv_freq)
         y = self._ops.attention(q, k, v, self._scale, batch.layout, cache, self._window)
         if self._head_gate is not None:
             gate = self._head_gate(x)[:, :, None]

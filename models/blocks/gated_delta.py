@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Linear, Ops, StateTensors
 from hybrid_cache.models.blocks.common import CacheEntry, Norm, sigmoid, softplus
 from hybrid_cache.models.shapes import GatedDeltaShape, KimiDeltaShape
@@ -51,6 +52,13 @@ class GatedDelta:
         v = v.view(rows, s.num_heads, s.head_dim)
         beta = self._max_beta * sigmoid(b)
         g = self._A * softplus(a.float() + self._dt_bias)
+        if batch.effects is not None:
+
+            def transition(rows: slice, layout: RowLayout, pool: Tensor) -> Tensor:
+                nothing = v.new_zeros(rows.stop - rows.start, s.num_heads, s.d_state)
+                return self._ops.gated_delta(q[rows], k[rows], nothing, g[rows], beta[rows], layout, pool)
+
+            batch.effects.matrix(cache.state, s.d_state, transition)
         y = self._ops.gated_delta(q, k, v, g, beta, batch.layout, cache.state)
         y = self._norm(y.view(-1, s.head_dim)).view(rows, s.inner)
         return self._out(self._ops.silu_mul(torch.cat([z, y], dim=1)))
@@ -99,7 +107,15 @@ class KimiDelta:
         qkv = self._ops.causal_conv(qkv, self._conv_weight, None, batch.layout, cache.conv)
         q, k, v = (part.view(heads) for part in qkv.chunk(3, dim=1))
         g = self._log_decay((f if self._decay is None else self._decay(f.contiguous())).view(heads))
-        y = self._ops.kimi_delta(q, k, v, g, sigmoid(b), batch.layout, cache.state)
+        beta = sigmoid(b)
+        if batch.effects is not None:
+
+            def transition(rows: slice, layout: RowLayout, pool: Tensor) -> Tensor:
+                nothing = torch.zeros_like(k[rows])
+                return self._ops.kimi_delta(q[rows], k[rows], nothing, g[rows], beta[rows], layout, pool)
+
+            batch.effects.matrix(cache.state, s.head_dim, transition)
+        y = self._ops.kimi_delta(q, k, v, g, beta, batch.layout, cache.state)
         y = self._norm(y.view(-1, s.head_dim)).view(-1, s.inner)
         z = z if self._gate is None else self._gate(z.contiguous())
         return self._out((y.float() * sigmoid(z)).to(y.dtype))

@@ -67,6 +67,8 @@ class LatentAttention:
             q_shared, k_shared = both.split_with_sizes([s.num_heads, 1], dim=1)
         q = torch.cat([_each_head(self._to_latent, own), q_shared], dim=2)
         kv = torch.cat([self._kv_norm(latent)[:, None], k_shared], dim=2)
+        if batch.effects is not None:
+            batch.effects.keys(cache, None if self._rotary is None else self._rotary.inv_freq, s.kv_rank)
         y = self._ops.attention(q, kv, kv, s.query_dim**-0.5, batch.layout, cache)
         y = _each_head(self._from_latent, y[:, :, : s.kv_rank])
         if self._head_gate is not None:

@@ -28,6 +28,8 @@ class LightningAttention:
         qkv, gate = self._in(x).split_with_sizes([3 * s.inner, s.inner], dim=1)
         qkv = (qkv.float() * sigmoid(qkv)).to(x.dtype).view(len(x), s.num_heads, 3 * s.head_dim)
         q, k, v = qkv.chunk(3, dim=2)
+        if batch.effects is not None:
+            batch.effects.decay(cache.state, -self._slope.expand(len(x), -1))
         y = self._ops.linear_attention(q, k, v, self._slope, batch.layout, cache.state).flatten(1)
         return self._out((sigmoid(gate) * self._norm(y).float()).to(x.dtype))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hybrid_cache.batch import ForwardBatch
 from hybrid_cache.kernels.ops import Linear, Mamba1Weights, Mamba2Weights, Ops, StateTensors
-from hybrid_cache.models.blocks.common import CacheEntry, RowNorm, linear
+from hybrid_cache.models.blocks.common import CacheEntry, RowNorm, linear, softplus
 from hybrid_cache.models.shapes import Mamba1Shape, Mamba2Shape
 from hybrid_cache.models.weights import Weights
 
@@ -65,6 +65,10 @@ class Mamba2:
         zxbcdt = self._in(x)
         if self._multipliers is not None:
             zxbcdt *= self._multipliers
+        if batch.effects is not None:
+            w = self._weights
+            dt = softplus(zxbcdt[:, -w.num_heads :].float() + w.dt_bias).clamp(w.dt_min, w.dt_max)
+            batch.effects.decay(cache.state, dt * w.A)
         return self._out(self._mamba2(zxbcdt, self._weights, batch.layout, cache))
 
 
@@ -178,8 +182,11 @@ class Mamba1Scan:
         parts: Sequence[Tensor] = self._to_parts(x).split_with_sizes(self._sizes, dim=1)
         if self._norms is not None:
             parts = [norm(part) for norm, part in zip(self._norms, parts, strict=True)]
-        dt, B, C = parts
-        return self._ops.mamba1_scan(x, self._to_dt(dt), B, C, z, self._weights, batch.layout, state)
+        _, B, C = parts
+        dt = self._to_dt(parts[0])
+        if batch.effects is not None:
+            batch.effects.channel_decay(state, self._weights.A, softplus(dt.float() + self._weights.dt_bias))
+        return self._ops.mamba1_scan(x, dt, B, C, z, self._weights, batch.layout, state)
 
 
 def _split_pairs(ops: Ops, weights: Weights, name: str, shape: Mamba1Shape, *, bias: bool) -> Linear:

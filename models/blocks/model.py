@@ -12,7 +12,7 @@ from hybrid_cache.kernels.layout import MIN_ROWS
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.common import Norm, tanh
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.shapes import LayerShape, ModelShape
+from hybrid_cache.models.shapes import Advance, LayerShape, ModelShape, ways_to_compose
 from hybrid_cache.models.weights import Checkpoint
 
 UNBOUNDED = 1 << 20
@@ -61,6 +61,8 @@ class CausalModel:
         self.max_length = config.integer("max_position_embeddings", max_length)
         shapes = tuple(shape for layer in layers for shape in layer.shapes)
         self.shape = ModelShape(type(self).__name__, shapes, hidden, self.vocab_size, dtype)
+        self.ways = ways_to_compose(self.shape)
+        self.commutes = all(shape.advance is not Advance.MATRIX for shape in shapes)
         self.cache_spec = self.shape.cache_spec
         self.prefill_cost = self.shape.prefill_cost
         self._embedding = weights.take(embedding, self.vocab_size, hidden)

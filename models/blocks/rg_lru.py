@@ -6,7 +6,7 @@ from torch.nn.functional import softplus
 
 from hybrid_cache.batch import ForwardBatch
 from hybrid_cache.kernels.ops import Linear, Ops, StateTensors
-from hybrid_cache.models.blocks.common import CacheEntry, linear
+from hybrid_cache.models.blocks.common import CacheEntry, linear, sigmoid
 from hybrid_cache.models.shapes import RgLruShape
 from hybrid_cache.models.weights import Scope, Weights
 
@@ -34,6 +34,8 @@ class RgLru:
         x = self._ops.causal_conv(x, self._conv_weight, self._conv_bias, batch.layout, cache.conv, activation=False)
         gates = [gate(block) for gate, block in zip(self._gates, torch.split(x, s.block_size, dim=1), strict=True)]
         input_gate, gate = torch.stack(gates, dim=1).view(len(x), s.num_blocks, 2, s.block_size).unbind(2)
+        if batch.effects is not None:
+            batch.effects.decay(cache.state, self._decay * sigmoid(gate.flatten(1)))
         x = self._ops.rg_lru(x, input_gate.flatten(1), gate.flatten(1), self._decay, batch.layout, cache.state)
         return self._out(self._ops.gelu_tanh_mul(torch.cat([y, x], dim=1)))
 

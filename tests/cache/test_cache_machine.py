@@ -361,7 +361,8 @@ class CacheMachine(RuleBasedStateMachine):
     def books_agree(self) -> None:
         self.cache.check()
         stats = self.cache.stats()
-        parts = stats.kv_bytes + stats.checkpoint_bytes + stats.prompt_end_bytes + stats.working_bytes
+        parts = stats.kv_bytes + stats.checkpoint_bytes + stats.prompt_end_bytes + stats.message_bytes
+        parts += stats.working_bytes
         assert parts + stats.free_bytes == stats.budget_bytes // self.unit * self.unit <= self.budget
 
     @invariant()

@@ -14,7 +14,7 @@ from hybrid_cache.selfcheck import check_model
 from tests.models import checkpoints
 from tests.models.cases.mamba2 import CASES
 
-BACKENDS = [name for name, reason in dispatch.available().items() if reason is None]
+BACKENDS = dispatch.exact_backends()
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

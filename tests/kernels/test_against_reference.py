@@ -4,59 +4,11 @@ import pytest
 import torch
 
 from hybrid_cache.kernels import reference
-from hybrid_cache.kernels.problems import Piece, Stream, run_batch, token
-
-# Share of the output's root mean square. float32: sums of up to a few hundred terms in another order, each step
-# rounding at 6e-8. bfloat16: the result is rounded at 2^-9 = 2e-3, and a backend may round an intermediate once more.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
-
-# name -> calls; a call is (chunks, decodes); a chunk is (stream, start, end, captures), a decode (stream, position)
-BATCHES = {
-    "one token": [([(0, 0, 1, ())], [])],
-    "two tokens": [([(0, 0, 2, ())], [])],
-    "63 tokens": [([(0, 0, 63, ())], [])],
-    "64 tokens": [([(0, 0, 64, ((64, 8),))], [])],
-    "65 tokens": [([(0, 0, 65, ((64, 8),))], [])],
-    "130 tokens, two captures": [([(0, 0, 130, ((64, 8), (128, 9)))], [])],
-    "resumed": [([(0, 0, 64, ())], []), ([(0, 64, 130, ((64, 8),))], [])],
-    "resumed for one token": [([(0, 0, 128, ())], []), ([(0, 128, 129, ())], [])],
-    "decoded after one token": [([(0, 0, 1, ())], []), ([], [(0, 1)]), ([], [(0, 2)])],
-    "unequal lengths": [([(0, 0, 130, ()), (1, 0, 1, ()), (2, 0, 65, ((64, 8),))], [])],
-    "prefill and decode": [
-        ([(0, 0, 65, ()), (1, 0, 64, ())], []),
-        ([(2, 0, 70, ((64, 9),)), (1, 64, 66, ())], [(0, 65)]),
-        ([(3, 0, 3, ())], [(0, 66), (1, 66), (2, 70)]),
-    ],
-    "five decodes": [
-        ([(i, 0, n, ()) for i, n in enumerate((64, 1, 130, 63, 5))], []),
-        ([], [(0, 64), (1, 1), (2, 130), (3, 63), (4, 5)]),
-    ],
-}
-
-
-def streams_of(problem):
-    """Pages are spread over the pool in no order."""
-    rng = torch.Generator().manual_seed(3)
-    pages = torch.randperm(20, generator=rng).tolist()
-    return [Stream(problem.inputs(140, rng), slot, pages[4 * slot : 4 * slot + 4]) for slot in range(5)]
-
-
-def play(ops, problem, calls):
-    """-> the output of each piece of each call, and the cache at the end. What nobody wrote stays NaN."""
-    streams, cache = streams_of(problem), problem.cache(20, float("nan"))
-    outputs = []
-    for chunks, decodes in calls:
-        pieces = [Piece(streams[i], start, end, captures) for i, start, end, captures in chunks]
-        outputs += run_batch(ops, problem, cache, pieces, [token(streams[i], at) for i, at in decodes])
-    return outputs, cache
+from hybrid_cache.kernels.parity import BATCHES, TOLERANCE, difference, play
 
 
 def assert_close(found, expected):
-    written = ~expected.isnan()
-    assert torch.equal(~found.isnan(), written)
-    if written.any():
-        error, size = ((t[written].double()).square().mean().sqrt() for t in (found - expected, expected))
-        assert error <= TOLERANCE[found.dtype] * size + 1e-12
+    assert difference(found, expected) <= TOLERANCE[found.dtype]
 
 
 @pytest.fixture(scope="module")

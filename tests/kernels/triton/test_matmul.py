@@ -6,11 +6,10 @@ import torch
 from hybrid_cache.kernels import reference
 from hybrid_cache.kernels.triton_kernels import matmul, rows
 from hybrid_cache.kernels.triton_kernels.matmul import Block, TritonExperts, TritonLinear
-from tests.kernels.test_against_reference import TOLERANCE, assert_close
+from tests.kernels.test_against_reference import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOLERANCE.setdefault(torch.float16, 1e-3)  # rounded at 2^-12 = 2.4e-4
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())

@@ -1,0 +1,107 @@
+"""What a request asks of the choreography: its parts, and how they may be put together."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import blake2b
+
+import numpy as np
+
+from hybrid_cache.errors import RequestError
+from hybrid_cache.request import TokenArray
+
+SEAMS = (0, 16, 32, 64)
+
+
+class Fidelity(StrEnum):
+    """What an answer may be made from.
+
+    EXACT      the bits of encoding everything again: only checkpointed prefixes are reused
+    RELOCATED  keys and values of messages are moved to other places; for models of attention alone
+    COMPOSED   and what messages do to recurrent states is composed in the order asked for
+    """
+
+    EXACT = "exact"
+    RELOCATED = "relocated"
+    COMPOSED = "composed"
+
+
+class Composition(StrEnum):
+    """How the effects of neighbouring messages on a state become one, see `compose`."""
+
+    ORDERED = "ordered"
+    ROTATIONS = "rotations"
+    PERMUTATIONS = "permutations"
+    MEAN = "mean"
+    LAST = "last"
+
+
+class Positions(StrEnum):
+    """Where messages stand that are reused: one after the other, or siblings all at the same place."""
+
+    CONSECUTIVE = "consecutive"
+    LEFTMOST = "leftmost"
+
+
+class Encoding(StrEnum):
+    """What a message that is not stored yet is to see: nothing before it, or all that the request places there."""
+
+    ALONE = "alone"
+    IN_PLACE = "in_place"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive tokens of a prompt. Without an id they are computed in place, and not kept as a message."""
+
+    num_tokens: int
+    id: str = ""
+    encoding: Encoding = Encoding.IN_PLACE
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How the tokens of a prompt fall into parts, in the order in which the model shall see them.
+
+    seam          tokens at the start of each reused message that are computed again in their new place
+    closing       tokens that end the answer's message, which is kept after the request if this is not None
+    answer_start  token of the prompt with which the answer's message begins (its header)
+    context       ids that the answer's id is made from
+    """
+
+    parts: tuple[Part, ...]
+    fidelity: Fidelity
+    seam: int = 0
+    composition: Composition = Composition.ORDERED
+    positions: Positions = Positions.CONSECUTIVE
+    closing: tuple[int, ...] | None = None
+    answer_start: int = 0
+    context: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.seam not in SEAMS:
+            raise RequestError(f"seam is {self.seam}, must be one of {', '.join(map(str, SEAMS))}", param="seam")
+
+    def check(self, num_tokens: int) -> None:
+        """Raises RequestError if the parts do not make up a prompt of so many tokens, or leave nothing to compute."""
+        total = sum(part.num_tokens for part in self.parts)
+        if total != num_tokens:
+            raise RequestError(f"the parts have {total} tokens, the prompt {num_tokens}", param="choreography")
+        if not self.parts or self.parts[-1].id:
+            raise RequestError("the last part must be new: the answer begins after it", param="choreography")
+
+
+def closed(tokens: TokenArray, closing: tuple[int, ...]) -> TokenArray:
+    """Tokens that end with an answer, and what ends its message, of which the answer may hold the first token."""
+    rest = closing[1:] if closing and len(tokens) and tokens[-1] == closing[0] else closing
+    return np.concatenate([tokens, np.asarray(rest, np.int32)]).astype(np.int32)
+
+
+def message_id(namespace: str, tokens: TokenArray, context: tuple[str, ...] = ()) -> str:
+    """Names a message by its tokens and the messages before which it was encoded; equal for equal ones.
+
+    A namespace is one model's, one adapter's and one tenant's, so no id is ever valid in two of them.
+    """
+    digest = blake2b(namespace.encode(), digest_size=12)
+    digest.update(b"\0" + "\0".join(context).encode() + b"\0")
+    digest.update(np.ascontiguousarray(tokens, np.int32).tobytes())
+    return f"msg_{digest.hexdigest()}"

@@ -1,0 +1,350 @@
+"""Carries plans out on the cache: puts stored messages in their place, and stores those that were computed.
+
+An arranged prompt is a list of moves. The engine computes what it always computes, chunk by chunk; between chunks the
+stage takes the moves that need no model:
+
+    [ attach a ][ attach b ][ compute c, keep it ][ attach d ][ compute the rest ]
+      KV rows copied, keys turned; states composed
+
+All of an arranged sequence's pages are its own, so a message that is stored is never written to.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybrid_cache.cache import HybridCache
+from hybrid_cache.choreography.arrangement import Arrangement, Composition, Encoding, Fidelity, Positions
+from hybrid_cache.choreography.compose import compose
+from hybrid_cache.choreography.effects import Anatomy, Effect
+from hybrid_cache.choreography.plan import Action, Plan, exact_plan, make_plan
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.ops import StateTensors
+from hybrid_cache.kernels.torch_ops import relocate_keys
+from hybrid_cache.lease import Lease
+from hybrid_cache.request import TokenArray
+from hybrid_cache.spec import PrefillCost
+from hybrid_cache.tree import StoredMessage
+
+
+@dataclass(slots=True)
+class Span:
+    """Tokens from `start` on that are being computed and will be stored."""
+
+    key: str
+    start: int
+    position: int
+    base: int | None  # a slot with the states before it; None if they were zero
+    effect: Effect = field(default_factory=Effect)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Tokens [start, end) of a prompt. They are attached, or computed, and then stored under `keep` if that is named."""
+
+    start: int
+    end: int
+    position: int  # of the first token
+    stored: StoredMessage | None = None
+    keep: str = ""
+    opens: bool = False  # the answer's message begins here
+
+
+@dataclass(slots=True, eq=False)
+class Program:
+    """What is left to do of a prompt."""
+
+    namespace: str
+    moves: deque[Move]
+    plan: Plan
+    composition: Composition = Composition.ORDERED
+    span: Span | None = None
+    shift: int = 0  # place of a row less its position, for what is being computed
+    answer_at: int = -1  # the answer's message is kept from this place on
+
+    def until(self) -> int:
+        """Where the present stretch of computing ends."""
+        return self.moves[0].end
+
+
+class Stage:
+    """The choreography of one engine: what its layers have told, and what is in the making."""
+
+    def __init__(
+        self, cache: HybridCache, cost: PrefillCost, ways: Sequence[str], anatomy: Anatomy, *, commutes: bool
+    ) -> None:
+        """ways, commutes: of the model, see `HybridModel`; anatomy: filled by its recorded passes"""
+        self.anatomy = anatomy
+        self._cache = cache
+        self._cost = cost
+        self._ways = ways
+        self._commutes = commutes
+        self._shapes: list[torch.Size] = []  # of transitions
+        self._states = [t for t in cache.tensors if isinstance(t, StateTensors)]
+        self._making: set[str] = set()
+
+    def can(self, arrangement: Arrangement) -> str:
+        """Why a prompt is computed exactly and not arranged in this way; empty if it can be arranged."""
+        if arrangement.fidelity is Fidelity.EXACT:
+            return "as asked"
+        if arrangement.fidelity not in self._ways:
+            has = "recurrent states, which cannot be moved" if self._ways else "layers that cannot be put together"
+            return f"{arrangement.fidelity} is not possible: the model has {has}"
+        if arrangement.composition is Composition.PERMUTATIONS and not self._commutes:
+            return "permutations are not possible: the model's transitions are matrices, which do not commute"
+        return ""
+
+    def exact_plan(self, arrangement: Arrangement, prefix: int) -> Plan:
+        """Everything behind a prefix computed, because of what `can` says."""
+        ids, lengths = [p.id for p in arrangement.parts], [p.num_tokens for p in arrangement.parts]
+        why = self.can(arrangement)
+        return exact_plan(arrangement.fidelity, ids, lengths, prefix, self._cost, why)
+
+    def key(self, arrangement: Arrangement, name: str) -> str:
+        """A message whose first tokens are computed again is stored without them."""
+        return f"{name}/{arrangement.seam}"
+
+    def is_stored(self, key: str) -> bool:
+        return self._cache.message(key) is not None
+
+    def is_making(self, key: str) -> bool:
+        """Somebody is computing it."""
+        return key in self._making
+
+    def plan(self, arrangement: Arrangement, prefix: int) -> Plan:
+        """What would be done now for a prompt whose first `prefix` tokens the cache has a state for."""
+        if self.can(arrangement):
+            return self.exact_plan(arrangement, prefix)
+        stored = lambda name: self.is_stored(self.key(arrangement, name))  # noqa: E731
+        return make_plan(arrangement, prefix, stored, self._cost, states=bool(self._states))
+
+    def missing(self, arrangement: Arrangement) -> list[int]:
+        """Indices of parts that are to be encoded alone and are not stored; all of them can be encoded at once."""
+        return [
+            i
+            for i, part in enumerate(arrangement.parts)
+            if part.id
+            and part.encoding is Encoding.ALONE
+            and part.num_tokens > arrangement.seam
+            and not self.is_stored(self.key(arrangement, part.id))
+        ]
+
+    # Programs
+
+    def begin(self, namespace: str, arrangement: Arrangement, prefix: int) -> Program:
+        """The moves of a prompt that has just got its pages; holds the stored messages that it uses."""
+        plan = self.plan(arrangement, prefix)
+        moves, position = deque[Move](), prefix
+        sibling_start = sibling_end = prefix
+        leftmost = arrangement.positions is Positions.LEFTMOST
+        for item, part in zip(plan.items, arrangement.parts, strict=True):
+            if item.end <= prefix:
+                continue
+            first = max(item.start, prefix)
+            message = (
+                self._cache.message(self.key(arrangement, item.id)) if item.action is not Action.COMPUTED else None
+            )
+            if leftmost and item.id:
+                position = sibling_start
+            elif leftmost:
+                position = sibling_end
+            if message is None:
+                keep = self.key(arrangement, part.id) if part.id and part.encoding is Encoding.IN_PLACE else ""
+                keep = keep if item.end - first > arrangement.seam and first == item.start else ""
+                if keep and not self.is_stored(keep) and not self.is_making(keep):
+                    moves += self._kept_moves(first, item.end, position, arrangement.seam, keep)
+                else:
+                    moves.append(Move(first, item.end, position))
+            else:
+                seam = arrangement.seam
+                if seam:
+                    moves.append(Move(first, first + seam, position))
+                self._cache.hold(message)
+                moves.append(Move(first + seam, item.end, position + seam, stored=message))
+            position += item.end - first
+            sibling_end = max(sibling_end, position)
+            if not item.id:
+                sibling_start = sibling_end
+        answer_at = -1 if arrangement.closing is None else arrangement.answer_start + arrangement.seam
+        if 0 <= answer_at < plan.num_tokens:
+            moves = self._opened(moves, answer_at)
+        return Program(namespace, moves, plan, arrangement.composition, answer_at=answer_at)
+
+    def encoding(self, namespace: str, arrangement: Arrangement, index: int) -> Program:
+        """The moves that encode one part alone. Its sequence starts with states of zero."""
+        part = arrangement.parts[index]
+        moves = deque(self._kept_moves(0, part.num_tokens, 0, arrangement.seam, self.key(arrangement, part.id)))
+        plan = exact_plan(arrangement.fidelity, [part.id], [part.num_tokens], 0, self._cost)
+        return Program(namespace, moves, plan)
+
+    def _kept_moves(self, start: int, end: int, position: int, seam: int, key: str) -> list[Move]:
+        self._making.add(key)
+        kept = Move(start + seam, end, position + seam, keep=key)
+        return [Move(start, start + seam, position), kept] if seam else [kept]
+
+    @staticmethod
+    def _opened(moves: deque[Move], answer_at: int) -> deque[Move]:
+        """Splits the last move where the answer's message begins."""
+        last = moves.pop()
+        assert last.stored is None
+        if last.start < answer_at:
+            moves.append(Move(last.start, answer_at, last.position))
+        start = max(answer_at, last.start)
+        moves.append(Move(start, last.end, last.position + start - last.start, opens=True))
+        return moves
+
+    def clear(self, lease: Lease) -> None:
+        """Gives a lease states of zero."""
+        for tensors in self._states:
+            tensors.conv[lease.slot] = 0
+            tensors.state[lease.slot] = 0
+
+    def advance(self, program: Program, lease: Lease, computed: int) -> int:
+        """Takes the moves that need no model -> tokens that are now in the lease's pages and states."""
+        moves = program.moves
+        while moves and moves[0].end <= computed:
+            self._end_move(program, lease, moves.popleft())
+        attached = []
+        while moves and moves[0].stored is not None:
+            attached.append(moves.popleft())
+        if attached and computed == 0:
+            self.clear(lease)
+        if attached:
+            self._attach(program, lease, attached)
+            computed = attached[-1].end
+        if moves and moves[0].start == computed:
+            self._begin_move(program, lease, moves[0], computed)
+        return computed
+
+    def _begin_move(self, program: Program, lease: Lease, move: Move, computed: int) -> None:
+        program.shift = move.start - move.position
+        if (move.keep or move.opens) and program.span is None:
+            self._open(program, lease, move.keep, move.start)
+
+    def _open(self, program: Program, lease: Lease, key: str, start: int) -> None:
+        """From now on what the tokens do is recorded; not where there is no room for a copy of the states before them."""
+        base = None
+        if self._states and start > 0:
+            base = self._cache.lend_slot()
+            if base is None:
+                self._making.discard(key)
+                return
+            self._cache.copy_slot(lease.slot, base)
+        program.span = Span(key, start, start - program.shift, base)
+
+    def decoded(self, program: Program, lease: Lease, place: int) -> None:
+        """To be called before the token at `place` of an answer is computed."""
+        if place == program.answer_at and program.span is None:
+            self._open(program, lease, "", place)
+
+    def _end_move(self, program: Program, lease: Lease, move: Move) -> None:
+        if move.keep and program.span is not None:
+            self._store(program, lease, program.span, move.end)
+            self._close(program)
+
+    def answer(self, program: Program, key: str, end: int, place: int) -> Program | None:
+        """The moves that complete an answer's message: tokens [place, end) are not computed yet. None: not possible."""
+        if program.span is None or self.is_stored(key) or self.is_making(key):
+            return None
+        span, program.span = program.span, None
+        span.key = key
+        self._making.add(key)
+        move = Move(place, end, place - program.shift, keep=key)
+        return Program(program.namespace, deque([move]), program.plan, span=span, shift=program.shift)
+
+    def end(self, program: Program) -> None:
+        """Lets go of all that a program still holds."""
+        for move in program.moves:
+            if move.stored is not None:
+                self._cache.let_go(move.stored, used=False)
+            self._making.discard(move.keep)
+        program.moves.clear()
+        self._close(program)
+
+    def _close(self, program: Program) -> None:
+        if program.span is not None:
+            self._making.discard(program.span.key)
+            if program.span.base is not None:
+                self._cache.return_slot(program.span.base)
+        program.span = None
+
+    # Tensors
+
+    def _attach(self, program: Program, lease: Lease, moves: Sequence[Move]) -> None:
+        """Copies the rows of some messages to where a prompt wants them, and composes what they do to its states."""
+        messages = [move.stored for move in moves if move.stored is not None]
+        self._copy_rows(lease, moves)
+        for i, part in enumerate(self.anatomy.states):
+            effects = [(self._transitions(m)[i], part.state[m.slot]) for m in messages]
+            h = part.state[lease.slot]
+            h.copy_(compose(program.composition, part.transition, h, effects))
+        for tensors in self._states:
+            for message in messages:
+                _slide(tensors.conv[lease.slot], tensors.conv[message.slot], message.length)
+        for message in messages:
+            self._cache.let_go(message, used=True)
+
+    def _copy_rows(self, lease: Lease, moves: Sequence[Move]) -> None:
+        if not self.anatomy.keys:
+            return
+        sources, targets, turns = [], [], []
+        for move in moves:
+            assert move.stored is not None
+            sources.append(_rows(move.stored.pages, 0, move.stored.length))
+            targets.append(_rows(lease.pages, move.start, move.end))
+            turns.append(np.full(move.stored.length, move.position - move.stored.position))
+        self._copy(np.concatenate(sources), np.concatenate(targets), np.concatenate(turns))
+
+    def _copy(self, sources: np.ndarray, targets: np.ndarray, turns: np.ndarray) -> None:
+        for rows in self.anatomy.keys:
+            device = rows.kv.k.device
+            source, target, turn = (torch.from_numpy(x).to(device) for x in (sources, targets, turns))
+            relocate_keys(rows.kv, source, target, turn, rows.inv_freq, rows.first)
+
+    def _store(self, program: Program, lease: Lease, span: Span, end: int) -> None:
+        """Keeps the tokens [span.start, end) of a lease as a message, if the cache gives room."""
+        transitions = span.effect.transitions
+        self._shapes = [t.shape for t in transitions]
+        raw = torch.cat([t.flatten().float() for t in transitions]).view(torch.uint8) if transitions else None
+        num_bytes = 0 if raw is None else len(raw)
+        stored = self._cache.reserve_message(program.namespace, span.key, span.start, end, span.position, num_bytes)
+        if stored is None:
+            return
+        if self.anatomy.keys:
+            sources, targets = _rows(lease.pages, span.start, end), _rows(stored.pages, 0, end - span.start)
+            self._copy(sources, targets, np.zeros(len(sources), np.int64))
+        self._cache.copy_slot(lease.slot, stored.slot)
+        if span.base is not None:
+            for part, p in zip(self.anatomy.states, transitions, strict=True):
+                part.state[stored.slot] -= part.transition.apply(p, part.state[span.base])
+        if raw is not None:
+            items = self._cache.extra_bytes(stored)
+            for piece, item in zip(torch.split(raw, len(items[0])), items, strict=True):
+                item[: len(piece)] = piece
+        self._cache.publish_message(stored)
+
+    def _transitions(self, stored: StoredMessage) -> list[Tensor]:
+        if not self._shapes:
+            return []
+        sizes = [shape.numel() for shape in self._shapes]
+        raw = torch.cat(self._cache.extra_bytes(stored))[: 4 * sum(sizes)].view(torch.float32)
+        return [p.view(shape) for p, shape in zip(torch.split(raw, sizes), self._shapes, strict=True)]
+
+
+def _rows(pages: Sequence[int], start: int, end: int) -> np.ndarray:
+    """Where the rows [start, end) of a sequence lie: page * TILE + offset."""
+    places = np.arange(start, end)
+    return np.asarray(pages, np.int64)[places // TILE] * TILE + places % TILE
+
+
+def _slide(window: Tensor, later: Tensor, num_tokens: int) -> None:
+    """The window [K - 1, channels] after a message of so many tokens, whose own window is `later`."""
+    width = len(window)
+    if num_tokens >= width:
+        window.copy_(later)
+    elif num_tokens:
+        window.copy_(torch.cat([window[num_tokens:], later[width - num_tokens :]]))

@@ -1,0 +1,63 @@
+"""What layers tell of themselves is enough to move what they keep, for every architecture."""
+
+import pytest
+import torch
+
+from hybrid_cache.choreography.arrangement import Encoding, Fidelity, Positions
+from hybrid_cache.models import loading
+from tests.choreography.conductor import Conductor, exact_logits, message
+from tests.models.checkpoints import CASES, FIRST_CASES
+
+LENGTHS = (37, 21, 70, 18)
+MESSAGES = [message(length, seed) for seed, length in enumerate(LENGTHS)]
+ONE_LAYER = [case for case in CASES if "of one layer" in case.name]
+
+
+def fidelity_of(model):
+    return Fidelity.RELOCATED if "relocated" in model.ways else Fidelity.COMPOSED
+
+
+@pytest.fixture
+def model(case, folder, ops):
+    return loading.load(folder(case), ops=ops)
+
+
+@pytest.mark.parametrize("case", FIRST_CASES, ids=str)
+def test_messages_put_back_where_they_were_encoded_give_what_encoding_gave(model):
+    """Effects are taken apart and put together again at every depth: nothing is approximate but float32."""
+    if not model.ways:
+        pytest.skip("the model has layers that cannot be put together")
+    conductor = Conductor(model)
+    arrangement = conductor.arrangement(MESSAGES, Encoding.IN_PLACE, fidelity_of(model))
+    expected = exact_logits(model, MESSAGES)
+    first, told, _ = conductor.run(MESSAGES, arrangement)
+    assert told.cached_tokens == 0
+    again, told, _ = conductor.run(MESSAGES, arrangement)
+    assert told.cached_tokens == sum(LENGTHS)
+    torch.testing.assert_close(first, expected, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(again, expected, atol=5e-4, rtol=5e-4)
+
+
+@pytest.mark.parametrize("order", [(2, 0, 3, 1), (1, 0), (3, 2, 1)], ids=str)
+@pytest.mark.parametrize("case", ONE_LAYER, ids=str)
+def test_one_layer_composes_messages_in_any_order(model, order):
+    """Layer inputs of one layer are embeddings, which no context changes; the seam computes convolutions again."""
+    conductor = Conductor(model)
+    chosen = [MESSAGES[i] for i in order]
+    arrangement = conductor.arrangement(chosen, Encoding.ALONE, fidelity_of(model), seam=16)
+    found, told, _ = conductor.run(chosen, arrangement)
+    assert told.cached_tokens == sum(len(m) - 16 for m in chosen)
+    torch.testing.assert_close(found, exact_logits(model, chosen), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in ONE_LAYER if "llama" in c.name or "qwen" in c.name], ids=str)
+def test_keys_turn_to_wherever_a_message_stands(model):
+    """Siblings at one place: the answer is the same in any order, and not that of consecutive messages."""
+    conductor = Conductor(model)
+    found = []
+    for order in ((0, 1, 2), (2, 1, 0)):
+        chosen = [MESSAGES[i] for i in order]
+        arrangement = conductor.arrangement(chosen, fidelity=Fidelity.RELOCATED, positions=Positions.LEFTMOST)
+        found.append(conductor.run(chosen, arrangement)[0])
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(found[0], exact_logits(model, MESSAGES[:3]), atol=1e-3)
