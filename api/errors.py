@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from hybrid_cache.errors import EngineStopped, HybridCacheError, Overloaded, RequestError
+from hybrid_cache.errors import EngineStopped, HybridCacheError, MessageGone, Overloaded, RequestError, UnknownMessage
 
 RETRY_AFTER_S = 1
 MAX_MESSAGE = 600  # characters of an error message; more is cut
@@ -68,6 +68,10 @@ def problem_of(error: BaseException) -> Problem:
     match error:
         case ModelNotFound():
             return Problem(404, str(error), "invalid_request_error", error.param, "model_not_found")
+        case UnknownMessage():
+            return Problem(404, str(error), "invalid_request_error", error.param, error.code)
+        case MessageGone():
+            return Problem(409, str(error), "invalid_request_error", error.param, error.code)
         case RequestError():
             return Problem(400, str(error), "invalid_request_error", error.param, error.code)
         case Overloaded():

@@ -6,13 +6,16 @@ Nothing is published before the write that fills it has completed. `async_engine
 import bisect
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hybrid_cache.batch import HybridModel
 from hybrid_cache.cache import HybridCache
-from hybrid_cache.choreography.arrangement import closed, message_id
+from hybrid_cache.choreography.arrangement import Order, closed, message_id
+from hybrid_cache.choreography.order import best_order
+from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
@@ -21,7 +24,7 @@ from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, To
 from hybrid_cache.runner import ModelRunner, StepHidden
 from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probability
 from hybrid_cache.scheduler import Chunk, Scheduler, Step
-from hybrid_cache.sequence import Phase, Prefill, Sequence, grid_floor, new_prefill
+from hybrid_cache.sequence import Phase, Prefill, Sequence, grid_floor, namespace_of, new_prefill
 from hybrid_cache.stats import Counters, EngineStats
 
 Outputs = list[tuple[str, Output]]  # (request id, output), in the order in which they arose
@@ -135,6 +138,15 @@ class Engine:
         torch.cuda.empty_cache()  # now that nothing holds the tensors of the step
         return None
 
+    def plan(self, request: Request) -> Plan:
+        """What would be done for an arranged request if it came now. Changes nothing."""
+        assert request.arrangement is not None
+        self.check_request(request)
+        sequence = self._new_sequence(request, 0)
+        arrangement, prompt = sequence.request.arrangement, sequence.prefill
+        assert arrangement is not None
+        return self.stage.plan(arrangement, self._scheduler.prefix_of(prompt))
+
     def run_until_idle(self) -> Outputs:
         """Steps until all requests are answered and all commits are done -> all outputs."""
         outputs: Outputs = []
@@ -168,7 +180,12 @@ class Engine:
         return {"cuda graphs": graphs.reason} if graphs and graphs.reason else {}
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
-        arranged = request.arrangement is not None and not self.stage.can(request.arrangement)
+        asked = request.arrangement
+        arranged = asked is not None and not self.stage.can(asked)
+        if asked is not None and asked.order is Order.ANY and not arranged:
+            namespace = namespace_of(request, self.model.fingerprint)
+            prompt, asked = best_order(request.prompt, asked, lambda tokens: self.cache.match(namespace, tokens))
+            request = replace(request, prompt=prompt, arrangement=asked)
         prefill = new_prefill(request, self.model.fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
         self._arrivals += 1
         return Sequence(

@@ -6,7 +6,9 @@ HybridCacheError
 │   └── UnsupportedModel       a well-formed folder of a kind we do not know
 ├── RequestError               the client's fault; the message names the value and the bound
 │   ├── ContextTooLong
-│   └── BadSampling
+│   ├── BadSampling
+│   ├── UnknownMessage         a reference to a message of another tenant or model, or to none
+│   └── MessageGone            a reference to a message whose text has been dropped
 ├── Overloaded                 the queue is full, try again later
 └── EngineStopped              the engine is draining or has failed
 
@@ -51,6 +53,20 @@ class ContextTooLong(RequestError):
 
 class BadSampling(RequestError):
     """A sampling parameter outside its range."""
+
+
+class UnknownMessage(RequestError):
+    """A reference to a message that never was, or that belongs to another tenant, model or adapter."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="message_not_found")
+
+
+class MessageGone(RequestError):
+    """A reference to a message whose text has been dropped to make room."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="message_gone")
 
 
 class Overloaded(HybridCacheError):

@@ -243,6 +243,10 @@ class Scheduler:
             return self._match_arranged(prefill)
         return self._cache.match(prefill.namespace, prefill.tokens if prefill.reuse else prefill.tokens[:0])
 
+    def prefix_of(self, prefill: Prefill) -> int:
+        """Tokens of a prompt that the cache has a state for."""
+        return self._match(prefill).length
+
     def _match_arranged(self, prefill: Prefill) -> Match:
         """The prefix that an arranged prompt starts from, which ends before its answer's header."""
         assert prefill.arrangement is not None

@@ -132,16 +132,18 @@ class Sequence:
         return np.concatenate([self.prefill.tokens, np.asarray(self.generated, dtype=np.int32)])
 
 
-def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: bool = False) -> Prefill:
-    """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all.
+def namespace_of(request: Request, fingerprint: str) -> str:
+    """The model (weights and dtype) and the tenant's salt: no hit ever crosses either."""
+    return f"{fingerprint}/{request.namespace}"
 
-    Its namespace is the model's fingerprint (weights and dtype) and the tenant's salt: no hit ever crosses either.
-    """
+
+def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: bool = False) -> Prefill:
+    """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all."""
     marked = tuple(b for b in request.prompt.boundaries if b.kind is BoundaryKind.EXPLICIT)
     off = (
         not enabled or request.cache_mode is CacheMode.OFF or (request.cache_mode is CacheMode.EXPLICIT and not marked)
     )
-    namespace = f"{fingerprint}/{request.namespace}"
+    namespace = namespace_of(request, fingerprint)
     if arranged:
         return Prefill(namespace, request.prompt.tokens, False, not off, arrangement=request.arrangement)
     only_marked = request.cache_mode is CacheMode.EXPLICIT

@@ -144,7 +144,7 @@ class PromptEnd:
 
 @dataclass(slots=True, eq=False)
 class StoredMessage:
-    """Some tokens as they were encoded in one context, kept outside the tree: their KV rows, and what they do to states.
+    """Some tokens as they were encoded in one context, kept outside the tree: KV rows, and what they do to states.
 
     The slot holds what they leave in a state that was zero, and their last convolution windows; see `choreography`.
     """

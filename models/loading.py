@@ -153,6 +153,7 @@ class _ShapeOps:
 
     name = "shapes"
     device = torch.device("cpu")
+    packs = True
     mamba2 = rms_norm = silu_mul = gelu_mul = gelu_tanh_mul = None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> SimpleNamespace:

@@ -42,6 +42,13 @@ class Positions(StrEnum):
     LEFTMOST = "leftmost"
 
 
+class Order(StrEnum):
+    """Whether neighbouring messages may change places, where that finds a longer prefix in the cache."""
+
+    GIVEN = "given"
+    ANY = "any"
+
+
 class Encoding(StrEnum):
     """What a message that is not stored yet is to see: nothing before it, or all that the request places there."""
 
@@ -51,17 +58,22 @@ class Encoding(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Consecutive tokens of a prompt. Without an id they are computed in place, and not kept as a message."""
+    """Consecutive tokens of a prompt. Without an id they are computed in place, and not kept as a message.
+
+    keep: whether they may be stored under the id when they are computed in place
+    """
 
     num_tokens: int
     id: str = ""
     encoding: Encoding = Encoding.IN_PLACE
+    keep: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
     """How the tokens of a prompt fall into parts, in the order in which the model shall see them.
 
+    order         ANY: parts with ids that stand side by side are unordered; used where the fidelity is exact
     seam          tokens at the start of each reused message that are computed again in their new place
     closing       tokens that end the answer's message, which is kept after the request if this is not None
     answer_start  token of the prompt with which the answer's message begins (its header)
@@ -73,6 +85,7 @@ class Arrangement:
     seam: int = 0
     composition: Composition = Composition.ORDERED
     positions: Positions = Positions.CONSECUTIVE
+    order: Order = Order.GIVEN
     closing: tuple[int, ...] | None = None
     answer_start: int = 0
     context: tuple[str, ...] = ()
@@ -82,12 +95,12 @@ class Arrangement:
             raise RequestError(f"seam is {self.seam}, must be one of {', '.join(map(str, SEAMS))}", param="seam")
 
     def check(self, num_tokens: int) -> None:
-        """Raises RequestError if the parts do not make up a prompt of so many tokens, or leave nothing to compute."""
+        """Raises RequestError if the parts do not make up a prompt of so many tokens."""
         total = sum(part.num_tokens for part in self.parts)
         if total != num_tokens:
             raise RequestError(f"the parts have {total} tokens, the prompt {num_tokens}", param="choreography")
-        if not self.parts or self.parts[-1].id:
-            raise RequestError("the last part must be new: the answer begins after it", param="choreography")
+        if any(part.num_tokens < 1 for part in self.parts):
+            raise RequestError("a part has 0 tokens, must have at least 1", param="choreography")
 
 
 def closed(tokens: TokenArray, closing: tuple[int, ...]) -> TokenArray:

@@ -112,18 +112,20 @@ def _plan_behind(
         prefix = 0  # in the cache a message stands behind the one before it
     items = []
     ids, lengths = [p.id for p in arrangement.parts], [p.num_tokens for p in arrangement.parts]
+    num_tokens = sum(lengths)
     for name, start, end in _places(ids, lengths):
         seam = min(arrangement.seam, end - start)
         if end <= prefix:
             items.append(Item(name, Action.REUSED, start, end, 0, 0.0, "in the cache as this prefix"))
-        elif start >= prefix and name and start + seam < end and is_stored(name):
+        elif start >= prefix and name and start + seam < end < num_tokens and is_stored(name):
             why = "stored" if not seam else f"stored; the first {seam} tokens again"
             items.append(Item(name, moved, start, end, seam, cost.flops(start, start + seam), why))
         else:
             first = max(start, prefix)
             why = "new" if not name else "not stored" if end - start > seam else "not longer than the seam"
+            why = "the answer begins after it" if name and end == num_tokens else why
             items.append(Item(name, Action.COMPUTED, start, end, end - first, cost.flops(first, end), why))
-    num_tokens, flops = sum(lengths), sum(item.flops for item in items)
+    flops = sum(item.flops for item in items)
     is_exact = all(item.action in (Action.REUSED, Action.COMPUTED) for item in items)
     is_exact = is_exact and arrangement.positions is Positions.CONSECUTIVE
     fidelity = arrangement.fidelity

@@ -26,7 +26,6 @@ from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import StateTensors
 from hybrid_cache.kernels.torch_ops import relocate_keys
 from hybrid_cache.lease import Lease
-from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.tree import StoredMessage
 
@@ -44,7 +43,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Tokens [start, end) of a prompt. They are attached, or computed, and then stored under `keep` if that is named."""
+    """Tokens [start, end) of a prompt: attached, or computed and then, if `keep` names a key, stored under it."""
 
     start: int
     end: int
@@ -101,7 +100,7 @@ class Stage:
     def exact_plan(self, arrangement: Arrangement, prefix: int) -> Plan:
         """Everything behind a prefix computed, because of what `can` says."""
         ids, lengths = [p.id for p in arrangement.parts], [p.num_tokens for p in arrangement.parts]
-        why = self.can(arrangement)
+        why = "" if arrangement.fidelity is Fidelity.EXACT else self.can(arrangement)
         return exact_plan(arrangement.fidelity, ids, lengths, prefix, self._cost, why)
 
     def key(self, arrangement: Arrangement, name: str) -> str:
@@ -153,8 +152,8 @@ class Stage:
             elif leftmost:
                 position = sibling_end
             if message is None:
-                keep = self.key(arrangement, part.id) if part.id and part.encoding is Encoding.IN_PLACE else ""
-                keep = keep if item.end - first > arrangement.seam and first == item.start else ""
+                wanted = part.id and part.keep and item.end - first > arrangement.seam and first == item.start
+                keep = self.key(arrangement, part.id) if wanted else ""
                 if keep and not self.is_stored(keep) and not self.is_making(keep):
                     moves += self._kept_moves(first, item.end, position, arrangement.seam, keep)
                 else:
@@ -226,7 +225,7 @@ class Stage:
             self._open(program, lease, move.keep, move.start)
 
     def _open(self, program: Program, lease: Lease, key: str, start: int) -> None:
-        """From now on what the tokens do is recorded; not where there is no room for a copy of the states before them."""
+        """Records what tokens do from now on; not where there is no room for a copy of the states before them."""
         base = None
         if self._states and start > 0:
             base = self._cache.lend_slot()
@@ -271,6 +270,14 @@ class Stage:
             if program.span.base is not None:
                 self._cache.return_slot(program.span.base)
         program.span = None
+
+    def effects(self, key: str) -> list[tuple[Tensor, Tensor]] | None:
+        """Copies of (P, S) of a stored message, one pair for each state; None if it is not stored."""
+        stored = self._cache.message(key)
+        if stored is None:
+            return None
+        pairs = zip(self._transitions(stored), self.anatomy.states, strict=True)
+        return [(p.clone(), part.state[stored.slot].clone()) for p, part in pairs]
 
     # Tensors
 

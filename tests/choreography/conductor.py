@@ -56,7 +56,9 @@ class Conductor:
     ) -> Request:
         self._count += 1
         prompt = Prompt(np.concatenate([*messages, HEADER]))
-        return Request(str(self._count), prompt, SamplingParams(temperature=0, max_tokens=max_tokens), arrangement=arrangement)
+        return Request(
+            str(self._count), prompt, SamplingParams(temperature=0, max_tokens=max_tokens), arrangement=arrangement
+        )
 
     def run(
         self, messages: Sequence[TokenArray], arrangement: Arrangement | None = None, max_tokens: int = 1

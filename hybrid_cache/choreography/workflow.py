@@ -1,0 +1,313 @@
+"""Calls that share messages: encode once, attend in any order, run side by side.
+
+with a workflow `wf`
+    facts = [wf.encode(text) for text in texts]
+    votes = wf.parallel([Call([facts[i] for i in order] + ["Which is best?"]) for order in orders])
+"""
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from hybrid_cache.choreography.arrangement import (
+    Arrangement,
+    Composition,
+    Encoding,
+    Fidelity,
+    Order,
+    Part,
+    Positions,
+    closed,
+)
+from hybrid_cache.choreography.book import Message, MessageBook
+from hybrid_cache.choreography.plan import Plan
+from hybrid_cache.engine import Engine
+from hybrid_cache.errors import RequestError
+from hybrid_cache.request import (
+    Boundary,
+    FinishReason,
+    Prompt,
+    PromptOutput,
+    Request,
+    SamplingParams,
+    TokenArray,
+    TokenLogprob,
+    TokenOutput,
+)
+from hybrid_cache.sequence import namespace_of
+
+MOST_MESSAGES = 1024  # in one call
+
+
+class Renderer(Protocol):
+    """How messages become tokens, and tokens text. Each message is rendered by itself."""
+
+    closing: tuple[int, ...]  # what ends an answer's message; begins with the token that ends an answer
+
+    def message(self, role: str, text: str) -> TokenArray:
+        """A whole message."""
+        ...
+
+    def opening(self, role: str) -> TokenArray:
+        """What an answer follows on."""
+        ...
+
+    def text(self, tokens: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How faithful a call is, see `Arrangement`. `encoding` is for messages that are new in a call."""
+
+    fidelity: Fidelity = Fidelity.EXACT
+    seam: int = 0
+    composition: Composition = Composition.ORDERED
+    positions: Positions = Positions.CONSECUTIVE
+    order: Order = Order.GIVEN
+    encoding: Encoding = Encoding.IN_PLACE
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One answer that is wanted. `attend`: messages of the workflow, or texts, which become new messages of `asker`."""
+
+    attend: Sequence[Message | str]
+    role: str = "assistant"
+    asker: str = "user"
+    style: Style | None = None
+    sampling: SamplingParams | None = None
+    keep: bool = True  # the answer becomes a message that others may attend to
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a call gave. `message` is the answer to attend to; `attended` what it was made from, in the order used."""
+
+    text: str
+    tokens: tuple[int, ...]
+    message: Message
+    attended: tuple[Message, ...]
+    plan: Plan
+    finish: FinishReason
+    first_token_s: float  # from when the call was made
+    total_s: float
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(slots=True)
+class _Running:
+    call: Call
+    messages: list[Message]
+    started_s: float
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    plan: Plan | None = None
+    first_s: float | None = None
+    ended_s: float | None = None
+    finish: FinishReason | None = None
+
+
+class Workflow:
+    """Messages and calls on one engine. Workflows with the same namespace share what they store."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        renderer: Renderer,
+        *,
+        style: Style | None = None,
+        sampling: SamplingParams | None = None,
+        namespace: str = "",
+        book: MessageBook | None = None,
+    ) -> None:
+        """style, sampling: of calls that name none; namespace: no message is ever used in two of them"""
+        self.engine = engine
+        self.renderer = renderer
+        self.style = style or Style()
+        self.sampling = sampling or SamplingParams(temperature=0.0, max_tokens=64, stop_token_ids=renderer.closing[:1])
+        self._tenant = namespace
+        self._book = book or MessageBook()
+        self._numbers = itertools.count()
+        self._running: dict[str, _Running] = {}
+
+    # Messages
+
+    def message(self, text: str, role: str = "user", parents: Sequence[Message] = ()) -> Message:
+        """A message that others may attend to. Nothing is computed yet."""
+        context = tuple(parent.id for parent in self._known(parents))
+        tokens = self.renderer.message(role, text)
+        return self._book.add(self._namespace, role, tokens, context, text=text)
+
+    def encode(
+        self, text: str, role: str = "user", parents: Sequence[Message] = (), style: Style | None = None
+    ) -> Message:
+        """Computes a message now: alone, or behind its parents."""
+        return self.encode_all([text], role, parents, style)[0]
+
+    def encode_all(
+        self, texts: Sequence[str], role: str = "user", parents: Sequence[Message] = (), style: Style | None = None
+    ) -> list[Message]:
+        """Computes several messages side by side, none of which sees another."""
+        style = style or self.style
+        messages = [self.message(text, role, parents) for text in texts]
+        for message in messages:
+            parts = [*parents, message]
+            if not self.is_stored(message, style):
+                self._submit(Call([], style=style, keep=False, sampling=SamplingParams(max_tokens=0)), parts, [])
+        self._run()
+        return messages
+
+    def find(self, name: str) -> Message:
+        """The message with an id. Raises UnknownMessage or MessageGone."""
+        return self._book.find(self._namespace, name)
+
+    def is_stored(self, message: Message, style: Style | None = None) -> bool:
+        """Whether rows and effect of a message are in the cache for use at another place."""
+        arrangement = Arrangement((), Fidelity.EXACT, seam=(style or self.style).seam)
+        return self.engine.stage.is_stored(self.engine.stage.key(arrangement, message.id))
+
+    def effects(self, message: Message, style: Style | None = None) -> list[tuple[Tensor, Tensor]]:
+        """(P, S) of a stored message for each state of the model, in the order of its layers; copies.
+
+        P as its `Transition` writes it down, S [*state_shape]. Raises RequestError if it is not stored.
+        """
+        stage = self.engine.stage
+        key = stage.key(Arrangement((), Fidelity.EXACT, seam=(style or self.style).seam), message.id)
+        effects = stage.effects(key)
+        if effects is None:
+            raise RequestError(f"message {message.id} is not stored")
+        return effects
+
+    # Calls
+
+    def generate(
+        self, attend: Sequence[Message | str], role: str = "assistant", style: Style | None = None, **options: object
+    ) -> Answer:
+        """One answer of `role` to what it attends to. Options: the other fields of `Call`."""
+        return self.parallel([replace(Call(attend, role, style=style), **options)])[0]  # type: ignore[arg-type]
+
+    def parallel(self, calls: Sequence[Call]) -> list[Answer]:
+        """Answers of calls that run side by side in one batch."""
+        names = [self._start(call) for call in calls]
+        self._run()
+        return [self._answer(name) for name in names]
+
+    def plan(self, attend: Sequence[Message | str], role: str = "assistant", style: Style | None = None) -> Plan:
+        """What `generate` would do now."""
+        call = Call(attend, role, style=style)
+        messages = self._messages_of(call)
+        return self.engine.plan(self._request("plan", call, messages, self.renderer.opening(role)))
+
+    # Inside
+
+    @property
+    def _namespace(self) -> str:
+        request = Request("", Prompt(np.zeros(1, np.int32)), self.sampling, namespace=self._tenant)
+        return namespace_of(request, self.engine.model.fingerprint)
+
+    def _known(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Raises UnknownMessage for a message of another namespace or model."""
+        for message in messages:
+            self._book.find(self._namespace, message.id)
+        return messages
+
+    def _messages_of(self, call: Call) -> list[Message]:
+        """What a call attends to. Texts become messages, encoded alone or behind all before them."""
+        if not 1 <= len(call.attend) <= MOST_MESSAGES:
+            raise RequestError(f"a call attends to {len(call.attend)} messages, must be in [1, {MOST_MESSAGES}]")
+        style, messages = call.style or self.style, list[Message]()
+        for item in call.attend:
+            if isinstance(item, str):
+                behind = messages if style.encoding is Encoding.IN_PLACE else ()
+                messages.append(self.message(item, call.asker, behind))
+            else:
+                messages += self._known([item])
+        return messages
+
+    def _start(self, call: Call) -> str:
+        return self._submit(call, self._messages_of(call), self.renderer.opening(call.role))
+
+    def _submit(self, call: Call, messages: Sequence[Message], opening: TokenArray | Sequence[int]) -> str:
+        name = f"call-{id(self)}-{next(self._numbers)}"
+        self._running[name] = _Running(call, list(messages), time.perf_counter())
+        self.engine.submit(self._request(name, call, messages, opening))
+        return name
+
+    def _request(
+        self, name: str, call: Call, messages: Sequence[Message], opening: TokenArray | Sequence[int]
+    ) -> Request:
+        style, opening = call.style or self.style, np.asarray(opening, np.int32)
+        tokens = np.concatenate([*(m.tokens for m in messages), opening])
+        ends = np.cumsum([len(m.tokens) for m in messages])
+        parts = [part_of(message, [m.id for m in messages[:i]]) for i, message in enumerate(messages)]
+        arrangement = Arrangement(
+            (*parts, *([Part(len(opening))] if len(opening) else [])),
+            style.fidelity,
+            style.seam,
+            style.composition,
+            style.positions,
+            style.order,
+            closing=self.renderer.closing if call.keep else None,
+            answer_start=len(tokens) - len(opening),
+            context=tuple(m.id for m in messages),
+        )
+        boundaries = tuple(Boundary(int(end), role=m.role) for end, m in zip(ends, messages, strict=True))
+        sampling = call.sampling or self.sampling
+        return Request(name, Prompt(tokens, boundaries), sampling, namespace=self._tenant, arrangement=arrangement)
+
+    def _run(self) -> None:
+        """Steps until all calls are answered and their messages stored."""
+        while not self.engine.idle:
+            for name, output in self.engine.step():
+                running, now = self._running[name], time.perf_counter()
+                if isinstance(output, PromptOutput):
+                    running.plan = output.plan
+                    continue
+                assert isinstance(output, TokenOutput)
+                running.first_s = running.first_s or now
+                if output.token is not None:
+                    running.tokens.append(output.token)
+                if output.logprob is not None:
+                    running.logprobs.append(output.logprob)
+                if output.finish is not None:
+                    running.finish, running.ended_s = output.finish, now
+        for name in [name for name, running in self._running.items() if not running.call.attend]:
+            del self._running[name]
+
+    def _answer(self, name: str) -> Answer:
+        running = self._running.pop(name)
+        assert running.plan is not None
+        assert running.finish is not None
+        assert running.first_s is not None
+        assert running.ended_s is not None
+        role, tokens = running.call.role, np.asarray(running.tokens, np.int32)
+        text = self.renderer.text(running.tokens)
+        whole = closed(np.concatenate([self.renderer.opening(role), tokens]), self.renderer.closing)
+        by_id = {m.id: m for m in running.messages}
+        used = [by_id[item.id] for item in running.plan.items if item.id]
+        message = self._book.add(
+            self._namespace, role, whole, tuple(m.id for m in running.messages), text=text, is_answer=True
+        )
+        return Answer(
+            text,
+            tuple(running.tokens),
+            message,
+            tuple(used),
+            running.plan,
+            running.finish,
+            running.first_s - running.started_s,
+            running.ended_s - running.started_s,
+            tuple(running.logprobs),
+        )
+
+
+def part_of(message: Message, before: Sequence[str]) -> Part:
+    """A message as part of a prompt: one that belongs behind others is stored only where it stands behind them."""
+    encoding = Encoding.IN_PLACE if message.context else Encoding.ALONE
+    keep = tuple(before) == message.context
+    return Part(len(message.tokens), message.id, encoding, keep)
