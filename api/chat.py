@@ -23,7 +23,7 @@ from hybrid_cache.api.template import RESERVED, ChatTemplate, Clock
 from hybrid_cache.api.tokenizer import Tokenizer
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.request import Boundary, BoundaryKind, Prompt
+from hybrid_cache.request import Boundary, BoundaryKind, Prompt, TokenArray
 
 MAX_BOUNDARIES = 64
 FIRST_BOUNDARIES = 16  # when there are more, this many from the front are kept, the rest from the end
@@ -31,6 +31,7 @@ DENSE_MESSAGES = 256  # beyond these, a conversation is split after every `SPARS
 SPARSE = 64
 MAX_REMEMBERED = 1 << 14
 PART_SEPARATOR = "\n"
+PROBE = "x"
 # Unicode noncharacters, never part of a text. One that the text does not hold marks places in it.
 MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
@@ -89,6 +90,14 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of a conversation: those of one message, named by its index, or of several."""
+
+    tokens: TokenArray
+    message: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Cut:
     """A place at which rendered text is split."""
 
@@ -115,6 +124,7 @@ class ChatEncoder:
         # By digest of the messages, and whether the opening of an answer follows. None: cannot be rendered.
         self._ends: OrderedDict[tuple[bytes, bool], _End | None] = OrderedDict()
         self._lock = Lock()
+        self._answer_end: tuple[int, ...] | None = None
 
     def encode(self, messages: Sequence[Message], rendering: Rendering, max_tokens: int) -> Prompt:
         """-> the prompt. Raises RequestError, and ContextTooLong for more than `max_tokens` tokens."""
@@ -130,6 +140,42 @@ class ChatEncoder:
         tokens, boundaries = self._tokenise(text, cuts)
         self._check_length(len(tokens), max_tokens)
         return Prompt(np.asarray(tokens, dtype=np.int32), limited(boundaries))
+
+    def segments(
+        self, messages: Sequence[Message], rendering: Rendering, max_tokens: int
+    ) -> tuple[list[Segment], TokenArray]:
+        """The tokens of each message, and of the opening of the answer. Raises as `encode`.
+
+        Messages whose end the rendering does not show share a segment with those behind them.
+        """
+        template, clock = self._template(rendering), Clock()
+        text = self.render(messages, rendering, clock)
+        self._tokenizer.check_size(text, max_tokens, "messages")
+        segments, position, first = list[Segment](), 0, 0
+        for count in range(1, len(messages) + 1):
+            try:
+                upto = self._render(template, messages[:count], rendering, clock)
+            except RequestError:  # some templates want the user to speak last
+                continue
+            if len(upto) > position and text.startswith(upto):
+                tokens = np.asarray(self._tokenizer.encode(text[position : len(upto)]), np.int32)
+                segments.append(Segment(tokens, first if first == count - 1 else None))
+                position, first = len(upto), count
+        if first < len(messages):  # no end was found of the last ones
+            tokens = np.asarray(self._tokenizer.encode(text[position:]), np.int32)
+            return [*segments, Segment(tokens, None)], tokens[:0]
+        return segments, np.asarray(self._tokenizer.encode(text[position:]), np.int32)
+
+    def answer_end(self) -> tuple[int, ...] | None:
+        """The tokens that end an answer in the rendering of a longer conversation; None where there are none."""
+        if self._answer_end is None:
+            said = [Message("user", (Part(PROBE),)), Message("assistant", (Part(PROBE),))]
+            try:
+                text = self.render(said, Rendering(add_generation_prompt=False))
+            except RequestError:
+                text = ""
+            self._answer_end = tuple(self._tokenizer.encode(text[text.rfind(PROBE) + len(PROBE) :])) if text else ()
+        return self._answer_end or None
 
     def render(self, messages: Sequence[Message], rendering: Rendering, clock: Clock | None = None) -> str:
         """The text of a whole conversation, with the opening of the answer if `rendering` asks for it."""

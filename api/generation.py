@@ -11,6 +11,7 @@ from hybrid_cache.api import schemas
 from hybrid_cache.api.records import RequestRecord
 from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.stream import ChoiceText, Detokenizer, Piece, make_stopper
+from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import BadSampling, ContextTooLong
 from hybrid_cache.request import CacheMode, Prompt, PromptOutput, Request, SamplingParams, TokenOutput
 
@@ -28,6 +29,7 @@ class Wanted:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     visible: frozenset[int] = frozenset()  # special tokens that have text all the same
+    arrangement: Arrangement | None = None
 
 
 class Generation:
@@ -63,6 +65,7 @@ class Generation:
                 namespace=asked.cache_salt or "",
                 cache_mode=cache_mode(asked, wanted),
                 make_stopper=make_stopper(detokenizer, stops) if stops else None,
+                arrangement=wanted.arrangement,
             )
         )
         self._observe = serving.metrics.observe

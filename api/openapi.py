@@ -9,11 +9,12 @@ Responses = dict[int | str, dict[str, Any]]
 UNAVAILABLE = 503  # what a probe of a server that cannot serve is told
 LOOKUP_ERRORS: Responses = {
     401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
-    404: {"model": ErrorBody, "description": "No such model."},
+    404: {"model": ErrorBody, "description": "No such model, or no such message."},
 }
 ERRORS: Responses = {
     **LOOKUP_ERRORS,
     400: {"model": ErrorBody, "description": "The request cannot be served as it stands."},
+    409: {"model": ErrorBody, "description": "A message that is referred to is no longer kept."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     503: {"model": ErrorBody, "description": "The queue is full or the server is draining; see Retry-After."},
 }

@@ -31,10 +31,10 @@ def rendering_of(asked: schemas.ChatRequest | schemas.TokenizeRequest) -> Render
 async def chat_prompt(serving: Serving, sent: Sequence[schemas.ChatMessage], rendering: Rendering) -> Prompt:
     """Renders and tokenises messages. Raises RequestError, and ContextTooLong when the context does not hold them."""
     as_text = serving.chat.takes_argument_text(rendering)
-    messages = [_message(m, as_text) for m in sent]
+    messages = [message_of(m, as_text) for m in sent]
     size = sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_WORK * len(messages)
     room = serving.model.max_length
-    return await _off_the_loop_if_long(size, lambda: serving.chat.encode(messages, rendering, room))
+    return await off_the_loop_if_long(size, lambda: serving.chat.encode(messages, rendering, room))
 
 
 async def text_prompt(serving: Serving, prompt: str | list[int], *, add_special_tokens: bool) -> Prompt:
@@ -43,14 +43,14 @@ async def text_prompt(serving: Serving, prompt: str | list[int], *, add_special_
         return prompt_of_tokens(prompt, serving.tokenizer)
     serving.tokenizer.check_size(prompt, serving.model.max_length, "prompt")
     encode = serving.tokenizer.encode_prompt if add_special_tokens else serving.tokenizer.encode
-    return await _off_the_loop_if_long(len(prompt), lambda: prompt_of_tokens(encode(prompt), serving.tokenizer))
+    return await off_the_loop_if_long(len(prompt), lambda: prompt_of_tokens(encode(prompt), serving.tokenizer))
 
 
-async def _off_the_loop_if_long(size: int, work: Callable[[], T]) -> T:
+async def off_the_loop_if_long(size: int, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if size > LONG_TEXT else work()
 
 
-def _message(sent: schemas.ChatMessage, as_text: bool) -> Message:
+def message_of(sent: schemas.ChatMessage, as_text: bool) -> Message:
     fields: dict[str, object] = {
         "name": sent.name,
         "tool_call_id": sent.tool_call_id,

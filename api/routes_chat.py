@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from hybrid_cache.api import schemas
+from hybrid_cache.api.choreography import Arranged, arranged_prompt, is_arranged
 from hybrid_cache.api.generation import Generations, Wanted
 from hybrid_cache.api.logprobs import chat_logprob
 from hybrid_cache.api.openapi import ERRORS, EVENTS
@@ -17,6 +18,7 @@ from hybrid_cache.api.responses import EventStream, unless_gone
 from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.stream import DONE, Piece, event
 from hybrid_cache.api.tools import CLOSE, OPEN, ToolCall, ToolCallParser
+from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import RequestError
 from hybrid_cache.request import FinishReason, Prompt, PromptOutput
 
@@ -29,9 +31,11 @@ def router(serving: Serving) -> APIRouter:
     async def chat_completions(asked: schemas.ChatRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
         _refuse_unsupported(asked)
-        prompt = await chat_prompt(serving, asked.messages, rendering_of(asked))
-        generations = await Generations.submit(serving, asked, [_wanted(serving, asked, prompt)])
-        reply = _Reply(serving, asked, generations)
+        arranged = await arranged_prompt(serving, asked, rendering_of(asked)) if is_arranged(asked) else None
+        prompt = arranged.prompt if arranged else await chat_prompt(serving, asked.messages, rendering_of(asked))
+        wanted = _wanted(serving, asked, prompt, arranged.arrangement if arranged else None)
+        generations = await Generations.submit(serving, asked, [wanted])
+        reply = _Reply(serving, asked, generations, arranged)
         if asked.stream:
             return EventStream(reply.events(), generations.aclose)
         async with generations:
@@ -58,7 +62,7 @@ def _calls_tools(asked: schemas.ChatRequest) -> bool:
     return bool(asked.tools) and asked.tool_choice != "none"
 
 
-def _wanted(serving: Serving, asked: schemas.ChatRequest, prompt: Prompt) -> Wanted:
+def _wanted(serving: Serving, asked: schemas.ChatRequest, prompt: Prompt, arrangement: Arrangement | None) -> Wanted:
     tags = [serving.tokenizer.id_of(tag) for tag in (OPEN, CLOSE)] if _calls_tools(asked) else []
     return Wanted(
         endpoint="chat",
@@ -67,6 +71,7 @@ def _wanted(serving: Serving, asked: schemas.ChatRequest, prompt: Prompt) -> Wan
         default_max_tokens=serving.model.max_length,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         visible=frozenset(tag for tag in tags if tag is not None),
+        arrangement=arrangement,
     )
 
 
@@ -103,10 +108,17 @@ class _Choice:
 class _Reply:
     """The answers to one request, as a whole or as events."""
 
-    def __init__(self, serving: Serving, asked: schemas.ChatRequest, generations: Generations) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        asked: schemas.ChatRequest,
+        generations: Generations,
+        arranged: Arranged | None = None,
+    ) -> None:
         self._serving = serving
         self._asked = asked
         self._generations = generations
+        self._arranged = arranged
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = asked.model or serving.model.name
@@ -130,9 +142,20 @@ class _Reply:
             choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
             usage=self._generations.usage(),
         )
+        if (report := self._report()) is not None:
+            body.choreography = report
         if self._asked.return_token_ids:
             body.prompt_token_ids = self._generations.all[0].prompt_tokens
         return body
+
+    def _report(self) -> schemas.ChoreographyReport | None:
+        """What became of an arranged request, once it has been answered."""
+        plan = self._generations.all[0].prompt_output.plan
+        if self._arranged is None or plan is None:
+            return None
+        choice = self._choices[0]
+        text = "".join(choice.texts)
+        return self._arranged.report(plan, self._arranged.answer_id(self._serving, choice.token_ids, text))
 
     def _whole_choice(self, index: int, choice: _Choice) -> schemas.ChatChoice:
         assert choice.finish is not None
@@ -195,7 +218,10 @@ class _Reply:
         # The log-probability of a token goes with the first thing that the token lets out.
         chunks = [self._chunk(index, delta, choice=detail if i == 0 else {}) for i, delta in enumerate(deltas)]
         if choice.finish is not None:
-            chunks.append(self._chunk(index, {}, choice={"finish_reason": choice.finish, "stop_reason": choice.stop}))
+            ended: dict[str, object] = {"finish_reason": choice.finish, "stop_reason": choice.stop}
+            report = self._report()
+            extra: dict[str, object] = {} if report is None else {"choreography": report.model_dump()}
+            chunks.append(self._chunk(index, {}, choice=ended, extra=extra))
         return chunks
 
     def _chunk(

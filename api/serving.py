@@ -9,6 +9,7 @@ from hybrid_cache.api.metrics import Metrics
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.tokenizer import GenerationDefaults, TextModel, Tokenizer
 from hybrid_cache.async_engine import AsyncEngine
+from hybrid_cache.choreography.book import MessageBook
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Serving:
     chat: ChatEncoder
     defaults: GenerationDefaults
     metrics: Metrics
+    book: MessageBook  # messages that requests may refer to
 
 
 def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> Serving:
@@ -55,6 +57,7 @@ def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) 
         chat=ChatEncoder(text.tokenizer, text.chat_templates),
         defaults=text.defaults,
         metrics=Metrics(engine, settings),
+        book=MessageBook(),
     )
 
 

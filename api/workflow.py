@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hybrid_cache.api.chat import ChatEncoder, Message, Part, Rendering
+from hybrid_cache.api.chat import PROBE, ChatEncoder, Message, Part, Rendering
 from hybrid_cache.api.launch import LoadOptions, load
 from hybrid_cache.api.sizes import parse_bytes
 from hybrid_cache.api.tokenizer import TextModel
@@ -17,8 +17,6 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine
 from hybrid_cache.errors import ModelError
 from hybrid_cache.request import TokenArray
-
-PROBE = "x"
 
 
 class ChatRenderer:

@@ -20,7 +20,7 @@ from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
 from hybrid_cache.policies.registry import make_policy
-from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, TokenLogprob, TokenOutput
+from hybrid_cache.request import CacheMode, FinishReason, Output, PromptOutput, Request, TokenLogprob, TokenOutput
 from hybrid_cache.runner import ModelRunner, StepHidden
 from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probability
 from hybrid_cache.scheduler import Chunk, Scheduler, Step
@@ -145,7 +145,10 @@ class Engine:
         sequence = self._new_sequence(request, 0)
         arrangement, prompt = sequence.request.arrangement, sequence.prefill
         assert arrangement is not None
-        return self.stage.plan(arrangement, self._scheduler.prefix_of(prompt))
+        prefix = self._scheduler.prefix_of(prompt)
+        if prompt.arrangement is None:
+            return self.stage.exact_plan(arrangement, prefix, self._why_exact(request))
+        return self.stage.plan(arrangement, prefix)
 
     def run_until_idle(self) -> Outputs:
         """Steps until all requests are answered and all commits are done -> all outputs."""
@@ -181,7 +184,7 @@ class Engine:
 
     def _new_sequence(self, request: Request, index: int) -> Sequence:
         asked = request.arrangement
-        arranged = asked is not None and not self.stage.can(asked)
+        arranged = asked is not None and not self._why_exact(request)
         if asked is not None and asked.order is Order.ANY and not arranged:
             namespace = namespace_of(request, self.model.fingerprint)
             prompt, asked = best_order(request.prompt, asked, lambda tokens: self.cache.match(namespace, tokens))
@@ -198,6 +201,12 @@ class Engine:
             submitted_s=time.monotonic(),
         )
 
+    def _why_exact(self, request: Request) -> str:
+        """Why a request that names messages is computed exactly; empty if it may be arranged."""
+        if not self._config.prefix_cache or request.cache_mode is CacheMode.OFF:
+            return "the cache is off"
+        return self.stage.can(request.arrangement) if request.arrangement else "as asked"
+
     # After the forward pass
 
     def _announce(self, sequences: Iterable[Sequence]) -> Outputs:
@@ -210,7 +219,9 @@ class Engine:
             lease, n, program = sequence.prefill.lease, len(sequence.prefill.tokens), sequence.prefill.program
             assert lease is not None
             asked = sequence.request.arrangement
-            plan = program.plan if program else self.stage.exact_plan(asked, lease.length) if asked else None
+            plan = program.plan if program else None
+            if asked is not None and plan is None:
+                plan = self.stage.exact_plan(asked, lease.length, self._why_exact(sequence.request))
             cached = lease.length if plan is None else n - plan.computed
             cost = self.model.prefill_cost
             self._counters.prompt_tokens += n
@@ -292,6 +303,8 @@ class Engine:
                 self._scheduler.add(sequence)
                 continue
             sequence.prefill.lease, sequence.prefill.computed = lease, len(first.prefill.tokens)
+            if first.prefill.program is not None:
+                sequence.prefill.program = first.prefill.program.fork()
             sequence.fed = len(first.prefill.tokens)
             self._scheduler.adopt(sequence)
             forks.append(sequence)

@@ -31,7 +31,7 @@ def compose(how: Composition, transition: Transition, h: Tensor, effects: Pairs)
 
 def ordered(transition: Transition, h: Tensor, effects: Pairs) -> Tensor:
     for p, s in effects:
-        h = transition.apply(p, h) + s
+        h = transition.apply(p, h).add_(s)  # a new tensor
     return h
 
 

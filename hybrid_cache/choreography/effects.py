@@ -1,7 +1,8 @@
 """What a run of tokens does to a recurrent state, h -> P h + S, and what each layer must tell to know it.
 
 S is what the run leaves in a state that was zero. P comes from a recorder that layers report to while they run
-(`ForwardBatch.effects`): one number a head for Mamba-2, a time step a channel for Mamba-1, a matrix a head for delta nets.
+(`ForwardBatch.effects`): one number a head for Mamba-2, a time step a channel for Mamba-1, a matrix a head for delta
+nets.
 
 P and S of a message hold for the inputs that its layers saw when it was encoded. Composition is therefore exact inside
 one layer, and approximate through the depth of a model.

@@ -65,6 +65,10 @@ class Program:
     shift: int = 0  # place of a row less its position, for what is being computed
     answer_at: int = -1  # the answer's message is kept from this place on
 
+    def fork(self) -> "Program":
+        """For another answer to the same prompt, which is not kept."""
+        return Program(self.namespace, deque(), self.plan, shift=self.shift)
+
     def until(self) -> int:
         """Where the present stretch of computing ends."""
         return self.moves[0].end
@@ -97,10 +101,10 @@ class Stage:
             return "permutations are not possible: the model's transitions are matrices, which do not commute"
         return ""
 
-    def exact_plan(self, arrangement: Arrangement, prefix: int) -> Plan:
-        """Everything behind a prefix computed, because of what `can` says."""
+    def exact_plan(self, arrangement: Arrangement, prefix: int, why: str) -> Plan:
+        """Everything behind a prefix is computed; why, if something else was asked for."""
         ids, lengths = [p.id for p in arrangement.parts], [p.num_tokens for p in arrangement.parts]
-        why = "" if arrangement.fidelity is Fidelity.EXACT else self.can(arrangement)
+        why = "" if arrangement.fidelity is Fidelity.EXACT else why
         return exact_plan(arrangement.fidelity, ids, lengths, prefix, self._cost, why)
 
     def key(self, arrangement: Arrangement, name: str) -> str:
@@ -116,8 +120,6 @@ class Stage:
 
     def plan(self, arrangement: Arrangement, prefix: int) -> Plan:
         """What would be done now for a prompt whose first `prefix` tokens the cache has a state for."""
-        if self.can(arrangement):
-            return self.exact_plan(arrangement, prefix)
         stored = lambda name: self.is_stored(self.key(arrangement, name))  # noqa: E731
         return make_plan(arrangement, prefix, stored, self._cost, states=bool(self._states))
 
@@ -285,8 +287,9 @@ class Stage:
         """Copies the rows of some messages to where a prompt wants them, and composes what they do to its states."""
         messages = [move.stored for move in moves if move.stored is not None]
         self._copy_rows(lease, moves)
-        for i, part in enumerate(self.anatomy.states):
-            effects = [(self._transitions(m)[i], part.state[m.slot]) for m in messages]
+        transitions = zip(*(self._transitions(message) for message in messages), strict=True)
+        for part, ps in zip(self.anatomy.states, transitions, strict=False):
+            effects = [(p, part.state[message.slot]) for p, message in zip(ps, messages, strict=True)]
             h = part.state[lease.slot]
             h.copy_(compose(program.composition, part.transition, h, effects))
         for tensors in self._states:

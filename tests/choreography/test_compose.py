@@ -1,0 +1,96 @@
+"""The ways of putting effects together, against going through all orders by hand."""
+
+import itertools
+
+import pytest
+import torch
+
+from hybrid_cache.choreography.arrangement import Composition
+from hybrid_cache.choreography.compose import compose
+from hybrid_cache.choreography.effects import ChannelDecay, Decay, MatrixTransition
+
+RNG = torch.Generator().manual_seed(3)
+
+
+def decays(count):
+    """Mamba-2: [H] logarithms, states [H, P, N]."""
+    return Decay(), [(-torch.rand(3, generator=RNG), torch.randn(3, 4, 5, generator=RNG)) for _ in range(count)]
+
+
+def channels(count):
+    """Mamba-1: [channels] times, states [channels, N]."""
+    transition = ChannelDecay(-torch.rand(6, 4, generator=RNG))
+    return transition, [(torch.rand(6, generator=RNG), torch.randn(6, 4, generator=RNG)) for _ in range(count)]
+
+
+def matrices(count):
+    """Delta nets: [H, N, N], states [H, P, N]."""
+    pairs = [(torch.randn(2, 4, 4, generator=RNG) / 3, torch.randn(2, 3, 4, generator=RNG)) for _ in range(count)]
+    return MatrixTransition(), pairs
+
+
+KINDS = [decays, channels, matrices]
+
+
+def by_hand(transition, h, effects):
+    for p, s in effects:
+        h = transition.apply(p, h) + s
+    return h
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ordered_is_one_message_after_the_other(kind):
+    transition, effects = kind(4)
+    h = torch.randn_like(effects[0][1])
+    assert torch.equal(compose(Composition.ORDERED, transition, h, effects), by_hand(transition, h, effects))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotations_are_the_mean_over_all_rotations(kind, count):
+    transition, effects = kind(count)
+    h = torch.randn_like(effects[0][1])
+    every = [by_hand(transition, h, effects[i:] + effects[:i]) for i in range(count)]
+    found = compose(Composition.ROTATIONS, transition, h, effects)
+    torch.testing.assert_close(found, sum(every) / count)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("kind", [decays, channels])
+def test_permutations_are_the_mean_over_all_orders(kind, count):
+    transition, effects = kind(count)
+    h = torch.randn_like(effects[0][1])
+    every = [by_hand(transition, h, order) for order in itertools.permutations(effects)]
+    found = compose(Composition.PERMUTATIONS, transition, h, effects)
+    torch.testing.assert_close(found, sum(every) / len(every), atol=1e-5, rtol=1e-5)
+
+
+def test_permutations_do_not_underflow():
+    transition = Decay()
+    effects = [(torch.full((2,), -80.0), torch.ones(2, 3, 4)) for _ in range(60)]
+    found = compose(Composition.PERMUTATIONS, transition, torch.zeros(2, 3, 4), effects)
+    torch.testing.assert_close(found, torch.ones(2, 3, 4))  # each message is last in a share 1 / 60 of the orders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_and_last(kind):
+    transition, effects = kind(3)
+    h = torch.randn_like(effects[0][1])
+    alone = [by_hand(transition, h, [effect]) for effect in effects]
+    torch.testing.assert_close(compose(Composition.MEAN, transition, h, effects), sum(alone) / 3)
+    assert torch.equal(compose(Composition.LAST, transition, h, effects), alone[-1])
+
+
+@pytest.mark.parametrize("how", list(Composition))
+def test_one_message_is_itself_in_every_way(how):
+    transition, effects = matrices(1)
+    h = torch.randn_like(effects[0][1])
+    assert torch.equal(compose(how, transition, h, effects), by_hand(transition, h, effects))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_transitions_are_those_of_the_whole(kind):
+    transition, [(p, _), (q, _)] = kind(2)
+    h = torch.randn_like(kind(1)[1][0][1])
+    one_by_one = transition.apply(q, transition.apply(p, h))
+    torch.testing.assert_close(transition.apply(transition.join(p, q), h), one_by_one)

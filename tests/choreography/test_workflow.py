@@ -1,0 +1,122 @@
+"""Workflows with the embedded model."""
+
+import pytest
+
+from hybrid_cache.api.workflow import open_workflow
+from hybrid_cache.choreography.arrangement import Composition, Encoding, Fidelity, Order
+from hybrid_cache.choreography.plan import Action
+from hybrid_cache.choreography.workflow import Call, Style
+from hybrid_cache.errors import RequestError, UnknownMessage
+from hybrid_cache.request import SamplingParams
+
+FACTS = ["The code for the garage is 42.", "Anna likes to drink tea.", "The lamp is green now."]
+ASK = "What is the code for the garage?"
+COMPOSED = Style(Fidelity.COMPOSED)
+
+
+@pytest.fixture
+def workflow():
+    return open_workflow(budget="64MiB", fidelity="composed")
+
+
+def test_messages_are_encoded_once_and_read_in_any_order(workflow):
+    facts = workflow.encode_all(FACTS)
+    assert all(workflow.is_stored(fact) for fact in facts)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        answer = workflow.generate([*(facts[i] for i in order), ASK])
+        assert answer.text == "The code for the garage is 42."
+        assert answer.plan.fidelity is Fidelity.COMPOSED
+        assert answer.plan.tokens(Action.COMPOSED) == sum(len(fact.tokens) for fact in facts)
+        assert [m.id for m in answer.attended[:3]] == [facts[i].id for i in order]
+        assert 0 < answer.first_token_s <= answer.total_s
+    workflow.engine.cache.check()
+
+
+def test_answers_can_be_attended_to(workflow):
+    answer = workflow.generate([FACTS[0], ASK])
+    assert workflow.is_stored(answer.message)
+    more = workflow.generate([*answer.attended, answer.message, "Thank you."])
+    assert [item.action for item in more.plan.items][:3] == [Action.COMPOSED] * 3
+    assert more.text == "You are welcome."
+    assert workflow.find(answer.message.id).text == answer.text
+
+
+def test_a_message_behind_its_parents_is_another_message(workflow):
+    fact = workflow.encode(FACTS[0])
+    alone, behind = workflow.encode(FACTS[1]), workflow.encode(FACTS[1], parents=[fact])
+    assert alone.id != behind.id
+    assert workflow.is_stored(behind)
+    plan = workflow.plan([fact, behind, ASK])
+    assert [item.action for item in plan.items] == [Action.COMPOSED, Action.COMPOSED, Action.COMPUTED, Action.COMPUTED]
+
+
+def test_calls_in_parallel_give_what_each_gives_alone(workflow):
+    facts = workflow.encode_all(FACTS)
+    calls = [Call([facts[1], facts[0], ASK]), Call([facts[0], ASK]), Call([*facts, "What colour is the lamp now?"])]
+    together = [answer.tokens for answer in workflow.parallel(calls)]
+    fresh = open_workflow(budget="64MiB", fidelity="composed")
+    fresh_facts = fresh.encode_all(FACTS)
+    by_id = {m.id: f for m, f in zip(facts, fresh_facts, strict=True)}
+    for call, tokens in zip(calls, together, strict=True):
+        attend = [item if isinstance(item, str) else by_id[item.id] for item in call.attend]
+        assert fresh.generate(attend).tokens == tokens
+
+
+@pytest.mark.parametrize("style", [Style(), Style(order=Order.ANY)], ids=["given", "any"])
+def test_exact_is_what_encoding_everything_gives(style):
+    sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=3, stop_token_ids=(4,))
+    cached = open_workflow(budget="64MiB", style=style)
+    plain = open_workflow(budget="64MiB", prefix_cache=False)
+    for turn in range(3):
+        attend = [*FACTS[: turn + 1], ASK]
+        found = cached.generate(attend, sampling=sampling)
+        expected = plain.generate([m.text for m in found.attended], sampling=sampling)
+        assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
+
+
+def test_plans_run_nothing(workflow):
+    fact = workflow.encode(FACTS[0])
+    before = workflow.engine.stats()
+    plan = workflow.plan([fact, ASK])
+    assert plan.tokens(Action.COMPOSED) == len(fact.tokens)
+    assert workflow.engine.stats() == before
+    assert "composed" in str(plan)
+
+
+def test_effects_can_be_looked_at(workflow):
+    fact = workflow.encode(FACTS[0])
+    effects = workflow.effects(fact)
+    assert len(effects) == 4
+    assert all(p.shape == (6,) and s.shape == (6, 64, 32) for p, s in effects)
+    assert all((p < 0).all() for p, _ in effects)
+    with pytest.raises(RequestError, match="is not stored"):
+        workflow.effects(workflow.message("Hello!"))
+
+
+def test_workflows_of_one_namespace_share_and_others_do_not(workflow):
+    fact = workflow.encode(FACTS[0])
+    other = open_workflow(budget="64MiB")
+    with pytest.raises(UnknownMessage, match=fact.id):
+        other.generate([fact, ASK])
+
+
+def test_styles(workflow):
+    facts = workflow.encode_all(FACTS)
+    for how in Composition:
+        answer = workflow.generate([*facts, ASK], style=Style(Fidelity.COMPOSED, composition=how))
+        assert answer.plan.fidelity is Fidelity.COMPOSED
+    long = workflow.message(" ".join(FACTS * 2))
+    answer = workflow.generate([long, ASK], style=Style(Fidelity.COMPOSED, seam=16, encoding=Encoding.ALONE))
+    assert answer.plan.items[0].computed == 16
+
+
+def test_bad_calls(workflow):
+    with pytest.raises(RequestError, match=r"0 messages, must be in \[1, 1024\]"):
+        workflow.generate([])
+
+
+def test_nothing_is_left_in_use(workflow):
+    workflow.parallel([Call([*FACTS, ASK]) for _ in range(4)])
+    stats = workflow.engine.stats()
+    assert stats.cache.working_bytes == 0
+    assert stats.running == stats.waiting == 0
