@@ -150,6 +150,7 @@ def _own_families(stats: EngineStats, settings: ServerSettings) -> Iterator[Metr
     yield _gauge("requests_waiting", "Sequences in the queue.", stats.waiting)
     yield _counter("prompt_tokens", "Prompt tokens of requests that have begun to answer.", stats.prompt_tokens)
     yield _counter("cached_tokens", "Prompt tokens that were not computed.", stats.cached_tokens)
+    yield _counter("moved_tokens", "Of these, taken from stored messages by choreographies.", stats.moved_tokens)
     yield _counter("computed_tokens", "Prompt tokens computed, repeats included.", stats.computed_tokens)
     yield _counter("generated_tokens", "Tokens chosen.", stats.generated_tokens)
     yield _counter("commit_tokens", "Generated tokens computed again while idle, to be cached.", stats.commit_tokens)

@@ -15,7 +15,7 @@ from hybrid_cache.batch import HybridModel
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.choreography.arrangement import Order, closed, message_id
 from hybrid_cache.choreography.order import best_order
-from hybrid_cache.choreography.plan import Plan
+from hybrid_cache.choreography.plan import Action, Plan
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
@@ -168,6 +168,7 @@ class Engine:
             steps=c.steps,
             prompt_tokens=c.prompt_tokens,
             cached_tokens=c.cached_tokens,
+            moved_tokens=c.moved_tokens,
             computed_tokens=c.computed_tokens,
             generated_tokens=c.generated_tokens,
             commit_tokens=c.commit_tokens,
@@ -226,6 +227,8 @@ class Engine:
             cost = self.model.prefill_cost
             self._counters.prompt_tokens += n
             self._counters.cached_tokens += cached
+            if plan is not None:
+                self._counters.moved_tokens += plan.tokens(Action.RELOCATED) + plan.tokens(Action.COMPOSED)
             self._counters.flops_saved += plan.flops_of_encoding - plan.flops if plan else cost.flops(0, lease.length)
             wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
             output = PromptOutput(

@@ -38,6 +38,7 @@ class Counters:
     steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    moved_tokens: int = 0  # of these, taken from stored messages by a choreography
     computed_tokens: int = 0  # prompt tokens, including what preemption repeats
     generated_tokens: int = 0
     replayed_tokens: int = 0  # generated tokens fed again after a preemption
@@ -58,6 +59,7 @@ class EngineStats:
     steps: int
     prompt_tokens: int
     cached_tokens: int
+    moved_tokens: int
     computed_tokens: int
     generated_tokens: int
     commit_tokens: int

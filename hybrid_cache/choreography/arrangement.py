@@ -78,6 +78,7 @@ class Arrangement:
     closing       tokens that end the answer's message, which is kept after the request if this is not None
     answer_start  token of the prompt with which the answer's message begins (its header)
     context       ids that the answer's id is made from
+    reordered     the order is not the one asked for, see `order`
     """
 
     parts: tuple[Part, ...]
@@ -89,6 +90,7 @@ class Arrangement:
     closing: tuple[int, ...] | None = None
     answer_start: int = 0
     context: tuple[str, ...] = ()
+    reordered: bool = False
 
     def __post_init__(self) -> None:
         if self.seam not in SEAMS:

@@ -26,7 +26,7 @@ def best_order(
         order = _extended(order, siblings, tokens, match) if named and len(siblings) > 1 else order + siblings
     if order == list(range(len(parts))):
         return prompt, arrangement
-    moved = replace(arrangement, parts=tuple(parts[i] for i in order))
+    moved = replace(arrangement, parts=tuple(parts[i] for i in order), reordered=True)
     boundaries, position = [], 0
     for i in order:
         start, end = ends[i] - parts[i].num_tokens, ends[i]

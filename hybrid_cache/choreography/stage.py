@@ -105,6 +105,8 @@ class Stage:
         """Everything behind a prefix is computed; why, if something else was asked for."""
         ids, lengths = [p.id for p in arrangement.parts], [p.num_tokens for p in arrangement.parts]
         why = "" if arrangement.fidelity is Fidelity.EXACT else why
+        if arrangement.reordered:
+            why = "; ".join(filter(None, [why, "the order was chosen for what the cache has of it"]))
         return exact_plan(arrangement.fidelity, ids, lengths, prefix, self._cost, why)
 
     def key(self, arrangement: Arrangement, name: str) -> str:

@@ -135,6 +135,7 @@ def test_unordered_messages_stand_where_the_cache_has_them(hybrid):
     _, told, _ = conductor.run(turned, conductor.arrangement(turned, fidelity=Fidelity.EXACT, order=Order.ANY))
     assert [item.end - item.start for item in told.plan.items] == [130, 140, 3]
     assert told.cached_tokens == 273  # the very prompt of before
+    assert "order was chosen" in told.plan.why
     _, told, _ = conductor.run(turned, conductor.arrangement(turned, fidelity=Fidelity.EXACT))
     assert told.cached_tokens == 0
 

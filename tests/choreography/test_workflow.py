@@ -1,5 +1,7 @@
 """Workflows with the embedded model."""
 
+from pathlib import Path
+
 import pytest
 
 from hybrid_cache.api.workflow import open_workflow
@@ -120,3 +122,12 @@ def test_nothing_is_left_in_use(workflow):
     stats = workflow.engine.stats()
     assert stats.cache.working_bytes == 0
     assert stats.running == stats.waiting == 0
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    example = next(block for block in text.split("```python\n") if "open_workflow" in block).split("```")[0]
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.count("composed") >= 4
+    assert "You are welcome." in printed
