@@ -9,7 +9,7 @@ one layer, and approximate through the depth of a model.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -147,7 +147,7 @@ class Recorder:
             else:
                 pool = torch.eye(size, device=state.device).expand(1, heads, size, size).contiguous()
             layout, _ = arrange([Run(0, length, 0, 0, False, [0] * -(-length // TILE), [])], [], packed=True)
-            run(rows, layout, pool)
+            run(rows, replace(layout, num_rows=length), pool)  # no padding: nothing is multiplied by weights
             self._set(effect, call, pool[0])
 
     def _add(self, state: Tensor, kind: Callable[[], Transition], rows_of: Tensor) -> None:

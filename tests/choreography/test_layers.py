@@ -1,10 +1,13 @@
 """What layers tell of themselves is enough to move what they keep, for every architecture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hybrid_cache.choreography.arrangement import Encoding, Fidelity, Positions
 from hybrid_cache.models import loading
+from hybrid_cache.spec import AttentionSpec
 from tests.choreography.conductor import Conductor, exact_logits, message
 from tests.models.checkpoints import CASES, FIRST_CASES
 
@@ -48,6 +51,35 @@ def test_one_layer_composes_messages_in_any_order(model, order):
     found, told, _ = conductor.run(chosen, arrangement)
     assert told.cached_tokens == sum(len(m) - 16 for m in chosen)
     torch.testing.assert_close(found, exact_logits(model, chosen), atol=2e-5, rtol=2e-5)
+
+
+def single_layers(model):
+    """The model with one of its layers alone, for each kind that it has."""
+    layers, spec, seen = model._layers, model.cache_spec, set()
+    if len(layers) != len(spec.layers):
+        return
+    for layer, kept in zip(layers, spec.layers, strict=True):
+        kind = type(kept), type(getattr(layer, "_mixer", layer))
+        if kind not in seen:
+            seen.add(kind)
+            model._layers = [layer]
+            model.cache_spec = replace(spec, layers=(kept,))
+            model.ways = ("relocated", "composed") if isinstance(kept, AttentionSpec) else ("composed",)
+            yield kind
+
+
+@pytest.mark.parametrize("case", FIRST_CASES, ids=str)
+def test_every_kind_of_layer_composes_messages_in_any_order(model):
+    """As above, with each kind of layer taken out of its model."""
+    for kind in single_layers(model):
+        for order in ((2, 0, 3, 1), (3, 1)):
+            chosen = [MESSAGES[i] for i in order]
+            conductor = Conductor(model)
+            arrangement = conductor.arrangement(chosen, Encoding.ALONE, fidelity_of(model), seam=16)
+            found, told, _ = conductor.run(chosen, arrangement)
+            assert told.cached_tokens == sum(len(m) - 16 for m in chosen)
+            expected = exact_logits(model, chosen)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5, msg=f"{kind}")
 
 
 @pytest.mark.parametrize("case", [c for c in ONE_LAYER if "llama" in c.name or "qwen" in c.name], ids=str)
