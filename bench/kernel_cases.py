@@ -5,14 +5,15 @@ many sequences. Bytes count each input, output, weight, page and state once; FLO
 the formulas, and nothing for exponentials.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid_cache.bench.kernel_peers import transformers_peers
 from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.ops import KVTensors, Ops
 from hybrid_cache.kernels.problems import (
@@ -25,8 +26,10 @@ from hybrid_cache.kernels.problems import (
     Mamba2Problem,
     Problem,
     RgLruProblem,
+    move,
 )
 from hybrid_cache.kernels.runs import Run, arrange
+from hybrid_cache.kernels.shared_prefix import with_plan
 
 Timed = Callable[[], object]
 Build = Callable[[Ops], Timed]
@@ -41,7 +44,7 @@ class Case:
     flops: float
     bytes: float
     build: Build
-    others: dict[str, Timed] = field(default_factory=dict)
+    others: Mapping[str, Timed] = field(default_factory=dict)
 
 
 def cases(dtype: torch.dtype, device: torch.device, prompt: int, sequences: int, context: int) -> Iterator[Case]:
@@ -161,7 +164,8 @@ class _Sizes:
                     f"{sizes}, " + (f"{tokens} steps" if decode else f"{tokens:,} tokens"),
                     flops=tokens * (in_step if decode else in_tile),
                     bytes=states + moved,
-                    build=self._mix(problem, inputs, decode),
+                    build=self._mix(problem, inputs, decode),  # takes the problem to the device
+                    others=transformers_peers(problem, inputs, decode),
                 )
 
     def attention(self) -> Iterator[Case]:
@@ -214,7 +218,20 @@ class _Sizes:
             flops=4.0 * sequences * heads * size * (pages * TILE + 1),
             bytes=float(self._width * copies * values),
             build=lambda ops: lambda: ops.attention(q, k, v, 0.1, layout, kv),
+            others={"SDPA": self._dense(inputs[0], [pages_of[: copies * pages] for pages_of in cache])},
         )
+
+    def _dense(self, q: Tensor, pages: list[Tensor]) -> Timed:
+        """Each row of q over as many keys, a head's side by side and its queries as rows, which suits torch best.
+
+        Without page tables, and without the newest key. The numbers are those of the pages, taken for another order.
+        """
+        kv_heads, size = pages[0].shape[2:]
+        keys, values = (
+            t.view(-1, kv_heads, self.context // TILE * TILE, size).expand(len(q), -1, -1, -1) for t in pages
+        )
+        rows = q.view(len(q), kv_heads, -1, size)
+        return lambda: F.scaled_dot_product_attention(rows, keys, values)
 
     def _mix(self, problem: Problem, inputs: list[Tensor], decode: bool) -> Build:
         """One prompt from the zero state, or one token of each sequence."""
@@ -226,12 +243,12 @@ class _Sizes:
             layout = self._layout([Run(0, tokens, 0, 0, True, list(range(pages)), [])], [])
         cache = [x.to(self.device) for x in problem.cache(max(tokens if decode else 1, pages), 0.0)]
         rows = [self._padded(x, layout) for x in inputs]
-        _move(problem, self.device)
+        move(problem, self.device)
         return lambda ops: lambda: problem.apply(ops, rows, layout, cache)
 
     def _layout(self, chunks: list[Run], decodes: list[Run]) -> RowLayout:
         layout, _ = arrange(chunks, decodes)
-        return layout if self.device.type == "cpu" else layout.to(self.device)
+        return layout if self.device.type == "cpu" else with_plan(layout).to(self.device)
 
     def _padded(self, x: Tensor, layout: RowLayout) -> Tensor:
         return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, layout.num_rows - len(x)))
@@ -246,15 +263,3 @@ def _product(weight: Tensor, x: Tensor) -> Build:
         return lambda: linear(x)
 
     return build
-
-
-def _move(problem: Problem, device: torch.device) -> None:
-    """Takes a problem's weights to the device."""
-    for name, value in vars(problem).items():
-        if isinstance(value, Tensor):
-            setattr(problem, name, value.to(device))
-        elif is_dataclass(value) and not isinstance(value, type):
-            tensors = {f.name: getattr(value, f.name) for f in fields(value)}
-            setattr(
-                problem, name, replace(value, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)})
-            )

@@ -7,6 +7,7 @@ take turns and the median counts, so that a busy machine slows them alike; on a 
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hybrid_cache.bench.kernel_cases import Case, Timed, cases
-from hybrid_cache.kernels import dispatch
+from hybrid_cache.kernels import dispatch, mamba_ssm_ops
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.torch_ops import TorchOps
 
@@ -79,10 +80,12 @@ def _square_product(a: Tensor, b: Tensor) -> Timed:
     return lambda: a @ b
 
 
-def measure(case: Case, ops: Ops, ceilings: Ceilings, device: torch.device, rounds: int, *, portable: bool) -> Result:
+def measure(
+    case: Case, ops: Ops, ceilings: Ceilings, device: torch.device, rounds: int, against: Sequence[Ops]
+) -> Result:
+    """against: other backends"""
     contenders: dict[str, Timed] = {"ours": case.build(ops)}
-    if portable and ops.name != "torch":
-        contenders["torch"] = case.build(TorchOps())
+    contenders |= {other.name: case.build(other) for other in against if _has(other, case)}
     contenders |= case.others
     taken = dict(zip(contenders, _rounds(list(contenders.values()), device, rounds), strict=True))
     seconds = {name: median(times) for name, times in taken.items()}
@@ -101,6 +104,10 @@ def measure(case: Case, ops: Ops, ceilings: Ceilings, device: torch.device, roun
         torch_ms=None if plain is None else 1e3 * plain,
         others_ms={name: 1e3 * value for name, value in seconds.items()},
     )
+
+
+def _has(ops: Ops, case: Case) -> bool:
+    return ops.name != "mamba_ssm" or case.name in mamba_ssm_ops.OPERATIONS
 
 
 def _rounds(contenders: Sequence[Timed], device: torch.device, rounds: int) -> list[list[float]]:
@@ -134,7 +141,10 @@ def _cuda_seconds(call: Timed, count: int) -> float:
 
 
 def kernels(
-    backend: Annotated[str, typer.Option(help="auto, native, torch or triton.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, native, torch, torch-compile or triton.")] = "auto",
+    against: Annotated[
+        str, typer.Option(help="More backends to time in the same rounds, with commas; mamba_ssm if it is there.")
+    ] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     only: Annotated[str, typer.Option(help="Operations to run, with commas; all if left out.")] = "",
     prompt: Annotated[int, typer.Option(min=64, help="Tokens of a prefill.")] = 1024,
@@ -148,13 +158,15 @@ def kernels(
     """Time every operation against the roofline, the portable backend and other libraries."""
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(DTYPES)}", param_hint="--dtype")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says of each function that it is torch's
     console = Console(highlight=False)
     torch.set_num_threads(threads)
-    try:
-        ops = dispatch.select(backend)
-    except dispatch.BackendUnavailable as error:
-        raise typer.BadParameter(str(error), param_hint="--backend") from error
-    device = torch.device("cuda" if ops.name == "triton" and torch.cuda.is_available() else "cpu")
+    ops = _select(backend, "--backend")
+    device = ops.device
+    names = [name for name in ("torch" if portable else "", *against.split(",")) if name and name != ops.name]
+    if device.type == "cuda" and dispatch.available()["mamba_ssm"] is None:
+        names.append("mamba_ssm")
+    others = [_select(name, "--against") for name in dict.fromkeys(names)]
     wanted = {name for name in only.split(",") if name}
     with torch.inference_mode():
         ceilings = measure_ceilings(DTYPES[dtype], device)
@@ -162,7 +174,7 @@ def kernels(
         if not chosen:
             raise typer.BadParameter(f"no operation is called {only}", param_hint="--only")
         results = [
-            measure(case, ops, ceilings, device, rounds, portable=portable)
+            measure(case, ops, ceilings, device, rounds, others)
             for case in track(chosen, description="kernels", console=Console(stderr=True), transient=True)
         ]
     console = Console(highlight=False, width=max(console.width, WIDTH))
@@ -171,6 +183,13 @@ def kernels(
         facts = {"dtype": dtype, "device": _device_name(device), "threads": threads, "rounds": rounds}
         rows = [asdict(result) for result in results]
         as_json.write_text(json.dumps({**facts, "ceilings": asdict(ceilings), "results": rows}, indent=2) + "\n")
+
+
+def _select(backend: str, option: str) -> Ops:
+    try:
+        return dispatch.select(backend)
+    except dispatch.BackendUnavailable as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _device_name(device: torch.device) -> str:

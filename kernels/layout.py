@@ -8,8 +8,8 @@ A batch has R rows of tokens and no batch axis:
 
 A *chunk* is a run of consecutive tiles of one sequence. Where results must be exact it starts at a multiple of TILE in
 that sequence, so a token sits in the same row of the same tile whether or not earlier tokens came from the cache: this
-grid is what makes reuse bit-exact. (A choreography starts chunks anywhere.) Every kernel must give a row the same bits whatever else is in the batch, and must not let
-padding rows change a state.
+grid is what makes reuse bit-exact. (A choreography starts chunks anywhere.) Every kernel must give a row the same bits
+whatever else is in the batch, and must not let padding rows change a state.
 
 The last tile of a chunk may hold fewer than TILE tokens. On a CPU, where a row less is time saved, the next chunk
 follows at once (*packed*); elsewhere the tile is padded, so that tile i starts in row TILE * i.

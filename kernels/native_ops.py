@@ -96,7 +96,7 @@ _SIGNATURES = {
     "attention": "pppppppii",
     "attention_scratch": "ppi",
     "find_shared_prefixes": "pi",
-    "causal_conv": "ppiiippppiii",
+    "causal_conv": "ppiiippppiiii",
     "mamba1_scan": "ppppipii",
     "mamba1_scratch": "pi",
     "linear_attention": "ppppipii",
@@ -292,7 +292,7 @@ class NativeOps(TorchOps):
         activation: bool = True,
     ) -> Tensor:
         channels, width = weight.shape
-        if not activation or width > MAX_CONV_WIDTH or conv.dtype != x.dtype:
+        if width > MAX_CONV_WIDTH or conv.dtype != x.dtype:
             return super().causal_conv(x, weight, bias, layout, conv, activation)
         x = _with_rows(x, channels)
         taps, offset = self._conv_tensors(weight, bias)
@@ -300,7 +300,7 @@ class NativeOps(TorchOps):
         self._c.causal_conv(
             *(self._layout_address(layout), x.data_ptr(), x.stride(0), channels, width),
             *(taps.data_ptr(), offset.data_ptr(), out.data_ptr(), conv.data_ptr(), conv.stride(0)),
-            *(_threads(out.numel()), x.dtype is torch.bfloat16),
+            *(_threads(out.numel()), activation, x.dtype is torch.bfloat16),
         )
         return out
 
@@ -386,7 +386,7 @@ class NativeOps(TorchOps):
         self, x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: RowLayout, state: Tensor
     ) -> Tensor:
         rows, channels = x.shape
-        inputs = [_with_rows(t, channels) for t in (x, input_gate, gate)]
+        inputs, decay = [_with_rows(t, channels) for t in (x, input_gate, gate)], decay.contiguous()
         task = _Unit(channels, decay.data_ptr(), *(t.data_ptr() for t in inputs), *(t.stride(0) for t in inputs))
         out = torch.empty(rows, channels, dtype=x.dtype)
         self._c.rg_lru(
@@ -417,12 +417,16 @@ class NativeOps(TorchOps):
         return prepared[1:]
 
     def _scan_tensors(self, weights: Mamba1Weights) -> list[Tensor]:
-        """A / ln 2 [ROUND_UP(N), channels], D and dt_bias [channels]."""
+        """A / ln 2 [blocks, ROUND_UP(N), LANES], D and dt_bias [channels]."""
         prepared = self._scans.get(id(weights))
         if prepared is None:
-            _, d_state = weights.A.shape
-            A = F.pad(weights.A.float().T / log(2), (0, 0, 0, -d_state % LANES)).contiguous()
-            prepared = self._scans[id(weights)] = (weights, [A, weights.D.float(), weights.dt_bias.float()])
+            channels, d_state = weights.A.shape
+            padded = F.pad(weights.A.float() / log(2), (0, -d_state % LANES, 0, -channels % LANES))
+            A = padded.view(-1, LANES, padded.shape[1]).transpose(1, 2).contiguous()
+            prepared = self._scans[id(weights)] = (
+                weights,
+                [A, *(t.float().contiguous() for t in (weights.D, weights.dt_bias))],
+            )
         return prepared[1]
 
     def _scratch_memory(self, num_floats: int) -> int:

@@ -329,7 +329,7 @@ class TorchOps:
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor) -> Tensor:
         """-> [R, channels] float32, before any activation."""
         width = weight.shape[1]
-        taps = weight.float().T
+        taps = weight.float().T.contiguous()
         offset = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float()
         out = torch.zeros_like(x, dtype=torch.float32)
         plan = self._runs(layout)
@@ -341,7 +341,10 @@ class TorchOps:
                 conv[slot] = rows[num_tokens : num_tokens + width - 1]
         if plan.decodes:
             rows = torch.cat([conv[layout.decode_slot], x[_decode_rows(layout), None]], dim=1)
-            out[_decode_rows(layout)] = self._fused(_convolve_last)(rows, taps, offset)
+            y = offset.expand(len(rows), -1)
+            for i in range(width):
+                y = y + rows[:, i].float() * taps[i]
+            out[_decode_rows(layout)] = y
             conv[layout.decode_slot] = rows[:, 1:]
         return out
 
@@ -394,14 +397,6 @@ def _convolve(rows: Tensor, taps: Tensor, offset: Tensor) -> Tensor:
     y = offset.expand(length, -1)
     for i in range(len(taps)):
         y = y + wide[i : i + length] * taps[i]
-    return y
-
-
-def _convolve_last(rows: Tensor, taps: Tensor, offset: Tensor) -> Tensor:
-    """rows [D, K, channels], taps [K, channels] -> [D, channels] float32."""
-    y = offset.expand(len(rows), -1)
-    for i in range(len(taps)):
-        y = y + rows[:, i].float() * taps[i]
     return y
 
 

@@ -183,7 +183,7 @@ def prefill_kernel(
     best = tl.full((STACK * TILE,), -float("inf"), tl.float32)
     total = tl.zeros((STACK * TILE,), tl.float32)
     acc = tl.zeros((STACK * TILE, COLUMNS), tl.float32)
-    last_page = start // TILE
+    last_page = (start + tl.minimum(num_tokens, TILE) - 1) // TILE  # the page after, where a chunk starts off the grid
     first_page = last_page * 0
     if WINDOW:
         first_page = tl.maximum(start - WINDOW + 1, 0) // TILE

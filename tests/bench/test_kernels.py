@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from hybrid_cache.api.cli import app
 from hybrid_cache.bench import kernels
 from hybrid_cache.bench.kernel_cases import Case
+from tests.kernels.compiler import compiler_needed
 
 
 @pytest.fixture
@@ -42,6 +43,18 @@ def test_every_operation_is_timed_against_the_roofline(small, tmp_path):
     assert "reads" in result.output
 
 
+@compiler_needed
+def test_other_backends_and_libraries_are_timed_in_the_same_rounds(small, tmp_path):
+    out = tmp_path / "kernels.json"
+    backends = ("--backend", "torch", "--against", "native,torch")
+    result = run("--rounds", "1", *backends, "--only", "causal_conv", "--json", str(out))
+    assert result.exit_code == 0, result.output
+    for row in json.loads(out.read_text())["results"]:
+        assert set(row["others_ms"]) == {"native", "transformers"}
+        assert min(row["others_ms"].values()) > 0
+        assert row["torch_ms"] is None  # it is the backend itself
+
+
 def test_a_share_of_the_roofline_is_the_longer_of_bytes_and_flops():
     ceilings = kernels.Ceilings(gigabytes_per_s=10, gigaflops_per_s=1000)
     moves = Case("a", "", flops=1e9, bytes=1e9, build=lambda ops: lambda: None)
@@ -55,6 +68,7 @@ def test_a_share_of_the_roofline_is_the_longer_of_bytes_and_flops():
     [
         (["--dtype", "int8"], "'int8' is not one of"),
         (["--backend", "abacus"], "no such backend"),
+        (["--against", "abacus"], "no such backend"),
         (["--only", "nothing"], "no operation is called nothing"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 
 from hybrid_cache.kernels import dispatch, native_library
 from hybrid_cache.kernels.native_library import FLAGS, BuildError
+from hybrid_cache.kernels.torch_ops import TorchOps
 from tests.kernels.compiler import compiler_needed
 
 triton_needed = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -52,6 +53,22 @@ def test_triton_is_taken_when_it_is_asked_for(monkeypatch):
     assert dispatch.select("triton").name == "triton"
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
     assert dispatch.select().name == "triton"
+
+
+@triton_needed
+@pytest.mark.usefixtures("with_a_device")
+def test_fast_leaves_products_of_triton_to_cublas(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert dispatch.select("triton").inexact == ""
+    fast = dispatch.select("triton", fast=True)
+    assert "cuBLAS" in fast.inexact
+    weight = torch.ones(3, 2)
+    assert isinstance(fast.linear(weight), type(TorchOps().linear(weight)))
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("native", marks=compiler_needed)])
+def test_fast_changes_nothing_on_a_cpu(name):
+    assert dispatch.select(name, fast=True).inexact == ""
 
 
 @pytest.mark.usefixtures("with_a_device")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE
+from hybrid_cache.kernels.parity import BATCHES, play
 from hybrid_cache.kernels.problems import Mamba2Problem, Piece, Stream, run_batch, token
 from hybrid_cache.kernels.selfcheck import check_exact, mismatches
 from hybrid_cache.kernels.torch_ops import TorchOps
@@ -51,6 +52,22 @@ def test_a_capture_changes_no_output(ops, problem):
         for captures in ((), captured)
     )
     assert torch.equal(plain, with_captures)
+
+
+@pytest.mark.parametrize("length", [1, 7, 65, 70, 113])
+def test_a_row_does_not_depend_on_later_tokens(ops, problem, length):
+    stream = Stream(problem.inputs(130, torch.Generator().manual_seed(5)), 0, [0, 1, 2])
+    short, long = (run_batch(ops, problem, problem.cache(4, 0.0), [Piece(stream, 0, n)])[0] for n in (length, 130))
+    assert torch.equal(short, long[:length])
+
+
+def test_padding_between_chunks_changes_no_bit(ops, problem, monkeypatch):
+    packed = play(ops, problem, BATCHES["prefill and decode"])
+    monkeypatch.setattr(ops, "packs", False)
+    monkeypatch.setattr("hybrid_cache.kernels.parity.run_batch", lambda *args: run_batch(*args, padding=float("nan")))
+    padded = play(ops, problem, BATCHES["prefill and decode"])
+    for found, right in zip([*padded[0], *padded[1]], [*packed[0], *packed[1]], strict=True):
+        assert torch.equal(found.nan_to_num(nan=-1.0), right.nan_to_num(nan=-1.0))
 
 
 class LeakyOps(TorchOps):

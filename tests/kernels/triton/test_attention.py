@@ -9,12 +9,13 @@ import torch
 from hybrid_cache.kernels import reference, selfcheck
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE
 from hybrid_cache.kernels.ops import KVTensors
-from hybrid_cache.kernels.problems import AttentionProblem, pool
+from hybrid_cache.kernels.problems import AttentionProblem, Stream, pool
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.shared_prefix import PAGES_PER_SPLIT, plan_shared
 from hybrid_cache.kernels.triton_kernels import attention
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 from tests.kernels.test_against_reference import BATCHES, assert_close, play
+from tests.kernels.test_off_the_grid import pieces_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPAN = PAGES_PER_SPLIT * TILE
@@ -211,3 +212,11 @@ def test_heads_that_are_too_wide_are_refused(dtype, head_dim):
     kv = KVTensors(*(torch.zeros(1, TILE, 1, head_dim, dtype=dtype) for _ in "kv"))
     with pytest.raises(UnsupportedShape, match=f"{head_dim}.*at most {head_dim - 1}"):
         attention.attention(q, q, q, 1.0, layout, kv)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_chunks_may_start_off_the_grid(window):
+    problem = AttentionProblem(torch.float32, num_heads=2, num_kv_heads=1, head_dim=16, window=window)
+    stream = Stream(problem.inputs(101, torch.Generator().manual_seed(6)), 0, [2, 0])
+    whole = pieces_of(reference, problem, stream, (0, 100))
+    assert_close(pieces_of(TritonAttention(), problem, stream, (0, 37, 100)), whole)

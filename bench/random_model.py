@@ -1,0 +1,154 @@
+"""Models with weights that are drawn where they are used: no file is read or written."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models import registry
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.registry import ShapedModel
+
+_SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+# One small hybrid for each kind of state: Mamba-2, Mamba-1, gated delta rule, delta rule with a decay for each column,
+# linear attention, RG-LRU, short convolutions.
+SMALL: Mapping[str, Mapping[str, object]] = {
+    "granite": {
+        **_SMALL,
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 8,
+        "mamba_d_state": 64,
+        "shared_intermediate_size": 192,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.2,
+    },
+    "jamba": {
+        **_SMALL,
+        "model_type": "jamba",
+        "num_hidden_layers": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_dt_rank": 16,
+    },
+    "qwen3 next": {
+        **_SMALL,
+        "model_type": "qwen3_next",
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
+    "kimi linear": {
+        **_SMALL,
+        "model_type": "kimi_linear",
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "linear_head_dim": 32,
+        "linear_num_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+    "minimax": {
+        **_SMALL,
+        "model_type": "minimax",
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "recurrent gemma": {
+        **_SMALL,
+        "model_type": "recurrent_gemma",
+        "num_hidden_layers": 3,
+        "block_types": ["recurrent", "recurrent", "attention"],
+        "attention_window_size": 100,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
+    "lfm2": {
+        **_SMALL,
+        "model_type": "lfm2",
+        "num_hidden_layers": 2,
+        "layer_types": ["conv", "full_attention"],
+    },
+}
+
+
+class RandomWeights:
+    """Any weight that is asked for, drawn on a device: matrices keep the size of what they multiply."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+        self.num_bytes = 0
+        self._device = device
+        self._dtype = dtype
+        self._rng = torch.Generator(device).manual_seed(seed)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return self._draw(name, shape, self._dtype)
+
+    def take_float32(self, name: str, *shape: int) -> Tensor:
+        return self._draw(name, shape, torch.float32)
+
+    def take_joined(self, names: Sequence[str], *shape: int) -> Tensor:
+        return self.take(names[0], *shape)
+
+    def has(self, name: str) -> bool:
+        return name.endswith("experts.gate_up_proj")
+
+    def ignore(self, pattern: str) -> None:
+        """Nothing is left over."""
+
+    def finish(self) -> str:
+        return "random"
+
+    def _draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self.num_bytes += prod(shape) * dtype.itemsize
+        values = torch.empty(shape, device=self._device, dtype=dtype).normal_(generator=self._rng)
+        if "conv" in name:
+            return values.mul_(0.5)
+        if "A_log" in name:
+            return values.mul_(0.5).add_(1.0)
+        if "dt_bias" in name or "dt_proj.bias" in name:
+            return values.mul_(0.5).sub_(2.0)  # steps around 0.1
+        if len(shape) > 1:
+            return values if "embed" in name else values.mul_(shape[-1] ** -0.5)
+        return values.mul_(0.2) if name.endswith("bias") else values.mul_(0.2).add_(1.0)
+
+
+def random_model(config: Mapping[str, object], ops: Ops, dtype: torch.dtype) -> tuple[ShapedModel, int]:
+    """-> a model of random weights on the device of `ops`, and the bytes of its weights."""
+    weights = RandomWeights(ops.device, dtype)
+    with ops.device:
+        model = registry.find(config.get("model_type"))(Config(config), weights, ops, dtype)
+    return model, weights.num_bytes
