@@ -28,7 +28,7 @@ FLAGS = (
     "-Wno-psabi",
 )
 OPENMP = ("-fopenmp",)
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 240
 
 
 class BuildError(RuntimeError):

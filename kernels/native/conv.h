@@ -22,7 +22,8 @@ INLINE vf signal(const Signal *s, int64_t t, int64_t c, int64_t n, int bf16) {
 }
 
 INLINE void conv_block(const Signal *s, const float *taps, const float *bias, int64_t first, int64_t num_rows,
-                       int64_t c, int64_t n, float *out, int64_t ldo, int bf16, const int64_t width) {
+                       int64_t c, int64_t n, float *out, int64_t ldo, int activation, int bf16,
+                       const int64_t width) {
     vf w[MAX_WIDTH], x[MAX_WIDTH];
     vf offset = load_n(bias, c, n, 0);
     for (int64_t k = 0; k < width; k++) w[k] = load_n(taps, k * s->channels + c, n, 0);
@@ -31,18 +32,19 @@ INLINE void conv_block(const Signal *s, const float *taps, const float *bias, in
         x[width - 1] = load_n(s->rows, (first + t) * s->stride + c, n, bf16);
         vf y = offset;
         for (int64_t k = 0; k < width; k++) y += w[k] * x[k];
-        store_f32(out + t * ldo, vsilu(y));
+        store_f32(out + t * ldo, activation ? vsilu(y) : y);
         for (int64_t k = 0; k + 1 < width; k++) x[k] = x[k + 1];
     }
 }
 
-/* silu(conv) of rows [first, first + num_rows), columns [c, c + min(n, 16)) -> 16 columns of out, rows ldo apart. */
+/* The convolution, or its silu, of rows [first, first + num_rows), columns [c, c + min(n, 16)) -> 16 columns of out,
+ * rows ldo apart. */
 INLINE void conv_columns(const Signal *s, const float *taps, const float *bias, int64_t first, int64_t num_rows,
-                         int64_t c, int64_t n, float *out, int64_t ldo, int bf16) {
+                         int64_t c, int64_t n, float *out, int64_t ldo, int activation, int bf16) {
     if (n >= LANES && s->width == 4)
-        conv_block(s, taps, bias, first, num_rows, c, LANES, out, ldo, bf16, 4);
+        conv_block(s, taps, bias, first, num_rows, c, LANES, out, ldo, activation, bf16, 4);
     else
-        conv_block(s, taps, bias, first, num_rows, c, n, out, ldo, bf16, s->width);
+        conv_block(s, taps, bias, first, num_rows, c, n, out, ldo, activation, bf16, s->width);
 }
 
 /* The window after `num_tokens` rows; `to` may be the signal's own window. */

@@ -1,5 +1,5 @@
-/* The gated delta rule (Yang et al. 2024) and Kimi delta attention (Kimi Team 2025), one decay for a head's state or one
- * for each of its columns:
+/* The gated delta rule (Yang et al. 2024) and Kimi delta attention (Kimi Team 2025): one decay for a head's state, or
+ * one for each of its columns.
  *
  *     h <- h exp(g),  h <- h + beta (v - h k) k^T,  y = h q
  *
@@ -97,17 +97,14 @@ INLINE void load_inputs(const Heads *m, const Work *w, int64_t row, int64_t h, i
 /* Coefficients, corrections, `until` and `keep` with one decay for all columns. */
 INLINE void gated_tile(const Heads *m, const Work *w, int64_t row, int64_t h, int64_t num_tokens, const int pairs) {
     const int64_t np = w->np;
-    float l[TILE], to_end[TILE];
+    float l[TILE];
     tile_decay(&m->g, row, h, num_tokens, l);
     transpose(w->k, np, TILE, np, w->until, TILE);
     tile_products(w->q, w->until, np, num_tokens, w->products);
     tile_coefficients(w->q, w->products, 0, l, np, num_tokens, w->coefficients, pairs);
     tile_products(w->k_beta, w->until, np, num_tokens, w->products);
     tile_coefficients(w->k_beta, w->products, 0, l, np, num_tokens, w->corrections, 0);
-    tile_to_end(l, to_end);
-    scale_columns(w->until, to_end, np);
-    const vf all = vexp(splat(l[TILE - 1]));
-    for (int64_t n = 0; n < np; n += LANES) store_f32(w->keep + n, all);
+    tile_to_end(l, np, w->until, w->keep);
 }
 
 /* Row `first + i` against the rows of its own block: the decay grows with the row at hand, pair by pair. */
@@ -179,7 +176,7 @@ INLINE void solve16(const float *a, int64_t lda, float *x, int64_t ldx) {
 }
 
 /* beta v -> w */
-INLINE void solve(const Work *w, int64_t num_tokens) {
+static void solve(const Work *w, int64_t num_tokens) {
     const float one[4] = {1, 1, 1, 1};
     float *written = w->operands + w->np * w->pp;
     for (int64_t first = 0; first < num_tokens; first += BLOCK_ROWS) {
@@ -208,9 +205,7 @@ INLINE void chunk_head(const Layout *l, const Heads *m, const Work *w, const Poo
         solve(w, num_tokens);
         tile_output(w->coefficients, w->operands, np, pp, num_tokens, w->y, pairs);
         store_tile(w->y, pp, num_tokens, m->head_dim, out, row * inner + h * m->head_dim, inner, bf16);
-        for (int64_t n = 0; n < np; n += 4)
-            block4(w->operands + n * pp, pp, w->keep + n, w->until + n * TILE, TILE, 1, w->operands + np * pp, pp,
-                   num_tokens, pp);
+        tile_advance(w->operands, w->keep, w->until, np, pp, num_tokens);
         for (int64_t c = 0; c < l->num_captures; c++)
             if (l->capture_chunk[c] == chunk && l->capture_tiles[c] == i + 1)
                 save_state(w->operands, m->head_dim, m->d_state, w->coefficients,
@@ -220,7 +215,7 @@ INLINE void chunk_head(const Layout *l, const Heads *m, const Work *w, const Poo
 }
 
 /* One token of one head, over d_state = 16 nv values, or any number if nv = 0. decay [np] is no logarithm. */
-INLINE void step_rows_delta(const float *q, const float *k, const float *decay, const float *v, float beta,
+INLINE void step_delta(const float *q, const float *k, const float *decay, const float *v, float beta,
                             int64_t head_dim, int64_t d_state, float *h, float *y, const int nv) {
     const int64_t num_vectors = nv ? nv : ROUND_UP(d_state) / LANES;
     for (int64_t i = 0; i < head_dim; i++, h += d_state) {
@@ -258,10 +253,9 @@ INLINE void step_head(const Layout *l, const Heads *m, const Work *w, const Pool
         for (int64_t n = 0; n < w->np; n += LANES) store_f32(decay + n, splat(one_value(&m->g, row, h)));
     for (int64_t n = 0; n < w->np; n += LANES) store_f32(decay + n, vexp(load_f32(decay + n)));
     switch (N) {
-        case 64: step_rows_delta(q, k, decay, v, beta, P, N, to, w->y, 4); break;
-        case 128: step_rows_delta(q, k, decay, v, beta, P, N, to, w->y, 8); break;
-        case 256: step_rows_delta(q, k, decay, v, beta, P, N, to, w->y, 16); break;
-        default: step_rows_delta(q, k, decay, v, beta, P, N, to, w->y, 0);
+        case 64: step_delta(q, k, decay, v, beta, P, N, to, w->y, 4); break;
+        case 128: step_delta(q, k, decay, v, beta, P, N, to, w->y, 8); break;
+        default: step_delta(q, k, decay, v, beta, P, N, to, w->y, 0);
     }
     store_tile(w->y, w->pp, 1, P, out, (row * m->num_heads + h) * P, 0, bf16);
 }

@@ -12,6 +12,7 @@ typedef struct {
     float *coefficients; /* see coefficients_size */
     float *q, *k;        /* [64, np] */
     float *k_columns;    /* [np, 64], at last decayed to the end of the tile */
+    float *keep;         /* [np]: the decay of the whole tile */
     float *products;     /* [64, 64] */
     float *y;            /* [64, pp] */
 } Work;
@@ -25,6 +26,7 @@ static int64_t divide(const Heads *m, float *memory, Work *w) {
     w->q = take(&next, TILE * np);
     w->k = take(&next, TILE * np);
     w->k_columns = take(&next, np * TILE);
+    w->keep = take(&next, np);
     w->products = take(&next, TILE * TILE);
     w->y = take(&next, TILE * pp);
     return next - memory;
@@ -34,19 +36,6 @@ static int64_t divide(const Heads *m, float *memory, Work *w) {
 int64_t linear_attention_scratch(const Heads *m, int64_t num_threads) {
     Work w;
     return num_threads * divide(m, 0, &w);
-}
-
-/* h moves on by a tile. */
-INLINE void advance(const Work *w, const float *l, int64_t num_tokens) {
-    const int64_t np = w->np, pp = w->pp;
-    const vf all = vexp(splat(l[TILE - 1]));
-    const float keep[4] = {all[0], all[0], all[0], all[0]};
-    float to_end[TILE];
-    tile_to_end(l, to_end);
-    scale_columns(w->k_columns, to_end, np);
-    for (int64_t n = 0; n < np; n += 4)
-        block4(w->operands + n * pp, pp, keep, w->k_columns + n * TILE, TILE, 1, w->operands + np * pp, pp,
-               num_tokens, pp);
 }
 
 /* All tiles of a chunk for one head. */
@@ -66,7 +55,8 @@ INLINE void chunk_head(const Layout *l, const Heads *m, const Work *w, const Poo
         tile_coefficients(w->q, w->products, 0, decay, np, num_tokens, w->coefficients, pairs);
         tile_output(w->coefficients, w->operands, np, pp, num_tokens, w->y, pairs);
         store_tile(w->y, pp, num_tokens, m->head_dim, out, row * inner + h * m->head_dim, inner, bf16);
-        advance(w, decay, num_tokens);
+        tile_to_end(decay, np, w->k_columns, w->keep);
+        tile_advance(w->operands, w->keep, w->k_columns, np, pp, num_tokens);
         for (int64_t c = 0; c < l->num_captures; c++)
             if (l->capture_chunk[c] == chunk && l->capture_tiles[c] == i + 1)
                 save_state(w->operands, m->head_dim, m->d_state, w->coefficients,

@@ -86,7 +86,7 @@ INLINE void tile_conv(const Signal *s, const Mamba2 *w, int64_t first, int64_t n
                       float *out, int64_t ldo, int bf16) {
     for (int64_t i = 0; i < size; i += LANES) {
         const int64_t n = size - i < LANES ? size - i : LANES;
-        conv_columns(s, w->taps, w->bias, first, num_tokens, c + i, n, out + i, ldo, bf16);
+        conv_columns(s, w->taps, w->bias, first, num_tokens, c + i, n, out + i, ldo, 1, bf16);
     }
     memset(out + num_tokens * ldo, 0, (size_t)((TILE - num_tokens) * ldo) * sizeof *out);
 }
@@ -157,7 +157,7 @@ INLINE void step_inputs(const Layout *l, const Mamba2 *w, const Plan *p, const v
     float *mine = p->steps + i * p->step_size, *dt = mine + p->channelsp, *decay = dt + p->hp;
     const Signal s = decode_signal(l, i, at(rows, p->inner, bf16), p->row_width, conv, p->channels, w->width, bf16);
     for (int64_t c = 0; c < p->channels; c += LANES)
-        conv_columns(&s, w->taps, w->bias, 0, 1, c, p->channels - c, mine + c, 0, bf16);
+        conv_columns(&s, w->taps, w->bias, 0, 1, c, p->channels - c, mine + c, 0, 1, bf16);
     const void *dt_in = at(s.rows, p->channels, bf16);
     for (int64_t h = 0; h < w->num_heads; h += LANES) {
         const int64_t n = w->num_heads - h < LANES ? w->num_heads - h : LANES;

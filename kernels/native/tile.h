@@ -64,25 +64,14 @@ INLINE void tile_decay(const Rows *g, int64_t row, int64_t head, int64_t num_tok
 }
 
 /* products[t, s] = x[t] . k[s] for s <= t, for whole blocks of sixteen rows; x [64, np], k_columns [np, 64]. */
-INLINE void tile_products(const float *x, const float *k_columns, int64_t np, int64_t num_tokens, float *products) {
+static inline void tile_products(const float *x, const float *k_columns, int64_t np, int64_t num_tokens,
+                                 float *products) {
     for (int64_t t = 0; t < ROUND_UP(num_tokens); t += 4)
         block4(products + t * TILE, TILE, 0, x + t * np, np, 1, k_columns, TILE, np, ROUND_UP(t + 4));
 }
 
-/* to_end[s] = exp(l[63] - l[s]) */
-INLINE void tile_to_end(const float *l, float *to_end) {
-    for (int s = 0; s < TILE; s += LANES) store_f32(to_end + s, vexp(l[TILE - 1] - load_f32(l + s)));
-}
-
-/* x[r] *= factors for num_rows rows of 64 values. */
-INLINE void scale_columns(float *x, const float *factors, int64_t num_rows) {
-    for (int64_t r = 0; r < num_rows; r++)
-        for (int s = 0; s < TILE; s += LANES)
-            store_f32(x + r * TILE + s, load_f32(factors + s) * load_f32(x + r * TILE + s));
-}
-
-/* coefficients[t] = [exp(l[t]) x[t] (np), products[t, s] exp(l[t] - l[s]) dt[s] for s <= t, else 0 (64)] for whole blocks
- * of sixteen rows; dt may be null: then 1. */
+/* coefficients[t] = [exp(l[t]) x[t] (np), products[t, s] exp(l[t] - l[s]) dt[s] for s <= t, else 0 (64)], for whole
+ * blocks of sixteen rows; dt may be null: then 1. */
 INLINE void tile_coefficients(const float *x, const float *products, const float *dt, const float *l, int64_t np,
                               int64_t num_tokens, void *coefficients, const int bf16) {
     const int64_t width = np + TILE;
@@ -117,21 +106,41 @@ INLINE void pair_rows(const float *from, int64_t num_rows, int64_t width, float 
 }
 
 /* y [64, pp] = coefficients operands for the tile's tokens. Overwrites what bfloat16 coefficients leave free. */
-INLINE void tile_output(float *coefficients, const float *operands, int64_t np, int64_t pp, int64_t num_tokens,
-                        float *y, const int pairs) {
+static inline void tile_output(float *coefficients, const float *operands, int64_t np, int64_t pp, int64_t num_tokens,
+                               float *y, int pairs) {
     const int64_t width = np + TILE;
     if (pairs) {
         float *paired = coefficients + TILE * width / 2;
         pair_rows(operands, width, pp, paired);
         for (int64_t t = 0; t < num_tokens; t += BLOCK) {
             const int64_t rows = TILE - t < BLOCK ? TILE - t : BLOCK;
-            pairs_block(y + t * pp, pp, (const uint16_t *)coefficients + t * width, width, paired, pp, np + t + rows, pp,
-                        rows);
+            pairs_block(y + t * pp, pp, (const uint16_t *)coefficients + t * width, width, paired, pp, np + t + rows,
+                        pp, rows);
         }
     } else {
         for (int64_t t = 0; t < num_tokens; t += 4)
             block4(y + t * pp, pp, 0, coefficients + t * width, width, 1, operands, pp, np + t + 4, pp);
     }
+}
+
+/* k_columns [np, 64] decay from their row to the end of the tile; keep [np] is the decay of all of it. */
+static inline void tile_to_end(const float *l, int64_t np, float *k_columns, float *keep) {
+    const vf all = vexp(splat(l[TILE - 1]));
+    for (int64_t n = 0; n < np; n += LANES) store_f32(keep + n, all);
+    for (int s = 0; s < TILE; s += LANES) {
+        const vf decay = vexp(l[TILE - 1] - load_f32(l + s));
+        for (int64_t n = 0; n < np; n++) {
+            float *k = k_columns + n * TILE + s;
+            store_f32(k, decay * load_f32(k));
+        }
+    }
+}
+
+/* The operands' h [np, pp] moves on: each row n by keep[n], then sum over s of k_columns[n, s] w[s]. */
+static inline void tile_advance(float *operands, const float *keep, const float *k_columns, int64_t np, int64_t pp,
+                                int64_t num_tokens) {
+    for (int64_t n = 0; n < np; n += 4)
+        block4(operands + n * pp, pp, keep + n, k_columns + n * TILE, TILE, 1, operands + np * pp, pp, num_tokens, pp);
 }
 
 /* One head of a tile's y [64, pp] -> its place in rows of `inner` values. */
