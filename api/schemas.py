@@ -20,6 +20,7 @@ MAX_PROMPTS = 128  # prompts of one /v1/completions request
 MAX_TOOLS = 128
 MAX_DETOKENIZED = 2**20  # tokens of one /detokenize request
 MAX_SALT = 1024
+MAX_REF = 64
 MAX_TTL_S = 24 * 3600.0
 MAX_INT = 2**31 - 1
 
@@ -298,12 +299,26 @@ Content = Annotated[
 
 
 class ChatMessage(Request):
+    """A message, or `{"ref": id}` for one that an earlier choreography has named."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    ref: Annotated[str, Field(min_length=1, max_length=MAX_REF)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stands_for_another(cls, value: object) -> object:
+        """A reference needs nothing else: role and content are those of the message it names."""
+        if isinstance(value, dict) and value.get("ref") is not None:
+            others = sorted(value.keys() - {"ref", "role"})
+            if others:
+                raise ValueError(f"a message with a ref has nothing else, here '{others[0]}'")
+            return {"role": "user", "content": "", **value}
+        return value
 
     @model_validator(mode="after")
     def _says_something(self) -> "ChatMessage":
@@ -343,6 +358,25 @@ def _check_one_of_them(continues: bool | None, opens: bool | None) -> None:
         )
 
 
+class Choreography(Request):
+    """How the messages of a request may be put together from what is stored of them.
+
+    fidelity     exact: the bits of encoding everything; relocated, composed: approximate, for models that can
+    order        any: messages side by side are unordered, and stand where the cache has most of them (exact only)
+    seam         tokens at the start of each reused message that are computed again in their new place
+    composition  how effects on recurrent states become one
+    positions    leftmost: reused messages side by side all stand at the same place
+    encode       alone: new messages see nothing before them, and are the same wherever they stand
+    """
+
+    fidelity: Literal["exact", "relocated", "composed"] = "exact"
+    order: Literal["given", "any"] = "given"
+    seam: Literal[0, 8, 16, 32, 64] = 0
+    composition: Literal["ordered", "rotations", "permutations", "mean", "last"] = "ordered"
+    positions: Literal["consecutive", "leftmost"] = "consecutive"
+    encode: Literal["in_place", "alone"] = "in_place"
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions"""
 
@@ -358,6 +392,7 @@ class ChatRequest(Generation):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
     structured_outputs: dict[str, object] | None = None
+    choreography: Choreography | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> "ChatRequest":
@@ -466,6 +501,34 @@ class ChatChoice(Response):
     token_ids: list[int] | None = None
 
 
+class PlanItem(Response):
+    message: str | None
+    action: Literal["reused", "relocated", "composed", "computed"]
+    tokens: int
+    computed_tokens: int
+    flops: float
+    why: str
+
+
+class PlanReport(Response):
+    items: list[PlanItem]
+    prefix_tokens: int
+    computed_tokens: int
+    flops: float
+    flops_of_encoding: float
+
+
+class ChoreographyReport(Response):
+    """What was really done, and the ids under which the messages and the answer can be referred to."""
+
+    fidelity: Literal["exact", "relocated", "composed"]
+    asked: Literal["exact", "relocated", "composed"]
+    why: str
+    messages: list[str | None]
+    answer: str | None
+    plan: PlanReport
+
+
 class ChatResponse(Response):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -474,6 +537,7 @@ class ChatResponse(Response):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    choreography: ChoreographyReport | None = None
     prompt_token_ids: list[int] | None = None
 
 
@@ -543,9 +607,11 @@ class TokenizerInfo(Response):
 class Health(Response):
     status: Literal["ok", "failed"]
     exact: bool
+    inexact: list[str]  # why not
     backend: str
-    fallbacks: dict[str, str]  # operations that the backend leaves to torch, and why
+    fallbacks: dict[str, str]  # what runs slower than it could, and why: operations left to torch, no CUDA graphs
     model: str
+    adapter: str | None
     dtype: str
     version: str
 

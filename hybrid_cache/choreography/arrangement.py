@@ -9,7 +9,7 @@ import numpy as np
 from hybrid_cache.errors import RequestError
 from hybrid_cache.request import TokenArray
 
-SEAMS = (0, 16, 32, 64)
+SEAMS = (0, 8, 16, 32, 64)
 
 
 class Fidelity(StrEnum):

@@ -81,7 +81,7 @@ def test_plans_can_be_read():
 
 
 def test_arrangements_are_checked():
-    with pytest.raises(RequestError, match="seam is 5, must be one of 0, 16, 32, 64"):
+    with pytest.raises(RequestError, match="seam is 5, must be one of 0, 8, 16, 32, 64"):
         arrangement(seam=5)
     with pytest.raises(RequestError, match="237 tokens, the prompt 200"):
         arrangement().check(200)
