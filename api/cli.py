@@ -31,8 +31,26 @@ Model = Annotated[
     str | None, typer.Argument(help="A folder in Hugging Face format or a hub name; the embedded model if left out.")
 ]
 Budget = Annotated[str, typer.Option(help="Memory for KV pages and states together, such as 2GiB.")]
-Backend = Annotated[str, typer.Option(help="auto, native, torch or triton (needs a GPU; new).")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="auto, native, torch, torch-compile (starts a minute later), triton (needs a GPU; new) or mamba_ssm "
+        "(needs a GPU; to compare)."
+    ),
+]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast/--exact",
+        help="Let bits depend on the batch where that is faster: cuBLAS with --backend triton, so far. "
+        "The CPU backends have nothing of the kind.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="LoRA adapter to merge: a folder in PEFT's layout, or embedded-choreo, which ships."),
+]
 Threads = Annotated[int, typer.Option(min=0, help="Threads that compute; 0 leaves it to torch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyFile = Annotated[Path | None, typer.Option(help="File with API keys, one a line.")]
@@ -86,7 +104,9 @@ def serve(
     budget: Budget = "2GiB",
     policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "ours",
     backend: Backend = "auto",
+    fast: Fast = False,
     dtype: Dtype = "auto",
+    adapter: Adapter = None,
     threads: Threads = 0,
     max_running: Annotated[int, typer.Option(help="Sequences in one batch.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 503.")] = 256,
@@ -107,7 +127,7 @@ def serve(
 
     server.serve(
         server.ServeOptions(
-            load=LoadOptions(model, backend, dtype, threads),
+            load=LoadOptions(model, backend, fast, dtype, threads, adapter),
             engine=EngineConfig(
                 budget_bytes=parse_bytes(budget),
                 max_running=max_running,
@@ -137,6 +157,9 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own default if left out.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    backend: Backend = "auto",
+    fast: Fast = False,
+    adapter: Adapter = None,
 ) -> None:
     """Talk to a model in the terminal. With --url, MODEL is the name that the server knows."""
     from hybrid_cache.api import terminal
@@ -150,7 +173,8 @@ def chat(
         from hybrid_cache.api.local_chat import EnginePartner
         from hybrid_cache.config import EngineConfig
 
-        num_failed = terminal.run(EnginePartner(LoadOptions(model), EngineConfig(), asked), system)
+        options = LoadOptions(model, backend, fast, adapter=adapter)
+        num_failed = terminal.run(EnginePartner(options, EngineConfig(), asked), system)
     # A person has seen it; a script looks at the exit code.
     raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
 
@@ -166,13 +190,14 @@ def info(
     ] = None,
     budget: Budget = "2GiB",
     dtype: Dtype = "auto",
+    adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
     """What a model keeps in the cache, from its config alone. Exit code 1 if it is not supported."""
     from hybrid_cache.api import model_info
     from hybrid_cache.api.sizes import parse_bytes
 
-    report = model_info.examine(model, parse_bytes(budget), dtype)
+    report = model_info.examine(model, parse_bytes(budget), dtype, adapter)
     typer.echo(model_info.to_json(report)) if as_json else model_info.print_table(report)
     raise typer.Exit(0 if report.supported else 1)
 
@@ -218,6 +243,62 @@ def convert(
     model_convert.run(source, out, dtype=dtype, quantize=quantize, shard_bytes=parse_bytes(shard_size))
 
 
+@app.command("train-lora")
+def train_lora(
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, its scores, and run/ with the checkpoint.")],
+    model: Model = None,
+    rank: Annotated[int, typer.Option(help="Of the factors.")] = 32,
+    alpha: Annotated[float, typer.Option(help="The change counts alpha / rank.")] = 32.0,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    steps: Annotated[int, typer.Option(help="Of the optimizer.")] = 900,
+    batch_size: Annotated[int, typer.Option(help="Dialogues in a step.")] = 8,
+    dropout: Annotated[float, typer.Option(help="Of what goes into the factors.")] = 0.0,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Last part of the names of linear modules; all if left out.")
+    ] = None,
+    save_module: Annotated[
+        list[str] | None, typer.Option(help="Module to train as a whole, such as conv1d; may be given several times.")
+    ] = None,
+    reuse: Annotated[
+        str, typer.Option(help="How training messages were encoded: alone, context or mixed, one way in each dialogue.")
+    ] = "mixed",
+    in_place: Annotated[float, typer.Option(help="Share of dialogues that are re-encoded as usual.")] = 0.15,
+    seam: Annotated[int, typer.Option(help="Tokens at the start of each message that are computed again.")] = 0,
+    distill: Annotated[float, typer.Option(help="Share of the loss that compares logits, not answers.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of data and factors.")] = 1,
+    every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    eval_seeds: Annotated[int, typer.Option(help="Seeds of the evaluation, from 601 on; 0 leaves it out.")] = 3,
+    eval_each: Annotated[int, typer.Option(help="Dialogues for each kind of question and seed.")] = 100,
+    threads: Threads = 1,
+) -> None:
+    """Train a LoRA adapter with which a model reads messages that were encoded apart, from its own answers.
+
+    For models like the embedded one: GraniteMoeHybrid without experts, with the embedded tokenizer.
+    """
+    from hybrid_cache.api import train_lora as command
+    from hybrid_cache.models.training.lora import LINEAR, Settings
+
+    settings = Settings(
+        rank=rank,
+        alpha=alpha,
+        lr=lr,
+        steps=steps,
+        batch_size=batch_size,
+        dropout=dropout,
+        targets=tuple(target or LINEAR),
+        saved=tuple(save_module or ()),
+        seed=seed,
+        reuse=reuse,
+        in_place=in_place,
+        seam=seam,
+        distill=distill,
+    )
+    command.run(
+        model, out, settings, resume=resume, every=every, num_seeds=eval_seeds, each=eval_each, threads=threads
+    )
+
+
 def _bench(name: str, summary: str) -> None:
     """Mounts `hybrid_cache.bench.NAME:NAME`, which is imported when the command runs or is asked for help."""
 
@@ -236,4 +317,6 @@ _bench("exactness", "Count the bits in which cache on and cache off differ.")
 _bench("policy", "Replay traces through cache policies: what does each save, and what would be possible?")
 _bench("published", "Repeat Marconi's evaluation on made-up trajectories, beside the published hit rates.")
 _bench("kernels", "Time every operation against the roofline, the portable backend and other libraries.")
+_bench("choreography", "Time workflows whose agents read each other's messages, and count what reuse costs in answers.")
+_bench("decode", "Time whole steps of a model, with shared prefixes, beside the rates of this machine.")
 _bench("bookkeeping", "Time the cache's own work in large trees.")

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 from hybrid_cache.api.sizes import format_bytes, format_count
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.models import loading
+from hybrid_cache.models import adapters, loading
 from hybrid_cache.models.presets import PRESETS, preset
 from hybrid_cache.models.published import CONFIGS
 from hybrid_cache.models.shapes import ModelShape
@@ -39,6 +39,18 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """Facts about a LoRA adapter. Once merged, it takes no memory of its own."""
+
+    name: str
+    base: str | None  # what it was made for, as it says itself
+    rank: int
+    scale: float
+    num_weights: int  # that it changes
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What there is to say about one model."""
 
@@ -47,13 +59,28 @@ class Report:
     supported: bool
     reason: str | None  # why it is not supported
     facts: Facts | None
+    adapter: AdapterFacts | None = None
 
 
-def examine(model: str | Path | None, budget_bytes: int, dtype: str = "auto") -> Report:
+def examine(
+    model: str | Path | None, budget_bytes: int, dtype: str = "auto", adapter: str | Path | None = None
+) -> Report:
     """Of a preset, of the config of a folder or of a config.json; None is the embedded model.
 
-    A preset's name comes first. Raises ModelError for a broken config.
+    A preset's name comes first. Raises ModelError for a broken config or a broken adapter.
     """
+    report = _examine_model(model, budget_bytes, dtype)
+    return report if adapter is None else replace(report, adapter=_adapter_facts(adapter))
+
+
+def _adapter_facts(path: str | Path) -> AdapterFacts:
+    adapter = adapters.load(path)
+    config = adapter.config
+    num_weights = len(adapter.weights)
+    return AdapterFacts(adapter.name, config.base, config.rank, config.scale, num_weights, adapter.num_parameters)
+
+
+def _examine_model(model: str | Path | None, budget_bytes: int, dtype: str) -> Report:
     name = "the embedded model" if model is None else str(model)
     if model in PRESETS and model != "embedded" and model not in CONFIGS:
         shape_only = "it is known by its shape, its config is not one that we load"
@@ -144,6 +171,9 @@ def _cells(facts: Facts | None) -> tuple[str, ...]:
 
 def _rows(report: Report) -> list[tuple[str, str]]:
     named = [("model", report.path), ("type", report.model_type or "not named")]
+    if (adapter := report.adapter) is not None:
+        size = f"rank {adapter.rank}, {adapter.num_weights} weights, {format_count(adapter.num_parameters)} parameters"
+        named.append(("adapter", f"{adapter.name} for {adapter.base or 'a model it does not name'}: {size}"))
     rows = [*named, ("supported", "yes" if report.supported else f"no: {report.reason}")]
     facts = report.facts
     if facts is None:

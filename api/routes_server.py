@@ -42,9 +42,11 @@ def router(serving: Serving) -> APIRouter:
         body = schemas.Health(
             status="ok" if engine.alive else "failed",
             exact=settings.exact,
+            inexact=list(settings.inexact),
             backend=settings.backend,
-            fallbacks=dict(settings.fallbacks),
+            fallbacks={**settings.fallbacks, **engine.fallbacks},
             model=model.name,
+            adapter=settings.adapter,
             dtype=model.dtype,
             version=__version__,
         )

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hybrid_cache import __version__
 from hybrid_cache.api.app import create_app
-from hybrid_cache.api.launch import Loaded, LoadOptions, failed_probes, load
+from hybrid_cache.api.launch import Loaded, LoadOptions, inexact_reasons, load
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.sizes import format_bytes, format_count
 from hybrid_cache.api.tokenizer import TextModel
@@ -41,12 +41,13 @@ class ServeOptions:
     vllm_metrics: bool
     drain_timeout_s: float
 
-    def settings(self, loaded: Loaded, *, exact: bool) -> ServerSettings:
+    def settings(self, loaded: Loaded, inexact: list[str]) -> ServerSettings:
         return ServerSettings(
             served_names=self.served_names or (loaded.name,),
-            exact=exact,
+            inexact=tuple(inexact),
             backend=loaded.ops.name,
             model_path=str(loaded.path),
+            adapter=loaded.adapter,
             fallbacks=getattr(loaded.ops, "reasons", {}),
             api_keys=self.api_keys,
             max_body_bytes=self.max_body_bytes,
@@ -64,11 +65,11 @@ def serve(options: ServeOptions) -> None:
             text = TextModel.load(loaded.path)
             engine = AsyncEngine(loaded.model, options.engine)
         with console.status("checking that cached and computed answers agree bit for bit"):
-            failed = failed_probes(loaded)
-        settings = options.settings(loaded, exact=not failed)
+            inexact = inexact_reasons(loaded)
+        settings = options.settings(loaded, inexact)
         app = create_app(engine, text, settings)
         url = url_of(bound)
-        console.print(hello(loaded, failed, options.engine, url, settings.served_names[0]))
+        console.print(hello(loaded, inexact, options.engine, url, settings.served_names[0]))
         console.print(curl_line(url, with_key=bool(options.api_keys)), soft_wrap=True, highlight=False)
         config = uvicorn.Config(
             app,
@@ -105,7 +106,7 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def hello(loaded: Loaded, failed: list[str], config: EngineConfig, url: str, name: str) -> Panel:
+def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, url: str, name: str) -> Panel:
     """The panel that greets whoever started the server."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
@@ -116,7 +117,7 @@ def hello(loaded: Loaded, failed: list[str], config: EngineConfig, url: str, nam
     facts.add_row("model", f"{name}, {info.model_type}, {layers}, context {info.max_length:,}")
     facts.add_row("size", f"{format_count(info.num_parameters)} parameters in {loaded.dtype_name}")
     facts.add_row("backend", _backend_line(loaded.ops.name))
-    facts.add_row("exact", "yes, checked just now" if not failed else f"NO: {failed[0]} ({len(failed)} probes failed)")
+    facts.add_row("exact", f"NO: {inexact[0]} ({len(inexact)} reasons)" if inexact else "yes, checked just now")
     facts.add_row("cache", _cache_line(config, spec.kv_bytes_per_token, spec.slot_bytes))
     return Panel(facts, title=f"hybrid-cache {__version__}", title_align="left", expand=False)
 

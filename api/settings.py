@@ -1,7 +1,7 @@
 """Settings of the HTTP server."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrid_cache.errors import ConfigError
@@ -12,15 +12,20 @@ class ServerSettings:
     """Checked when made, read by the app and its metrics."""
 
     served_names: tuple[str, ...]  # the first is the default, and the one that replies carry
-    exact: bool
     backend: str
     model_path: str
+    adapter: str | None = None  # the name of the one that is merged into the model
+    inexact: Sequence[str] = ()  # why the cache is not exact; empty if it is
     fallbacks: Mapping[str, str] = field(default_factory=dict)  # operations the backend leaves to torch, and why
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     max_body_bytes: int = 10 * 2**20
     vllm_metrics: bool = False
     drain_timeout_s: float = 30.0
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def exact(self) -> bool:
+        return not self.inexact
 
     def __post_init__(self) -> None:
         if not self.served_names or not all(self.served_names):

@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid_cache.batch import HybridModel
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models import quantized, registry
+from hybrid_cache.models import adapters, quantized, registry
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
@@ -24,8 +24,8 @@ COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bflo
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
-def load(path: str | Path, *, dtype: str = "auto", ops: Ops) -> HybridModel:
-    """Reads a model folder, tensor by tensor.
+def load(path: str | Path, *, dtype: str = "auto", ops: Ops, adapter: str | Path | None = None) -> HybridModel:
+    """Reads a model folder, tensor by tensor, and merges the LoRA adapter of another folder into it.
 
     `dtype` is the type that rows are computed and cached in. "auto" is bfloat16 for a checkpoint in bfloat16, and
     float32 for one in float32 or float16: float32 holds every float16 value, bfloat16 does not.
@@ -34,11 +34,12 @@ def load(path: str | Path, *, dtype: str = "auto", ops: Ops) -> HybridModel:
     compute_dtype = _compute_dtype(dtype)
     values = load_config(folder)
     stored = quantized.format_of(values)
+    changes = None if adapter is None else adapters.load(adapter)
     if stored is not None and compute_dtype is None:  # codes do not say what they were made from
         compute_dtype = _named_dtype(values)
     try:
         build = registry.find(values.get("model_type"))
-        with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device) as weights:
+        with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device, changes) as weights:
             return build(Config(values), weights, ops, weights.dtype)
     except ModelError as e:
         raise type(e)(f"{folder}: {e}") from e

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.quantized import Format, dequantize
 
 CPU = torch.device("cpu")
@@ -93,11 +94,17 @@ class SafetensorsWeights:
     """Streams tensors out of the safetensors files of one folder. Use as a context manager."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype | None, stored: Format | None = None, device: torch.device = CPU
+        self,
+        folder: Path,
+        dtype: torch.dtype | None,
+        stored: Format | None = None,
+        device: torch.device = CPU,
+        adapter: Adapter | None = None,
     ) -> None:
         """`dtype` None takes the files' own; float16 is computed in float32, which holds all its values.
 
-        `stored` is the format of quantized matrices, if there are any; `device` is where tensors go.
+        `stored` is the format of quantized matrices, if there are any; `device` is where tensors go; the changes of
+        an adapter are merged into what is read.
         """
         self._device = device
         self._files = ExitStack()
@@ -115,6 +122,9 @@ class SafetensorsWeights:
         self._left = set(self._names)
         self._ignored = [DERIVED]
         self._hash = blake2b(digest_size=16)
+        self._adapter = adapter
+        self._to_change = set(adapter.weights) if adapter else set()
+        self._check_adapter(self._to_change - self._names)
 
     def __enter__(self) -> Self:
         return self
@@ -146,17 +156,33 @@ class SafetensorsWeights:
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise ModelError(f"unexpected weights: {', '.join(left[:3])}{more}{self._layers_left(left[0])}")
+        self._check_adapter(self._to_change)
         return self._hash.hexdigest()
 
+    def _check_adapter(self, unknown: set[str]) -> None:
+        if unknown and self._adapter:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            names = ", ".join(sorted(unknown)[:3])
+            raise ModelError(f"adapter {self._adapter.name} changes weights that are not there: {names}{more}")
+
     def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._adapter is None or name not in self._to_change:
+            return self._read_base(name, shape, dtype)
+        self._to_change.remove(name)
+        with CPU:
+            weight = self._read_base(name, shape, torch.float32).to(CPU)
+            for part in self._adapter.parts(name):
+                self._update_hash(f"{name} adapter {self._adapter.config.scale!r}", part)
+            return self._adapter.merged(name, weight).to(self._device, dtype)
+
+    def _read_base(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self._expect(name, shape)
         if self._stored is None or name not in self._packed:
-            tensor = self._hashed(name, shape)
+            tensor = self._hashed(name)
             return tensor.to(self._device, dtype, copy=True)  # a copy, never a view of the file
         names = [name + suffix for suffix in self._stored.suffixes]
         with CPU:
-            parts = [self._hashed(part, kind) for part, kind in zip(names, self._stored.shapes(shape), strict=True)]
-            return dequantize(parts, shape, self._stored, dtype).to(self._device)
+            return dequantize([self._hashed(part) for part in names], shape, self._stored, dtype).to(self._device)
 
     def _expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Checks what the file says of a weight, and counts it as taken."""
@@ -177,11 +203,14 @@ class SafetensorsWeights:
         if tuple(found) != expected:
             raise ModelError(f"weight {name} has shape {found}, expected {list(expected)}")
 
-    def _hashed(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _hashed(self, name: str) -> Tensor:
         tensor = self._finite(name)
-        self._hash.update(f"{name} {list(shape)} {tensor.dtype}\n".encode())
-        self._hash.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._update_hash(name, tensor)
         return tensor
+
+    def _update_hash(self, name: str, tensor: Tensor) -> None:
+        self._hash.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        self._hash.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def _finite(self, name: str) -> Tensor:
         """A tensor as it lies in the file, which may be mapped into memory."""

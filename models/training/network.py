@@ -99,6 +99,7 @@ class Batch:
     anchor, root [B, T] last trunk token that i's branch reads, and the token packed before the branch; 0 on the trunk
     torn [n]            flat positions whose three predecessors are not the three packed before them
     torn_past [n, 3]    those predecessors, oldest first; B*T where there is none
+    gain [B, T, T]      how much of j counts for i in the state-space layers; None is all of it
     """
 
     tokens: Tensor
@@ -108,6 +109,7 @@ class Batch:
     root: Tensor
     torn: Tensor
     torn_past: Tensor
+    gain: Tensor | None = None
 
 
 class RMSNorm(nn.Module):
@@ -217,6 +219,8 @@ class Mamba2(nn.Module):
         total = branch_decay(-dt * self.A_log.float().exp(), batch)
         x = x.reshape(*x.shape[:2], heads, shape.mamba_d_head).transpose(1, 2)
         scores = (C @ B.transpose(1, 2))[:, None] * decay_matrix(total, batch.scanned, C.dtype)
+        if batch.gain is not None:
+            scores = scores * batch.gain[:, None].to(scores.dtype)
         y = scores @ (x * dt.transpose(1, 2)[..., None].to(x.dtype)) + x * self.D[:, None, None].to(x.dtype)
         y = y.transpose(1, 2).flatten(2).float() * F.silu(gate.float())
         return self.out_proj(self.norm(y).to(hidden.dtype))  # type: ignore[no-any-return]

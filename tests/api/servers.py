@@ -125,7 +125,7 @@ def new_engine(model: HybridModel | None = None, **config: object) -> AsyncEngin
 
 
 def new_app(engine: AsyncEngine, text: TextModel, **settings: object) -> FastAPI:
-    fields = {"served_names": ("sum", "sum-alias"), "exact": True, "backend": "fake", "model_path": "models/sum"}
+    fields = {"served_names": ("sum", "sum-alias"), "backend": "fake", "model_path": "models/sum"}
     return create_app(engine, text, ServerSettings(**{**fields, "drain_timeout_s": 1.0, **settings}))
 
 

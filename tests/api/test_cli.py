@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hybrid_cache import __version__
 from hybrid_cache.api import cli
+from hybrid_cache.api.launch import LoadOptions
 from hybrid_cache.api.server import ServeOptions
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
@@ -52,8 +53,11 @@ def test_talking_to_a_server_needs_no_torch() -> None:
     ("args", "words"),
     [
         ([], ["serve", "chat", "model", "bench"]),
-        (["serve"], ["--host", "--port", "--api-key-file", "--budget", "--policy", "--backend", "--drain-timeout"]),
-        (["chat"], ["--url", "--system", "--temperature", "--max-tokens", "--seed"]),
+        (
+            ["serve"],
+            ["--host", "--port", "--api-key-file", "--budget", "--policy", "--backend", "--fast", "--drain-timeout"],
+        ),
+        (["chat"], ["--url", "--system", "--temperature", "--max-tokens", "--seed", "--backend", "--fast"]),
         (["model", "info"], ["--budget", "--json"]),
         (["model", "list"], ["--budget", "--json"]),
         (["model", "convert"], ["--dtype", "--quantize", "--shard-size"]),
@@ -90,15 +94,13 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
     line = (
         f"serve some/model --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
         "--budget 64MiB --policy lru --backend torch --dtype float32 --threads 1 --max-running 3 --max-waiting 4 "
-        "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics --drain-timeout 1.5"
+        "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics "
+        "--drain-timeout 1.5 --fast"
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
     assert options.engine == EngineConfig(64 << 20, 3, 4, "lru", False, 5, 2)
-    assert (options.load.model, options.load.backend, options.load.dtype, options.load.threads) == (
-        *("some/model", "torch", "float32"),
-        1,
-    )
+    assert options.load == LoadOptions("some/model", "torch", fast=True, dtype="float32", threads=1)
     rest = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("engine", "load")}
     assert rest == {
         "host": "0.0.0.0",

@@ -55,7 +55,7 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
     text = TextModel.load(MODEL)
-    settings = ServerSettings(served_names=("embedded",), exact=True, backend="auto", model_path="embedded")
+    settings = ServerSettings(served_names=("embedded",), backend="auto", model_path="embedded")
     engines = [
         # Kernels keep scratch memory, so each engine has its own.
         AsyncEngine(load(MODEL, ops=dispatch.select("auto")), EngineConfig(budget_bytes=256 << 20, prefix_cache=on))

@@ -14,7 +14,7 @@ from hybrid_cache.request import Prompt, Request, SamplingParams
 from hybrid_cache.stats import EngineStats
 from tests.fakes import SumModel, tokens_of
 
-SETTINGS = ServerSettings(served_names=("tiny", "other"), exact=True, backend="torch", model_path="somewhere")
+SETTINGS = ServerSettings(served_names=("tiny", "other"), backend="torch", model_path="somewhere")
 RECORD = RequestRecord(
     endpoint="chat",
     finish_reasons=("stop", "length"),

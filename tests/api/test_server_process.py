@@ -133,7 +133,7 @@ def test_the_greeting_names_what_is_not_as_it_should_be(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("hybrid_cache.kernels.native_library.reason_missing", lambda: "no C compiler found")
-    monkeypatch.setattr("hybrid_cache.api.server.failed_probes", lambda loaded: ["linear 3 -> 4"])
+    monkeypatch.setattr("hybrid_cache.api.server.inexact_reasons", lambda loaded: ["linear 3 -> 4"])
     monkeypatch.setattr("hybrid_cache.api.server.run_server", lambda server, bound: None)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("HYBRID_CACHE_BACKEND", raising=False)

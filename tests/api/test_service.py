@@ -28,9 +28,10 @@ def test_request_ids_are_echoed_or_made(client: httpx.Client) -> None:
 
 def test_the_server_tells_about_itself(client: httpx.Client) -> None:
     health = client.get("/health").json()
-    assert {k: health[k] for k in ("status", "exact", "backend", "fallbacks", "model")} == {
+    assert {k: health[k] for k in ("status", "exact", "inexact", "backend", "fallbacks", "model")} == {
         "status": "ok",
         "exact": True,
+        "inexact": [],
         "backend": "fake",
         "fallbacks": {},
         "model": "sum",
@@ -45,6 +46,17 @@ def test_the_server_tells_about_itself(client: httpx.Client) -> None:
     info = client.get("/tokenizer_info").json()
     assert info["eos_token"] == "<|im_end|>"
     assert "im_start" in info["chat_template"]
+
+
+def test_health_says_why_the_cache_is_not_exact(sum_text: TextModel) -> None:
+    async def test() -> None:
+        reasons = ("fast mode", "linear 3 -> 4 in torch.bfloat16")
+        async with in_process(new_app(new_engine(), sum_text, inexact=reasons)) as client:
+            health = (await client.get("/health")).json()
+            assert (health["exact"], health["inexact"]) == (False, list(reasons))
+            assert 'exact="false"' in (await client.get("/metrics")).text
+
+    run(test)
 
 
 def test_finished_requests_are_counted(client: httpx.Client) -> None:

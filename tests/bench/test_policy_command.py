@@ -274,7 +274,7 @@ def written(file: Path, records: list[dict[str, object]]) -> Path:
 def embedded_server(policy: str) -> Iterator[str]:
     model = load(embedded_path(), ops=dispatch.select("auto"))
     engine = AsyncEngine(model, EngineConfig(budget_bytes=BUDGET, policy=policy))
-    settings = ServerSettings(served_names=("embedded",), exact=True, backend="auto", model_path="embedded")
+    settings = ServerSettings(served_names=("embedded",), backend="auto", model_path="embedded")
     with over_the_wire(create_app(engine, TextModel.load(embedded_path()), settings)) as url:
         yield url
 

@@ -4,7 +4,7 @@ import torch
 from hybrid_cache.kernels import dispatch
 from tests.models import checkpoints
 
-BACKENDS = [name for name, reason in dispatch.available().items() if reason is None]
+BACKENDS = dispatch.exact_backends()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,224 @@
+"""LoRA adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, read, merged and written.
+
+A merged weight is W + scale * B A, in float32; scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`. Modules
+that were trained as a whole (`modules_to_save`) replace those of the base. Whatever else PEFT knows is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hybrid_cache.errors import ModelError, UnsupportedModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+SHIPPED = {"embedded-choreo": "embedded_choreo"}  # inside the package
+# Settings that change what an adapter means, with the values that mean nothing.
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "lora_bias": (False,),
+    "fan_in_fan_out": (False,),
+    "bias": ("none",),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "target_parameters": ([],),
+    "trainable_token_indices": ([], {}),
+    "layer_replication": ([],),
+    "alora_invocation_tokens": ([],),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base weights
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """What an adapter says about itself."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # last parts of module names
+    base: str | None = None
+    saved: tuple[str, ...] = ()  # modules that are replaced as a whole
+    dropout: float = 0.0
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def to_json(self) -> str:
+        """The `adapter_config.json` that PEFT reads."""
+        values = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": list(self.targets),
+            "modules_to_save": list(self.saved) or None,
+            "use_rslora": self.rslora,
+            "use_dora": False,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
+        return json.dumps(values, indent=2) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Changes to weights, by their names in the checkpoint of the base."""
+
+    name: str
+    config: LoraConfig
+    factors: Mapping[str, tuple[Tensor, Tensor]]  # A [rank, inputs], B [outputs, rank]
+    replaced: Mapping[str, Tensor]
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Names of the weights that change."""
+        return frozenset({*self.factors, *self.replaced})
+
+    @property
+    def num_parameters(self) -> int:
+        pairs = (tensor for pair in self.factors.values() for tensor in pair)
+        return sum(tensor.numel() for tensor in (*pairs, *self.replaced.values()))
+
+    def parts(self, name: str) -> tuple[Tensor, ...]:
+        """All that the change of this weight is computed from, beside the scale."""
+        return self.factors[name] if name in self.factors else (self.replaced[name],)
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """The weight as it is with the adapter, in float32. Raises ModelError if shapes do not fit."""
+        if name in self.replaced:
+            self._fit(name, self.replaced[name].shape, weight.shape)
+            return self.replaced[name].float()
+        A, B = self.factors[name]
+        if weight.dim() != 2:
+            raise UnsupportedModel(f"adapter {self.name}: {name} {list(weight.shape)} is no matrix of a linear layer")
+        self._fit(name, (B.shape[0], A.shape[1]), weight.shape)
+        return weight.float() + self.config.scale * (B.float() @ A.float())
+
+    def _fit(self, name: str, own: Sequence[int], base: Sequence[int]) -> None:
+        if tuple(own) != tuple(base):
+            raise ModelError(f"adapter {self.name}: {name} changes {list(own)}, but the base has {list(base)}")
+
+
+def resolve(adapter: str) -> Path:
+    """A local folder, or the name of an adapter inside the package."""
+    if not Path(adapter).is_dir() and adapter in SHIPPED:
+        return Path(__file__).parent / SHIPPED[adapter]
+    return Path(adapter)
+
+
+def name_of(path: str | Path) -> str:
+    """What an adapter is called: as it ships, or as its folder."""
+    folder = resolve(str(path)).resolve()
+    return next((name for name, inside in SHIPPED.items() if inside == folder.name), folder.name)
+
+
+def load(path: str | Path) -> Adapter:
+    """Reads an adapter folder, or the name of one that ships. Raises ModelError."""
+    folder = resolve(str(path))
+    if not folder.is_dir():
+        raise ModelError(f"adapter {path}: neither a folder nor one that ships ({', '.join(SHIPPED)})")
+    try:
+        config = _read_config(folder)
+        factors, replaced = _read_tensors(folder, config)
+    except ModelError as e:
+        raise type(e)(f"adapter {path}: {e}") from e
+    return Adapter(name_of(path), config, factors, replaced)
+
+
+def save(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Writes both files; `tensors` by module and parameter, as in `model.layers.0.mamba.in_proj.lora_A.weight`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(config.to_json())
+    named = {PREFIX + name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{CONFIG} cannot be read: {e}") from e
+    if not isinstance(values, dict):
+        raise ModelError(f"{CONFIG} is not a JSON object")
+    if values.get("peft_type") != "LORA":
+        raise UnsupportedModel(f"peft_type is {values.get('peft_type')!r}, supported: LORA")
+    for key, neutral in NEUTRAL.items():
+        if (value := values.get(key)) is not None and value not in neutral:
+            raise UnsupportedModel(f"{key} is {value!r}, which is not supported")
+    rank, alpha = values.get("r"), values.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise ModelError(f"r is {rank!r}, must be a whole number of at least 1")
+    if not isinstance(alpha, int | float):
+        raise ModelError(f"lora_alpha is {alpha!r}, must be a number")
+    return LoraConfig(
+        rank=rank,
+        alpha=alpha,
+        targets=_names(values.get("target_modules")),
+        base=values.get("base_model_name_or_path"),
+        saved=_names(values.get("modules_to_save")),
+        rslora=values.get("use_rslora") is True,
+    )
+
+
+def _names(value: object) -> tuple[str, ...]:
+    """Modules, which PEFT writes as a list or as one regular expression."""
+    return (value,) if isinstance(value, str) else tuple(map(str, value)) if isinstance(value, list) else ()
+
+
+def _read_tensors(folder: Path, config: LoraConfig) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as e:
+        raise ModelError(f"{WEIGHTS} cannot be read: {e}") from e
+    if not tensors:
+        raise ModelError(f"{WEIGHTS} is empty")
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise ModelError(f"tensor {key} does not begin with {PREFIX}")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"tensor {key} contains values that are not finite numbers")
+        name = key.removeprefix(PREFIX)
+        if name.endswith(FACTORS):
+            module = name[: -len(FACTORS[0])]
+            factors[f"{module}.weight"] = _pair(tensors, PREFIX + module, config.rank)
+        elif _is_saved(name, config.saved):
+            replaced[name] = tensor
+        else:
+            raise UnsupportedModel(f"tensor {key} is neither a factor of a linear layer nor of modules_to_save")
+    return factors, replaced
+
+
+def _is_saved(name: str, saved: Sequence[str]) -> bool:
+    parts = f".{name}"
+    return any(f".{module}." in parts for module in saved)
+
+
+def _pair(tensors: Mapping[str, Tensor], module: str, rank: int) -> tuple[Tensor, Tensor]:
+    found = []
+    for suffix in FACTORS:
+        if module + suffix not in tensors:
+            raise ModelError(f"missing factor: {module}{suffix}")
+        found.append(tensors[module + suffix])
+    A, B = found
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != rank or B.shape[1] != rank:
+        shapes = f"{list(A.shape)} and {list(B.shape)}"
+        raise ModelError(f"factors of {module} are {shapes}, expected [{rank}, inputs] and [outputs, {rank}]")
+    return A, B

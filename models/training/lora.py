@@ -1,0 +1,405 @@
+"""Train an adapter with which a model reads messages that were encoded apart: alone, or in another context.
+
+    hybrid-cache train-lora [MODEL] --out DIR
+
+The teacher is the model itself, re-encoding everything: its greedy answers are the targets, and with `distill` its
+logits too. The student reads the same dialogues from stored messages, through the masks of `composed`, so gradients
+go through what each message leaves behind and through the composed state. A share of rows stays in place, so that
+re-encoding keeps working. DIR gets a PEFT adapter, `training.json` with every setting and the scores before and after,
+and `run/` with a checkpoint to resume from. Batches depend on the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from random import Random
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hybrid_cache.errors import ConfigError, ModelError, UnsupportedModel
+from hybrid_cache.models import adapters
+from hybrid_cache.models.adapters import LoraConfig
+from hybrid_cache.models.loading import load_config
+from hybrid_cache.models.training import composed
+from hybrid_cache.models.training import network as net
+from hybrid_cache.models.training import rows as rw
+from hybrid_cache.models.training.composed import Reuse, Row, Score
+from hybrid_cache.models.training.dialogues import KINDS, Dialogue, Question, Turn, examined, mixture
+from hybrid_cache.models.training.tokenizer import IM_END, SPECIALS, Codec
+from hybrid_cache.models.training.train import WEIGHTS
+
+LINEAR = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "input_linear", "output_linear")
+ENCODED: Mapping[str, tuple[composed.Encoded, ...]] = {
+    "alone": ("alone",),
+    "context": ("in context",),
+    "mixed": ("alone", "in context"),
+}
+SCORED = (Reuse(), Reuse(state="zero"), Reuse("alone"), Reuse("alone", state="zero"), Reuse("in context"))
+SCORED_ANEW = (Reuse(), Reuse("alone"), Reuse("in order"), Reuse("in order", state="zero"))
+POOL = 16  # batches whose rows are sorted by length together
+MESSAGES = 9  # most of a training dialogue
+QUESTIONS = 4
+MOST_CONTEXT = 4
+MOST_NEW = 24  # tokens of an answer
+WARM = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run depends on; the same settings give the same adapter."""
+
+    rank: int = 32
+    alpha: float = 32.0
+    lr: float = 2e-3
+    steps: int = 900
+    batch_size: int = 8  # dialogues
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LINEAR
+    saved: tuple[str, ...] = ()  # modules trained as a whole
+    seed: int = 1
+    reuse: str = "mixed"  # a key of ENCODED
+    in_place: float = 0.15  # share of rows that stay as they are
+    seam: int = 0
+    distill: float = 0.0  # share of the loss that compares logits with the teacher's
+    bf16: bool = True  # activations
+
+    def __post_init__(self) -> None:
+        bounds = {"rank": 1, "alpha": 0, "lr": 0, "steps": 1, "batch_size": 1, "seam": 0}
+        for name, least in bounds.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        for name in ("dropout", "in_place", "distill"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must lie between 0 and 1")
+        if self.reuse not in ENCODED:
+            raise ConfigError(f"reuse is {self.reuse!r}, must be one of {', '.join(ENCODED)}")
+
+    def lora(self, base: str) -> LoraConfig:
+        return LoraConfig(self.rank, self.alpha, self.targets, base, self.saved, self.dropout)
+
+    def to_json(self) -> dict[str, object]:
+        values = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and the factors beside it; starts as the layer itself."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
+        return self.base(x) + self.scale * change  # type: ignore[no-any-return]
+
+
+def attach(network: net.Network, config: LoraConfig) -> dict[str, nn.Parameter]:
+    """Freezes the network and puts factors beside its target layers -> what trains, by module and parameter."""
+    network.requires_grad_(False)
+    trained: dict[str, nn.Parameter] = {}
+    found: set[str] = set()
+    for path, module in list(network.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if name in config.targets:
+            if not isinstance(module, nn.Linear):
+                raise ConfigError(f"{path} is not a linear layer, it can only be trained as a whole")
+            lora = LoraLinear(module, config.rank, config.scale, config.dropout)
+            setattr(network.get_submodule(parent), name, lora)
+            trained |= {f"{path}.{part}.weight": getattr(lora, part).weight for part in ("lora_A", "lora_B")}
+            found.add(name)
+        elif name in config.saved:
+            trained |= {f"{path}.{part}": p.requires_grad_() for part, p in module.named_parameters(recurse=False)}
+            found.add(name)
+    if missing := {*config.targets, *config.saved} - found:
+        raise ConfigError(f"the model has no modules named {', '.join(sorted(missing))}")
+    return trained
+
+
+def load_base(folder: Path) -> tuple[net.Network, Codec]:
+    """Raises UnsupportedModel for what the differentiable network does not cover."""
+    config = load_config(folder)
+    wanted = net.Shape().to_config()
+    fixed = {
+        "model_type",
+        "num_local_experts",
+        "mamba_n_groups",
+        "mamba_conv_bias",
+        "mamba_proj_bias",
+        "mamba_d_conv",
+        "position_embedding_type",
+        "attention_bias",
+        "tie_word_embeddings",
+    }
+    for name in sorted(fixed):
+        if config.get(name) != wanted[name]:
+            raise UnsupportedModel(
+                f"{folder}: {name} is {config.get(name)!r}, training supports GraniteMoeHybrid with {wanted[name]!r}"
+            )
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder}: tokenizer.json is not there")
+    try:
+        network = net.load(folder)
+    except (KeyError, RuntimeError, OSError, SafetensorError) as e:
+        raise ModelError(f"{folder} is not what the training network expects: {e}") from e
+    codec = Codec.load(folder)
+    if [codec.tokenizer.token_to_id(token) for token in SPECIALS[:5]] != list(range(5)):
+        raise UnsupportedModel(f"{folder}: training supports the embedded model's tokenizer, with {SPECIALS[4]!r} as 4")
+    return network, codec
+
+
+def lesson(rng: Random) -> Dialogue:
+    """Messages and questions about them; of a chat, its last exchange."""
+    dialogue = mixture(rng, WEIGHTS, MESSAGES, QUESTIONS)
+    while not (dialogue.questions or dialogue.trained):
+        dialogue = mixture(rng, WEIGHTS, MESSAGES, QUESTIONS)
+    if dialogue.questions:
+        return dialogue
+    *turns, asked, reply = dialogue.turns
+    question = Question("chat", asked.text, reply.text, reply.text, len(turns))
+    return Dialogue(tuple(turns), (question,))
+
+
+def row_of(codec: Codec, dialogue: Dialogue, others: Sequence[Turn], settings: Settings, rng: Random) -> Row:
+    """The dialogue as it is reused, by `settings`."""
+    turns = dialogue.turns
+    encoded = "in place" if rng.random() < settings.in_place else rng.choice(ENCODED[settings.reuse])
+    messages, ends = [], [0]
+    for i, turn in enumerate(turns):
+        context: Sequence[Turn] | None = None
+        if encoded == "alone":
+            context = ()
+        elif encoded == "in context":
+            pool = [*turns[:i], *turns[i + 1 :], *others]
+            context = composed.context_of(rng, pool, MOST_CONTEXT)
+        messages.append(composed.stored(codec, context, turn))
+        ends.append(ends[-1] + len(messages[-1].tokens))
+    branches = tuple(rw.branch(codec, q, ends[q.after], blind=False) for q in dialogue.questions)
+    return Row(tuple(messages), branches, settings.seam)
+
+
+def batches(codec: Codec, settings: Settings, step: int) -> Iterator[list[Row]]:
+    """Batches from this step on, the same whenever they are asked for."""
+    while True:
+        pool, first = divmod(step, POOL)
+        rng = Random(f"{settings.seed} {pool}")
+        rows = []
+        for _ in range(POOL * settings.batch_size):
+            dialogue = lesson(rng)
+            rows.append(row_of(codec, dialogue, examined(rng.choice(KINDS), rng).turns, settings, rng))
+        rows.sort(key=len)
+        slices = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
+        rng.shuffle(slices)
+        yield from slices[first:]
+        step += POOL - first
+
+
+def in_place(row: Row) -> Row:
+    return replace(row, messages=tuple(replace(m, context=None) for m in row.messages), seam=0)
+
+
+@torch.no_grad()
+def transcribed(teacher: net.Network, rows: Sequence[Row]) -> list[Row]:
+    """The rows with the teacher's greedy answers, which it gives while it re-encodes all messages.
+
+    The answers of the rows are drafts: a pass confirms them up to the first token that the teacher would not write,
+    which it replaces, until nothing changes. So most rows take one pass, and all end in what greedy decoding writes.
+    """
+    found = list(rows)
+    pending = list(range(len(rows)))
+    while pending:
+        batch, targets = composed.collate([in_place(found[i]) for i in pending])
+        written = _choices(teacher, batch, targets)
+        branch, again = 0, []
+        for i in pending:
+            fixed = []
+            for b in found[i].branches:
+                fixed.append(_continued(b, written[branch]))
+                branch += 1
+            if tuple(fixed) != found[i].branches:
+                found[i] = replace(found[i], branches=tuple(fixed))
+                again.append(i)
+        pending = again
+    return found
+
+
+def _choices(teacher: net.Network, batch: net.Batch, targets: rw.Targets) -> list[list[int]]:
+    """By branch, the token that the teacher writes at each place of the draft."""
+    hidden = teacher.hidden(batch).flatten(0, 1).index_select(0, targets.position)
+    written: list[list[int]] = [[] for _ in targets.kinds]
+    for branch, token in zip(targets.branch.tolist(), teacher.logits(hidden).argmax(-1).tolist(), strict=True):
+        written[branch].append(token)
+    return written
+
+
+def _continued(branch: rw.Branch, written: Sequence[int], most: int = MOST_NEW) -> rw.Branch:
+    """The draft with its first token that is not the teacher's replaced; ends with the teacher, or is cut."""
+    draft = branch.tokens[branch.prompt :]
+    wrong = next((i for i, (ours, theirs) in enumerate(zip(draft, written, strict=True)) if ours != theirs), None)
+    if wrong is None:
+        if draft[-1] == IM_END or len(draft) >= most:
+            return branch
+        draft, weights = [*draft, IM_END], [*branch.weights, 1.0]  # a draft of one more token
+    elif written[wrong] == IM_END:
+        draft, weights = [*draft[:wrong], IM_END], [*branch.weights[:wrong], 1.0]
+    else:
+        rest = draft[wrong + 1 :] or [IM_END]
+        draft = [*draft[:wrong], written[wrong], *rest][:most]
+        weights = [*branch.weights, 1.0][: len(draft)]
+    return replace(branch, tokens=[*branch.tokens[: branch.prompt], *draft], weights=weights)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Rises over the first steps, then falls along a cosine to a fiftieth."""
+    progress = step / settings.steps
+    if progress < WARM:
+        return settings.lr * (step + 1) / (WARM * settings.steps + 1)
+    return settings.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - WARM) / (1 - WARM))))
+
+
+@dataclass(slots=True)
+class Run:
+    """An adapter that is being trained; `step` counts those taken."""
+
+    settings: Settings
+    teacher: net.Network
+    student: net.Network
+    codec: Codec
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    @classmethod
+    def start(cls, folder: Path, settings: Settings) -> Run:
+        (teacher, codec), (student, _) = load_base(folder), load_base(folder)
+        torch.manual_seed(settings.seed)
+        trained = attach(student, settings.lora(folder.name))
+        optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        return cls(settings, teacher.requires_grad_(False), student, codec, trained, optimizer)
+
+    def precision(self) -> AbstractContextManager[object]:
+        return torch.autocast("cpu", torch.bfloat16) if self.settings.bf16 else nullcontext()
+
+    def take(self, rows: Sequence[Row]) -> float:
+        """One step of the optimizer -> the loss."""
+        torch.manual_seed(hash((self.settings.seed, self.step)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, self.step)
+        self.student.train()
+        with self.precision():
+            loss = self.loss(transcribed(self.teacher, rows))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    def loss(self, rows: Sequence[Row]) -> Tensor:
+        batch, targets = composed.collate(rows)
+        logits = _logits(self.student, batch, targets)
+        losses = F.cross_entropy(logits, targets.token, reduction="none")
+        if self.settings.distill:
+            with torch.no_grad():
+                theirs = _logits(self.teacher, *composed.collate([in_place(row) for row in rows])).log_softmax(-1)
+            apart = F.kl_div(logits.log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
+            losses = torch.lerp(losses, apart, self.settings.distill)
+        return (losses * targets.weight).sum() / targets.weight.sum()
+
+    def save(self, folder: Path) -> None:
+        """A checkpoint to resume from; replaces the old one only when it is complete."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model.{name}": p.detach().contiguous() for name, p in self.trained.items()}
+        names = list(self.trained)
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"{key}.{names[i]}": value for key, value in moments.items()}
+        facts = {"settings": json.dumps(self.settings.to_json()), "step": str(self.step)}
+        save_file(tensors, folder / "next.safetensors", metadata=facts)
+        (folder / "next.safetensors").replace(folder / "checkpoint.safetensors")
+
+    @torch.no_grad()
+    def resume(self, folder: Path) -> None:
+        """Goes on from a checkpoint of the same settings. Raises ConfigError."""
+        path = folder / "checkpoint.safetensors"
+        if not path.is_file():
+            raise ConfigError(f"{folder} holds no checkpoint to resume from")
+        with safe_open(path, "pt") as file:
+            facts = file.metadata()
+        theirs, ours = json.loads(facts["settings"]), self.settings.to_json()
+        if changed := sorted(f.name for f in fields(Settings) if theirs.get(f.name) != ours[f.name]):
+            raise ConfigError(f"{folder} was started with other settings: {', '.join(changed)}")
+        tensors = load_file(path)
+        for name, p in self.trained.items():
+            p.copy_(tensors[f"model.{name}"])
+        keys = sorted({key.split(".", 1)[0] for key in tensors} - {"model"})
+        state = {i: {k: tensors[f"{k}.{name}"] for k in keys} for i, name in enumerate(self.trained)}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state if keys else {}})
+        self.step = int(facts["step"])
+
+
+def _logits(network: net.Network, batch: net.Batch, targets: rw.Targets) -> Tensor:
+    """At the targets, in fp32."""
+    return network.logits(network.hidden(batch).flatten(0, 1).index_select(0, targets.position)).float()
+
+
+def train(
+    folder: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    every: int = 250,
+    tell: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Writes the adapter to `out`, and a checkpoint every so many steps; `tell` hears of each step and its loss."""
+    run = Run.start(folder, settings)
+    if resume:
+        run.resume(out / "run")
+    elif (out / "run").exists():
+        raise ConfigError(f"{out} holds a run already: resume it, or choose another folder")
+    source = batches(run.codec, settings, run.step)
+    while run.step < settings.steps:
+        loss = run.take(next(source))
+        tell(run.step, loss)
+        if run.step % every == 0:
+            run.save(out / "run")
+    run.save(out / "run")
+    adapters.save(out, settings.lora(folder.name), {name: p.bfloat16() for name, p in run.trained.items()})
+
+
+def evaluate(
+    folder: Path, out: Path, settings: Settings, seeds: Sequence[int], each: int
+) -> tuple[list[Score], list[Score]]:
+    """Scores of the base and of the adapted model, with the seam that was trained."""
+    told, anew = (
+        [r if r.encoded == "in place" else replace(r, seam=settings.seam) for r in plans]
+        for plans in (SCORED, SCORED_ANEW)
+    )
+    base, codec = load_base(folder)
+    before = composed.evaluate(base, codec, seeds, each, told, anew)
+    return before, composed.evaluate(composed.adapted(folder, out), codec, seeds, each, told, anew)
+
+
+def report(out: Path, settings: Settings, scores: Mapping[str, Sequence[Score]]) -> None:
+    """Writes settings and scores beside the adapter."""
+    values = {
+        "settings": settings.to_json(),
+        "scores": {name: [asdict(score) for score in found] for name, found in scores.items()},
+    }
+    (out / "training.json").write_text(json.dumps(values, indent=1) + "\n")
