@@ -265,6 +265,10 @@ def train_lora(
     in_place: Annotated[float, typer.Option(help="Share of dialogues that are re-encoded as usual.")] = 0.15,
     seam: Annotated[int, typer.Option(help="Tokens at the start of each message that are computed again.")] = 0,
     distill: Annotated[float, typer.Option(help="Share of the loss that compares logits, not answers.")] = 0.0,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="Longer dialogues, and more of those that the state has to carry.")
+    ] = False,
+    start: Annotated[str | None, typer.Option(help="Adapter of the same rank and modules to go on from.")] = None,
     seed: Annotated[int, typer.Option(help="Of data and factors.")] = 1,
     every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
@@ -293,10 +297,10 @@ def train_lora(
         in_place=in_place,
         seam=seam,
         distill=distill,
+        stress=stress,
+        start=start,
     )
-    command.run(
-        model, out, settings, resume=resume, every=every, num_seeds=eval_seeds, each=eval_each, threads=threads
-    )
+    command.run(model, out, settings, resume=resume, every=every, num_seeds=eval_seeds, each=eval_each, threads=threads)
 
 
 def _bench(name: str, summary: str) -> None:

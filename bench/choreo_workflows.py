@@ -55,10 +55,10 @@ class Size:
     branches: int = 4
     voters: int = 16
     agents: int = 3
-    rounds: int = 3
-    requests: int = 16
+    rounds: int = 2
+    requests: int = 12
     message_tokens: int = 128
-    answer_tokens: int = 32
+    answer_tokens: int = 16
 
 
 class Draft:

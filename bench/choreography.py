@@ -166,10 +166,10 @@ def choreography(
     branches: Annotated[int, typer.Option(min=2, help="Proposals, parts or questions.")] = 4,
     voters: Annotated[int, typer.Option(min=1, help="Who read all proposals, each in an order of its own.")] = 16,
     agents: Annotated[int, typer.Option(min=2, help="Of a debate.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Of a debate.")] = 3,
-    requests: Annotated[int, typer.Option(min=1, help="Of the retrieval.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Of a debate.")] = 2,
+    requests: Annotated[int, typer.Option(min=1, help="Of the retrieval.")] = 12,
     message_tokens: Annotated[int, typer.Option(min=8, help="Length of a long message.")] = 128,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer that is not such a message.")] = 32,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer that is not such a message.")] = 16,
     contenders: Annotated[str, typer.Option(help="Names of a table's lines, with commas. All if left out.")] = "",
     seams: Annotated[
         str, typer.Option(help="Tokens at the start of a moved message that are computed again.")
@@ -180,7 +180,7 @@ def choreography(
     control: Annotated[bool, typer.Option(help="Time a model with attention alone as well.")] = True,
     speed: Annotated[bool, typer.Option(help="Time the workflows.")] = True,
     questions: Annotated[
-        int | None, typer.Option(min=0, help="Dialogues of each kind and seed; 0, or 10 for the embedded model.")
+        int | None, typer.Option(min=0, help="Dialogues of each kind and seed; 0, or 5 for the embedded model.")
     ] = None,
     question_seed: Annotated[int, typer.Option(help=f"The first of {EXAM_SEEDS} seeds of dialogues.")] = 601,
     data: Annotated[Path | None, typer.Option(help="Folder with real texts; ./data if it is there.")] = None,
@@ -227,7 +227,7 @@ def choreography(
         files = [target(path) for path in (as_json, plot) if path is not None]
     except HybridCacheError as error:
         raise typer.BadParameter(str(error)) from error
-    each = questions if questions is not None else 10 if model is None else 0
+    each = questions if questions is not None else 5 if model is None else 0
     rows, checks, scores = list[Row](), list[Check](), list[Score]()
     columns = (
         SpinnerColumn(),

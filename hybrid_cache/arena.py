@@ -386,9 +386,14 @@ class Arena:
         sources, targets = torch.tensor(moves, device=self._buffer.device).T
         self._rows[kind][targets] = self._rows[kind][sources]
 
-    def bytes_of(self, kind: Kind, item: int) -> Tensor:
-        """All bytes of one item, uint8."""
-        return self._rows[kind][item]
+    def bytes_of(self, kind: Kind, items: list[int], num_bytes: int) -> Tensor:
+        """The first bytes of some items, at most all of each: a copy, [items, num_bytes] uint8."""
+        return self._rows[kind][:, :num_bytes][torch.tensor(items, device=self._buffer.device)]
+
+    def write_bytes(self, kind: Kind, items: list[int], data: Tensor) -> None:
+        """Writes uint8 data into some items, one after the other."""
+        for item, piece in zip(items, torch.split(data, self._geometry.stride_bytes(kind)), strict=True):
+            self._rows[kind][item, : len(piece)] = piece
 
     def _layers(self, spec: CacheSpec) -> CacheTensors:
         """Views [pages, TILE, kv_heads, head_dim] and [slots, ...] of every layer, side by side inside an item."""

@@ -406,10 +406,17 @@ class HybridCache:
     def copy_slot(self, source: int, target: int) -> None:
         self._copy(Kind.SLOT, source, target)
 
-    def extra_bytes(self, stored: StoredMessage) -> list[Tensor]:
-        """The bytes beside rows and states of a message: a row of uint8 for each of its `extra` items."""
+    def extra_bytes(self, messages: Sequence[StoredMessage], num_bytes: int) -> Tensor:
+        """The first bytes beside rows and states of some messages: [n, num_bytes] uint8, a copy."""
         assert self._arena is not None
-        return [self._arena.bytes_of(self._extra_kind, item) for item in stored.extra]
+        items = [item for stored in messages for item in stored.extra]
+        each = self._arena.bytes_of(self._extra_kind, items, num_bytes).view(len(messages), -1)
+        return each[:, :num_bytes]
+
+    def write_extra(self, stored: StoredMessage, data: Tensor) -> None:
+        """Fills the bytes beside rows and states of a message that is not published yet. data [bytes] uint8."""
+        assert self._arena is not None
+        self._arena.write_bytes(self._extra_kind, stored.extra, data)
 
     @property
     def _extra_kind(self) -> Kind:

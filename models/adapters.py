@@ -94,6 +94,16 @@ class Adapter:
         pairs = (tensor for pair in self.factors.values() for tensor in pair)
         return sum(tensor.numel() for tensor in (*pairs, *self.replaced.values()))
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """As `save` takes them."""
+        named = {
+            f"{name.removesuffix('.weight')}{suffix}": factor
+            for name, pair in self.factors.items()
+            for suffix, factor in zip(FACTORS, pair, strict=True)
+        }
+        return named | dict(self.replaced)
+
     def parts(self, name: str) -> tuple[Tensor, ...]:
         """All that the change of this weight is computed from, beside the scale."""
         return self.factors[name] if name in self.factors else (self.replaced[name],)

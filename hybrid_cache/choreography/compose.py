@@ -11,7 +11,7 @@ With h the state before them, and message i doing h -> P_i h + S_i:
 From PICASO (Liu et al. 2025, arXiv 2502.17605). All float32; products of decays are sums of logarithms.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,28 +19,27 @@ from torch import Tensor
 from hybrid_cache.choreography.arrangement import Composition
 from hybrid_cache.choreography.effects import Transition
 
-Pairs = Sequence[tuple[Tensor, Tensor]]  # (p, S) of each message
 
+def compose(how: Composition, transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+    """The state after n messages, given in the order asked for.
 
-def compose(how: Composition, transition: Transition, h: Tensor, effects: Pairs) -> Tensor:
-    """The state after messages whose effects are given in the order asked for. h, S [*state_shape]."""
-    if len(effects) < 2:
+    h [*state_shape]   ps [n, ...] p of each, as the transition has it   sums [n, *state_shape] S of each
+    """
+    if len(sums) == 1:
         how = Composition.ORDERED
-    return _METHODS[how](transition, h, effects)
+    return _METHODS[how](transition, h, ps, sums)
 
 
-def ordered(transition: Transition, h: Tensor, effects: Pairs) -> Tensor:
-    for p, s in effects:
-        h = transition.apply(p, h).add_(s)  # a new tensor
-    return h
+def ordered(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+    return transition.follow(h, ps, sums)
 
 
-def rotations(transition: Transition, h: Tensor, effects: Pairs) -> Tensor:
-    turned = (ordered(transition, h, [*effects[i:], *effects[:i]]) for i in range(len(effects)))
+def rotations(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+    turned = (transition.follow(h, ps.roll(-i, 0), sums.roll(-i, 0)) for i in range(len(sums)))
     return torch.stack(list(turned)).mean(0)
 
 
-def permutations(transition: Transition, h: Tensor, effects: Pairs) -> Tensor:
+def permutations(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
     """S_k is multiplied with the mean, over all orders, of the product of the P that come after it.
 
     Of n - 1 others, m come later in a share 1 / n of the orders, each set of m equally often, so that mean is
@@ -48,9 +47,9 @@ def permutations(transition: Transition, h: Tensor, effects: Pairs) -> Tensor:
     """
     assert transition.commutes
     ones = torch.ones_like(h)
-    factors = [transition.apply(p, ones) for p, _ in effects]
+    factors = [transition.apply(p, ones) for p in ps]
     total = h * torch.stack(factors).prod(0)
-    for k, (_, s) in enumerate(effects):
+    for k, s in enumerate(sums):
         total = total + _mean_product(factors[:k] + factors[k + 1 :]) * s
     return total
 
@@ -68,15 +67,15 @@ def _mean_product(factors: list[Tensor]) -> Tensor:
     return torch.stack(means).mean(0)
 
 
-def mean(transition: Transition, h: Tensor, effects: Pairs) -> Tensor:
-    return torch.stack([transition.apply(p, h) + s for p, s in effects]).mean(0)
+def mean(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+    return torch.stack([transition.apply(p, h) for p in ps]).add_(sums).mean(0)
 
 
-def last(transition: Transition, h: Tensor, effects: Pairs) -> Tensor:
-    return ordered(transition, h, effects[-1:])
+def last(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+    return transition.follow(h, ps[-1:], sums[-1:])
 
 
-_METHODS: dict[Composition, Callable[[Transition, Tensor, Pairs], Tensor]] = {
+_METHODS: dict[Composition, Callable[[Transition, Tensor, Tensor, Tensor], Tensor]] = {
     Composition.ORDERED: ordered,
     Composition.ROTATIONS: rotations,
     Composition.PERMUTATIONS: permutations,

@@ -19,6 +19,8 @@ from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.kernels.runs import Run, arrange
 
+MOST_TERMS = 16  # noted before they are summed: they keep the rows of as many steps alive
+
 
 class Transition(Protocol):
     """How P of one state tensor is written down (`p`, float32) and what it does."""
@@ -33,6 +35,10 @@ class Transition(Protocol):
         """p of one run after another."""
         ...
 
+    def follow(self, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+        """h after n messages, one after the other. ps [n, ...] and sums [n, *state_shape]: p and S of each."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Decay:
@@ -42,6 +48,12 @@ class Decay:
 
     def apply(self, p: Tensor, h: Tensor) -> Tensor:
         return h * p.exp().view(-1, *[1] * (h.dim() - 1))
+
+    def follow(self, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+        first, later = _products(ps)
+        weights = later.exp().T[:, None]  # [heads, 1, n]
+        rows = sums.flatten(2).transpose(0, 1) if sums.dim() > 2 else sums.T[:, :, None]
+        return self.apply(first, h).add_(torch.bmm(weights, rows).view(h.shape))
 
     def join(self, first: Tensor, second: Tensor) -> Tensor:
         return first + second
@@ -60,6 +72,10 @@ class ChannelDecay:
     def join(self, first: Tensor, second: Tensor) -> Tensor:
         return first + second
 
+    def follow(self, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+        first, later = _products(ps)
+        return self.apply(first, h).add_(((later[:, :, None] * self.A).exp() * sums).sum(0))
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixTransition:
@@ -73,12 +89,41 @@ class MatrixTransition:
     def join(self, first: Tensor, second: Tensor) -> Tensor:
         return first @ second
 
+    def follow(self, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+        for p, s in zip(ps, sums, strict=True):
+            h = self.apply(p, h).add_(s)
+        return h
+
+
+def _products(ps: Tensor) -> tuple[Tensor, Tensor]:
+    """ps [n, ...], logarithms -> of the product of all, and of those after each."""
+    totals = ps.flip(0).cumsum(0).flip(0)
+    return totals[0], torch.cat([totals[1:], torch.zeros_like(ps[:1])])
+
 
 @dataclass(slots=True)
 class Effect:
-    """P of one run of tokens, as it is being computed: one tensor for each entry of `Anatomy.states`."""
+    """P of one run of tokens, as it is being computed: for each entry of `Anatomy.states`, terms of a sum, or a matrix.
 
-    transitions: list[Tensor] = field(default_factory=list)
+    A decoding sequence adds one term a step; they are summed now and then, since that takes longer than to note them.
+    """
+
+    terms: list[list[Tensor]] = field(default_factory=list)
+
+    def add(self, call: int, term: Tensor) -> None:
+        """term [tokens, ...]."""
+        if call == len(self.terms):
+            self.terms.append([])
+        terms = self.terms[call]
+        terms.append(term)
+        if len(terms) == MOST_TERMS:
+            self.terms[call] = [torch.cat(terms).sum(0, keepdim=True)]
+
+    def transitions(self) -> list[Tensor]:
+        """p for each state."""
+        return [
+            terms[0][0] if terms[0].shape[0] == len(terms) == 1 else torch.cat(terms).sum(0) for terms in self.terms
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +187,18 @@ class Recorder:
         heads = state.shape[1]
         for rows, effect in self._runs:
             length = rows.stop - rows.start
-            if call < len(effect.transitions):
-                pool = effect.transitions[call][None].clone()
+            if call < len(effect.terms):
+                pool = effect.terms[call][0].clone()
             else:
                 pool = torch.eye(size, device=state.device).expand(1, heads, size, size).contiguous()
             layout, _ = arrange([Run(0, length, 0, 0, False, [0] * -(-length // TILE), [])], [], packed=True)
             run(rows, replace(layout, num_rows=length), pool)  # no padding: nothing is multiplied by weights
-            self._set(effect, call, pool[0])
+            effect.terms[call : call + 1] = [[pool]]
 
     def _add(self, state: Tensor, kind: Callable[[], Transition], rows_of: Tensor) -> None:
         call = self._register(state, kind)
         for rows, effect in self._runs:
-            p = rows_of[rows].sum(0)
-            self._set(effect, call, p if call >= len(effect.transitions) else effect.transitions[call] + p)
+            effect.add(call, rows_of[rows])
 
     def _register(self, state: Tensor, kind: Callable[[], Transition]) -> int:
         call = self._calls
@@ -162,10 +206,3 @@ class Recorder:
         if self._learns:
             self._anatomy.states.append(StatePart(state, kind()))
         return call
-
-    @staticmethod
-    def _set(effect: Effect, call: int, p: Tensor) -> None:
-        if call < len(effect.transitions):
-            effect.transitions[call] = p
-        else:
-            effect.transitions.append(p)

@@ -280,8 +280,8 @@ class Stage:
         stored = self._cache.message(key)
         if stored is None:
             return None
-        pairs = zip(self._transitions(stored), self.anatomy.states, strict=True)
-        return [(p.clone(), part.state[stored.slot].clone()) for p, part in pairs]
+        pairs = zip(self._transitions([stored]), self.anatomy.states, strict=True)
+        return [(ps[0].clone(), part.state[stored.slot].clone()) for ps, part in pairs]
 
     # Tensors
 
@@ -289,13 +289,13 @@ class Stage:
         """Copies the rows of some messages to where a prompt wants them, and composes what they do to its states."""
         messages = [move.stored for move in moves if move.stored is not None]
         self._copy_rows(lease, moves)
-        transitions = zip(*(self._transitions(message) for message in messages), strict=True)
-        for part, ps in zip(self.anatomy.states, transitions, strict=False):
-            effects = [(p, part.state[message.slot]) for p, message in zip(ps, messages, strict=True)]
-            h = part.state[lease.slot]
-            h.copy_(compose(program.composition, part.transition, h, effects))
+        slots = torch.tensor([message.slot for message in messages])
+        for part, ps in zip(self.anatomy.states, self._transitions(messages), strict=True):
+            h, sums = part.state[lease.slot], part.state[slots.to(part.state.device)]
+            h.copy_(compose(program.composition, part.transition, h, ps, sums))
         for tensors in self._states:
-            for message in messages:
+            long = [i for i, message in enumerate(messages) if message.length >= tensors.conv.shape[1]]
+            for message in messages[long[-1] if long else 0 :]:  # what came before a long one has left the window
                 _slide(tensors.conv[lease.slot], tensors.conv[message.slot], message.length)
         for message in messages:
             self._cache.let_go(message, used=True)
@@ -312,14 +312,14 @@ class Stage:
         self._copy(np.concatenate(sources), np.concatenate(targets), np.concatenate(turns))
 
     def _copy(self, sources: np.ndarray, targets: np.ndarray, turns: np.ndarray) -> None:
+        device = self.anatomy.keys[0].kv.k.device
+        source, target, turn = (torch.from_numpy(x).to(device) for x in (sources, targets, turns))
         for rows in self.anatomy.keys:
-            device = rows.kv.k.device
-            source, target, turn = (torch.from_numpy(x).to(device) for x in (sources, targets, turns))
             relocate_keys(rows.kv, source, target, turn, rows.inv_freq, rows.first)
 
     def _store(self, program: Program, lease: Lease, span: Span, end: int) -> None:
         """Keeps the tokens [span.start, end) of a lease as a message, if the cache gives room."""
-        transitions = span.effect.transitions
+        transitions = span.effect.transitions()
         self._shapes = [t.shape for t in transitions]
         raw = torch.cat([t.flatten().float() for t in transitions]).view(torch.uint8) if transitions else None
         num_bytes = 0 if raw is None else len(raw)
@@ -334,17 +334,17 @@ class Stage:
             for part, p in zip(self.anatomy.states, transitions, strict=True):
                 part.state[stored.slot] -= part.transition.apply(p, part.state[span.base])
         if raw is not None:
-            items = self._cache.extra_bytes(stored)
-            for piece, item in zip(torch.split(raw, len(items[0])), items, strict=True):
-                item[: len(piece)] = piece
+            self._cache.write_extra(stored, raw)
         self._cache.publish_message(stored)
 
-    def _transitions(self, stored: StoredMessage) -> list[Tensor]:
+    def _transitions(self, messages: Sequence[StoredMessage]) -> list[Tensor]:
+        """p of some messages for each state, [n, ...]."""
         if not self._shapes:
             return []
         sizes = [shape.numel() for shape in self._shapes]
-        raw = torch.cat(self._cache.extra_bytes(stored))[: 4 * sum(sizes)].view(torch.float32)
-        return [p.view(shape) for p, shape in zip(torch.split(raw, sizes), self._shapes, strict=True)]
+        raw = self._cache.extra_bytes(messages, 4 * sum(sizes)).contiguous().view(torch.float32)
+        parts = zip(torch.split(raw, sizes, dim=1), self._shapes, strict=True)
+        return [ps.reshape(len(messages), *shape) for ps, shape in parts]
 
 
 def _rows(pages: Sequence[int], start: int, end: int) -> np.ndarray:

@@ -48,8 +48,11 @@ ENCODED: Mapping[str, tuple[composed.Encoded, ...]] = {
 }
 SCORED = (Reuse(), Reuse(state="zero"), Reuse("alone"), Reuse("alone", state="zero"), Reuse("in context"))
 SCORED_ANEW = (Reuse(), Reuse("alone"), Reuse("in order"), Reuse("in order", state="zero"))
+# What share of the training dialogues is about what, with stress on what the state has to carry.
+STRESS = {"recall": 0.20, "likes": 0.04, "last": 0.08, "count": 0.32, "order": 0.31, "chat": 0.05}
 POOL = 16  # batches whose rows are sorted by length together
 MESSAGES = 9  # most of a training dialogue
+FEWEST = 3  # of one under stress
 QUESTIONS = 4
 MOST_CONTEXT = 4
 MOST_NEW = 24  # tokens of an answer
@@ -74,6 +77,8 @@ class Settings:
     seam: int = 0
     distill: float = 0.0  # share of the loss that compares logits with the teacher's
     bf16: bool = True  # activations
+    stress: bool = False  # longer dialogues, more of those that the state has to carry
+    start: str | None = None  # an adapter of the same shape to go on from
 
     def __post_init__(self) -> None:
         bounds = {"rank": 1, "alpha": 0, "lr": 0, "steps": 1, "batch_size": 1, "seam": 0}
@@ -164,11 +169,12 @@ def load_base(folder: Path) -> tuple[net.Network, Codec]:
     return network, codec
 
 
-def lesson(rng: Random) -> Dialogue:
+def lesson(rng: Random, stress: bool) -> Dialogue:
     """Messages and questions about them; of a chat, its last exchange."""
-    dialogue = mixture(rng, WEIGHTS, MESSAGES, QUESTIONS)
-    while not (dialogue.questions or dialogue.trained):
-        dialogue = mixture(rng, WEIGHTS, MESSAGES, QUESTIONS)
+    weights, fewest = (STRESS, FEWEST) if stress else (WEIGHTS, 1)
+    dialogue = mixture(rng, weights, MESSAGES, QUESTIONS)
+    while not dialogue.trained and (len(dialogue.turns) < fewest or not dialogue.questions):
+        dialogue = mixture(rng, weights, MESSAGES, QUESTIONS)
     if dialogue.questions:
         return dialogue
     *turns, asked, reply = dialogue.turns
@@ -201,7 +207,7 @@ def batches(codec: Codec, settings: Settings, step: int) -> Iterator[list[Row]]:
         rng = Random(f"{settings.seed} {pool}")
         rows = []
         for _ in range(POOL * settings.batch_size):
-            dialogue = lesson(rng)
+            dialogue = lesson(rng, settings.stress)
             rows.append(row_of(codec, dialogue, examined(rng.choice(KINDS), rng).turns, settings, rng))
         rows.sort(key=len)
         slices = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
@@ -290,6 +296,8 @@ class Run:
         (teacher, codec), (student, _) = load_base(folder), load_base(folder)
         torch.manual_seed(settings.seed)
         trained = attach(student, settings.lora(folder.name))
+        if settings.start is not None:
+            _copy_adapter(settings.start, trained)
         optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         return cls(settings, teacher.requires_grad_(False), student, codec, trained, optimizer)
 
@@ -351,6 +359,16 @@ class Run:
         state = {i: {k: tensors[f"{k}.{name}"] for k in keys} for i, name in enumerate(self.trained)}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state if keys else {}})
         self.step = int(facts["step"])
+
+
+@torch.no_grad()
+def _copy_adapter(path: str, trained: Mapping[str, nn.Parameter]) -> None:
+    """Raises ConfigError if it changes other weights, or has another rank."""
+    tensors = adapters.load(path).tensors
+    if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trained.items()}:
+        raise ConfigError(f"adapter {path} does not have the rank and the modules of this run")
+    for name, p in trained.items():
+        p.copy_(tensors[name])
 
 
 def _logits(network: net.Network, batch: net.Batch, targets: rw.Targets) -> Tensor:
