@@ -304,6 +304,28 @@ def test_batches_depend_on_the_step_alone_and_hold_the_reuse_that_was_asked_for(
     assert all(row.seam == seam and len(rows) == 4 for rows in first for row in rows)
 
 
+def test_a_run_can_go_on_from_another_adapter(folder: Path, codec: Codec, tmp_path: Path) -> None:
+    first = trained(folder, tmp_path / "first")
+    run = lora.Run.start(folder, replace(SETTINGS, seed=9, start=str(tmp_path / "first")))
+    assert all(torch.equal(run.trained[f"{n[:-7]}.lora_B.weight"], B.float()) for n, (_, B) in first.items())
+    with pytest.raises(ConfigError, match="does not have the rank and the modules"):
+        lora.Run.start(folder, replace(SETTINGS, rank=3, start=str(tmp_path / "first")))
+
+
+def test_under_stress_more_dialogues_are_about_count_and_order_and_none_is_short() -> None:
+    def lessons(stress: bool) -> list[Dialogue]:
+        rng = Random(1)
+        return [lora.lesson(rng, stress) for _ in range(400)]
+
+    def share(found: list[Dialogue]) -> float:
+        return sum(d.questions[0].kind in ("count", "order") for d in found) / len(found)
+
+    calm, stressed = lessons(False), lessons(True)
+    assert share(stressed) > share(calm) + 0.05
+    assert all(len(d.turns) >= lora.FEWEST or d.questions[0].kind == "chat" for d in stressed)
+    assert any(len(d.turns) < lora.FEWEST and d.questions[0].kind != "chat" for d in calm)
+
+
 def test_distillation_is_zero_where_student_and_teacher_agree(folder: Path, codec: Codec) -> None:
     run = lora.Run.start(folder, replace(SETTINGS, distill=1.0))
     with torch.no_grad():
