@@ -27,6 +27,7 @@ class ChatRenderer:
         self._tokenizer = text.tokenizer
         self._encoder = ChatEncoder(text.tokenizer, text.chat_templates)
         self._preamble = self._what_comes_first()
+        self._openings: dict[str, TokenArray] = {}
         answered = self._render([("user", PROBE), ("assistant", PROBE)])
         end = answered[answered.rindex(PROBE) + len(PROBE) :]
         self.closing = tuple(self._tokenizer.encode(end))
@@ -44,9 +45,11 @@ class ChatRenderer:
 
     def opening(self, role: str) -> TokenArray:
         """As for the assistant, with the name of the role in its place."""
-        before = self._render([("user", PROBE)])
-        opening = self._render([("user", PROBE)], opening=True).removeprefix(before)
-        return self._tokens(opening if role == "assistant" else opening.replace("assistant", role))
+        if role not in self._openings:
+            before = self._render([("user", PROBE)])
+            opening = self._render([("user", PROBE)], opening=True).removeprefix(before)
+            self._openings[role] = self._tokens(opening if role == "assistant" else opening.replace("assistant", role))
+        return self._openings[role]
 
     def text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode([t for t in tokens if t not in self._tokenizer.special_ids])
