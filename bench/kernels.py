@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hybrid_cache.bench.kernel_cases import Case, Timed, cases
 from hybrid_cache.kernels import dispatch, mamba_ssm_ops
+from hybrid_cache.kernels.memory import large_pages
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.torch_ops import TorchOps
 
@@ -62,7 +63,9 @@ class Result:
 
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
-    buffer = torch.ones(BUFFER[device.type] // 4, device=device)
+    on_cpu, size = device.type == "cpu", BUFFER[device.type]
+    buffer = (large_pages(size) if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)).view(torch.float32)
+    buffer.fill_(1)
     read = min(_rounds([lambda: buffer.sum()], device, rounds=5)[0])
     fastest = 0.0
     for size in MATRIX[device.type]:

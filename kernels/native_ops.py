@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hybrid_cache.kernels import native_library
 from hybrid_cache.kernels.layout import TILE, RowLayout
-from hybrid_cache.kernels.ops import KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
+from hybrid_cache.kernels.memory import Pool
+from hybrid_cache.kernels.ops import KVTensors, Linear, Mamba1Weights, Mamba2Weights, NormWeights, StateTensors
 from hybrid_cache.kernels.torch_ops import TorchOps
 
 MAX_CONV_WIDTH = 8  # MAX_WIDTH in conv.h
@@ -89,6 +90,20 @@ class _Unit(ctypes.Structure):
     )
 
 
+class _Linear(ctypes.Structure):
+    _fields_ = (("in_features", c_int64), ("out_features", c_int64), ("weight", c_void_p), ("bias", c_void_p))
+
+
+class _Residual(ctypes.Structure):
+    _fields_ = (
+        ("hidden", c_void_p),
+        *((name, c_int64) for name in ("num_rows", "size")),
+        ("norm", c_void_p),
+        *((name, c_float) for name in ("eps", "multiplier")),
+        *((name, c_int64) for name in ("max_threads", "min_values")),
+    )
+
+
 # Argument types: p pointer, i int64, f float.
 _SIGNATURES = {
     "mamba2": "pppppipipii",
@@ -107,6 +122,10 @@ _SIGNATURES = {
     "rg_lru": "ppppiii",
     "linear": "piiiipppi",
     "linear_supported": "",
+    "add_gated_mlp": "pppp",
+    "add_gated_mlp_scratch": "ppp",
+    "add_mamba2": "ppppppipip",
+    "add_mamba2_scratch": "ppppp",
     "rms_norm": "piiipfpii",
     "silu_mul": "piiipii",
     "rotary": "piiiipppii",
@@ -175,15 +194,18 @@ def _prepare_heads(*rows: Tensor) -> _Prepared:
 class NativeLinear:
     """A bfloat16 weight in the panels of linear.c. Each output sums in one order, whatever the number of rows."""
 
-    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, library: ctypes.CDLL, memory: Pool, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
         num_panels = -(-self.out_features // PANEL)
         padded = torch.zeros(num_panels * PANEL, self.in_features, dtype=weight.dtype)
         padded[: self.out_features] = weight
-        self._weight = padded.view(num_panels, PANEL, -1, 2).transpose(1, 2).contiguous()
+        self._weight = memory.empty((num_panels, self.in_features // 2, PANEL, 2), weight.dtype)
+        self._weight.copy_(padded.view(num_panels, PANEL, -1, 2).transpose(1, 2))
         self._bias = None if bias is None else bias.float().contiguous()
         self._weight_address = self._weight.data_ptr()
         self._bias_address = None if self._bias is None else self._bias.data_ptr()
+        self._structure = _Linear(self.in_features, self.out_features, self._weight_address, self._bias_address)
+        self.address = ctypes.addressof(self._structure)
         self._linear = library.linear
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -213,12 +235,13 @@ class NativeOps(TorchOps):
         self._weights: dict[int, _Prepared] = {}
         self._scans: dict[int, tuple[Mamba1Weights, list[Tensor]]] = {}
         self._convs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weight, taps, bias
+        self._memory = Pool()
         self._scratch = threading.local()
         self._multiplies_bfloat16 = bool(self._c.linear_supported())
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         if self._multiplies_bfloat16 and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0:
-            return NativeLinear(self._c, weight, bias)
+            return NativeLinear(self._c, self._memory, weight, bias)
         return super().linear(weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -319,6 +342,39 @@ class NativeOps(TorchOps):
             *(self._scratch_memory(self._c.mamba2_scratch(rows, w, threads)), threads, zxbcdt.dtype is torch.bfloat16),
         )
         return out
+
+    def add_gated_mlp(
+        self, hidden: Tensor, norm: NormWeights, multiplier: float, gate_up: Linear, down: Linear
+    ) -> None:
+        task = _residual(hidden, norm, multiplier)
+        if task is None or not isinstance(gate_up, NativeLinear) or not isinstance(down, NativeLinear):
+            super().add_gated_mlp(hidden, norm, multiplier, gate_up, down)
+            return
+        arguments = (ctypes.addressof(task), gate_up.address, down.address)
+        self._c.add_gated_mlp(*arguments, self._scratch_memory(self._c.add_gated_mlp_scratch(*arguments)))
+
+    def add_mamba2(
+        self,
+        hidden: Tensor,
+        norm: NormWeights,
+        multiplier: float,
+        into: Linear,
+        out: Linear,
+        weights: Mamba2Weights,
+        layout: RowLayout,
+        cache: StateTensors,
+    ) -> None:
+        task = _residual(hidden, norm, multiplier)
+        simple = weights.conv_weight.shape[1] <= MAX_CONV_WIDTH and cache.conv.dtype is torch.bfloat16
+        if not simple or task is None or not isinstance(into, NativeLinear) or not isinstance(out, NativeLinear):
+            super().add_mamba2(hidden, norm, multiplier, into, out, weights, layout, cache)
+            return
+        parts = (into.address, out.address, self._layout_address(layout), self._mamba2_address(weights))
+        arguments = (ctypes.addressof(task), *parts)
+        self._c.add_mamba2(
+            *(*arguments, cache.conv.data_ptr(), cache.conv.stride(0), cache.state.data_ptr(), cache.state.stride(0)),
+            self._scratch_memory(self._c.add_mamba2_scratch(*arguments)),
+        )
 
     def mamba1_scan(
         self,
@@ -435,6 +491,14 @@ class NativeOps(TorchOps):
         if memory is None or len(memory) < num_floats:
             memory = self._scratch.memory = torch.empty(num_floats + num_floats // 4 + LANES)
         return memory.data_ptr()
+
+
+def _residual(hidden: Tensor, norm: NormWeights, multiplier: float) -> _Residual | None:
+    """None where C has no code for these tensors."""
+    if hidden.dtype is not torch.bfloat16 or norm.weight.dtype is not torch.bfloat16 or not hidden.is_contiguous():
+        return None
+    threads = (torch.get_num_threads(), MIN_VALUES_FOR_THREADS)
+    return _Residual(hidden.data_ptr(), *hidden.shape, norm.weight.data_ptr(), norm.eps, multiplier, *threads)
 
 
 def _threads(num_values: int) -> int:

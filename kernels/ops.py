@@ -62,6 +62,14 @@ class Mamba2Weights:
 
 
 @dataclass(frozen=True, slots=True)
+class NormWeights:
+    """Of a root-mean-square norm."""
+
+    weight: Tensor  # [hidden]
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Mamba1Weights:
     """Weights of a Mamba-1 scan (Gu and Dao 2023)."""
 
@@ -155,6 +163,29 @@ class Ops(Protocol):
 
         zxbcdt [R, 2 * H * P + 2 * G * N + H]: gate z, then x, B, C (convolved), then dt -> [R, H * P]
         """
+        ...
+
+    def add_gated_mlp(
+        self, hidden: Tensor, norm: NormWeights, multiplier: float, gate_up: Linear, down: Linear
+    ) -> None:
+        """hidden += multiplier * down(silu_mul(gate_up(rms_norm(hidden)))), with the bits of these operations.
+
+        hidden [R, hidden] changes in place.
+        """
+        ...
+
+    def add_mamba2(
+        self,
+        hidden: Tensor,
+        norm: NormWeights,
+        multiplier: float,
+        into: Linear,
+        out: Linear,
+        weights: Mamba2Weights,
+        layout: RowLayout,
+        cache: StateTensors,
+    ) -> None:
+        """hidden += multiplier * out(mamba2(into(rms_norm(hidden)))), as `add_gated_mlp`."""
         ...
 
     def causal_conv(

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from hybrid_cache.kernels import runs
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
-from hybrid_cache.kernels.ops import Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
+from hybrid_cache.kernels.ops import (
+    Experts,
+    KVTensors,
+    Linear,
+    Mamba1Weights,
+    Mamba2Weights,
+    NormWeights,
+    StateTensors,
+)
 from hybrid_cache.kernels.runs import Run, Runs
 
 # gelu with tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
@@ -31,6 +39,17 @@ _GELU_CUBIC = 0.044715 * _GELU_LINEAR
 P = ParamSpec("P")
 R = TypeVar("R")
 ScanTile = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # as `_scan_tile`
+
+
+def add(hidden: Tensor, y: Tensor, multiplier: float = 1.0) -> Tensor:
+    """hidden += multiplier * y, both of them in place.
+
+    Two exact steps: a fused multiply-add may round differently at the end of a tensor than inside it.
+    """
+    if multiplier != 1.0:
+        y *= multiplier
+    hidden += y
+    return hidden
 
 
 class PlainLinear:
@@ -141,6 +160,26 @@ class TorchOps:
 
     def gelu_tanh_mul(self, x: Tensor) -> Tensor:
         return self._fused(_gelu_tanh_mul)(x)
+
+    def add_gated_mlp(
+        self, hidden: Tensor, norm: NormWeights, multiplier: float, gate_up: Linear, down: Linear
+    ) -> None:
+        x = self.rms_norm(hidden, norm.weight, norm.eps)
+        add(hidden, down(self.silu_mul(gate_up(x))), multiplier)
+
+    def add_mamba2(
+        self,
+        hidden: Tensor,
+        norm: NormWeights,
+        multiplier: float,
+        into: Linear,
+        out: Linear,
+        weights: Mamba2Weights,
+        layout: RowLayout,
+        cache: StateTensors,
+    ) -> None:
+        x = self.rms_norm(hidden, norm.weight, norm.eps)
+        add(hidden, out(self.mamba2(into(x), weights, layout, cache)), multiplier)
 
     def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
         return self._fused(_rotary)(x, positions, inv_freq)

@@ -81,8 +81,7 @@ class Layer:
         return hidden
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        hidden += _times(self._mlp(self._mlp_norm(hidden)), self._mlp_out)
-        return hidden
+        return self._mlp.add_to(hidden, self._mlp_norm, self._mlp_out)
 
 
 def _times(x: Tensor, multiplier: float) -> Tensor:
@@ -154,7 +153,7 @@ def _mlp(config: Config, weights: Weights, ops: Ops, gate_multiplier: float) -> 
     bias = config.flag("mlp_bias", False)
     gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias)
     down = linear(ops, weights, {"down_proj": hidden}, inner, bias=bias)
-    return MLP(gate_up, down, _silu_mul(ops, gate_multiplier))
+    return MLP(ops, gate_up, down, _silu_mul(ops, gate_multiplier))
 
 
 def _silu_mul(ops: Ops, multiplier: float) -> Callable[[Tensor], Tensor]:

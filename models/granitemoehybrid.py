@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.kernels.torch_ops import add
 from hybrid_cache.models.blocks.attention import Attention, Rotary
 from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
 from hybrid_cache.models.blocks.feed_forward import MLP, MoE, softmax_of_chosen
@@ -67,21 +68,15 @@ class Layer:
         self.shapes = (self._mixer.shape, self._mlp.shape, *([self._moe.shape] if self._moe else []))
 
     def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        return self._add(hidden, self._mixer(self._mixer_norm(hidden), batch, tensors))
+        return self._mixer.add_to(hidden, self._mixer_norm, batch, tensors, self._multiplier)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
+        if self._moe is None:
+            return self._mlp.add_to(hidden, self._mlp_norm, self._multiplier)
         x = self._mlp_norm(hidden)
         y = self._mlp(x)
-        if self._moe is not None:
-            y += self._moe(x)
-        return self._add(hidden, y)
-
-    def _add(self, hidden: Tensor, y: Tensor) -> Tensor:
-        # Two exact steps: a fused multiply-add may round differently at the end of a tensor than inside it.
-        if self._multiplier != 1.0:
-            y *= self._multiplier
-        hidden += y
-        return hidden
+        y += self._moe(x)
+        return add(hidden, y, self._multiplier)
 
 
 def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Mamba2:
@@ -142,7 +137,7 @@ _MIXERS: dict[str, Callable[[Config, Weights, Ops, torch.dtype], Mamba2 | Attent
 def _shared_mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("shared_intermediate_size", 1024)
     gate_up = linear(ops, weights, {"input_linear": 2 * inner}, hidden)
-    return MLP(gate_up, linear(ops, weights, {"output_linear": hidden}, inner), ops.silu_mul)
+    return MLP(ops, gate_up, linear(ops, weights, {"output_linear": hidden}, inner))
 
 
 def _moe(config: Config, weights: Weights, ops: Ops) -> MoE | None:

@@ -116,7 +116,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
 def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
     gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(gate_up, linear(ops, weights, {"down_proj": hidden}, inner), ops.silu_mul)
+    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner))
 
 
 def _moe(config: Config, weights: Weights, ops: Ops) -> MoE:

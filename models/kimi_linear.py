@@ -202,7 +202,7 @@ def moe(
 def mlp(config: Config, inner: int, weights: Weights, ops: Ops) -> MLP:
     hidden = config.integer("hidden_size")
     gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(gate_up, linear(ops, weights, {"down_proj": hidden}, inner), ops.silu_mul)
+    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner))
 
 
 def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:

@@ -126,7 +126,7 @@ def _mlp(index: int, config: Config, weights: Weights, ops: Ops) -> MLP:
 def swiglu(hidden: int, inner: int, weights: Weights, ops: Ops) -> MLP:
     """With the weight names that all LFM2 models use."""
     gate_up = linear(ops, weights, {"w1": inner, "w3": inner}, hidden)
-    return MLP(gate_up, linear(ops, weights, {"w2": hidden}, inner), ops.silu_mul)
+    return MLP(ops, gate_up, linear(ops, weights, {"w2": hidden}, inner))
 
 
 def _inner(config: Config) -> int:

@@ -57,12 +57,10 @@ class Layer:
         self.shapes = (self._attention.shape, self._mlp.shape)
 
     def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        hidden += self._attention(self._attention_norm(hidden), batch, tensors)
-        return hidden
+        return self._attention.add_to(hidden, self._attention_norm, batch, tensors)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        hidden += self._mlp(self._mlp_norm(hidden))
-        return hidden
+        return self._mlp.add_to(hidden, self._mlp_norm)
 
 
 def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Attention:
@@ -86,7 +84,7 @@ def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
     bias = config.flag("mlp_bias", False)
     gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias)
-    return MLP(gate_up, linear(ops, weights, {"down_proj": hidden}, inner, bias=bias), ops.silu_mul)
+    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner, bias=bias))
 
 
 def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:

@@ -62,8 +62,7 @@ class DeltaLayer:
         return hidden
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        hidden += self._mlp(self._mlp_norm(hidden))
-        return hidden
+        return self._mlp.add_to(hidden, self._mlp_norm)
 
 
 class AttentionLayer:
@@ -156,7 +155,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
 def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 11008)
     gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(gate_up, linear(ops, weights, {"down_proj": hidden}, inner), ops.silu_mul)
+    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner))
 
 
 def _norm(names: list[str], config: Config, weights: Weights, ops: Ops) -> Norm:

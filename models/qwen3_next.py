@@ -202,7 +202,7 @@ def mlp(config: Config, width: str, default: int, weights: Weights, ops: Ops) ->
     """`width`: name of the field that says how wide it is."""
     hidden, inner = config.integer("hidden_size"), config.integer(width, default)
     gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(gate_up, linear(ops, weights, {"down_proj": hidden}, inner), ops.silu_mul)
+    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner))
 
 
 def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:

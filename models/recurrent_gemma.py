@@ -71,8 +71,7 @@ class Layer:
         return hidden
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        hidden += self._mlp(self._mlp_norm(hidden))
-        return hidden
+        return self._mlp.add_to(hidden, self._mlp_norm)
 
 
 def _kinds(config: Config) -> list[str]:
@@ -120,7 +119,7 @@ _MIXERS: dict[str, Mixer] = {"recurrent": _recurrent, "attention": _attention}
 def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 7680, at_least=2) // 2
     gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=True)
-    return MLP(gate_up, linear(ops, weights, {"down_proj": hidden}, inner, bias=True), ops.gelu_tanh_mul)
+    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner, bias=True), ops.gelu_tanh_mul)
 
 
 def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:

@@ -163,7 +163,7 @@ def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     config.choice("hidden_act", "gelu", ["gelu"])
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 14848)
     gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(gate_up, linear(ops, weights, {"down_proj": hidden}, inner), ops.gelu_mul)
+    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner), ops.gelu_mul)
 
 
 def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:

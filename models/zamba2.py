@@ -86,8 +86,7 @@ class MambaLayer:
 
     def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
         """Overwrites `hidden`."""
-        hidden += self.mix(hidden, batch, next(tensors))
-        return hidden
+        return self._mamba.add_to(hidden, self._norm, batch, next(tensors))
 
     def mix(self, x: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
         return self._mamba(self._norm(x), batch, tensors)
@@ -167,7 +166,7 @@ class BlockUse:
             rotary=block.rotary,
         )
         self._mlp_norm = block.mlp_norm
-        self._mlp = MLP(gate_up, block.down, ops.gelu_mul)
+        self._mlp = MLP(ops, gate_up, block.down, ops.gelu_mul)
         adapters = [*gate_up.adapters, *(qkv.adapters if isinstance(qkv, AdaptedLinear) else [])]
         adapter_shapes = (shape for adapter in adapters for shape in adapter.shapes)
         self.shapes: tuple[LayerShape, ...] = (self._attention.shape, self._mlp.shape, *adapter_shapes)

@@ -3,6 +3,7 @@
  * W is packed in panels of 64 outputs, [panels, in / 2, 64, 2], so a panel is read as one stream. Each output is one
  * accumulator that takes the inputs in order, two at a time, whatever the number of rows: bits cannot depend on it.
  */
+#include "calls.h"
 #include "vec.h"
 
 #define PANEL 64
@@ -68,7 +69,7 @@ void linear(const uint16_t *x, int64_t stride, int64_t num_rows, int64_t in, int
         const uint16_t *panel = weight + p * in * PANEL;
         const float *b = bias ? bias + p * PANEL : 0;
         const int64_t n = out - p * PANEL < PANEL ? out - p * PANEL : PANEL;
-        some_rows(x, stride, in, panel, b, y + p * PANEL, out, n, num_rows, 4096);
+        some_rows(x, stride, in, panel, b, y + p * PANEL, out, n, num_rows, 8192);
         for (int64_t r = BLOCK_ROWS; r < num_rows; r += BLOCK_ROWS)
             some_rows(x + r * stride, stride, in, panel, b, y + r * out + p * PANEL, out, n, num_rows - r, 0);
     }

@@ -14,6 +14,7 @@
  * Three phases with a barrier between them: what heads share (B, C, C.B, dt), heads, rows. Threads split each phase by
  * tile and group, by head, by row, so no sum depends on their number.
  */
+#include "calls.h"
 #include "conv.h"
 #include "tile.h"
 

@@ -1,4 +1,5 @@
 /* Operations on single rows. Inputs have `stride` elements from one row to the next, outputs are contiguous. */
+#include "calls.h"
 #include "vec.h"
 
 INLINE void norm_rows(const void *x, int64_t stride, int64_t num_rows, int64_t size, const void *weight, float eps,

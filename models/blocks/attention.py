@@ -9,6 +9,7 @@ from torch import Tensor
 from hybrid_cache.batch import ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import KVTensors, Linear, Ops
+from hybrid_cache.kernels.torch_ops import add
 from hybrid_cache.models.blocks.common import CacheEntry, Norm, sigmoid
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape
@@ -99,6 +100,12 @@ class Attention:
         if gate is not None:
             y = (y.float() * sigmoid(gate)).to(y.dtype)
         return self._out(y.flatten(1))
+
+    def add_to(
+        self, hidden: Tensor, norm: Norm, batch: ForwardBatch, cache: CacheEntry, multiplier: float = 1.0
+    ) -> Tensor:
+        """hidden += multiplier * self(norm(hidden), batch, cache), in place."""
+        return add(hidden, self(norm(hidden), batch, cache), multiplier)
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hybrid_cache.batch import ForwardBatch
 from hybrid_cache.kernels.layout import MIN_ROWS
-from hybrid_cache.kernels.ops import KVTensors, Linear, Ops, StateTensors
+from hybrid_cache.kernels.ops import KVTensors, Linear, NormWeights, Ops, StateTensors
 from hybrid_cache.models.shapes import LinearShape
 from hybrid_cache.models.weights import Weights
 
@@ -42,11 +42,11 @@ class Norm:
         self.size = size
         self._rms_norm = ops.rms_norm
         name = f"{name}.weight"
-        self._weight = 1.0 + weights.take_float32(name, size) if plus_one else weights.take(name, size)
-        self._eps = eps
+        weight = 1.0 + weights.take_float32(name, size) if plus_one else weights.take(name, size)
+        self.weights = NormWeights(weight, eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._rms_norm(x, self._weight, self._eps)
+        return self._rms_norm(x, self.weights.weight, self.weights.eps)
 
 
 class PlainNorm:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.ops import Experts, Linear, Ops
-from hybrid_cache.models.blocks.common import sigmoid
+from hybrid_cache.kernels.torch_ops import add
+from hybrid_cache.models.blocks.common import Norm, sigmoid
 from hybrid_cache.models.shapes import MLPShape, MoEShape, SharedMoEShape
 from hybrid_cache.models.weights import Scope, Weights
 
@@ -14,16 +15,26 @@ Router = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class MLP:
-    """Gated feed-forward layer; `gate_mul` is `ops.silu_mul` or `ops.gelu_mul`."""
+    """Gated feed-forward layer; without `gate_mul`, `ops.silu_mul`."""
 
-    def __init__(self, gate_up: Linear, down: Linear, gate_mul: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, ops: Ops, gate_up: Linear, down: Linear, gate_mul: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self._gate_up = gate_up
         self._down = down
-        self._gate_mul = gate_mul
+        self._gate_mul = gate_mul or ops.silu_mul
+        self._add_at_once = ops.add_gated_mlp if gate_mul is None else None
         self.shape = MLPShape(gate_up.in_features, down.in_features)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._down(self._gate_mul(self._gate_up(x)))
+
+    def add_to(self, hidden: Tensor, norm: Norm, multiplier: float = 1.0) -> Tensor:
+        """hidden += multiplier * self(norm(hidden)), in place."""
+        if self._add_at_once is None:
+            return add(hidden, self(norm(hidden)), multiplier)
+        self._add_at_once(hidden, norm.weights, multiplier, self._gate_up, self._down)
+        return hidden
 
 
 class PlainMLP:

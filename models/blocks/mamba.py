@@ -7,7 +7,8 @@ from torch import Tensor
 
 from hybrid_cache.batch import ForwardBatch
 from hybrid_cache.kernels.ops import Linear, Mamba1Weights, Mamba2Weights, Ops, StateTensors
-from hybrid_cache.models.blocks.common import CacheEntry, RowNorm, linear, softplus
+from hybrid_cache.kernels.torch_ops import add
+from hybrid_cache.models.blocks.common import CacheEntry, Norm, RowNorm, linear, softplus
 from hybrid_cache.models.shapes import Mamba1Shape, Mamba2Shape
 from hybrid_cache.models.weights import Weights
 
@@ -38,6 +39,7 @@ class Mamba2:
         """
         s = self.shape = shape
         self._mamba2 = ops.mamba2
+        self._add_at_once = ops.add_mamba2
         self._in = linear(ops, weights, {"in_proj": s.projected}, s.hidden, bias=proj_bias)
         self._multipliers = multipliers
         self._weights = Mamba2Weights(
@@ -70,6 +72,16 @@ class Mamba2:
             dt = softplus(zxbcdt[:, -w.num_heads :].float() + w.dt_bias).clamp(w.dt_min, w.dt_max)
             batch.effects.decay(cache.state, dt * w.A)
         return self._out(self._mamba2(zxbcdt, self._weights, batch.layout, cache))
+
+    def add_to(
+        self, hidden: Tensor, norm: Norm, batch: ForwardBatch, cache: CacheEntry, multiplier: float = 1.0
+    ) -> Tensor:
+        """hidden += multiplier * self(norm(hidden), batch, cache), in place."""
+        assert isinstance(cache, StateTensors)
+        if self._multipliers is not None or batch.effects is not None:
+            return add(hidden, self(norm(hidden), batch, cache), multiplier)
+        self._add_at_once(*(hidden, norm.weights, multiplier, self._in, self._out, self._weights), batch.layout, cache)
+        return hidden
 
 
 class Mamba1:

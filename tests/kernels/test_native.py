@@ -1,12 +1,17 @@
 """What the C code promises beyond `test_exactness.py`: bits do not depend on threads, nor on how rows lie in memory."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from hybrid_cache.kernels import native_ops
 from hybrid_cache.kernels.native_ops import NativeOps
+from hybrid_cache.kernels.ops import NormWeights, StateTensors
 from hybrid_cache.kernels.parity import BATCHES, play
+from hybrid_cache.kernels.problems import Mamba2Problem
 from hybrid_cache.kernels.runs import Run, arrange
+from hybrid_cache.kernels.torch_ops import TorchOps
 from tests.kernels.compiler import compiler_needed
 
 pytestmark = compiler_needed
@@ -69,3 +74,78 @@ def test_rows_of_no_token_come_out_as_zeros(problem):
     assert out[:70].isfinite().all()
     assert out[128].isfinite().all()
     assert not out[70:128].any()
+
+
+HIDDEN = 72
+
+
+def bfloat16(*shape):
+    return torch.randn(shape).to(torch.bfloat16)
+
+
+def linear(ops, inner, outer, bias=False):
+    return ops.linear(bfloat16(outer, inner) / inner**0.5, bfloat16(outer) if bias else None)
+
+
+class Residual:
+    """A Mamba-2 layer between two products, added to its rows: in one call or, `stepwise`, in several."""
+
+    name = "residual mamba2"
+
+    def __init__(self, ops, problem, multiplier, stepwise):
+        torch.manual_seed(0)
+        w = self._weights = problem.weights
+        inner = w.num_heads * w.head_dim
+        self._norm, self._multiplier = NormWeights(bfloat16(HIDDEN), 1e-5), multiplier
+        self._into = linear(ops, HIDDEN, 2 * inner + 2 * w.num_groups * w.d_state + w.num_heads)
+        self._out = linear(ops, inner, HIDDEN)
+        self._add = partial(TorchOps.add_mamba2, ops) if stepwise else ops.add_mamba2
+        self.cache = problem.cache
+
+    def inputs(self, num_tokens, rng):
+        return [torch.randn(num_tokens, HIDDEN, generator=rng).to(torch.bfloat16)]
+
+    def apply(self, ops, inputs, layout, cache):
+        [hidden] = inputs
+        tensors = StateTensors(conv=cache[0], state=cache[1])
+        self._add(hidden, self._norm, self._multiplier, self._into, self._out, self._weights, layout, tensors)
+        return hidden
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("multiplier", [1.0, 0.22])
+@pytest.mark.parametrize("rows", [1, 4, 77])
+def test_a_residual_mlp_in_one_call_has_the_bits_of_its_operations(rows, multiplier, threads, num_threads, monkeypatch):
+    monkeypatch.setattr(native_ops, "MIN_VALUES_FOR_THREADS", 0)
+    num_threads(threads)
+    torch.manual_seed(0)
+    ops, hidden, norm = NativeOps(), bfloat16(rows, HIDDEN), NormWeights(bfloat16(HIDDEN), 1e-5)
+    gate_up, down = linear(ops, HIDDEN, 176, bias=True), linear(ops, 88, HIDDEN, bias=True)
+    expected = hidden.clone()
+    TorchOps.add_gated_mlp(ops, expected, norm, multiplier, gate_up, down)
+    assert not torch.equal(expected, hidden)
+    ops.add_gated_mlp(hidden, norm, multiplier, gate_up, down)
+    assert torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.22])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_residual_mamba2_in_one_call_has_the_bits_of_its_operations(batch, multiplier):
+    ops, problem = NativeOps(), Mamba2Problem(torch.bfloat16, torch.Generator().manual_seed(1))
+    found, expected = (
+        [
+            x.nan_to_num(nan=-1.0)
+            for part in play(ops, Residual(ops, problem, multiplier, way), BATCHES[batch])
+            for x in part
+        ]
+        for way in (False, True)
+    )
+    assert same(found, expected)
+
+
+def test_a_residual_part_is_one_call_into_c(monkeypatch):
+    ops, hidden, norm = NativeOps(), bfloat16(2, HIDDEN), NormWeights(bfloat16(HIDDEN), 1e-5)
+    if not isinstance(ops.linear(bfloat16(64, 64)), native_ops.NativeLinear):
+        pytest.skip("no AVX512-BF16: products stay with torch")
+    monkeypatch.setattr(TorchOps, "add_gated_mlp", None)
+    ops.add_gated_mlp(hidden, norm, 1.0, linear(ops, HIDDEN, 176), linear(ops, 88, HIDDEN))

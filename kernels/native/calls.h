@@ -1,0 +1,21 @@
+/* Entry points that other files call too. */
+#ifndef HYBRID_CACHE_CALLS_H
+#define HYBRID_CACHE_CALLS_H
+
+#include "layout.h"
+
+void linear(const uint16_t *x, int64_t stride, int64_t num_rows, int64_t in, int64_t out, const uint16_t *weight,
+            const float *bias, uint16_t *y, int64_t num_threads);
+
+void rms_norm(const void *x, int64_t stride, int64_t num_rows, int64_t size, const void *weight, float eps, void *out,
+              int64_t num_threads, int64_t bf16);
+
+void silu_mul(const void *x, int64_t stride, int64_t num_rows, int64_t size, void *out, int64_t num_threads,
+              int64_t bf16);
+
+void mamba2(const Layout *l, const Mamba2 *w, const void *rows, void *out, void *conv, int64_t conv_stride,
+            float *state, int64_t state_stride, float *scratch, int64_t num_threads, int64_t bf16);
+
+int64_t mamba2_scratch(const Layout *l, const Mamba2 *w, int64_t num_threads);
+
+#endif
