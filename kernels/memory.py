@@ -16,13 +16,18 @@ ALIGNMENT = 64
 
 
 def large_pages(num_bytes: int) -> Tensor:
-    """Zeros [num_bytes] uint8 from the address of a large page on; memory that is never touched takes no room."""
+    """Zeros [num_bytes] uint8 from the address of a large page on; memory that is never touched takes no room.
+
+    A storage of its own: offsets into it count from its first byte.
+    """
+    if num_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
     area = _mapping(num_bytes + LARGE_PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             area.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(area, dtype=torch.uint8)
-    return whole[-whole.data_ptr() % LARGE_PAGE :][:num_bytes]
+    start = torch.frombuffer(area, dtype=torch.uint8).data_ptr()
+    return torch.frombuffer(area, dtype=torch.uint8, count=num_bytes, offset=-start % LARGE_PAGE)
 
 
 def _mapping(num_bytes: int) -> mmap.mmap:

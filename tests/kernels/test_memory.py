@@ -10,6 +10,8 @@ def test_large_pages_are_aligned_zeros():
         memory = large_pages(num_bytes)
         assert memory.shape == (num_bytes,)
         assert memory.data_ptr() % LARGE_PAGE == 0 or num_bytes == 0
+        assert memory.storage_offset() == 0
+        assert memory.untyped_storage().nbytes() == num_bytes
         assert not memory.any()
 
 
