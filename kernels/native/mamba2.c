@@ -123,9 +123,10 @@ INLINE void tile_head(const Mamba2 *w, const Plan *p, const float *tile, int64_t
         store_f32(to_end + s, vexp(l[TILE - 1] - load_f32(l + s)) * load_f32(dt + s));
     const vf all = vexp(splat(l[TILE - 1]));
     for (int i = 0; i < 4; i++) keep[i] = all[0];
-    for (int s = 0; s < TILE; s++)
+    for (int64_t s = 0; s < num_tokens; s++)
         for (int64_t i = 0; i < pp; i += LANES) store_f32(weighted + s * pp + i, to_end[s] * load_f32(x + s * pp + i));
-    for (int64_t n = 0; n < p->np; n += 4) block4(operands + n * pp, pp, keep, B + n, 1, p->np, weighted, pp, TILE, pp);
+    for (int64_t n = 0; n < p->np; n += 4)
+        block4(operands + n * pp, pp, keep, B + n, 1, p->np, weighted, pp, num_tokens, pp);
 }
 
 INLINE float *state_of(const Mamba2 *w, const Pool *state, int64_t slot, int64_t h) {

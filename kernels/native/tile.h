@@ -111,7 +111,8 @@ static inline void tile_output(float *coefficients, const float *operands, int64
     const int64_t width = np + TILE;
     if (pairs) {
         float *paired = coefficients + TILE * width / 2;
-        pair_rows(operands, width, pp, paired);
+        const int64_t read = ROUND_UP(num_tokens + BLOCK); /* the last block may be partly of padding rows */
+        pair_rows(operands, np + (read < TILE ? read : TILE), pp, paired);
         for (int64_t t = 0; t < num_tokens; t += BLOCK) {
             const int64_t rows = TILE - t < BLOCK ? TILE - t : BLOCK;
             pairs_block(y + t * pp, pp, (const uint16_t *)coefficients + t * width, width, paired, pp, np + t + rows,
