@@ -46,13 +46,16 @@ class ModelRunner:
         """
         batch, counts = build_batch(step, packed=self._model.packs)
         runs = list(recorded_runs(step, batch.layout))
-        if runs:
-            batch = replace(batch, effects=Recorder(self.anatomy, runs))
+        recorder = Recorder(self.anatomy, runs) if runs else None
+        if recorder is not None:
+            batch = replace(batch, effects=recorder)
         elif self.graphs is not None and not step.chunks:
             decodes = self.graphs.run(batch)
             if decodes is not None:
                 return StepHidden((), decodes)
         hidden = self._model.forward(self._placed(batch), self._cache.tensors)
+        if recorder is not None:
+            recorder.end()
         *chunks, decodes = torch.split(hidden, [*counts, len(step.decodes)])
         return StepHidden(tuple(chunks), decodes)
 

@@ -124,7 +124,7 @@ _SIGNATURES = {
     "linear_supported": "",
     "add_gated_mlp": "pppp",
     "add_gated_mlp_scratch": "ppp",
-    "add_mamba2": "ppppppipip",
+    "add_mamba2": "ppppppipipp",
     "add_mamba2_scratch": "ppppp",
     "rms_norm": "piiipfpii",
     "silu_mul": "piiipii",
@@ -363,16 +363,18 @@ class NativeOps(TorchOps):
         weights: Mamba2Weights,
         layout: RowLayout,
         cache: StateTensors,
+        log_decay: Tensor | None = None,
     ) -> None:
         task = _residual(hidden, norm, multiplier)
         simple = weights.conv_weight.shape[1] <= MAX_CONV_WIDTH and cache.conv.dtype is torch.bfloat16
         if not simple or task is None or not isinstance(into, NativeLinear) or not isinstance(out, NativeLinear):
-            super().add_mamba2(hidden, norm, multiplier, into, out, weights, layout, cache)
+            super().add_mamba2(hidden, norm, multiplier, into, out, weights, layout, cache, log_decay)
             return
         parts = (into.address, out.address, self._layout_address(layout), self._mamba2_address(weights))
         arguments = (ctypes.addressof(task), *parts)
         self._c.add_mamba2(
             *(*arguments, cache.conv.data_ptr(), cache.conv.stride(0), cache.state.data_ptr(), cache.state.stride(0)),
+            None if log_decay is None else log_decay.data_ptr(),
             self._scratch_memory(self._c.add_mamba2_scratch(*arguments)),
         )
 

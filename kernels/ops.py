@@ -184,8 +184,16 @@ class Ops(Protocol):
         weights: Mamba2Weights,
         layout: RowLayout,
         cache: StateTensors,
+        log_decay: Tensor | None = None,
     ) -> None:
-        """hidden += multiplier * out(mamba2(into(rms_norm(hidden)))), as `add_gated_mlp`."""
+        """hidden += multiplier * out(mamba2(into(rms_norm(hidden)))), as `add_gated_mlp`.
+
+        log_decay [R, H] float32 is overwritten with the logarithm of what each row multiplies the states by.
+        """
+        ...
+
+    def mamba2_log_decay(self, zxbcdt: Tensor, weights: Mamba2Weights) -> Tensor:
+        """zxbcdt [R, 2 * H * P + 2 * G * N + H] -> [R, H] float32, dt A of each row."""
         ...
 
     def causal_conv(

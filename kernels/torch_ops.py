@@ -177,9 +177,17 @@ class TorchOps:
         weights: Mamba2Weights,
         layout: RowLayout,
         cache: StateTensors,
+        log_decay: Tensor | None = None,
     ) -> None:
-        x = self.rms_norm(hidden, norm.weight, norm.eps)
-        add(hidden, out(self.mamba2(into(x), weights, layout, cache)), multiplier)
+        zxbcdt = into(self.rms_norm(hidden, norm.weight, norm.eps))
+        if log_decay is not None:
+            log_decay.copy_(self.mamba2_log_decay(zxbcdt, weights))
+        add(hidden, out(self.mamba2(zxbcdt, weights, layout, cache)), multiplier)
+
+    def mamba2_log_decay(self, zxbcdt: Tensor, weights: Mamba2Weights) -> Tensor:
+        w = weights
+        dt = self._fused(_time_steps)(zxbcdt[:, -w.num_heads :], w.dt_bias).clamp(w.dt_min, w.dt_max)
+        return dt * w.A
 
     def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
         return self._fused(_rotary)(x, positions, inv_freq)

@@ -155,7 +155,7 @@ class _ShapeOps:
     name = "shapes"
     device = torch.device("cpu")
     packs = True
-    mamba2 = rms_norm = silu_mul = gelu_mul = gelu_tanh_mul = add_gated_mlp = add_mamba2 = None
+    mamba2 = rms_norm = silu_mul = gelu_mul = gelu_tanh_mul = add_gated_mlp = add_mamba2 = mamba2_log_decay = None
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> SimpleNamespace:
         return SimpleNamespace(in_features=weight.shape[1], out_features=weight.shape[0])

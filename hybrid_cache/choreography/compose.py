@@ -11,7 +11,7 @@ With h the state before them, and message i doing h -> P_i h + S_i:
 From PICASO (Liu et al. 2025, arXiv 2502.17605). All float32; products of decays are sums of logarithms.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,26 +20,27 @@ from hybrid_cache.choreography.arrangement import Composition
 from hybrid_cache.choreography.effects import Transition
 
 
-def compose(how: Composition, transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
-    """The state after n messages, given in the order asked for.
+def compose(how: Composition, transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+    """Takes h to the state after n messages, given in the order asked for.
 
-    h [*state_shape]   ps [n, ...] p of each, as the transition has it   sums [n, *state_shape] S of each
+    h [*state_shape]   ps [n, ...] p of each, as the transition has it   sums n times [*state_shape], S of each
     """
     if len(sums) == 1:
         how = Composition.ORDERED
-    return _METHODS[how](transition, h, ps, sums)
+    _METHODS[how](transition, h, ps, sums)
 
 
-def ordered(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
-    return transition.follow(h, ps, sums)
+def ordered(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+    transition.follow(h, ps, sums)
 
 
-def rotations(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
-    turned = (transition.follow(h, ps.roll(-i, 0), sums.roll(-i, 0)) for i in range(len(sums)))
-    return torch.stack(list(turned)).mean(0)
+def rotations(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+    n = len(sums)
+    turned = (transition.follow(h.clone(), ps.roll(-i, 0), [*sums[i:], *sums[:i]]) for i in range(n))
+    h.copy_(torch.stack(list(turned)).mean(0))
 
 
-def permutations(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
+def permutations(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
     """S_k is multiplied with the mean, over all orders, of the product of the P that come after it.
 
     Of n - 1 others, m come later in a share 1 / n of the orders, each set of m equally often, so that mean is
@@ -48,10 +49,9 @@ def permutations(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) ->
     assert transition.commutes
     ones = torch.ones_like(h)
     factors = [transition.apply(p, ones) for p in ps]
-    total = h * torch.stack(factors).prod(0)
+    h.mul_(torch.stack(factors).prod(0))
     for k, s in enumerate(sums):
-        total = total + _mean_product(factors[:k] + factors[k + 1 :]) * s
-    return total
+        h.addcmul_(_mean_product(factors[:k] + factors[k + 1 :]), s)
 
 
 def _mean_product(factors: list[Tensor]) -> Tensor:
@@ -67,15 +67,16 @@ def _mean_product(factors: list[Tensor]) -> Tensor:
     return torch.stack(means).mean(0)
 
 
-def mean(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
-    return torch.stack([transition.apply(p, h) for p in ps]).add_(sums).mean(0)
+def mean(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+    after = [transition.apply(p, h).add_(s) for p, s in zip(ps, sums, strict=True)]
+    h.copy_(torch.stack(after).mean(0))
 
 
-def last(transition: Transition, h: Tensor, ps: Tensor, sums: Tensor) -> Tensor:
-    return transition.follow(h, ps[-1:], sums[-1:])
+def last(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+    transition.follow(h, ps[-1:], sums[-1:])
 
 
-_METHODS: dict[Composition, Callable[[Transition, Tensor, Tensor, Tensor], Tensor]] = {
+_METHODS: dict[Composition, Callable[[Transition, Tensor, Tensor, Sequence[Tensor]], None]] = {
     Composition.ORDERED: ordered,
     Composition.ROTATIONS: rotations,
     Composition.PERMUTATIONS: permutations,

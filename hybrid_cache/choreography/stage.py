@@ -12,6 +12,7 @@ All of an arranged sequence's pages are its own, so a message that is stored is 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import torch
@@ -86,7 +87,6 @@ class Stage:
         self._cost = cost
         self._ways = ways
         self._commutes = commutes
-        self._shapes: list[torch.Size] = []  # of transitions
         self._states = [t for t in cache.tensors if isinstance(t, StateTensors)]
         self._making: set[str] = set()
 
@@ -280,8 +280,8 @@ class Stage:
         stored = self._cache.message(key)
         if stored is None:
             return None
-        pairs = zip(self._transitions([stored]), self.anatomy.states, strict=True)
-        return [(ps[0].clone(), part.state[stored.slot].clone()) for ps, part in pairs]
+        [packed] = self._effects([stored])
+        return [(part.of(packed).clone(), part.state[stored.slot].clone()) for part in self.anatomy.states]
 
     # Tensors
 
@@ -289,10 +289,11 @@ class Stage:
         """Copies the rows of some messages to where a prompt wants them, and composes what they do to its states."""
         messages = [move.stored for move in moves if move.stored is not None]
         self._copy_rows(lease, moves)
-        slots = torch.tensor([message.slot for message in messages])
-        for part, ps in zip(self.anatomy.states, self._transitions(messages), strict=True):
-            h, sums = part.state[lease.slot], part.state[slots.to(part.state.device)]
-            h.copy_(compose(program.composition, part.transition, h, ps, sums))
+        effects = self._effects(messages) if self.anatomy.states else None
+        for part in self.anatomy.states:
+            assert effects is not None
+            sums = [part.state[message.slot] for message in messages]
+            compose(program.composition, part.transition, part.state[lease.slot], part.of(effects), sums)
         for tensors in self._states:
             long = [i for i, message in enumerate(messages) if message.length >= tensors.conv.shape[1]]
             for message in messages[long[-1] if long else 0 :]:  # what came before a long one has left the window
@@ -319,10 +320,8 @@ class Stage:
 
     def _store(self, program: Program, lease: Lease, span: Span, end: int) -> None:
         """Keeps the tokens [span.start, end) of a lease as a message, if the cache gives room."""
-        transitions = span.effect.transitions()
-        self._shapes = [t.shape for t in transitions]
-        raw = torch.cat([t.flatten().float() for t in transitions]).view(torch.uint8) if transitions else None
-        num_bytes = 0 if raw is None else len(raw)
+        effect = span.effect.packed() if self.anatomy.states else None
+        num_bytes = 0 if effect is None else effect.nbytes
         stored = self._cache.reserve_message(program.namespace, span.key, span.start, end, span.position, num_bytes)
         if stored is None:
             return
@@ -330,21 +329,17 @@ class Stage:
             sources, targets = _rows(lease.pages, span.start, end), _rows(stored.pages, 0, end - span.start)
             self._copy(sources, targets, np.zeros(len(sources), np.int64))
         self._cache.copy_slot(lease.slot, stored.slot)
-        if span.base is not None:
-            for part, p in zip(self.anatomy.states, transitions, strict=True):
-                part.state[stored.slot] -= part.transition.apply(p, part.state[span.base])
-        if raw is not None:
-            self._cache.write_extra(stored, raw)
+        if effect is not None:
+            self._cache.write_extra(stored, effect.view(torch.uint8))
+        if effect is not None and span.base is not None:
+            for part in self.anatomy.states:
+                part.transition.take_away(part.state[stored.slot], part.of(effect), part.state[span.base])
         self._cache.publish_message(stored)
 
-    def _transitions(self, messages: Sequence[StoredMessage]) -> list[Tensor]:
-        """p of some messages for each state, [n, ...]."""
-        if not self._shapes:
-            return []
-        sizes = [shape.numel() for shape in self._shapes]
-        raw = self._cache.extra_bytes(messages, 4 * sum(sizes)).contiguous().view(torch.float32)
-        parts = zip(torch.split(raw, sizes, dim=1), self._shapes, strict=True)
-        return [ps.reshape(len(messages), *shape) for ps, shape in parts]
+    def _effects(self, messages: Sequence[StoredMessage]) -> Tensor:
+        """Packed effects of some messages, [n, total] float32."""
+        total = sum(prod(part.shape) for part in self.anatomy.states)
+        return self._cache.extra_bytes(messages, 4 * total).contiguous().view(torch.float32)
 
 
 def _rows(pages: Sequence[int], start: int, end: int) -> np.ndarray:

@@ -16,6 +16,9 @@ void silu_mul(const void *x, int64_t stride, int64_t num_rows, int64_t size, voi
 void mamba2(const Layout *l, const Mamba2 *w, const void *rows, void *out, void *conv, int64_t conv_stride,
             float *state, int64_t state_stride, float *scratch, int64_t num_threads, int64_t bf16);
 
+void mamba2_log_decay(const Mamba2 *w, const void *rows, int64_t num_rows, int64_t row_width, float *log_decay,
+                      int64_t bf16);
+
 int64_t mamba2_scratch(const Layout *l, const Mamba2 *w, int64_t num_threads);
 
 #endif

@@ -66,6 +66,17 @@ INLINE vf clamped_dt(const Mamba2 *w, const void *dt, int64_t i, int64_t h, int6
     return vmin(vmax(y, splat(w->dt_min)), splat(w->dt_max));
 }
 
+/* dt A of each row -> [num_rows, num_heads] */
+void mamba2_log_decay(const Mamba2 *w, const void *rows, int64_t num_rows, int64_t row_width, float *log_decay,
+                      int64_t bf16) {
+    for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t h = 0; h < w->num_heads; h += LANES) {
+            const int64_t n = w->num_heads - h, from = (r + 1) * row_width - w->num_heads;
+            store_n(log_decay, r * w->num_heads + h, clamped_dt(w, rows, from + h, h, n, bf16) * load_n(w->A, h, n, 0), n,
+                    0);
+        }
+}
+
 /* dt and l of a tile, transposed to [head, row]. `dt` points at the first row's dt. */
 INLINE void tile_dt(const Mamba2 *w, const Plan *p, const void *dt, int64_t num_tokens, float *tile, int bf16) {
     for (int64_t h = 0; h < w->num_heads; h += LANES) {

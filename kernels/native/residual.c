@@ -62,15 +62,16 @@ int64_t add_mamba2_scratch(const Residual *r, const Linear *into, const Linear *
     return r->num_rows * (r->size + into->out + out->in) / 2 + LANES + mamba2_scratch(l, w, mamba2_threads(r, l, w));
 }
 
-/* The part is out(mamba2(into(x))). */
+/* The part is out(mamba2(into(x))). log_decay [num_rows, num_heads] may be null. */
 void add_mamba2(const Residual *r, const Linear *into, const Linear *out, const Layout *l, const Mamba2 *w, void *conv,
-                int64_t conv_stride, float *state, int64_t state_stride, float *scratch) {
+                int64_t conv_stride, float *state, int64_t state_stride, float *log_decay, float *scratch) {
     const int64_t threads = mamba2_threads(r, l, w);
     float *inside = scratch;
     uint16_t *x = (uint16_t *)(scratch + mamba2_scratch(l, w, threads));
     uint16_t *rows = x + r->num_rows * r->size, *y = rows + r->num_rows * into->out;
     normed(r, x);
     product(r, into, x, rows);
+    if (log_decay) mamba2_log_decay(w, rows, r->num_rows, into->out, log_decay, 1);
     mamba2(l, w, rows, y, conv, conv_stride, state, state_stride, inside, threads, 1);
     product(r, out, y, x);
     add(r, x);

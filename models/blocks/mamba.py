@@ -39,6 +39,7 @@ class Mamba2:
         """
         s = self.shape = shape
         self._mamba2 = ops.mamba2
+        self._log_decay = ops.mamba2_log_decay
         self._add_at_once = ops.add_mamba2
         self._in = linear(ops, weights, {"in_proj": s.projected}, s.hidden, bias=proj_bias)
         self._multipliers = multipliers
@@ -68,9 +69,7 @@ class Mamba2:
         if self._multipliers is not None:
             zxbcdt *= self._multipliers
         if batch.effects is not None:
-            w = self._weights
-            dt = softplus(zxbcdt[:, -w.num_heads :].float() + w.dt_bias).clamp(w.dt_min, w.dt_max)
-            batch.effects.decay(cache.state, dt * w.A)
+            batch.effects.decay(cache.state, self._log_decay(zxbcdt, self._weights))
         return self._out(self._mamba2(zxbcdt, self._weights, batch.layout, cache))
 
     def add_to(
@@ -78,9 +77,14 @@ class Mamba2:
     ) -> Tensor:
         """hidden += multiplier * self(norm(hidden), batch, cache), in place."""
         assert isinstance(cache, StateTensors)
-        if self._multipliers is not None or batch.effects is not None:
+        if self._multipliers is not None:
             return add(hidden, self(norm(hidden), batch, cache), multiplier)
-        self._add_at_once(*(hidden, norm.weights, multiplier, self._in, self._out, self._weights), batch.layout, cache)
+        log_decay = None
+        if batch.effects is not None:
+            log_decay = hidden.new_empty(len(hidden), self.shape.num_heads, dtype=torch.float32)
+            batch.effects.decay(cache.state, log_decay)
+        parts = (self._in, self._out, self._weights)
+        self._add_at_once(hidden, norm.weights, multiplier, *parts, batch.layout, cache, log_decay)
         return hidden
 
 
