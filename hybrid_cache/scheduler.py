@@ -156,6 +156,11 @@ class Scheduler:
         keys = (self._stage.key(arrangement, part.id) for part in arrangement.parts if part.id)
         return any(self._stage.is_making(key) for key in keys)
 
+    def _num_waiting_for(self, name: str) -> int:
+        """Waiting prompts with a message of this id."""
+        arrangements = (sequence.prefill.arrangement for sequence in self._waiting)
+        return sum(arrangement is not None and name in arrangement.ids for arrangement in arrangements)
+
     def out_of_memory(self, step: Step) -> bool:
         """Takes back a step for which the device had no memory, and makes all later ones smaller.
 
@@ -279,7 +284,8 @@ class Scheduler:
             return False
         prefill.lease, prefill.computed = lease, lease.length
         if prefill.arrangement is not None:
-            prefill.program = self._stage.begin(prefill.namespace, prefill.arrangement, lease.length)
+            begin = (prefill.namespace, prefill.arrangement, lease.length)
+            prefill.program = self._stage.begin(*begin, self._num_waiting_for)
             return True
         prefill.wishes = deque(
             self._cache.plan(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from hashlib import blake2b
 
 import numpy as np
@@ -61,19 +62,22 @@ class Part:
     """Consecutive tokens of a prompt. Without an id they are computed in place, and not kept as a message.
 
     keep: whether they may be stored under the id when they are computed in place
+    role: only messages of one role change places, see `Arrangement.order`
     """
 
     num_tokens: int
     id: str = ""
     encoding: Encoding = Encoding.IN_PLACE
     keep: bool = True
+    role: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Arrangement:
     """How the tokens of a prompt fall into parts, in the order in which the model shall see them.
 
-    order         ANY: parts with ids that stand side by side are unordered; used where the fidelity is exact
+    order         ANY: messages of one role that stand side by side are unordered, but for the last one, which asks
+                  something of the others; used where the fidelity is exact
     seam          tokens at the start of each reused message that are computed again in their new place
     closing       tokens that end the answer's message, which is kept after the request if this is not None
     answer_start  token of the prompt with which the answer's message begins (its header)
@@ -95,6 +99,10 @@ class Arrangement:
     def __post_init__(self) -> None:
         if self.seam not in SEAMS:
             raise RequestError(f"seam is {self.seam}, must be one of {', '.join(map(str, SEAMS))}", param="seam")
+
+    @cached_property
+    def ids(self) -> frozenset[str]:
+        return frozenset(part.id for part in self.parts if part.id)
 
     def check(self, num_tokens: int) -> None:
         """Raises RequestError if the parts do not make up a prompt of so many tokens."""

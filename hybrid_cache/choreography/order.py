@@ -20,10 +20,11 @@ def best_order(
     parts = arrangement.parts
     ends = list(accumulate(part.num_tokens for part in parts))
     tokens = [prompt.tokens[end - part.num_tokens : end] for part, end in zip(parts, ends, strict=True)]
+    last = max((i for i, part in enumerate(parts) if part.id), default=-1)
     order: list[int] = []
-    for named, run in groupby(range(len(parts)), key=lambda i: bool(parts[i].id)):
+    for group, run in groupby(range(len(parts)), key=lambda i: (bool(parts[i].id) and i != last, parts[i].role)):
         siblings = list(run)
-        order = _extended(order, siblings, tokens, match) if named and len(siblings) > 1 else order + siblings
+        order = _extended(order, siblings, tokens, match) if group[0] and len(siblings) > 1 else order + siblings
     if order == list(range(len(parts))):
         return prompt, arrangement
     moved = replace(arrangement, parts=tuple(parts[i] for i in order), reordered=True)

@@ -10,7 +10,7 @@ All of an arranged sequence's pages are its own, so a message that is stored is 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -29,6 +29,8 @@ from hybrid_cache.kernels.torch_ops import relocate_keys
 from hybrid_cache.lease import Lease
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.tree import StoredMessage
+
+STEP_TOKENS = 32  # a step of its own costs about as much as so many tokens in a step that is made anyway
 
 
 @dataclass(slots=True)
@@ -138,9 +140,15 @@ class Stage:
 
     # Programs
 
-    def begin(self, namespace: str, arrangement: Arrangement, prefix: int) -> Program:
-        """The moves of a prompt that has just got its pages; holds the stored messages that it uses."""
+    def begin(
+        self, namespace: str, arrangement: Arrangement, prefix: int, num_others: Callable[[str], int] = lambda _: 0
+    ) -> Program:
+        """The moves of a prompt that has just got its pages; holds the stored messages that it uses.
+
+        num_others: how many waiting prompts have a message with this id
+        """
         plan = self.plan(arrangement, prefix)
+        passing = arrangement.parts[-2] if self._passes(plan, arrangement, num_others) else None
         moves, position = deque[Move](), prefix
         sibling_start = sibling_end = prefix
         leftmost = arrangement.positions is Positions.LEFTMOST
@@ -157,15 +165,15 @@ class Stage:
                 position = sibling_end
             if message is None:
                 wanted = part.id and part.keep and item.end - first > arrangement.seam and first == item.start
-                keep = self.key(arrangement, part.id) if wanted else ""
+                keep = self.key(arrangement, part.id) if wanted and part is not passing else ""
                 if keep and not self.is_stored(keep) and not self.is_making(keep):
                     moves += self._kept_moves(first, item.end, position, arrangement.seam, keep)
                 else:
-                    moves.append(Move(first, item.end, position))
+                    _compute(moves, first, item.end, position)
             else:
                 seam = arrangement.seam
                 if seam:
-                    moves.append(Move(first, first + seam, position))
+                    _compute(moves, first, first + seam, position)
                 self._cache.hold(message)
                 moves.append(Move(first + seam, item.end, position + seam, stored=message))
             position += item.end - first
@@ -176,6 +184,17 @@ class Stage:
         if 0 <= answer_at < plan.num_tokens:
             moves = self._opened(moves, answer_at)
         return Program(namespace, moves, plan, arrangement.composition, answer_at=answer_at)
+
+    @staticmethod
+    def _passes(plan: Plan, arrangement: Arrangement, num_others: Callable[[str], int]) -> bool:
+        """Whether the last message is new and too short for a step of its own: it is computed, but not stored.
+
+        Storing a message ends a step, and whoever waits for it needs one more.
+        """
+        if len(arrangement.parts) < 2 or arrangement.parts[-1].id:
+            return False
+        item, part = plan.items[-2], arrangement.parts[-2]
+        return item.action is Action.COMPUTED and part.num_tokens * max(1, num_others(part.id)) <= STEP_TOKENS
 
     def encoding(self, namespace: str, arrangement: Arrangement, index: int) -> Program:
         """The moves that encode one part alone. Its sequence starts with states of zero."""
@@ -340,6 +359,16 @@ class Stage:
         """Packed effects of some messages, [n, total] float32."""
         total = sum(prod(part.shape) for part in self.anatomy.states)
         return self._cache.extra_bytes(messages, 4 * total).contiguous().view(torch.float32)
+
+
+def _compute(moves: deque[Move], start: int, end: int, position: int) -> None:
+    """Appends tokens that are computed and not stored, to the last move where they go on from it."""
+    last = moves[-1] if moves else None
+    goes_on = last is not None and last.end == start and start - position == last.start - last.position
+    if last is not None and goes_on and last.stored is None and not last.keep:
+        moves.pop()
+        start, position = last.start, last.position
+    moves.append(Move(start, end, position))
 
 
 def _rows(pages: Sequence[int], start: int, end: int) -> np.ndarray:

@@ -188,7 +188,10 @@ class Workflow:
     def generate(
         self, attend: Sequence[Message | str], role: str = "assistant", style: Style | None = None, **options: object
     ) -> Answer:
-        """One answer of `role` to what it attends to. Options: the other fields of `Call`."""
+        """One answer of `role` to what it attends to. Options: the other fields of `Call`.
+
+        A last message of a few words, which nobody else waits for, is computed with the answer and not stored.
+        """
         return self.parallel([replace(Call(attend, role, style=style), **options)])[0]  # type: ignore[arg-type]
 
     def parallel(self, calls: Sequence[Call]) -> list[Answer]:
@@ -261,8 +264,9 @@ class Workflow:
         return Request(name, Prompt(tokens, boundaries), sampling, namespace=self._tenant, arrangement=arrangement)
 
     def _run(self) -> None:
-        """Steps until all calls are answered and their messages stored."""
-        while not self.engine.idle:
+        """Steps until all calls are answered, their messages stored and, for exact reuse, their answers committed."""
+        exact = any((running.call.style or self.style).fidelity is Fidelity.EXACT for running in self._running.values())
+        while self.engine.has_work if exact else not self.engine.idle:
             for name, output in self.engine.step():
                 running, now = self._running[name], time.perf_counter()
                 if isinstance(output, PromptOutput):
@@ -310,4 +314,4 @@ def part_of(message: Message, before: Sequence[str]) -> Part:
     """A message as part of a prompt: one that belongs behind others is stored only where it stands behind them."""
     encoding = Encoding.IN_PLACE if message.context else Encoding.ALONE
     keep = tuple(before) == message.context
-    return Part(len(message.tokens), message.id, encoding, keep)
+    return Part(len(message.tokens), message.id, encoding, keep, message.role)

@@ -11,7 +11,7 @@ from hybrid_cache.spec import AttentionSpec
 from tests.choreography.conductor import Conductor, exact_logits, message
 from tests.models.checkpoints import CASES, FIRST_CASES
 
-LENGTHS = (37, 21, 70, 18)
+LENGTHS = (37, 21, 70, 40)
 MESSAGES = [message(length, seed) for seed, length in enumerate(LENGTHS)]
 ONE_LAYER = [case for case in CASES if "of one layer" in case.name]
 

@@ -128,15 +128,31 @@ def test_with_the_cache_off_everything_is_computed(hybrid):
 
 
 def test_unordered_messages_stand_where_the_cache_has_them(hybrid):
-    long = [message(130, 8), message(140, 9)]
+    first, second, question = message(130, 8), message(140, 9), message(20, 10)
     conductor = Conductor(hybrid)
-    conductor.run(long, conductor.arrangement(long, fidelity=Fidelity.EXACT))
-    turned = [long[1], long[0]]
+    asked = [first, second, question]
+    conductor.run(asked, conductor.arrangement(asked, fidelity=Fidelity.EXACT))
+    turned = [second, first, question]
     _, told, _ = conductor.run(turned, conductor.arrangement(turned, fidelity=Fidelity.EXACT, order=Order.ANY))
-    assert [item.end - item.start for item in told.plan.items] == [130, 140, 3]
-    assert told.cached_tokens == 273  # the very prompt of before
+    assert [item.end - item.start for item in told.plan.items] == [130, 140, 20, 3]
+    assert told.cached_tokens == 293  # the very prompt of before
     assert "order was chosen" in told.plan.why
-    _, told, _ = conductor.run(turned, conductor.arrangement(turned, fidelity=Fidelity.EXACT))
+    for keeps_its_place in ([second, first, question], [second, question, first]):  # as asked; the last message stays
+        order = Order.GIVEN if keeps_its_place[1] is first else Order.ANY
+        arrangement = conductor.arrangement(keeps_its_place, fidelity=Fidelity.EXACT, order=order)
+        _, told, _ = conductor.run(keeps_its_place, arrangement)
+        assert told.cached_tokens < 130
+
+
+def test_messages_of_different_roles_keep_their_order(hybrid):
+    first, second, question = message(130, 8), message(140, 9), message(20, 10)
+    conductor = Conductor(hybrid)
+    conductor.run([first, second, question], None)
+    turned = [second, first, question]
+    asked = conductor.arrangement(turned, fidelity=Fidelity.EXACT, order=Order.ANY)
+    roles = ("user", "assistant", "user", "")
+    asked = replace(asked, parts=tuple(replace(p, role=role) for p, role in zip(asked.parts, roles, strict=True)))
+    _, told, _ = conductor.run(turned, asked)
     assert told.cached_tokens == 0
 
 

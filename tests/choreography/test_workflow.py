@@ -38,9 +38,19 @@ def test_answers_can_be_attended_to(workflow):
     answer = workflow.generate([FACTS[0], ASK])
     assert workflow.is_stored(answer.message)
     more = workflow.generate([*answer.attended, answer.message, "Thank you."])
-    assert [item.action for item in more.plan.items][:3] == [Action.COMPOSED] * 3
+    actions = [item.action for item in more.plan.items]
+    assert actions[:3] == [Action.COMPOSED, Action.COMPUTED, Action.COMPOSED]  # the short question was not stored
     assert more.text == "You are welcome."
     assert workflow.find(answer.message.id).text == answer.text
+
+
+def test_a_short_last_message_is_stored_if_others_wait_for_it(workflow):
+    facts = [workflow.encode(fact) for fact in FACTS]
+    question = workflow.message(ASK, parents=facts)
+    workflow.generate([*facts, question])
+    assert not workflow.is_stored(question)
+    workflow.parallel([Call([*facts, question])] * 9)
+    assert workflow.is_stored(question)
 
 
 def test_a_message_behind_its_parents_is_another_message(workflow):
