@@ -1,4 +1,4 @@
-"""CPU memory in large pages, where Linux gives them: weights and states that a step reads once come a third faster.
+"""CPU memory in large pages, where Linux gives them: weights, which a step reads once, come a third faster.
 
 A core that streams memory in pages of 4 KiB waits for address translation, and its prefetcher stops at every page.
 """
