@@ -234,9 +234,7 @@ class WorkflowPlayer:
 
 
 def tokens_of(plan: Plan) -> dict[Action, int]:
-    """What a prefix spares of a part that it does not hold as a whole counts as reused."""
-    tokens = {action: plan.tokens(action) for action in (Action.RELOCATED, Action.COMPOSED, Action.COMPUTED)}
-    return {Action.REUSED: plan.num_tokens - sum(tokens.values()), **tokens}
+    return {action: plan.tokens(action) for action in Action}
 
 
 @contextmanager

@@ -24,9 +24,13 @@ class Action(StrEnum):
     COMPUTED = "computed"
 
 
+MOVED = (Action.RELOCATED, Action.COMPOSED)
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One part of a plan: tokens [start, end) of the prompt, of which the first `computed` are computed."""
+    """One part of a plan: tokens [start, end) of the prompt, of which so many are computed: the seam of a part that is
+    moved, what the prefix does not hold of another."""
 
     id: str
     action: Action
@@ -63,10 +67,11 @@ class Plan:
         return sum(item.computed for item in self.items)
 
     def tokens(self, action: Action) -> int:
-        """Tokens that parts of one kind spare, or, for COMPUTED, all that are computed."""
+        """Tokens that meet with this. Of a part that the prefix holds the start of, that start is reused."""
+        moved = {a: sum(item.taken for item in self.items if item.action is a) for a in MOVED}
         if action is Action.COMPUTED:
             return self.computed
-        return sum(item.taken for item in self.items if item.action is action)
+        return moved[action] if action in moved else self.num_tokens - self.computed - sum(moved.values())
 
     def __str__(self) -> str:
         saved = 1.0 - self.flops / self.flops_of_encoding if self.flops_of_encoding else 0.0

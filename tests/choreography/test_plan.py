@@ -48,6 +48,12 @@ def test_a_prefix_is_used_where_that_is_cheaper():
     assert behind.prefix == 128
     assert actions(behind) == [Action.REUSED, Action.COMPUTED, Action.COMPOSED, Action.COMPUTED]
     assert behind.items[1].computed == 22
+    assert {action: behind.tokens(action) for action in Action} == {
+        Action.REUSED: 128,  # 28 of them of the message that is computed to its end
+        Action.RELOCATED: 0,
+        Action.COMPOSED: 80,
+        Action.COMPUTED: 29,
+    }
 
 
 def test_a_prefix_is_of_no_use_to_siblings_at_one_place():
