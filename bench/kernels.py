@@ -1,9 +1,9 @@
 """`hybrid-cache bench kernels`: every operation against the roofline, the portable backend and other libraries.
 
-The ceilings are measured in the same run: reading a large buffer, and the fastest product of two square matrices. The
-roofline of a case is the longer of the time to move its bytes and the time to do its FLOPs at these rates. Contenders
-take turns and the median counts, so that a busy machine slows them alike; on a CPU each runs on one thread unless
---threads says otherwise.
+The ceilings are measured in the same run: reading a large buffer, the median of several times, and the fastest product
+of two square matrices. The roofline of a case is the longer of the time to move its bytes and the time to do its FLOPs
+at these rates. Contenders take turns and the median counts, so that a busy machine slows them alike; on a CPU each runs
+on one thread unless --threads says otherwise.
 """
 
 import json
@@ -66,7 +66,7 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
     on_cpu, size = device.type == "cpu", BUFFER[device.type]
     buffer = (large_pages(size) if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)).view(torch.float32)
     buffer.fill_(1)
-    read = min(_rounds([lambda: buffer.sum()], device, rounds=5)[0])
+    read = median(_rounds([lambda: buffer.sum()], device, rounds=15)[0])
     fastest = 0.0
     for size in MATRIX[device.type]:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

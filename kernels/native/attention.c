@@ -7,6 +7,8 @@
 #include "pairs.h"
 #include "vec.h"
 
+#define LOG2_E 1.44269504088896341f
+
 typedef struct {
     int64_t num_heads, num_kv_heads, head_dim;
     int64_t q_stride, k_stride, v_stride; /* elements from one row to the next; heads are contiguous in a row */
@@ -88,31 +90,32 @@ static Span span_of(const Attention *a, int64_t page, int64_t length) {
     return (Span){first > 0 ? first : 0, end < TILE ? end : TILE};
 }
 
-/* scores [64] of one query -> weights exp(scale * score - highest); -> what to multiply earlier results with.
- * seen: the highest score and the sum of the weights so far */
-static float soften(float *scores, float scale, Span span, float *seen) {
+/* scores [64] of one query -> weights exp2(scale * score - highest), in float32 or, `pairs`, in bfloat16; -> what to
+ * multiply earlier results with. scale: log2(e) times that of the scores. seen: the highest score, times scale, and the
+ * sum of the weights so far */
+INLINE float soften(const float *scores, float scale, Span span, float *seen, void *weights, const int pairs) {
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vf hidden = splat(-__builtin_inff());
     const int32_t first = (int32_t)span.first, end = (int32_t)span.end;
-    vf s[4], most = hidden, weights = splat(0);
+    vf s[4];
     if (first >= end) { /* the window has left this page behind, or it lies ahead */
-        memset(scores, 0, TILE * sizeof *scores);
+        memset(weights, 0, TILE * (pairs ? 2 : 4));
         return 1.0f;
     }
-    for (int j = 0; j < 4; j++) {
-        const vi token = lane + LANES * j;
-        s[j] = choose((token >= first) & (token < end), scale * load_f32(scores + LANES * j), hidden);
-        most = vmax(most, s[j]);
-    }
-    const float now = largest(most), before = seen[0];
+    for (int j = 0; j < 4; j++) s[j] = scale * load_f32(scores + LANES * j);
+    if (first > 0 || end < TILE)
+        for (int j = 0; j < 4; j++) {
+            const vi token = lane + LANES * j;
+            s[j] = choose((token >= first) & (token < end), s[j], hidden);
+        }
+    const float now = largest(vmax(vmax(s[0], s[1]), vmax(s[2], s[3]))), before = seen[0];
     seen[0] = now > before ? now : before;
     for (int j = 0; j < 4; j++) {
-        vf p = vexp(s[j] - seen[0]);
-        store_f32(scores + LANES * j, p);
-        weights += p;
+        s[j] = vexp2(vmax(s[j] - seen[0], splat(-160.0f)));
+        store(weights, LANES * j, s[j], pairs);
     }
-    const vf keep = vexp(splat(before - seen[0]));
-    seen[1] = keep[0] * seen[1] + sum(weights);
+    const vf keep = vexp2(splat(before - seen[0] > -160.0f ? before - seen[0] : -160.0f));
+    seen[1] = keep[0] * seen[1] + sum((s[0] + s[1]) + (s[2] + s[3]));
     return keep[0];
 }
 
@@ -198,8 +201,8 @@ INLINE void attend_block(const Attention *a, const Query *q, const Span *spans, 
     }
     multiply(to, 0, queries, keys, TILE, d, TILE, pairs, rows);
     for (int i = 0; i < rows; i++) {
-        keep[i] = soften(scores[i], a->scale, spans[i * step], q[i].result + dp);
-        for (int t = 0; pairs && t < TILE; t += LANES) store(rounded[i], t, load_f32(scores[i] + t), 1);
+        void *to_weights = pairs ? (void *)rounded[i] : (void *)scores[i];
+        keep[i] = soften(scores[i], a->scale * LOG2_E, spans[i * step], q[i].result + dp, to_weights, pairs);
     }
     multiply(results, keep, weights, values, dp, end, dp, pairs, rows);
 }
