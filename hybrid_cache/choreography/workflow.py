@@ -200,6 +200,10 @@ class Workflow:
         self._run()
         return [self._answer(name) for name in names]
 
+    def settle(self) -> None:
+        """Computes answers again by the way of prompts, so that later exact calls find them: for when nobody waits."""
+        self.engine.run_until_idle()
+
     def plan(self, attend: Sequence[Message | str], role: str = "assistant", style: Style | None = None) -> Plan:
         """What `generate` would do now."""
         call = Call(attend, role, style=style)
@@ -264,9 +268,8 @@ class Workflow:
         return Request(name, Prompt(tokens, boundaries), sampling, namespace=self._tenant, arrangement=arrangement)
 
     def _run(self) -> None:
-        """Steps until all calls are answered, their messages stored and, for exact reuse, their answers committed."""
-        exact = any((running.call.style or self.style).fidelity is Fidelity.EXACT for running in self._running.values())
-        while self.engine.has_work if exact else not self.engine.idle:
+        """Steps until all calls are answered and their messages stored."""
+        while not self.engine.idle:
             for name, output in self.engine.step():
                 running, now = self._running[name], time.perf_counter()
                 if isinstance(output, PromptOutput):

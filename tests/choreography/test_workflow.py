@@ -86,6 +86,16 @@ def test_exact_is_what_encoding_everything_gives(style):
         assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
 
 
+def test_answers_reach_the_prefix_cache_when_nobody_waits():
+    workflow = open_workflow(budget="64MiB")
+    sampling = SamplingParams(temperature=0.0, max_tokens=70, min_tokens=70)
+    answer = workflow.generate([*FACTS, ASK], sampling=sampling)
+    attend = [*answer.attended, answer.message, "Thank you."]
+    before = workflow.plan(attend).prefix
+    workflow.settle()
+    assert workflow.plan(attend).prefix >= before + 64
+
+
 def test_plans_run_nothing(workflow):
     fact = workflow.encode(FACTS[0])
     before = workflow.engine.stats()
