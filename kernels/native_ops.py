@@ -6,7 +6,7 @@ rows but never a sum, so results do not depend on `torch.get_num_threads()` eith
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int64, c_void_p
 from math import log
 
@@ -17,7 +17,15 @@ from torch import Tensor
 from hybrid_cache.kernels import native_library
 from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.memory import Pool
-from hybrid_cache.kernels.ops import KVTensors, Linear, Mamba1Weights, Mamba2Weights, NormWeights, StateTensors
+from hybrid_cache.kernels.ops import (
+    Experts,
+    KVTensors,
+    Linear,
+    Mamba1Weights,
+    Mamba2Weights,
+    NormWeights,
+    StateTensors,
+)
 from hybrid_cache.kernels.torch_ops import TorchOps
 
 MAX_CONV_WIDTH = 8  # MAX_WIDTH in conv.h
@@ -104,6 +112,14 @@ class _Residual(ctypes.Structure):
     )
 
 
+class _Experts(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("num_experts", "num_choices", "hidden", "inner", "in_stride", "out_stride")),
+        *((name, c_void_p) for name in ("w_in", "w_out")),
+        *((name, c_int64) for name in ("max_threads", "min_values")),
+    )
+
+
 # Argument types: p pointer, i int64, f float.
 _SIGNATURES = {
     "mamba2": "pppppipipii",
@@ -126,6 +142,8 @@ _SIGNATURES = {
     "add_gated_mlp_scratch": "ppp",
     "add_mamba2": "ppppppipipp",
     "add_mamba2_scratch": "ppppp",
+    "experts": "ppiipppp",
+    "experts_scratch": "pi",
     "rms_norm": "piiipfpii",
     "silu_mul": "piiipii",
     "rotary": "piiiipppii",
@@ -191,16 +209,23 @@ def _prepare_heads(*rows: Tensor) -> _Prepared:
     return _Prepared(rows, structure, tensors)
 
 
+def _pack(weights: Sequence[Tensor], memory: Pool) -> Tensor:
+    """Bfloat16 weights [out, in] -> in panels, [n, panels, in / 2, PANEL, 2]."""
+    out_features, in_features = weights[0].shape
+    num_panels = -(-out_features // PANEL)
+    packed = memory.empty((len(weights), num_panels, in_features // 2, PANEL, 2), torch.bfloat16)
+    for panels, weight in zip(packed, weights, strict=True):
+        padded = F.pad(weight, (0, 0, 0, num_panels * PANEL - out_features))
+        panels.copy_(padded.view(num_panels, PANEL, -1, 2).transpose(1, 2))
+    return packed
+
+
 class NativeLinear:
     """A bfloat16 weight in the panels of linear.c. Each output sums in one order, whatever the number of rows."""
 
     def __init__(self, library: ctypes.CDLL, memory: Pool, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
-        num_panels = -(-self.out_features // PANEL)
-        padded = torch.zeros(num_panels * PANEL, self.in_features, dtype=weight.dtype)
-        padded[: self.out_features] = weight
-        self._weight = memory.empty((num_panels, self.in_features // 2, PANEL, 2), weight.dtype)
-        self._weight.copy_(padded.view(num_panels, PANEL, -1, 2).transpose(1, 2))
+        self._weight = _pack([weight], memory)
         self._bias = None if bias is None else bias.float().contiguous()
         self._weight_address = self._weight.data_ptr()
         self._bias_address = None if self._bias is None else self._bias.data_ptr()
@@ -216,6 +241,38 @@ class NativeLinear:
         self._linear(
             *(x.data_ptr(), x.stride(0), rows, self.in_features, self.out_features),
             *(self._weight_address, self._bias_address, out.data_ptr(), _threads(rows * self._weight.numel() // 16)),
+        )
+        return out
+
+
+class NativeExperts:
+    """Experts with silu between bfloat16 weights: one call for all that the rows chose, see experts.c."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        memory: Pool,
+        scratch: Callable[[int], int],
+        w_in: Sequence[Tensor],
+        w_out: Sequence[Tensor],
+    ) -> None:
+        self._c = library
+        self._scratch_memory = scratch
+        self._w_in, self._w_out = _pack(w_in, memory), _pack(w_out, memory)
+        self._sizes = (*w_out[0].shape, self._w_in[0].numel(), self._w_out[0].numel())
+
+    def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        ids, shares = expert_ids.contiguous(), expert_weights.float().contiguous()
+        task = _Experts(
+            *(len(self._w_in), ids.shape[1], *self._sizes),
+            *(self._w_in.data_ptr(), self._w_out.data_ptr(), torch.get_num_threads(), MIN_VALUES_FOR_THREADS),
+        )
+        out = torch.empty(x.shape, dtype=x.dtype)
+        address, rows = ctypes.addressof(task), len(x)
+        self._c.experts(
+            *(address, x.data_ptr(), x.stride(0), rows, ids.data_ptr(), shares.data_ptr(), out.data_ptr()),
+            self._scratch_memory(self._c.experts_scratch(address, rows)),
         )
         return out
 
@@ -240,9 +297,19 @@ class NativeOps(TorchOps):
         self._multiplies_bfloat16 = bool(self._c.linear_supported())
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        if self._multiplies_bfloat16 and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0:
+        if self._packs_weight(weight):
             return NativeLinear(self._c, self._memory, weight, bias)
         return super().linear(weight, bias)
+
+    def experts(
+        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+    ) -> Experts:
+        if act is None and self._packs_weight(w_in[0]) and self._packs_weight(w_out[0]):
+            return NativeExperts(self._c, self._memory, self._scratch_memory, w_in, w_out)
+        return super().experts(w_in, w_out, act)
+
+    def _packs_weight(self, weight: Tensor) -> bool:
+        return self._multiplies_bfloat16 and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if weight.dtype != x.dtype or x.stride(1) != 1:

@@ -149,3 +149,21 @@ def test_a_residual_part_is_one_call_into_c(monkeypatch):
         pytest.skip("no AVX512-BF16: products stay with torch")
     monkeypatch.setattr(TorchOps, "add_gated_mlp", None)
     ops.add_gated_mlp(hidden, norm, 1.0, linear(ops, HIDDEN, 176), linear(ops, 88, HIDDEN))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 5, 80])
+def test_experts_in_one_call_give_what_each_gives_alone(rows, threads, num_threads, monkeypatch):
+    monkeypatch.setattr(native_ops, "MIN_VALUES_FOR_THREADS", 0)
+    num_threads(threads)
+    torch.manual_seed(0)
+    ops, wide = NativeOps(), bfloat16(rows, 2 * HIDDEN)
+    w_in, w_out = [bfloat16(80, HIDDEN) / 8 for _ in range(7)], [bfloat16(HIDDEN, 40) / 8 for _ in range(7)]
+    shares, ids = torch.rand(rows, 5).topk(3)  # the last two experts are never chosen
+    found = ops.experts(w_in, w_out)(wide[:, :HIDDEN], ids, shares)
+    each = [ops.linear(o)(ops.silu_mul(ops.linear(i)(wide[:, :HIDDEN]))) for i, o in zip(w_in, w_out, strict=True)]
+    for row in range(rows):
+        expected = sum(share * each[expert][row].float() for share, expert in zip(shares[row], ids[row], strict=True))
+        torch.testing.assert_close(found[row].float(), expected, rtol=2**-8, atol=1e-5)
+        alone = ops.experts(w_in, w_out)(wide[row : row + 1, :HIDDEN], ids[row : row + 1], shares[row : row + 1])
+        assert torch.equal(alone[0], found[row])
