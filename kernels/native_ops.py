@@ -1,22 +1,23 @@
 """The CPU backend in C: one call for all that lies between two matrix products. See `native/*.c` for the arithmetic.
 
-Matrix products stay with oneDNN, as in `TorchOps`, and so does what C has no code for. Threads share tiles, heads and
+Products of bfloat16 weights are C too, where the CPU multiplies pairs of them (`native_products`); others stay with
+oneDNN, as in `TorchOps`, and so does what C has no code for. Threads share tiles, heads and
 rows but never a sum, so results do not depend on `torch.get_num_threads()` either.
 """
 
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int64, c_void_p
 from math import log
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_cache.kernels import native_library
+from hybrid_cache.kernels import native_calls, native_library, native_products
 from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.memory import Pool
+from hybrid_cache.kernels.native_products import NativeExperts, NativeLinear, threads_for
 from hybrid_cache.kernels.ops import (
     Experts,
     KVTensors,
@@ -30,132 +31,7 @@ from hybrid_cache.kernels.torch_ops import TorchOps
 
 MAX_CONV_WIDTH = 8  # MAX_WIDTH in conv.h
 LANES = 16
-PANEL = 64  # in linear.c
 MIN_SHARED_ROWS = 2  # reading a page once for two rows is already cheaper than twice
-MIN_VALUES_FOR_THREADS = 1 << 17  # below this, waking a second thread takes longer than the work
-
-_LAYOUT_SIZES = ("num_rows", "num_tiles", "num_decode", "decode_row", "num_chunks", "num_captures", "max_pages")
-_LAYOUT_TENSORS = (
-    *("chunk_row", "chunk_tile", "chunk_tiles", "chunk_start", "chunk_len", "chunk_slot", "chunk_fresh"),
-    *("capture_chunk", "capture_tiles", "capture_slot", "decode_slot", "decode_len", "page_table", "kv_rows"),
-)
-
-
-_SHARING_TENSORS = ("decode_order", "trees", "segments")
-
-
-class _Layout(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in _LAYOUT_SIZES),
-        *((name, c_void_p) for name in (*_LAYOUT_TENSORS, *_SHARING_TENSORS)),
-        ("num_trees", c_int64),
-    )
-
-
-class _Mamba2(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("num_heads", "head_dim", "d_state", "num_groups")),
-        *((name, c_int64) for name in ("width", "norm_group", "norm_first")),
-        *((name, c_float) for name in ("norm_eps", "dt_min", "dt_max")),
-        *((name, c_void_p) for name in ("taps", "bias", "dt_bias", "A", "D", "norm")),
-    )
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "head_dim")),
-        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "window")),
-        ("scale", c_float),
-        *((name, c_void_p) for name in ("keys", "values")),
-        *((name, c_int64) for name in ("key_page_size", "value_page_size")),
-    )
-
-
-class _Scan(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("channels", "d_state")),
-        *((name, c_void_p) for name in ("A", "D", "dt_bias", "x", "dt", "B", "C", "z")),
-        *((name, c_int64) for name in ("x_stride", "dt_stride", "b_stride", "c_stride", "z_stride")),
-    )
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("row", c_int64), ("head", c_int64))
-
-
-class _Heads(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("num_heads", "num_groups", "head_dim", "d_state")),
-        *((name, _Rows) for name in ("q", "k", "v", "g", "beta")),
-    )
-
-
-class _Unit(ctypes.Structure):
-    _fields_ = (
-        ("channels", c_int64),
-        *((name, c_void_p) for name in ("decay", "x", "input_gate", "gate")),
-        *((name, c_int64) for name in ("x_stride", "input_gate_stride", "gate_stride")),
-    )
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = (("in_features", c_int64), ("out_features", c_int64), ("weight", c_void_p), ("bias", c_void_p))
-
-
-class _Residual(ctypes.Structure):
-    _fields_ = (
-        ("hidden", c_void_p),
-        *((name, c_int64) for name in ("num_rows", "size")),
-        ("norm", c_void_p),
-        *((name, c_float) for name in ("eps", "multiplier")),
-        *((name, c_int64) for name in ("max_threads", "min_values")),
-    )
-
-
-class _Experts(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("num_experts", "num_choices", "hidden", "inner", "in_stride", "out_stride")),
-        *((name, c_void_p) for name in ("w_in", "w_out")),
-        *((name, c_int64) for name in ("max_threads", "min_values")),
-    )
-
-
-# Argument types: p pointer, i int64, f float.
-_SIGNATURES = {
-    "mamba2": "pppppipipii",
-    "mamba2_scratch": "ppi",
-    "attention": "pppppppii",
-    "attention_scratch": "ppi",
-    "find_shared_prefixes": "pi",
-    "causal_conv": "ppiiippppiiii",
-    "mamba1_scan": "ppppipii",
-    "mamba1_scratch": "pi",
-    "linear_attention": "ppppipii",
-    "linear_attention_scratch": "pi",
-    "gated_delta": "ppppipii",
-    "kimi_delta": "ppppipii",
-    "delta_scratch": "pi",
-    "rg_lru": "ppppiii",
-    "linear": "piiiipppi",
-    "linear_supported": "",
-    "add_gated_mlp": "pppp",
-    "add_gated_mlp_scratch": "ppp",
-    "add_mamba2": "ppppppipipp",
-    "add_mamba2_scratch": "ppppp",
-    "experts": "ppiipppp",
-    "experts_scratch": "pi",
-    "rms_norm": "piiipfpii",
-    "silu_mul": "piiipii",
-    "rotary": "piiiipppii",
-}
-_TYPES = {"p": c_void_p, "i": c_int64, "f": c_float}
-
-
-def _bind(library: ctypes.CDLL) -> None:
-    for name, signature in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes = [_TYPES[letter] for letter in signature]
-        function.restype = c_int64 if name.endswith(("_scratch", "_supported")) else None
 
 
 class _Prepared:
@@ -171,12 +47,12 @@ class _Prepared:
 
 
 def _prepare_layout(layout: RowLayout) -> _Prepared:
-    tensors = [getattr(layout, name).contiguous() for name in _LAYOUT_TENSORS]
+    tensors = [getattr(layout, name).contiguous() for name in native_calls.LAYOUT_TENSORS]
     num_decode = layout.num_decode
     tensors += [torch.empty(size, dtype=torch.int64) for size in (num_decode, num_decode + 1, 2 * num_decode * 4)]
     sizes = [layout.num_rows, layout.num_tiles, num_decode, layout.decode_row]
     sizes += [len(layout.chunk_tile), len(layout.capture_chunk), layout.page_table.shape[1]]
-    return _Prepared(layout, _Layout(*sizes, *(tensor.data_ptr() for tensor in tensors)), tensors)
+    return _Prepared(layout, native_calls.Layout(*sizes, *(tensor.data_ptr() for tensor in tensors)), tensors)
 
 
 def _prepare_conv(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
@@ -190,7 +66,7 @@ def _prepare_mamba2(w: Mamba2Weights) -> _Prepared:
     tensors += [t.float().contiguous() for t in (w.dt_bias, w.A, w.D)]
     if w.norm_weight is not None:
         tensors.append(w.norm_weight.float().contiguous())
-    structure = _Mamba2(
+    structure = native_calls.Mamba2(
         *(w.num_heads, w.head_dim, w.d_state, w.num_groups, w.conv_weight.shape[1], w.norm_group, w.norm_first),
         *(w.norm_eps, w.dt_min, w.dt_max),
         *(tensor.data_ptr() for tensor in tensors),  # the last one stays null without a norm
@@ -202,79 +78,11 @@ def _prepare_heads(*rows: Tensor) -> _Prepared:
     """q, k [R, G, N], v [R, H, P], g [R, H] or [R, H, N], and beta [R, H] or nothing."""
     tensors = [x if x.dim() == 2 or x.stride(2) == 1 else x.contiguous() for x in rows]
     q, _, v, *_ = tensors
-    structure = _Heads(
+    structure = native_calls.Heads(
         *(v.shape[1], q.shape[1], v.shape[2], q.shape[2]),
-        *(_Rows(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors),
+        *(native_calls.Rows(x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors),
     )
     return _Prepared(rows, structure, tensors)
-
-
-def _pack(weights: Sequence[Tensor], memory: Pool) -> Tensor:
-    """Bfloat16 weights [out, in] -> in panels, [n, panels, in / 2, PANEL, 2]."""
-    out_features, in_features = weights[0].shape
-    num_panels = -(-out_features // PANEL)
-    packed = memory.empty((len(weights), num_panels, in_features // 2, PANEL, 2), torch.bfloat16)
-    for panels, weight in zip(packed, weights, strict=True):
-        padded = F.pad(weight, (0, 0, 0, num_panels * PANEL - out_features))
-        panels.copy_(padded.view(num_panels, PANEL, -1, 2).transpose(1, 2))
-    return packed
-
-
-class NativeLinear:
-    """A bfloat16 weight in the panels of linear.c. Each output sums in one order, whatever the number of rows."""
-
-    def __init__(self, library: ctypes.CDLL, memory: Pool, weight: Tensor, bias: Tensor | None) -> None:
-        self.out_features, self.in_features = weight.shape
-        self._weight = _pack([weight], memory)
-        self._bias = None if bias is None else bias.float().contiguous()
-        self._weight_address = self._weight.data_ptr()
-        self._bias_address = None if self._bias is None else self._bias.data_ptr()
-        self._structure = _Linear(self.in_features, self.out_features, self._weight_address, self._bias_address)
-        self.address = ctypes.addressof(self._structure)
-        self._linear = library.linear
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        rows = x.shape[0]
-        out = torch.empty(rows, self.out_features, dtype=x.dtype)
-        self._linear(
-            *(x.data_ptr(), x.stride(0), rows, self.in_features, self.out_features),
-            *(self._weight_address, self._bias_address, out.data_ptr(), _threads(rows * self._weight.numel() // 16)),
-        )
-        return out
-
-
-class NativeExperts:
-    """Experts with silu between bfloat16 weights: one call for all that the rows chose, see experts.c."""
-
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        memory: Pool,
-        scratch: Callable[[int], int],
-        w_in: Sequence[Tensor],
-        w_out: Sequence[Tensor],
-    ) -> None:
-        self._c = library
-        self._scratch_memory = scratch
-        self._w_in, self._w_out = _pack(w_in, memory), _pack(w_out, memory)
-        self._sizes = (*w_out[0].shape, self._w_in[0].numel(), self._w_out[0].numel())
-
-    def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        x = x if x.stride(1) == 1 else x.contiguous()
-        ids, shares = expert_ids.contiguous(), expert_weights.float().contiguous()
-        task = _Experts(
-            *(len(self._w_in), ids.shape[1], *self._sizes),
-            *(self._w_in.data_ptr(), self._w_out.data_ptr(), torch.get_num_threads(), MIN_VALUES_FOR_THREADS),
-        )
-        out = torch.empty(x.shape, dtype=x.dtype)
-        address, rows = ctypes.addressof(task), len(x)
-        self._c.experts(
-            *(address, x.data_ptr(), x.stride(0), rows, ids.data_ptr(), shares.data_ptr(), out.data_ptr()),
-            self._scratch_memory(self._c.experts_scratch(address, rows)),
-        )
-        return out
 
 
 class NativeOps(TorchOps):
@@ -287,7 +95,7 @@ class NativeOps(TorchOps):
         super().__init__()
         self._min_shared_rows = min_shared_rows
         self._c = native_library.load()
-        _bind(self._c)
+        native_calls.bind(self._c)
         self._layout: _Prepared | None = None
         self._weights: dict[int, _Prepared] = {}
         self._scans: dict[int, tuple[Mamba1Weights, list[Tensor]]] = {}
@@ -318,7 +126,7 @@ class NativeOps(TorchOps):
         out = torch.empty(rows, size, dtype=x.dtype)
         self._c.rms_norm(
             *(x.data_ptr(), x.stride(0), rows, size, weight.data_ptr(), eps, out.data_ptr()),
-            *(_threads(rows * size), x.dtype is torch.bfloat16),
+            *(threads_for(rows * size), x.dtype is torch.bfloat16),
         )
         return out
 
@@ -328,7 +136,8 @@ class NativeOps(TorchOps):
         rows, size = x.shape[0], x.shape[1] // 2
         out = torch.empty(rows, size, dtype=x.dtype)
         self._c.silu_mul(
-            *(x.data_ptr(), x.stride(0), rows, size, out.data_ptr(), _threads(rows * size), x.dtype is torch.bfloat16)
+            *(x.data_ptr(), x.stride(0), rows, size, out.data_ptr()),
+            *(threads_for(rows * size), x.dtype is torch.bfloat16),
         )
         return out
 
@@ -340,7 +149,7 @@ class NativeOps(TorchOps):
         out = torch.empty(rows, heads, size, dtype=x.dtype)
         self._c.rotary(
             *(x.data_ptr(), x.stride(0), rows, heads, size // 2, cos.data_ptr(), sin.data_ptr(), out.data_ptr()),
-            *(_threads(out.numel()), x.dtype is torch.bfloat16),
+            *(threads_for(out.numel()), x.dtype is torch.bfloat16),
         )
         return out
 
@@ -358,12 +167,12 @@ class NativeOps(TorchOps):
         kv_heads = k.shape[1]
         q, k, v = _with_rows(q, heads * size), _with_rows(k, kv_heads * size), _with_rows(v, kv_heads * size)
         out = torch.empty(num_rows, heads, size, dtype=q.dtype)
-        task = _Attention(
+        task = native_calls.Attention(
             *(heads, kv_heads, size, q.stride(0), k.stride(0), v.stride(0), window or 0, scale),
             *(kv.k.data_ptr(), kv.v.data_ptr(), kv.k.stride(0), kv.v.stride(0)),
         )
         pairs = (TILE * TILE * layout.num_tiles + TILE * layout.num_decode) * layout.page_table.shape[1]
-        address, threads = ctypes.addressof(task), _threads(pairs * heads * size // 8)
+        address, threads = ctypes.addressof(task), threads_for(pairs * heads * size // 8)
         rows = self._layout_address(layout)
         scratch = self._scratch_memory(self._c.attention_scratch(rows, address, threads))
         self._c.attention(
@@ -390,7 +199,7 @@ class NativeOps(TorchOps):
         self._c.causal_conv(
             *(self._layout_address(layout), x.data_ptr(), x.stride(0), channels, width),
             *(taps.data_ptr(), offset.data_ptr(), out.data_ptr(), conv.data_ptr(), conv.stride(0)),
-            *(_threads(out.numel()), activation, x.dtype is torch.bfloat16),
+            *(threads_for(out.numel()), activation, x.dtype is torch.bfloat16),
         )
         return out
 
@@ -401,7 +210,7 @@ class NativeOps(TorchOps):
         w = self._mamba2_address(weights)
         rows = self._layout_address(layout)
         states = weights.num_heads * weights.head_dim * weights.d_state
-        threads = _threads(states * (TILE * layout.num_tiles + layout.num_decode) // 4)
+        threads = threads_for(states * (TILE * layout.num_tiles + layout.num_decode) // 4)
         out = torch.empty(layout.num_rows, weights.num_heads * weights.head_dim, dtype=zxbcdt.dtype)
         self._c.mamba2(
             *(rows, w, zxbcdt.data_ptr(), out.data_ptr()),
@@ -458,7 +267,7 @@ class NativeOps(TorchOps):
     ) -> Tensor:
         channels, d_state = weights.A.shape
         inputs = [_with_rows(t, t.shape[1]) for t in (x, dt, B, C, z)]
-        task = _Scan(
+        task = native_calls.Scan(
             *(channels, d_state),
             *(t.data_ptr() for t in (*self._scan_tensors(weights), *inputs)),
             *(t.stride(0) for t in inputs),
@@ -468,7 +277,7 @@ class NativeOps(TorchOps):
         self._c.mamba1_scan(
             *(rows, ctypes.addressof(task), out.data_ptr(), state.data_ptr(), state.stride(0)),
             self._scratch_memory(self._c.mamba1_scratch(rows, d_state)),
-            *(_threads(out.numel() * d_state), x.dtype is torch.bfloat16),
+            *(threads_for(out.numel() * d_state), x.dtype is torch.bfloat16),
         )
         return out
 
@@ -499,7 +308,7 @@ class NativeOps(TorchOps):
         layout: RowLayout,
         state: Tensor,
     ) -> Tensor:
-        threads = _threads(state[0].numel() * (TILE * layout.num_tiles + layout.num_decode) // 4)
+        threads = threads_for(state[0].numel() * (TILE * layout.num_tiles + layout.num_decode) // 4)
         out = torch.empty(v.shape, dtype=v.dtype)
         function(
             *(self._layout_address(layout), heads.address, out.data_ptr(), state.data_ptr(), state.stride(0)),
@@ -512,11 +321,13 @@ class NativeOps(TorchOps):
     ) -> Tensor:
         rows, channels = x.shape
         inputs, decay = [_with_rows(t, channels) for t in (x, input_gate, gate)], decay.contiguous()
-        task = _Unit(channels, decay.data_ptr(), *(t.data_ptr() for t in inputs), *(t.stride(0) for t in inputs))
+        task = native_calls.Unit(
+            channels, decay.data_ptr(), *(t.data_ptr() for t in inputs), *(t.stride(0) for t in inputs)
+        )
         out = torch.empty(rows, channels, dtype=x.dtype)
         self._c.rg_lru(
             *(self._layout_address(layout), ctypes.addressof(task), out.data_ptr()),
-            *(state.data_ptr(), state.stride(0), _threads(4 * out.numel()), x.dtype is torch.bfloat16),
+            *(state.data_ptr(), state.stride(0), threads_for(4 * out.numel()), x.dtype is torch.bfloat16),
         )
         return out
 
@@ -562,16 +373,14 @@ class NativeOps(TorchOps):
         return memory.data_ptr()
 
 
-def _residual(hidden: Tensor, norm: NormWeights, multiplier: float) -> _Residual | None:
+def _residual(hidden: Tensor, norm: NormWeights, multiplier: float) -> native_calls.Residual | None:
     """None where C has no code for these tensors."""
     if hidden.dtype is not torch.bfloat16 or norm.weight.dtype is not torch.bfloat16 or not hidden.is_contiguous():
         return None
-    threads = (torch.get_num_threads(), MIN_VALUES_FOR_THREADS)
-    return _Residual(hidden.data_ptr(), *hidden.shape, norm.weight.data_ptr(), norm.eps, multiplier, *threads)
-
-
-def _threads(num_values: int) -> int:
-    return torch.get_num_threads() if num_values >= MIN_VALUES_FOR_THREADS else 1
+    threads = (torch.get_num_threads(), native_products.MIN_VALUES_FOR_THREADS)
+    return native_calls.Residual(
+        hidden.data_ptr(), *hidden.shape, norm.weight.data_ptr(), norm.eps, multiplier, *threads
+    )
 
 
 def _with_rows(x: Tensor, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-/* `RowLayout` and the weights as C sees them; native_ops.py declares the same structures. */
+/* `RowLayout` and the weights as C sees them; native_calls.py declares the same structures. */
 #ifndef HYBRID_CACHE_LAYOUT_H
 #define HYBRID_CACHE_LAYOUT_H
 

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from hybrid_cache.kernels import native_ops
+from hybrid_cache.kernels import native_products
 from hybrid_cache.kernels.native_ops import NativeOps
+from hybrid_cache.kernels.native_products import NativeLinear
 from hybrid_cache.kernels.ops import NormWeights, StateTensors
 from hybrid_cache.kernels.parity import BATCHES, play
 from hybrid_cache.kernels.problems import Mamba2Problem
@@ -51,7 +52,7 @@ def same(found, expected):
 
 
 def test_any_number_of_threads_gives_the_same_bits(problem, num_threads, monkeypatch):
-    monkeypatch.setattr(native_ops, "MIN_VALUES_FOR_THREADS", 0)
+    monkeypatch.setattr(native_products, "MIN_VALUES_FOR_THREADS", 0)
     num_threads(1)
     alone = bits(problem)
     num_threads(3)
@@ -116,7 +117,7 @@ class Residual:
 @pytest.mark.parametrize("multiplier", [1.0, 0.22])
 @pytest.mark.parametrize("rows", [1, 4, 77])
 def test_a_residual_mlp_in_one_call_has_the_bits_of_its_operations(rows, multiplier, threads, num_threads, monkeypatch):
-    monkeypatch.setattr(native_ops, "MIN_VALUES_FOR_THREADS", 0)
+    monkeypatch.setattr(native_products, "MIN_VALUES_FOR_THREADS", 0)
     num_threads(threads)
     torch.manual_seed(0)
     ops, hidden, norm = NativeOps(), bfloat16(rows, HIDDEN), NormWeights(bfloat16(HIDDEN), 1e-5)
@@ -145,7 +146,7 @@ def test_a_residual_mamba2_in_one_call_has_the_bits_of_its_operations(batch, mul
 
 def test_a_residual_part_is_one_call_into_c(monkeypatch):
     ops, hidden, norm = NativeOps(), bfloat16(2, HIDDEN), NormWeights(bfloat16(HIDDEN), 1e-5)
-    if not isinstance(ops.linear(bfloat16(64, 64)), native_ops.NativeLinear):
+    if not isinstance(ops.linear(bfloat16(64, 64)), NativeLinear):
         pytest.skip("no AVX512-BF16: products stay with torch")
     monkeypatch.setattr(TorchOps, "add_gated_mlp", None)
     ops.add_gated_mlp(hidden, norm, 1.0, linear(ops, HIDDEN, 176), linear(ops, 88, HIDDEN))
@@ -154,7 +155,7 @@ def test_a_residual_part_is_one_call_into_c(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("rows", [1, 5, 80])
 def test_experts_in_one_call_give_what_each_gives_alone(rows, threads, num_threads, monkeypatch):
-    monkeypatch.setattr(native_ops, "MIN_VALUES_FOR_THREADS", 0)
+    monkeypatch.setattr(native_products, "MIN_VALUES_FOR_THREADS", 0)
     num_threads(threads)
     torch.manual_seed(0)
     ops, wide = NativeOps(), bfloat16(rows, 2 * HIDDEN)
