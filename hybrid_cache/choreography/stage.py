@@ -30,7 +30,8 @@ from hybrid_cache.lease import Lease
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.tree import StoredMessage
 
-STEP_TOKENS = 32  # a step of its own costs about as much as so many tokens in a step that is made anyway
+SHORT = 32  # tokens of a message that is not worth a step of its own
+STEP_TOKENS = 16  # a step costs about as much as so many tokens in a step that is made anyway
 
 
 @dataclass(slots=True)
@@ -194,7 +195,9 @@ class Stage:
         if len(arrangement.parts) < 2 or arrangement.parts[-1].id:
             return False
         item, part = plan.items[-2], arrangement.parts[-2]
-        return item.action is Action.COMPUTED and part.num_tokens * max(1, num_others(part.id)) <= STEP_TOKENS
+        if item.action is not Action.COMPUTED or part.num_tokens > SHORT:
+            return False
+        return part.num_tokens * num_others(part.id) <= STEP_TOKENS
 
     def encoding(self, namespace: str, arrangement: Arrangement, index: int) -> Program:
         """The moves that encode one part alone. Its sequence starts with states of zero."""
