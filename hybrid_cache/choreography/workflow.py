@@ -186,13 +186,19 @@ class Workflow:
     # Calls
 
     def generate(
-        self, attend: Sequence[Message | str], role: str = "assistant", style: Style | None = None, **options: object
+        self,
+        attend: Sequence[Message | str],
+        role: str = "assistant",
+        style: Style | None = None,
+        fidelity: Fidelity | str | None = None,
+        **options: object,
     ) -> Answer:
-        """One answer of `role` to what it attends to. Options: the other fields of `Call`.
+        """One answer of `role` to what it attends to. `fidelity` in place of that of the style; options: see `Call`.
 
         A last message of a few words, which nobody else waits for, is computed with the answer and not stored.
         """
-        return self.parallel([replace(Call(attend, role, style=style), **options)])[0]  # type: ignore[arg-type]
+        call = Call(attend, role, style=self._style(style, fidelity))
+        return self.parallel([replace(call, **options)])[0]  # type: ignore[arg-type]
 
     def parallel(self, calls: Sequence[Call]) -> list[Answer]:
         """Answers of calls that run side by side in one batch."""
@@ -204,13 +210,26 @@ class Workflow:
         """Computes answers again by the way of prompts, so that later exact calls find them: for when nobody waits."""
         self.engine.run_until_idle()
 
-    def plan(self, attend: Sequence[Message | str], role: str = "assistant", style: Style | None = None) -> Plan:
+    def plan(
+        self,
+        attend: Sequence[Message | str],
+        role: str = "assistant",
+        style: Style | None = None,
+        fidelity: Fidelity | str | None = None,
+    ) -> Plan:
         """What `generate` would do now."""
-        call = Call(attend, role, style=style)
+        call = Call(attend, role, style=self._style(style, fidelity))
         messages = self._messages_of(call)
         return self.engine.plan(self._request("plan", call, messages, self.renderer.opening(role)))
 
     # Inside
+
+    def _style(self, style: Style | None, fidelity: Fidelity | str | None) -> Style:
+        if fidelity is None:
+            return style or self.style
+        if fidelity not in list(Fidelity):
+            raise RequestError(f"fidelity is {fidelity!r}, must be one of {', '.join(Fidelity)}", param="fidelity")
+        return replace(style or self.style, fidelity=Fidelity(fidelity))
 
     @property
     def _namespace(self) -> str:

@@ -105,6 +105,15 @@ def test_plans_run_nothing(workflow):
     assert "composed" in str(plan)
 
 
+def test_a_call_may_name_its_fidelity(workflow):
+    fact = workflow.encode(FACTS[0])
+    assert workflow.generate([fact, ASK], fidelity="exact").plan.fidelity is Fidelity.EXACT
+    assert workflow.plan([fact, ASK], fidelity="exact").tokens(Action.COMPOSED) == 0
+    assert workflow.generate([fact, ASK]).plan.fidelity is Fidelity.COMPOSED
+    with pytest.raises(RequestError, match="fidelity is 'best', must be one of exact, relocated, composed"):
+        workflow.generate([fact, ASK], fidelity="best")
+
+
 def test_effects_can_be_looked_at(workflow):
     fact = workflow.encode(FACTS[0])
     effects = workflow.effects(fact)
