@@ -268,6 +268,10 @@ def train_lora(
     stress: Annotated[
         bool, typer.Option("--stress", help="Longer dialogues, and more of those that the state has to carry.")
     ] = False,
+    focus: Annotated[str, typer.Option(help="Kind of question that six in ten dialogues are about, too.")] = "",
+    fewest: Annotated[int, typer.Option(help="Messages of a dialogue.")] = 1,
+    anew: Annotated[float, typer.Option(help="Share of dialogues read in another order than they were told.")] = 0.0,
+    checked: Annotated[bool, typer.Option("--checked", help="Leave out what the model itself gets wrong.")] = False,
     start: Annotated[str | None, typer.Option(help="Adapter of the same rank and modules to go on from.")] = None,
     seed: Annotated[int, typer.Option(help="Of data and factors.")] = 1,
     every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
@@ -298,6 +302,10 @@ def train_lora(
         seam=seam,
         distill=distill,
         stress=stress,
+        focus=focus,
+        fewest=fewest,
+        anew=anew,
+        checked=checked,
         start=start,
     )
     command.run(model, out, settings, resume=resume, every=every, num_seeds=eval_seeds, each=eval_each, threads=threads)

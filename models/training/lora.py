@@ -35,7 +35,7 @@ from hybrid_cache.models.loading import load_config
 from hybrid_cache.models.training import composed
 from hybrid_cache.models.training import network as net
 from hybrid_cache.models.training import rows as rw
-from hybrid_cache.models.training.composed import Reuse, Row, Score
+from hybrid_cache.models.training.composed import TRUTH, Case, Reuse, Row, Score
 from hybrid_cache.models.training.dialogues import KINDS, Dialogue, Question, Turn, examined, mixture
 from hybrid_cache.models.training.tokenizer import IM_END, SPECIALS, Codec
 from hybrid_cache.models.training.train import WEIGHTS
@@ -53,6 +53,7 @@ STRESS = {"recall": 0.20, "likes": 0.04, "last": 0.08, "count": 0.32, "order": 0
 POOL = 16  # batches whose rows are sorted by length together
 MESSAGES = 9  # most of a training dialogue
 FEWEST = 3  # of one under stress
+FOCUS = 0.6  # share of the dialogues that are about the kind in focus
 QUESTIONS = 4
 MOST_CONTEXT = 4
 MOST_NEW = 24  # tokens of an answer
@@ -78,16 +79,24 @@ class Settings:
     distill: float = 0.0  # share of the loss that compares logits with the teacher's
     bf16: bool = True  # activations
     stress: bool = False  # longer dialogues, more of those that the state has to carry
+    focus: str = ""  # a kind of question that most dialogues are about
+    fewest: int = 1  # messages of a dialogue
+    anew: float = 0.0  # share of the dialogues that are read in another order than they were told
+    checked: bool = False  # leaves out what the teacher itself gets wrong
     start: str | None = None  # an adapter of the same shape to go on from
 
     def __post_init__(self) -> None:
-        bounds = {"rank": 1, "alpha": 0, "lr": 0, "steps": 1, "batch_size": 1, "seam": 0}
+        bounds = {"rank": 1, "alpha": 0, "lr": 0, "steps": 1, "batch_size": 1, "seam": 0, "fewest": 1}
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least {least}")
-        for name in ("dropout", "in_place", "distill"):
+        for name in ("dropout", "in_place", "distill", "anew"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must lie between 0 and 1")
+        if self.fewest > MESSAGES:
+            raise ConfigError(f"fewest is {self.fewest}, must be at most {MESSAGES}")
+        if self.focus and self.focus not in KINDS:
+            raise ConfigError(f"focus is {self.focus!r}, must be one of {', '.join(KINDS)}")
         if self.reuse not in ENCODED:
             raise ConfigError(f"reuse is {self.reuse!r}, must be one of {', '.join(ENCODED)}")
 
@@ -169,9 +178,11 @@ def load_base(folder: Path) -> tuple[net.Network, Codec]:
     return network, codec
 
 
-def lesson(rng: Random, stress: bool) -> Dialogue:
+def lesson(rng: Random, settings: Settings) -> Dialogue:
     """Messages and questions about them; of a chat, its last exchange."""
-    weights, fewest = (STRESS, FEWEST) if stress else (WEIGHTS, 1)
+    weights, fewest = (STRESS, max(FEWEST, settings.fewest)) if settings.stress else (WEIGHTS, settings.fewest)
+    if settings.focus:
+        weights = {kind: share * (1 - FOCUS) + FOCUS * (kind == settings.focus) for kind, share in weights.items()}
     dialogue = mixture(rng, weights, MESSAGES, QUESTIONS)
     while not dialogue.trained and (len(dialogue.turns) < fewest or not dialogue.questions):
         dialogue = mixture(rng, weights, MESSAGES, QUESTIONS)
@@ -182,21 +193,37 @@ def lesson(rng: Random, stress: bool) -> Dialogue:
     return Dialogue(tuple(turns), (question,))
 
 
-def row_of(codec: Codec, dialogue: Dialogue, others: Sequence[Turn], settings: Settings, rng: Random) -> Row:
+def case_of(dialogue: Dialogue, settings: Settings, rng: Random) -> Case:
+    """The dialogue as it is read: in a new order, with its last question alone, if chance and sense have it so."""
+    told, others = tuple(range(len(dialogue.turns))), examined(rng.choice(KINDS), rng).turns
+    last = dialogue.questions[-1]
+    if settings.anew and last.kind in TRUTH and last.after == len(told) and rng.random() < settings.anew:
+        asked = replace(dialogue, questions=(last,))
+        order = composed.reordered(asked, rng)
+        if order is not None:
+            return Case(asked, tuple(order), others)
+    return Case(dialogue, told, others)
+
+
+def row_of(codec: Codec, case: Case, settings: Settings, rng: Random) -> Row:
     """The dialogue as it is reused, by `settings`."""
-    turns = dialogue.turns
+    told, anew = case.dialogue.turns, list(case.order) != sorted(case.order)
     encoded = "in place" if rng.random() < settings.in_place else rng.choice(ENCODED[settings.reuse])
+    in_order = anew and encoded == "in context" and rng.random() < 0.5
     messages, ends = [], [0]
-    for i, turn in enumerate(turns):
+    for i in case.order:
         context: Sequence[Turn] | None = None
         if encoded == "alone":
             context = ()
+        elif in_order:
+            context = told[:i]
         elif encoded == "in context":
-            pool = [*turns[:i], *turns[i + 1 :], *others]
+            pool = [*told[:i], *told[i + 1 :], *case.others]
             context = composed.context_of(rng, pool, MOST_CONTEXT)
-        messages.append(composed.stored(codec, context, turn))
+        messages.append(composed.stored(codec, context, told[i]))
         ends.append(ends[-1] + len(messages[-1].tokens))
-    branches = tuple(rw.branch(codec, q, ends[q.after], blind=False) for q in dialogue.questions)
+    questions = case.read.questions if anew else case.dialogue.questions
+    branches = tuple(rw.branch(codec, q, ends[q.after], blind=False) for q in questions)
     return Row(tuple(messages), branches, settings.seam)
 
 
@@ -207,8 +234,8 @@ def batches(codec: Codec, settings: Settings, step: int) -> Iterator[list[Row]]:
         rng = Random(f"{settings.seed} {pool}")
         rows = []
         for _ in range(POOL * settings.batch_size):
-            dialogue = lesson(rng, settings.stress)
-            rows.append(row_of(codec, dialogue, examined(rng.choice(KINDS), rng).turns, settings, rng))
+            case = case_of(lesson(rng, settings), settings, rng)
+            rows.append(row_of(codec, case, settings, rng))
         rows.sort(key=len)
         slices = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
         rng.shuffle(slices)
@@ -243,6 +270,15 @@ def transcribed(teacher: net.Network, rows: Sequence[Row]) -> list[Row]:
                 again.append(i)
         pending = again
     return found
+
+
+def confirmed(rows: Sequence[Row], found: Sequence[Row]) -> list[Row]:
+    """What was found without answers that are not those of the rows; all of it if nothing would be left."""
+    kept = [
+        replace(theirs, branches=tuple(b for a, b in zip(ours.branches, theirs.branches, strict=True) if a == b))
+        for ours, theirs in zip(rows, found, strict=True)
+    ]
+    return [row for row in kept if row.branches] or list(found)
 
 
 def _choices(teacher: net.Network, batch: net.Batch, targets: rw.Targets) -> list[list[int]]:
@@ -311,7 +347,8 @@ class Run:
             group["lr"] = learning_rate(self.settings, self.step)
         self.student.train()
         with self.precision():
-            loss = self.loss(transcribed(self.teacher, rows))
+            found = transcribed(self.teacher, rows)
+            loss = self.loss(confirmed(rows, found) if self.settings.checked else found)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)

@@ -315,7 +315,7 @@ def test_a_run_can_go_on_from_another_adapter(folder: Path, codec: Codec, tmp_pa
 def test_under_stress_more_dialogues_are_about_count_and_order_and_none_is_short() -> None:
     def lessons(stress: bool) -> list[Dialogue]:
         rng = Random(1)
-        return [lora.lesson(rng, stress) for _ in range(400)]
+        return [lora.lesson(rng, replace(SETTINGS, stress=stress)) for _ in range(400)]
 
     def share(found: list[Dialogue]) -> float:
         return sum(d.questions[0].kind in ("count", "order") for d in found) / len(found)
@@ -324,6 +324,36 @@ def test_under_stress_more_dialogues_are_about_count_and_order_and_none_is_short
     assert share(stressed) > share(calm) + 0.05
     assert all(len(d.turns) >= lora.FEWEST or d.questions[0].kind == "chat" for d in stressed)
     assert any(len(d.turns) < lora.FEWEST and d.questions[0].kind != "chat" for d in calm)
+
+
+def test_in_focus_most_dialogues_are_about_one_kind_and_as_long_as_asked() -> None:
+    settings, rng = replace(SETTINGS, focus="order", fewest=6), Random(1)
+    lessons = [lora.lesson(rng, settings) for _ in range(200)]
+    assert sum(d.questions[0].kind == "order" for d in lessons) > 100
+    assert all(len(d.turns) >= 6 or d.questions[0].kind == "chat" for d in lessons)
+
+
+def test_dialogues_read_anew_ask_for_what_is_right_in_the_new_order(codec: Codec) -> None:
+    settings, rng = replace(SETTINGS, anew=1.0, focus="order", fewest=4), Random(1)
+    cases = [lora.case_of(lora.lesson(rng, settings), settings, rng) for _ in range(100)]
+    moved = [case for case in cases if list(case.order) != sorted(case.order)]
+    assert len(moved) > 50
+    changed = [case for case in moved if case.read.questions[0].value != case.dialogue.questions[0].value]
+    assert changed
+    for case in changed[:5]:
+        row = lora.row_of(codec, case, settings, rng)
+        assert [m.tokens for m in row.messages] == [
+            tuple(codec.turn(case.dialogue.turns[i].role, case.dialogue.turns[i].text)) for i in case.order
+        ]
+        assert case.read.questions[0].value in codec.tokenizer.decode(row.branches[0].tokens)
+
+
+def test_what_the_teacher_gets_wrong_can_be_left_out(codec: Codec) -> None:
+    rng = Random(1)
+    rows = [lora.row_of(codec, lora.case_of(lora.lesson(rng, SETTINGS), SETTINGS, rng), SETTINGS, rng) for _ in "123"]
+    wrong = replace(rows[1], branches=tuple(replace(b, tokens=[*b.tokens[:-1], 7]) for b in rows[1].branches))
+    assert lora.confirmed(rows, [rows[0], wrong, rows[2]]) == [rows[0], rows[2]]
+    assert lora.confirmed(rows[1:2], [wrong]) == [wrong]
 
 
 def test_distillation_is_zero_where_student_and_teacher_agree(folder: Path, codec: Codec) -> None:
@@ -356,8 +386,10 @@ def test_the_adapted_network_is_the_one_that_was_trained_up_to_rounding(
     assert (merged - own).norm() < 0.2 * change
 
 
-@pytest.mark.parametrize("changes", [{"rank": 0}, {"reuse": "sideways"}, {"dropout": 2.0}, {"steps": 0}])
-def test_settings_out_of_bounds_are_refused(changes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"rank": 0}, {"reuse": "sideways"}, {"dropout": 2.0}, {"steps": 0}, {"fewest": 99}, {"focus": "tea"}]
+)
+def test_settings_out_of_bounds_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         replace(SETTINGS, **changes)  # type: ignore[arg-type]
 
