@@ -20,7 +20,7 @@ from hybrid_cache.choreography.workflow import Call, Style, Workflow
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine
 from hybrid_cache.lease import Lease
-from hybrid_cache.request import Boundary, Prompt, PromptOutput, Request, SamplingParams, TokenArray, TokenOutput
+from hybrid_cache.request import Boundary, Prompt, PromptOutput, Request, SamplingParams, TokenArray
 from hybrid_cache.runner import StepHidden
 from hybrid_cache.scheduler import Scheduler, Step
 from hybrid_cache.sequence import Sequence as Running
@@ -83,7 +83,7 @@ class PromptedEngine(Engine):
     def __init__(self, subject: Subject, config: EngineConfig, clock: Clock = time.perf_counter) -> None:
         super().__init__(subject.model, config)
         model, anatomy = subject.model, self._runner.anatomy
-        self.forgetful = ForgetfulStage(self.cache, model.prefill_cost, model.ways, anatomy, commutes=model.commutes)
+        self.forgetful = ForgetfulStage(self.cache, model, anatomy)
         self.stage = self.forgetful
         self._scheduler = Scheduler(self.cache, config, self.stage)
         self.lines: Mapping[int, Sequence[int]] = {}
@@ -103,14 +103,17 @@ class PromptedEngine(Engine):
         self.stored += sum(length for prefill, length in prefills if prefill.program is not None)
         return super()._forward(step)
 
-    def _append(self, sequence: Running, logits: Tensor, token: int) -> TokenOutput:
-        seed = seed_of(sequence.request)
-        if not sequence.generated:
-            self.first_s[seed] = self._clock() - self._came_s[seed]
-        if self.watches:
-            self.logits[seed].append(logits.clone())
-        line = self.lines.get(seed)
-        return super()._append(sequence, logits, token if line is None else line[len(sequence.generated)])
+    def _pick(self, sequences: list[Running], logits: Tensor) -> list[int]:
+        tokens = super()._pick(sequences, logits)
+        for i, (sequence, row) in enumerate(zip(sequences, logits, strict=True)):
+            seed = seed_of(sequence.request)
+            if not sequence.generated:
+                self.first_s[seed] = self._clock() - self._came_s[seed]
+            if self.watches:
+                self.logits[seed].append(row.clone())
+            if (line := self.lines.get(seed)) is not None:
+                tokens[i] = line[len(sequence.generated)]
+        return tokens
 
 
 def seed_of(request: Request) -> int:

@@ -23,11 +23,11 @@ from hybrid_cache.bench.random_model import SMALL, random_model
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine, Outputs
-from hybrid_cache.kernels import reference, selfcheck
+from hybrid_cache.kernels import reference, sampling, selfcheck
 from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.kernels.ops import KVTensors, Ops
 from hybrid_cache.kernels.parity import BATCHES, SHAPES, TOLERANCE, difference, play
-from hybrid_cache.kernels.problems import move
+from hybrid_cache.kernels.problems import RULES, move, some_draws
 from hybrid_cache.request import Prompt, Request, SamplingParams
 from hybrid_cache.runner import ModelRunner
 from hybrid_cache.selfcheck import check_model
@@ -162,6 +162,19 @@ def _row_pairs(ops: Ops, device: torch.device, dtype: torch.dtype) -> Iterator[t
     shares, ids = torch.rand(ROWS, 6, generator=rng).topk(2)
     experts = ops.experts([*here(w_in)], [*here(w_out)])
     yield experts(here(x), here(ids), here(shares)), reference.experts(x, ids, shares, [*w_in], [*w_out])
+    pages = torch.randn(2, 4, TILE, 3, 16, generator=rng).to(dtype)
+    moved, right = KVTensors(*here(pages)), KVTensors(*pages.clone())
+    sources, targets, turns = torch.arange(60, 68), torch.arange(190, 198), torch.arange(-4, 4)
+    inv_freq = 1e4 ** -(torch.arange(8) / 8)
+    ops.relocate_keys(moved, here(sources), here(targets), here(turns), here(inv_freq))
+    reference.relocate_keys(right, sources, targets, turns, inv_freq)
+    yield from ((moved.k, right.k), (moved.v, right.v))
+    logits, draws = 3 * torch.randn(2 * len(RULES), 5000, generator=rng), some_draws(2 * len(RULES))
+    tokens = ops.sample(here(logits), some_draws(len(logits), device)).cpu()
+    expected = reference.sample(logits, draws)
+    # Rounding may move a choice to a neighbour.
+    yield sampling.places(logits, draws, tokens), sampling.places(logits, draws, expected)
+    yield ops.log_sum_exp(here(logits)), reference.log_sum_exp(logits)
 
 
 def _reference() -> Ops:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hybrid_cache.bench.kernel_peers import transformers_peers
 from hybrid_cache.kernels.layout import TILE, RowLayout
-from hybrid_cache.kernels.ops import KVTensors, Ops
+from hybrid_cache.kernels.ops import Draws, KVTensors, Ops
 from hybrid_cache.kernels.problems import (
+    CPU,
     AttentionProblem,
     ConvProblem,
     GatedDeltaProblem,
@@ -27,6 +28,7 @@ from hybrid_cache.kernels.problems import (
     Problem,
     RgLruProblem,
     move,
+    some_draws,
 )
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.shared_prefix import with_plan
@@ -58,6 +60,7 @@ def cases(dtype: torch.dtype, device: torch.device, prompt: int, sequences: int,
     yield from sizes.rows()
     yield from sizes.mixers()
     yield from sizes.attention()
+    yield from sizes.tokens()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +224,39 @@ class _Sizes:
             others={"SDPA": self._dense(inputs[0], [pages_of[: copies * pages] for pages_of in cache])},
         )
 
+    def tokens(self, vocab: int = 100_352) -> Iterator[Case]:
+        """The end of a decode step, and what a message that is put elsewhere costs one attention layer."""
+        rng = torch.Generator(CPU).manual_seed(0)
+        logits = (3 * torch.randn(self.sequences, vocab, generator=rng, device=CPU)).to(self.device)
+        libraries: list[tuple[str, tuple[float, int, float, float], dict[str, Timed]]] = [
+            ("greedy", (0.0, 0, 1.0, 0.0), {"argmax": lambda: logits.argmax(1)}),
+            ("temperature 1", (1.0, 0, 1.0, 0.0), {"multinomial": lambda: logits.softmax(1).multinomial(1)}),
+            ("top_p 0.9", (1.0, 0, 0.9, 0.0), {"sort": lambda: _draw_sorted(logits, 0.9)}),
+            ("top_k 50", (1.0, 50, 1.0, 0.0), {"topk": lambda: logits.topk(50).values.softmax(1).multinomial(1)}),
+        ]
+        for name, rule, others in libraries:
+            draws = some_draws(self.sequences, self.device, [rule])
+            yield Case(
+                "sample",
+                f"{self.sequences} rows of {vocab:,}, {name}",
+                flops=2.0 * logits.numel(),
+                bytes=4.0 * logits.numel(),
+                build=partial(_sampling, logits, draws),
+                others=others,
+            )
+        heads, size, num_pages = 8, 128, -(-self.prompt // TILE)
+        pages = KVTensors(*(self._normal(2 * num_pages, TILE, heads, size) for _ in "kv"))
+        sources = torch.arange(self.prompt, device=self.device)
+        targets, turns = sources + num_pages * TILE, torch.full_like(sources, 100)
+        inv_freq = 1e4 ** -(torch.arange(size // 2, device=self.device) / (size // 2))
+        yield Case(
+            "relocate_keys",
+            f"{self.prompt:,} tokens, {heads} heads of {size}",
+            flops=3.0 * self.prompt * heads * size,
+            bytes=4.0 * self._width * self.prompt * heads * size,
+            build=lambda ops: lambda: ops.relocate_keys(pages, sources, targets, turns, inv_freq),
+        )
+
     def _dense(self, q: Tensor, pages: list[Tensor]) -> Timed:
         """Each row of q over as many keys, a head's side by side and its queries as rows, which suits torch best.
 
@@ -255,6 +291,17 @@ class _Sizes:
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(self.device, self.dtype)
+
+
+def _sampling(logits: Tensor, draws: Draws, ops: Ops) -> Timed:
+    return lambda: ops.sample(logits, draws)
+
+
+def _draw_sorted(logits: Tensor, top_p: float) -> Tensor:
+    """As sampling is written in plain torch."""
+    probs, tokens = logits.softmax(1).sort(dim=1, descending=True)
+    probs[probs.cumsum(1) - probs >= top_p] = 0
+    return tokens.gather(1, probs.multinomial(1))
 
 
 def _product(weight: Tensor, x: Tensor) -> Build:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.layout import RowLayout
-from hybrid_cache.kernels.ops import KVTensors, StateTensors
+from hybrid_cache.kernels.ops import KVTensors, Ops, StateTensors
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 CacheTensors = tuple[KVTensors | StateTensors, ...]
@@ -51,6 +51,11 @@ class HybridModel(Protocol):
     @property
     def device(self) -> torch.device:
         """Of its weights, and of the tensors that it is given."""
+        ...
+
+    @property
+    def ops(self) -> Ops:
+        """The operations that it is built from."""
         ...
 
     @property

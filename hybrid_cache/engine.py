@@ -22,7 +22,7 @@ from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, Request
 from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.request import CacheMode, FinishReason, Output, PromptOutput, Request, TokenLogprob, TokenOutput
 from hybrid_cache.runner import ModelRunner, StepHidden
-from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probability
+from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probabilities
 from hybrid_cache.scheduler import Chunk, Scheduler, Step
 from hybrid_cache.sequence import Phase, Prefill, Sequence, grid_floor, namespace_of, new_prefill
 from hybrid_cache.stats import Counters, EngineStats
@@ -39,7 +39,7 @@ class Engine:
         fit = model.cache_spec, model.prefill_cost, config.budget_bytes
         self.cache = HybridCache(*fit, make_policy(config.policy, *fit), device=str(model.device))
         self._runner = runner(model, self.cache)
-        self.stage = Stage(self.cache, model.prefill_cost, model.ways, self._runner.anatomy, commutes=model.commutes)
+        self.stage = Stage(self.cache, model, self._runner.anatomy)
         self._scheduler = Scheduler(self.cache, config, self.stage)
         self._arrivals = 0
         self._open: dict[str, int] = {}  # request id -> choices that have not finished
@@ -276,9 +276,9 @@ class Engine:
         if not known:
             known.append(None)  # nothing predicts the first token
         tokens = chunk.prefill.tokens[chunk.start + 1 : chunk.end + 1]
-        for logits, token in zip(self._runner.logits(rows), tokens, strict=False):
-            if len(known) < len(chunk.prefill.tokens):
-                known.append(log_probability(logits, int(token), num_top))
+        new = slice(len(known) - 1 - chunk.start, len(tokens))  # rows whose tokens are not scored yet
+        logits, following = self._runner.logits(rows[new]), tokens[new].tolist()
+        known += log_probabilities(logits, following, [num_top] * len(following), self.model.ops)
 
     def _kept_hidden(self, sequence: Sequence) -> Tensor:
         assert sequence.prefill.lease is not None
@@ -335,17 +335,28 @@ class Engine:
         if not ready:
             return outputs
         logits = self._runner.logits(torch.stack([row for _, row in ready]))
-        tokens = choose_tokens(logits, [s.chooser for s, _ in ready])
-        for (sequence, _), row, token in zip(ready, logits, tokens, strict=True):
-            outputs.append((sequence.request.id, self._append(sequence, row, token)))
+        tokens = self._pick([s for s, _ in ready], logits)
+        wanted = {i: n for i, (s, _) in enumerate(ready) if (n := s.request.sampling.logprobs) is not None}
+        scored = list(wanted)
+        scores = log_probabilities(
+            logits if len(scored) == len(tokens) else logits[scored],
+            [tokens[i] for i in scored],
+            list(wanted.values()),
+            self.model.ops,
+        )
+        logprobs = dict(zip(scored, scores, strict=True))
+        for i, ((sequence, _), token) in enumerate(zip(ready, tokens, strict=True)):
+            outputs.append((sequence.request.id, self._append(sequence, token, logprobs.get(i))))
         return outputs
 
-    def _append(self, sequence: Sequence, logits: Tensor, token: int) -> TokenOutput:
+    def _pick(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
+        """The next token of each sequence, from logits [S, V]."""
+        return choose_tokens(logits, [sequence.chooser for sequence in sequences], self.model.ops)
+
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenOutput:
         """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
         sequence.generated.append(token)
         self._counters.generated_tokens += 1
-        num_top = sequence.request.sampling.logprobs
-        logprob: TokenLogprob | None = None if num_top is None else log_probability(logits, token, num_top)
         finish = sequence.finish_reason(self.model.max_length)
         if finish is not None:
             self._keep_answer(sequence)

@@ -1,7 +1,7 @@
 """From logits to tokens, one row at a time so that a row's choice never depends on its neighbours.
 
-Order: bias, penalties, temperature, min_p, top_k, top_p, then one draw from the inverse cumulative distribution. A
-choice uses exactly one uniform number per sampled token, so a seed gives the same tokens after a preemption, too.
+Order: bias, penalties, then temperature, top_k, top_p and min_p as `Ops.sample` has them. A sampled choice uses exactly
+one uniform number per token, so a seed gives the same tokens after a preemption, too.
 """
 
 from collections import Counter
@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybrid_cache.kernels.ops import Draws, Ops
 from hybrid_cache.request import SamplingParams, TokenArray, TokenLogprob
+
+LEAST = 1e-6  # temperature or top_p: below, single precision has nothing but the most likely token left
 
 
 class TokenChooser:
-    """Chooses the tokens of one continuation; owns its random numbers and its counts of past tokens."""
+    """What one continuation asks of its tokens; owns its random numbers and its counts of past tokens."""
 
     def __init__(self, params: SamplingParams, prompt: TokenArray, index: int) -> None:
         self.params = params
@@ -26,10 +29,9 @@ class TokenChooser:
         self._counts: Counter[int] = Counter()
 
     @property
-    def reads_logits_only(self) -> bool:
-        """True when the choice is a plain argmax of the model's logits."""
-        p = self.params
-        return p.greedy and not p.logit_bias and not self._penalised and not self._held_back
+    def adjusts(self) -> bool:
+        """True when the choice is not from the model's logits as they are."""
+        return bool(self.params.logit_bias) or self._penalised or self._held_back
 
     @property
     def _penalised(self) -> bool:
@@ -40,76 +42,66 @@ class TokenChooser:
     def _held_back(self) -> bool:
         return bool(self.params.stop_token_ids) and self._counts.total() < self.params.min_tokens
 
-    def choose(self, logits: Tensor) -> int:
-        """logits [V] float32 of the next token -> a token; counts it as generated."""
-        if self.reads_logits_only:
-            token = int(logits.argmax())
-        else:
-            adjusted = self._adjust(logits.clone())
-            token = int(adjusted.argmax()) if self.params.greedy else self._draw(adjusted)
-        self._counts[token] += 1
-        return token
+    def point(self) -> float:
+        """Where the next token is drawn, in [0, 1)."""
+        return 0.0 if self.params.greedy else self._random.random()
 
     def note(self, token: int) -> None:
-        """Counts a token that was chosen elsewhere (the batched argmax)."""
+        """Counts a token that was chosen."""
         self._counts[token] += 1
 
-    def _adjust(self, logits: Tensor) -> Tensor:
+    def adjust(self, logits: Tensor) -> None:
         """Applies bias, penalties and the hold on stop tokens to logits [V], in place."""
-        p = self.params
-        for token, bias in p.logit_bias.items():
-            logits[token] += bias
+        p, device = self.params, logits.device
+        if p.logit_bias:
+            tokens, bias = torch.tensor(list(p.logit_bias), device=device), list(p.logit_bias.values())
+            logits[tokens] += torch.tensor(bias, device=device)
         if p.repetition_penalty != 1:
-            seen = torch.from_numpy(np.unique(np.concatenate([self._prompt, list(self._counts)])).astype(np.int64))
+            known = np.unique(np.concatenate([self._prompt, list(self._counts)])).astype(np.int64)
+            seen = torch.from_numpy(known).to(device)
             values = logits[seen]
             logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-        if p.presence_penalty or p.frequency_penalty:
-            for token, count in self._counts.items():
-                logits[token] -= p.presence_penalty + p.frequency_penalty * count
+        if self._counts and (p.presence_penalty or p.frequency_penalty):
+            tokens, counts = torch.tensor(list(self._counts.items()), device=device).T
+            logits[tokens] -= p.presence_penalty + p.frequency_penalty * counts
         if self._held_back:
             logits[list(p.stop_token_ids)] = -torch.inf
-        return logits
-
-    def _draw(self, logits: Tensor) -> int:
-        """One draw from logits [V] under temperature, min_p, top_k and top_p."""
-        p = self.params
-        values, tokens = _largest(logits, p.top_k)
-        probs = torch.softmax(values.double() / p.temperature, dim=0)
-        keep = probs >= p.min_p * probs[0]
-        if p.top_p < 1:
-            keep &= probs.cumsum(0) - probs < p.top_p  # the first token whose sum reaches top_p is kept
-        kept = probs[: int(keep.sum())]  # probabilities fall, so what is kept is a prefix
-        point = self._random.random() * float(kept.sum())
-        rank = int(torch.searchsorted(kept.cumsum(0), point, right=True))
-        return int(tokens[min(rank, len(kept) - 1)])
 
 
-def _largest(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits [V] in falling order and their tokens; all of them for k = 0."""
-    if 0 < top_k < len(logits):
-        values, tokens = torch.topk(logits, top_k)
-        return values, tokens
-    values, tokens = torch.sort(logits, descending=True, stable=True)
-    return values, tokens
-
-
-def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
-    """logits [S, V] float32, one chooser a row -> one token a row. Plain argmax rows are done together."""
-    plain = [i for i, c in enumerate(choosers) if c.reads_logits_only]
-    best = dict(zip(plain, logits[plain].argmax(dim=1).tolist(), strict=True)) if plain else {}
-    tokens = []
-    for i, chooser in enumerate(choosers):
-        if i in best:
-            chooser.note(best[i])
-        tokens.append(best[i] if i in best else chooser.choose(logits[i]))
+def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], ops: Ops) -> list[int]:
+    """logits [S, V] float32, one chooser a row -> one token a row, which its chooser has counted."""
+    if any(chooser.adjusts for chooser in choosers):
+        logits = logits.clone()
+        for row, chooser in zip(logits, choosers, strict=True):
+            if chooser.adjusts:
+                chooser.adjust(row)
+    tokens: list[int] = ops.sample(logits, _draws(choosers, logits.device)).tolist()
+    for chooser, token in zip(choosers, tokens, strict=True):
+        chooser.note(token)
     return tokens
 
 
-def log_probability(logits: Tensor, token: int, num_top: int) -> TokenLogprob:
-    """logits [V] -> the token's log-probability and the `num_top` most likely alternatives."""
-    logprobs = torch.log_softmax(logits, dim=0)
-    own = float(logprobs[token])
-    if num_top == 0:
-        return TokenLogprob(token, own)
-    values, tokens = torch.topk(logprobs, min(num_top, len(logprobs)))
-    return TokenLogprob(token, own, tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+def _draws(choosers: Sequence[TokenChooser], device: torch.device) -> Draws:
+    params = [chooser.params for chooser in choosers]
+    return Draws(
+        torch.tensor([p.temperature and max(p.temperature, LEAST) for p in params], device=device),
+        torch.tensor([p.top_k for p in params], device=device),
+        torch.tensor([max(p.top_p, LEAST) for p in params], device=device),
+        torch.tensor([p.min_p for p in params], device=device),
+        torch.tensor([chooser.point() for chooser in choosers], dtype=torch.float64, device=device),
+        greedy=all(p.greedy for p in params),
+    )
+
+
+def log_probabilities(logits: Tensor, tokens: Sequence[int], num_top: Sequence[int], ops: Ops) -> list[TokenLogprob]:
+    """logits [S, V], a token of each row -> their log-probabilities, and those of the `num_top` most likely ones."""
+    if not tokens:
+        return []
+    sums = ops.log_sum_exp(logits)
+    own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - sums
+    most = torch.topk(logits, min(max(num_top), logits.shape[1]))
+    values, best = (most.values - sums[:, None]).tolist(), most.indices.tolist()
+    return [
+        TokenLogprob(token, value, tuple(zip(best[row][:n], values[row][:n], strict=True)))
+        for row, (token, value, n) in enumerate(zip(tokens, own.tolist(), num_top, strict=True))
+    ]

@@ -8,6 +8,7 @@ LAYOUT_TENSORS = (
     *("chunk_row", "chunk_tile", "chunk_tiles", "chunk_start", "chunk_len", "chunk_slot", "chunk_fresh"),
     *("capture_chunk", "capture_tiles", "capture_slot", "decode_slot", "decode_len", "page_table", "kv_rows"),
 )
+DRAWS = ("temperature", "top_p", "min_p", "top_k", "point")
 SHARING_TENSORS = ("decode_order", "trees", "segments")
 
 
@@ -55,6 +56,10 @@ class Heads(ctypes.Structure):
         *((name, c_int64) for name in ("num_heads", "num_groups", "head_dim", "d_state")),
         *((name, Rows) for name in ("q", "k", "v", "g", "beta")),
     )
+
+
+class Draws(ctypes.Structure):
+    _fields_ = tuple((name, c_void_p) for name in DRAWS)
 
 
 class Unit(ctypes.Structure):
@@ -111,6 +116,9 @@ _SIGNATURES = {
     "add_mamba2_scratch": "ppppp",
     "experts": "ppiipppp",
     "experts_scratch": "pi",
+    "sample": "piipppi",
+    "sample_scratch": "ii",
+    "log_sum_exp": "piipppi",
     "rms_norm": "piiipfpii",
     "silu_mul": "piiipii",
     "rotary": "piiiipppii",

@@ -19,6 +19,7 @@ from hybrid_cache.kernels.layout import TILE, RowLayout
 from hybrid_cache.kernels.memory import Pool
 from hybrid_cache.kernels.native_products import NativeExperts, NativeLinear, threads_for
 from hybrid_cache.kernels.ops import (
+    Draws,
     Experts,
     KVTensors,
     Linear,
@@ -152,6 +153,30 @@ class NativeOps(TorchOps):
             *(threads_for(out.numel()), x.dtype is torch.bfloat16),
         )
         return out
+
+    def sample(self, logits: Tensor, draws: Draws) -> Tensor:
+        logits = logits.contiguous()
+        rows, vocab = logits.shape
+        tokens = torch.empty(rows, dtype=torch.int64)
+        columns = [getattr(draws, name).contiguous() for name in native_calls.DRAWS]
+        given = native_calls.Draws(*(column.data_ptr() for column in columns))
+        threads = threads_for(rows * vocab)
+        self._c.sample(
+            *(logits.data_ptr(), rows, vocab, ctypes.addressof(given), tokens.data_ptr()),
+            *(self._scratch_memory(self._c.sample_scratch(vocab, threads)), threads),
+        )
+        return tokens
+
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        logits = logits.contiguous()
+        rows, vocab = logits.shape
+        most, sums = torch.empty(rows), torch.empty(rows)
+        threads = threads_for(rows * vocab)
+        self._c.log_sum_exp(
+            *(logits.data_ptr(), rows, vocab, most.data_ptr(), sums.data_ptr()),
+            *(self._scratch_memory(self._c.sample_scratch(vocab, threads)), threads),
+        )
+        return most.add_(sums.log_())
 
     def attention(
         self,

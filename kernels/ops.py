@@ -78,6 +78,18 @@ class Mamba1Weights:
     dt_bias: Tensor  # [channels] float32
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How the tokens of S rows are chosen; tensors are [S], on the device of the logits."""
+
+    temperature: Tensor  # float32; 0 takes the largest logit
+    top_k: Tensor  # int64; 0 keeps all
+    top_p: Tensor  # float32 in (0, 1]
+    min_p: Tensor  # float32 in [0, 1]
+    point: Tensor  # float64 in [0, 1): where in the cumulated distribution the token is
+    greedy: bool  # all temperatures are 0
+
+
 class Linear(Protocol):
     """y = x @ W.T + b with a weight that has been packed for the device."""
 
@@ -270,4 +282,34 @@ class Ops(Protocol):
         q, k [R, H, N]   v [R, H, P]   g [R, H, N] float32, g <= 0   beta [R, H] float32
         state [slots, H, P, N] float32 -> [R, H, P]
         """
+        ...
+
+    def relocate_keys(
+        self,
+        kv: KVTensors,
+        source_rows: Tensor,
+        target_rows: Tensor,
+        delta: Tensor,
+        inv_freq: Tensor | None,
+        first: int = 0,
+    ) -> None:
+        """Copies KV rows to other rows, for tokens that stand `delta` positions further on there.
+
+        source_rows, target_rows [N] int64, page * TILE + offset; a row may not be in both
+        delta [N] int64   inv_freq [d / 2] float32: the values [first, first + d) of a head are turned; None for none
+        """
+        ...
+
+    def sample(self, logits: Tensor, draws: Draws) -> Tensor:
+        """logits [S, V] float32 -> one token a row, [S] int64.
+
+        Of exp(logit / temperature), the `top_k` largest stay, and what is as large as the last of them; of these those
+        that less than `top_p` of their sum is larger than, and that are at least `min_p` of the largest. The token is
+        the first at which the sum over what is left exceeds `point` of it. NaN counts as infinity; of equal logits the
+        first is the largest.
+        """
+        ...
+
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        """logits [S, V] float32 -> log(sum(exp(logits))) of each row, [S] float32."""
         ...

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.layout import TILE, RowLayout
-from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights, Mamba2Weights, Ops, StateTensors
+from hybrid_cache.kernels.ops import Draws, KVTensors, Mamba1Weights, Mamba2Weights, Ops, StateTensors
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.shared_prefix import with_plan
 
@@ -372,3 +372,33 @@ def _normal(rng: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
 
 def _uniform(rng: torch.Generator, *shape: int, low: float, high: float) -> Tensor:
     return torch.rand(shape, generator=rng) * (high - low) + low
+
+
+RULES = (  # temperature, top_k, top_p, min_p
+    (0.0, 0, 1.0, 0.0),
+    (1.0, 0, 1.0, 0.0),
+    (0.3, 0, 1.0, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 20, 1.0, 0.0),
+    (1.0, 0, 0.9, 0.0),
+    (1.0, 0, 0.01, 0.0),
+    (1.0, 0, 1.0, 0.1),
+    (1.7, 50, 0.7, 0.01),
+)
+
+
+def some_draws(
+    num_rows: int, device: torch.device = CPU, rules: Sequence[tuple[float, int, float, float]] = RULES
+) -> Draws:
+    """Rows follow the rules in turn; the same points each time."""
+    taken = [rules[i % len(rules)] for i in range(num_rows)]
+    temperature, top_k, top_p, min_p = zip(*taken, strict=True)
+    points = torch.rand(num_rows, generator=torch.Generator(CPU).manual_seed(0), dtype=torch.float64, device=CPU)
+    return Draws(
+        torch.tensor(temperature, device=device),
+        torch.tensor(top_k, device=device),
+        torch.tensor(top_p, device=device),
+        torch.tensor(min_p, device=device),
+        points.to(device),
+        not any(temperature),
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybrid_cache.kernels import runs
 from hybrid_cache.kernels.layout import TILE, RowLayout
-from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights, Mamba2Weights, StateTensors
+from hybrid_cache.kernels.ops import Draws, KVTensors, Mamba1Weights, Mamba2Weights, StateTensors
 
 packs = True  # as in `ops.Ops`
 
@@ -87,6 +87,29 @@ def relocate_keys(
         if inv_freq is not None and shift != 0:
             key = kv.k[target // TILE, target % TILE, None, :, first : first + 2 * len(inv_freq)]
             key.copy_(rotary(key, torch.tensor([shift], device=key.device), inv_freq))
+
+
+def sample(logits: Tensor, draws: Draws) -> Tensor:
+    """One token a row: the temperature, then top_k, top_p and min_p, then the inverse of the cumulated distribution."""
+    columns = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.point)
+    tokens = []
+    for row, *values in zip(logits.double(), *(column.tolist() for column in columns), strict=True):
+        temperature, top_k, top_p, min_p, point = values
+        if temperature == 0:
+            tokens.append(int(row.argmax()))
+            continue
+        weights = torch.exp((row - row.max()) / temperature)
+        falling = weights.sort(descending=True).values
+        kept = falling[falling >= falling[min(top_k, len(falling)) - 1]] if top_k else falling
+        larger = kept.cumsum(0) - kept
+        least = kept[larger < top_p * kept.sum()][-1] if top_p < 1 else kept[-1]
+        weights[(weights < least) | (weights < min_p)] = 0
+        tokens.append(int((weights.cumsum(0) > point * weights.sum()).nonzero()[0]))
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    return torch.logsumexp(logits.double(), 1).float()
 
 
 def attention(

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_cache.kernels import runs
+from hybrid_cache.kernels import runs, sampling
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
 from hybrid_cache.kernels.ops import (
+    Draws,
     Experts,
     KVTensors,
     Linear,
@@ -191,6 +192,23 @@ class TorchOps:
 
     def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
         return self._fused(_rotary)(x, positions, inv_freq)
+
+    def relocate_keys(
+        self,
+        kv: KVTensors,
+        source_rows: Tensor,
+        target_rows: Tensor,
+        delta: Tensor,
+        inv_freq: Tensor | None,
+        first: int = 0,
+    ) -> None:
+        _relocate_keys(kv, source_rows, target_rows, delta, inv_freq, first)
+
+    def sample(self, logits: Tensor, draws: Draws) -> Tensor:
+        return sampling.sample(logits, draws)
+
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        return sampling.log_sum_exp(logits)
 
     def attention(
         self,
@@ -454,10 +472,9 @@ def _decode_rows(layout: RowLayout) -> slice:
 # Attention
 
 
-def relocate_keys(
-    kv: KVTensors, source_rows: Tensor, target_rows: Tensor, delta: Tensor, inv_freq: Tensor | None, first: int = 0
+def _relocate_keys(
+    kv: KVTensors, source_rows: Tensor, target_rows: Tensor, delta: Tensor, inv_freq: Tensor | None, first: int
 ) -> None:
-    """`reference.relocate_keys`: copies KV rows, and turns keys by `delta` positions."""
     source, target = (source_rows // TILE, source_rows % TILE), (target_rows // TILE, target_rows % TILE)
     keys = kv.k[source]
     if inv_freq is not None and bool(delta.any()):

@@ -15,13 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from hybrid_cache.kernels import torch_ops
+from hybrid_cache.kernels import sampling, torch_ops
 from hybrid_cache.kernels.layout import TILE, RowLayout
-from hybrid_cache.kernels.ops import Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
+from hybrid_cache.kernels.ops import Draws, Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
+from hybrid_cache.kernels.problems import some_draws
 from hybrid_cache.kernels.runs import Run, Runs, arrange
 from hybrid_cache.kernels.shared_prefix import plan_shared
 from hybrid_cache.kernels.torch_ops import LoopExperts, TorchOps
-from hybrid_cache.kernels.triton_kernels import attention, conv, delta, matmul, rows, scan, ssd
+from hybrid_cache.kernels.triton_kernels import attention, conv, delta, matmul, rows, sample, scan, ssd
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 
 # Triton 3.9 warns unless somebody says whether a * b + c may be one instruction; 3.10 will say no.
@@ -30,6 +31,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 FAST = "fast mode: products are cuBLAS's, whose bits depend on the number of rows"
 CPU = torch.device("cpu")
 CHECK_ROWS = 70
+CHECK_DRAWS = 18
 NUM_SLOTS = 8  # or pages
 # Share of the output's root mean square; what is wrong is further off than any rounding.
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -93,6 +95,24 @@ class TritonOps(TorchOps):
 
     def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
         return self._run("rotary", rows.rotary, super().rotary, x, positions, inv_freq)
+
+    def relocate_keys(
+        self,
+        kv: KVTensors,
+        source_rows: Tensor,
+        target_rows: Tensor,
+        delta: Tensor,
+        inv_freq: Tensor | None,
+        first: int = 0,
+    ) -> None:
+        move = rows.relocate_keys if _reachable(kv.k) else super().relocate_keys
+        move(kv, source_rows, target_rows, delta, inv_freq, first)
+
+    def sample(self, logits: Tensor, draws: Draws) -> Tensor:
+        return self._run("sample", sample.sample, super().sample, logits, draws)
+
+    def log_sum_exp(self, logits: Tensor) -> Tensor:
+        return self._run("log_sum_exp", sample.log_sum_exp, super().log_sum_exp, logits)
 
     def attention(
         self,
@@ -208,6 +228,31 @@ class CheckedTritonOps(TritonOps):
         kind = ("experts", w_in[0].dtype, len(w_in), *w_in[0].shape, *w_out[0].shape)
         return made(w_in, w_out, act) if self._agrees("experts", kind, probe) else plain
 
+    def relocate_keys(
+        self,
+        kv: KVTensors,
+        source_rows: Tensor,
+        target_rows: Tensor,
+        delta: Tensor,
+        inv_freq: Tensor | None,
+        first: int = 0,
+    ) -> None:
+        plain, made = TorchOps.relocate_keys, super().relocate_keys
+
+        def probe() -> Pairs:
+            places = (torch.arange(3, 9), torch.arange(TILE - 2, TILE + 4), torch.tensor([0, 7, -300, TILE, 1, -1]))
+            sources, targets, turns = (x.to(kv.k.device) for x in places)
+            found, expected = (KVTensors(_slots_like(kv.k), _slots_like(kv.v)) for _ in range(2))
+            made(found, sources, targets, turns, inv_freq, first)
+            plain(self, expected, sources, targets, turns, inv_freq, first)
+            return [(found.k, expected.k), (found.v, expected.v)]
+
+        kind = ("relocate_keys", _kind(kv), None if inv_freq is None else len(inv_freq), first)
+        if self._agrees("relocate_keys", kind, probe):
+            made(kv, source_rows, target_rows, delta, inv_freq, first)
+        else:
+            plain(self, kv, source_rows, target_rows, delta, inv_freq, first)
+
     def _run(self, name: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *args: object) -> Tensor:
         x = args[0]
         assert isinstance(x, Tensor)
@@ -215,6 +260,8 @@ class CheckedTritonOps(TritonOps):
             return plain(*args)
 
         def probe() -> Pairs:
+            if name == "sample":
+                return _both_on_draws(kernel, plain, x)
             if name in _MIXERS:
                 return _both_on_tokens(*_MIXERS[name], kernel, plain, args)
             return _both_on_rows(kernel, plain, args)
@@ -245,6 +292,8 @@ def _kind(value: object) -> Hashable:
     match value:
         case Tensor():
             return value.dtype, value.shape[1:]
+        case Draws():
+            return value.greedy
         case KVTensors():
             return _kind(value.k), _kind(value.v)
         case StateTensors():
@@ -267,6 +316,14 @@ def _both_on_rows(kernel: Callable[..., Tensor], plain: Callable[..., Tensor], a
     if x.dim() == 3:
         small[1] = torch.arange(CHECK_ROWS, device=x.device)
     return [(kernel(*small), plain(*small))]
+
+
+def _both_on_draws(kernel: Callable[..., Tensor], plain: Callable[..., Tensor], logits: Tensor) -> Pairs:
+    """Where in the distribution the drawn tokens are: rounding may decide between neighbours."""
+    small, draws = _random(logits, CHECK_DRAWS, logits.shape[1]), some_draws(CHECK_DRAWS, logits.device)
+    drawn = kernel(small, draws), plain(small, draws)
+    said, expected = (sampling.places(small, draws, tokens) for tokens in drawn)
+    return [(said, expected)]
 
 
 def _both_on_tokens(

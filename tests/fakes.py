@@ -13,6 +13,7 @@ from torch import Tensor
 from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
+from hybrid_cache.kernels.torch_ops import TorchOps
 from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
@@ -43,6 +44,7 @@ class SumModel:
     max_length = 4096
     fingerprint = "sum-model"
     device = torch.device("cpu")
+    ops = TorchOps()
     packs = True
     ways = ()
     commutes = True

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybrid_cache.batch import HybridModel
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.choreography.arrangement import Arrangement, Composition, Encoding, Fidelity, Positions
 from hybrid_cache.choreography.compose import compose
@@ -25,9 +26,7 @@ from hybrid_cache.choreography.effects import Anatomy, Effect
 from hybrid_cache.choreography.plan import Action, Plan, exact_plan, make_plan
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import StateTensors
-from hybrid_cache.kernels.torch_ops import relocate_keys
 from hybrid_cache.lease import Lease
-from hybrid_cache.spec import PrefillCost
 from hybrid_cache.tree import StoredMessage
 
 SHORT = 32  # tokens of a message that is not worth a step of its own
@@ -81,15 +80,12 @@ class Program:
 class Stage:
     """The choreography of one engine: what its layers have told, and what is in the making."""
 
-    def __init__(
-        self, cache: HybridCache, cost: PrefillCost, ways: Sequence[str], anatomy: Anatomy, *, commutes: bool
-    ) -> None:
-        """ways, commutes: of the model, see `HybridModel`; anatomy: filled by its recorded passes"""
+    def __init__(self, cache: HybridCache, model: HybridModel, anatomy: Anatomy) -> None:
+        """anatomy: filled by recorded passes of the model"""
         self.anatomy = anatomy
         self._cache = cache
-        self._cost = cost
-        self._ways = ways
-        self._commutes = commutes
+        self._model = model
+        self._cost = model.prefill_cost
         self._states = [t for t in cache.tensors if isinstance(t, StateTensors)]
         self._making: set[str] = set()
 
@@ -97,10 +93,12 @@ class Stage:
         """Why a prompt is computed exactly and not arranged in this way; empty if it can be arranged."""
         if arrangement.fidelity is Fidelity.EXACT:
             return "as asked"
-        if arrangement.fidelity not in self._ways:
-            has = "recurrent states, which cannot be moved" if self._ways else "layers that cannot be put together"
+        if arrangement.fidelity not in self._model.ways:
+            has = (
+                "recurrent states, which cannot be moved" if self._model.ways else "layers that cannot be put together"
+            )
             return f"{arrangement.fidelity} is not possible: the model has {has}"
-        if arrangement.composition is Composition.PERMUTATIONS and not self._commutes:
+        if arrangement.composition is Composition.PERMUTATIONS and not self._model.commutes:
             return "permutations are not possible: the model's transitions are matrices, which do not commute"
         return ""
 
@@ -338,7 +336,7 @@ class Stage:
         device = self.anatomy.keys[0].kv.k.device
         source, target, turn = (torch.from_numpy(x).to(device) for x in (sources, targets, turns))
         for rows in self.anatomy.keys:
-            relocate_keys(rows.kv, source, target, turn, rows.inv_freq, rows.first)
+            self._model.ops.relocate_keys(rows.kv, source, target, turn, rows.inv_freq, rows.first)
 
     def _store(self, program: Program, lease: Lease, span: Span, end: int) -> None:
         """Keeps the tokens [span.start, end) of a lease as a message, if the cache gives room."""

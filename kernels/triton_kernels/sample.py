@@ -1,7 +1,8 @@
-"""The most likely token of each row of logits, and log-probabilities, in one pass over the logits.
+"""The next token of each row of logits, and the logarithm of its sum of exponentials: `Ops.sample`, `Ops.log_sum_exp`.
 
 A row is cut into chunks of CHUNK tokens, wherever it lies in the batch; a second launch goes over the chunks' maxima
-and sums. NaN counts as infinity. Of equal logits the first wins, as in `torch.argmax`.
+and sums. Rows that draw take a third one, with a program for each row. It finds the smallest weight that stays by
+halving the range of its bits, which are in the order of the weights: the sort of a whole vocabulary is left out.
 """
 
 import torch
@@ -9,10 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_cache.kernels.ops import Draws
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
 
 CHUNK = 4096
 NUM_WARPS = 8
+
+_HALVINGS = tl.constexpr(30)  # of the numbers up to the bits of 1.0, which is the largest weight
+_ABOVE_ONE = tl.constexpr(0x3F800001)
 
 
 @triton.jit
@@ -32,79 +37,180 @@ def _chunks_kernel(logits, best, place, total, row_stride, VOCAB: tl.constexpr, 
 
 @triton.jit
 def _rows_kernel(
-    logits,
-    best,
-    place,
-    total,
-    tokens,
-    log_probs,
-    row_stride,
-    NUM_CHUNKS: tl.constexpr,
-    GIVEN: tl.constexpr,
-    VOCAB: tl.constexpr,
-    BLOCK: tl.constexpr,
+    best, place, total, tokens, largest, log_sums, NUM_CHUNKS: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Grid (rows). Merges a row's chunks; the token is given, or the most likely one and written to `tokens`."""
+    """Grid (rows). Merges a row's chunks: its most likely token, the logit of that, and log(sum(exp(logits)))."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK)
     at, there = row * NUM_CHUNKS + chunk, chunk < NUM_CHUNKS
     largest_in = tl.load(best + at, there, float("-inf"))
-    largest = tl.max(largest_in, 0)
-    if GIVEN:
-        token = tl.load(tokens + row)
-    else:
-        token = tl.min(tl.where(there & (largest_in == largest), tl.load(place + at, there, VOCAB), VOCAB), 0)
-        tl.store(tokens + row, token.to(tl.int64))
-    finite = tl.maximum(tl.minimum(largest, 3.4e38), -3.4e38)
+    most = tl.max(largest_in, 0)
+    token = tl.min(tl.where(there & (largest_in == most), tl.load(place + at, there, VOCAB), VOCAB), 0)
+    finite = tl.maximum(tl.minimum(most, 3.4e38), -3.4e38)
     finite_in = tl.maximum(tl.minimum(largest_in, 3.4e38), -3.4e38)
     sums = tl.load(total + at, there, 0.0) * tl.exp(finite_in - finite)
-    value = tl.load(logits + row * row_stride + token).to(tl.float32)
-    tl.store(log_probs + row, value - finite - tl.log(tl.sum(sums, 0)))
+    tl.store(tokens + row, token.to(tl.int64))
+    tl.store(largest + row, most)
+    tl.store(log_sums + row, most + tl.log(tl.sum(sums, 0)))
 
 
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [S, V] -> the most likely tokens [S] int64, and their log-probabilities [S] float32."""
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    return tokens, _merged(logits, tokens, given=False)
+@triton.jit
+def _measure(weights, least, COUNTS: tl.constexpr, VOCAB: tl.constexpr, CHUNK: tl.constexpr):
+    """How many weights [VOCAB] are at least `least`, or their sum."""
+    columns = tl.arange(0, CHUNK)
+    sums = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, VOCAB, CHUNK):
+        w = tl.load(weights + start + columns, start + columns < VOCAB, 0.0)
+        there = (w >= least) & (start + columns < VOCAB)
+        sums += tl.where(there, 1.0 if COUNTS else w, 0.0)
+    return tl.sum(sums, 0)
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """logits [S, V], tokens [S] int64 -> log-probabilities [S] float32."""
-    return _merged(logits, tokens.contiguous(), given=True)
+@triton.jit
+def _threshold(weights, target, COUNTS: tl.constexpr, VOCAB: tl.constexpr, CHUNK: tl.constexpr):
+    """The largest number for which `_measure` is at least `target`; 0 if there is none."""
+    low = tl.full([], 0, tl.int32)
+    high = tl.full([], _ABOVE_ONE, tl.int32)
+    for _ in range(_HALVINGS):
+        middle = low + (high - low) // 2
+        enough = _measure(weights, middle.to(tl.float32, bitcast=True), COUNTS, VOCAB, CHUNK) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low.to(tl.float32, bitcast=True)
 
 
-def _merged(logits: Tensor, tokens: Tensor, *, given: bool) -> Tensor:
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+@triton.jit
+def _draw_kernel(
+    logits,
+    weights,
+    largest,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    point,
+    tokens,
+    row_stride,
+    VOCAB: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid (rows). Replaces the most likely token of a row that has a temperature."""
+    row = tl.program_id(0).to(tl.int64)
+    heat, most = tl.load(temperature + row), tl.load(largest + row)
+    if (heat > 0) & (tl.abs(most) < float("inf")):
+        columns = tl.arange(0, CHUNK)
+        weights += row * VOCAB
+        for start in range(0, VOCAB, CHUNK):
+            there = start + columns < VOCAB
+            x = tl.load(logits + row * row_stride + start + columns, there, float("-inf")).to(tl.float32)
+            tl.store(weights + start + columns, tl.exp((x - most) / heat), there)
+        tl.debug_barrier()  # a thread reads what others wrote
+        k, p = tl.load(top_k + row), tl.load(top_p + row)
+        least = tl.full([], 0.0, tl.float32)
+        if (k > 0) & (k < VOCAB):
+            least = _threshold(weights, k.to(tl.float32), True, VOCAB, CHUNK)
+        if p < 1:
+            total_of_largest = _measure(weights, least, False, VOCAB, CHUNK)
+            least = tl.maximum(least, _threshold(weights, p * total_of_largest, False, VOCAB, CHUNK))
+        least = tl.maximum(least, tl.load(min_p + row))
+
+        total = tl.full([], 0.0, tl.float64)
+        for start in range(0, VOCAB, CHUNK):
+            w = tl.load(weights + start + columns, start + columns < VOCAB, 0.0)
+            total += tl.sum(tl.where(w >= least, w, 0.0), 0).to(tl.float64)
+        rest, passed = tl.load(point + row) * total, tl.full([], 0.0, tl.float64)
+        token = tl.full([], 0, tl.int32)
+        for start in range(0, VOCAB, CHUNK):
+            w = tl.load(weights + start + columns, start + columns < VOCAB, 0.0)
+            w = tl.where(w >= least, w, 0.0)
+            here = tl.sum(w, 0).to(tl.float64)
+            if (passed <= rest) & (here > 0):  # the last such chunk has the token
+                beyond = tl.cumsum(w, 0) > (rest - passed).to(tl.float32)
+                first = tl.min(tl.where(beyond & (w > 0), columns, CHUNK), 0)
+                last = tl.max(tl.where(w > 0, columns, 0), 0)
+                token = start + tl.minimum(first, last)
+            passed += here
+        tl.store(tokens + row, token.to(tl.int64))
+
+
+def sample(logits: Tensor, draws: Draws) -> Tensor:
+    """logits [S, V] of any float dtype -> tokens [S] int64."""
+    logits = _with_unit_stride(logits)
+    tokens, largest, _ = _merged(logits)
+    num_rows, vocab = logits.shape
+    if num_rows and not draws.greedy:
+        _draw_kernel[(num_rows,)](
+            *(logits, torch.empty(num_rows, vocab, device=logits.device), largest),
+            *(x.contiguous() for x in (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.point)),
+            *(tokens, logits.stride(0)),
+            VOCAB=vocab,
+            CHUNK=CHUNK,
+            num_warps=NUM_WARPS,
+        )
+    return tokens
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """logits [S, V] -> [S] float32."""
+    return _merged(_with_unit_stride(logits))[2]
+
+
+def _merged(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the most likely tokens, their logits, log(sum(exp(logits)))."""
     num_rows, vocab = logits.shape
     num_chunks = triton.cdiv(vocab, CHUNK)
     best, total = (torch.empty(num_rows, num_chunks, device=logits.device) for _ in range(2))
     place = torch.empty(num_rows, num_chunks, dtype=torch.int32, device=logits.device)
-    log_probs = torch.empty(num_rows, device=logits.device)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    largest, log_sums = (torch.empty(num_rows, device=logits.device) for _ in range(2))
     if num_rows:
         _chunks_kernel[num_rows, num_chunks](
             logits, best, place, total, logits.stride(0), VOCAB=vocab, CHUNK=CHUNK, num_warps=NUM_WARPS
         )
         _rows_kernel[(num_rows,)](
-            *(logits, best, place, total, tokens, log_probs, logits.stride(0)),
+            *(best, place, total, tokens, largest, log_sums),
             NUM_CHUNKS=num_chunks,
-            GIVEN=given,
             VOCAB=vocab,
             BLOCK=triton.next_power_of_2(num_chunks),
             num_warps=1,
         )
-    return log_probs
+    return tokens, largest, log_sums
 
 
-_PARTS = {"logits": "*fp32", "best": "*fp32", "place": "*i32", "total": "*fp32", "row_stride": "i32:16"}
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+_PARTS = {"best": "*fp32", "place": "*i32", "total": "*fp32"}
 _LIMITS = {80: Limit(registers=64), 90: Limit(registers=64)}
+_ROWS = {"tokens": "*i64", "largest": "*fp32"}
 
 SPECS = [
-    Spec(_chunks_kernel, _PARTS, {"VOCAB": 151936, "CHUNK": CHUNK}, num_warps=NUM_WARPS, limits=_LIMITS),
+    Spec(
+        _chunks_kernel,
+        {**_PARTS, "logits": "*fp32", "row_stride": "i32:16"},
+        {"VOCAB": 151936, "CHUNK": CHUNK},
+        num_warps=NUM_WARPS,
+        limits=_LIMITS,
+    ),
     Spec(
         _rows_kernel,
-        {**_PARTS, "tokens": "*i64", "log_probs": "*fp32"},
-        {"NUM_CHUNKS": 38, "GIVEN": False, "VOCAB": 151936, "BLOCK": 64},
+        {**_PARTS, **_ROWS, "log_sums": "*fp32"},
+        {"NUM_CHUNKS": 38, "VOCAB": 151936, "BLOCK": 64},
         num_warps=1,
         limits=_LIMITS,
+    ),
+    Spec(
+        _draw_kernel,
+        {
+            **_ROWS,
+            **dict.fromkeys(("logits", "weights", "temperature", "top_p", "min_p"), "*fp32"),
+            "top_k": "*i64",
+            "point": "*fp64",
+            "row_stride": "i32:16",
+        },
+        {"VOCAB": 151936, "CHUNK": CHUNK},
+        num_warps=NUM_WARPS,
+        limits={80: Limit(registers=128), 90: Limit(registers=128)},
     ),
 ]

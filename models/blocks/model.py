@@ -55,6 +55,7 @@ class CausalModel:
         logits_cap  bounds logits softly: cap * tanh(logits / cap)
         """
         hidden = config.integer("hidden_size")
+        self.ops = ops
         self.device = ops.device
         self.packs = ops.packs
         self.vocab_size = config.integer("vocab_size")

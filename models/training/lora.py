@@ -79,11 +79,11 @@ class Settings:
     distill: float = 0.0  # share of the loss that compares logits with the teacher's
     bf16: bool = True  # activations
     stress: bool = False  # longer dialogues, more of those that the state has to carry
+    start: str | None = None  # an adapter of the same shape to go on from
     focus: str = ""  # a kind of question that most dialogues are about
     fewest: int = 1  # messages of a dialogue
     anew: float = 0.0  # share of the dialogues that are read in another order than they were told
     checked: bool = False  # leaves out what the teacher itself gets wrong
-    start: str | None = None  # an adapter of the same shape to go on from
 
     def __post_init__(self) -> None:
         bounds = {"rank": 1, "alpha": 0, "lr": 0, "steps": 1, "batch_size": 1, "seam": 0, "fewest": 1}

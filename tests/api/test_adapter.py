@@ -81,10 +81,17 @@ def test_train_lora_hands_its_options_over(monkeypatch: pytest.MonkeyPatch, tmp_
     line = (
         f"train-lora some/model --out {tmp_path} --rank 4 --alpha 8 --lr 0.1 --steps 5 --batch-size 3 --dropout 0.2 "
         "--target q_proj --save-module conv1d --reuse alone --in-place 0.3 --seam 6 --distill 0.4 --seed 7 --every 9 "
-        "--stress --start first --resume --eval-seeds 2 --eval-each 11 --threads 2"
+        "--stress --start first --focus order --fewest 6 --anew 0.3 "
+        "--checked --resume --eval-seeds 2 --eval-each 11 --threads 2"
     )
     assert CliRunner().invoke(cli.app, line.split()).exit_code == 0
-    settings = Settings(4, 8.0, 0.1, 5, 3, 0.2, ("q_proj",), ("conv1d",), 7, "alone", 0.3, 6, 0.4, True, True, "first")
+    settings = Settings(
+        *(4, 8.0, 0.1, 5, 3, 0.2, ("q_proj",), ("conv1d",), 7, "alone", 0.3, 6, 0.4, True, True, "first"),
+        focus="order",
+        fewest=6,
+        anew=0.3,
+        checked=True,
+    )
     rest = {"resume": True, "every": 9, "num_seeds": 2, "each": 11, "threads": 2}
     assert told == [("some/model", tmp_path, settings, rest)]
     assert CliRunner().invoke(cli.app, ["train-lora", "--out", str(tmp_path)]).exit_code == 0

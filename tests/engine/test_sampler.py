@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hybrid_cache.errors import BadSampling
+from hybrid_cache.kernels import dispatch
 from hybrid_cache.request import SamplingParams
-from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probability
+from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probabilities
 
 PROMPT = np.array([1, 2], np.int32)
 
@@ -17,15 +18,22 @@ def chooser(index: int = 0, **params: object) -> TokenChooser:
     return TokenChooser(SamplingParams(**{"max_tokens": 100, **params}), PROMPT, index)  # type: ignore[arg-type]
 
 
+OPS = dispatch.select("torch")
+
+
+def choose(one: TokenChooser, logits: torch.Tensor) -> int:
+    return choose_tokens(logits[None], [one], OPS)[0]
+
+
 def drawn(probs: list[float], count: int = 2000, **params: object) -> Counter[int]:
     """How often each token is drawn from these probabilities."""
     logits = torch.tensor(probs).log()
     one = chooser(seed=7, **params)
-    return Counter(one.choose(logits) for _ in range(count))
+    return Counter(choose(one, logits) for _ in range(count))
 
 
 def test_zero_temperature_takes_the_largest_logit() -> None:
-    assert chooser(temperature=0).choose(torch.tensor([0.0, 3.0, 1.0])) == 1
+    assert choose(chooser(temperature=0), torch.tensor([0.0, 3.0, 1.0])) == 1
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -54,28 +62,34 @@ def test_min_p_is_relative_to_the_most_likely_token() -> None:
 
 def test_logit_bias_can_force_and_forbid() -> None:
     logits = torch.tensor([5.0, 0.0, 4.0])
-    assert chooser(temperature=0, logit_bias={1: 100.0}).choose(logits) == 1
-    assert chooser(temperature=0, logit_bias={0: -100.0}).choose(logits) == 2
+    assert choose(chooser(temperature=0, logit_bias={1: 100.0}), logits) == 1
+    assert choose(chooser(temperature=0, logit_bias={0: -100.0}), logits) == 2
     assert logits.tolist() == [5.0, 0.0, 4.0]  # the model's logits stay what they are
 
 
 def test_presence_and_frequency_penalties_count_generated_tokens_only() -> None:
     logits = torch.tensor([1.0, 1.5, 1.4])
     one = chooser(temperature=0, presence_penalty=0.2)
-    assert [one.choose(logits) for _ in range(2)] == [1, 2]
+    assert [choose(one, logits) for _ in range(2)] == [1, 2]
     two = chooser(temperature=0, frequency_penalty=0.06)
-    assert [two.choose(logits) for _ in range(4)] == [1, 1, 2, 1]
+    assert [choose(two, logits) for _ in range(4)] == [1, 1, 2, 1]
 
 
 def test_repetition_penalty_counts_the_prompt_too() -> None:
     logits = torch.tensor([0.9, 1.0, -0.1])
-    assert chooser(temperature=0, repetition_penalty=2.0).choose(logits) == 0
+    assert choose(chooser(temperature=0, repetition_penalty=2.0), logits) == 0
+
+
+def test_a_temperature_or_a_share_next_to_nothing_takes_the_largest_logit() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.999])
+    assert choose(chooser(temperature=1e-40), logits) == 1
+    assert choose(chooser(top_p=1e-40), logits) == 1
 
 
 def test_stop_tokens_wait_for_min_tokens() -> None:
     logits = torch.tensor([0.0, 9.0])
     one = chooser(temperature=0, stop_token_ids=(1,), min_tokens=2)
-    assert [one.choose(logits) for _ in range(3)] == [0, 0, 1]
+    assert [choose(one, logits) for _ in range(3)] == [0, 0, 1]
 
 
 def test_a_seed_repeats_itself_and_choices_differ() -> None:
@@ -83,7 +97,7 @@ def test_a_seed_repeats_itself_and_choices_differ() -> None:
 
     def tokens(seed: int, index: int) -> list[int]:
         one = chooser(index, seed=seed)
-        return [one.choose(logits) for _ in range(20)]
+        return [choose(one, logits) for _ in range(20)]
 
     assert tokens(1, 0) == tokens(1, 0)
     assert tokens(1, 0) != tokens(1, 1)
@@ -94,17 +108,18 @@ def test_a_row_is_chosen_the_same_alone_and_among_others() -> None:
     logits = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
     params = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_p": 0.5}, {"temperature": 0, "presence_penalty": 1.0}]
     params += [{"seed": 3, "top_k": 5}, {"temperature": 0}]
-    together = choose_tokens(logits, [chooser(**p) for p in params])
-    assert together == [chooser(**p).choose(row) for p, row in zip(params, logits, strict=True)]
+    together = choose_tokens(logits, [chooser(**p) for p in params], OPS)
+    assert together == [choose(chooser(**p), row) for p, row in zip(params, logits, strict=True)]
 
 
 def test_log_probabilities_are_the_models_own_and_include_the_best() -> None:
     logits = torch.tensor([0.5, 0.25, 0.25]).log()
-    entry = log_probability(logits, 0, 2)
+    entry, other = log_probabilities(torch.stack([logits, logits]), [0, 1], [2, 0], OPS)
     assert entry.logprob == pytest.approx(np.log(0.5))
     assert entry.top[0] == (0, entry.logprob)
     assert len(entry.top) == 2
-    assert log_probability(logits, 1, 0).top == ()
+    assert other.logprob == pytest.approx(np.log(0.25))
+    assert other.top == ()
 
 
 @pytest.mark.parametrize(

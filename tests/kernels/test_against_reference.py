@@ -1,10 +1,15 @@
 """Each backend against `kernels/reference.py`, over a table of batches and a table of shapes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hybrid_cache.kernels import reference
+from hybrid_cache.kernels import reference, sampling
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.kernels.parity import BATCHES, TOLERANCE, difference, play
+from hybrid_cache.kernels.problems import RULES, pool, some_draws
 
 
 def assert_close(found, expected):
@@ -50,6 +55,64 @@ def test_rotary_agrees_with_the_reference(ops, dtype, head_dim):
     inv_freq = 1e4 ** -(torch.arange(head_dim // 2) / (head_dim // 2))
     found = ops.rotary(x, positions, inv_freq)
     assert_close(found, reference.rotary(x, positions, inv_freq))
+
+
+@pytest.mark.parametrize(("inv_freq", "first"), [(None, 0), (100.0 ** -torch.arange(8), 0), (torch.rand(4), 6)])
+def test_relocated_keys_agree_with_the_reference(ops, dtype, inv_freq, first):
+    rng = torch.Generator().manual_seed(5)
+    pages = [pool(4, (TILE, 3, 16), dtype, 0.0) for _ in "kv"]
+    for page in pages:
+        page[:2] = torch.randn(2, TILE, 3, 16, generator=rng).to(dtype)
+    found, expected = (KVTensors(*(page.clone() for page in pages)) for _ in "ab")
+    sources, targets = torch.tensor([3, 4, 70, 127]), torch.tensor([130, 190, 191, 200])
+    delta = torch.tensor([0, 7, -300, 1])
+    ops.relocate_keys(found, sources, targets, delta, inv_freq, first)
+    reference.relocate_keys(expected, sources, targets, delta, inv_freq, first)
+    assert_close(found.k, expected.k)
+    assert torch.equal(found.v, expected.v)
+    assert torch.equal(found.k[:2], expected.k[:2])
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])
+@pytest.mark.parametrize("vocab", [1, 50, 1024, 1025, 5000])
+def test_drawn_tokens_are_those_of_the_reference(ops, vocab, scale):
+    rng = torch.Generator().manual_seed(vocab)
+    logits = scale * torch.randn(5 * len(RULES), vocab, generator=rng)
+    draws = some_draws(len(logits))
+    found, expected = ops.sample(logits, draws), reference.sample(logits, draws)
+    apart = sampling.places(logits, draws, found) - sampling.places(logits, draws, expected)
+    assert apart.abs().max() < 1e-6
+    assert (found == expected).float().mean() > 0.95
+    torch.testing.assert_close(ops.log_sum_exp(logits), reference.log_sum_exp(logits), rtol=1e-5, atol=1e-5)
+
+
+def test_among_equal_logits_all_that_rules_keep_are_drawn(ops):
+    logits = torch.zeros(400, 3000)
+    logits[:, 7] = -1e30
+    kept = {(1.0, 5, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (1.0, 0, 1.0, 1.0)}
+    for rule in kept:
+        assert ops.sample(logits, some_draws(400, rules=[rule])).unique().numel() > 300
+    assert 7 not in ops.sample(logits, some_draws(400)).tolist()
+
+
+@pytest.mark.parametrize("rule", [(0.0, 0, 1.0, 0.0), (1.0, 3, 0.9, 0.0)], ids=["greedy", "drawn"])
+def test_infinite_logits_give_a_token(ops, rule):
+    logits = torch.zeros(5, 2500)
+    logits[0, :2499] = -torch.inf
+    logits[1, 17] = torch.inf
+    logits[2, 2400] = torch.nan
+    logits[3] = -torch.inf
+    logits[4, 30] = 3e38
+    assert ops.sample(logits, some_draws(5, rules=[rule])).tolist() == [2499, 17, 2400, 0, 30]
+
+
+def test_a_row_is_drawn_the_same_in_any_company(ops):
+    logits, draws = torch.randn(9, 3000), some_draws(9)
+    tokens, sums = ops.sample(logits, draws), ops.log_sum_exp(logits)
+    for part in (slice(0, 1), slice(4, 9)):
+        columns = {name: getattr(draws, name)[part] for name in ("temperature", "top_k", "top_p", "min_p", "point")}
+        assert torch.equal(ops.sample(logits[part], replace(draws, **columns)), tokens[part])
+        assert torch.equal(ops.log_sum_exp(logits[part]), sums[part])
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from hybrid_cache.kernels.ops import Mamba1Weights
-from hybrid_cache.kernels.problems import ConvProblem, Piece, Stream, run_batch, token
+from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights
+from hybrid_cache.kernels.problems import ConvProblem, Piece, Stream, run_batch, some_draws, token
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.torch_ops import LoopExperts, PackedLinear, PlainLinear, TorchOps
-from hybrid_cache.kernels.triton_kernels import conv, matmul, rows, scan
+from hybrid_cache.kernels.triton_kernels import conv, matmul, rows, sample, scan
 from hybrid_cache.kernels.triton_ops import CheckedTritonOps, TritonOps
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 
@@ -166,3 +166,40 @@ def test_tensors_out_of_reach_go_to_torch(monkeypatch):
         assert isinstance(ops.linear(X), PackedLinear | PlainLinear)
         assert isinstance(ops.experts([X], [X.T]), LoopExperts)
         assert ops.reasons == {}
+
+
+def test_wrong_tokens_are_replaced(monkeypatch):
+    logits, draws = 3 * torch.randn(9, 300), some_draws(9)
+    expected = TorchOps().sample(logits, draws)
+    checked = CheckedTritonOps()
+    assert torch.equal(checked.sample(logits, draws), expected)
+    assert checked.reasons == {}
+    right = sample.sample
+    monkeypatch.setattr(sample, "sample", lambda logits, draws: (right(logits, draws) + 1) % 300)
+    replaced = CheckedTritonOps()
+    assert torch.equal(replaced.sample(logits, draws), expected)
+    assert replaced.reasons["sample"].startswith("differs from torch by")
+
+
+def test_wrongly_moved_keys_are_replaced_before_they_touch_the_cache(monkeypatch):
+    def turned_back(kv, sources, targets, delta, inv_freq, first):
+        right(kv, sources, targets, -delta, inv_freq, first)
+
+    def moved(ops):
+        rng = torch.Generator().manual_seed(0)
+        kv = KVTensors(torch.randn(3, 64, 2, 16, generator=rng), torch.randn(3, 64, 2, 16, generator=rng))
+        ops.relocate_keys(
+            kv, torch.tensor([3, 4]), torch.tensor([130, 131]), torch.tensor([0, 9]), torch.rand(8, generator=rng)
+        )
+        return kv
+
+    expected, right = moved(TorchOps()), rows.relocate_keys
+    checked = CheckedTritonOps()
+    torch.testing.assert_close(moved(checked).k, expected.k)
+    assert checked.reasons == {}
+    monkeypatch.setattr(rows, "relocate_keys", turned_back)
+    replaced = CheckedTritonOps()
+    found = moved(replaced)
+    assert torch.equal(found.k, expected.k)
+    assert torch.equal(found.v, expected.v)
+    assert replaced.reasons["relocate_keys"].startswith("differs from torch by")

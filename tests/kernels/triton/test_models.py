@@ -1,11 +1,17 @@
 """Small models on the checked backend: nothing falls back, and the rows are those of the portable backend."""
 
+import numpy as np
 import pytest
 import torch
 
+from hybrid_cache.choreography.workflow import Style, Workflow
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine import Engine
 from hybrid_cache.kernels.torch_ops import TorchOps
+from hybrid_cache.kernels.triton_kernels import rows, sample
 from hybrid_cache.kernels.triton_ops import CheckedTritonOps
 from hybrid_cache.models import loading
+from hybrid_cache.request import SamplingParams
 from tests.models import checkpoints
 from tests.models.driver import Driver
 
@@ -21,6 +27,21 @@ CASES = [
     "lfm2 moe of one convolution with experts",
     "qwen3.5 of one delta layer",
 ]
+
+
+class Letters:
+    """A letter is a token."""
+
+    closing = (0,)
+
+    def message(self, role, text):
+        return np.array([*text.encode(), 0], np.int32)
+
+    def opening(self, role):
+        return np.array([1], np.int32)
+
+    def text(self, tokens):
+        return " ".join(map(str, tokens))
 
 
 def hidden_rows(folder, ops):
@@ -44,3 +65,22 @@ def test_a_layer_needs_no_fallback(name, tmp_path):
     found, expected = hidden_rows(folder, ops), hidden_rows(folder, TorchOps())
     assert ops.reasons == {}
     assert (found - expected).square().mean().sqrt() < 1e-5 * expected.square().mean().sqrt()
+
+
+def test_a_server_chooses_tokens_and_moves_messages_with_kernels(tmp_path, monkeypatch):
+    """The engine's own paths end in the backend, not in torch."""
+    called = []
+    for module, name in ((sample, "sample"), (sample, "log_sum_exp"), (rows, "relocate_keys")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, n=name, k=kernel: (called.append(n), k(*args))[1])
+    case = next(case for case in checkpoints.CASES if str(case) == "bamba of one attention layer")
+    folder = checkpoints.save(checkpoints.reference(case), tmp_path, torch.float32)
+    answers = []
+    for ops in (CheckedTritonOps(), TorchOps()):
+        engine = Engine(loading.load(folder, dtype="float32", ops=ops), EngineConfig(budget_bytes=1 << 22))
+        sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=3, max_tokens=3, logprobs=2, stop_token_ids=(0,))
+        flow = Workflow(engine, Letters(), style=Style(engine.model.ways[0]), sampling=sampling)
+        first, second = flow.encode_all(["tea", "and a biscuit"])
+        answers.append(flow.generate([second, first, "now?"]).tokens)
+    assert answers[0] == answers[1]
+    assert {"sample", "log_sum_exp", "relocate_keys"} <= set(called)

@@ -1,24 +1,54 @@
-"""The most likely tokens and log-probabilities against torch."""
+"""Tokens and sums of exponentials against the reference."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from hybrid_cache.kernels import reference, sampling
+from hybrid_cache.kernels.problems import RULES, some_draws
 from hybrid_cache.kernels.triton_kernels import sample
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GREEDY = RULES[:1]
+
+
+def greedy(logits):
+    return sample.sample(logits, some_draws(len(logits), DEVICE, GREEDY))
+
+
+def part_of(draws, part):
+    columns = ("temperature", "top_k", "top_p", "min_p", "point")
+    return replace(draws, **{name: getattr(draws, name)[part] for name in columns})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("vocab", [1, 300, 4096, 10000])
-def test_tokens_and_log_probabilities_are_those_of_torch(vocab, dtype):
+def test_tokens_and_sums_are_those_of_torch(vocab, dtype):
     logits = (5 * torch.randn(3, vocab)).to(dtype).to(DEVICE)
-    tokens, log_probs = sample.greedy(logits)
-    assert torch.equal(tokens, logits.argmax(1))
-    expected = logits.float().log_softmax(1)
-    torch.testing.assert_close(log_probs, expected.gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5)
-    others = torch.randint(0, vocab, (3,)).to(DEVICE)
-    found = sample.log_probabilities(logits, others)
-    torch.testing.assert_close(found, expected.gather(1, others[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(greedy(logits), logits.argmax(1))
+    torch.testing.assert_close(sample.log_sum_exp(logits), logits.float().logsumexp(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("vocab", [1, 60, 5000])
+def test_draws_are_those_of_the_reference(vocab, rule):
+    logits = 3 * torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))
+    draws = some_draws(3, rules=[rule])
+    tokens = sample.sample(logits.to(DEVICE), some_draws(3, DEVICE, [rule])).cpu()
+    expected = reference.sample(logits, draws)
+    torch.testing.assert_close(
+        sampling.places(logits, draws, tokens), sampling.places(logits, draws, expected), rtol=0, atol=1e-6
+    )
+
+
+def test_a_token_that_no_rule_keeps_is_never_drawn():
+    logits = torch.full((4, 5000), -30.0, device=DEVICE)
+    logits[:, [7, 4200, 4999]] = torch.tensor([3.0, 2.0, 1.0], device=DEVICE)
+    kept = {(1.0, 2, 1.0, 0.0): {7, 4200}, (1.0, 0, 0.5, 0.0): {7}, (1.0, 0, 1.0, 0.2): {7, 4200}}
+    for rule, tokens in kept.items():
+        draws = some_draws(40, DEVICE, [rule])
+        assert set(sample.sample(logits[:1].expand(40, -1), draws).tolist()) == tokens
 
 
 def test_of_equal_logits_the_first_wins():
@@ -26,29 +56,31 @@ def test_of_equal_logits_the_first_wins():
     logits[1, [5, 8000, 4500]] = 1.0
     logits[2, [8000, 4500]] = 1.0
     logits[3] = -torch.inf
-    tokens, _ = sample.greedy(logits)
-    assert tokens.tolist() == [0, 5, 4500, 0]
+    assert greedy(logits).tolist() == [0, 5, 4500, 0]
 
 
-def test_infinite_logits_give_a_token():
-    logits = torch.zeros(3, 5000, device=DEVICE)
+@pytest.mark.parametrize("rule", [GREEDY[0], RULES[1]], ids=["greedy", "drawn"])
+def test_infinite_logits_give_a_token(rule):
+    logits = torch.zeros(4, 5000, device=DEVICE)
     logits[0, :4999] = -torch.inf
     logits[1, 17] = torch.inf
     logits[2, 4500] = torch.nan
-    tokens, log_probs = sample.greedy(logits)
-    assert tokens.tolist() == [4999, 17, 4500]
-    assert log_probs[0] == 0.0
+    logits[3] = -torch.inf
+    assert sample.sample(logits, some_draws(4, DEVICE, [rule])).tolist() == [4999, 17, 4500, 0]
+    assert sample.log_sum_exp(logits)[0] == 0.0
 
 
 def test_a_row_has_the_same_bits_in_any_company():
-    logits = torch.randn(6, 9000).to(DEVICE)
-    tokens, log_probs = sample.greedy(logits)
+    logits = torch.randn(6, 5000).to(DEVICE)
+    draws = some_draws(6, DEVICE)
+    tokens, sums = sample.sample(logits, draws), sample.log_sum_exp(logits)
     for part in (slice(0, 1), slice(2, 5)):
-        found = sample.greedy(logits[part])
-        assert torch.equal(found[0], tokens[part])
-        assert torch.equal(found[1], log_probs[part])
+        assert torch.equal(sample.sample(logits[part], part_of(draws, part)), tokens[part])
+        assert torch.equal(sample.log_sum_exp(logits[part]), sums[part])
 
 
 def test_no_rows_give_no_tokens():
-    tokens, log_probs = sample.greedy(torch.zeros(0, 100, device=DEVICE))
-    assert len(tokens) == len(log_probs) == 0
+    logits = torch.zeros(0, 100, device=DEVICE)
+    assert (
+        len(sample.sample(logits, part_of(some_draws(1, DEVICE), slice(0, 0)))) == len(sample.log_sum_exp(logits)) == 0
+    )

@@ -1,0 +1,62 @@
+"""The next token of each row of logits, in torch: what `Ops.sample` says, one row at a time."""
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.kernels.ops import Draws
+
+
+def sample(logits: Tensor, draws: Draws) -> Tensor:
+    tokens = logits.argmax(1)
+    columns = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.point)
+    for row, values in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+        temperature, top_k, top_p, min_p, point = values
+        best = logits[row, tokens[row]]
+        if temperature > 0 and bool(best.isfinite()):
+            weights = ((logits[row] - best) / temperature).exp_()
+            tokens[row] = _token_at(weights, max(_least(weights, top_k, top_p), min_p), point)
+    return tokens
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    return torch.stack([row.logsumexp(0) for row in logits]) if len(logits) else logits.new_empty(0)
+
+
+def places(logits: Tensor, draws: Draws, tokens: Tensor) -> Tensor:
+    """The points nearest to those of `draws` [S] at which these tokens would be drawn, to see how wrong they are.
+
+    Of a row without a temperature: 0, or 1 for a token that is not the most likely one.
+    """
+    found = []
+    columns = (tokens, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.point)
+    for row, *values in zip(logits.double(), *(column.tolist() for column in columns), strict=True):
+        token, temperature, top_k, top_p, min_p, point = values
+        if temperature == 0:
+            found.append(float(token != int(row.argmax())))
+            continue
+        weights = ((row - row.max()) / temperature).exp_()
+        weights[weights < max(_least(weights, top_k, top_p), min_p)] = 0
+        end = float(weights[: token + 1].sum() / weights.sum())
+        start = end - float(weights[token] / weights.sum())
+        found.append(min(max(point, start), end))
+    return torch.tensor(found)
+
+
+def _least(weights: Tensor, top_k: int, top_p: float) -> float:
+    """The smallest of weights [V] that stays."""
+    if top_p == 1 and not 0 < top_k < len(weights):
+        return 0.0
+    falling = torch.topk(weights, min(top_k or len(weights), len(weights))).values
+    if top_p == 1:
+        return float(falling[-1])
+    falling = torch.cat([falling, weights[weights == falling[-1]][int((falling == falling[-1]).sum()) :]])
+    sums = falling.cumsum(0, dtype=torch.float64)
+    reached = int(torch.searchsorted(sums, top_p * sums[-1]))
+    return float(falling[min(reached, len(falling) - 1)])
+
+
+def _token_at(weights: Tensor, least: float, point: float) -> Tensor:
+    """Where the sum over the weights [V] that stay exceeds `point` of it."""
+    sums = torch.where(weights >= least, weights, 0.0).cumsum(0, dtype=torch.float64)
+    token = torch.searchsorted(sums, point * sums[-1:], right=True)
+    return torch.minimum(token, (sums < sums[-1]).sum())[0]
