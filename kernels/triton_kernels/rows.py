@@ -1,4 +1,4 @@
-"""Operations on rows: norms, gated activations, rotary positions, and moving rows of pages and slots.
+"""Operations on rows: norms, gated activations, rotary positions, and moving rows of pages.
 
 A row's sums stay inside one program and run in a fixed order: over the values of a block by a tree that only the
 block's size decides, over the blocks from left to right. How many rows a launch has decides how many programs there
@@ -16,7 +16,6 @@ from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
 from hybrid_cache.kernels.triton_kernels.conv import narrow
 
 BLOCK = 1024  # values of a program
-COPY_BLOCK = 4096
 NORM_BLOCK = 4096  # a longer row takes several of these
 NUM_WARPS = 4
 
@@ -228,31 +227,6 @@ def relocate_keys(
         )
 
 
-@triton.jit
-def _copy_slots_kernel(tensor, sources, targets, stride, NUMEL: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (copies, blocks). A program copies BLOCK values of one slot."""
-    source, target = tl.load(sources + tl.program_id(0)), tl.load(targets + tl.program_id(0))
-    inside = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = inside < tl.where(target >= 0, NUMEL, 0)
-    tl.store(tensor + target * stride + inside, tl.load(tensor + source * stride + inside, mask), mask)
-
-
-def copy_slots(tensor: Tensor, sources: Tensor, targets: Tensor) -> None:
-    """tensor [slots, ...], only dimension 0 strided: slot sources[i] -> slot targets[i]; negative targets are skipped.
-
-    sources, targets [N] int64; no slot may be in both
-    """
-    if len(sources):
-        block = min(COPY_BLOCK, triton.next_power_of_2(tensor[0].numel()))
-        grid = (len(sources), triton.cdiv(tensor[0].numel(), block))
-        _copy_slots_kernel[grid](
-            *(tensor, sources.contiguous(), targets.contiguous(), tensor.stride(0)),
-            NUMEL=tensor[0].numel(),
-            BLOCK=block,
-            num_warps=NUM_WARPS,
-        )
-
-
 def _with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -305,12 +279,5 @@ SPECS = [
         {"HEADS": 8, "SIZE": 128, "FIRST": 0, "HALF": 64, "PAGE_ROWS": TILE, "HEAD_BLOCK": 8, "BLOCK": 128},
         num_warps=NUM_WARPS,
         limits=_TURNING,
-    ),
-    Spec(
-        _copy_slots_kernel,
-        dict(tensor="*fp32", sources="*i64", targets="*i64", stride="i32:16"),
-        {"NUMEL": 64 * 64 * 128, "BLOCK": COPY_BLOCK},
-        num_warps=NUM_WARPS,
-        limits=_CHEAP,
     ),
 ]

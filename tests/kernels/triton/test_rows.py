@@ -118,18 +118,3 @@ def test_a_key_turned_further_is_the_key_of_the_later_position():
     kv.k[0, 0] = reference.rotary(key, torch.tensor([10]), inv_freq)[0]
     reference.relocate_keys(kv, torch.tensor([0]), torch.tensor([64]), torch.tensor([90]), inv_freq)
     assert_close(kv.k[1, 0], reference.rotary(key, torch.tensor([100]), inv_freq)[0])
-
-
-@pytest.mark.parametrize("shape", [(3, 7), (2, 24, 100)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-def test_slots_are_copied_with_all_their_bits(shape, dtype):
-    slots = pool(6, shape, dtype, float("nan")).to(DEVICE)
-    slots[1] = torch.randn(shape).to(dtype)
-    slots[2] = -0.0
-    before = slots.clone()
-    sources, targets = torch.tensor([1, 2, 1, 4]).to(DEVICE), torch.tensor([0, 5, -1, 3]).to(DEVICE)
-    rows.copy_slots(slots, sources, targets)
-    expected = before.clone()
-    expected[[0, 5, 3]] = before[[1, 2, 4]]
-    integers = torch.int32 if dtype is torch.float32 else torch.int16
-    assert torch.equal(slots.contiguous().view(integers), expected.contiguous().view(integers))
