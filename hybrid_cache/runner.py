@@ -12,7 +12,7 @@ from hybrid_cache.batch import ForwardBatch, HybridModel
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.choreography.effects import Anatomy, Effect, Recorder
 from hybrid_cache.cuda_graphs import DecodeGraphs
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout, place_rows
+from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout, place_rows, tile_bounds
 from hybrid_cache.kernels.shared_prefix import with_plan
 from hybrid_cache.lease import Lease
 from hybrid_cache.scheduler import Chunk, Step
@@ -83,9 +83,11 @@ class ModelRunner:
 
 def build_batch(step: Step, *, packed: bool) -> tuple[ForwardBatch, list[int]]:
     """A step's rows and index tensors, and how many hidden rows each chunk gets back."""
+    assert packed or not any(c.cuts for c in step.chunks)
     lengths, num_decode = [c.end - c.start for c in step.chunks], len(step.decodes)
     rows, decode_row, num_rows = place_rows(lengths, num_decode, packed=packed)
-    tiles = [-(-length // TILE) for length in lengths]
+    bounds = [tile_bounds(c.end - c.start, (cut - c.start for cut in c.cuts)) for c in step.chunks]
+    tiles = [len(b) - 1 for b in bounds]
     first_tile = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
     token_ids, positions = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
     kv_rows = np.full(num_rows, -1, np.int64)
@@ -111,8 +113,11 @@ def build_batch(step: Step, *, packed: bool) -> tuple[ForwardBatch, list[int]]:
         chunk_len=_ints(lengths),
         chunk_slot=_ints([_lease(c).slot for c in step.chunks]),
         chunk_fresh=_ints([int(c.start == 0 and not c.prefill.alone) for c in step.chunks]),
+        tile_start=_ints([start for b in bounds for start in b[:-1]]),
         capture_chunk=_ints([i for i, c in enumerate(step.chunks) for _ in c.captures]),
-        capture_tiles=_ints([(position - c.start) // TILE for c in step.chunks for position, _ in c.captures]),
+        capture_tiles=_ints(
+            [b.index(p - c.start) for c, b in zip(step.chunks, bounds, strict=True) for p, _ in c.captures]
+        ),
         capture_slot=_ints([slot for c in step.chunks for _, slot in c.captures]),
         decode_slot=_ints([_lease(s).slot for s in step.decodes]),
         decode_len=_ints([s.fed + 1 for s in step.decodes]),
@@ -130,13 +135,13 @@ def build_batch(step: Step, *, packed: bool) -> tuple[ForwardBatch, list[int]]:
 
 def recorded_runs(step: Step, layout: RowLayout) -> Iterator[tuple[slice, Effect]]:
     """Rows of messages that will be stored, and where what they do to the states is to be noted."""
-    rows = [*layout.chunk_row.tolist(), *range(layout.decode_row, layout.decode_row + layout.num_decode)]
-    owners: list[Chunk | Sequence] = [*step.chunks, *step.decodes]
-    for owner, row in zip(owners, rows, strict=True):
-        program = owner.prefill.program
+    for chunk, row in zip(step.chunks, layout.chunk_row.tolist(), strict=True):
+        for start, end, effect in chunk.spans:
+            yield slice(row + start - chunk.start, row + end - chunk.start), effect
+    for row, sequence in enumerate(step.decodes, start=layout.decode_row):
+        program = sequence.prefill.program
         if program is not None and program.span is not None:
-            length = owner.end - owner.start if isinstance(owner, Chunk) else 1
-            yield slice(row, row + length), program.span.effect
+            yield slice(row, row + 1), program.span.effect
 
 
 def _lease(owner: Chunk | Sequence) -> Lease:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybrid_cache.cache import HybridCache
+from hybrid_cache.choreography.effects import Effect
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.kernels.layout import TILE
@@ -35,7 +36,9 @@ class Chunk:
     sequence: Sequence | None  # None: a message for the store, or a canonical commit
     start: int
     end: int
-    captures: tuple[tuple[int, int], ...]  # (position on the grid, slot that gets the state there)
+    captures: tuple[tuple[int, int], ...]  # (position where a tile ends, slot that gets the state there)
+    cuts: tuple[int, ...] = ()  # positions where a tile ends and the grid starts afresh, rising; none without `packs`
+    spans: tuple[tuple[int, int, Effect], ...] = ()  # tokens of messages that will be stored, see `Stretch`
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +289,9 @@ class Scheduler:
         if prefill.arrangement is not None:
             begin = (prefill.namespace, prefill.arrangement, lease.length)
             prefill.program = self._stage.begin(*begin, self._num_waiting_for)
+            prefill.alone = self._stage.starts_alone(prefill.arrangement, lease.length)
+            if prefill.alone:
+                self._stage.clear(lease)
             return True
         prefill.wishes = deque(
             self._cache.plan(
@@ -327,6 +333,9 @@ class Scheduler:
         if prefill.program is not None:
             prefill.computed = self._stage.advance(prefill.program, prefill.lease, prefill.computed)
         start, end = prefill.computed, min(prefill.computed + tiles * TILE, prefill.until)
+        if prefill.program is not None:
+            stretch = self._stage.cut(prefill.program, prefill.lease, start, end)
+            return Chunk(prefill, sequence, start, stretch.end, stretch.captures, stretch.cuts, stretch.spans)
         captures = []
         while prefill.wishes and prefill.wishes[0].position <= end:
             wish = prefill.wishes.popleft()

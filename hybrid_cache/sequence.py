@@ -53,7 +53,7 @@ class Prefill:
     arrangement: Arrangement | None = None
     program: Program | None = None
     refused: set[str] = field(default_factory=set)  # messages that could not be stored for it
-    alone: bool = False  # a message for the store: its states start from zero, but it is not the start of a text
+    alone: bool = False  # begins with a message encoded alone: states are zero, but it is not the start of a text
 
     @property
     def shift(self) -> int:

@@ -11,12 +11,20 @@ that sequence, so a token sits in the same row of the same tile whether or not e
 grid is what makes reuse bit-exact. (A choreography starts chunks anywhere.) Every kernel must give a row the same bits
 whatever else is in the batch, and must not let padding rows change a state.
 
-The last tile of a chunk may hold fewer than TILE tokens. On a CPU, where a row less is time saved, the next chunk
-follows at once (*packed*); elsewhere the tile is padded, so that tile i starts in row TILE * i.
+A chunk may have *cuts*: at each a tile ends, and the grid starts afresh. So it has the tiles, and gets the bits, of the
+chunks that it would be if it were taken apart there.
+
+    200 tokens, no cut     0..64  64..128  128..192  192..200
+    200 tokens, cut 100    0..64  64..100  100..164  164..200
+
+A tile may hold fewer than TILE tokens: the last of a chunk, or one that ends at a cut. On a CPU, where a row less is
+time saved, the next one follows at once (*packed*). Elsewhere a chunk's last tile is padded, so that tile i starts in
+row TILE * i. A backend that does not pack never sees a cut: tile i of a chunk starts at its token TILE * i.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,9 +54,11 @@ class RowLayout:
     chunk_slot: Tensor  # [C] state slot read at the start and overwritten at the end
     chunk_fresh: Tensor  # [C] 1 to start from the zero state instead of the slot's content
 
-    # The state after the first `capture_tiles` tiles of a chunk also goes to `capture_slot`.
+    tile_start: Tensor  # [num_tiles] tokens of the chunk before the tile, which ends where the next one starts, if any
+
+    # The state after the first `capture_tiles` tiles of a chunk also goes to `capture_slot`: one slot for each place.
     capture_chunk: Tensor  # [X]
-    capture_tiles: Tensor  # [X] between 1 and chunk_len // TILE
+    capture_tiles: Tensor  # [X] between 1 and chunk_tiles; where nothing packs, chunk_len // TILE
     capture_slot: Tensor  # [X]
 
     decode_slot: Tensor  # [D] state slot read and overwritten
@@ -64,6 +74,12 @@ class RowLayout:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {n: t.to(device, non_blocking=True) for n, t in values.items() if isinstance(t, Tensor)}
         return replace(self, **moved)
+
+
+def tile_bounds(length: int, cuts: Iterable[int] = ()) -> list[int]:
+    """Tokens of a chunk before each of its tiles, then `length`. cuts: tokens of the chunk before each, rising"""
+    starts = (range(first, end, TILE) for first, end in pairwise((0, *cuts, length)))
+    return [*chain.from_iterable(starts), length]
 
 
 def place_rows(lengths: Sequence[int], num_decode: int, *, packed: bool) -> tuple[list[int], int, int]:

@@ -6,6 +6,7 @@ from ctypes import c_float, c_int64, c_void_p
 LAYOUT_SIZES = ("num_rows", "num_tiles", "num_decode", "decode_row", "num_chunks", "num_captures", "max_pages")
 LAYOUT_TENSORS = (
     *("chunk_row", "chunk_tile", "chunk_tiles", "chunk_start", "chunk_len", "chunk_slot", "chunk_fresh"),
+    "tile_start",
     *("capture_chunk", "capture_tiles", "capture_slot", "decode_slot", "decode_len", "page_table", "kv_rows"),
 )
 DRAWS = ("temperature", "top_p", "min_p", "top_k", "point")

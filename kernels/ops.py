@@ -8,7 +8,7 @@ Two promises hold for each method of each backend that says `exact`:
 
 1. a row's result has the same bits whatever other rows, tiles or sequences are in the batch, and whatever lies in
    unused rows of pages and slots (it may be NaN);
-2. tiles of one sequence give the same bits and states in one call as in several calls, cut at any tile.
+2. tiles of one sequence give the same bits and states in one call as in several calls, cut at any tile's end.
 """
 
 from collections.abc import Callable, Sequence

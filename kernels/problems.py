@@ -55,11 +55,13 @@ class Piece:
     start: int
     end: int
     captures: tuple[tuple[int, int], ...] = ()  # (tokens of the piece, slot)
+    cuts: tuple[int, ...] = ()  # tokens of the piece after which a tile ends, for backends that pack
 
     def run(self, decode: bool) -> Run:
         pages = self.stream.pages[: -(-self.end // TILE)]
         fresh = self.start == 0 and not decode
-        return Run(0, self.end - self.start, self.start, self.stream.slot, fresh, pages, list(self.captures))
+        length, captures = self.end - self.start, list(self.captures)
+        return Run(0, length, self.start, self.stream.slot, fresh, pages, captures, self.cuts)
 
 
 def token(stream: Stream, position: int) -> Piece:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows
+from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows, tile_bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +24,17 @@ class Run:
     slot: int
     fresh: bool
     pages: list[int]  # pages of positions [0, start + length)
-    captures: list[tuple[int, int]]  # (tokens of the run, slot that gets the state after them)
+    captures: list[tuple[int, int]]  # (tokens of the run that end a tile, slot that gets the state after them)
+    cuts: tuple[int, ...] = ()  # tokens of the run after which a tile ends and the grid starts afresh, rising
 
     @property
     def end(self) -> int:
         return self.start + self.length
 
     @property
-    def num_tiles(self) -> int:
-        return -(-self.length // TILE)
+    def tiles(self) -> list[tuple[int, int]]:
+        """(start, end) of each tile, in tokens of the run."""
+        return list(pairwise(tile_bounds(self.length, self.cuts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +50,37 @@ class Runs:
 
 
 def read(layout: RowLayout) -> Runs:
+    lengths, tile_start = layout.chunk_len.tolist(), layout.tile_start.tolist()
+    bounds = [  # of the tiles of each chunk
+        [*tile_start[first : first + count], length]
+        for first, count, length in zip(layout.chunk_tile.tolist(), layout.chunk_tiles.tolist(), lengths, strict=True)
+    ]
     captures: dict[int, list[tuple[int, int]]] = {}
     points = (layout.capture_chunk.tolist(), layout.capture_tiles.tolist(), layout.capture_slot.tolist())
     for chunk, tiles, slot in zip(*points, strict=True):
-        captures.setdefault(chunk, []).append((tiles * TILE, slot))
+        captures.setdefault(chunk, []).append((bounds[chunk][tiles], slot))
     tables = layout.page_table.tolist()
     columns = (
         layout.chunk_row.tolist(),
-        layout.chunk_len.tolist(),
+        lengths,
         layout.chunk_start.tolist(),
         layout.chunk_slot.tolist(),
         layout.chunk_fresh.tolist(),
+        map(_cuts, bounds),
     )
     chunks = [
-        Run(row, length, start, slot, bool(fresh), _pages(tables[i], start + length), captures.get(i, []))
-        for i, (row, length, start, slot, fresh) in enumerate(zip(*columns, strict=True))
+        Run(row, length, start, slot, bool(fresh), _pages(tables[i], start + length), captures.get(i, []), cuts)
+        for i, (row, length, start, slot, fresh, cuts) in enumerate(zip(*columns, strict=True))
     ]
     decodes = [
         Run(layout.decode_row + i, 1, length - 1, slot, False, _pages(tables[len(chunks) + i], length), [])
         for i, (slot, length) in enumerate(zip(layout.decode_slot.tolist(), layout.decode_len.tolist(), strict=True))
     ]
     return Runs(chunks, decodes)
+
+
+def _cuts(bounds: list[int]) -> tuple[int, ...]:
+    return tuple(end for start, end in pairwise(bounds[:-1]) if end - start < TILE)
 
 
 def _pages(table: list[int], num_tokens: int) -> list[int]:
@@ -79,14 +92,15 @@ def arrange(chunks: Sequence[Run], decodes: Sequence[Run], *, packed: bool = Fal
     rows, decode_row, num_rows = place_rows([chunk.length for chunk in chunks], len(decodes), packed=packed)
     placed = [replace(chunk, row=row) for chunk, row in zip(chunks, rows, strict=True)]
     runs = Runs(placed, [replace(decode, row=decode_row + i) for i, decode in enumerate(decodes)])
-    tiles = [chunk.num_tiles for chunk in chunks]
+    bounds = [tile_bounds(chunk.length, chunk.cuts) for chunk in chunks]
+    tiles = [len(of_chunk) - 1 for of_chunk in bounds]
     kv_rows = torch.full((num_rows,), -1)
     table = torch.zeros(len(placed) + len(decodes), max((len(run.pages) for run in runs), default=0), dtype=torch.int64)
     for i, run in enumerate(runs):
         positions = torch.arange(run.start, run.end)
         table[i, : len(run.pages)] = torch.tensor(run.pages)
         kv_rows[run.row : run.row + run.length] = table[i, positions // TILE] * TILE + positions % TILE
-    captures = [(i, tokens // TILE, slot) for i, run in enumerate(placed) for tokens, slot in run.captures]
+    captures = [(i, bounds[i].index(tokens), slot) for i, run in enumerate(placed) for tokens, slot in run.captures]
     layout = RowLayout(
         num_rows=num_rows,
         num_tiles=sum(tiles),
@@ -99,6 +113,7 @@ def arrange(chunks: Sequence[Run], decodes: Sequence[Run], *, packed: bool = Fal
         chunk_len=_index(run.length for run in placed),
         chunk_slot=_index(run.slot for run in placed),
         chunk_fresh=_index(int(run.fresh) for run in placed),
+        tile_start=_index(start for of_chunk in bounds for start in of_chunk[:-1]),
         capture_chunk=_index(chunk for chunk, _, _ in captures),
         capture_tiles=_index(tiles for _, tiles, _ in captures),
         capture_slot=_index(slot for _, _, slot in captures),

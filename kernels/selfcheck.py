@@ -33,6 +33,7 @@ from hybrid_cache.kernels.problems import (
 NUM_ROWS = (MIN_ROWS, 5, 17, TILE, TILE + 1, 3 * TILE + 4, 5 * TILE)
 CUTS = ((3,), (1, 3), (1, 2, 3))  # tiles of the first call, first two calls ... of a prompt of less than four tiles
 PROMPT = 3 * TILE + 9
+OFF_GRID = (TILE - 27, TILE + 36)  # tokens of the prompt before each cut
 NUM_DECODES = 3
 
 
@@ -81,6 +82,8 @@ def mismatches(ops: Ops, problem: Problem, device: torch.device = CPU) -> list[s
                 failed.append(f"cut at tiles {cuts}, {company}")
     if not _resumes(ops, problem, alone, expected, device):
         failed.append("resumed from a captured state")
+    if ops.packs and not _takes_cuts(ops, problem, alone, device):
+        failed.append(f"a chunk with cuts {OFF_GRID}")
     return failed
 
 
@@ -119,6 +122,18 @@ def _resumes(ops: Ops, problem: Problem, stream: Stream, expected: Sequence[Tens
     run_batch(ops, problem, cache, [Piece(stream, 0, PROMPT, captures=((2 * TILE, 9),))])
     found = run_batch(ops, problem, cache, [Piece(stream.moved(9, stream.pages), 2 * TILE, PROMPT)])
     return torch.equal(found[0], expected[0][2 * TILE :])
+
+
+def _takes_cuts(ops: Ops, problem: Problem, stream: Stream, device: torch.device) -> bool:
+    """One call whose tiles end off the grid against several calls, and the states there."""
+    whole, parts = (cache_on(device, problem, 16, 0.0) for _ in range(2))
+    slots = dict(zip(OFF_GRID, (9, 10), strict=True))
+    found = run_batch(ops, problem, whole, [Piece(stream, 0, PROMPT, tuple(slots.items()), OFF_GRID)])[0]
+    expected = []
+    for start, end in pairwise((0, *OFF_GRID, PROMPT)):
+        captures = ((end - start, slots[end]),) if end in slots else ()
+        expected += run_batch(ops, problem, parts, [Piece(stream, start, end, captures)])
+    return all(torch.equal(a, b) for a, b in zip([found, *whole], [torch.cat(expected), *parts], strict=True))
 
 
 def _kept(problem: Problem, cache: Sequence[Tensor], stream: Stream) -> list[Tensor]:

@@ -224,10 +224,9 @@ class TorchOps:
         out = torch.zeros_like(q)
         plan = self._runs(layout)
         for run in plan.chunks:
-            for tile in range(run.num_tiles):
-                rows = slice(run.row + tile * TILE, min(run.row + (tile + 1) * TILE, run.row + run.length))
-                last = run.start + (tile + 1) * TILE
-                keys, values = _gather(kv, run.pages[: -(-last // TILE)], min(run.end, last), last)
+            for first, end in run.tiles:
+                rows, last = slice(run.row + first, run.row + end), run.start + first + TILE
+                keys, values = _gather(kv, run.pages[: -(-last // TILE)], run.start + end, last)
                 out[rows] = _attend_tile(_padded(q[rows]), keys, values, scale, window)[: rows.stop - rows.start]
         for run in plan.decodes:
             keys, values = _gather(kv, run.pages, run.end, TILE * len(run.pages))
@@ -282,11 +281,11 @@ class TorchOps:
         for run in plan.chunks:
             points = dict(run.captures)
             h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
-            for first in range(0, run.length, TILE):
-                rows = slice(run.row + first, run.row + min(first + TILE, run.length))
+            for first, end in run.tiles:
+                rows = slice(run.row + first, run.row + end)
                 y[rows] = _scan_channels(h, u[rows], dt[rows], B[rows], C[rows], weights.A)
-                if first + TILE in points:
-                    state[points[first + TILE]] = h
+                if end in points:
+                    state[points[end]] = h
             state[run.slot] = h
         if plan.decodes:
             rows = _decode_rows(layout)
@@ -361,13 +360,12 @@ class TorchOps:
         for run in plan.chunks:
             points = dict(run.captures)
             h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
-            for first in range(0, run.length, TILE):
-                length = min(TILE, run.length - first)
-                rows = slice(run.row + first, run.row + first + length)
+            for first, end in run.tiles:
+                rows = slice(run.row + first, run.row + end)
                 h, y_tile = compute_tile(h, *(_padded(x[rows]) for x in (q, k, v_wide, g, beta)))
-                y[rows] = y_tile[:length]
-                if first + TILE in points:
-                    state[points[first + TILE]] = h
+                y[rows] = y_tile[: end - first]
+                if end in points:
+                    state[points[end]] = h
             state[run.slot] = h
         if plan.decodes:
             rows = _decode_rows(layout)
@@ -549,13 +547,12 @@ def _scan_chunk(
     """x [R, H, P], dt [R, H], B, C [R, G, N]; fills the run's rows of y [R, H, P] and its slots of `state`."""
     points = dict(run.captures)
     h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
-    for first in range(0, run.length, TILE):
-        length = min(TILE, run.length - first)
-        rows = slice(run.row + first, run.row + first + length)
+    for first, end in run.tiles:
+        rows = slice(run.row + first, run.row + end)
         h, y_tile = scan_tile(h, _padded(x[rows]), _padded(dt[rows]), _padded(B[rows]), _padded(C[rows]), A)
-        y[rows] = y_tile[:length]
-        if first + TILE in points:
-            state[points[first + TILE]] = h
+        y[rows] = y_tile[: end - first]
+        if end in points:
+            state[points[end]] = h
     state[run.slot] = h
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.batch import CacheTensors, ForwardBatch
+from hybrid_cache.kernels import runs
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.kernels.torch_ops import TorchOps
@@ -71,14 +72,11 @@ class SumModel:
             hidden[row] = torch.tensor([float(state[0]), position + 1.0])
             self.rows_computed += 1
 
+        chunks = runs.read(layout).chunks
         for c in range(len(layout.chunk_slot)):
             slot, first = int(layout.chunk_slot[c]), int(layout.chunk_row[c])
             state = torch.zeros(600) if layout.chunk_fresh[c] else states.state[slot].clone()
-            captures = {
-                int(n) * TILE: int(s)
-                for i, n, s in zip(layout.capture_chunk, layout.capture_tiles, layout.capture_slot, strict=True)
-                if int(i) == c
-            }
+            captures = dict(chunks[c].captures)
             for i in range(int(layout.chunk_len[c])):
                 assert int(batch.positions[first + i]) == int(layout.chunk_start[c]) + i
                 state += float(batch.token_ids[first + i])

@@ -3,8 +3,8 @@
 An arranged prompt is a list of moves. The engine computes what it always computes, chunk by chunk; between chunks the
 stage takes the moves that need no model:
 
-    [ attach a ][ attach b ][ compute c, keep it ][ attach d ][ compute the rest ]
-      KV rows copied, keys turned; states composed
+    [ attach a ][ attach b ][ compute c, keep it ][ attach d ][ compute e, keep it ][ compute the rest ]
+      KV rows copied, keys turned; states composed              one chunk: states are captured between its messages
 
 All of an arranged sequence's pages are its own, so a message that is stored is never written to.
 """
@@ -12,6 +12,7 @@ All of an arranged sequence's pages are its own, so a message that is stored is 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -40,7 +41,6 @@ class Span:
     key: str
     start: int
     position: int
-    base: int | None  # a slot with the states before it; None if they were zero
     effect: Effect = field(default_factory=Effect)
 
 
@@ -55,6 +55,11 @@ class Move:
     keep: str = ""
     opens: bool = False  # the answer's message begins here
 
+    @property
+    def shift(self) -> int:
+        """Place of a row less its position."""
+        return self.start - self.position
+
 
 @dataclass(slots=True, eq=False)
 class Program:
@@ -64,7 +69,10 @@ class Program:
     moves: deque[Move]
     plan: Plan
     composition: Composition = Composition.ORDERED
-    span: Span | None = None
+    joins: bool = False  # one chunk may compute several moves
+    span: Span | None = None  # of the first move
+    later: deque[Span] = field(default_factory=deque)  # of other moves that the chunk on its way computes
+    states: dict[int, int] = field(default_factory=dict)  # place -> a slot with the states there, lent by the cache
     shift: int = 0  # place of a row less its position, for what is being computed
     answer_at: int = -1  # the answer's message is kept from this place on
 
@@ -74,7 +82,31 @@ class Program:
 
     def until(self) -> int:
         """Where the present stretch of computing ends."""
-        return self.moves[0].end
+        return self.stretch()[-1].end
+
+    def stretch(self) -> list[Move]:
+        """The moves that one chunk may compute."""
+        first, *others = self.moves
+        found = [first]
+        for move in others if self.joins else ():
+            if move.stored is not None or move.shift != first.shift:
+                break
+            found.append(move)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """What a chunk of an arranged prompt computes: tokens up to `end`, with its messages apart."""
+
+    end: int
+    captures: tuple[tuple[int, int], ...]  # place between messages, slot that gets the states there
+    spans: tuple[tuple[int, int, Effect], ...]  # start, end, and where what these tokens do to the states is noted
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Places where a tile ends."""
+        return tuple(place for place, _ in self.captures)
 
 
 class Stage:
@@ -127,15 +159,25 @@ class Stage:
         return make_plan(arrangement, prefix, stored, self._cost, states=bool(self._states))
 
     def missing(self, arrangement: Arrangement) -> list[int]:
-        """Indices of parts that are to be encoded alone and are not stored; all of them can be encoded at once."""
+        """Indices of parts that have to be encoded alone before a prompt begins; all of them can be encoded at once.
+
+        The first part is alone in its place, too; but where messages are averaged, each has to be apart.
+        """
+        first = int(arrangement.composition is Composition.ORDERED)
         return [
             i
             for i, part in enumerate(arrangement.parts)
-            if part.id
+            if i >= first
+            and part.id
             and part.encoding is Encoding.ALONE
             and part.num_tokens > arrangement.seam
             and not self.is_stored(self.key(arrangement, part.id))
         ]
+
+    def starts_alone(self, arrangement: Arrangement, prefix: int) -> bool:
+        """Whether a prompt begins with a part that is stored from its first token, as if no text began there."""
+        first = arrangement.parts[0] if arrangement.parts else None
+        return first is not None and first.encoding is Encoding.ALONE and not (prefix or arrangement.seam)
 
     # Programs
 
@@ -182,7 +224,8 @@ class Stage:
         answer_at = -1 if arrangement.closing is None else arrangement.answer_start + arrangement.seam
         if 0 <= answer_at < plan.num_tokens:
             moves = self._opened(moves, answer_at)
-        return Program(namespace, moves, plan, arrangement.composition, answer_at=answer_at)
+        joins = self._model.packs
+        return Program(namespace, moves, plan, arrangement.composition, joins=joins, answer_at=answer_at)
 
     @staticmethod
     def _passes(plan: Plan, arrangement: Arrangement, num_others: Callable[[str], int]) -> bool:
@@ -202,7 +245,7 @@ class Stage:
         part = arrangement.parts[index]
         moves = deque(self._kept_moves(0, part.num_tokens, 0, arrangement.seam, self.key(arrangement, part.id)))
         plan = exact_plan(arrangement.fidelity, [part.id], [part.num_tokens], 0, self._cost)
-        return Program(namespace, moves, plan)
+        return Program(namespace, moves, plan, joins=self._model.packs)
 
     def _kept_moves(self, start: int, end: int, position: int, seam: int, key: str) -> list[Move]:
         self._making.add(key)
@@ -231,6 +274,9 @@ class Stage:
         moves = program.moves
         while moves and moves[0].end <= computed:
             self._end_move(program, lease, moves.popleft())
+            if program.later and moves and moves[0].start == program.later[0].start:
+                program.span = program.later.popleft()
+        assert not program.later
         attached = []
         while moves and moves[0].stored is not None:
             attached.append(moves.popleft())
@@ -239,25 +285,48 @@ class Stage:
         if attached:
             self._attach(program, lease, attached)
             computed = attached[-1].end
+        self._give_back(program, keep=program.span)
         if moves and moves[0].start == computed:
-            self._begin_move(program, lease, moves[0], computed)
+            self._begin_move(program, lease, moves[0])
         return computed
 
-    def _begin_move(self, program: Program, lease: Lease, move: Move, computed: int) -> None:
-        program.shift = move.start - move.position
+    def cut(self, program: Program, lease: Lease, start: int, end: int) -> Stretch:
+        """What a chunk with the tokens [start, end) of a stretch computes; it ends earlier where slots run out."""
+        captures: list[tuple[int, int]] = []
+        spans = [program.span] if program.span is not None else []
+        for before, move in pairwise(program.stretch()):
+            if move.start >= end:
+                break
+            if not (before.keep or move.keep or move.opens):
+                continue
+            if self._states:
+                slot = self._cache.lend_slot()
+                if slot is None:
+                    end = move.start
+                    break
+                program.states[move.start] = slot
+                captures.append((move.start, slot))
+            if move.keep or move.opens:
+                program.later.append(Span(move.keep, move.start, move.position))
+        ends = {move.start: min(move.end, end) for move in program.moves}
+        noted = ((span, min(ends.get(span.start, end), end)) for span in (*spans, *program.later))
+        return Stretch(end, tuple(captures), tuple((max(s.start, start), stop, s.effect) for s, stop in noted))
+
+    def _begin_move(self, program: Program, lease: Lease, move: Move) -> None:
+        program.shift = move.shift
         if (move.keep or move.opens) and program.span is None:
             self._open(program, lease, move.keep, move.start)
 
     def _open(self, program: Program, lease: Lease, key: str, start: int) -> None:
         """Records what tokens do from now on; not where there is no room for a copy of the states before them."""
-        base = None
         if self._states and start > 0:
             base = self._cache.lend_slot()
             if base is None:
                 self._making.discard(key)
                 return
             self._cache.copy_slot(lease.slot, base)
-        program.span = Span(key, start, start - program.shift, base)
+            program.states[start] = base
+        program.span = Span(key, start, start - program.shift)
 
     def decoded(self, program: Program, lease: Lease, place: int) -> None:
         """To be called before the token at `place` of an answer is computed."""
@@ -267,7 +336,8 @@ class Stage:
     def _end_move(self, program: Program, lease: Lease, move: Move) -> None:
         if move.keep and program.span is not None:
             self._store(program, lease, program.span, move.end)
-            self._close(program)
+            self._making.discard(move.keep)
+            program.span = None
 
     def answer(self, program: Program, key: str, end: int, place: int) -> Program | None:
         """The moves that complete an answer's message: tokens [place, end) are not computed yet. None: not possible."""
@@ -277,7 +347,8 @@ class Stage:
         span.key = key
         self._making.add(key)
         move = Move(place, end, place - program.shift, keep=key)
-        return Program(program.namespace, deque([move]), program.plan, span=span, shift=program.shift)
+        states, program.states = program.states, {}
+        return Program(program.namespace, deque([move]), program.plan, span=span, states=states, shift=program.shift)
 
     def end(self, program: Program) -> None:
         """Lets go of all that a program still holds."""
@@ -285,21 +356,25 @@ class Stage:
             if move.stored is not None:
                 self._cache.let_go(move.stored, used=False)
             self._making.discard(move.keep)
-        program.moves.clear()
-        self._close(program)
-
-    def _close(self, program: Program) -> None:
         if program.span is not None:
             self._making.discard(program.span.key)
-            if program.span.base is not None:
-                self._cache.return_slot(program.span.base)
+        program.moves.clear()
+        program.later.clear()
         program.span = None
+        self._give_back(program, keep=None)
+
+    def _give_back(self, program: Program, keep: Span | None) -> None:
+        """Slots that a program does not need any more, but for those of one span."""
+        for place in [place for place in program.states if keep is None or place != keep.start]:
+            self._cache.return_slot(program.states.pop(place))
 
     def effects(self, key: str) -> list[tuple[Tensor, Tensor]] | None:
         """Copies of (P, S) of a stored message, one pair for each state; None if it is not stored."""
         stored = self._cache.message(key)
         if stored is None:
             return None
+        if not self.anatomy.states:
+            return []
         [packed] = self._effects([stored])
         return [(part.of(packed).clone(), part.state[stored.slot].clone()) for part in self.anatomy.states]
 
@@ -348,12 +423,13 @@ class Stage:
         if self.anatomy.keys:
             sources, targets = _rows(lease.pages, span.start, end), _rows(stored.pages, 0, end - span.start)
             self._copy(sources, targets, np.zeros(len(sources), np.int64))
-        self._cache.copy_slot(lease.slot, stored.slot)
+        self._cache.copy_slot(program.states.get(end, lease.slot), stored.slot)
+        base = program.states.get(span.start)
         if effect is not None:
             self._cache.write_extra(stored, effect.view(torch.uint8))
-        if effect is not None and span.base is not None:
+        if effect is not None and base is not None:
             for part in self.anatomy.states:
-                part.transition.take_away(part.state[stored.slot], part.of(effect), part.state[span.base])
+                part.transition.take_away(part.state[stored.slot], part.of(effect), part.state[base])
         self._cache.publish_message(stored)
 
     def _effects(self, messages: Sequence[StoredMessage]) -> Tensor:

@@ -252,7 +252,7 @@ INLINE void write_result(const Attention *a, const Query *q, void *out, int64_t 
 }
 
 /* One tile of queries for the heads that share a kv head. Its tokens follow `start` others; they lie in one page, or,
- * where a chunk does not start on the grid, in two. */
+ * off the grid, in two. */
 INLINE void attend_tile(const Attention *a, const void *q, void *out, const int64_t *pages, int64_t start,
                         int64_t num_tokens, int64_t kv_head, const Memory *m, int bf16) {
     const int64_t group = a->num_heads / a->num_kv_heads, row = a->num_heads * a->head_dim;
@@ -331,9 +331,9 @@ INLINE void run(const Layout *l, const Attention *a, const void *q, const void *
 #pragma omp for schedule(dynamic) nowait
         for (int64_t task = 0; task < l->num_tiles * a->num_kv_heads; task++) {
             const int64_t tile = l->num_tiles - 1 - task / a->num_kv_heads, c = chunk_of(l, tile);
-            const int64_t i = tile - l->chunk_tile[c], r = row_of(l, c, i);
+            const int64_t i = tile - l->chunk_tile[c], first = tokens_before(l, c, i), r = l->chunk_row[c] + first;
             attend_tile(a, at(q, r * a->q_stride, bf16), at_mut(out, r * row, bf16),
-                        l->page_table + c * l->max_pages, l->chunk_start[c] + i * TILE, tokens_in(l, c, i),
+                        l->page_table + c * l->max_pages, l->chunk_start[c] + first, tokens_in(l, c, i),
                         task % a->num_kv_heads, &memory, bf16);
         }
 #pragma omp for schedule(dynamic)

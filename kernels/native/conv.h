@@ -81,7 +81,8 @@ static inline void save_windows(const Layout *l, const void *x, int64_t stride, 
                                 int64_t width, int bf16) {
     for (int64_t i = 0; i < l->num_captures; i++) {
         Signal s = chunk_signal(l, l->capture_chunk[i], x, stride, conv, channels, width, bf16);
-        save_window(&s, l->capture_tiles[i] * TILE, at_mut(conv->data, l->capture_slot[i] * conv->stride, bf16), bf16);
+        save_window(&s, tokens_before(l, l->capture_chunk[i], l->capture_tiles[i]),
+                    at_mut(conv->data, l->capture_slot[i] * conv->stride, bf16), bf16);
     }
     for (int64_t c = 0; c < l->num_chunks; c++) {
         Signal s = chunk_signal(l, c, x, stride, conv, channels, width, bf16);

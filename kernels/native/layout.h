@@ -20,6 +20,7 @@ typedef struct {
 typedef struct {
     int64_t num_rows, num_tiles, num_decode, decode_row, num_chunks, num_captures, max_pages;
     const int64_t *chunk_row, *chunk_tile, *chunk_tiles, *chunk_start, *chunk_len, *chunk_slot, *chunk_fresh;
+    const int64_t *tile_start;
     const int64_t *capture_chunk, *capture_tiles, *capture_slot;
     const int64_t *decode_slot, *decode_len;
     const int64_t *page_table, *kv_rows;
@@ -51,15 +52,20 @@ static inline int64_t chunk_of(const Layout *l, int64_t tile) {
     return c;
 }
 
+/* Tokens of a chunk before one of its tiles; after the last tile: all of them. */
+static inline int64_t tokens_before(const Layout *l, int64_t chunk, int64_t tile_of_chunk) {
+    if (tile_of_chunk == l->chunk_tiles[chunk]) return l->chunk_len[chunk];
+    return l->tile_start[l->chunk_tile[chunk] + tile_of_chunk];
+}
+
 /* Tokens of a chunk in one of its tiles. */
 static inline int64_t tokens_in(const Layout *l, int64_t chunk, int64_t tile_of_chunk) {
-    int64_t n = l->chunk_len[chunk] - 64 * tile_of_chunk;
-    return n < 64 ? n : 64;
+    return tokens_before(l, chunk, tile_of_chunk + 1) - tokens_before(l, chunk, tile_of_chunk);
 }
 
 /* Row of the first token of a chunk's tile. */
 static inline int64_t row_of(const Layout *l, int64_t chunk, int64_t tile_of_chunk) {
-    return l->chunk_row[chunk] + 64 * tile_of_chunk;
+    return l->chunk_row[chunk] + tokens_before(l, chunk, tile_of_chunk);
 }
 
 /* Does row r hold a token? */

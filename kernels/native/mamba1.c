@@ -19,12 +19,13 @@ INLINE void convolve(const Layout *l, const void *x, int64_t stride, int64_t cha
 #pragma omp for schedule(static) nowait
         for (int64_t tile = 0; tile < l->num_tiles; tile++) {
             const int64_t chunk = chunk_of(l, tile), i = tile - l->chunk_tile[chunk], n = tokens_in(l, chunk, i);
+            const int64_t first = tokens_before(l, chunk, i), row = l->chunk_row[chunk] + first;
             const Signal s = chunk_signal(l, chunk, x, stride, &conv, channels, width, bf16);
             float y[TILE * LANES];
             for (int64_t c = 0; c < channels; c += LANES) {
-                conv_columns(&s, taps, bias, i * TILE, n, c, channels - c, y, LANES, activation, bf16);
+                conv_columns(&s, taps, bias, first, n, c, channels - c, y, LANES, activation, bf16);
                 for (int64_t t = 0; t < n; t++)
-                    store_n(out, (row_of(l, chunk, i) + t) * channels + c, load_f32(y + t * LANES), channels - c, bf16);
+                    store_n(out, (row + t) * channels + c, load_f32(y + t * LANES), channels - c, bf16);
             }
         }
 #pragma omp for schedule(static)

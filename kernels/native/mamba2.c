@@ -153,10 +153,10 @@ INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Plan *p, const vo
     float *own = state_of(w, state, l->chunk_slot[chunk], h);
     load_state(l->chunk_fresh[chunk] ? 0 : own, w->head_dim, w->d_state, operands);
     for (int64_t i = 0; i < l->chunk_tiles[chunk]; i++) {
-        const int64_t tile = l->chunk_tile[chunk] + i, n = tokens_in(l, chunk, i);
-        tile_conv(&s, w, i * TILE, n, h * w->head_dim, w->head_dim, operands + p->np * p->pp, p->pp, bf16);
+        const int64_t tile = l->chunk_tile[chunk] + i, first = tokens_before(l, chunk, i), n = tokens_in(l, chunk, i);
+        tile_conv(&s, w, first, n, h * w->head_dim, w->head_dim, operands + p->np * p->pp, p->pp, bf16);
         tile_head(w, p, p->tiles + tile * p->tile_size, h, coefficients, operands, weighted, n,
-                  p->y + row_of(l, chunk, i) * p->innerp, HAVE_PAIRS && bf16);
+                  p->y + (l->chunk_row[chunk] + first) * p->innerp, HAVE_PAIRS && bf16);
         for (int64_t c = 0; c < l->num_captures; c++)
             if (l->capture_chunk[c] == chunk && l->capture_tiles[c] == i + 1)
                 save_state(operands, w->head_dim, w->d_state, coefficients, state_of(w, state, l->capture_slot[c], h));
@@ -243,13 +243,14 @@ INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, P
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t tile = task / (num_groups + 1), g = task % (num_groups + 1);
             const int64_t chunk = chunk_of(l, tile), i = tile - l->chunk_tile[chunk], n = tokens_in(l, chunk, i);
+            const int64_t first = tokens_before(l, chunk, i);
             const Signal s =
                 chunk_signal(l, chunk, at(rows, p->inner, bf16), p->row_width, &conv, p->channels, w->width, bf16);
             float *to = p->tiles + tile * p->tile_size;
             if (g < num_groups)
-                tile_group(&s, w, p, i * TILE, n, g, to, mine, bf16);
+                tile_group(&s, w, p, first, n, g, to, mine, bf16);
             else
-                tile_dt(w, p, at(s.rows, i * TILE * p->row_width + p->channels, bf16), n, to, bf16);
+                tile_dt(w, p, at(s.rows, first * p->row_width + p->channels, bf16), n, to, bf16);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < l->num_decode; i++) step_inputs(l, w, p, rows, &conv, i, bf16);

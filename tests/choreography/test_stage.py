@@ -1,6 +1,7 @@
 """Arranged requests in the engine: what is stored, shared, evicted, given up."""
 
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from tests.models.checkpoints import CASES
 MESSAGES = [message(length, seed) for seed, length in enumerate((70, 45, 33))]
 HYBRID = next(case for case in CASES if case.name.startswith("bamba"))
 ATTENTION = next(case for case in CASES if case.name == "llama of one layer")
+MAMBA = next(case for case in CASES if case.name == "mamba of one layer")
 DELTA = next(case for case in CASES if case.name.startswith("qwen3 next") or "qwen3-next" in case.name)
 
 
@@ -46,9 +48,64 @@ def test_messages_are_stored_once_whoever_asks(hybrid):
     for _ in range(3):
         conductor.engine.submit(conductor.request(MESSAGES, arrangement))
     told = [o for _, o in drain(conductor) if isinstance(o, PromptOutput)]
-    assert [o.cached_tokens for o in told] == [148] * 3
+    assert [o.cached_tokens for o in told] == [78, 148, 148]  # the first message is computed in its place
     assert conductor.engine.stats().cache.messages == 3
     assert conductor.engine.stats().cache.admissions["message"] == 3
+
+
+def step_by_step(conductor):
+    """A conductor that ends a step with each message that it stores, as on a device that does not pack rows."""
+    begin = conductor.engine.stage.begin
+
+    def apart(*args):
+        program = begin(*args)
+        program.joins = False
+        return program
+
+    conductor.engine.stage.begin = apart
+    return conductor
+
+
+@pytest.mark.parametrize("seam", [0, 8])
+@pytest.mark.parametrize("case", [HYBRID, DELTA, ATTENTION, MAMBA], ids=str)
+def test_messages_of_one_chunk_are_what_they_are_in_several(folder, case, seam):
+    """Rows and states behind each, its effect, and the answer, bit for bit."""
+    model = loading.load(folder(case), ops=dispatch.select())
+    found, steps = [], []
+    for conductor in (Conductor(model), step_by_step(Conductor(model))):
+        fidelity = Fidelity(model.ways[-1])
+        arrangement = conductor.arrangement(MESSAGES, Encoding.IN_PLACE, fidelity, seam=seam)
+        logits, _, answer = conductor.run(MESSAGES, arrangement, max_tokens=4)
+        stage = conductor.engine.stage
+        effects = [stage.effects(stage.key(arrangement, part.id)) for part in arrangement.parts[:-1]]
+        again = conductor.run(
+            MESSAGES[::-1], conductor.arrangement(MESSAGES[::-1], Encoding.IN_PLACE, fidelity, seam=seam)
+        )
+        assert again[1].cached_tokens == 148 - 3 * seam
+        found.append((logits, again[0], answer, effects))
+        steps.append(conductor.engine.stats().steps)
+    assert steps[0] < steps[1]
+    (logits, again, answer, effects), other = found
+    assert torch.equal(logits, other[0])
+    assert torch.equal(again, other[1])
+    assert answer == other[2]
+    for mine, theirs in zip(effects, other[3], strict=True):
+        assert len(mine) == len(theirs)
+        assert all(torch.equal(a, b) for pair in zip(mine, theirs, strict=True) for a, b in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize(("lent", "messages"), [([False, True], 3), ([False], 1)], ids=["every other", "none"])
+def test_without_slots_for_states_between_messages_there_are_more_steps(hybrid, lent, messages):
+    """Messages whose first states find no room are not stored."""
+    plain, short = Conductor(hybrid), Conductor(hybrid)
+    lend, asked = short.engine.cache.lend_slot, cycle(lent)
+    short.engine.cache.lend_slot = lambda: lend() if next(asked) else None
+    found = [one.run(MESSAGES, one.arrangement(MESSAGES, Encoding.IN_PLACE))[0] for one in (plain, short)]
+    assert torch.equal(*found)
+    assert plain.engine.stats().steps < short.engine.stats().steps
+    assert plain.engine.stats().cache.messages == 3
+    assert short.engine.stats().cache.messages == messages
+    assert short.engine.stats().cache.working_bytes == 0
 
 
 def test_calls_run_side_by_side_and_do_not_change_each_other(hybrid):
@@ -230,7 +287,7 @@ def test_evicted_messages_are_computed_again(hybrid):
     assert conductor.engine.cache.drop() > 0
     assert conductor.engine.stats().cache.messages == 0
     again, told, _ = conductor.run(MESSAGES, conductor.arrangement(MESSAGES))
-    assert told.cached_tokens == 148  # encoded alone once more, then composed
+    assert told.cached_tokens == 78  # encoded alone once more, the first in its place, then composed
     torch.testing.assert_close(again, first)
 
 

@@ -1,11 +1,13 @@
 """The two promises of `kernels/ops.py`, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hybrid_cache.kernels.layout import MIN_ROWS, TILE
 from hybrid_cache.kernels.parity import BATCHES, play
-from hybrid_cache.kernels.problems import Mamba2Problem, Piece, Stream, run_batch, token
+from hybrid_cache.kernels.problems import LinearAttentionProblem, Mamba2Problem, Piece, Stream, run_batch, token
 from hybrid_cache.kernels.selfcheck import check_exact, mismatches
 from hybrid_cache.kernels.torch_ops import TorchOps
 
@@ -86,6 +88,19 @@ def test_the_start_up_check_finds_a_leak():
     assert any("rms_norm" in probe for probe in failed)
     assert any("mamba2" in probe for probe in failed)
     assert not any("attention" in probe for probe in failed)
+
+
+class GridOps(TorchOps):
+    """Takes no notice of cuts."""
+
+    def _runs(self, layout):
+        runs = super()._runs(layout)
+        return replace(runs, chunks=[replace(run, cuts=()) for run in runs.chunks])
+
+
+def test_the_start_up_check_finds_cuts_that_are_overlooked():
+    [failed] = mismatches(GridOps(), LinearAttentionProblem(torch.float32, torch.Generator().manual_seed(0)))
+    assert "chunk with cuts" in failed
 
 
 def test_the_start_up_check_takes_the_shapes_of_a_model():

@@ -20,6 +20,7 @@ from hybrid_cache.kernels.problems import (
     token,
 )
 from tests.kernels import fake_mamba_ssm
+from tests.kernels.test_off_the_grid import one_chunk
 
 REASON = dispatch.available()["mamba_ssm"]
 NAMES = [name for name in SHAPES if name.startswith(("mamba", "conv"))]
@@ -58,6 +59,16 @@ def adapter(calls):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_adapter_agrees_with_the_reference(name, dtype, adapter):
     assert_agrees(adapter, name, dtype, 1e-5 if dtype is torch.float32 else TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_adapter_keeps_states_at_cuts(name, adapter):
+    problem = SHAPES[name](torch.float32, torch.Generator().manual_seed(0))
+    stream = Stream(problem.inputs(131, torch.Generator().manual_seed(1)), 0, [0, 1, 2])
+    rows, cache = one_chunk(adapter, problem, stream, (0, 37, 120, 131))
+    expected_rows, expected_cache = one_chunk(reference, problem, stream, (0, 37, 120, 131))
+    for found, right in zip([rows, *cache], [expected_rows, *expected_cache], strict=True):
+        assert difference(found, right) <= 1e-5
 
 
 def streams_of(problem, num):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.batch import ForwardBatch, HybridModel
-from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows
+from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows, tile_bounds
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.spec import AttentionSpec, CacheSpec
 
@@ -43,6 +43,7 @@ class Chunk:
     num_tokens: int
     captures: dict[int, int] = field(default_factory=dict)
     outputs: int | None = None  # how many of its last rows are wanted; None for all
+    cuts: tuple[int, ...] = ()
 
 
 class Driver:
@@ -65,7 +66,7 @@ class Driver:
             if isinstance(entry, StateTensors):
                 entry.conv[state] = entry.conv[slot]
                 entry.state[state] = entry.state[slot]
-        return Sequence(list(tokens), state, source.pages[: length // TILE], done=length, fresh=False)
+        return Sequence(list(tokens), state, source.pages[: -(-length // TILE)], done=length, fresh=False)
 
     @torch.inference_mode()
     def step(self, chunks: list[Chunk], decodes: list[Sequence] = ()) -> list[Tensor]:
@@ -93,7 +94,8 @@ class Driver:
         return new
 
     def _batch(self, chunks: list[Chunk], decodes: list[Sequence]) -> tuple[ForwardBatch, list[int]]:
-        tiles = [-(-c.num_tokens // TILE) for c in chunks]
+        bounds = [tile_bounds(c.num_tokens, c.cuts) for c in chunks]
+        tiles = [len(b) - 1 for b in bounds]
         first, decode_row, num_rows = place_rows([c.num_tokens for c in chunks], len(decodes), packed=self.model.packs)
         tokens = torch.zeros(num_rows, dtype=torch.int64)
         positions = torch.zeros(num_rows, dtype=torch.int64)
@@ -129,6 +131,7 @@ class Driver:
             chunk_len=_ints([c.num_tokens for c in chunks]),
             chunk_slot=_ints([c.sequence.slot for c in chunks]),
             chunk_fresh=_ints([int(c.sequence.fresh) for c in chunks]),
+            tile_start=_ints([start for b in bounds for start in b[:-1]]),
             capture_chunk=_ints([c[0] for c in captures]),
             capture_tiles=_ints([c[1] for c in captures]),
             capture_slot=_ints([c[2] for c in captures]),

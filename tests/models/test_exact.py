@@ -72,6 +72,21 @@ def test_a_prompt_computed_tile_by_tile_is_the_same_as_one_pass(model):
     assert_same(driver, whole, cut)
 
 
+def test_a_prompt_with_cuts_is_the_same_as_its_parts(model):
+    if not model.packs:
+        pytest.skip("takes no cuts")
+    driver = Driver(model)
+    cut, parts = driver.sequence(tokens(LENGTH)), driver.sequence(tokens(LENGTH))
+    captured = driver.slot()
+    rows = driver.step([Chunk(cut, LENGTH, {2: captured}, cuts=(37, 140))])[0]
+    expected = [driver.step([Chunk(parts, n)])[0] for n in (37, TILE, 39, LENGTH - 140)]
+    assert torch.equal(rows, torch.cat(expected))
+    assert_same(driver, cut, parts)
+    assert torch.equal(decoded(driver, cut, [3, 1]), decoded(driver, parts, [3, 1]))
+    resumed = driver.resume(cut, 37 + TILE, captured, tokens(LENGTH))
+    assert torch.equal(driver.step([Chunk(resumed, 39)])[0], expected[2])
+
+
 def test_which_rows_are_wanted_does_not_change_bits(model):
     driver = Driver(model)
     whole, rows = driver.prefill(tokens(100))
