@@ -63,6 +63,10 @@ class Draws(ctypes.Structure):
     _fields_ = tuple((name, c_void_p) for name in DRAWS)
 
 
+class Pages(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("page", c_int64), ("row", c_int64))
+
+
 class Unit(ctypes.Structure):
     _fields_ = (
         ("channels", c_int64),
@@ -123,6 +127,7 @@ _SIGNATURES = {
     "rms_norm": "piiipfpii",
     "silu_mul": "piiipii",
     "rotary": "piiiipppii",
+    "relocate_keys": "ppppipppiiiii",
 }
 _TYPES = {"p": c_void_p, "i": c_int64, "f": c_float}
 

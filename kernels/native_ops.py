@@ -101,6 +101,7 @@ class NativeOps(TorchOps):
         self._weights: dict[int, _Prepared] = {}
         self._scans: dict[int, tuple[Mamba1Weights, list[Tensor]]] = {}
         self._convs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weight, taps, bias
+        self._turned: tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]] | None = None
         self._memory = Pool()
         self._scratch = threading.local()
         self._multiplies_bfloat16 = bool(self._c.linear_supported())
@@ -153,6 +154,27 @@ class NativeOps(TorchOps):
             *(threads_for(out.numel()), x.dtype is torch.bfloat16),
         )
         return out
+
+    def relocate_keys(
+        self,
+        kv: KVTensors,
+        source_rows: Tensor,
+        target_rows: Tensor,
+        delta: Tensor,
+        inv_freq: Tensor | None,
+        first: int = 0,
+    ) -> None:
+        pages = [native_calls.Pages(x.data_ptr(), x.stride(0), x[0, 0].numel()) for x in (kv.k, kv.v)]
+        half, cos, sin = 0, None, None
+        if inv_freq is not None:
+            half, (cos, sin) = len(inv_freq), self._turns(delta, inv_freq)
+        self._c.relocate_keys(
+            *(ctypes.addressof(page) for page in pages),
+            *(source_rows.data_ptr(), target_rows.data_ptr(), len(source_rows), delta.data_ptr()),
+            *(None if x is None else x.data_ptr() for x in (cos, sin)),
+            *(kv.k.shape[3], first, half),
+            *(threads_for(len(source_rows) * (pages[0].row + pages[1].row)), kv.k.dtype is torch.bfloat16),
+        )
 
     def sample(self, logits: Tensor, draws: Draws) -> Tensor:
         logits = logits.contiguous()
@@ -376,6 +398,15 @@ class NativeOps(TorchOps):
             taps, offset = _prepare_conv(weight, bias)
             prepared = self._convs[id(weight)] = (weight, taps, offset)
         return prepared[1:]
+
+    def _turns(self, delta: Tensor, inv_freq: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """cos, sin [N, d / 2] of positions [N]; nothing where all are 0. Layers ask one after the other for the same."""
+        last = self._turned
+        if last is None or last[0] is not delta or not torch.equal(last[1], inv_freq):
+            angle = delta.float()[:, None] * inv_freq
+            turned = (angle.cos(), angle.sin()) if bool(delta.any()) else (None, None)
+            last = self._turned = (delta, inv_freq, turned)
+        return last[2]
 
     def _scan_tensors(self, weights: Mamba1Weights) -> list[Tensor]:
         """A / ln 2 [blocks, ROUND_UP(N), LANES], D and dt_bias [channels]."""
