@@ -7,6 +7,7 @@ import bisect
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -188,7 +189,8 @@ class Engine:
         arranged = asked is not None and not self._why_exact(request)
         if asked is not None and asked.order is Order.ANY and not arranged:
             namespace = namespace_of(request, self.model.fingerprint)
-            prompt, asked = best_order(request.prompt, asked, lambda tokens: self.cache.match(namespace, tokens))
+            known = partial(self._scheduler.known, namespace)
+            prompt, asked = best_order(request.prompt, asked, known)
             request = replace(request, prompt=prompt, arrangement=asked)
         prefill = new_prefill(request, self.model.fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
         self._arrivals += 1

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from hybrid_cache.tree import CheckpointKind
 
 logger = logging.getLogger("hybrid_cache")
 
+MOST_EARLIER = 16  # prompts that an order of messages is chosen by
 MAX_COMMITS = 64  # finished turns that wait for an idle moment; the oldest is dropped
 
 
@@ -254,6 +256,15 @@ class Scheduler:
     def prefix_of(self, prefill: Prefill) -> int:
         """Tokens of a prompt that the cache has a state for."""
         return self._match(prefill).length
+
+    def known(self, namespace: str, tokens: TokenArray) -> tuple[int, int]:
+        """Tokens of a prefix that have a state, or will have one soon; tokens that have rows."""
+        match, coming = self._cache.match(namespace, tokens), 0
+        for prefill in (sequence.prefill for sequence in islice(self.sequences(), MOST_EARLIER)):
+            if prefill.publish and prefill.namespace == namespace:
+                shared = grid_floor(common_prefix(prefill.tokens, tokens))
+                coming = max(coming, shared if shared > prefill.computed else 0)
+        return max(match.length, coming), match.shared
 
     def _match_arranged(self, prefill: Prefill) -> Match:
         """The prefix that an arranged prompt starts from, which ends before its answer's header."""

@@ -400,7 +400,7 @@ class NativeOps(TorchOps):
         return prepared[1:]
 
     def _turns(self, delta: Tensor, inv_freq: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """cos, sin [N, d / 2] of positions [N]; nothing where all are 0. Layers ask one after the other for the same."""
+        """cos, sin [N, d / 2] of positions [N], nothing where all are 0. Layers ask for the same in turn."""
         last = self._turned
         if last is None or last[0] is not delta or not torch.equal(last[1], inv_freq):
             angle = delta.float()[:, None] * inv_freq

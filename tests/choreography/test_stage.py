@@ -201,6 +201,18 @@ def test_unordered_messages_stand_where_the_cache_has_them(hybrid):
         assert told.cached_tokens < 130
 
 
+def test_unordered_messages_of_calls_at_one_time_take_one_order(hybrid):
+    first, second, question = message(130, 8), message(140, 9), message(20, 10)
+    told = []
+    for order in (Order.GIVEN, Order.ANY):
+        conductor = Conductor(hybrid)
+        for asked in ([first, second, question], [second, first, question]):
+            arrangement = conductor.arrangement(asked, fidelity=Fidelity.EXACT, order=order)
+            conductor.engine.submit(conductor.request(asked, arrangement))
+        told.append([o.cached_tokens for _, o in drain(conductor) if isinstance(o, PromptOutput)])
+    assert told == [[0, 0], [0, 293]]
+
+
 def test_messages_of_different_roles_keep_their_order(hybrid):
     first, second, question = message(130, 8), message(140, 9), message(20, 10)
     conductor = Conductor(hybrid)
