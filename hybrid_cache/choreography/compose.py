@@ -20,13 +20,23 @@ from hybrid_cache.choreography.arrangement import Composition
 from hybrid_cache.choreography.effects import Transition
 
 
-def compose(how: Composition, transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+def compose(
+    how: Composition, transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor], *, from_zero: bool = False
+) -> None:
     """Takes h to the state after n messages, given in the order asked for.
 
     h [*state_shape]   ps [n, ...] p of each, as the transition has it   sums n times [*state_shape], S of each
+    from_zero: h is taken for zero, whatever it holds
     """
     if len(sums) == 1:
         how = Composition.ORDERED
+    if from_zero and how is Composition.ORDERED:  # what the first message leaves in a state of zero
+        h.copy_(sums[0])
+        ps, sums = ps[1:], sums[1:]
+        if not sums:
+            return
+    elif from_zero:
+        h.zero_()
     _METHODS[how](transition, h, ps, sums)
 
 

@@ -280,10 +280,8 @@ class Stage:
         attached = []
         while moves and moves[0].stored is not None:
             attached.append(moves.popleft())
-        if attached and computed == 0:
-            self.clear(lease)
         if attached:
-            self._attach(program, lease, attached)
+            self._attach(program, lease, attached, from_zero=computed == 0)
             computed = attached[-1].end
         self._give_back(program, keep=program.span)
         if moves and moves[0].start == computed:
@@ -380,7 +378,7 @@ class Stage:
 
     # Tensors
 
-    def _attach(self, program: Program, lease: Lease, moves: Sequence[Move]) -> None:
+    def _attach(self, program: Program, lease: Lease, moves: Sequence[Move], *, from_zero: bool) -> None:
         """Copies the rows of some messages to where a prompt wants them, and composes what they do to its states."""
         messages = [move.stored for move in moves if move.stored is not None]
         self._copy_rows(lease, moves)
@@ -388,8 +386,11 @@ class Stage:
         for part in self.anatomy.states:
             assert effects is not None
             sums = [part.state[message.slot] for message in messages]
-            compose(program.composition, part.transition, part.state[lease.slot], part.of(effects), sums)
+            state, ps = part.state[lease.slot], part.of(effects)
+            compose(program.composition, part.transition, state, ps, sums, from_zero=from_zero)
         for tensors in self._states:
+            if from_zero:
+                tensors.conv[lease.slot] = 0
             long = [i for i, message in enumerate(messages) if message.length >= tensors.conv.shape[1]]
             for message in messages[long[-1] if long else 0 :]:  # what came before a long one has left the window
                 _slide(tensors.conv[lease.slot], tensors.conv[message.slot], message.length)

@@ -58,6 +58,19 @@ def test_ordered_is_one_message_after_the_other(kind):
     torch.testing.assert_close(composed(Composition.ORDERED, transition, h, effects), by_hand(transition, h, effects))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", Composition)
+def test_from_zero_whatever_the_state_holds(how, kind, count):
+    transition, effects = kind(count)
+    if how is Composition.PERMUTATIONS and not transition.commutes:
+        return
+    ps, sums = zip(*effects, strict=True)
+    state = torch.full_like(sums[0], torch.nan)
+    compose(how, transition, state, torch.stack(ps), sums, from_zero=True)
+    torch.testing.assert_close(state, composed(how, transition, torch.zeros_like(state), effects))
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rotations_are_the_mean_over_all_rotations(kind, count):
