@@ -151,7 +151,7 @@ class Scheduler:
             if self._stage.is_making(key) or key in prefill.refused:
                 continue
             tokens = prefill.tokens[starts[index] : starts[index + 1]]
-            message = Prefill(prefill.namespace, tokens, False, False, alone=True)
+            message = Prefill(prefill.namespace, tokens, False, False)
             message.lease = self._cache.acquire(self._cache.match(prefill.namespace, tokens[:0]), tokens, publish=False)
             prefill.refused.add(key)  # it is tried once
             if message.lease is not None:
@@ -300,7 +300,6 @@ class Scheduler:
         if prefill.arrangement is not None:
             begin = (prefill.namespace, prefill.arrangement, lease.length)
             prefill.program = self._stage.begin(*begin, self._num_waiting_for)
-            prefill.alone = self._stage.starts_alone(prefill.arrangement, lease.length)
             if prefill.alone:
                 self._stage.clear(lease)
             return True

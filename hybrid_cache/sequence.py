@@ -53,12 +53,16 @@ class Prefill:
     arrangement: Arrangement | None = None
     program: Program | None = None
     refused: set[str] = field(default_factory=set)  # messages that could not be stored for it
-    alone: bool = False  # begins with a message encoded alone: states are zero, but it is not the start of a text
 
     @property
     def shift(self) -> int:
         """Place of a token in the sequence less its position for the model."""
         return self.program.shift if self.program else 0
+
+    @property
+    def alone(self) -> bool:
+        """Begins with states of zero, but not as the start of a text."""
+        return self.program is not None and self.program.alone
 
     @property
     def until(self) -> int:

@@ -70,6 +70,7 @@ class Program:
     plan: Plan
     composition: Composition = Composition.ORDERED
     joins: bool = False  # one chunk may compute several moves
+    alone: bool = False  # begins with a message that is stored from its first token, as if no text began there
     span: Span | None = None  # of the first move
     later: deque[Span] = field(default_factory=deque)  # of other moves that the chunk on its way computes
     states: dict[int, int] = field(default_factory=dict)  # place -> a slot with the states there, lent by the cache
@@ -174,11 +175,6 @@ class Stage:
             and not self.is_stored(self.key(arrangement, part.id))
         ]
 
-    def starts_alone(self, arrangement: Arrangement, prefix: int) -> bool:
-        """Whether a prompt begins with a part that is stored from its first token, as if no text began there."""
-        first = arrangement.parts[0] if arrangement.parts else None
-        return first is not None and first.encoding is Encoding.ALONE and not (prefix or arrangement.seam)
-
     # Programs
 
     def begin(
@@ -224,8 +220,16 @@ class Stage:
         answer_at = -1 if arrangement.closing is None else arrangement.answer_start + arrangement.seam
         if 0 <= answer_at < plan.num_tokens:
             moves = self._opened(moves, answer_at)
-        joins = self._model.packs
-        return Program(namespace, moves, plan, arrangement.composition, joins=joins, answer_at=answer_at)
+        begins_alone = arrangement.parts[0].encoding is Encoding.ALONE
+        return Program(
+            namespace,
+            moves,
+            plan,
+            arrangement.composition,
+            joins=self._model.packs,
+            alone=begins_alone and bool(moves[0].keep) and moves[0].start == 0,
+            answer_at=answer_at,
+        )
 
     @staticmethod
     def _passes(plan: Plan, arrangement: Arrangement, num_others: Callable[[str], int]) -> bool:
@@ -245,7 +249,7 @@ class Stage:
         part = arrangement.parts[index]
         moves = deque(self._kept_moves(0, part.num_tokens, 0, arrangement.seam, self.key(arrangement, part.id)))
         plan = exact_plan(arrangement.fidelity, [part.id], [part.num_tokens], 0, self._cost)
-        return Program(namespace, moves, plan, joins=self._model.packs)
+        return Program(namespace, moves, plan, joins=self._model.packs, alone=True)
 
     def _kept_moves(self, start: int, end: int, position: int, seam: int, key: str) -> list[Move]:
         self._making.add(key)
