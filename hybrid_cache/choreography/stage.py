@@ -235,7 +235,7 @@ class Stage:
     def _passes(plan: Plan, arrangement: Arrangement, num_others: Callable[[str], int]) -> bool:
         """Whether the last message is new and too short for a step of its own: it is computed, but not stored.
 
-        Storing a message ends a step, and whoever waits for it needs one more.
+        Whoever waits for a message needs one more step, and so does its prompt where a chunk holds one message.
         """
         if len(arrangement.parts) < 2 or arrangement.parts[-1].id:
             return False
