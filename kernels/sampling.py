@@ -44,12 +44,10 @@ def places(logits: Tensor, draws: Draws, tokens: Tensor) -> Tensor:
 
 def _least(weights: Tensor, top_k: int, top_p: float) -> float:
     """The smallest of weights [V] that stays."""
-    if top_p == 1 and not 0 < top_k < len(weights):
-        return 0.0
-    falling = torch.topk(weights, min(top_k or len(weights), len(weights))).values
+    least = float(torch.topk(weights, top_k).values[-1]) if 0 < top_k < len(weights) else 0.0
     if top_p == 1:
-        return float(falling[-1])
-    falling = torch.cat([falling, weights[weights == falling[-1]][int((falling == falling[-1]).sum()) :]])
+        return least
+    falling = weights[weights >= least].sort(descending=True).values
     sums = falling.cumsum(0, dtype=torch.float64)
     reached = int(torch.searchsorted(sums, top_p * sums[-1]))
     return float(falling[min(reached, len(falling) - 1)])
