@@ -208,6 +208,8 @@ class Engine:
         """Why a request that names messages is computed exactly; empty if it may be arranged."""
         if not self._config.prefix_cache or request.cache_mode is CacheMode.OFF:
             return "the cache is off"
+        if request.sampling.prompt_logprobs is not None:
+            return "log-probabilities of a prompt take all of it"
         return self.stage.can(request.arrangement) if request.arrangement else "as asked"
 
     # After the forward pass

@@ -144,9 +144,9 @@ def namespace_of(request: Request, fingerprint: str) -> str:
 def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: bool = False) -> Prefill:
     """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all."""
     marked = tuple(b for b in request.prompt.boundaries if b.kind is BoundaryKind.EXPLICIT)
-    off = (
-        not enabled or request.cache_mode is CacheMode.OFF or (request.cache_mode is CacheMode.EXPLICIT and not marked)
-    )
+    scored = request.sampling.prompt_logprobs is not None  # which takes all of the prompt
+    unmarked = request.cache_mode is CacheMode.EXPLICIT and not marked
+    off = not enabled or scored or unmarked or request.cache_mode is CacheMode.OFF
     namespace = namespace_of(request, fingerprint)
     if arranged:
         return Prefill(namespace, request.prompt.tokens, False, not off, arrangement=request.arrangement)

@@ -265,3 +265,18 @@ def test_zero_tokens_with_prompt_logprobs_scores_the_prompt() -> None:
     assert [s.top[0][0] for s in scores[1:] if s] == [6, 13, 27]
     assert all(s.logprob == s.top[0][1] for s in scores[1:] if s)
     assert outputs[-1][1] == TokenOutput(0, None, finish=FinishReason.LENGTH)
+
+
+def test_a_scored_prompt_is_computed_whole_whatever_the_cache_has() -> None:
+    engine, _ = new_engine()
+    tokens = tokens_of(3, 200)
+    run(engine, Request("a", Prompt(tokens), SamplingParams(temperature=0, max_tokens=1)))
+    sampling = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=1)
+    found = [
+        prompt_output(run(engine, Request(name, Prompt(tokens), sampling, cache_mode=mode)), name)
+        for name, mode in (("b", CacheMode.IMPLICIT), ("c", CacheMode.OFF))
+    ]
+    assert [output.cached_tokens for output in found] == [0, 0]
+    assert found[0].logprobs == found[1].logprobs
+    assert found[0].logprobs is not None
+    assert len(found[0].logprobs) == 200
