@@ -202,7 +202,13 @@ class TorchOps:
         inv_freq: Tensor | None,
         first: int = 0,
     ) -> None:
-        _relocate_keys(kv, source_rows, target_rows, delta, inv_freq, first)
+        source, target = (source_rows // TILE, source_rows % TILE), (target_rows // TILE, target_rows % TILE)
+        keys = kv.k[source]
+        if inv_freq is not None and bool(delta.any()):
+            turned = slice(first, first + 2 * len(inv_freq))
+            keys[:, :, turned] = _rotary(keys[:, :, turned], delta, inv_freq)
+        kv.k[target] = keys
+        kv.v[target] = kv.v[source]
 
     def sample(self, logits: Tensor, draws: Draws) -> Tensor:
         return sampling.sample(logits, draws)
@@ -468,21 +474,6 @@ def _decode_rows(layout: RowLayout) -> slice:
 
 
 # Attention
-
-
-def _relocate_keys(
-    kv: KVTensors, source_rows: Tensor, target_rows: Tensor, delta: Tensor, inv_freq: Tensor | None, first: int
-) -> None:
-    source, target = (source_rows // TILE, source_rows % TILE), (target_rows // TILE, target_rows % TILE)
-    keys = kv.k[source]
-    if inv_freq is not None and bool(delta.any()):
-        end = first + 2 * len(inv_freq)
-        angle = delta.float()[:, None, None] * inv_freq
-        cos, sin = angle.cos(), angle.sin()
-        a, b = keys[:, :, first:end].float().chunk(2, dim=-1)
-        keys[:, :, first:end] = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(keys.dtype)
-    kv.k[target] = keys
-    kv.v[target] = kv.v[source]
 
 
 def _write_rows(k: Tensor, v: Tensor, layout: RowLayout, kv: KVTensors) -> None:
