@@ -229,7 +229,7 @@ class WorkflowPlayer:
         for i in ask.reads:
             if i not in self._messages:
                 piece, before = self._script.pieces[i], () if self._alone else reads
-                self._messages[i] = self._workflow.message(piece.text, piece.role, before)
+                self._messages[i] = self._workflow.message(piece.text, before, piece.role)
             reads.append(self._messages[i])
         keep = ask.answer in self._script.read and not self._alone
         sampling = sampling_of(self._parts.lines[ask.answer], ask.answer, self._top)

@@ -145,16 +145,16 @@ class Examiner:
         told = case.dialogue.turns
         if plan.stored == "as told":
             stored = chain(workflow, told)
-            workflow.encode_all([told[-1].text], told[-1].role, stored[:-1])
+            workflow.encode_all([told[-1].text], stored[:-1], told[-1].role)
             return [stored[i] for i in case.order]
         messages = []
         for i in case.order:
             others = [turn for j, turn in enumerate(told) if j != i] + list(case.others)
             before = chain(workflow, context_of(rng, others)) if plan.stored == "in context" else []
             if before:
-                messages += workflow.encode_all([told[i].text], told[i].role, before)
+                messages += workflow.encode_all([told[i].text], before, told[i].role)
             else:
-                messages.append(workflow.message(told[i].text, told[i].role))
+                messages.append(workflow.message(told[i].text, role=told[i].role))
         return messages
 
 
@@ -162,7 +162,7 @@ def chain(workflow: Workflow, turns: Sequence[Turn]) -> list[Message]:
     """Messages of which each belongs behind those before it."""
     messages: list[Message] = []
     for turn in turns:
-        messages.append(workflow.message(turn.text, turn.role, messages))
+        messages.append(workflow.message(turn.text, messages, turn.role))
     return messages
 
 

@@ -137,24 +137,24 @@ class Workflow:
 
     # Messages
 
-    def message(self, text: str, role: str = "user", parents: Sequence[Message] = ()) -> Message:
-        """A message that others may attend to. Nothing is computed yet."""
+    def message(self, text: str, parents: Sequence[Message] = (), role: str = "user") -> Message:
+        """A message that others may attend to, alone or behind its parents. Nothing is computed yet."""
         context = tuple(parent.id for parent in self._known(parents))
         tokens = self.renderer.message(role, text)
         return self._book.add(self._namespace, role, tokens, context, text=text)
 
     def encode(
-        self, text: str, role: str = "user", parents: Sequence[Message] = (), style: Style | None = None
+        self, text: str, parents: Sequence[Message] = (), role: str = "user", style: Style | None = None
     ) -> Message:
         """Computes a message now: alone, or behind its parents."""
-        return self.encode_all([text], role, parents, style)[0]
+        return self.encode_all([text], parents, role, style)[0]
 
     def encode_all(
-        self, texts: Sequence[str], role: str = "user", parents: Sequence[Message] = (), style: Style | None = None
+        self, texts: Sequence[str], parents: Sequence[Message] = (), role: str = "user", style: Style | None = None
     ) -> list[Message]:
         """Computes several messages side by side, none of which sees another."""
         style = style or self.style
-        messages = [self.message(text, role, parents) for text in texts]
+        messages = [self.message(text, parents, role) for text in texts]
         for message in messages:
             parts = [*parents, message]
             if not self.is_stored(message, style):
@@ -187,8 +187,9 @@ class Workflow:
 
     def generate(
         self,
-        attend: Sequence[Message | str],
         role: str = "assistant",
+        *,
+        attend: Sequence[Message | str],
         style: Style | None = None,
         fidelity: Fidelity | str | None = None,
         **options: object,
@@ -212,8 +213,9 @@ class Workflow:
 
     def plan(
         self,
-        attend: Sequence[Message | str],
         role: str = "assistant",
+        *,
+        attend: Sequence[Message | str],
         style: Style | None = None,
         fidelity: Fidelity | str | None = None,
     ) -> Plan:
@@ -250,7 +252,7 @@ class Workflow:
         for item in call.attend:
             if isinstance(item, str):
                 behind = messages if style.encoding is Encoding.IN_PLACE else ()
-                messages.append(self.message(item, call.asker, behind))
+                messages.append(self.message(item, behind, call.asker))
             else:
                 messages += self._known([item])
         return messages

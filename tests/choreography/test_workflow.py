@@ -25,7 +25,7 @@ def test_messages_are_encoded_once_and_read_in_any_order(workflow):
     facts = workflow.encode_all(FACTS)
     assert all(workflow.is_stored(fact) for fact in facts)
     for order in ((0, 1, 2), (2, 0, 1)):
-        answer = workflow.generate([*(facts[i] for i in order), ASK])
+        answer = workflow.generate(attend=[*(facts[i] for i in order), ASK])
         assert answer.text == "The code for the garage is 42."
         assert answer.plan.fidelity is Fidelity.COMPOSED
         assert answer.plan.tokens(Action.COMPOSED) == sum(len(fact.tokens) for fact in facts)
@@ -35,9 +35,9 @@ def test_messages_are_encoded_once_and_read_in_any_order(workflow):
 
 
 def test_answers_can_be_attended_to(workflow):
-    answer = workflow.generate([FACTS[0], ASK])
+    answer = workflow.generate(attend=[FACTS[0], ASK])
     assert workflow.is_stored(answer.message)
-    more = workflow.generate([*answer.attended, answer.message, "Thank you."])
+    more = workflow.generate(attend=[*answer.attended, answer.message, "Thank you."])
     actions = [item.action for item in more.plan.items]
     assert actions[:3] == [Action.COMPOSED, Action.COMPUTED, Action.COMPOSED]  # the short question was not stored
     assert more.text == "You are welcome."
@@ -47,10 +47,24 @@ def test_answers_can_be_attended_to(workflow):
 def test_a_short_last_message_is_stored_if_others_wait_for_it(workflow):
     facts = [workflow.encode(fact) for fact in FACTS]
     question = workflow.message(ASK, parents=facts)
-    workflow.generate([*facts, question])
+    workflow.generate(attend=[*facts, question])
     assert not workflow.is_stored(question)
     workflow.parallel([Call([*facts, question])] * 9)
     assert workflow.is_stored(question)
+
+
+def test_an_answer_has_the_role_asked_for(workflow):
+    answer = workflow.generate("critic", attend=[FACTS[0], ASK])
+    assert answer.message.role == "critic"
+    assert "critic" in workflow.renderer.text(answer.message.tokens)
+    assert workflow.plan("critic", attend=[*answer.attended, answer.message, ASK]).items[2].action is Action.COMPOSED
+
+
+def test_a_message_may_stand_in_a_call_twice(workflow):
+    fact = workflow.encode(FACTS[0])
+    answer = workflow.generate(attend=[fact, FACTS[1], fact, ASK])
+    assert [item.action for item in answer.plan.items[:3:2]] == [Action.COMPOSED] * 2
+    assert answer.text == FACTS[0]
 
 
 def test_a_message_behind_its_parents_is_another_message(workflow):
@@ -58,7 +72,7 @@ def test_a_message_behind_its_parents_is_another_message(workflow):
     alone, behind = workflow.encode(FACTS[1]), workflow.encode(FACTS[1], parents=[fact])
     assert alone.id != behind.id
     assert workflow.is_stored(behind)
-    plan = workflow.plan([fact, behind, ASK])
+    plan = workflow.plan(attend=[fact, behind, ASK])
     assert [item.action for item in plan.items] == [Action.COMPOSED, Action.COMPOSED, Action.COMPUTED, Action.COMPUTED]
 
 
@@ -71,7 +85,7 @@ def test_calls_in_parallel_give_what_each_gives_alone(workflow):
     by_id = {m.id: f for m, f in zip(facts, fresh_facts, strict=True)}
     for call, tokens in zip(calls, together, strict=True):
         attend = [item if isinstance(item, str) else by_id[item.id] for item in call.attend]
-        assert fresh.generate(attend).tokens == tokens
+        assert fresh.generate(attend=attend).tokens == tokens
 
 
 @pytest.mark.parametrize("style", [Style(), Style(order=Order.ANY)], ids=["given", "any"])
@@ -81,25 +95,25 @@ def test_exact_is_what_encoding_everything_gives(style):
     plain = open_workflow(budget="64MiB", prefix_cache=False)
     for turn in range(3):
         attend = [*FACTS[: turn + 1], ASK]
-        found = cached.generate(attend, sampling=sampling)
-        expected = plain.generate([m.text for m in found.attended], sampling=sampling)
+        found = cached.generate(attend=attend, sampling=sampling)
+        expected = plain.generate(attend=[m.text for m in found.attended], sampling=sampling)
         assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
 
 
 def test_answers_reach_the_prefix_cache_when_nobody_waits():
     workflow = open_workflow(budget="64MiB")
     sampling = SamplingParams(temperature=0.0, max_tokens=70, min_tokens=70)
-    answer = workflow.generate([*FACTS, ASK], sampling=sampling)
+    answer = workflow.generate(attend=[*FACTS, ASK], sampling=sampling)
     attend = [*answer.attended, answer.message, "Thank you."]
-    before = workflow.plan(attend).prefix
+    before = workflow.plan(attend=attend).prefix
     workflow.settle()
-    assert workflow.plan(attend).prefix >= before + 64
+    assert workflow.plan(attend=attend).prefix >= before + 64
 
 
 def test_plans_run_nothing(workflow):
     fact = workflow.encode(FACTS[0])
     before = workflow.engine.stats()
-    plan = workflow.plan([fact, ASK])
+    plan = workflow.plan(attend=[fact, ASK])
     assert plan.tokens(Action.COMPOSED) == len(fact.tokens)
     assert workflow.engine.stats() == before
     assert "composed" in str(plan)
@@ -107,11 +121,11 @@ def test_plans_run_nothing(workflow):
 
 def test_a_call_may_name_its_fidelity(workflow):
     fact = workflow.encode(FACTS[0])
-    assert workflow.generate([fact, ASK], fidelity="exact").plan.fidelity is Fidelity.EXACT
-    assert workflow.plan([fact, ASK], fidelity="exact").tokens(Action.COMPOSED) == 0
-    assert workflow.generate([fact, ASK]).plan.fidelity is Fidelity.COMPOSED
+    assert workflow.generate(attend=[fact, ASK], fidelity="exact").plan.fidelity is Fidelity.EXACT
+    assert workflow.plan(attend=[fact, ASK], fidelity="exact").tokens(Action.COMPOSED) == 0
+    assert workflow.generate(attend=[fact, ASK]).plan.fidelity is Fidelity.COMPOSED
     with pytest.raises(RequestError, match="fidelity is 'best', must be one of exact, relocated, composed"):
-        workflow.generate([fact, ASK], fidelity="best")
+        workflow.generate(attend=[fact, ASK], fidelity="best")
 
 
 def test_effects_can_be_looked_at(workflow):
@@ -128,23 +142,23 @@ def test_workflows_of_one_namespace_share_and_others_do_not(workflow):
     fact = workflow.encode(FACTS[0])
     other = open_workflow(budget="64MiB")
     with pytest.raises(UnknownMessage, match=fact.id):
-        other.generate([fact, ASK])
+        other.generate(attend=[fact, ASK])
 
 
 def test_styles(workflow):
     facts = workflow.encode_all(FACTS)
     for how in Composition:
-        answer = workflow.generate([*facts, ASK], style=Style(Fidelity.COMPOSED, composition=how))
+        answer = workflow.generate(attend=[*facts, ASK], style=Style(Fidelity.COMPOSED, composition=how))
         assert answer.plan.fidelity is Fidelity.COMPOSED
     long = workflow.message(" ".join(FACTS * 2))
     style = Style(Fidelity.COMPOSED, seam=16, encoding=Encoding.ALONE)
-    answers = [workflow.generate([long, ASK], style=style) for _ in range(2)]
+    answers = [workflow.generate(attend=[long, ASK], style=style) for _ in range(2)]
     assert [answer.plan.items[0].computed for answer in answers] == [len(long.tokens), 16]
 
 
 def test_bad_calls(workflow):
     with pytest.raises(RequestError, match=r"0 messages, must be in \[1, 1024\]"):
-        workflow.generate([])
+        workflow.generate(attend=[])
 
 
 def test_nothing_is_left_in_use(workflow):

@@ -81,6 +81,6 @@ def test_a_server_chooses_tokens_and_moves_messages_with_kernels(tmp_path, monke
         sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=3, max_tokens=3, logprobs=2, stop_token_ids=(0,))
         flow = Workflow(engine, Letters(), style=Style(engine.model.ways[0]), sampling=sampling)
         first, second = flow.encode_all(["tea", "and a biscuit"])
-        answers.append(flow.generate([second, first, "now?"]).tokens)
+        answers.append(flow.generate(attend=[second, first, "now?"]).tokens)
     assert answers[0] == answers[1]
     assert {"sample", "log_sum_exp", "relocate_keys"} <= set(called)
