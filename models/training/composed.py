@@ -1,6 +1,7 @@
 r"""Reading messages that were encoded before: what a plan of reuse costs in accuracy, by kind of question.
 
     python -m hybrid_cache.models.training.composed MODEL_DIR [--adapter DIR] [--seeds 3] [--each 100] [--json FILE]
+        [--talk-before 0] [--talk-after 0]
 
 A reader gets keys and values of stored messages, and a recurrent state that is composed of what each message does to
 it, in the order of the reader: `h <- P h + S` in every Mamba-2 layer. In the network this is a choice of masks only,
@@ -35,7 +36,7 @@ from hybrid_cache.errors import ModelError
 from hybrid_cache.models import adapters
 from hybrid_cache.models.training import network as net
 from hybrid_cache.models.training import rows as rw
-from hybrid_cache.models.training.dialogues import KINDS, NAMES, THINGS, Dialogue, Turn, examined
+from hybrid_cache.models.training.dialogues import KINDS, NAMES, SMALL_TALK, THINGS, Dialogue, Turn, examined
 from hybrid_cache.models.training.tokenizer import PAD, Codec
 
 Encoded = Literal["in place", "alone", "in context", "in order"]
@@ -49,6 +50,7 @@ BATCH_TOKENS = 4096
 class Reuse:
     """What a message was encoded after, how many of its tokens are recomputed, and what state the reader starts from.
 
+    `seam` counts tokens at the start of a message, `tail` tokens at its end.
     "in place" is re-encoding. "in context" is after a few other messages, "in order" after those before it in the
     order in which the dialogue was told, which the reader may not keep. A state is composed in the order of the
     reader, that of the last message only, the mean of all, or zero, which is the control.
@@ -57,11 +59,13 @@ class Reuse:
     encoded: Encoded = "in place"
     seam: int = 0
     state: State = "ordered"
+    tail: int = 0
 
     @property
     def name(self) -> str:
         seam = f", seam {self.seam}" if self.seam else ""
-        return f"{self.encoded}{seam}" + ("" if self.state == "ordered" else f", state {self.state}")
+        tail = f", tail {self.tail}" if self.tail else ""
+        return f"{self.encoded}{seam}{tail}" + ("" if self.state == "ordered" else f", state {self.state}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +326,14 @@ def stored(codec: Codec, context: Sequence[Turn] | None, turn: Turn) -> Stored:
     return Stored(tokens([turn]), None if context is None else tokens(context))
 
 
+def parted(message: Stored, tail: int) -> list[Stored]:
+    """A message and its last tokens, which are computed where it stands."""
+    if not tail or message.context is None:
+        return [message]
+    start, end = message.tokens[:-tail], message.tokens[-tail:]
+    return [Stored(start, message.context), Stored(end)] if start else [Stored(end)]
+
+
 def row_of(codec: Codec, given: Case, reuse: Reuse, rng: Random) -> Row:
     told, read = given.dialogue.turns, given.read
 
@@ -336,7 +348,8 @@ def row_of(codec: Codec, given: Case, reuse: Reuse, rng: Random) -> Row:
             case "in context":
                 return context_of(rng, [*told[:i], *told[i + 1 :], *given.others])
 
-    messages = tuple(stored(codec, context(i), told[i]) for i in given.order)
+    assert not reuse.tail or reuse.state in ("ordered", "zero")  # the others count messages
+    messages = tuple(m for i in given.order for m in parted(stored(codec, context(i), told[i]), reuse.tail))
     length = sum(len(m.tokens) for m in messages)
     branch = rw.branch(codec, read.questions[0], length, blind=False)
     return Row(messages, (branch,), reuse.seam, reuse.state)
@@ -349,6 +362,8 @@ TOLD = (
     Reuse("alone", seam=8),
     Reuse("alone", seam=16),
     Reuse("alone", seam=32),
+    Reuse("alone", tail=8),
+    Reuse("alone", tail=16),
     Reuse("alone", state="last"),
     Reuse("alone", state="mean"),
     Reuse("alone", state="zero"),
@@ -390,6 +405,18 @@ def cases(kind: str, seed: int, num: int, anew: bool) -> list[Case]:
     return found
 
 
+def talkative(case: Case, before: int, after: int, rng: Random) -> Case:
+    """With so many sentences of small talk around what each message of the user says."""
+
+    def padded(turn: Turn) -> Turn:
+        if turn.role != "user":
+            return turn
+        around = [rng.choice(SMALL_TALK) for _ in range(before + after)]
+        return Turn(turn.role, " ".join([*around[:before], turn.text, *around[before:]]))
+
+    return replace(case, dialogue=replace(case.dialogue, turns=tuple(map(padded, case.dialogue.turns))))
+
+
 def batched(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
     """Indices of rows of similar length, at most `budget` tokens together with padding."""
     batch: list[int] = []
@@ -414,9 +441,20 @@ def hits(network: net.Network, rows: Sequence[Row]) -> list[bool]:
     return marks
 
 
-def score(network: net.Network, codec: Codec, kind: str, seed: int, each: int, anew: bool, reuse: Reuse) -> Score:
-    rng = Random(f"context {seed} {kind}")
-    marks = hits(network, [row_of(codec, case, reuse, rng) for case in cases(kind, seed, each, anew)])
+def score(
+    network: net.Network,
+    codec: Codec,
+    kind: str,
+    seed: int,
+    each: int,
+    anew: bool,
+    reuse: Reuse,
+    talk: tuple[int, int] = (0, 0),
+) -> Score:
+    """talk: sentences of small talk before and after what each message says"""
+    rng, talking = Random(f"context {seed} {kind}"), Random(f"small talk {seed} {kind}")
+    told = [talkative(case, *talk, talking) for case in cases(kind, seed, each, anew)]
+    marks = hits(network, [row_of(codec, case, reuse, rng) for case in told])
     return Score(kind, seed, anew, reuse, len(marks), sum(marks) / len(marks))
 
 
@@ -428,13 +466,14 @@ def evaluate(
     told: Sequence[Reuse] = TOLD,
     anew: Sequence[Reuse] = ANEW,
     tell: Callable[[Score], None] = lambda _: None,
+    talk: tuple[int, int] = (0, 0),
 ) -> list[Score]:
     scores = []
     for is_anew, plans in ((False, told), (True, anew)):
         for reuse in plans:
             for kind in KINDS:
                 for seed in seeds:
-                    scores.append(score(network, codec, kind, seed, each, is_anew, reuse))
+                    scores.append(score(network, codec, kind, seed, each, is_anew, reuse, talk))
                     tell(scores[-1])
     return scores
 
@@ -476,13 +515,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first-seed", type=int, default=601, help="take others once these have been looked at")
     parser.add_argument("--each", type=int, default=100, help="dialogues for each kind and seed")
+    parser.add_argument("--talk-before", type=int, default=0, help="sentences of small talk at the start of messages")
+    parser.add_argument("--talk-after", type=int, default=0, help="the same at their end")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     network = adapted(given.model, given.adapter) if given.adapter else net.load(given.model)
-    scores = evaluate(network, Codec.load(given.model), seeds, given.each, tell=lambda s: print(s, flush=True))
+    talk, codec = (given.talk_before, given.talk_after), Codec.load(given.model)
+    scores = evaluate(network, codec, seeds, given.each, tell=lambda s: print(s, flush=True), talk=talk)
     print(table(scores))
     if given.json:
         given.json.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")

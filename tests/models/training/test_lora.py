@@ -91,8 +91,10 @@ def plain(network: net.Network, codec: Codec, keep_state: bool = True) -> Tensor
         Reuse(),
         Reuse("in order"),  # encoded after what is before it anyway
         Reuse("in order", seam=5),
+        Reuse("in order", seam=3, tail=4),
         Reuse("alone", seam=99),  # all is recomputed
         Reuse("in context", seam=99),
+        Reuse("in context", tail=99),
     ],
     ids=lambda reuse: reuse.name,
 )
@@ -117,11 +119,11 @@ def test_the_zero_state_is_the_control_of_the_plain_evaluation(network: net.Netw
 
 
 @pytest.mark.parametrize("encoded", ["alone", "in context"])
-@pytest.mark.parametrize("seam", [0, 4])
+@pytest.mark.parametrize(("seam", "tail"), [(0, 0), (4, 0), (0, 4)])
 def test_messages_from_elsewhere_are_read_otherwise_than_in_place(
-    encoded: composed.Encoded, seam: int, network: net.Network, codec: Codec
+    encoded: composed.Encoded, seam: int, tail: int, network: net.Network, codec: Codec
 ) -> None:
-    away = at_answers(network, rows_of(codec, Reuse(encoded, seam=seam)))
+    away = at_answers(network, rows_of(codec, Reuse(encoded, seam=seam, tail=tail)))
     assert not torch.allclose(away, plain(network, codec), atol=1e-2)
 
 
@@ -203,6 +205,17 @@ def test_the_answer_follows_the_order_in_which_the_messages_are_read(kind: str) 
     assert bool(changed) == (kind in ("last", "order"))
     for case in composed.cases(kind, 1, 60, anew=False):
         assert case.read == case.dialogue
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_talk_makes_messages_longer_and_changes_no_answer(kind: str) -> None:
+    for case in composed.cases(kind, 1, 20, anew=False):
+        longer = composed.talkative(case, 1, 2, Random(1))
+        assert longer.read.questions == case.read.questions
+        for turn, told in zip(longer.dialogue.turns, case.dialogue.turns, strict=True):
+            extra = 3 if turn.role == "user" else 0
+            assert told.text in turn.text
+            assert turn.text.count(".") + turn.text.count("!") >= told.text.count(".") + extra
 
 
 def test_a_lift_is_where_the_new_order_leaves_it() -> None:
