@@ -1,11 +1,12 @@
 """Workflows with the embedded model."""
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from hybrid_cache.api.workflow import open_workflow
-from hybrid_cache.choreography.arrangement import Composition, Encoding, Fidelity, Order
+from hybrid_cache.choreography.arrangement import SEAMS, Composition, Encoding, Fidelity, Order, Positions
 from hybrid_cache.choreography.plan import Action
 from hybrid_cache.choreography.workflow import Call, Style
 from hybrid_cache.errors import RequestError, UnknownMessage
@@ -98,6 +99,38 @@ def test_exact_is_what_encoding_everything_gives(style):
         found = cached.generate(attend=attend, sampling=sampling)
         expected = plain.generate(attend=[m.text for m in found.attended], sampling=sampling)
         assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
+
+
+@pytest.mark.parametrize("budget", ["64MiB", "1500KiB"])
+def test_random_calls_are_exact_where_they_say_so(budget):
+    """Of all styles, side by side, with room for everything and for next to nothing."""
+    rng = Random(budget)
+    sampling = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2, stop_token_ids=(4,))
+    cached, plain = open_workflow(budget=budget), open_workflow(budget="64MiB", prefix_cache=False)
+    known = [cached.message(fact) for fact in FACTS]
+    kinds = set()
+    for _ in range(24):
+        parents = rng.sample(known, rng.choice((0, 0, 1, 2)))
+        known.append(cached.encode(" ".join(rng.choices(FACTS, k=rng.randint(1, 20))), parents))
+        calls = []
+        for _ in range(rng.randint(1, 4)):
+            style = Style(
+                rng.choice(list(Fidelity)),
+                rng.choice((0, 0, *SEAMS)),
+                rng.choice(list(Composition)),
+                rng.choice(list(Positions)),
+                rng.choice(list(Order)),
+                rng.choice(list(Encoding)),
+            )
+            calls.append(Call([*rng.choices(known, k=rng.randint(1, 4)), ASK], style=style, sampling=sampling))
+        for found in cached.parallel(calls):
+            kinds.add(found.plan.fidelity)
+            if found.plan.fidelity is Fidelity.EXACT:
+                expected = plain.generate(attend=[m.text for m in found.attended], sampling=sampling)
+                assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
+        cached.engine.cache.check()
+        assert cached.engine.stats().cache.working_bytes == 0
+    assert kinds == {Fidelity.EXACT, Fidelity.COMPOSED}
 
 
 def test_answers_reach_the_prefix_cache_when_nobody_waits():
