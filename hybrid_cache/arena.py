@@ -16,6 +16,7 @@ A *fixed* item is in use by a running sequence: it stays where it is. A *loose* 
 import itertools
 from dataclasses import dataclass
 from enum import Enum
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -386,6 +387,12 @@ class Arena:
         """Copies items (from, to) in one go; no item may be both."""
         sources, targets = torch.tensor(moves, device=self._buffer.device).T
         self._rows[kind][targets] = self._rows[kind][sources]
+
+    def digest(self, kind: Kind, item: int) -> bytes:
+        """A digest of all bytes of an item; an empty one where items of a kind have none."""
+        if kind not in self._rows:
+            return b""
+        return blake2b(memoryview(self._rows[kind][item].cpu().numpy()), digest_size=16).digest()
 
     def bytes_of(self, kind: Kind, items: list[int], num_bytes: int) -> Tensor:
         """The first bytes of some items, at most all of each: a copy, [items, num_bytes] uint8."""

@@ -8,6 +8,9 @@ Only `HybridCache` changes the tree and the arena, on one thread. Who owns what 
     [written, covered)           pages of the lease alone, reserved, not yet written
     lease.slot                   the working state, always the lease's alone: states are copied in and out of it
 
+A lease that does not publish may hold anything, an approximation for one: it shares no page beyond the state that it
+starts from, and nothing of it enters the tree. Published bytes never change; see `digests` for the proof.
+
 What the tree holds is evicted piece by piece: first the pages that no state needs, then states (checkpoints and prompt
 ends) by the policy's score. A lease pins its pages: they are neither evicted nor moved. It does not pin states, since
 it has its own copy.
@@ -22,6 +25,8 @@ from torch import Tensor
 
 from hybrid_cache.arena import Allocator, Arena, Geometry, Kind, Ledger
 from hybrid_cache.batch import CacheTensors
+from hybrid_cache.digests import Digests, NoWitness, Witness, verify_by_default
+from hybrid_cache.errors import OwnershipError
 from hybrid_cache.eviction import EvictionQueues
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.lease import Lease, Match, Reservation
@@ -58,8 +63,11 @@ class HybridCache:
         with_tensors: bool = True,
         page_tokens: int = TILE,
         clock: Callable[[], float] = time.monotonic,
+        verify: bool | None = None,
     ) -> None:
         """`with_tensors=False` keeps the books only, for simulations, and allows larger pages (a multiple of TILE).
+
+        verify: compare what was published with its digest, again and again; None: if the environment asks for it
 
         Raises ConfigError for too small a budget.
         """
@@ -79,6 +87,8 @@ class HybridCache:
             assert not with_tensors
             self._allocator = Ledger(budget_bytes, self._item_bytes)
         self._arena = Arena(spec, self._geometry, device) if with_tensors else None
+        verify = verify_by_default() if verify is None else verify
+        self._witness: Witness = Digests(self._arena.digest) if verify and self._arena is not None else NoWitness()
         self._tree = PrefixTree(page_tokens)
         # For compaction: who holds each small item that may be moved.
         self._page_owner: dict[int, Node | PromptEnd | StoredMessage] = {}
@@ -125,22 +135,26 @@ class HybridCache:
         tip = path[-1] if path else self._tree.roots.get(namespace)
         end = tip.ends.get(keys.tail) if tip is not None and len(path) == len(keys.pages) else None
         if end is not None:
-            return Match(namespace, path, keys.num_tokens, len(path) * step, None, end)
+            return Match(namespace, keys, path, keys.num_tokens, len(path) * step, None, end)
         if self._stateless:
             length = min(len(path), max(keys.num_tokens - 1, 0) // step) * step
-            return Match(namespace, path, length, len(path) * step, None, None)
+            return Match(namespace, keys, path, length, len(path) * step, None, None)
         usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < keys.num_tokens)
         checkpoint = next(usable, None)
         length = checkpoint.num_tokens if checkpoint else 0
-        return Match(namespace, path, length, len(path) * step, checkpoint, None)
+        return Match(namespace, keys, path, length, len(path) * step, checkpoint, None)
 
     def acquire(self, match: Match, prompt: TokenArray | Keys, *, publish: bool = True) -> Lease | None:
         """Pins what was matched and takes a working state and pages for all of a prompt; all or nothing.
 
-        The working state holds the matched state, if there is one. With `publish=False` nothing of it enters the tree.
+        The working state holds the matched state, if there is one. What was evicted since is looked for again, as far
+        as the match did. With `publish=False` nothing of the lease enters the tree, and all pages beyond the state that
+        it starts from are its own: it may write there what the tree must never hold.
         """
         keys = as_keys(prompt)
-        match = self._renew(match, keys)
+        match = self._renew(match)
+        if not publish:
+            match = match.up_to_its_state(self._page_tokens)
         root = self._tree.root(match.namespace)
         num_held = sum(not node.pins for node in match.path)
         self._pin(root, match.path)
@@ -154,7 +168,7 @@ class HybridCache:
         if source is None or not in_the_way:
             return None
         self._evict(source)
-        return self.acquire(self.match(match.namespace, keys), keys, publish=publish)
+        return self.acquire(self.match(match.namespace, match.keys), keys, publish=publish)
 
     def plan(
         self,
@@ -219,6 +233,7 @@ class HybridCache:
 
         Everything there must have been written completely, by the prefill path.
         """
+        self._witness.look_around()
         if not lease.publish:
             return
         for index in range(len(lease.nodes), num_tokens // self._page_tokens):
@@ -308,6 +323,7 @@ class HybridCache:
         lease.released = True
         if num_output_tokens is not None and lease.keys.pages:
             self._policy.finished(lease.namespace, lease.keys.names[-1], num_output_tokens)
+        self._witness.look_around()
         self._leases.remove(lease)
         for page in lease.pages[len(lease.nodes) :]:
             self._allocator.give(Kind.PAGE, page)
@@ -372,6 +388,7 @@ class HybridCache:
         for kind, item in self._items(stored)[1:]:
             if kind is Kind.PAGE:
                 self._page_owner[item] = stored
+        self._witness.published(self._items(stored), f"message {stored.key}")
         self._admissions["message"] += 1
         self._stamp(stored, [])
         stored.attached = True
@@ -379,6 +396,7 @@ class HybridCache:
 
     def hold(self, stored: StoredMessage) -> None:
         """Keeps a message where it is until `let_go`."""
+        self._witness.used(self._items(stored))
         if not stored.holders:
             self._guard(stored)
         stored.holders += 1
@@ -387,6 +405,7 @@ class HybridCache:
         """Ends one `hold`; `used` tells the policy that it was good for something."""
         stored.holders -= 1
         if used:
+            self._witness.used(self._items(stored))
             self._stamp(stored, [])
         if not stored.holders:
             self._unguard(stored)
@@ -416,6 +435,8 @@ class HybridCache:
     def write_extra(self, stored: StoredMessage, data: Tensor) -> None:
         """Fills the bytes beside rows and states of a message that is not published yet. data [bytes] uint8."""
         assert self._arena is not None
+        if stored.attached:
+            raise OwnershipError(f"message {stored.key} would be written to after it was published")
         self._arena.write_bytes(self._extra_kind, stored.extra, data)
 
     @property
@@ -424,11 +445,11 @@ class HybridCache:
 
     # Making room
 
-    def _renew(self, match: Match, keys: Keys) -> Match:
+    def _renew(self, match: Match) -> Match:
         """The match itself, or a new one when something of it has been evicted since."""
         source = match.end or match.checkpoint
         whole = (not match.path or match.path[-1].attached) and (source is None or source.attached)
-        return match if whole else self.match(match.namespace, keys)
+        return match if whole else self.match(match.namespace, match.keys)
 
     def _take_for(self, match: Match, num_pages: int, num_held: int) -> tuple[list[int], list[int]] | None:
         """A slot that holds the matched state, and pages; the last one with the rows of a matched prompt end.
@@ -439,6 +460,7 @@ class HybridCache:
         if source is None:
             return self._take_all(num_slots=1, num_pages=num_pages, num_held=num_held)
         tail = match.end.page if match.end else None
+        self._witness.used(self._items(source))
         self._guard(source)
         taken = self._take_all(num_slots=1, num_pages=num_pages, num_held=num_held)
         if taken is not None:
@@ -524,6 +546,7 @@ class HybridCache:
         assert node.parent is not None
         self._queues.withdraw_dead(node)
         self._tree.remove(node)
+        self._witness.gone([(Kind.PAGE, node.page)])
         self._allocator.give(Kind.PAGE, node.page)
         del self._page_owner[node.page]
         self._evictions["page"] += 1
@@ -538,6 +561,7 @@ class HybridCache:
     def _detach(self, kept: Kept, score: float = -math.inf) -> None:
         """Takes a state out of the tree; its slot and page are the caller's."""
         self._queues.withdraw(kept)
+        self._witness.gone(self._items(kept))
         del self._slot_owner[kept.slot]
         if isinstance(kept, StoredMessage):
             self._forget_message(kept, score)
@@ -576,10 +600,13 @@ class HybridCache:
         if not moves:
             return False
         kind = Kind.PAGE if self._allocator.large is Kind.SLOT else Kind.SLOT
+        for _, target in moves:
+            self._check_unpublished(kind, target)
         if self._arena is not None:
             self._arena.move(kind, moves)
         for source, target in moves:
             self._rename(kind, source, target)
+        self._witness.moved(kind, moves)
         self._compactions += 1
         return True
 
@@ -605,11 +632,13 @@ class HybridCache:
         if node is None:
             node = self._tree.insert(parent, key, lease.keys.names[index], lease.pages[index], self._clock())
             self._page_owner[node.page] = node
+            self._witness.published([(Kind.PAGE, node.page)], f"tokens up to {node.num_tokens} of {lease.namespace}")
             lease.written_tokens += self._page_tokens
             self._report_rise(parent, 2)
         else:
             self._allocator.give(Kind.PAGE, lease.pages[index])
             lease.pages[index] = node.page
+            self._witness.used([(Kind.PAGE, node.page)])
             self._allocator.fix(Kind.PAGE, node.page)
             self._queues.withdraw_dead(node)
         node.pins += 1
@@ -617,6 +646,7 @@ class HybridCache:
 
     def _open(self, match: Match, keys: Keys, publish: bool, slots: list[int], pages: list[int]) -> Lease:
         """A lease on a match that has been pinned."""
+        self._witness.used((Kind.PAGE, node.page) for node in match.path)
         for node in match.path:
             self._allocator.fix(Kind.PAGE, node.page)
         lease = Lease(
@@ -687,6 +717,9 @@ class HybridCache:
     def _keep(self, kept: Kept, lease: Lease) -> None:
         """Files a new state."""
         self._slot_owner[kept.slot] = kept
+        self._witness.published(
+            self._items(kept), f"{kept.kind.value} of {kept.num_tokens} tokens of {lease.namespace}"
+        )
         self._admissions[kept.kind.value] += 1
         self._stamp(kept, lease.nodes)
         self._unguard(kept)
@@ -734,7 +767,13 @@ class HybridCache:
     def _bytes(self, num_slots: int, num_pages: int) -> int:
         return num_slots * self._item_bytes[Kind.SLOT] + num_pages * self._item_bytes[Kind.PAGE]
 
+    def _check_unpublished(self, kind: Kind, item: int) -> None:
+        """Raises OwnershipError for an item that must not be written to any more."""
+        if item in (self._page_owner if kind is Kind.PAGE else self._slot_owner):
+            raise OwnershipError(f"{kind.value} {item} would be written to after it was published")
+
     def _copy(self, kind: Kind, source: int, target: int) -> None:
+        self._check_unpublished(kind, target)
         if self._arena is not None:
             self._arena.copy(kind, source, target)
 
@@ -827,6 +866,8 @@ class HybridCache:
         assert len(self._page_owner) == len(in_tree) + num_pages
         assert len(set(pages)) == len(pages)
         assert len(set(slots)) == len(slots)
+        published = {(Kind.PAGE, node.page) for node in in_tree} | {each for k in kept for each in self._items(k)}
+        self._witness.check(published)
         self._queues.check({node for node in in_tree if node.dead}, kept - held)
         self._allocator.check({Kind.PAGE: set(pages), Kind.SLOT: set(slots)}, fixed)
         stats = self.stats()

@@ -1,7 +1,8 @@
 """Settings of one engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from hybrid_cache.digests import verify_by_default
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.policies.registry import check_policy_name
 
@@ -17,6 +18,9 @@ class EngineConfig:
     prefix_cache: bool = True  # off: nothing is reused between requests
     max_tiles: int = 16  # prefill tiles in a step with nobody decoding
     max_tiles_beside_decode: int = 4  # bounds the pause that a long prompt puts between a neighbour's tokens
+    # Published pages and states are compared with their digests at each use and at random, for tests; slow. An engine
+    # that finds one changed ends. HYBRID_CACHE_VERIFY=1 makes it the default.
+    verify: bool = field(default_factory=verify_by_default)
 
     def __post_init__(self) -> None:
         for name in ("budget_bytes", "max_running", "max_waiting", "max_tiles", "max_tiles_beside_decode"):

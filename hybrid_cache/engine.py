@@ -38,7 +38,8 @@ class Engine:
         self.model = model
         self._config = config
         fit = model.cache_spec, model.prefill_cost, config.budget_bytes
-        self.cache = HybridCache(*fit, make_policy(config.policy, *fit), device=str(model.device))
+        policy = make_policy(config.policy, *fit)
+        self.cache = HybridCache(*fit, policy, device=str(model.device), verify=config.verify)
         self._runner = runner(model, self.cache)
         self.stage = Stage(self.cache, model, self._runner.anatomy)
         self._scheduler = Scheduler(self.cache, config, self.stage)

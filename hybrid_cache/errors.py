@@ -9,6 +9,8 @@ HybridCacheError
 │   ├── BadSampling
 │   ├── UnknownMessage         a reference to a message of another tenant or model, or to none
 │   └── MessageGone            a reference to a message whose text has been dropped
+├── OwnershipError             our own bug: rows or states would be written or read that belong to somebody else
+├── PublishedBytesChanged      the same, found by a checking mode after the fact
 ├── Overloaded                 the queue is full, try again later
 └── EngineStopped              the engine is draining or has failed
 
@@ -67,6 +69,14 @@ class MessageGone(RequestError):
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="message_gone")
+
+
+class OwnershipError(HybridCacheError):
+    """Somebody is about to write rows or states that are not its own. Only a bug of ours can cause it."""
+
+
+class PublishedBytesChanged(HybridCacheError):
+    """What the cache published does not hold the same bytes any more; see `EngineConfig.verify`."""
 
 
 class Overloaded(HybridCacheError):

@@ -1,8 +1,12 @@
 """What a request finds in the cache, and what it holds while it runs. Only `HybridCache` makes or changes these."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from hybrid_cache.tree import Checkpoint, CheckpointKind, Keys, Node, PromptEnd
+import numpy as np
+
+from hybrid_cache.errors import OwnershipError
+from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.tree import Checkpoint, CheckpointKind, Keys, Node, PromptEnd, Rows, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,11 +14,17 @@ class Match:
     """What the cache holds of a prompt."""
 
     namespace: str
+    keys: Keys  # of the tokens that were looked for
     path: tuple[Node, ...]  # nodes of [0, shared)
     length: int  # tokens the request may skip: a grid position below the prompt's end, or all of it with `end`
     shared: int  # tokens whose pages are there; more than `length` marks a branch point
     checkpoint: Checkpoint | None
     end: PromptEnd | None  # the whole prompt was seen: nothing needs computing
+
+    def up_to_its_state(self, page_tokens: int) -> "Match":
+        """The same without pages that lie beyond the state it starts from."""
+        num_pages = self.length // page_tokens
+        return replace(self, path=self.path[:num_pages], shared=min(self.shared, num_pages * page_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,14 @@ class Reservation:
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """What one running sequence holds."""
+    """What one running sequence holds, and so what may be written for it.
+
+    [0, shared)   pages of the tree, which nothing ever writes to; tokens there that have no state yet are computed
+                  again for their states alone, which only a lease that publishes does: its rows have the same bits
+    [shared, ..)  pages of its own
+
+    Every writer of rows asks `rows_to_fill` or `own_rows`.
+    """
 
     namespace: str
     keys: Keys  # the prompt
@@ -54,3 +71,29 @@ class Lease:
     def tip(self) -> Node:
         """The last node of the path, or the root."""
         return self.nodes[-1] if self.nodes else self.root
+
+    def rows(self, start: int, end: int) -> Rows:
+        """Where the rows of tokens [start, end) lie, to be read: page * TILE + offset."""
+        if self.released:
+            raise OwnershipError(f"rows [{start}, {end}) of a lease that was given back")
+        return rows_of(self.pages, start, end)
+
+    def own_rows(self, start: int, end: int) -> Rows:
+        """Where the rows of tokens [start, end) lie, to be written. Raises OwnershipError if the tree owns one."""
+        if start < min(self.shared, end):
+            raise OwnershipError(f"rows [{start}, {end}) would be written, the tree owns those below {self.shared}")
+        return self.rows(start, end)
+
+    def own_row(self, place: int) -> int:
+        """The same for one token."""
+        if place < self.shared or self.released:
+            raise OwnershipError(f"row {place} would be written, the tree owns those below {self.shared}")
+        return self.pages[place // TILE] * TILE + place % TILE
+
+    def rows_to_fill(self, start: int, end: int) -> Rows:
+        """Where K and V of the computed tokens [start, end) go; -1 for those whose page the tree holds already.
+
+        Raises OwnershipError for a lease that does not publish and has such pages: its rows may be other ones.
+        """
+        shared = min(max(self.shared, start), end) if self.publish else start
+        return np.concatenate([np.full(shared - start, -1, np.int64), self.own_rows(shared, end)])

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,13 +11,12 @@ from hybrid_cache.batch import ForwardBatch, HybridModel
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.choreography.effects import Anatomy, Effect, Recorder
 from hybrid_cache.cuda_graphs import DecodeGraphs
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout, place_rows, tile_bounds
+from hybrid_cache.kernels.layout import MIN_ROWS, RowLayout, place_rows, tile_bounds
 from hybrid_cache.kernels.shared_prefix import with_plan
 from hybrid_cache.lease import Lease
 from hybrid_cache.scheduler import Chunk, Step
 from hybrid_cache.sequence import Sequence
-
-Rows = npt.NDArray[np.int64]
+from hybrid_cache.tree import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +93,11 @@ def build_batch(step: Step, *, packed: bool) -> tuple[ForwardBatch, list[int]]:
     for chunk, row, length in zip(step.chunks, rows, lengths, strict=True):
         token_ids[row : row + length] = chunk.prefill.tokens[chunk.start : chunk.end]
         positions[row : row + length] = np.arange(chunk.start, chunk.end) - chunk.prefill.shift
-        kv_rows[row : row + length] = _kv_rows(_lease(chunk), chunk.start, chunk.end)
+        kv_rows[row : row + length] = _lease(chunk).rows_to_fill(chunk.start, chunk.end)
         output_rows.append(row + _wanted_rows(chunk))
     for row, sequence in enumerate(step.decodes, start=decode_row):
         token_ids[row], positions[row] = sequence.next_token(), sequence.fed - sequence.prefill.shift
-        kv_rows[row] = _lease(sequence).pages[sequence.fed // TILE] * TILE + sequence.fed % TILE
+        kv_rows[row] = _lease(sequence).own_row(sequence.fed)
     output_rows.append(np.arange(decode_row, decode_row + num_decode))
     layout = RowLayout(
         num_rows=num_rows,
@@ -158,15 +156,6 @@ def _wanted_rows(chunk: Chunk) -> Rows:
     if chunk.sequence is not None and chunk.end == len(chunk.prefill.tokens):
         return np.array([length - 1])
     return np.arange(0)
-
-
-def _kv_rows(lease: Lease, start: int, end: int) -> Rows:
-    """Where the K and V of tokens [start, end) go; -1 for those whose page the tree already holds."""
-    positions = np.arange(start, end)
-    pages = np.asarray(lease.pages[: -(-end // TILE)], dtype=np.int64)
-    rows: Rows = pages[positions // TILE] * TILE + positions % TILE
-    rows[positions < lease.shared] = -1
-    return rows
 
 
 def _page_table(pages: list[list[int]]) -> Tensor:

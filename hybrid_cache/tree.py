@@ -11,9 +11,13 @@ from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 
+from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.request import TokenArray
+
+Rows = npt.NDArray[np.int64]  # page * TILE + offset
 
 KEY_BYTES = TILE * 4  # a page's tokens as int32
 
@@ -171,6 +175,16 @@ class StoredMessage:
     def name(self) -> int:
         return hash(self.key)
 
+    def rows(self) -> Rows:
+        """Where its rows lie, to be read."""
+        return rows_of(self.pages, 0, self.length)
+
+    def own_rows(self) -> Rows:
+        """The same, to be written. Raises OwnershipError once it can be found."""
+        if self.attached:
+            raise OwnershipError(f"rows of message {self.key} are to be written, which was published")
+        return self.rows()
+
     def resume_without(self) -> int:
         """It would be computed again behind as many tokens."""
         return self.start
@@ -202,6 +216,14 @@ class Keys:
 def end_name(name: int, tail: Hashable) -> int:
     """Names a whole prompt by its full pages and the tokens after them; never the name of the full pages alone."""
     return hash((name, tail, "end"))
+
+
+def rows_of(pages: Sequence[int], start: int, end: int) -> Rows:
+    """Where the rows [start, end) of a sequence lie that has these pages of TILE rows."""
+    first = start // TILE
+    places = np.arange(start - first * TILE, end - first * TILE)
+    found: Rows = np.asarray(pages[first : -(-end // TILE)], np.int64)[places // TILE] * TILE + places % TILE
+    return found
 
 
 def keys_of(tokens: TokenArray) -> Keys:

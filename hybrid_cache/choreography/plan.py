@@ -105,13 +105,14 @@ def make_plan(
 
     prefix: tokens of the longest prefix of the prompt that the cache has a state for
     """
-    plans = [_plan_behind(arrangement, start, is_stored, cost, states=states) for start in sorted({0, prefix})]
+    plans = [plan_behind(arrangement, start, is_stored, cost, states=states) for start in sorted({0, prefix})]
     return min(plans, key=lambda plan: plan.flops)
 
 
-def _plan_behind(
+def plan_behind(
     arrangement: Arrangement, prefix: int, is_stored: Callable[[str], bool], cost: PrefillCost, *, states: bool
 ) -> Plan:
+    """What `make_plan` finds for one prefix: nothing but what lies behind it is moved."""
     moved = Action.COMPOSED if states else Action.RELOCATED
     if prefix and arrangement.positions is Positions.LEFTMOST:
         prefix = 0  # in the cache a message stands behind the one before it

@@ -6,7 +6,8 @@ stage takes the moves that need no model:
     [ attach a ][ attach b ][ compute c, keep it ][ attach d ][ compute e, keep it ][ compute the rest ]
       KV rows copied, keys turned; states composed              one chunk: states are captured between its messages
 
-All of an arranged sequence's pages are its own, so a message that is stored is never written to.
+An arranged sequence shares with the tree only the pages below the state that it starts from; all others are its own,
+and nothing of it is ever published in the tree. What is stored for one place is copied to another, never written to.
 """
 
 from collections import deque
@@ -24,8 +25,7 @@ from hybrid_cache.cache import HybridCache
 from hybrid_cache.choreography.arrangement import Arrangement, Composition, Encoding, Fidelity, Positions
 from hybrid_cache.choreography.compose import compose
 from hybrid_cache.choreography.effects import Anatomy, Effect
-from hybrid_cache.choreography.plan import Action, Plan, exact_plan, make_plan
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.choreography.plan import Action, Plan, exact_plan, make_plan, plan_behind
 from hybrid_cache.kernels.ops import StateTensors
 from hybrid_cache.lease import Lease
 from hybrid_cache.tree import StoredMessage
@@ -156,8 +156,11 @@ class Stage:
 
     def plan(self, arrangement: Arrangement, prefix: int) -> Plan:
         """What would be done now for a prompt whose first `prefix` tokens the cache has a state for."""
-        stored = lambda name: self.is_stored(self.key(arrangement, name))  # noqa: E731
-        return make_plan(arrangement, prefix, stored, self._cost, states=bool(self._states))
+        return make_plan(arrangement, prefix, self._has(arrangement), self._cost, states=bool(self._states))
+
+    def _has(self, arrangement: Arrangement) -> Callable[[str], bool]:
+        """Whether the message of an id is stored as an arrangement needs it."""
+        return lambda name: self.is_stored(self.key(arrangement, name))
 
     def missing(self, arrangement: Arrangement) -> list[int]:
         """Indices of parts that have to be encoded alone before a prompt begins; all of them can be encoded at once.
@@ -184,7 +187,8 @@ class Stage:
 
         num_others: how many waiting prompts have a message with this id
         """
-        plan = self.plan(arrangement, prefix)
+        plan = plan_behind(arrangement, prefix, self._has(arrangement), self._cost, states=bool(self._states))
+        assert plan.prefix == prefix
         passing = arrangement.parts[-2] if self._passes(plan, arrangement, num_others) else None
         moves, position = deque[Move](), prefix
         sibling_start = sibling_end = prefix
@@ -407,8 +411,8 @@ class Stage:
         sources, targets, turns = [], [], []
         for move in moves:
             assert move.stored is not None
-            sources.append(_rows(move.stored.pages, 0, move.stored.length))
-            targets.append(_rows(lease.pages, move.start, move.end))
+            sources.append(move.stored.rows())
+            targets.append(lease.own_rows(move.start, move.end))
             turns.append(np.full(move.stored.length, move.position - move.stored.position))
         self._copy(np.concatenate(sources), np.concatenate(targets), np.concatenate(turns))
 
@@ -426,7 +430,7 @@ class Stage:
         if stored is None:
             return
         if self.anatomy.keys:
-            sources, targets = _rows(lease.pages, span.start, end), _rows(stored.pages, 0, end - span.start)
+            sources, targets = lease.rows(span.start, end), stored.own_rows()
             self._copy(sources, targets, np.zeros(len(sources), np.int64))
         self._cache.copy_slot(program.states.get(end, lease.slot), stored.slot)
         base = program.states.get(span.start)
@@ -451,12 +455,6 @@ def _compute(moves: deque[Move], start: int, end: int, position: int) -> None:
         moves.pop()
         start, position = last.start, last.position
     moves.append(Move(start, end, position))
-
-
-def _rows(pages: Sequence[int], start: int, end: int) -> np.ndarray:
-    """Where the rows [start, end) of a sequence lie: page * TILE + offset."""
-    places = np.arange(start, end)
-    return np.asarray(pages, np.int64)[places // TILE] * TILE + places % TILE
 
 
 def _slide(window: Tensor, later: Tensor, num_tokens: int) -> None:
