@@ -392,7 +392,7 @@ class Arena:
         """A digest of all bytes of an item; an empty one where items of a kind have none."""
         if kind not in self._rows:
             return b""
-        return blake2b(memoryview(self._rows[kind][item].cpu().numpy()), digest_size=16).digest()
+        return blake2b(self._rows[kind][item].cpu().numpy().tobytes(), digest_size=16).digest()
 
     def bytes_of(self, kind: Kind, items: list[int], num_bytes: int) -> Tensor:
         """The first bytes of some items, at most all of each: a copy, [items, num_bytes] uint8."""

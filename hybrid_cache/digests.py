@@ -1,7 +1,7 @@
 """A checking mode: what every published page and state held, remembered and compared.
 
-The cache tells when an item is published, moved, used and given back. A write to it in between is found at its next use,
-or by one of the random comparisons before that.
+The cache tells when an item is published, moved, used and given back. A write to it in between is found at its next
+use, or by one of the random comparisons before that.
 """
 
 import os
