@@ -394,14 +394,9 @@ class Arena:
             return b""
         return blake2b(self._rows[kind][item].cpu().numpy().tobytes(), digest_size=16).digest()
 
-    def bytes_of(self, kind: Kind, items: list[int], num_bytes: int) -> Tensor:
-        """The first bytes of some items, at most all of each: a copy, [items, num_bytes] uint8."""
-        return self._rows[kind][:, :num_bytes][torch.tensor(items, device=self._buffer.device)]
-
-    def write_bytes(self, kind: Kind, items: list[int], data: Tensor) -> None:
-        """Writes uint8 data into some items, one after the other."""
-        for item, piece in zip(items, torch.split(data, self._geometry.stride_bytes(kind)), strict=True):
-            self._rows[kind][item, : len(piece)] = piece
+    def numbers(self, kind: Kind) -> Tensor:
+        """All items of a kind as float32 numbers, [items, numbers in each]."""
+        return self._rows[kind].view(torch.float32)
 
     def _layers(self, spec: CacheSpec) -> CacheTensors:
         """Views [pages, TILE, kv_heads, head_dim] and [slots, ...] of every layer, side by side inside an item."""

@@ -75,6 +75,7 @@ class HybridCache:
         self._cost = cost
         self._policy = policy or Ours()
         self._clock = clock
+        self._effect_size = spec.effect_size
         self._stateless = spec.slot_bytes == 0  # attention alone: every page is a place to resume from
         self._page_tokens = page_tokens
         self._geometry = Geometry.of(spec, budget_bytes)
@@ -95,7 +96,7 @@ class HybridCache:
         self._slot_owner: dict[int, Kept] = {}
         self._leases: set[Lease] = set()
         self._messages: dict[str, StoredMessage] = {}
-        self._loans: set[int] = set()  # slots that somebody uses for a while
+        self._loans: set[tuple[Kind, int]] = set()  # what somebody uses for a while
         self._unwritten: set[StoredMessage] = set()
         self._scratch_slot: int | None = None
         self._policy.open(self._worth, clock)
@@ -352,33 +353,56 @@ class HybridCache:
         """What is stored under a key."""
         return self._messages.get(key)
 
-    def reserve_message(
-        self, namespace: str, key: str, start: int, end: int, position: int, extra_bytes: int
-    ) -> StoredMessage | None:
-        """Room for the tokens [start, end) of a sequence, with `extra_bytes` beside rows and states, to be written.
+    def lend_extra(self, namespace: str, key: str, start: int, end: int) -> list[int] | None:
+        """Items for what the tokens [start, end) do to the states, while they are being computed; see `numbers`.
 
-        None when the key is taken, or the policy would have to evict something better.
+        They end in `reserve_message` or `return_extra`. None where the policy would give no room to such a message.
+        """
+        num_extra, kind = self._num_extra, self._extra_kind
+        score = self._message_score(namespace, key, start, end)
+        slots, pages = (num_extra, 0) if kind is Kind.SLOT else (0, num_extra)
+        taken = None if score is None else self._take_all(num_slots=slots, num_pages=pages, ceiling=score)
+        if taken is None:
+            self._declines["message"] += 1
+            return None
+        items = taken[0] + taken[1]
+        self._loans.update((kind, item) for item in items)
+        return items
+
+    def return_extra(self, items: Sequence[int]) -> None:
+        for item in items:
+            self._return(self._extra_kind, item)
+
+    def reserve_message(
+        self, namespace: str, key: str, start: int, end: int, position: int, extra: Sequence[int]
+    ) -> StoredMessage | None:
+        """Room for rows and states of the tokens [start, end) of a sequence, to be written.
+
+        extra: lent items with what they do to the states, which become the message's
+        None when the key is taken, or the policy would have to evict something better; `extra` is lent as before.
         """
         if key in self._messages:
             return None
-        num_pages = -(-(end - start) // self._page_tokens) if self._geometry.page_bytes else 0
-        extra_kind = self._extra_kind
-        num_extra = -(-extra_bytes // self._item_bytes[extra_kind]) if extra_bytes else 0
-        num_slots = 1 + (num_extra if extra_kind is Kind.SLOT else 0)
-        num_pages += num_extra if extra_kind is Kind.PAGE else 0
-        kind, worth = CheckpointKind.EXPLICIT, Worth(self._cost.flops(start, end), self._bytes(num_slots, num_pages))
-        score = self._policy.candidate(kind, namespace, hash(key), worth)
-        taken = None if score is None else self._take_all(num_slots=num_slots, num_pages=num_pages, ceiling=score)
+        num_pages, score = self._message_pages(start, end), self._message_score(namespace, key, start, end)
+        taken = None if score is None else self._take_all(num_slots=1, num_pages=num_pages, ceiling=score)
         if taken is None:
             self._declines["message"] += 1
             return None
         slots, pages = taken
-        extra = slots[1:] + (pages[len(pages) - num_extra :] if extra_kind is Kind.PAGE else [])
-        pages = pages[: len(pages) - num_extra] if extra_kind is Kind.PAGE else pages
+        self._loans.difference_update((self._extra_kind, item) for item in extra)
         root = Node(namespace, None, b"", 0, -1, 0.0)
-        stored = StoredMessage(root, key, start, end, position, slots[0], pages, extra)
+        stored = StoredMessage(root, key, start, end, position, slots[0], pages, list(extra))
         self._unwritten.add(stored)
         return stored
+
+    def _message_pages(self, start: int, end: int) -> int:
+        return -(-(end - start) // self._page_tokens) if self._geometry.page_bytes else 0
+
+    def _message_score(self, namespace: str, key: str, start: int, end: int) -> float | None:
+        """The score that a message with these tokens would have."""
+        items = self._bytes(1, self._message_pages(start, end)) + self._num_extra * self._item_bytes[self._extra_kind]
+        worth = Worth(self._cost.flops(start, end), items)
+        return self._policy.candidate(CheckpointKind.EXPLICIT, namespace, hash(key), worth)
 
     def publish_message(self, stored: StoredMessage) -> None:
         """From now on it can be found: everything of it has been written."""
@@ -415,33 +439,32 @@ class HybridCache:
         taken = self._take_all(num_slots=1, num_pages=0)
         if taken is None:
             return None
-        self._loans.add(taken[0][0])
+        self._loans.add((Kind.SLOT, taken[0][0]))
         return taken[0][0]
 
     def return_slot(self, slot: int) -> None:
-        self._loans.remove(slot)
-        self._allocator.give(Kind.SLOT, slot)
+        self._return(Kind.SLOT, slot)
+
+    def _return(self, kind: Kind, item: int) -> None:
+        self._loans.remove((kind, item))
+        self._allocator.give(kind, item)
 
     def copy_slot(self, source: int, target: int) -> None:
         self._copy(Kind.SLOT, source, target)
 
-    def extra_bytes(self, messages: Sequence[StoredMessage], num_bytes: int) -> Tensor:
-        """The first bytes beside rows and states of some messages: [n, num_bytes] uint8, a copy."""
+    @property
+    def numbers(self) -> Tensor:
+        """Of all items that `lend_extra` gives, [items, numbers in each] float32. Only for a cache with tensors."""
         assert self._arena is not None
-        items = [item for stored in messages for item in stored.extra]
-        each = self._arena.bytes_of(self._extra_kind, items, num_bytes).view(len(messages), -1)
-        return each[:, :num_bytes]
-
-    def write_extra(self, stored: StoredMessage, data: Tensor) -> None:
-        """Fills the bytes beside rows and states of a message that is not published yet. data [bytes] uint8."""
-        assert self._arena is not None
-        if stored.attached:
-            raise OwnershipError(f"message {stored.key} would be written to after it was published")
-        self._arena.write_bytes(self._extra_kind, stored.extra, data)
+        return self._arena.numbers(self._extra_kind)
 
     @property
     def _extra_kind(self) -> Kind:
         return Kind.PAGE if self._geometry.page_bytes else Kind.SLOT
+
+    @property
+    def _num_extra(self) -> int:
+        return -(-4 * self._effect_size // self._item_bytes[self._extra_kind])
 
     # Making room
 
@@ -837,7 +860,8 @@ class HybridCache:
             assert all(n.parent is p for p, n in zip([lease.root, *lease.nodes], lease.nodes, strict=False))
         if self._scratch_slot is not None:
             slots.append(self._scratch_slot)
-        slots += self._loans
+        for kind, item in self._loans:
+            (slots if kind is Kind.SLOT else pages).append(item)
         for stored in self._unwritten:
             for kind, item in self._items(stored):
                 (slots if kind is Kind.SLOT else pages).append(item)

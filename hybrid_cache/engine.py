@@ -188,7 +188,7 @@ class Engine:
     def _new_sequence(self, request: Request, index: int) -> Sequence:
         asked = request.arrangement
         arranged = asked is not None and not self._why_exact(request)
-        if asked is not None and asked.order is Order.ANY and not arranged:
+        if index == 0 and asked is not None and asked.order is Order.ANY and not arranged:  # forks have its prompt
             namespace = namespace_of(request, self.model.fingerprint)
             known = partial(self._scheduler.known, namespace)
             prompt, asked = best_order(request.prompt, asked, known)

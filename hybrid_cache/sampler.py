@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class TokenChooser:
         self._random = np.random.default_rng(entropy)
         self._prompt = prompt
         self._counts: Counter[int] = Counter()
+        self._seen: npt.NDArray[np.int64] | None = None  # each token of prompt and answer once, when asked for
 
     @property
     def adjusts(self) -> bool:
@@ -49,6 +51,8 @@ class TokenChooser:
     def note(self, token: int) -> None:
         """Counts a token that was chosen."""
         self._counts[token] += 1
+        if self._seen is not None and token not in self._seen:
+            self._seen = np.append(self._seen, token)
 
     def adjust(self, logits: Tensor) -> None:
         """Applies bias, penalties and the hold on stop tokens to logits [V], in place."""
@@ -57,8 +61,9 @@ class TokenChooser:
             tokens, bias = torch.tensor(list(p.logit_bias), device=device), list(p.logit_bias.values())
             logits[tokens] += torch.tensor(bias, device=device)
         if p.repetition_penalty != 1:
-            known = np.unique(np.concatenate([self._prompt, list(self._counts)])).astype(np.int64)
-            seen = torch.from_numpy(known).to(device)
+            if self._seen is None:
+                self._seen = np.union1d(self._prompt, list(self._counts)).astype(np.int64)
+            seen = torch.from_numpy(self._seen).to(device)
             values = logits[seen]
             logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
         if self._counts and (p.presence_penalty or p.frequency_penalty):

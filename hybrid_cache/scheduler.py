@@ -14,6 +14,7 @@ from itertools import islice
 import numpy as np
 
 from hybrid_cache.cache import HybridCache
+from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.effects import Effect
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
@@ -150,16 +151,32 @@ class Scheduler:
             key = self._stage.key(arrangement, arrangement.parts[index].id)
             if self._stage.is_making(key) or key in prefill.refused:
                 continue
+            if len(self._messages) >= self._max_tiles:  # a step computes no more: the others hold no room meanwhile
+                return True
             tokens = prefill.tokens[starts[index] : starts[index + 1]]
-            message = Prefill(prefill.namespace, tokens, False, False)
-            message.lease = self._cache.acquire(self._cache.match(prefill.namespace, tokens[:0]), tokens, publish=False)
+            begun = self._begin_message(Prefill(prefill.namespace, tokens, False, False), arrangement, index)
+            if not begun and self._is_making_any(arrangement):
+                return True  # there is more room when they are done
             prefill.refused.add(key)  # it is tried once
-            if message.lease is not None:
-                message.program = self._stage.encoding(prefill.namespace, arrangement, index)
-                self._stage.clear(message.lease)
-                self._messages.append(message)
+        return self._is_making_any(arrangement)
+
+    def _is_making_any(self, arrangement: Arrangement) -> bool:
         keys = (self._stage.key(arrangement, part.id) for part in arrangement.parts if part.id)
         return any(self._stage.is_making(key) for key in keys)
+
+    def _begin_message(self, message: Prefill, arrangement: Arrangement, index: int) -> bool:
+        """Takes room to encode one part alone -> whether there was any."""
+        nothing = self._cache.match(message.namespace, message.tokens[:0])
+        lease = self._cache.acquire(nothing, message.tokens, publish=False)
+        program = None if lease is None else self._stage.encoding(message.namespace, arrangement, index)
+        if lease is None or program is None:
+            if lease is not None:
+                self._cache.release(lease)
+            return False
+        message.lease, message.program = lease, program
+        self._stage.clear(lease)
+        self._messages.append(message)
+        return True
 
     def _num_waiting_for(self, name: str) -> int:
         """Waiting prompts with a message of this id."""
@@ -170,23 +187,25 @@ class Scheduler:
         """Takes back a step for which the device had no memory, and makes all later ones smaller.
 
         Some states of its sequences may have moved on and others not, so these sequences begin again, as after any
-        preemption; a canonical commit is given up. False, and nothing changes, where a step cannot be smaller.
+        preemption. A canonical commit is given up, and so are messages for the store: prompts that wait for them
+        compute them in place. False, and nothing changes, where a step cannot be smaller.
         """
         if self.idle:
             self.end_commit(self._commits[0])
             self.num_out_of_memory += 1
             return True
-        for message in [chunk.prefill for chunk in step.chunks if chunk.prefill in self._messages]:
-            self.end_message(message)
+        messages = [chunk.prefill for chunk in step.chunks if chunk.prefill in self._messages]
         num_tiles = sum(-(-(chunk.end - chunk.start) // TILE) for chunk in step.chunks)
         num_sequences = len(step.chunks) + len(step.decodes)
-        if num_tiles <= 1 and num_sequences <= 1:
+        if num_tiles <= 1 and num_sequences <= 1 and not messages:
             return False
+        for message in messages:
+            self.end_message(message)
         if num_tiles > 1:
             self._max_tiles = min(self._max_tiles, num_tiles // 2)
             self._max_tiles_beside_decode = min(self._max_tiles_beside_decode, num_tiles // 2)
         if step.decodes and num_sequences > 1:
-            self._max_running = num_sequences // 2
+            self._max_running = min(self._max_running, num_sequences // 2)
         sequences = [*(chunk.sequence for chunk in step.chunks if chunk.sequence is not None), *step.decodes]
         for sequence in sorted(sequences, key=lambda s: s.arrival, reverse=True):
             self._preempt(sequence)
@@ -259,12 +278,13 @@ class Scheduler:
 
     def known(self, namespace: str, tokens: TokenArray) -> tuple[int, int]:
         """Tokens of a prefix that have a state, or will have one soon; tokens that have rows."""
-        match, coming = self._cache.match(namespace, tokens), 0
+        match = self._cache.match(namespace, tokens)
+        most = match.length
         for prefill in (sequence.prefill for sequence in islice(self.sequences(), MOST_EARLIER)):
             if prefill.publish and prefill.namespace == namespace:
-                shared = grid_floor(common_prefix(prefill.tokens, tokens))
-                coming = max(coming, shared if shared > prefill.computed else 0)
-        return max(match.length, coming), match.shared
+                needed = grid_floor(max(most, prefill.computed)) + TILE
+                most = max(most, grid_floor(common_prefix(prefill.tokens, tokens, needed)))
+        return most, match.shared
 
     def _match_arranged(self, prefill: Prefill) -> Match:
         """The prefix that an arranged prompt starts from, which ends before its answer's header."""
@@ -385,8 +405,11 @@ class Scheduler:
         return True
 
 
-def common_prefix(a: TokenArray, b: TokenArray) -> int:
-    """Number of leading tokens that a and b share."""
+def common_prefix(a: TokenArray, b: TokenArray, needed: int = 1) -> int:
+    """Number of leading tokens that a and b share; 0 if these are fewer than `needed`."""
     n = min(len(a), len(b))
+    if n < needed or a[needed - 1] != b[needed - 1]:
+        return 0
     differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
+    shared = int(differs[0]) if len(differs) else n
+    return shared if shared >= needed else 0

@@ -28,11 +28,14 @@ class StateSpec:
     conv_shape   (width - 1, channels), oldest row first, in the model's dtype
     state_shape  (heads, head_dim, d_state) for Mamba-2 and delta nets, (channels, d_state) for Mamba-1; always float32;
                  (0,) for a layer that keeps a window only
+    effect       shape of P in h -> P h + S, what a run of tokens does, in float32: (n,) where the numbers of tokens
+                 add up, (heads, d_state, d_state) for products of matrices; see `choreography.effects`
     """
 
     conv_shape: tuple[int, int]
     state_shape: tuple[int, ...]
     conv_dtype: torch.dtype
+    effect: tuple[int, ...] = (0,)
 
     @property
     def conv_bytes(self) -> int:
@@ -63,6 +66,16 @@ class CacheSpec:
     def slot_bytes(self) -> int:
         """One full recurrent state, all layers, each tensor on a 64-byte boundary."""
         return sum(align64(s.conv_bytes) + align64(s.state_bytes) for s in self.layers if isinstance(s, StateSpec))
+
+    @property
+    def effect_sums(self) -> int:
+        """Numbers of an effect that add up over tokens."""
+        return sum(prod(s.effect) for s in self.layers if isinstance(s, StateSpec) and len(s.effect) == 1)
+
+    @property
+    def effect_size(self) -> int:
+        """Float32 numbers that what a run of tokens does to all states takes: first the sums, then the matrices."""
+        return sum(prod(s.effect) for s in self.layers if isinstance(s, StateSpec))
 
 
 @dataclass(frozen=True, slots=True)

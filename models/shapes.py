@@ -264,7 +264,7 @@ class Mamba2Shape:
     @property
     def cache(self) -> StateSpec:
         conv = (self.conv_width - 1, self.channels)
-        return StateSpec(conv, (self.num_heads, self.head_dim, self.d_state), self.dtype)
+        return StateSpec(conv, (self.num_heads, self.head_dim, self.d_state), self.dtype, (self.num_heads,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +298,7 @@ class Mamba1Shape:
 
     @property
     def cache(self) -> StateSpec:
-        return StateSpec((self.conv_width - 1, self.inner), (self.inner, self.d_state), self.dtype)
+        return StateSpec((self.conv_width - 1, self.inner), (self.inner, self.d_state), self.dtype, (self.inner,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +329,7 @@ class LinearAttentionShape:
 
     @property
     def cache(self) -> StateSpec:
-        return StateSpec((0, 0), (self.num_heads, self.head_dim, self.head_dim), self.dtype)
+        return StateSpec((0, 0), (self.num_heads, self.head_dim, self.head_dim), self.dtype, (self.num_heads,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +361,7 @@ class RgLruShape:
 
     @property
     def cache(self) -> StateSpec:
-        return StateSpec((self.conv_width - 1, self.width), (self.width,), self.dtype)
+        return StateSpec((self.conv_width - 1, self.width), (self.width,), self.dtype, (self.width,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,7 +436,8 @@ class GatedDeltaShape:
     @property
     def cache(self) -> StateSpec:
         conv = (self.conv_width - 1, self.channels)
-        return StateSpec(conv, (self.num_heads, self.head_dim, self.d_state), self.dtype)
+        transition = (self.num_heads, self.d_state, self.d_state)
+        return StateSpec(conv, (self.num_heads, self.head_dim, self.d_state), self.dtype, transition)
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,7 +484,8 @@ class KimiDeltaShape:
     @property
     def cache(self) -> StateSpec:
         conv = (self.conv_width - 1, self.channels)
-        return StateSpec(conv, (self.num_heads, self.head_dim, self.head_dim), self.dtype)
+        square = (self.num_heads, self.head_dim, self.head_dim)
+        return StateSpec(conv, square, self.dtype, square)
 
 
 @dataclass(frozen=True, slots=True)

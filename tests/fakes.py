@@ -35,7 +35,7 @@ class SumModel:
     cache_spec = CacheSpec(
         layers=(
             AttentionSpec(num_kv_heads=1, head_dim=2, dtype=torch.float32),
-            StateSpec(conv_shape=(1, 2), state_shape=(600,), conv_dtype=torch.float32),
+            StateSpec(conv_shape=(1, 2), state_shape=(600,), conv_dtype=torch.float32, effect=(600,)),
         ),
         hidden_size=2,
         hidden_dtype=torch.float32,

@@ -2,13 +2,13 @@
 
 S is what the run leaves in a state that was zero. P comes from a recorder that layers report to while they run
 (`ForwardBatch.effects`): one number a head for Mamba-2, a time step a channel for Mamba-1, a matrix a head for delta
-nets.
+nets. It is written down in memory of the cache from the first token on, so the budget counts it while it grows.
 
 P and S of a message hold for the inputs that its layers saw when it was encoded. Composition is therefore exact inside
 one layer, and approximate through the depth of a model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
@@ -110,26 +110,70 @@ def _from_each_on(ps: Tensor) -> Tensor:
     return ps.flip(0).cumsum(0).flip(0) if len(ps) > 1 else ps
 
 
-@dataclass(slots=True)
-class Effect:
-    """P of one run of tokens, as it is being computed. A decoding sequence adds one term a step.
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Float32 numbers in some items of the cache, one item after the other.
 
-    terms     [tokens, total] float32: of all states whose p is a sum over tokens, side by side
-    matrices  p of the others
+    rows  [all items, numbers in each] float32, of the cache
     """
 
-    terms: list[Tensor] = field(default_factory=list)
-    matrices: list[Tensor] = field(default_factory=list)
+    rows: Tensor
+    items: Sequence[int]
+
+    def read(self, start: int, count: int) -> Tensor:
+        """Numbers [start, start + count): a copy."""
+        pieces = list(self._pieces(start, count))
+        return pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)
+
+    def write(self, start: int, values: Tensor) -> None:
+        values = values.flatten()
+        for piece in self._pieces(start, len(values)):
+            piece.copy_(values[: len(piece)])
+            values = values[len(piece) :]
+
+    def _pieces(self, start: int, count: int) -> Iterator[Tensor]:
+        each, end = self.rows.shape[1], start + count
+        while start < end:
+            index, first = divmod(start, each)
+            last = min(each, first + end - start)
+            yield self.rows[self.items[index], first:last]
+            start += last - first
+
+
+class Effect:
+    """P of one run of tokens, as it is being computed: first what adds up over tokens, then matrices."""
+
+    def __init__(self, numbers: Numbers, num_sums: int) -> None:
+        """numbers: lent by the cache, written to here and nowhere else   num_sums: of them, how many are sums"""
+        self.numbers = numbers
+        self.num_sums = num_sums
+        self.started = False  # whether there are matrices
+        self._terms: list[Tensor] = []
+        if num_sums:
+            numbers.write(0, torch.zeros(num_sums))
 
     def add(self, term: Tensor) -> None:
-        self.terms.append(term)
-        if len(self.terms) == MOST_TERMS:
-            self.terms = [torch.cat(self.terms).sum(0, keepdim=True)]
+        """Adds the sums of some tokens, [1, num_sums] float32. A decoding sequence has one term a step."""
+        self._terms.append(term)
+        if len(self._terms) == MOST_TERMS:
+            self.flush()
 
-    def packed(self) -> Tensor:
-        """p of all states in one row, float32; `StatePart.of` finds them there."""
-        sums = [torch.cat(self.terms).sum(0)] if self.terms else []
-        return torch.cat([*sums, *(p.flatten() for p in self.matrices)])
+    def flush(self) -> None:
+        """Writes down all that was added: to be called before the numbers are read."""
+        if self._terms:
+            self.numbers.write(0, torch.cat([self.numbers.read(0, self.num_sums)[None], *self._terms]).sum(0))
+            self._terms = []
+
+    def close(self) -> Sequence[int]:
+        """The items of the cache that it was written to; it cannot be written to any more."""
+        items, self.numbers = self.numbers.items, replace(self.numbers, items=())
+        return items
+
+    def matrix(self, start: int, heads: int, size: int) -> Tensor:
+        """The matrices [1, heads, size, size] of one state, which begin at a number: a copy; identities at first."""
+        if self.started:
+            return self.numbers.read(start, heads * size * size).view(1, heads, size, size)
+        return torch.eye(size, device=self.numbers.rows.device).expand(1, heads, size, size).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +188,9 @@ class StatePart:
     shape: tuple[int, ...]
     start: int = 0
 
-    def of(self, packed: Tensor) -> Tensor:
-        """p of this state in packed effects [n, total] -> [n, *shape], or in one [total] -> [*shape]."""
-        return packed[..., self.start : self.start + prod(self.shape)].view(*packed.shape[:-1], *self.shape)
+    def of(self, numbers: Numbers) -> Tensor:
+        """p of this state in an effect, [*shape]: a copy."""
+        return numbers.read(self.start, prod(self.shape)).view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,24 +232,26 @@ class Recorder:
     def __init__(self, anatomy: Anatomy, runs: Sequence[tuple[slice, Effect]]) -> None:
         """runs: rows of the batch that belong to one run each, and where what they do is added"""
         self._anatomy = anatomy
-        self._learns = not anatomy.known
+        self._found = None if anatomy.known else Anatomy()  # handed over when the pass is over
         self._runs = runs
-        self._terms: list[Tensor] = []
-        self._num_matrices = 0
+        self._single = all(rows.stop - rows.start == 1 for rows, _ in runs)
+        self._latest: Tensor | None = None  # told by the layer that may still be at work
+        self._terms: list[Tensor] = []  # of the layers before: of all rows, or one row for each run
+        self._matrix_start = runs[0][1].num_sums
 
     def keys(self, kv: KVTensors, inv_freq: Tensor | None, first: int = 0) -> None:
         """An attention layer: where its rows are, and how its keys are turned by their positions."""
-        if self._learns:
-            self._anatomy.keys.append(KeyRows(kv, inv_freq, first))
+        if self._found is not None:
+            self._found.keys.append(KeyRows(kv, inv_freq, first))
 
     def decay(self, state: Tensor, log_decay: Tensor) -> None:
-        """log_decay [R, n] float32, of each token, for state [slots, n, ...]; read when the pass is over."""
-        self._terms.append(log_decay)
+        """log_decay [R, n] float32, of each token, for state [slots, n, ...]; read when the layer has done its work."""
+        self._note(log_decay)
         self._register(state, Decay, log_decay.shape[1:])
 
     def channel_decay(self, state: Tensor, A: Tensor, dt: Tensor) -> None:
         """dt [R, channels] float32, A [channels, N], for state [slots, channels, N]."""
-        self._terms.append(dt)
+        self._note(dt)
         self._register(state, lambda: ChannelDecay(A), dt.shape[1:])
 
     def matrix(self, state: Tensor, size: int, run: Callable[[slice, RowLayout, Tensor], object]) -> None:
@@ -213,28 +259,41 @@ class Recorder:
 
         Started from the identity, that is P. size: N; state [slots, H, P, N]
         """
-        heads, number = state.shape[1], self._num_matrices
-        self._num_matrices += 1
+        heads, start = state.shape[1], self._matrix_start
+        self._matrix_start += heads * size * size
         self._register(state, MatrixTransition, (heads, size, size))
         for rows, effect in self._runs:
-            length = rows.stop - rows.start
-            if number < len(effect.matrices):
-                pool = effect.matrices[number].clone()
-            else:
-                pool = torch.eye(size, device=state.device).expand(1, heads, size, size).contiguous()
+            length, pool = rows.stop - rows.start, effect.matrix(start, heads, size)
             layout, _ = arrange([Run(0, length, 0, 0, False, [0] * -(-length // TILE), [])], [], packed=True)
             run(rows, replace(layout, num_rows=length), pool)  # no padding: nothing is multiplied by weights
-            effect.matrices[number : number + 1] = [pool]
+            effect.numbers.write(start, pool)
 
     def end(self) -> None:
         """To be called after the pass."""
-        if self._learns:
-            self._anatomy.settle()
-        if self._terms:
-            terms = torch.cat(self._terms, dim=1)
-            for rows, effect in self._runs:
-                effect.add(terms[rows])
+        if self._found is not None:
+            self._found.settle()
+            self._anatomy.states, self._anatomy.keys = self._found.states, self._found.keys
+        self._settle_latest()
+        terms = torch.cat(self._terms, dim=1) if self._terms else None
+        for number, (rows, effect) in enumerate(self._runs):
+            effect.started = True
+            if terms is not None:
+                effect.add(terms[rows] if self._single else terms[number : number + 1])
+
+    def _note(self, term: Tensor) -> None:
+        self._settle_latest()
+        self._latest = term
+
+    def _settle_latest(self) -> None:
+        """Sums what the layer before told, unless each run has one row: a chunk's rows take much memory in all layers.
+
+        One sum at the end is faster where they take little.
+        """
+        if self._latest is not None:
+            runs = (self._latest[rows].sum(0) for rows, _ in self._runs)
+            self._terms.append(self._latest if self._single else torch.stack(list(runs)))
+        self._latest = None
 
     def _register(self, state: Tensor, kind: Callable[[], Transition], shape: Sequence[int]) -> None:
-        if self._learns:
-            self._anatomy.states.append(StatePart(state, kind(), tuple(shape)))
+        if self._found is not None:
+            self._found.states.append(StatePart(state, kind(), tuple(shape)))

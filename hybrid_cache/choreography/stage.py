@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import prod
 
 import numpy as np
 import torch
@@ -24,13 +23,15 @@ from hybrid_cache.batch import HybridModel
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.choreography.arrangement import Arrangement, Composition, Encoding, Fidelity, Positions
 from hybrid_cache.choreography.compose import compose
-from hybrid_cache.choreography.effects import Anatomy, Effect
+from hybrid_cache.choreography.effects import Anatomy, Effect, Numbers
 from hybrid_cache.choreography.plan import Action, Plan, exact_plan, make_plan, plan_behind
+from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import StateTensors
 from hybrid_cache.lease import Lease
 from hybrid_cache.tree import StoredMessage
 
 SHORT = 32  # tokens of a message that is not worth a step of its own
+MOST_TOGETHER = 16  # messages whose effects are looked at together, where one after the other does as well
 STEP_TOKENS = 16  # a step costs about as much as so many tokens in a step that is made anyway
 
 
@@ -41,7 +42,7 @@ class Span:
     key: str
     start: int
     position: int
-    effect: Effect = field(default_factory=Effect)
+    effect: Effect  # in memory lent by the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Program:
     states: dict[int, int] = field(default_factory=dict)  # place -> a slot with the states there, lent by the cache
     shift: int = 0  # place of a row less its position, for what is being computed
     answer_at: int = -1  # the answer's message is kept from this place on
+    spare: Effect | None = None  # for the first message
 
     def fork(self) -> "Program":
         """For another answer to the same prompt, which is not kept."""
@@ -120,6 +122,7 @@ class Stage:
         self._model = model
         self._cost = model.prefill_cost
         self._states = [t for t in cache.tensors if isinstance(t, StateTensors)]
+        self._num_sums = model.cache_spec.effect_sums
         self._making: set[str] = set()
 
     def can(self, arrangement: Arrangement) -> str:
@@ -248,12 +251,30 @@ class Stage:
             return False
         return part.num_tokens * num_others(part.id) <= STEP_TOKENS
 
-    def encoding(self, namespace: str, arrangement: Arrangement, index: int) -> Program:
-        """The moves that encode one part alone. Its sequence starts with states of zero."""
-        part = arrangement.parts[index]
-        moves = deque(self._kept_moves(0, part.num_tokens, 0, arrangement.seam, self.key(arrangement, part.id)))
+    def encoding(self, namespace: str, arrangement: Arrangement, index: int) -> Program | None:
+        """The moves that encode one part alone, in a sequence that starts with states of zero. None without room."""
+        part, seam = arrangement.parts[index], arrangement.seam
+        key = self.key(arrangement, part.id)
+        spare = self._new_effect(namespace, key, seam, part.num_tokens)
+        if spare is None:
+            return None
+        moves = deque(self._kept_moves(0, part.num_tokens, 0, seam, key))
         plan = exact_plan(arrangement.fidelity, [part.id], [part.num_tokens], 0, self._cost)
-        return Program(namespace, moves, plan, joins=self._model.packs, alone=True)
+        return Program(namespace, moves, plan, joins=self._model.packs, alone=True, spare=spare)
+
+    def _new_effect(self, namespace: str, key: str, start: int, end: int) -> Effect | None:
+        """To note what the tokens [start, end) do to the states; None where the cache gives no room for it."""
+        items = self._cache.lend_extra(namespace, key, start, end)
+        return None if items is None else Effect(Numbers(self._cache.numbers, items), self._num_sums)
+
+    def _new_span(self, program: Program, key: str, start: int, end: int, position: int) -> Span | None:
+        spare, program.spare = program.spare, None
+        effect = spare or self._new_effect(program.namespace, key, start, end)
+        return None if effect is None else Span(key, start, position, effect)
+
+    def _drop(self, effect: Effect) -> None:
+        """Gives back the memory of what will not be stored."""
+        self._cache.return_extra(effect.close())
 
     def _kept_moves(self, start: int, end: int, position: int, seam: int, key: str) -> list[Move]:
         self._making.add(key)
@@ -305,15 +326,19 @@ class Stage:
                 break
             if not (before.keep or move.keep or move.opens):
                 continue
-            if self._states:
-                slot = self._cache.lend_slot()
-                if slot is None:
-                    end = move.start
-                    break
+            opens = move.keep or move.opens
+            span = self._new_span(program, move.keep, move.start, move.end, move.position) if opens else None
+            slot = self._cache.lend_slot() if self._states and (span or not opens) else None
+            if (opens and span is None) or (self._states and slot is None):
+                if span is not None:
+                    self._drop(span.effect)
+                end = move.start
+                break
+            if slot is not None:
                 program.states[move.start] = slot
                 captures.append((move.start, slot))
-            if move.keep or move.opens:
-                program.later.append(Span(move.keep, move.start, move.position))
+            if span is not None:
+                program.later.append(span)
         ends = {move.start: min(move.end, end) for move in program.moves}
         noted = ((span, min(ends.get(span.start, end), end)) for span in (*spans, *program.later))
         return Stretch(end, tuple(captures), tuple((max(s.start, start), stop, s.effect) for s, stop in noted))
@@ -321,23 +346,26 @@ class Stage:
     def _begin_move(self, program: Program, lease: Lease, move: Move) -> None:
         program.shift = move.shift
         if (move.keep or move.opens) and program.span is None:
-            self._open(program, lease, move.keep, move.start)
+            self._open(program, lease, move.keep, move.start, move.end)
 
-    def _open(self, program: Program, lease: Lease, key: str, start: int) -> None:
-        """Records what tokens do from now on; not where there is no room for a copy of the states before them."""
-        if self._states and start > 0:
-            base = self._cache.lend_slot()
-            if base is None:
-                self._making.discard(key)
-                return
+    def _open(self, program: Program, lease: Lease, key: str, start: int, end: int) -> None:
+        """Records what the tokens [start, end) do; not where there is no room for it and the states before them."""
+        span = self._new_span(program, key, start, end, start - program.shift)
+        base = self._cache.lend_slot() if span is not None and self._states and start > 0 else None
+        if span is None or (self._states and start > 0 and base is None):
+            self._making.discard(key)
+            if span is not None:
+                self._drop(span.effect)
+            return
+        if base is not None:
             self._cache.copy_slot(lease.slot, base)
             program.states[start] = base
-        program.span = Span(key, start, start - program.shift)
+        program.span = span
 
     def decoded(self, program: Program, lease: Lease, place: int) -> None:
         """To be called before the token at `place` of an answer is computed."""
         if place == program.answer_at and program.span is None:
-            self._open(program, lease, "", place)
+            self._open(program, lease, "", place, place + TILE)  # how long it will be, nobody knows
 
     def _end_move(self, program: Program, lease: Lease, move: Move) -> None:
         if move.keep and program.span is not None:
@@ -364,9 +392,12 @@ class Stage:
             self._making.discard(move.keep)
         if program.span is not None:
             self._making.discard(program.span.key)
+        spans = ([] if program.span is None else [program.span]) + list(program.later)
+        for effect in [span.effect for span in spans] + ([program.spare] if program.spare else []):
+            self._drop(effect)
         program.moves.clear()
         program.later.clear()
-        program.span = None
+        program.span = program.spare = None
         self._give_back(program, keep=None)
 
     def _give_back(self, program: Program, keep: Span | None) -> None:
@@ -379,10 +410,8 @@ class Stage:
         stored = self._cache.message(key)
         if stored is None:
             return None
-        if not self.anatomy.states:
-            return []
-        [packed] = self._effects([stored])
-        return [(part.of(packed).clone(), part.state[stored.slot].clone()) for part in self.anatomy.states]
+        numbers = Numbers(self._cache.numbers, stored.extra)
+        return [(part.of(numbers), part.state[stored.slot].clone()) for part in self.anatomy.states]
 
     # Tensors
 
@@ -390,12 +419,9 @@ class Stage:
         """Copies the rows of some messages to where a prompt wants them, and composes what they do to its states."""
         messages = [move.stored for move in moves if move.stored is not None]
         self._copy_rows(lease, moves)
-        effects = self._effects(messages) if self.anatomy.states else None
-        for part in self.anatomy.states:
-            assert effects is not None
-            sums = [part.state[message.slot] for message in messages]
-            state, ps = part.state[lease.slot], part.of(effects)
-            compose(program.composition, part.transition, state, ps, sums, from_zero=from_zero)
+        apart = MOST_TOGETHER if program.composition is Composition.ORDERED else len(messages)
+        for first in range(0, len(messages), apart):
+            self._compose(program, lease, messages[first : first + apart], from_zero=from_zero and not first)
         for tensors in self._states:
             if from_zero:
                 tensors.conv[lease.slot] = 0
@@ -404,6 +430,14 @@ class Stage:
                 _slide(tensors.conv[lease.slot], tensors.conv[message.slot], message.length)
         for message in messages:
             self._cache.let_go(message, used=True)
+
+    def _compose(self, program: Program, lease: Lease, messages: Sequence[StoredMessage], *, from_zero: bool) -> None:
+        """Takes the states of a lease to those after some messages."""
+        numbers = [Numbers(self._cache.numbers, message.extra) for message in messages]
+        for part in self.anatomy.states:
+            ps = torch.stack([part.of(each) for each in numbers])
+            sums = [part.state[message.slot] for message in messages]
+            compose(program.composition, part.transition, part.state[lease.slot], ps, sums, from_zero=from_zero)
 
     def _copy_rows(self, lease: Lease, moves: Sequence[Move]) -> None:
         if not self.anatomy.keys:
@@ -424,27 +458,23 @@ class Stage:
 
     def _store(self, program: Program, lease: Lease, span: Span, end: int) -> None:
         """Keeps the tokens [span.start, end) of a lease as a message, if the cache gives room."""
-        effect = span.effect.packed() if self.anatomy.states else None
-        num_bytes = 0 if effect is None else effect.nbytes
-        stored = self._cache.reserve_message(program.namespace, span.key, span.start, end, span.position, num_bytes)
+        span.effect.flush()
+        numbers = span.effect.numbers
+        found = (program.namespace, span.key, span.start, end, span.position)
+        stored = self._cache.reserve_message(*found, numbers.items)
         if stored is None:
+            self._drop(span.effect)
             return
+        span.effect.close()
         if self.anatomy.keys:
             sources, targets = lease.rows(span.start, end), stored.own_rows()
             self._copy(sources, targets, np.zeros(len(sources), np.int64))
         self._cache.copy_slot(program.states.get(end, lease.slot), stored.slot)
         base = program.states.get(span.start)
-        if effect is not None:
-            self._cache.write_extra(stored, effect.view(torch.uint8))
-        if effect is not None and base is not None:
+        if base is not None:
             for part in self.anatomy.states:
-                part.transition.take_away(part.state[stored.slot], part.of(effect), part.state[base])
+                part.transition.take_away(part.state[stored.slot], part.of(numbers), part.state[base])
         self._cache.publish_message(stored)
-
-    def _effects(self, messages: Sequence[StoredMessage]) -> Tensor:
-        """Packed effects of some messages, [n, total] float32."""
-        total = sum(prod(part.shape) for part in self.anatomy.states)
-        return self._cache.extra_bytes(messages, 4 * total).contiguous().view(torch.float32)
 
 
 def _compute(moves: deque[Move], start: int, end: int, position: int) -> None:

@@ -101,8 +101,6 @@ def test_a_stored_message_is_not_written_to(bamba):
     with pytest.raises(OwnershipError):
         stored.own_rows()
     with pytest.raises(OwnershipError):
-        cache.write_extra(stored, torch.zeros(4, dtype=torch.uint8))
-    with pytest.raises(OwnershipError):
         cache.copy_slot(stored.slot, stored.slot)
 
 

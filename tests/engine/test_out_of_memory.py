@@ -1,12 +1,16 @@
 """A step that the device has no memory for is taken back and tried again in smaller ones, with the same answers."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from hybrid_cache.batch import CacheTensors, ForwardBatch
+from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Part
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine
+from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.request import Prompt, Request, SamplingParams
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import SumModel, sum_model_answer, tokens_of
@@ -29,6 +33,31 @@ class SmallDevice(SumModel):
         if len(hidden) > self.room[2]:
             raise torch.OutOfMemoryError("tried to allocate 20.00 MiB")
         return super().logits(hidden)
+
+
+class SmallStage(SmallDevice):
+    """A small device whose model stores messages. What tokens do to a sum does not fade."""
+
+    ways = ("composed",)
+
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        hidden = super().forward(batch, cache)
+        kv, states = cache
+        assert isinstance(kv, KVTensors)
+        assert isinstance(states, StateTensors)
+        if batch.effects is not None:
+            batch.effects.keys(kv, None)
+            batch.effects.decay(states.state, torch.zeros(batch.layout.num_rows, 600))
+        return hidden
+
+
+def arranged(*lengths: int, encoding: Encoding = Encoding.ALONE, **more: Any) -> Request:
+    """Messages and a header; what is encoded alone, all but the first, is computed before the prompt begins."""
+    prompt = tokens_of(1, sum(lengths))
+    *messages, header = lengths
+    parts = (*(Part(length, f"m{i}", encoding) for i, length in enumerate(messages)), Part(header))
+    arrangement = Arrangement(parts, Fidelity.COMPOSED, **more)
+    return Request("b", Prompt(prompt), SamplingParams(temperature=0, max_tokens=6), arrangement=arrangement)
 
 
 def answer_all(model: SumModel, num_requests: int, max_tokens: int = 6, length: int = 300, n: int = 1) -> Engine:
@@ -70,6 +99,87 @@ def test_a_step_that_cannot_be_smaller_is_an_error() -> None:
     engine.submit(make_request("a", tokens_of(0, 300)))
     with pytest.raises(torch.OutOfMemoryError):
         engine.run_until_idle()
+
+
+@pytest.mark.parametrize("answered", [0, 1], ids=["a tile", "a decode row"])
+def test_a_step_that_cannot_be_smaller_changes_nothing(answered: int) -> None:
+    model = SmallDevice()
+    engine = Engine(model, EngineConfig(budget_bytes=1 << 22))
+    engine.submit(make_request("a", tokens_of(0, 50)))
+    for _ in range(answered):
+        engine.step()
+    model.room = (0, 0, 1000)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step()
+    after = engine.stats()
+    assert (after.num_preemptions, after.num_out_of_memory, after.running) == (0, 0, 1)
+    engine.abort("a")
+    engine.cache.check()
+    model.room = (16, 4, 1000)  # as much as ever
+    engine.submit(make_request("b", tokens := tokens_of(1, 1000), 6))
+    assert answers(engine.run_until_idle(), "b") == sum_model_answer(tokens, 6)
+    assert engine.stats().num_out_of_memory == 0
+
+
+@pytest.mark.parametrize("lengths", [(30, 40, 3), (30, 400, 3)], ids=["one tile", "many tiles"])
+def test_a_message_without_memory_is_given_up_and_its_prompt_computes_it_in_place(lengths: tuple[int, ...]) -> None:
+    model = SmallStage(tiles=0)
+    engine = Engine(model, EngineConfig(budget_bytes=1 << 22))
+    request = arranged(*lengths)
+    engine.submit(request)
+    assert engine.step() == []
+    model.room = (1000, 1000, 1000)
+    assert answers(engine.run_until_idle(), "b") == sum_model_answer(request.prompt.tokens, 6)
+    assert engine.stats().num_out_of_memory == 1
+    assert engine.stats().num_preemptions == 0
+    engine.cache.check()
+
+
+def test_an_answer_without_memory_is_not_stored_and_stays_as_it_is() -> None:
+    model = SmallStage()
+    engine = Engine(model, EngineConfig(budget_bytes=1 << 22))
+    request = arranged(30, 40, 3, encoding=Encoding.IN_PLACE, closing=(7, 8), answer_start=70)
+    engine.submit(request)
+    outputs = []
+    while len(answers(outputs, "b")) < 6:
+        outputs += engine.step()
+    model.room = (0, 0, 0)  # the answer's last token and its closing are still to be computed
+    stored = engine.stats().cache.messages
+    assert engine.run_until_idle() == []
+    assert engine.stats().num_out_of_memory == 1
+    assert engine.stats().cache.messages == stored
+    assert engine.stats().cache.working_bytes == 0
+    engine.cache.check()
+
+
+def test_a_message_beside_other_work_is_given_up_with_it() -> None:
+    model = SmallStage()
+    engine = Engine(model, EngineConfig(budget_bytes=1 << 22))
+    other = tokens_of(3, 100)
+    engine.submit(make_request("a", other, 6))
+    outputs = engine.step()
+    engine.submit(request := arranged(30, 40, 3))
+    model.room = (0, 1000, 1000)  # for the message, beside a decode row
+    outputs += engine.step()
+    model.room = (2, 1, 1000)
+    outputs += engine.run_until_idle()
+    assert answers(outputs, "a") == sum_model_answer(other, 6)
+    assert answers(outputs, "b") == sum_model_answer(request.prompt.tokens, 6)
+    engine.cache.check()
+
+
+def test_messages_in_a_step_do_not_make_room_for_more_sequences(caplog: pytest.LogCaptureFixture) -> None:
+    model = SmallStage()
+    engine = Engine(model, EngineConfig(budget_bytes=1 << 22, max_running=2, max_tiles_beside_decode=8))
+    engine.submit(make_request("a", tokens_of(3, 100)))
+    engine.step()
+    engine.submit(arranged(*[20] * 7, 3))
+    model.room = (5, 1000, 1000)
+    engine.step()
+    assert "no device memory for 6 prefill tiles and 1 decode rows" in caplog.text
+    assert "and 2 sequences" in caplog.text
+    assert len(answers(engine.run_until_idle(), "b")) == 6
+    engine.cache.check()
 
 
 def test_a_commit_without_memory_is_given_up() -> None:

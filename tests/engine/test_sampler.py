@@ -80,6 +80,44 @@ def test_repetition_penalty_counts_the_prompt_too() -> None:
     assert choose(chooser(temperature=0, repetition_penalty=2.0), logits) == 0
 
 
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repetition_penalty_counts_each_token_once_wherever_it_was_seen(penalty: float) -> None:
+    """Next to sorting prompt and answer for every token."""
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, 40, 30).astype(np.int32)
+    one = TokenChooser(SamplingParams(repetition_penalty=penalty, max_tokens=100), prompt, 0)
+    answer = random.integers(0, 50, 60).tolist()  # some are in the prompt, some come twice, some are new
+    for before, token in enumerate(answer):
+        logits = torch.from_numpy(random.normal(size=50).astype(np.float32))
+        expected, seen = logits.clone(), np.unique([*prompt, *answer[:before]])
+        expected[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)[seen]
+        if before not in (0, 1, 2, 20):  # it need not be asked for every token
+            one.adjust(logits)
+            assert torch.equal(logits, expected)
+        one.note(token)
+
+
+class WatchedPrompt:
+    """Counts how often somebody looks at its tokens."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        self.looks += 1
+        return PROMPT
+
+
+@pytest.mark.parametrize(("penalty", "looks"), [(2.0, 1), (1.0, 0)])
+def test_repetition_penalty_looks_at_the_prompt_once(penalty: float, looks: int) -> None:
+    prompt = WatchedPrompt()
+    params = SamplingParams(temperature=0, max_tokens=100, repetition_penalty=penalty, presence_penalty=0.1)
+    one = TokenChooser(params, prompt, 0)  # type: ignore[arg-type]
+    for _ in range(20):
+        choose(one, torch.tensor([0.9, 1.0, -0.1, 0.95]))
+    assert prompt.looks == looks
+
+
 def test_a_temperature_or_a_share_next_to_nothing_takes_the_largest_logit() -> None:
     logits = torch.tensor([0.0, 3.0, 2.999])
     assert choose(chooser(temperature=1e-40), logits) == 1

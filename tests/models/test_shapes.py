@@ -156,13 +156,13 @@ def test_the_kinds_of_layers_by_hand():
     assert attention.cache == AttentionSpec(2, 5, torch.bfloat16)
     mamba = Mamba1Shape(hidden=10, inner=30, d_state=4, dt_rank=3, conv_width=2, dtype=torch.bfloat16)
     assert mamba.cost.per_token == 2 * (10 * 60 + 30 * 11 + 3 * 30 + 30 * 10) + 2 * 2 * 30 + 7 * 30 * 4
-    assert mamba.cache == StateSpec((1, 30), (30, 4), torch.bfloat16)
+    assert mamba.cache == StateSpec((1, 30), (30, 4), torch.bfloat16, (30,))
     lru = RgLruShape(hidden=10, width=30, num_blocks=3, conv_width=2, dtype=torch.bfloat16)
     assert lru.cost.per_token == 2 * (10 * 60 + 3 * 10 * 20 + 30 * 10) + 2 * 2 * 30 + 2 * 30
-    assert lru.cache == StateSpec((1, 30), (30,), torch.bfloat16)
+    assert lru.cache == StateSpec((1, 30), (30,), torch.bfloat16, (30,))
     lightning = LinearAttentionShape(hidden=10, num_heads=3, head_dim=4, dtype=torch.bfloat16)
     assert lightning.cost.per_token == 2 * (10 * 48 + 12 * 10) + 3 * (2 * 64 * 4 + 2 * 64 * 4 + 2 * 2 * 4 * 4)
-    assert lightning.cache == StateSpec((0, 0), (3, 4, 4), torch.bfloat16)
+    assert lightning.cache == StateSpec((0, 0), (3, 4, 4), torch.bfloat16, (3,))
     gated = AttentionShape(10, 12, num_heads=4, num_kv_heads=2, head_dim=5, dtype=torch.bfloat16, gate=3)
     assert gated.cost.per_token - attention.cost.per_token == 2 * 10 * 4 * 3
     experts, mlp = MoEShape(10, 7, num_experts=6, num_active=2), MLPShape(10, 7)
@@ -185,11 +185,11 @@ def test_what_delta_nets_multiply_by_hand():
     assert gated.weight_flops == 2 * (10 * (8 + 8 + 30 + 30 + 12) + 30 * 10)
     inside = 2 * 2 * tile * 4 + 6 * (tile * 5 + tile / 2 * 5)  # q.k and k.k of a group; values, triangular system
     assert 64 * scan_flops(gated) == inside + 6 * 3 * across
-    assert gated.cache == StateSpec((2, 46), (6, 5, 4), torch.bfloat16)
+    assert gated.cache == StateSpec((2, 46), (6, 5, 4), torch.bfloat16, (6, 4, 4))
     kimi = KimiDeltaShape(10, num_heads=6, head_dim=5, conv_width=3, dtype=torch.bfloat16, gate_rank=4)
     assert kimi.weight_flops == 2 * (10 * (90 + 6 + 8) + 2 * 4 * 30 + 30 * 10)
     assert 64 * scan_flops(kimi) == 6 * (3 * tile * 5 + tile / 2 * 5) + 6 * 3 * (2 * 64 * 5 * 5)
-    assert kimi.cache == StateSpec((2, 90), (6, 5, 5), torch.bfloat16)
+    assert kimi.cache == StateSpec((2, 90), (6, 5, 5), torch.bfloat16, (6, 5, 5))
 
 
 # Bytes
