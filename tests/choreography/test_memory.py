@@ -1,6 +1,6 @@
 """Messages in the making stay inside the budget: the process is measured, with states as large as real models have.
 
-What a message does to the states of delta nets is a matrix for each head: 6 MiB here, 75 MiB in 36 layers of Qwen3-Next.
+What a message does to the states of delta nets is a matrix for each head: 6 MiB here, 75 MiB in Qwen3-Next.
 """
 
 import os
