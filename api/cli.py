@@ -116,6 +116,13 @@ def serve(
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse what earlier requests computed.")
     ] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare cached pages and states with digests at each use; end if one has changed. For tests, slow.",
+        ),
+    ] = False,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that SIGTERM gives running requests.")] = 30,
 ) -> None:
@@ -124,6 +131,7 @@ def serve(
     from hybrid_cache.api.launch import LoadOptions
     from hybrid_cache.api.sizes import parse_bytes
     from hybrid_cache.config import EngineConfig
+    from hybrid_cache.digests import verify_by_default
 
     server.serve(
         server.ServeOptions(
@@ -136,6 +144,7 @@ def serve(
                 prefix_cache=prefix_cache,
                 max_tiles=max_tiles,
                 max_tiles_beside_decode=max_tiles_beside_decode,
+                verify=verify or verify_by_default(),
             ),
             host=host,
             port=port,

@@ -30,14 +30,18 @@ from hybrid_cache.kernels.dispatch import select
 def exactness(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Model folders, or names in the report; the embedded model and small random ones by default."),
+        typer.Argument(
+            help="Model folders, or names in the report; the embedded model and small random ones by default."
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Logits rows to compare for each model and dtype.")] = 20_000,
     dtype: Annotated[str, typer.Option(help="Comma-separated: float32, bfloat16.")] = "float32,bfloat16",
     backend: Annotated[str, typer.Option(help="auto, native or torch.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads of the model; 0 keeps torch's choice.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 0,
-    widths: Annotated[bool, typer.Option("--widths", help="Add real widths, with prompts of up to 16K tokens.")] = False,
+    widths: Annotated[
+        bool, typer.Option("--widths", help="Add real widths, with prompts of up to 16K tokens.")
+    ] = False,
     http: Annotated[int, typer.Option(help="Also send so many requests to two servers, for each model folder.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the reports to this file.")] = None,
 ) -> None:
