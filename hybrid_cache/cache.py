@@ -19,7 +19,7 @@ it has its own copy.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -466,6 +466,13 @@ class HybridCache:
     def _num_extra(self) -> int:
         return -(-4 * self._effect_size // self._item_bytes[self._extra_kind])
 
+    def check_unpublished(self, kind: Kind, items: Iterable[int]) -> None:
+        """To be called with items that are about to be written to. Raises OwnershipError for one that was published."""
+        published: Mapping[int, object] = self._page_owner if kind is Kind.PAGE else self._slot_owner
+        for item in items:
+            if item in published:
+                raise OwnershipError(f"{kind.value} {item} would be written to after it was published")
+
     # Making room
 
     def _renew(self, match: Match) -> Match:
@@ -623,8 +630,7 @@ class HybridCache:
         if not moves:
             return False
         kind = Kind.PAGE if self._allocator.large is Kind.SLOT else Kind.SLOT
-        for _, target in moves:
-            self._check_unpublished(kind, target)
+        self.check_unpublished(kind, (target for _, target in moves))
         if self._arena is not None:
             self._arena.move(kind, moves)
         for source, target in moves:
@@ -790,13 +796,8 @@ class HybridCache:
     def _bytes(self, num_slots: int, num_pages: int) -> int:
         return num_slots * self._item_bytes[Kind.SLOT] + num_pages * self._item_bytes[Kind.PAGE]
 
-    def _check_unpublished(self, kind: Kind, item: int) -> None:
-        """Raises OwnershipError for an item that must not be written to any more."""
-        if item in (self._page_owner if kind is Kind.PAGE else self._slot_owner):
-            raise OwnershipError(f"{kind.value} {item} would be written to after it was published")
-
     def _copy(self, kind: Kind, source: int, target: int) -> None:
-        self._check_unpublished(kind, target)
+        self.check_unpublished(kind, (target,))
         if self._arena is not None:
             self._arena.copy(kind, source, target)
 

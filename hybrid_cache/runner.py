@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybrid_cache.arena import Kind
 from hybrid_cache.batch import ForwardBatch, HybridModel
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.choreography.effects import Anatomy, Effect, Recorder
@@ -43,6 +44,8 @@ class ModelRunner:
         May raise torch.OutOfMemoryError: then states of the step's sequences may or may not have moved on.
         """
         batch, counts = build_batch(step, packed=self._model.packs)
+        written = (batch.layout.chunk_slot, batch.layout.capture_slot, batch.layout.decode_slot)
+        self._cache.check_unpublished(Kind.SLOT, torch.cat(written).tolist())
         runs = list(recorded_runs(step, batch.layout))
         recorder = Recorder(self.anatomy, runs) if runs else None
         if recorder is not None:
@@ -51,11 +54,15 @@ class ModelRunner:
             decodes = self.graphs.run(batch)
             if decodes is not None:
                 return StepHidden((), decodes)
-        hidden = self._model.forward(self._placed(batch), self._cache.tensors)
+        hidden = self.forward(batch)
         if recorder is not None:
             recorder.end()
         *chunks, decodes = torch.split(hidden, [*counts, len(step.decodes)])
         return StepHidden(tuple(chunks), decodes)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Runs the model on a step's batch -> the hidden rows that the batch wants."""
+        return self._model.forward(self._placed(batch), self._cache.tensors)
 
     def batch(self, step: Step) -> tuple[ForwardBatch, list[int]]:
         """What the model is given for a step, and how many hidden rows each chunk gets back."""

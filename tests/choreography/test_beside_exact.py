@@ -92,6 +92,18 @@ def test_a_write_to_a_page_of_the_tree_is_an_error(bamba):
         lease.rows(0, 1)
 
 
+def test_a_step_that_would_write_to_a_state_of_the_tree_is_an_error(bamba):
+    conductor = Conductor(bamba)
+    conductor.run([A, B, C])
+    node = next(n for n in conductor.engine.cache.nodes() if n.checkpoint)
+    conductor.engine.submit(conductor.request([A], max_tokens=5))
+    conductor.engine.step()
+    [running] = conductor.engine._scheduler.sequences()
+    running.prefill.lease.slot = node.checkpoint.slot
+    with pytest.raises(OwnershipError, match="after it was published"):
+        conductor.engine.step()
+
+
 def test_a_stored_message_is_not_written_to(bamba):
     conductor = Conductor(bamba)
     arrangement = conductor.arrangement([A, B])
