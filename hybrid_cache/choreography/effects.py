@@ -192,6 +192,15 @@ class StatePart:
         """p of this state in an effect, [*shape]: a copy."""
         return numbers.read(self.start, prod(self.shape)).view(self.shape)
 
+    def of_all(self, effects: Sequence[Numbers]) -> Tensor:
+        """The same in several effects of one cache, [n, *shape]."""
+        rows, count = effects[0].rows, prod(self.shape)
+        index, first = divmod(self.start, rows.shape[1])
+        if first + count > rows.shape[1]:  # it lies in several items
+            return torch.stack([self.of(effect) for effect in effects])
+        items = torch.tensor([effect.items[index] for effect in effects], device=rows.device)
+        return rows[items, first : first + count].view(-1, *self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class KeyRows:

@@ -435,9 +435,9 @@ class Stage:
         """Takes the states of a lease to those after some messages."""
         numbers = [Numbers(self._cache.numbers, message.extra) for message in messages]
         for part in self.anatomy.states:
-            ps = torch.stack([part.of(each) for each in numbers])
             sums = [part.state[message.slot] for message in messages]
-            compose(program.composition, part.transition, part.state[lease.slot], ps, sums, from_zero=from_zero)
+            state, ps = part.state[lease.slot], part.of_all(numbers)
+            compose(program.composition, part.transition, state, ps, sums, from_zero=from_zero)
 
     def _copy_rows(self, lease: Lease, moves: Sequence[Move]) -> None:
         if not self.anatomy.keys:
