@@ -5,7 +5,7 @@ Nothing is published before the write that fills it has completed. `async_engine
 
 import bisect
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -34,12 +34,20 @@ Outputs = list[tuple[str, Output]]  # (request id, output), in the order in whic
 class Engine:
     """Requests in, outputs out, one step at a time. Not thread-safe."""
 
-    def __init__(self, model: HybridModel, config: EngineConfig, *, runner: type[ModelRunner] = ModelRunner) -> None:
+    def __init__(
+        self,
+        model: HybridModel,
+        config: EngineConfig,
+        *,
+        runner: type[ModelRunner] = ModelRunner,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """clock: seconds, by which the cache tells how long things have not been used"""
         self.model = model
         self._config = config
         fit = model.cache_spec, model.prefill_cost, config.budget_bytes
         policy = make_policy(config.policy, *fit)
-        self.cache = HybridCache(*fit, policy, device=str(model.device), verify=config.verify)
+        self.cache = HybridCache(*fit, policy, device=str(model.device), clock=clock, verify=config.verify)
         self._runner = runner(model, self.cache)
         self.stage = Stage(self.cache, model, self._runner.anatomy)
         self._scheduler = Scheduler(self.cache, config, self.stage)

@@ -207,7 +207,7 @@ class Scheduler:
         if step.decodes and num_sequences > 1:
             self._max_running = min(self._max_running, num_sequences // 2)
         sequences = [*(chunk.sequence for chunk in step.chunks if chunk.sequence is not None), *step.decodes]
-        for sequence in sorted(sequences, key=lambda s: s.arrival, reverse=True):
+        for sequence in sorted(sequences, key=lambda s: s.rank, reverse=True):
             self._preempt(sequence)
         self.num_out_of_memory += 1
         logger.warning(
@@ -223,15 +223,27 @@ class Scheduler:
         """Sequences that decode in this step, each with room for one more token; preempts from the newest."""
         for sequence in [s for s in self._running if s.phase is Phase.DECODE]:
             while sequence.phase is Phase.DECODE and not self._extend(sequence):
-                self._preempt(max(self._running, key=lambda s: s.arrival))
+                self._preempt(max(self._running, key=lambda s: s.rank))
         return tuple(s for s in self._running if s.phase is Phase.DECODE)
 
     def _extend(self, sequence: Sequence) -> bool:
         assert sequence.prefill.lease is not None
         lease, num_tokens = sequence.prefill.lease, sequence.fed + 1
-        return self._cache.extend(lease, num_tokens) or (
-            self._drop_commit_lease() and self._cache.extend(lease, num_tokens)
-        )
+        while not self._cache.extend(lease, num_tokens):
+            if not (self._drop_commit_lease() or self._forgo_answer()):
+                return False
+        return True
+
+    def _forgo_answer(self) -> bool:
+        """Gives up the room of the newest answer that was to become a message -> whether there was one.
+
+        A sequence that made room for itself by beginning again would need the same room again.
+        """
+        for sequence in sorted(self._running, key=lambda s: s.rank, reverse=True):
+            program = sequence.prefill.program
+            if program is not None and sequence.phase is Phase.DECODE and self._stage.forgo(program):
+                return True
+        return False
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue, with its tokens but without its pages."""

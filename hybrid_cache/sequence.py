@@ -110,6 +110,11 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     @property
+    def rank(self) -> tuple[int, int]:
+        """Later ones make room for earlier ones. No two are equal, or they would make room for each other forever."""
+        return self.arrival, self.index
+
+    @property
     def num_tokens(self) -> int:
         return len(self.prefill.tokens) + len(self.generated)
 

@@ -400,6 +400,15 @@ class Stage:
         program.span = program.spare = None
         self._give_back(program, keep=None)
 
+    def forgo(self, program: Program) -> bool:
+        """Lets go of what would make an answer a message -> whether there was anything."""
+        if program.span is None:
+            return False
+        self._drop(program.span.effect)
+        program.span = None
+        self._give_back(program, keep=None)
+        return True
+
     def _give_back(self, program: Program, keep: Span | None) -> None:
         """Slots that a program does not need any more, but for those of one span."""
         for place in [place for place in program.states if keep is None or place != keep.start]:
