@@ -11,6 +11,7 @@ same tokens, and every answer the same tokens, log-probabilities and reasons to 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from hybrid_cache.bench import exactness_http
-from hybrid_cache.bench.exactness_models import Subject, named, shipped, small, wide
+from hybrid_cache.bench.exactness_http import HttpReport, compare_http, table
+from hybrid_cache.bench.exactness_models import Subject, folders, named, shipped, small, wide
 from hybrid_cache.bench.exactness_report import Report, mixture, results, verdicts
 from hybrid_cache.bench.exactness_run import compare
 from hybrid_cache.errors import HybridCacheError
@@ -45,7 +46,7 @@ def exactness(
     http: Annotated[int, typer.Option(help="Also send so many requests to two servers, for each model folder.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the reports to this file.")] = None,
 ) -> None:
-    """Counts the bits in which cache on and cache off differ. Exit code 1 if there are any, or if too little was tried."""
+    """Counts the bits in which cache on and cache off differ. Exit code 1 if there are any, or too little was tried."""
     if threads:
         torch.set_num_threads(threads)
     console, options = Console(), "" if backend == "auto" else f" --backend {backend}"
@@ -54,12 +55,12 @@ def exactness(
         subjects += wide() if widths else []
         with Progress(console=Console(stderr=True)) as progress:
             reports = [_compare(s, name, backend, rows, seed, progress) for s in subjects for name in dtype.split(",")]
-            over_http = _over_http(models, http, seed, dtype, backend, progress) if http else []
+            over_http = _over_http(folders(models or []), http, seed, dtype, backend, progress) if http else []
     except HybridCacheError as error:
         raise typer.BadParameter(str(error)) from error
     console.print(results(reports), mixture(reports))
     for report in over_http:
-        console.print(exactness_http.table(report))
+        console.print(table(report))
     for line in verdicts(reports, options):
         console.print(line, markup=False, soft_wrap=True)
     if json_file:
@@ -71,3 +72,15 @@ def exactness(
 def _compare(subject: Subject, dtype: str, backend: str, rows: int, seed: int, progress: Progress) -> Report:
     model = subject.load(dtype, select(backend))
     return compare(model, Report(subject.name, dtype, seed), rows, progress, phase=subject.phase)
+
+
+def _over_http(
+    models: Sequence[str], num_requests: int, seed: int, dtype: str, backend: str, progress: Progress
+) -> list[HttpReport]:
+    """The same over HTTP, for each model folder; for the embedded model where none is named."""
+    wanted: list[str | None] = [*models] or [None]
+    return [
+        compare_http(model, num_requests, seed, dtype=name, backend=backend, budget=None, progress=progress)
+        for model in wanted
+        for name in dtype.split(",")
+    ]
