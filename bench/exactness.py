@@ -20,7 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from hybrid_cache.bench.exactness_http import HttpReport, compare_http, table
+from hybrid_cache.bench.exactness_http import compare_http
+from hybrid_cache.bench.exactness_http_report import HttpReport, table
 from hybrid_cache.bench.exactness_models import Subject, folders, named, shipped, small, wide
 from hybrid_cache.bench.exactness_report import Report, mixture, results, verdicts
 from hybrid_cache.bench.exactness_run import compare
