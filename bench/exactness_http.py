@@ -8,7 +8,8 @@ An answer that is not labelled as approximate must be equal in every choice: tex
 log-probabilities as floats. Of a choreography whose reply says `exact`, the plain request has the same messages, in the
 order that the reply used, with texts in place of references. What one server refuses, the other has to refuse.
 
-The run has phases, each with a fresh server and budget, down to one that holds two sequences while a dozen come in.
+The server with a cache compares what it has published with digests, and ends if something has changed. The run has
+phases, each with a fresh server and budget, down to one that holds two sequences while a dozen come in.
 What happens there (evictions, preemptions) is read from the server, and the report says what never happened.
 """
 
@@ -77,7 +78,7 @@ def compare_http(
         plain = stack.enter_context(server(options.command("--no-prefix-cache")))
         for phase, size, number in zip(phases, budgets, _shares(phases, num_requests), strict=True):
             tally = Tally(Counts(phase.name, size), sum(t.counts.requests for t in tallies))
-            with server(options.command("--budget", size, "--policy", policy)) as cached:
+            with server(options.command("--verify", "--budget", size, "--policy", policy)) as cached:
                 advance = _advance(progress, f"over HTTP, {phase.name}", number)
                 asyncio.run(
                     drive_servers(cached.url(), plain.url(), Mix(f"{seed} {phase.name}", phase), number, tally, advance)
