@@ -104,9 +104,12 @@ def log_probabilities(logits: Tensor, tokens: Sequence[int], num_top: Sequence[i
         return []
     sums = ops.log_sum_exp(logits)
     own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - sums
-    most = torch.topk(logits, min(max(num_top), logits.shape[1]))
-    values, best = (most.values - sums[:, None]).tolist(), most.indices.tolist()
-    return [
-        TokenLogprob(token, value, tuple(zip(best[row][:n], values[row][:n], strict=True)))
-        for row, (token, value, n) in enumerate(zip(tokens, own.tolist(), num_top, strict=True))
-    ]
+    top: dict[int, tuple[tuple[int, float], ...]] = {}
+    for count in set(num_top):  # which of equal logits comes first depends on how many are asked for
+        rows = [row for row, n in enumerate(num_top) if n == count]
+        chosen = logits if len(rows) == len(num_top) else logits[rows]
+        most = torch.topk(chosen, min(count, logits.shape[1]))
+        values, best = (most.values - sums[rows, None]).tolist(), most.indices.tolist()
+        top |= {row: tuple(zip(best[i], values[i], strict=True)) for i, row in enumerate(rows)}
+    own_values = own.tolist()
+    return [TokenLogprob(token, own_values[row], top[row]) for row, token in enumerate(tokens)]

@@ -150,6 +150,16 @@ def test_a_row_is_chosen_the_same_alone_and_among_others() -> None:
     assert together == [choose(chooser(**p), row) for p, row in zip(params, logits, strict=True)]
 
 
+def test_which_of_equal_logits_is_named_depends_on_the_row_alone() -> None:
+    """Each row has many ties; beside it stand rows that ask for more or fewer."""
+    rows = torch.randint(0, 4, (60, 199), generator=torch.Generator().manual_seed(0)).float()
+    wanted = [(0, 1, 2, 5, 20)[i % 5] for i in range(60)]
+    together = log_probabilities(rows, [7] * 60, wanted, OPS)
+    for row, n, entry in zip(rows, wanted, together, strict=True):
+        assert log_probabilities(row[None], [7], [n], OPS) == [entry]
+        assert len(entry.top) == n
+
+
 def test_log_probabilities_are_the_models_own_and_include_the_best() -> None:
     logits = torch.tensor([0.5, 0.25, 0.25]).log()
     entry, other = log_probabilities(torch.stack([logits, logits]), [0, 1], [2, 0], OPS)
@@ -184,3 +194,15 @@ def test_a_parameter_out_of_range_names_its_value_and_bound(name: str, value: ob
     assert name in str(caught.value)
     assert bound in str(caught.value)
     assert caught.value.param == name
+
+
+def test_presence_is_taken_off_once_and_frequency_for_each_time() -> None:
+    logits = torch.tensor([1.0, 1.5, 1.4])
+    one, two = chooser(presence_penalty=0.2), chooser(frequency_penalty=0.2)
+    for token in (1, 1, 2):
+        one.note(token)
+        two.note(token)
+    for penalised, expected in ((one, [1.0, 1.3, 1.2]), (two, [1.0, 1.1, 1.2])):
+        found = logits.clone()
+        penalised.adjust(found)
+        torch.testing.assert_close(found, torch.tensor(expected))
