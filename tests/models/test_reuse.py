@@ -68,6 +68,5 @@ def test_an_edited_conversation_goes_on_from_the_last_message_that_is_the_same(m
 
 def test_a_busy_server_gives_the_bits_of_a_plain_one(model):
     report = compare(model, Report("", "", seed=1), num_rows=1, requests_per_round=7)
-    assert report.exact
+    assert report.exact, report.findings
     assert report.rows > 100
-    assert report.cached_tokens > 0
