@@ -407,3 +407,150 @@ def test_a_budget_that_holds_no_sequence_is_refused_with_the_bound() -> None:
 def test_interior_points_lie_at_doubling_distances() -> None:
     assert interior_positions(0, 512) == []
     assert interior_positions(0, 5000) == [512, 1024, 2048, 4096]
+
+
+def test_the_end_of_a_shorter_prompt_is_not_that_of_a_longer_one() -> None:
+    cache = new_cache(HYBRID, slots=8, pages=16)
+    fill(cache, tokens_of("a", 5), end=True)
+    match = cache.match("", tokens_of("ab", 5))
+    assert (match.length, match.shared, match.end) == (0, TILE, None)
+
+
+def test_an_end_has_its_place_only_behind_the_last_full_page() -> None:
+    cache = new_cache(HYBRID, slots=8, pages=16)
+    run = begin(cache, tokens_of("ab", 5))
+    forward(cache, run, len(run.tokens))
+    cache.commit(run.lease, TILE)
+    assert not cache.commit_end(run.lease, torch.zeros(2))
+    cache.commit(run.lease, 2 * TILE)
+    assert cache.commit_end(run.lease, torch.zeros(2))
+    cache.check()
+
+
+@pytest.mark.parametrize("publish", [True, False])
+def test_the_end_of_a_short_prompt_is_kept_if_it_may_be(publish: bool) -> None:
+    cache = new_cache(HYBRID, slots=8, pages=16)
+    run = begin(cache, tokens_of("", 5), publish=publish)
+    forward(cache, run, 5)
+    assert cache.commit_end(run.lease, torch.zeros(2)) is publish
+    assert (cache.match("", run.tokens).end is not None) is publish
+    cache.check()
+
+
+def test_a_state_that_has_gone_is_not_started_from_though_its_pages_are_there() -> None:
+    cache = new_cache(HYBRID, slots=8, pages=16)
+    fill(cache, tokens_of("ab", 1), TILE)
+    begin(cache, tokens_of("ab", 1))
+    match = cache.match("", tokens_of("abx", 1))
+    assert match.length == TILE
+    cache.drop()  # of all states; the pages are in use
+    lease = cache.acquire(match, tokens_of("abx", 1))
+    assert lease is not None
+    assert (lease.length, lease.shared) == (0, 2 * TILE)
+    cache.check()
+
+
+def test_no_place_is_reserved_that_the_state_has_passed() -> None:
+    """The state that a request starts from was handed over to it, so its place in the tree is empty."""
+    cache = new_cache(HYBRID, slots=3, pages=0)
+    fill(cache, tokens_of("a", 1), TILE)
+    other = begin(cache, tokens_of("", 1))
+    run = begin(cache, tokens_of("ab", 1))
+    assert run.lease.length == TILE
+    assert cache.stats().checkpoints == 0
+    cache.release(other.lease)
+    assert not reserve(cache, run, TILE, CheckpointKind.MESSAGE_END)
+    assert reserve(cache, run, 2 * TILE, CheckpointKind.MESSAGE_END)
+    cache.check()
+
+
+def test_a_private_request_stays_private_when_its_state_has_to_make_room() -> None:
+    """The state lies where a page has to go; without it the request begins at zero."""
+    cache = new_cache(SPECS["page of four slots"], slots=1, pages=3)
+    fill(cache, tokens_of("a", 1), TILE)
+    match = cache.match("", tokens_of("ab", 1))
+    assert match.length == TILE
+    lease = cache.acquire(match, tokens_of("ab", 1), publish=False)
+    assert lease is not None
+    assert (lease.length, lease.shared, lease.publish) == (0, 0, False)
+    cache.check()
+
+
+def test_a_minimum_life_begins_anew_with_each_use() -> None:
+    clock = Clock()
+    cache = new_cache(HYBRID, slots=3, pages=4, policy=LRU(), clock=clock)
+    run = begin(cache, tokens_of("a", 1))
+    assert reserve(cache, run, TILE, CheckpointKind.EXPLICIT, ttl_s=60)
+    forward(cache, run, len(run.tokens))
+    cache.commit(run.lease, TILE)
+    cache.release(run.lease)
+    for _ in range(3):
+        clock.now += 50
+        cache.release(begin(cache, tokens_of("a", 1)).lease)
+    clock.now += 50
+    for letter in "bcdef":
+        fill(cache, tokens_of(letter, 1), TILE)
+    assert length_of(cache, "a") == TILE
+
+
+def test_a_guaranteed_state_does_not_go_for_a_new_one() -> None:
+    cache = new_cache(HYBRID, slots=2, pages=3, policy=LRU())
+    run = begin(cache, tokens_of("a", 1))
+    assert reserve(cache, run, TILE, CheckpointKind.EXPLICIT, ttl_s=60)
+    forward(cache, run, len(run.tokens))
+    cache.commit(run.lease, TILE)
+    cache.release(run.lease)
+    run = begin(cache, tokens_of("b", 1))
+    assert not reserve(cache, run, TILE, CheckpointKind.MESSAGE_END)
+    assert length_of(cache, "a") == TILE
+    cache.check()
+
+
+def test_what_goes_with_a_state_is_what_nothing_else_needs() -> None:
+    cache = new_cache(HYBRID, slots=12, pages=40)
+    fill(cache, tokens_of("abcd", 1), 4 * TILE)
+    path = cache.match("", tokens_of("abcd", 1)).path
+    deep = path[3].checkpoint
+    assert deep is not None
+    assert deep.pages_freed() == 4
+    fill(cache, tokens_of("ab", 3), end=True)
+    (end,) = path[1].ends.values()
+    assert (deep.pages_freed(), end.pages_freed()) == (2, 1)
+    fill(cache, tokens_of("abcd", 3), end=True)
+    fill(cache, tokens_of("abcd", 4), end=True)
+    assert deep.pages_freed() == 0
+    assert [end.pages_freed() for end in path[3].ends.values()] == [1, 1]
+    cache._evict(deep)
+    assert [end.pages_freed() for end in path[3].ends.values()] == [1, 1]
+    for end in list(path[3].ends.values())[:-1]:
+        cache._evict(end)
+    assert [end.pages_freed() for end in path[3].ends.values()] == [3]
+    cache.check()
+
+
+def test_without_states_a_match_leaves_one_token_to_compute_too() -> None:
+    cache = new_cache(SPECS["only attention"], slots=8, pages=16)
+    fill(cache, tokens_of("abc"))
+    match = cache.match("", tokens_of("abc"))
+    assert (match.length, match.shared) == (2 * TILE, 3 * TILE)
+    assert length_of(cache, "abc", 1) == 3 * TILE
+
+
+def test_the_end_of_a_prompt_takes_no_room_from_what_is_worth_more() -> None:
+    cache = new_cache(HYBRID, slots=4)
+    fill(cache, tokens_of("abcdef", 1), 6 * TILE)
+    run = begin(cache, tokens_of("", 5))
+    forward(cache, run, 5)
+    assert not cache.commit_end(run.lease, torch.zeros(2))
+    assert cache.stats().declines == {"prompt_end": 1}
+    assert length_of(cache, "abcdef") == 6 * TILE
+    cache.check()
+
+
+def test_the_end_of_a_prompt_saves_what_a_repeat_would_compute_without_it() -> None:
+    """At least one token: a repeat cannot start from a state that stands at its very end."""
+    cache = new_cache(HYBRID, slots=12, pages=12)
+    for tail in (0, 5):
+        fill(cache, tokens_of("ab", tail), TILE, 2 * TILE, end=True)
+    ends = cache.match("", tokens_of("ab", 1)).path[1].ends
+    assert [end.resume_without() for end in ends.values()] == [TILE, 2 * TILE]

@@ -7,7 +7,7 @@ from hybrid_cache.policies.base import Policy, Worth
 from hybrid_cache.policies.lru import LRU
 from hybrid_cache.policies.registry import POLICIES, make_policy
 from hybrid_cache.policies.value import RATE, FlopsPerByte
-from hybrid_cache.tree import Checkpoint, CheckpointKind, Node
+from hybrid_cache.tree import Checkpoint, CheckpointKind, Kept, Node
 from tests.cache.driver import SPECS, begin, fill, forward, new_cache, reserve, tokens_of
 
 HYBRID = SPECS["slot of four pages"]
@@ -145,3 +145,63 @@ def test_an_end_on_the_grid_is_worth_less_once_there_is_a_closer_state_above_its
     forward(cache, branch, TILE)
     cache.commit(branch.lease, TILE)
     cache.check()
+
+
+def test_of_two_states_that_are_worth_the_same_the_newer_stays() -> None:
+    cache = new_cache(HYBRID, slots=3, pages=4)
+    for prompt in ("aaa", "bbb"):
+        fill(cache, tokens_of(prompt, 1), 3 * TILE)
+    assert kept(cache, "aaa", "bbb") == ["bbb"]
+    assert cache.stats().declines == {}
+
+
+class Told(FlopsPerByte):
+    """Wants to hear of states whose worth may have risen, and notes of which it has heard."""
+
+    wants_rises = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[Kept] = []
+
+    def add(self, kept: Kept) -> None:
+        self.told.append(kept)
+        super().add(kept)
+
+
+def test_a_policy_that_asks_for_it_is_told_of_states_that_may_be_worth_more() -> None:
+    policy = Told()
+    cache = new_cache(HYBRID, slots=5, pages=10, policy=policy)
+    fill(cache, tokens_of("abc", 1), TILE, 3 * TILE)
+    fill(cache, tokens_of("abd", 1), 3 * TILE)
+    path, other = (cache.match("", tokens_of(pages, 1)).path for pages in ("abc", "abd"))
+    above, deep, beside = path[0].checkpoint, path[2].checkpoint, other[2].checkpoint
+    assert above is not None
+    assert deep is not None
+    policy.told.clear()
+    cache._evict(above)
+    assert {deep, beside} <= set(policy.told)  # all would have to be computed again now
+    for letter, part_here in (("x", False), ("y", True)):
+        run = begin(cache, tokens_of("abc" + letter, 1))
+        forward(cache, run, len(run.tokens))
+        policy.told.clear()
+        cache.commit(run.lease, 4 * TILE)
+        assert (deep in policy.told) is part_here
+        cache.release(run.lease)
+    policy.told.clear()
+    free = cache.stats().free_bytes // 1024
+    cache.release(begin(cache, tokens_of("u" * (free - 4 + 1))).lease)  # one of the two pages behind it has to go
+    assert len(path[2].children) == 1
+    assert deep in policy.told
+    cache.check()
+
+
+def test_a_candidate_is_worth_less_once_a_place_above_it_is_reserved() -> None:
+    cache = new_cache(HYBRID, slots=20, pages=40)
+    run = begin(cache, tokens_of("abcdefgh", 1))
+    before = cache._candidate_score(run.lease, 8 * TILE, END)
+    assert reserve(cache, run, 7 * TILE, END)
+    after = cache._candidate_score(run.lease, 8 * TILE, END)
+    assert before is not None
+    assert after is not None
+    assert after < before

@@ -16,7 +16,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models import loading
-from hybrid_cache.request import Prompt, TokenArray, TokenOutput
+from hybrid_cache.request import Boundary, Prompt, TokenArray, TokenOutput
 from hybrid_cache.scheduler import Scheduler
 from hybrid_cache.sequence import Prefill, grid_floor
 from hybrid_cache.tree import CheckpointKind
@@ -204,3 +204,42 @@ def test_the_choices_of_a_request_share_the_order_of_the_first(folder, monkeypat
     answers = [[o.token for o in outputs if o.index == index] for index in range(3)]
     assert answers[0] == answers[1] == answers[2]
     assert len(asked) == 1
+
+
+def test_marks_go_where_their_messages_go() -> None:
+    before, siblings = messages(2, 100)
+    turned = in_order(before, siblings, (1, 0))
+    parts = (Part(500), Part(100, "0"), Part(100, "1"), Part(9, "last"), Part(3))
+    marks = tuple(Boundary(at) for at in (500, 560, 600, 700, 712))
+    prompt = Prompt(in_order(before, siblings, (0, 1)), marks)
+    memory = Memory(kept=[(turned, len(turned), tuple(range(TILE, len(turned), TILE)))])
+    moved, _ = best_order(prompt, Arrangement(parts, Fidelity.EXACT, order=Order.ANY), memory.known)
+    assert np.array_equal(moved.tokens, turned)
+    assert [mark.position for mark in moved.boundaries] == [500, 600, 660, 700, 712]
+
+
+def test_siblings_that_end_in_one_page_are_not_asked_about() -> None:
+    before, siblings = messages(2, 5)
+    memory = Memory(kept=[(before, len(before), (448,))])
+    assert chosen(memory.known, before, siblings) == ([0, 1], 1)
+
+
+def test_where_siblings_are_many_the_best_one_comes_next() -> None:
+    """The best order is the last of all: it is not found by trying one order after the other."""
+    before, siblings = messages(40, 100)
+    best = in_order(before, siblings, range(39, -1, -1))
+    found, asked = chosen(lambda tokens: (shared(tokens, best), 1_000_000), before, siblings)
+    assert found == list(range(39, -1, -1))
+    assert asked <= MOST_ASKED
+
+
+def test_questions_are_bounded_where_each_brings_something() -> None:
+    before, siblings = messages(300, 100)
+    asked: list[int] = []
+
+    def better_each_time(tokens: TokenArray) -> Known:
+        asked.append(len(tokens))
+        assert len(asked) <= MOST_ASKED
+        return len(asked), 1_000_000
+
+    assert sorted(chosen(better_each_time, before, siblings)[0]) == list(range(300))

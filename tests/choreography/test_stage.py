@@ -273,7 +273,7 @@ def test_too_little_room_means_computing(hybrid):
 
 
 def test_preempted_requests_begin_again(hybrid):
-    budget = room(hybrid, 7, 3)
+    budget = room(hybrid, 10, 4)
     conductor = Conductor(hybrid, budget_bytes=budget)
     requests = []
     for order in ((0, 1), (1, 0), (0, 2), (2, 1)):

@@ -1,0 +1,274 @@
+"""Whose turn it is, who waits for whom, who gives up its room, and what is computed in which step."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from hybrid_cache.batch import CacheTensors, ForwardBatch
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine import Engine, Outputs
+from hybrid_cache.request import (
+    Boundary,
+    BoundaryKind,
+    CacheMode,
+    FinishReason,
+    Prompt,
+    PromptOutput,
+    Request,
+    SamplingParams,
+    TokenOutput,
+)
+from hybrid_cache.sequence import new_prefill
+from tests.engine.test_engine import answers, make_request, new_engine, prompt_output, run
+from tests.engine.test_out_of_memory import SmallDevice, SmallStage, arranged
+from tests.fakes import SumModel, sum_model_answer, tokens_of
+
+UNIT = SumModel.cache_spec.page_bytes  # a page is one unit of the budget, a state three
+
+
+def steps(engine: Engine, most: int = 1000) -> Iterator[Outputs]:
+    """The outputs of one step after the other, as long as there is work."""
+    for _ in range(most):
+        if not engine.has_work:
+            return
+        yield engine.step()
+        engine.cache.check()
+    raise AssertionError(f"there is still work after {most} steps")
+
+
+def finished(outputs: Outputs) -> list[str]:
+    return [name for name, output in outputs if isinstance(output, TokenOutput) and output.finish is not None]
+
+
+# Order of service
+
+
+def test_requests_end_in_the_order_of_their_arrival_whoever_is_preempted() -> None:
+    engine, _ = new_engine(budget_bytes=4 * SumModel.cache_spec.slot_bytes + 16 * UNIT)
+    requests = [make_request(str(i), tokens_of(30 + i, 100), 150) for i in range(6)]
+    outputs = run(engine, *requests)
+    assert engine.stats().num_preemptions > 0
+    assert finished(outputs) == [request.id for request in requests]
+    for request in requests:
+        assert prompt_output(outputs, request.id).cached_tokens == 0  # told once, of the first time
+        assert answers(outputs, request.id) == sum_model_answer(request.prompt.tokens, 150)
+
+
+def test_requests_end_in_the_order_of_their_arrival_when_memory_runs_out() -> None:
+    engine = Engine(SmallDevice(decodes=2), EngineConfig(budget_bytes=1 << 22))
+    outputs = run(engine, *(make_request(str(i), tokens_of(i, 20), 6) for i in range(7)))
+    assert engine.stats().num_out_of_memory > 0
+    assert finished(outputs) == [str(i) for i in range(7)]
+
+
+def test_nobody_overtakes_a_prompt_that_waits_for_room() -> None:
+    engine, _ = new_engine(budget_bytes=21 * UNIT)
+    engine.submit(make_request("first", tokens_of(0, 300), 20))
+    outputs = engine.step()
+    engine.submit(make_request("large", tokens_of(1, 1000)))
+    engine.submit(make_request("small", tokens_of(2, 10)))
+    outputs += engine.run_until_idle()
+    told = [name for name, output in outputs if isinstance(output, PromptOutput)]
+    assert told == ["first", "large", "small"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"namespace": "x"}, {"cache_mode": CacheMode.OFF}], ids=["of another namespace", "that publishes nothing"]
+)
+def test_nobody_waits_for_a_prompt_whose_state_will_be_of_no_use(more: dict[str, object]) -> None:
+    engine, model = new_engine()
+    tokens = tokens_of(8, 200)
+    engine.submit(make_request("other", tokens, 1, **more))
+    engine.submit(make_request("mine", tokens, 1))
+    assert finished(engine.step()) == ["other", "mine"]
+    assert model.rows_computed == 400
+
+
+def test_a_prompt_that_begins_another_goes_on_below_its_own_end() -> None:
+    """At least one token has to be computed, so a state at its very end would be of no use to it."""
+    engine, model = new_engine()
+    tokens = tokens_of(8, 256)
+    outputs = run(engine, make_request("long", tokens, 1), make_request("short", tokens[:128], 1))
+    assert answers(outputs, "short") == sum_model_answer(tokens[:128], 1)
+    assert model.rows_computed == 256 + 64
+
+
+def test_choices_beyond_the_most_that_may_run_wait() -> None:
+    engine, _ = new_engine(max_running=2)
+    tokens = tokens_of(9, 130)
+    engine.submit(make_request("a", tokens, 5, n=5))
+    outputs: Outputs = []
+    for more in steps(engine):
+        outputs += more
+        assert engine.stats().running <= 2
+    assert all(answers(outputs, "a", i) == sum_model_answer(tokens, 5) for i in range(5))
+
+
+# Sizes of steps
+
+
+def test_a_prompt_takes_few_tiles_beside_a_decode() -> None:
+    engine, model = new_engine(max_tiles=16, max_tiles_beside_decode=2)
+    engine.submit(make_request("decodes", tokens_of(0, 10), 30))
+    engine.step()
+    engine.submit(make_request("a", tokens_of(1, 1000), 1))
+    for expected in (128 + 1, 128 + 1):
+        rows = model.rows_computed
+        engine.step()
+        assert model.rows_computed == rows + expected
+
+
+def test_a_finished_answer_is_computed_again_one_tile_a_step() -> None:
+    engine, model = new_engine()
+    engine.submit(make_request("a", tokens_of(1, 100), 200))
+    while not engine.idle:
+        engine.step()
+    rows = [model.rows_computed]
+    for _ in steps(engine):
+        rows.append(model.rows_computed)
+    assert np.diff(rows).tolist() == [64, 64, 64]  # from the prompt's last full tile to that of prompt and answer
+
+
+def test_what_the_cache_has_already_is_not_computed_again() -> None:
+    engine, _ = new_engine()
+    tokens = tokens_of(1, 100)
+    run(engine, make_request("a", tokens, 100))
+    committed = engine.stats().commit_tokens
+    assert committed > 0
+    run(engine, make_request("b", tokens, 100))
+    assert engine.stats().commit_tokens == committed
+
+
+@pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.EXPLICIT])
+def test_the_answer_to_a_request_that_wants_no_caching_is_not_kept_either(mode: CacheMode) -> None:
+    engine, _ = new_engine()
+    run(engine, make_request("a", tokens_of(11, 100), 100, boundaries=(70,), cache_mode=mode))
+    assert engine.stats().commit_tokens == 0
+    assert engine.cache.stats().nodes == 0
+
+
+# Room
+
+
+def half_committed(units: int) -> Engine:
+    """An engine without requests whose last answer has been computed again in part."""
+    engine, _ = new_engine(budget_bytes=units * UNIT)
+    engine.submit(make_request("answered", tokens_of(1, 100), 100))
+    while not engine.idle:
+        engine.step()
+    engine.step()
+    assert engine.has_work
+    assert engine.cache.stats().working_bytes > 0
+    return engine
+
+
+def test_an_answer_that_is_computed_again_gives_its_room_to_a_prompt() -> None:
+    engine, tokens = half_committed(units=10), tokens_of(2, 440)
+    engine.submit(make_request("b", tokens))
+    outputs = [output for more in steps(engine, 50) for output in more]
+    assert answers(outputs, "b") == sum_model_answer(tokens, 5)
+
+
+def test_an_answer_that_is_computed_again_gives_its_room_to_a_decode() -> None:
+    engine, tokens = half_committed(units=12), tokens_of(2, 20)
+    engine.submit(make_request("b", tokens, 400))
+    outputs = [output for more in steps(engine) for output in more]
+    assert answers(outputs, "b") == sum_model_answer(tokens, 400)
+    assert engine.stats().num_preemptions == 0
+
+
+def test_a_scored_prompt_that_is_preempted_is_scored_once() -> None:
+    scored = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=1)
+    found = []
+    for units in (17, 100):
+        engine, _ = new_engine(budget_bytes=units * UNIT, max_tiles_beside_decode=1)
+        engine.submit(make_request("older", tokens_of(0, 60), 100))
+        outputs = engine.step()
+        engine.submit(Request("a", Prompt(tokens_of(1, 600)), scored))
+        outputs += engine.run_until_idle()
+        found.append((prompt_output(outputs, "a").logprobs, engine.stats().num_preemptions))
+    (preempted, times), (plain, never) = found
+    assert (times > 0, never) == (True, 0)
+    assert preempted == plain
+    assert plain is not None
+    assert len(plain) == 600
+
+
+# Messages for the store
+
+
+def test_no_more_messages_hold_room_than_a_step_computes() -> None:
+    held: list[int] = []
+
+    class Watched(SmallStage):
+        def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+            held.append(engine.cache.stats().working_bytes)
+            return super().forward(batch, cache)
+
+    most = []
+    for num_messages in (3, 12):
+        engine = Engine(Watched(), EngineConfig(budget_bytes=1 << 22, max_tiles=3))
+        engine.submit(arranged(30, *[40] * num_messages, 3))
+        held.clear()
+        while engine.stats().cache.messages < num_messages:
+            engine.step()
+            engine.cache.check()
+        most.append(max(held))
+    assert most[0] == most[1]
+
+
+# Ends of answers
+
+
+def ends_of(engine: Engine, sampling: SamplingParams, stopper: Callable[[int], bool] | None = None) -> TokenOutput:
+    """The last output of an answer to 100 tokens."""
+    make = None if stopper is None else lambda: stopper
+    outputs = run(engine, Request("a", Prompt(tokens_of(0, 100)), sampling, make_stopper=make))
+    last = outputs[-1][1]
+    assert isinstance(last, TokenOutput)
+    assert len(answers(outputs, "a")) == sum(isinstance(output, TokenOutput) for _, output in outputs)
+    return last
+
+
+def test_an_answer_ends_with_a_stop_token() -> None:
+    expected = sum_model_answer(tokens_of(0, 100), 10)
+    engine, _ = new_engine()
+    last = ends_of(engine, SamplingParams(temperature=0, max_tokens=10, stop_token_ids=(expected[3],)))
+    assert last == TokenOutput(0, expected[3], finish=FinishReason.STOP)
+
+
+def test_an_answer_ends_where_the_client_says_but_not_before_min_tokens() -> None:
+    expected = sum_model_answer(tokens_of(0, 100), 10)
+    for min_tokens, length in ((0, 1), (1, 1), (4, 4)):
+        engine, _ = new_engine()
+        params = SamplingParams(temperature=0, max_tokens=10, min_tokens=min_tokens)
+        last = ends_of(engine, params, lambda token: True)
+        assert last == TokenOutput(0, expected[length - 1], finish=FinishReason.STOP)
+
+
+def test_an_answer_ends_where_the_context_does() -> None:
+    class Short(SumModel):
+        max_length = 104
+
+    engine = Engine(Short(), EngineConfig(budget_bytes=1 << 20))
+    last = ends_of(engine, SamplingParams(temperature=0, max_tokens=10))
+    assert last == TokenOutput(0, sum_model_answer(tokens_of(0, 100), 4)[-1], finish=FinishReason.LENGTH)
+
+
+# What a request lets the cache do
+
+
+def test_a_request_with_marks_leaves_states_there_and_nowhere_else() -> None:
+    engine, _ = new_engine()
+    marks = (Boundary(70), Boundary(200, BoundaryKind.EXPLICIT))
+    sampling = SamplingParams(temperature=0, max_tokens=1)
+    run(engine, Request("a", Prompt(tokens_of(12, 300), marks), sampling, cache_mode=CacheMode.EXPLICIT))
+    assert [node.num_tokens for node in engine.cache.nodes() if node.checkpoint] == [192]
+
+
+def test_a_namespace_is_one_tenants_and_one_models() -> None:
+    requests = [make_request("a", tokens_of(0, 10), namespace=salt) for salt in ("", "x", "y")]
+    names = [new_prefill(request, model, enabled=True).namespace for request in requests for model in ("one", "two")]
+    assert len(set(names)) == 6

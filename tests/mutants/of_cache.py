@@ -1,0 +1,602 @@
+"""Faults of the cache: what may be matched, published, written, shared, held and evicted."""
+
+from functools import partial
+
+from tests.mutants.mutant import Mutant
+
+CACHE = ("tests/cache/test_cache.py",)
+MACHINE = (*CACHE, "tests/cache/test_cache_machine.py")
+POLICY = ("tests/cache/test_policy.py",)
+RANKED = (*POLICY, "tests/cache/test_published_policies.py")
+MESSAGES = ("tests/cache/test_messages.py",)
+DIGESTS = ("tests/cache/test_digests.py",)
+ENGINE = ("tests/engine/test_engine.py",)
+BESIDE = "tests/choreography/test_beside_exact.py::"
+OWNED = (BESIDE + "test_a_composed_prompt_owns_all_pages_beyond_its_state",)
+PRIVATE = (BESIDE + "test_a_lease_that_does_not_publish_shares_no_page_beyond_its_state",)
+WRITES = (BESIDE + "test_a_write_to_a_page_of_the_tree_is_an_error",)
+
+cache = partial(Mutant, "hybrid_cache/cache.py")
+lease = partial(Mutant, "hybrid_cache/lease.py")
+tree = partial(Mutant, "hybrid_cache/tree.py")
+digests = partial(Mutant, "hybrid_cache/digests.py")
+eviction = partial(Mutant, "hybrid_cache/eviction.py")
+arena = partial(Mutant, "hybrid_cache/arena.py")
+
+MATCHING = [
+    cache(
+        "a match leaves no token to compute",
+        "if n.checkpoint and n.num_tokens < keys.num_tokens)",
+        "if n.checkpoint and n.num_tokens <= keys.num_tokens)",
+        CACHE,
+    ),
+    cache(
+        "a match without states leaves no token to compute",
+        "min(len(path), max(keys.num_tokens - 1, 0) // step) * step",
+        "min(len(path), keys.num_tokens // step) * step",
+        MACHINE,
+    ),
+    cache(
+        "the end of a shorter prompt is taken for that of a longer one",
+        "if tip is not None and len(path) == len(keys.pages) else None",
+        "if tip is not None else None",
+        CACHE,
+    ),
+    cache("a match that is out of date is used", "        match = self._renew(match)\n", "", CACHE),
+    cache(
+        "a match is used though its state has gone",
+        "(not match.path or match.path[-1].attached) and (source is None or source.attached)",
+        "not match.path or match.path[-1].attached",
+        CACHE,
+    ),
+    cache(
+        "a private lease shares pages beyond its state",
+        "            match = match.up_to_its_state(self._page_tokens)\n",
+        "            pass\n",
+        PRIVATE + OWNED,
+    ),
+    cache(
+        "a private lease is a public one once its state had to go",
+        "self.acquire(self.match(match.namespace, match.keys), keys, publish=publish)",
+        "self.acquire(self.match(match.namespace, match.keys), keys)",
+        CACHE,
+    ),
+    cache(
+        "pages that stay count as room",
+        "num_held = sum(not node.pins for node in match.path)",
+        "num_held = 0",
+        MACHINE,
+    ),
+    cache(
+        "who finds no room keeps pins",
+        "        self._unpin(root, match.path)\n        if source is None",
+        "        if source is None",
+        CACHE,
+    ),
+    lease(
+        "a private lease keeps the whole path of its match",
+        "path=self.path[:num_pages],",
+        "path=self.path,",
+        PRIVATE + OWNED,
+    ),
+]
+
+PUBLISHING = [
+    cache(
+        "a place is reserved that another request is about to fill",
+        "(node and (node.checkpoint or node.awaited))",
+        "(node and node.checkpoint)",
+        CACHE,
+    ),
+    cache(
+        "a place is reserved that the state has passed",
+        "self._stateless or position <= lease.length:",
+        "self._stateless or position < lease.length:",
+        CACHE,
+    ),
+    cache(
+        "a private lease reserves places",
+        "if not lease.publish or self._stateless or",
+        "if self._stateless or",
+        CACHE,
+    ),
+    cache(
+        "a new state takes the room of better ones",
+        "self._take_all(num_slots=1, num_pages=0, ceiling=score)",
+        "self._take_all(num_slots=1, num_pages=0)",
+        CACHE + POLICY,
+    ),
+    cache(
+        "a private lease publishes its pages",
+        "        if not lease.publish:\n            return\n        for index",
+        "        for index",
+        CACHE + OWNED,
+    ),
+    cache(
+        "a second state at one place replaces the first",
+        "                self._allocator.give(Kind.SLOT, r.slot)\n                continue\n",
+        "                self._allocator.give(Kind.SLOT, r.slot)\n",
+        CACHE,
+    ),
+    cache(
+        "a place is awaited for ever once it was filled",
+        "                r.node.awaited = False\n            node = ",
+        "                pass\n            node = ",
+        CACHE,
+    ),
+    cache(
+        "an end is filed before the pages in front of it",
+        "if not lease.publish or len(lease.nodes) < len(lease.keys.pages) or tail",
+        "if not lease.publish or tail",
+        CACHE,
+    ),
+    cache(
+        "a private lease keeps the end of its prompt",
+        "if not lease.publish or len(lease.nodes) < len(lease.keys.pages)",
+        "if len(lease.nodes) < len(lease.keys.pages)",
+        CACHE,
+    ),
+    cache(
+        "an end takes the room of better states",
+        "num_slots=1, num_pages=num_pages, ceiling=score)\n        if taken is None:\n            self._decline(",
+        "num_slots=1, num_pages=num_pages)\n        if taken is None:\n            self._decline(",
+        CACHE + RANKED,
+    ),
+    cache(
+        "the last rows of a prompt's end are not kept",
+        "            self._copy(Kind.PAGE, lease.pages[len(lease.nodes)], end.page)\n",
+        "",
+        CACHE,
+    ),
+    cache(
+        "the hidden row of a prompt's end is not kept",
+        "            self._arena.hidden[end.slot] = hidden\n",
+        "            pass\n",
+        CACHE,
+    ),
+    cache(
+        "a page that is taken over may move",
+        "            self._allocator.fix(Kind.PAGE, node.page)\n            self._queues.withdraw_dead(node)",
+        "            self._queues.withdraw_dead(node)",
+        CACHE,
+    ),
+    cache(
+        "who is slower keeps the page that nobody reads",
+        "            lease.pages[index] = node.page\n",
+        "",
+        CACHE,
+    ),
+    cache(
+        "the page of who is slower is lost",
+        "            self._allocator.give(Kind.PAGE, lease.pages[index])\n",
+        "",
+        CACHE,
+    ),
+]
+
+SHARING = [
+    cache(
+        "a fork lacks the rows of its last page",
+        "max(-(-num_tokens // self._page_tokens) - len(lease.nodes), 0)",
+        "max(num_tokens // self._page_tokens - len(lease.nodes), 0)",
+        CACHE + ENGINE,
+    ),
+    cache("a fork does not pin what it shares", "        self._pin(lease.root, lease.nodes)\n", "", CACHE),
+    cache("a fork has no state", "        self._copy(Kind.SLOT, lease.slot, slots[0])\n", "", CACHE),
+    cache(
+        "what is released twice is given back twice",
+        "        if lease.released:\n            return\n",
+        "",
+        CACHE,
+    ),
+    cache(
+        "slots that were reserved are lost with an abort",
+        "for slot in [lease.slot, *(r.slot for r in lease.reserved)]:",
+        "for slot in [lease.slot]:",
+        CACHE,
+    ),
+    cache(
+        "a place is awaited for ever after an abort",
+        "for r in lease.reserved:\n            if r.node is not None:\n                r.node.awaited = False\n",
+        "for r in ():\n            pass\n",
+        CACHE,
+    ),
+    cache(
+        "the state that a prompt starts from may go meanwhile",
+        "        self._guard(source)\n        taken = ",
+        "        taken = ",
+        CACHE + MACHINE,
+    ),
+    cache(
+        "the last rows of a prompt's end are not handed on",
+        "                self._copy(Kind.PAGE, tail, taken[1][-1])\n",
+        "                pass\n",
+        CACHE,
+    ),
+    cache(
+        "a use of a state does not count",
+        "            self._stamp(source, match.path)\n",
+        "",
+        CACHE + POLICY,
+    ),
+    cache(
+        "what is guarded may move",
+        "            self._allocator.fix(kind, item)\n\n    def _unguard",
+        "            pass\n\n    def _unguard",
+        MESSAGES,
+    ),
+    cache(
+        "a page may move as soon as one of two has let go",
+        "            if not node.pins:\n                self._allocator.unfix(Kind.PAGE, node.page)",
+        "            self._allocator.unfix(Kind.PAGE, node.page)",
+        CACHE + ENGINE,
+    ),
+    cache(
+        "a page that is in use again may go",
+        "            node.pins += 1\n            self._queues.withdraw_dead(node)\n",
+        "            node.pins += 1\n",
+        CACHE,
+    ),
+    cache(
+        "what was published may be written to",
+        "            if item in published:\n",
+        "            if item in ():\n",
+        WRITES,
+    ),
+    lease(
+        "rows of the tree may be written to",
+        "if start < min(self.shared, end):",
+        "if end < min(self.shared, end):",
+        WRITES,
+    ),
+    lease(
+        "a row of the tree may be written to",
+        "if place < self.shared or self.released:",
+        "if self.released:",
+        WRITES,
+    ),
+    lease(
+        "rows of a lease that was given back are read",
+        '        if self.released:\n            raise OwnershipError(f"rows [{start}, {end}) of a lease',
+        '        if not self:\n            raise OwnershipError(f"rows [{start}, {end}) of a lease',
+        WRITES,
+    ),
+    lease(
+        "tokens that are computed again overwrite a row of somebody",
+        "np.full(shared - start, -1, np.int64)",
+        "np.full(shared - start, 0, np.int64)",
+        WRITES + ENGINE,
+    ),
+    lease(
+        "a private lease leaves rows to the tree, which may be other ones",
+        "min(max(self.shared, start), end) if self.publish else start",
+        "min(max(self.shared, start), end)",
+        WRITES,
+    ),
+]
+
+EVICTING = [
+    cache(
+        "all is dropped, messages that somebody holds too",
+        "            if not (isinstance(kept, StoredMessage) and kept.holders):\n                self._evict(kept)",
+        "            self._evict(kept)",
+        MESSAGES,
+    ),
+    cache(
+        "dropping one namespace drops the states of all",
+        "[k for k in self._slot_owner.values() if namespace in (None, k.node.namespace)]",
+        "list(self._slot_owner.values())",
+        CACHE,
+    ),
+    cache(
+        "of two states that are worth the same the older stays",
+        "if ceiling is not None and score > ceiling:",
+        "if ceiling is not None and score >= ceiling:",
+        POLICY,
+    ),
+    cache(
+        "a new state takes the room of a guaranteed one",
+        "self._queues.next_guaranteed() if ceiling is None else None",
+        "self._queues.next_guaranteed()",
+        CACHE,
+    ),
+    cache(
+        "who asks for more than there is empties the cache first",
+        "        if not self._fits(num_pages, num_slots, num_held):\n            return None\n        wanted",
+        "        wanted",
+        CACHE,
+    ),
+    cache("what was taken in vain is lost", "                self._give_all(taken)\n", "", MESSAGES + MACHINE),
+    cache(
+        "a page that nobody needs any more stays for ever",
+        "        self._settle(node.parent)\n",
+        "",
+        CACHE,
+    ),
+    cache(
+        "states below one that goes are not said to be worth more",
+        "        if self._policy.wants_rises:\n            self._rescore_below(kept.node)\n",
+        "",
+        RANKED,
+    ),
+    cache(
+        "states below a new one are not said to be worth less",
+        "            self._keep(node.checkpoint, lease)\n            self._rescore_below(node)",
+        "            self._keep(node.checkpoint, lease)",
+        POLICY,
+    ),
+    cache(
+        "a state is not said to take more pages along than before",
+        "            self._rescore(node.checkpoint or next(iter(node.ends.values())))",
+        "            pass",
+        CACHE + RANKED,
+    ),
+    cache(
+        "nobody is told that two requests part at a state",
+        "            self._report_rise(parent, 2)\n",
+        "",
+        POLICY,
+    ),
+    cache(
+        "nobody is told that requests no longer part at a state",
+        "        self._report_rise(node.parent, 1)\n",
+        "",
+        POLICY,
+    ),
+    cache(
+        "a candidate's worth overlooks the places reserved above it",
+        "max((r.position for r in lease.reserved if r.position < position), default=0)",
+        "0",
+        POLICY,
+    ),
+    cache("the last use of a page is not noted", "            node.last_used = now\n", "", CACHE),
+    cache(
+        "a minimum life does not begin anew",
+        "kept.keep_until = self._clock() + kept.ttl_s",
+        "kept.keep_until = kept.keep_until or self._clock() + kept.ttl_s",
+        CACHE,
+    ),
+    tree(
+        "a node with the end of a prompt is dead",
+        "return not (self.children or self.checkpoint or self.ends or self.pins)",
+        "return not (self.children or self.checkpoint or self.pins)",
+        CACHE,
+    ),
+    tree(
+        "a state is its own replacement",
+        "        node = self.parent\n        while node is not None and node.checkpoint is None:",
+        "        node = self\n        while node is not None and node.checkpoint is None:",
+        CACHE + POLICY,
+    ),
+    tree(
+        "pages under the end of a prompt count as another state's",
+        "if len(node.children) > 1 or node.checkpoint or node.ends:",
+        "if len(node.children) > 1 or node.checkpoint:",
+        CACHE,
+    ),
+    tree(
+        "pages that others go through count as a state's",
+        "        if node.children:\n            return 0\n",
+        "",
+        CACHE + RANKED,
+    ),
+    tree(
+        "a state takes along the pages of an end beside it",
+        "return 0 if self.node.ends else self.node.pages_alone()",
+        "return self.node.pages_alone()",
+        CACHE,
+    ),
+    tree(
+        "an end takes along the pages of an end beside it",
+        "own if self.node.checkpoint or len(self.node.ends) > 1 else",
+        "own if self.node.checkpoint else",
+        CACHE,
+    ),
+    tree(
+        "an end on the grid is replaced by the state beside it",
+        "return self.node.resume_point() if self.tail else self.node.checkpoint_above()",
+        "return self.node.resume_point()",
+        CACHE,
+    ),
+    eviction(
+        "a score that has risen is not noticed",
+        "            if fresh <= score:\n",
+        "            if fresh is not None:\n",
+        POLICY + RANKED,
+    ),
+    eviction(
+        "a guarantee has no end",
+        "first.keep_until <= self._clock():",
+        "first.keep_until < 0:",
+        CACHE,
+    ),
+    eviction(
+        "what is guaranteed may go by its score",
+        "            self._guaranteed.push(kept, kept.keep_until)\n            self._scored.remove(kept)\n",
+        "            self._guaranteed.push(kept, kept.keep_until)\n",
+        MACHINE,
+    ),
+    arena(
+        "slabs in use count as room for a large item",
+        "return num_large <= self.num_loose_slabs and units",
+        "return units",
+        CACHE,
+    ),
+    arena(
+        "a slab is emptied into itself",
+        "elsewhere = self.free_units - self.span * len(self._empty) - free",
+        "elsewhere = self.free_units - self.span * len(self._empty)",
+        MACHINE,
+    ),
+    arena("what is given back stays fixed", "        self.unfix(kind, index)\n        units", "        units", CACHE),
+    cache(
+        "nobody is told where an item was moved to",
+        "            self._rename(kind, source, target)\n",
+        "            pass\n",
+        CACHE,
+    ),
+    cache(
+        "a message is not told where its own numbers were moved to",
+        "pages = owner.pages if source in owner.pages else owner.extra",
+        "pages = owner.pages",
+        MESSAGES,
+    ),
+]
+
+KEEPING_MESSAGES = [
+    cache(
+        "a message in the making takes the room of what is better",
+        "self._take_all(num_slots=slots, num_pages=pages, ceiling=score)",
+        "self._take_all(num_slots=slots, num_pages=pages)",
+        MESSAGES,
+    ),
+    cache(
+        "a message takes the room of what is better",
+        'num_pages=num_pages, ceiling=score)\n        if taken is None:\n            self._declines["message"]',
+        'num_pages=num_pages)\n        if taken is None:\n            self._declines["message"]',
+        MESSAGES,
+    ),
+    cache(
+        "what is lent is not counted",
+        "        self._loans.update((kind, item) for item in items)\n",
+        "",
+        MESSAGES,
+    ),
+    cache(
+        "what a message has taken in is still lent",
+        "        self._loans.difference_update((self._extra_kind, item) for item in extra)\n",
+        "",
+        MESSAGES,
+    ),
+    cache(
+        "what was lent is not given back",
+        "        self._loans.remove((kind, item))\n        self._allocator.give(kind, item)",
+        "        self._loans.remove((kind, item))",
+        MESSAGES,
+    ),
+    cache(
+        "a key is stored twice",
+        "        if key in self._messages:\n            return None\n",
+        "",
+        MESSAGES,
+    ),
+    cache(
+        "the rows of a message may be written to after it was published",
+        "        stored.attached = True\n",
+        "",
+        MESSAGES,
+    ),
+    tree(
+        "nobody looks whether the rows of a message may be written to",
+        "        if self.attached:\n            raise OwnershipError(f",
+        "        if not self:\n            raise OwnershipError(f",
+        MESSAGES,
+    ),
+    cache(
+        "the pages of a message belong to nobody",
+        "            if kind is Kind.PAGE:\n                self._page_owner[item] = stored\n",
+        "            pass\n",
+        MESSAGES,
+    ),
+    cache(
+        "a message that is held may go",
+        "        if not stored.holders:\n            self._guard(stored)\n",
+        "",
+        MESSAGES,
+    ),
+    cache(
+        "the first to let go of a message lets it go for all",
+        "        if not stored.holders:\n            self._unguard(stored)",
+        "        self._unguard(stored)",
+        MESSAGES,
+    ),
+    cache(
+        "the use of a message does not count",
+        "            self._stamp(stored, [])\n        if not",
+        "        if not",
+        MESSAGES,
+    ),
+    cache(
+        "the last rows of a message have no page",
+        "return -(-(end - start) // self._page_tokens) if",
+        "return (end - start) // self._page_tokens if",
+        MESSAGES,
+    ),
+    cache(
+        "what a message does to states has too little room",
+        "return -(-4 * self._effect_size // self._item_bytes",
+        "return (4 * self._effect_size // self._item_bytes",
+        MESSAGES,
+    ),
+]
+
+CHECKING = [
+    digests(
+        "no change is ever found",
+        "        if self._digest(*item) != digest:",
+        "        if not digest:",
+        DIGESTS,
+    ),
+    digests(
+        "a change is not found when the item goes",
+        "            self._compare(item)\n            self._remove(item)",
+        "            self._remove(item)",
+        DIGESTS,
+    ),
+    digests(
+        "a change is not found when the item moves",
+        "            self._compare((kind, target))\n",
+        "",
+        DIGESTS,
+    ),
+    digests(
+        "nobody looks around",
+        "            self._compare(self._random.choice(self._order))",
+        "            self._random.choice(self._order)",
+        DIGESTS,
+    ),
+    digests(
+        "HYBRID_CACHE_VERIFY=0 asks for the checking mode",
+        'not in ("", "0")',
+        'not in ("",)',
+        DIGESTS,
+    ),
+    arena(
+        "half of an item is not looked at",
+        "self._rows[kind][item].cpu()",
+        "self._rows[kind][item][::2].cpu()",
+        DIGESTS,
+    ),
+    cache(
+        "the state that a prompt starts from is not compared",
+        "        self._witness.used(self._items(source))\n",
+        "",
+        DIGESTS,
+    ),
+    cache(
+        "the pages that a prompt starts from are not compared",
+        "        self._witness.used((Kind.PAGE, node.page) for node in match.path)\n",
+        "",
+        DIGESTS,
+    ),
+    cache(
+        "a page that is taken over is not compared",
+        "            self._witness.used([(Kind.PAGE, node.page)])\n",
+        "",
+        DIGESTS,
+    ),
+    cache(
+        "a message is not compared when it is held",
+        "        self._witness.used(self._items(stored))\n        if not stored.holders:",
+        "        if not stored.holders:",
+        DIGESTS,
+    ),
+    cache(
+        "a message is not compared after it was read",
+        "            self._witness.used(self._items(stored))\n            self._stamp",
+        "            self._stamp",
+        DIGESTS,
+    ),
+]
+
+MUTANTS = [*MATCHING, *PUBLISHING, *SHARING, *EVICTING, *KEEPING_MESSAGES, *CHECKING]

@@ -1,0 +1,447 @@
+"""Faults of the engine: whose turn it is, who gives up its room, what is fed, committed, chosen and told."""
+
+from functools import partial
+
+from tests.mutants.mutant import Mutant, tests_of
+
+ENGINE = ("tests/engine/test_engine.py",)
+SCHEDULER = ("tests/engine/test_scheduler.py",)
+BOTH = SCHEDULER + ENGINE
+OUT_OF_MEMORY = ("tests/engine/test_out_of_memory.py",)
+SAMPLER = ("tests/engine/test_sampler.py",)
+ORDER = ("tests/choreography/test_order.py",)
+BESIDE = "tests/choreography/test_beside_exact.py::"
+TURNS = ("tests/choreography/test_layers.py::test_keys_turn_to_wherever_a_message_stands",)
+OWNED = (BESIDE + "test_a_composed_prompt_owns_all_pages_beyond_its_state",)
+
+stage_test = partial(tests_of, "tests/choreography/test_stage.py")
+stored = partial(tests_of, "tests/choreography/test_stored.py")
+scheduler = partial(Mutant, "hybrid_cache/scheduler.py")
+engine = partial(Mutant, "hybrid_cache/engine.py")
+sequence = partial(Mutant, "hybrid_cache/sequence.py")
+sampler = partial(Mutant, "hybrid_cache/sampler.py")
+runner = partial(Mutant, "hybrid_cache/runner.py")
+
+SCHEDULING = [
+    scheduler(
+        "who is preempted goes to the end of the queue",
+        "        self._waiting.appendleft(sequence)",
+        "        self._waiting.append(sequence)",
+        SCHEDULER,
+    ),
+    scheduler(
+        "the oldest is preempted",
+        "self._preempt(max(self._running, key=lambda s: s.rank))",
+        "self._preempt(min(self._running, key=lambda s: s.rank))",
+        SCHEDULER,
+    ),
+    scheduler(
+        "what memory was missing for begins again in the wrong order",
+        "sorted(sequences, key=lambda s: s.rank, reverse=True)",
+        "sorted(sequences, key=lambda s: s.rank)",
+        SCHEDULER,
+    ),
+    scheduler(
+        "a small prompt overtakes one that waits for room",
+        "                passed_over.append(sequence)\n                break\n",
+        "                passed_over.append(sequence)\n                continue\n",
+        SCHEDULER,
+    ),
+    scheduler(
+        "a prompt waits for one of another namespace",
+        "if not other.publish or other.namespace != prefill.namespace:",
+        "if not other.publish:",
+        SCHEDULER,
+    ),
+    scheduler(
+        "a prompt waits for one that publishes nothing",
+        "if not other.publish or other.namespace != prefill.namespace:",
+        "if other.namespace != prefill.namespace:",
+        SCHEDULER,
+    ),
+    scheduler(
+        "a prompt waits for a state at its very end",
+        "min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens) - 1)",
+        "min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens))",
+        SCHEDULER,
+    ),
+    scheduler(
+        "nobody waits for a prefix that is on its way",
+        "                other.wish(Wish(shared, CheckpointKind.BRANCH))\n                return True\n",
+        "                pass\n",
+        ENGINE,
+    ),
+    scheduler(
+        "a state at the end of a chunk is not kept",
+        "prefill.wishes[0].position <= end:",
+        "prefill.wishes[0].position < end:",
+        ENGINE,
+    ),
+    scheduler(
+        "a prompt takes as many tiles beside a decode as alone",
+        "tiles = self._max_tiles_beside_decode if decodes else self._max_tiles",
+        "tiles = self._max_tiles",
+        SCHEDULER,
+    ),
+    scheduler(
+        "several prompts have as many tiles each",
+        "                tiles -= -(-(chunk.end - chunk.start) // TILE)\n",
+        "",
+        OUT_OF_MEMORY,
+    ),
+    scheduler(
+        "a finished answer is computed again in one step",
+        "return Step((self._cut(commit, None, 1),))",
+        "return Step((self._cut(commit, None, 16),))",
+        SCHEDULER,
+    ),
+    scheduler(
+        "what the cache has of an answer is computed again",
+        "return known.length < len(commit.tokens) and self._acquire(commit, self._match(commit))",
+        "return self._acquire(commit, self._match(commit))",
+        SCHEDULER,
+    ),
+    scheduler(
+        "an answer that is computed again keeps its room from a prompt",
+        "if lease is None and self._drop_commit_lease():",
+        "if lease is None and not self._commits and self._drop_commit_lease():",
+        SCHEDULER,
+    ),
+    scheduler(
+        "an answer that is computed again keeps its room from a decode",
+        "if not (self._drop_commit_lease() or self._forgo_answer()):",
+        "if not self._forgo_answer():",
+        SCHEDULER,
+    ),
+    scheduler(
+        "an answer that is to be kept stands in its own way",
+        "if not (self._drop_commit_lease() or self._forgo_answer()):",
+        "if not self._drop_commit_lease():",
+        ("tests/choreography/test_progress.py",),
+    ),
+    scheduler(
+        "what a broken-off commit held is lost",
+        "        self._release(commit)\n        self._commits.remove(commit)",
+        "        self._commits.remove(commit)",
+        ENGINE + OUT_OF_MEMORY,
+    ),
+    scheduler(
+        "messages in the making are nobody's work",
+        "return not (self._waiting or self._running or self._messages)",
+        "return not (self._waiting or self._running)",
+        stage_test("an_answer_becomes_a_message"),
+    ),
+    scheduler(
+        "all messages of a prompt are begun at once",
+        "if len(self._messages) >= self._max_tiles:",
+        "if len(self._messages) < 0:",
+        SCHEDULER,
+    ),
+    scheduler(
+        "what could not be stored is tried for ever",
+        "            prefill.refused.add(key)  # it is tried once\n",
+        "",
+        stored("a_message_without_room_is_tried_once_and_computed_in_its_place"),
+    ),
+    scheduler(
+        "the lease of a message without room is lost",
+        "            if lease is not None:\n                self._cache.release(lease)\n            return False",
+        "            return False",
+        stored("a_message_without_room_is_tried_once_and_computed_in_its_place"),
+    ),
+    scheduler(
+        "a message alone begins with what its slot held before",
+        "        self._stage.clear(lease)\n        self._messages.append(message)",
+        "        self._messages.append(message)",
+        stored("nothing_is_read_that_nobody_wrote"),
+    ),
+    scheduler(
+        "a prompt that begins with a message alone begins with what its slot held before",
+        "            if prefill.alone:\n                self._stage.clear(lease)\n",
+        "",
+        stored("nothing_is_read_that_nobody_wrote"),
+    ),
+    scheduler(
+        "the pages of a message alone enter the tree",
+        "lease = self._cache.acquire(nothing, message.tokens, publish=False)",
+        "lease = self._cache.acquire(nothing, message.tokens)",
+        stored("arranged_prompts_and_messages_leave_nothing_in_the_prefix_tree"),
+    ),
+    scheduler(
+        "a program that is broken off keeps what it holds",
+        "            self._stage.end(prefill.program)\n",
+        "            pass\n",
+        stage_test("an_aborted_request_leaves_nothing_behind"),
+    ),
+    scheduler(
+        "a prefix may reach into the header of an answer",
+        "end = min(prefill.arrangement.answer_start or len(prefill.tokens), len(prefill.tokens) - 1)",
+        "end = len(prefill.tokens) - 1",
+        stored("what_an_answer_began_with_is_kept_though_the_cache_has_a_state_behind_it"),
+    ),
+    scheduler(
+        "an arranged prompt that must not be cached reads the cache",
+        "known = np.append(prefill.tokens[:end] if prefill.reuse else prefill.tokens[:0], np.int32(0))",
+        "known = np.append(prefill.tokens[:end], np.int32(0))",
+        stored("an_arranged_request_that_wants_nothing_cached_starts_from_no_prefix"),
+    ),
+    scheduler(
+        "an order is chosen by prompts of another namespace",
+        "if prefill.publish and prefill.namespace == namespace:",
+        "if prefill.publish:",
+        ORDER,
+    ),
+    scheduler(
+        "an order is chosen by prompts that publish nothing",
+        "if prefill.publish and prefill.namespace == namespace:",
+        "if prefill.namespace == namespace:",
+        ORDER,
+    ),
+    scheduler(
+        "messages that memory was missing for are tried for ever",
+        "        for message in messages:\n            self.end_message(message)\n",
+        "",
+        OUT_OF_MEMORY,
+    ),
+    scheduler(
+        "a message without memory ends the engine",
+        "if num_tiles <= 1 and num_sequences <= 1 and not messages:",
+        "if num_tiles <= 1 and num_sequences <= 1:",
+        OUT_OF_MEMORY,
+    ),
+]
+
+STEPPING = [
+    engine(
+        "the answer to a request that publishes nothing is published",
+        "if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):",
+        "if end <= grid_floor(len(sequence.prefill.tokens)):",
+        SCHEDULER,
+    ),
+    engine(
+        "the last token of an answer is not fed, but committed",
+        "sequence.all_tokens()[:end], True, True, generated=True)",
+        "sequence.all_tokens(), True, True, generated=True)",
+        SCHEDULER,
+    ),
+    engine(
+        "choices are forked again after a preemption",
+        "if sequence.index == 0 and not sequence.generated:",
+        "if sequence.index == 0:",
+        BOTH,
+    ),
+    engine(
+        "choices run though there are as many as may",
+        "room = self._scheduler.has_room\n",
+        "room = True\n",
+        SCHEDULER,
+    ),
+    engine(
+        "choices of an arranged prompt lose its positions",
+        "                sequence.prefill.program = first.prefill.program.fork()\n",
+        "                pass\n",
+        stored("several_answers_to_siblings_at_one_place_have_the_positions_of_one"),
+    ),
+    engine(
+        "a preempted sequence chooses again what it has chosen",
+        "            if sequence.replaying:\n",
+        "            if sequence.fed < 0:\n",
+        SCHEDULER,
+    ),
+    engine(
+        "each choice has its own order of messages",
+        "if index == 0 and asked is not None and asked.order is Order.ANY",
+        "if asked is not None and asked.order is Order.ANY",
+        ORDER,
+    ),
+    engine(
+        "a prompt that is scored is put together",
+        "        if request.sampling.prompt_logprobs is not None:\n            return",
+        "        if not request:\n            return",
+        stored("a_prompt_that_is_scored_is_computed_exactly"),
+    ),
+    engine(
+        "a request that wants no caching is put together",
+        "if not self._config.prefix_cache or request.cache_mode is CacheMode.OFF:",
+        "if not self._config.prefix_cache:",
+        stage_test("requests_may_leave_the_cache_alone"),
+    ),
+    engine(
+        "a preempted prompt is told of twice",
+        "if sequence.announced or sequence.index > 0:",
+        "if sequence.index > 0:",
+        SCHEDULER,
+    ),
+    engine(
+        "a preempted prompt is scored twice",
+        "new = slice(len(known) - 1 - chunk.start, len(tokens))",
+        "new = slice(0, len(tokens))",
+        SCHEDULER,
+    ),
+    engine(
+        "no answer becomes a message",
+        "            self._keep_answer(sequence)\n            self._finish",
+        "            self._finish",
+        stage_test("an_answer_becomes_a_message"),
+    ),
+    engine(
+        "a message takes over a lease that is given back",
+        "            prefill.lease = None\n            self._scheduler.store",
+        "            self._scheduler.store",
+        stage_test("an_answer_becomes_a_message"),
+    ),
+    engine(
+        "an answer begins with its first token, not with its header",
+        "tokens[arrangement.answer_start :], arrangement.context)",
+        "tokens[arrangement.answer_start + 1 :], arrangement.context)",
+        stage_test("an_answer_put_back_behind_its_context_gives_what_encoding_it_gives"),
+    ),
+    runner(
+        "a step may write to states that were published",
+        "        self._cache.check_unpublished(Kind.SLOT, torch.cat(written).tolist())\n",
+        "",
+        ("tests/choreography/test_beside_exact.py",),
+    ),
+    runner(
+        "moved tokens have the positions of their places",
+        "np.arange(chunk.start, chunk.end) - chunk.prefill.shift",
+        "np.arange(chunk.start, chunk.end)",
+        stored(
+            "siblings_at_one_place_are_the_same_in_one_chunk_and_in_several",
+            "several_answers_to_siblings_at_one_place_have_the_positions_of_one",
+        )
+        + TURNS,
+    ),
+    runner(
+        "answers to moved messages have the positions of their places",
+        "sequence.next_token(), sequence.fed - sequence.prefill.shift",
+        "sequence.next_token(), sequence.fed",
+        stored("several_answers_to_siblings_at_one_place_have_the_positions_of_one"),
+    ),
+]
+
+ASKING = [
+    sequence(
+        "choices of one request make room for each other forever",
+        "return self.arrival, self.index",
+        "return self.arrival, 0",
+        ("tests/engine/test_progress.py",),
+    ),
+    sequence(
+        "tenants share what is cached",
+        'return f"{fingerprint}/{request.namespace}"',
+        'return f"{fingerprint}/"',
+        BOTH,
+    ),
+    sequence(
+        "models share what is cached",
+        'return f"{fingerprint}/{request.namespace}"',
+        'return f"/{request.namespace}"',
+        SCHEDULER,
+    ),
+    sequence(
+        "arranged prompts are published",
+        "return Prefill(namespace, request.prompt.tokens, False, not off, arrangement=request.arrangement)",
+        "return Prefill(namespace, request.prompt.tokens, True, not off, arrangement=request.arrangement)",
+        OWNED,
+    ),
+    sequence("explicit requests without marks are cached", "scored or unmarked or", "scored or", ENGINE),
+    sequence(
+        "scored prompts are read from the cache",
+        "off = not enabled or scored or unmarked",
+        "off = not enabled or unmarked",
+        ENGINE,
+    ),
+    sequence(
+        "requests that want no caching are cached",
+        " or unmarked or request.cache_mode is CacheMode.OFF",
+        " or unmarked",
+        ENGINE,
+    ),
+    sequence("the cache cannot be switched off", "off = not enabled or scored", "off = scored", ENGINE),
+    sequence(
+        "explicit requests leave states where nobody marked them",
+        "    only_marked = request.cache_mode is CacheMode.EXPLICIT\n",
+        "    only_marked = False\n",
+        SCHEDULER,
+    ),
+    sequence(
+        "a stop may come one token too late",
+        "and len(self.generated) >= sampling.min_tokens:",
+        "and len(self.generated) > sampling.min_tokens:",
+        SCHEDULER,
+    ),
+    sequence(
+        "a stop may come before min_tokens",
+        "and len(self.generated) >= sampling.min_tokens:",
+        "and self.generated:",
+        SCHEDULER,
+    ),
+    sequence(
+        "stop tokens stop nothing",
+        "if (stopped or token in sampling.stop_token_ids) and",
+        "if stopped and",
+        SCHEDULER,
+    ),
+    sequence(
+        "an answer runs over the end of the context",
+        "self.num_tokens >= max_length:",
+        "self.num_tokens > max_length:",
+        SCHEDULER,
+    ),
+]
+
+CHOOSING = [
+    sampler(
+        "all choices draw the same numbers",
+        "[params.seed & (2**64 - 1), index]",
+        "[params.seed & (2**64 - 1)]",
+        SAMPLER,
+    ),
+    sampler("a seed says nothing", "np.random.default_rng(entropy)", "np.random.default_rng(None)", SAMPLER),
+    sampler(
+        "stop tokens are held back one token too long",
+        "self._counts.total() < self.params.min_tokens",
+        "self._counts.total() <= self.params.min_tokens",
+        SAMPLER,
+    ),
+    sampler(
+        "the repetition penalty rewards",
+        "torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)",
+        "torch.where(values > 0, values * p.repetition_penalty, values / p.repetition_penalty)",
+        SAMPLER,
+    ),
+    sampler(
+        "the repetition penalty overlooks the prompt",
+        "np.union1d(self._prompt, list(self._counts))",
+        "np.union1d([], list(self._counts))",
+        SAMPLER,
+    ),
+    sampler(
+        "the repetition penalty overlooks new tokens",
+        "            self._seen = np.append(self._seen, token)",
+        "            pass",
+        SAMPLER,
+    ),
+    sampler(
+        "presence counts each time",
+        "p.presence_penalty + p.frequency_penalty * counts",
+        "(p.presence_penalty + p.frequency_penalty) * counts",
+        SAMPLER,
+    ),
+    sampler("penalties change the model's logits", "        logits = logits.clone()\n", "", SAMPLER),
+    sampler(
+        "frequency alone is no penalty",
+        "p.presence_penalty != 0 or p.frequency_penalty != 0 or",
+        "p.presence_penalty != 0 or",
+        SAMPLER,
+    ),
+    sampler(
+        "a log-probability is that of the most likely token",
+        "own = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - sums",
+        "own = logits.amax(1) - sums",
+        SAMPLER,
+    ),
+]
+
+MUTANTS = [*SCHEDULING, *STEPPING, *ASKING, *CHOOSING]
