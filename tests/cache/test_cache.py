@@ -5,12 +5,13 @@ import torch
 from hybrid_cache.arena import Geometry, Kind, Units
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.errors import ConfigError
+from hybrid_cache.eviction import EvictionQueues
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.kernels.ops import KVTensors
-from hybrid_cache.policies.base import Policy, interior_positions
+from hybrid_cache.policies.base import Policy, Worth, interior_positions
 from hybrid_cache.policies.lru import LRU
 from hybrid_cache.policies.value import FlopsPerByte
-from hybrid_cache.tree import CheckpointKind
+from hybrid_cache.tree import Checkpoint, CheckpointKind, Node
 from tests.cache.driver import (
     COST,
     SPECS,
@@ -554,3 +555,20 @@ def test_the_end_of_a_prompt_saves_what_a_repeat_would_compute_without_it() -> N
         fill(cache, tokens_of("ab", tail), TILE, 2 * TILE, end=True)
     ends = cache.match("", tokens_of("ab", 1)).path[1].ends
     assert [end.resume_without() for end in ends.values()] == [TILE, 2 * TILE]
+
+
+def test_a_state_is_queued_in_one_place_wherever_it_was_before() -> None:
+    clock, policy = Clock(), LRU()
+    policy.open(lambda kept: Worth(1.0, 1), clock)
+    queues = EvictionQueues(policy, clock)
+    state = Checkpoint(Node("", None, b"", 64, 0, 0.0), 0, CheckpointKind.EXPLICIT)
+    queues.add(state)
+    queues.check(set(), {state})
+    state.keep_until = clock.now + 10
+    queues.add(state)
+    queues.check(set(), {state})
+    assert queues.next_scored() is None
+    clock.now += 10
+    assert queues.next_scored() == (0.0, state)
+    queues.check(set(), {state})
+    assert queues.next_guaranteed() is None

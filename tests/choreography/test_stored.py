@@ -325,3 +325,23 @@ def test_a_message_without_room_is_tried_once_and_computed_in_its_place(hybrid, 
     assert len([o for _, o in outputs if isinstance(o, TokenOutput)]) == 4
     assert conductor.engine.stats().cache.messages == 0
     assert conductor.engine.stats().cache.working_bytes == 0
+
+
+def test_what_follows_siblings_at_one_place_stands_behind_the_longest(folder):
+    """The header and the answer, in a chunk and in decode steps."""
+    model, seen = loading.load(folder(ATTENTION), ops=dispatch.select()), {}
+    forward = model.forward
+
+    def watched(batch, cache):
+        seen.update(zip(batch.layout.kv_rows.tolist(), batch.positions.tolist(), strict=True))
+        return forward(batch, cache)
+
+    model.forward = watched
+    conductor = Conductor(model)
+    arrangement = conductor.arrangement(MESSAGES, fidelity=Fidelity.RELOCATED, positions=Positions.LEFTMOST)
+    conductor.engine.submit(conductor.request(MESSAGES, arrangement, max_tokens=4))
+    while not (lease := next(conductor.engine._scheduler.sequences()).prefill.lease) or lease.released:
+        conductor.engine.step()
+    rows = lease.rows(148, 151 + 3)
+    drain(conductor)
+    assert [seen[row] for row in rows.tolist()] == list(range(70, 76))

@@ -120,6 +120,16 @@ def test_a_prompt_takes_few_tiles_beside_a_decode() -> None:
         assert model.rows_computed == rows + expected
 
 
+def test_the_prompts_of_a_step_share_its_tiles() -> None:
+    engine, model = new_engine(max_tiles=4)
+    for i in range(3):
+        engine.submit(make_request(str(i), tokens_of(i, 150), 1))
+    for expected in (150 + 64, 86 + 64 + 64, 22):
+        rows = model.rows_computed
+        engine.step()
+        assert model.rows_computed == rows + expected
+
+
 def test_a_finished_answer_is_computed_again_one_tile_a_step() -> None:
     engine, model = new_engine()
     engine.submit(make_request("a", tokens_of(1, 100), 200))
@@ -128,6 +138,7 @@ def test_a_finished_answer_is_computed_again_one_tile_a_step() -> None:
     rows = [model.rows_computed]
     for _ in steps(engine):
         rows.append(model.rows_computed)
+    assert engine.cache.stats().working_bytes == 0
     assert np.diff(rows).tolist() == [64, 64, 64]  # from the prompt's last full tile to that of prompt and answer
 
 

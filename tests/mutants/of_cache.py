@@ -414,7 +414,7 @@ EVICTING = [
         "what is guaranteed may go by its score",
         "            self._guaranteed.push(kept, kept.keep_until)\n            self._scored.remove(kept)\n",
         "            self._guaranteed.push(kept, kept.keep_until)\n",
-        MACHINE,
+        CACHE,
     ),
     arena(
         "slabs in use count as room for a large item",

@@ -87,7 +87,7 @@ SCHEDULING = [
         "several prompts have as many tiles each",
         "                tiles -= -(-(chunk.end - chunk.start) // TILE)\n",
         "",
-        OUT_OF_MEMORY,
+        SCHEDULER,
     ),
     scheduler(
         "a finished answer is computed again in one step",
@@ -120,10 +120,10 @@ SCHEDULING = [
         ("tests/choreography/test_progress.py",),
     ),
     scheduler(
-        "what a broken-off commit held is lost",
+        "what a commit held is lost",
         "        self._release(commit)\n        self._commits.remove(commit)",
         "        self._commits.remove(commit)",
-        ENGINE + OUT_OF_MEMORY,
+        SCHEDULER,
     ),
     scheduler(
         "messages in the making are nobody's work",
@@ -306,17 +306,13 @@ STEPPING = [
         "moved tokens have the positions of their places",
         "np.arange(chunk.start, chunk.end) - chunk.prefill.shift",
         "np.arange(chunk.start, chunk.end)",
-        stored(
-            "siblings_at_one_place_are_the_same_in_one_chunk_and_in_several",
-            "several_answers_to_siblings_at_one_place_have_the_positions_of_one",
-        )
-        + TURNS,
+        stored("what_follows_siblings_at_one_place_stands_behind_the_longest"),
     ),
     runner(
         "answers to moved messages have the positions of their places",
         "sequence.next_token(), sequence.fed - sequence.prefill.shift",
         "sequence.next_token(), sequence.fed",
-        stored("several_answers_to_siblings_at_one_place_have_the_positions_of_one"),
+        stored("what_follows_siblings_at_one_place_stands_behind_the_longest"),
     ),
 ]
 

@@ -57,10 +57,12 @@ def run_tests(targets: list[str], timeout_s: float, log: str) -> Answer:
         os.close(reader)
         in_child(targets, log, writer)
     os.close(writer)
-    in_time, _, _ = select.select([reader], [], [], timeout_s)
-    said = os.read(reader, 1 << 16) if in_time else b""
-    os.close(reader)
-    _end_group(child)
+    try:
+        in_time, _, _ = select.select([reader], [], [], timeout_s)
+        said = os.read(reader, 1 << 16) if in_time else b""
+    finally:
+        os.close(reader)
+        _end_group(child)
     seconds = time.monotonic() - begin
     if said:
         return Answer(*json.loads(said), seconds)
@@ -69,6 +71,7 @@ def run_tests(targets: list[str], timeout_s: float, log: str) -> Answer:
 
 def in_child(targets: list[str], log: str, writer: int) -> None:
     """Never returns."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setsid()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -105,6 +108,7 @@ def _last_begun(log: str) -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # takes along the tests that run
     runpy.run_path("tests/conftest.py")  # what has to be in the environment before Triton is imported
     hypothesis.settings.register_profile("mutants", phases=FIRST_EXAMPLE, database=None)
     hypothesis.settings.load_profile("mutants")

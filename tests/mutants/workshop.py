@@ -44,8 +44,8 @@ class Workshop:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._server.kill()
-        self._server.wait()
+        with self._server:
+            self._server.terminate()
 
     @property
     def log(self) -> str:
