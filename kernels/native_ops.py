@@ -1,8 +1,8 @@
 """The CPU backend in C: one call for all that lies between two matrix products. See `native/*.c` for the arithmetic.
 
-Products of bfloat16 weights are C too, where the CPU multiplies pairs of them (`native_products`); others stay with
-oneDNN, as in `TorchOps`, and so does what C has no code for. Threads share tiles, heads and
-rows but never a sum, so results do not depend on `torch.get_num_threads()` either.
+Products of bfloat16 weights are C too, where the CPU has AVX-512 (`native_products`); others stay with oneDNN, as in
+`TorchOps`, and so does what C has no code for. Threads share tiles, heads and rows but never a sum, so results do not
+depend on `torch.get_num_threads()` either.
 """
 
 import ctypes
@@ -104,7 +104,7 @@ class NativeOps(TorchOps):
         self._turned: tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]] | None = None
         self._memory = Pool()
         self._scratch = threading.local()
-        self._multiplies_bfloat16 = bool(self._c.linear_supported())
+        self._has_products = bool(self._c.linear_supported())
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         if self._packs_weight(weight):
@@ -119,7 +119,7 @@ class NativeOps(TorchOps):
         return super().experts(w_in, w_out, act)
 
     def _packs_weight(self, weight: Tensor) -> bool:
-        return self._multiplies_bfloat16 and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
+        return self._has_products and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if weight.dtype != x.dtype or x.stride(1) != 1:

@@ -7,7 +7,8 @@ Three habits keep the promises of `ops`:
 - What is elementwise uses only functions whose vector body and scalar tail round alike. `silu`, `sigmoid`, `softplus`,
   `gelu` and `rsqrt` do not (where the tail begins depends on the number of rows), so they are spelled out with `exp`,
   `log1p`, `erf` and `sqrt`.
-- Weights are packed for oneDNN, whose results were the same for each number of rows >= 2 that was tried (up to 1,100).
+- Weights are packed for oneDNN, whose results were the same for each number of rows >= 2 that was tried (up to 1,300),
+  but for long sums of bfloat16, which it may cut among threads: see `PackedLinear`.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from hybrid_cache.kernels.runs import Run, Runs
 _GELU_LINEAR = 2.0 * (2.0 / pi) ** 0.5
 _GELU_CUBIC = 0.044715 * _GELU_LINEAR
 
+LONG_SUM = 1024  # inputs of a product of bfloat16, see `PackedLinear`
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,16 +68,28 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """A weight in oneDNN's blocked order; about twice as fast as `F.linear`."""
+    """A weight in oneDNN's blocked order; about twice as fast as `F.linear`.
+
+    Products of bfloat16 with long sums run in one thread: with more, oneDNN may cut the sums (seen from 2,048 inputs
+    on, with 2 to 16 threads), and whether it does depends on the number of rows.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
+        self._in_one_thread = weight.dtype == torch.bfloat16 and self.in_features >= LONG_SUM
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self._bias = bias
         self._apply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._apply(x, self._weight, self._bias, "none", [], "")
+        num_threads = torch.get_num_threads()
+        if num_threads == 1 or not self._in_one_thread:
+            return self._apply(x, self._weight, self._bias, "none", [], "")
+        torch.set_num_threads(1)
+        try:
+            return self._apply(x, self._weight, self._bias, "none", [], "")
+        finally:
+            torch.set_num_threads(num_threads)
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -1,4 +1,5 @@
-/* y = x W^T + b in bfloat16, on CPUs that multiply pairs of bfloat16 (AVX512-BF16).
+/* y = x W^T + b in bfloat16, on CPUs with AVX-512: pairs of bfloat16 at a time where there is an instruction for it
+ * (AVX512-BF16), else both of a pair in turn, in float32.
  *
  * W is packed in panels of 64 outputs, [panels, in / 2, 64, 2], so a panel is read as one stream. Each output is one
  * accumulator that takes the inputs in order, two at a time, whatever the number of rows: bits cannot depend on it.
@@ -9,10 +10,46 @@
 #define PANEL 64
 #define BLOCK_ROWS 6
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 
 int64_t linear_supported(void) { return 1; }
+
+#ifdef __AVX512BF16__
+/* acc[i][j] += the pair at x[i] times 16 pairs of the panel. */
+INLINE void add_pairs(__m512 acc[][4], const uint16_t *x, int64_t stride, const uint16_t *pairs, const int num_rows) {
+    __m512bh w[4];
+    for (int j = 0; j < 4; j++) {
+        w[j] = (__m512bh)_mm512_loadu_si512(pairs + 32 * j);
+        IN_REGISTER(w[j]);
+    }
+    for (int i = 0; i < num_rows; i++) {
+        int32_t pair;
+        memcpy(&pair, x + i * stride, sizeof pair);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        for (int j = 0; j < 4; j++) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], both, w[j]);
+    }
+}
+#else
+INLINE void add_pairs(__m512 acc[][4], const uint16_t *x, int64_t stride, const uint16_t *pairs, const int num_rows) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
+    for (int odd = 0; odd < 2; odd++) {
+        vf w[4];
+        for (int j = 0; j < 4; j++) { /* read twice: the sums leave no registers for both */
+            const __m512i both = _mm512_loadu_si512(pairs + 32 * j);
+            w[j] = (vf)(odd ? _mm512_and_si512(both, upper) : _mm512_slli_epi32(both, 16));
+            IN_REGISTER(w[j]);
+        }
+        for (int i = 0; i < num_rows; i++) {
+            const uint32_t bits = (uint32_t)x[i * stride + odd] << 16;
+            float value;
+            memcpy(&value, &bits, sizeof value);
+            const __m512 one = _mm512_set1_ps(value);
+            for (int j = 0; j < 4; j++) acc[i][j] = _mm512_fmadd_ps(one, (__m512)w[j], acc[i][j]);
+        }
+    }
+}
+#endif
 
 /* num_rows rows of x times one panel; num_rows is constant after inlining. */
 INLINE void panel_rows(const uint16_t *x, int64_t stride, int64_t in, const uint16_t *panel, const float *bias,
@@ -21,18 +58,10 @@ INLINE void panel_rows(const uint16_t *x, int64_t stride, int64_t in, const uint
     for (int i = 0; i < num_rows; i++)
         for (int j = 0; j < 4; j++) acc[i][j] = _mm512_setzero_ps();
     for (int64_t k = 0; k < in; k += 2) {
-        __m512bh w[4];
-        for (int j = 0; j < 4; j++) {
-            if (ahead) _mm_prefetch((const char *)(panel + k * PANEL + 32 * j) + ahead, _MM_HINT_T0);
-            w[j] = (__m512bh)_mm512_loadu_si512(panel + k * PANEL + 32 * j);
-            IN_REGISTER(w[j]);
-        }
-        for (int i = 0; i < num_rows; i++) {
-            int32_t pair;
-            memcpy(&pair, x + i * stride + k, sizeof pair);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            for (int j = 0; j < 4; j++) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], both, w[j]);
-        }
+        const uint16_t *pairs = panel + k * PANEL;
+        if (ahead)
+            for (int j = 0; j < 4; j++) _mm_prefetch((const char *)(pairs + 32 * j) + ahead, _MM_HINT_T0);
+        add_pairs(acc, x + k, stride, pairs, num_rows);
     }
     for (int i = 0; i < num_rows; i++)
         for (int j = 0; j < 4; j++)

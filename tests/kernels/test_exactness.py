@@ -11,7 +11,7 @@ from hybrid_cache.kernels.problems import LinearAttentionProblem, Mamba2Problem,
 from hybrid_cache.kernels.selfcheck import check_exact, mismatches
 from hybrid_cache.kernels.torch_ops import TorchOps
 
-LINEARS = [(768, 3352), (1536, 768), (768, 256), (192, 100), (128, 66), (100, 36), (2048, 64)]
+LINEARS = [(768, 3352), (1536, 768), (768, 256), (192, 100), (128, 66), (100, 36), (2048, 64), (4096, 96)]
 MANY_ROWS = 17 * TILE + 12  # 16 tiles of prefill, a tile more, and decode rows
 
 

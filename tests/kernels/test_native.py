@@ -147,7 +147,7 @@ def test_a_residual_mamba2_in_one_call_has_the_bits_of_its_operations(batch, mul
 def test_a_residual_part_is_one_call_into_c(monkeypatch):
     ops, hidden, norm = NativeOps(), bfloat16(2, HIDDEN), NormWeights(bfloat16(HIDDEN), 1e-5)
     if not isinstance(ops.linear(bfloat16(64, 64)), NativeLinear):
-        pytest.skip("no AVX512-BF16: products stay with torch")
+        pytest.skip("no AVX-512: products stay with torch")
     monkeypatch.setattr(TorchOps, "add_gated_mlp", None)
     ops.add_gated_mlp(hidden, norm, 1.0, linear(ops, HIDDEN, 176), linear(ops, 88, HIDDEN))
 
