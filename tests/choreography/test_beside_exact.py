@@ -138,7 +138,7 @@ def break_off(conductor, messages, arrangement, num_steps):
 
 
 @pytest.mark.parametrize("case", [BAMBA, JAMBA, DELTA, LLAMA], ids=str)
-@pytest.mark.parametrize("sequences", [2, 8, 200])
+@pytest.mark.parametrize("sequences", [2, pytest.param(8, marks=pytest.mark.slow), 200])
 def test_styles_side_by_side_leave_exact_answers_as_they_are(folder, case, sequences):
     """Random prompts of the same messages, which share pages beyond states; some broken off, some with little room."""
     model, rng = loading.load(folder(case), ops=dispatch.select()), random.Random(f"{case.name} {sequences}")

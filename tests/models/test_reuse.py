@@ -17,7 +17,7 @@ def case(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def model(case, folders, request):
     return loading.load(folders(case), dtype=request.param, ops=dispatch.select())
 
