@@ -22,8 +22,8 @@ import numpy as np
 from hybrid_cache.api.template import RESERVED, ChatTemplate, Clock
 from hybrid_cache.api.tokenizer import Tokenizer
 from hybrid_cache.errors import ContextTooLong, RequestError
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.request import Boundary, BoundaryKind, Prompt, TokenArray
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 
 MAX_BOUNDARIES = 64
 FIRST_BOUNDARIES = 16  # when there are more, this many from the front are kept, the rest from the end

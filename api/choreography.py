@@ -24,7 +24,7 @@ from hybrid_cache.choreography.book import Message
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.choreography.workflow import part_of
 from hybrid_cache.errors import ContextTooLong, RequestError
-from hybrid_cache.request import Boundary, Prompt, TokenArray
+from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 
 MOST_MESSAGES = 256  # of an arranged request: the end of each is found by rendering all before it
 

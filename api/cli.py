@@ -130,8 +130,7 @@ def serve(
     from hybrid_cache.api import server
     from hybrid_cache.api.launch import LoadOptions
     from hybrid_cache.api.sizes import parse_bytes
-    from hybrid_cache.config import EngineConfig
-    from hybrid_cache.digests import verify_by_default
+    from hybrid_cache.config import EngineConfig, verify_by_default
 
     server.serve(
         server.ServeOptions(

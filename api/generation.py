@@ -13,7 +13,8 @@ from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.stream import ChoiceText, Detokenizer, Piece, make_stopper
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import BadSampling, ContextTooLong
-from hybrid_cache.request import CacheMode, Prompt, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import CacheMode, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Prompt
 
 Event = PromptOutput | Piece
 

@@ -9,9 +9,10 @@ from hybrid_cache.api.launch import LoadOptions, load
 from hybrid_cache.api.stream import ChoiceText, Detokenizer
 from hybrid_cache.api.terminal import Asked, Turn, Usage
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.async_engine import AsyncEngine
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.request import Prompt, PromptOutput, Request, SamplingParams
+from hybrid_cache.engine.async_engine import AsyncEngine
+from hybrid_cache.request import PromptOutput, Request, SamplingParams
+from hybrid_cache.tokens import Prompt
 
 
 class EnginePartner:

@@ -9,7 +9,7 @@ from hybrid_cache.api import schemas
 from hybrid_cache.api.chat import Message, Part, Rendering, prompt_of_tokens
 from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.tokenizer import LONG_TEXT
-from hybrid_cache.request import Prompt
+from hybrid_cache.tokens import Prompt
 
 T = TypeVar("T")
 MESSAGE_WORK = 128  # in characters: the end of each message is found by rendering the messages before it

@@ -20,7 +20,8 @@ from hybrid_cache.api.stream import DONE, Piece, event
 from hybrid_cache.api.tools import CLOSE, OPEN, ToolCall, ToolCallParser
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import FinishReason, Prompt, PromptOutput
+from hybrid_cache.request import FinishReason, PromptOutput
+from hybrid_cache.tokens import Prompt
 
 
 def router(serving: Serving) -> APIRouter:

@@ -14,9 +14,9 @@ from hybrid_cache.api.tokenizer import TextModel
 from hybrid_cache.choreography.arrangement import Fidelity
 from hybrid_cache.choreography.workflow import Style, Workflow
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
+from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ModelError
-from hybrid_cache.request import TokenArray
+from hybrid_cache.tokens import TokenArray
 
 
 class ChatRenderer:

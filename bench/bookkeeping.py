@@ -24,13 +24,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.cache import HybridCache
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.policies.registry import make_policy
 from hybrid_cache.errors import HybridCacheError
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.policies.registry import make_policy
-from hybrid_cache.request import Boundary, TokenArray
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
+from hybrid_cache.tokens import Boundary, TokenArray
 
 NUM_TOKENS = 2000
 # A hybrid of about a billion parameters: a state takes as much as 50 pages.
@@ -143,14 +143,14 @@ def measure(num_nodes: int, full: bool, num_requests: int, policy: str, seed: in
     return timings
 
 
-def grown_cache(num_nodes: int, full: bool, room: int, policy: str, rng: np.random.Generator) -> HybridCache:
+def grown_cache(num_nodes: int, full: bool, room: int, policy: str, rng: np.random.Generator) -> Books:
     """A cache without tensors that holds prompts nobody asked for twice; unless full, with room for more of them."""
     geometry = Geometry.of(SPEC, 1 << 40)
     pages = NUM_TOKENS // TILE
     num_prompts = math.ceil(num_nodes / pages)
     per_prompt = (pages + 1) * geometry.stride_bytes(Kind.PAGE) + 2 * geometry.stride_bytes(Kind.SLOT)
     budget = (num_prompts + 8) * per_prompt if full else 2 * (num_prompts + room) * per_prompt
-    cache = HybridCache(SPEC, COST, budget, make_policy(policy), with_tensors=False)
+    cache = Books(SPEC, COST, budget, make_policy(policy))
     for _ in range(2 * num_prompts if full else num_prompts):  # the second half replaces the first
         serve(cache, random_tokens(rng))
     return cache
@@ -160,7 +160,7 @@ def random_tokens(rng: np.random.Generator) -> TokenArray:
     return rng.integers(0, 50_000, NUM_TOKENS, dtype=np.int32)
 
 
-def serve(cache: HybridCache, tokens: TokenArray) -> tuple[float, float, float, float, float]:
+def serve(cache: Books, tokens: TokenArray) -> tuple[float, float, float, float, float]:
     """One request -> seconds of match, acquire, plan, all the commits, release."""
     times = [time.perf_counter()]
     match = cache.match("", tokens)
@@ -172,8 +172,8 @@ def serve(cache: HybridCache, tokens: TokenArray) -> tuple[float, float, float, 
     times.append(time.perf_counter())
     for wish in wishes:
         cache.reserve_checkpoint(lease, wish.position, wish.kind)
-    cache.commit(lease, NUM_TOKENS // TILE * TILE)
-    cache.commit_end(lease, None)
+    cache.publish(lease, NUM_TOKENS // TILE * TILE)
+    cache.publish_end(lease, 0)
     times.append(time.perf_counter())
     cache.release(lease, num_output_tokens=100)
     times.append(time.perf_counter())

@@ -9,9 +9,9 @@ import torch
 from hybrid_cache.api.launch import LoadOptions, load
 from hybrid_cache.api.tokenizer import TextModel
 from hybrid_cache.api.workflow import ChatRenderer
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.bench.random_model import random_model
 from hybrid_cache.choreography.workflow import Renderer
+from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.ops import Ops
 
 GRANITE_150M = "granite-150m"

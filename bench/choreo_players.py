@@ -12,18 +12,19 @@ from torch import Tensor
 
 from hybrid_cache.bench.choreo_models import Subject
 from hybrid_cache.bench.choreo_workflows import Ask, Script
+from hybrid_cache.cache.lease import Lease
 from hybrid_cache.choreography.arrangement import Composition, Encoding, Fidelity, Order, Positions
 from hybrid_cache.choreography.book import Message
 from hybrid_cache.choreography.plan import Action, Plan
 from hybrid_cache.choreography.stage import Program, Stage
 from hybrid_cache.choreography.workflow import Call, Style, Workflow
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
-from hybrid_cache.lease import Lease
-from hybrid_cache.request import Boundary, Prompt, PromptOutput, Request, SamplingParams, TokenArray
-from hybrid_cache.runner import StepHidden
-from hybrid_cache.scheduler import Scheduler, Step
-from hybrid_cache.sequence import Sequence as Running
+from hybrid_cache.device.runner import StepHidden
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.scheduler import Scheduler, Step
+from hybrid_cache.engine.sequence import Sequence as Running
+from hybrid_cache.request import PromptOutput, Request, SamplingParams
+from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 
 Clock = Callable[[], float]
 

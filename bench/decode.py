@@ -26,14 +26,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.bench.kernels import Ceilings, measure_ceilings
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.native_ops import NativeOps
 from hybrid_cache.models.loading import describe, embedded_path, load, load_config
-from hybrid_cache.request import Prompt, Request, SamplingParams
+from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.tokens import Prompt
 
 QUESTION = 33  # tokens of each request's own
 WARM_STEPS = 4

@@ -6,15 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hybrid_cache.choreography.arrangement import Encoding
-from hybrid_cache.request import (
-    BoundaryKind,
-    CacheMode,
-    PromptOutput,
-    Request,
-    Stopper,
-    TokenArray,
-    TokenOutput,
-)
+from hybrid_cache.request import CacheMode, PromptOutput, Request, Stopper, TokenOutput
+from hybrid_cache.tokens import BoundaryKind, TokenArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,13 @@ from dataclasses import dataclass, replace
 
 from rich.progress import Progress
 
-from hybrid_cache.arena import Geometry, Kind
 from hybrid_cache.bench.exactness_http_check import Tally, drive_servers
 from hybrid_cache.bench.exactness_http_mix import PHASES, Mix, Phase
 from hybrid_cache.bench.exactness_http_report import Counts, HttpReport
 from hybrid_cache.bench.exactness_http_servers import PROGRAM, server
+from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
 
 SHOWN = 5  # differing requests in the report, in full

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.bench.exactness_asked import Asked
 from hybrid_cache.bench.exactness_report import Report
 from hybrid_cache.bench.exactness_rows import Ledger, PlainWatcher, recording_runner
 from hybrid_cache.bench.exactness_traffic import Traffic, room
 from hybrid_cache.choreography.arrangement import Fidelity
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine, Outputs
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.request import Prompt, Request, SamplingParams, TokenArray, TokenOutput
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.request import Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Prompt, TokenArray
 
 
 class Judge:

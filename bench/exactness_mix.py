@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.bench.exactness_asked import Asked, Said, stop_at
 from hybrid_cache.choreography.arrangement import (
     SEAMS,
@@ -21,17 +20,11 @@ from hybrid_cache.choreography.arrangement import (
     closed,
     message_id,
 )
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.request import (
-    Boundary,
-    BoundaryKind,
-    CacheMode,
-    Prompt,
-    Request,
-    SamplingParams,
-    TokenArray,
-)
-from hybrid_cache.sequence import namespace_of
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.sequence import namespace_of
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.request import CacheMode, Request, SamplingParams
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 
 T = TypeVar("T")
 

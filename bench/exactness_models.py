@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.bench.exactness_mix import LONG, MIXED, Phase
 from hybrid_cache.bench.random_model import SMALL, random_model
+from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.adapters import SHIPPED
 from hybrid_cache.models.loading import COMPUTE_DTYPES, embedded_path, load, resolve

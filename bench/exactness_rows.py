@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import ForwardBatch
 from hybrid_cache.bench.exactness_report import Report
+from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.device.runner import ModelRunner, StepHidden
+from hybrid_cache.engine.scheduler import Chunk, Step
+from hybrid_cache.engine.sequence import Prefill
 from hybrid_cache.kernels.layout import RowLayout
-from hybrid_cache.request import TokenArray
-from hybrid_cache.runner import ModelRunner, StepHidden
-from hybrid_cache.scheduler import Chunk, Step
-from hybrid_cache.sequence import Prefill
+from hybrid_cache.tokens import TokenArray
 
 # A digest of all tokens up to the row's own, and where the prompt ended for a row of decode; -1 for one of prefill.
 Key = tuple[bytes, int]

@@ -6,12 +6,12 @@ import traceback
 
 from rich.progress import Progress
 
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.bench.exactness_judge import Judge
 from hybrid_cache.bench.exactness_mix import MIXED, TIGHT, Phase
 from hybrid_cache.bench.exactness_report import Report
 from hybrid_cache.bench.exactness_rows import Ledger
 from hybrid_cache.bench.exactness_traffic import Stuck, Traffic
+from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.errors import HybridCacheError
 
 ROW_BYTES = 1 << 30  # of the logits of one round; bounds its requests where the vocabulary is large

@@ -2,18 +2,17 @@
 
 import random
 
-from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.bench.exactness_asked import Asked, traits
 from hybrid_cache.bench.exactness_mix import Mix, Phase
 from hybrid_cache.bench.exactness_report import Report
 from hybrid_cache.bench.exactness_rows import BusyWatcher, Ledger, recording_runner
 from hybrid_cache.bench.exactness_tree import Given
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.digests import Digests
-from hybrid_cache.engine import Engine
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.policies.registry import policy_names
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import Output, PromptOutput
 
 PATIENCE = 10  # steps without an output for each token of the longest sequence, before an engine counts as stuck
@@ -71,8 +70,7 @@ class Traffic:
         mixed["preemptions"] += stats.num_preemptions
         mixed["messages stored"] += stats.cache.admissions.get("message", 0)
         mixed["compactions"] += stats.cache.compactions
-        witness = self.engine.cache._witness
-        mixed["digests compared"] += witness.num_compared if isinstance(witness, Digests) else 0
+        mixed["digests compared"] += self.engine.cache.memory.digests.num_compared
 
     def _submit(self) -> None:
         rng, asked, mixed = self._rng, self.mix.next(), self._report.mixed

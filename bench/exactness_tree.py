@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 
-from hybrid_cache.cache import HybridCache
-from hybrid_cache.request import TokenArray
-from hybrid_cache.tree import end_name, keys_of
+from hybrid_cache.cache.tree import end_name, keys_of
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.tokens import TokenArray
 
 
 class Given:
@@ -25,7 +25,7 @@ class Given:
 
     def foreign(self, cache: HybridCache) -> str:
         """Names something in the tree that nobody gave; empty if there is nothing."""
-        for node in cache.nodes():
+        for node in cache.tree.nodes():
             if node.name not in self._names[node.namespace]:
                 return f"a page of tokens up to {node.num_tokens}, of a request that leaves nothing"
             ends = (end_name(node.name, tail) for tail in node.ends)

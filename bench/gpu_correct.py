@@ -16,21 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.bench.gpu_report import Section
 from hybrid_cache.bench.gpu_setting import Setting
 from hybrid_cache.bench.random_model import SMALL, random_model
-from hybrid_cache.cache import HybridCache
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine, Outputs
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.device.runner import ModelRunner
+from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.kernels import reference, sampling, selfcheck
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors, Ops
 from hybrid_cache.kernels.parity import BATCHES, SHAPES, TOLERANCE, difference, play
 from hybrid_cache.kernels.problems import RULES, move, some_draws
-from hybrid_cache.request import Prompt, Request, SamplingParams
-from hybrid_cache.runner import ModelRunner
-from hybrid_cache.selfcheck import check_model
+from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.tokens import Prompt
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 PROCESSES, TASKS_OF_A_PROCESS = 8, 8

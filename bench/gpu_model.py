@@ -13,11 +13,12 @@ from hybrid_cache.bench.gpu_speed import ceilings_note
 from hybrid_cache.bench.gpu_timing import Clock, synchronize
 from hybrid_cache.bench.random_model import SMALL, random_model
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
+from hybrid_cache.device.runner import ModelRunner
+from hybrid_cache.engine.engine import Engine
 from hybrid_cache.models.published import CONFIGS
 from hybrid_cache.models.registry import ShapedModel
-from hybrid_cache.request import Prompt, Request, SamplingParams
-from hybrid_cache.runner import ModelRunner
+from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.tokens import Prompt
 
 BF16 = torch.bfloat16
 MODEL = "granite-4-h-1b"

@@ -13,7 +13,8 @@ from hybrid_cache.bench.gpu_setting import Setting
 from hybrid_cache.bench.gpu_timing import Ceilings, Clock, random
 from hybrid_cache.bench.kernel_cases import Case, cases
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import KVTensors, Ops
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.shared_prefix import plan_shared

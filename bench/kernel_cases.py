@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_cache.bench.kernel_peers import transformers_peers
-from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Draws, KVTensors, Ops
 from hybrid_cache.kernels.problems import (
     CPU,

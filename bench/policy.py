@@ -44,11 +44,11 @@ from hybrid_cache.bench.serve import server_url
 from hybrid_cache.bench.trace import Trace
 from hybrid_cache.bench.trace_files import FORMATS, load_trace
 from hybrid_cache.bench.workloads import WORKLOADS, make_workload
+from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.errors import ConfigError, HybridCacheError
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.presets import PRESETS, model_shape
 from hybrid_cache.models.shapes import ModelShape
-from hybrid_cache.policies.registry import policy_names
 
 # Without arguments: small enough for a minute on one core, large enough that something has to go.
 DEFAULT_SCALES = {"chat": 0.25, "agent": 0.15, "few-shot": 0.25}

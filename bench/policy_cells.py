@@ -9,17 +9,17 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_cache.arena import Geometry, Kind
 from hybrid_cache.bench.bound import Visits, bound
 from hybrid_cache.bench.policy_report import BOUND, INFINITE, Row
 from hybrid_cache.bench.replay import Simulation
 from hybrid_cache.bench.trace import Trace
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.policies.base import Policy
+from hybrid_cache.cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
+from hybrid_cache.cache.policies.ours import Ours, new_model
+from hybrid_cache.cache.policies.registry import make_policy
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.shapes import ModelShape, total_cost
-from hybrid_cache.policies.base import Policy
-from hybrid_cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
-from hybrid_cache.policies.ours import Ours, new_model
-from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
 # Policies that only make sense here: two need hindsight, the other more of a model than a server tells.

@@ -28,16 +28,16 @@ from rich.table import Table
 from hybrid_cache.api.chat import prompt_of_tokens
 from hybrid_cache.api.sizes import format_bytes, parse_bytes
 from hybrid_cache.api.tokenizer import Tokenizer, load_tokenizer
-from hybrid_cache.arena import Geometry, Kind
 from hybrid_cache.bench.policy_report import write_whole
 from hybrid_cache.bench.replay import Replay, Simulation
 from hybrid_cache.bench.serve import ServerFailed, Usage, refused, unreachable
 from hybrid_cache.bench.trace import Mark, PageNames, Trace, TraceRequest
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.policies.registry import make_policy
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
-from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 SHOWN = 12  # differing requests in the report

@@ -34,13 +34,13 @@ from hybrid_cache.bench.policy_cells import Cell, Setting, Speed, replayed
 from hybrid_cache.bench.policy_report import target, write_whole
 from hybrid_cache.bench.trace import Trace
 from hybrid_cache.bench.workloads import Agent, Uniform
+from hybrid_cache.cache.policies.base import Policy
+from hybrid_cache.cache.policies.marconi import ALPHAS, Marconi
+from hybrid_cache.cache.policies.registry import make_policy
+from hybrid_cache.cache.policies.vllm_block import VLLMBlock
 from hybrid_cache.errors import ConfigError, HybridCacheError
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.presets import nvidia_hybrid_as_published
-from hybrid_cache.policies.base import Policy
-from hybrid_cache.policies.marconi import ALPHAS, Marconi
-from hybrid_cache.policies.registry import make_policy
-from hybrid_cache.policies.vllm_block import VLLMBlock
 
 GB = 10**9
 SESSIONS = 30  # for which the cache sizes are

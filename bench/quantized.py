@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hybrid_cache.kernels.dispatch import select
-from hybrid_cache.kernels.layout import MIN_ROWS
+from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.models.quantized import GROUP
 
 ROWS = (1, 4, 16, 64, 512)

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid_cache.bench.trace import Mark, Trace, TraceRequest
-from hybrid_cache.cache import HybridCache
-from hybrid_cache.lease import Lease
-from hybrid_cache.policies.base import Policy
-from hybrid_cache.policies.rehearsal import CHUNK_TOKENS, publish
-from hybrid_cache.request import Boundary, BoundaryKind
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.lease import Lease
+from hybrid_cache.cache.policies.base import Policy
+from hybrid_cache.cache.policies.rehearsal import CHUNK_TOKENS, publish
+from hybrid_cache.cache.tree import Keys
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
-from hybrid_cache.tree import Keys
+from hybrid_cache.tokens import Boundary, BoundaryKind
 
 SAMPLES = 200  # moments at which the bytes of a replay are looked at
 
@@ -61,16 +61,15 @@ class Simulation:
     prompt_ends: bool = False  # keep whole prompts for exact repeats too, as the server does
     chunk_tokens: int = CHUNK_TOKENS  # of a prompt that is computed and published at a time; answers go by the page
     now: float = 0.0
-    cache: HybridCache = field(init=False)
+    cache: Books = field(init=False)
     _held: deque[tuple[Lease, TraceRequest]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.cache = HybridCache(
+        self.cache = Books(
             self.spec,
             self.cost,
             self.capacity_bytes,
             self.policy,
-            with_tensors=False,
             page_tokens=self.trace.page_tokens,
             clock=lambda: self.now,
         )
@@ -109,7 +108,7 @@ class Simulation:
             return 0
         self._compute(lease, request.marks, generated=False)
         if self.prompt_ends:
-            self.cache.commit_end(lease, None)
+            self.cache.publish_end(lease, 0)
         self._held.append((lease, request))
         if self.concurrency == 1:
             self._finish()

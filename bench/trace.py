@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 
 PageIds = NDArray[np.int32]  # [full pages]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hybrid_cache.bench.trace import Mark, TraceRequest
 from hybrid_cache.bench.trace_records import IntArray, Reading, Record, Times, in_order, read_records
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 
 MOONCAKE_BLOCK = 512
 

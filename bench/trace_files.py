@@ -32,7 +32,7 @@ from hybrid_cache.bench.trace_tokens import (
     read_tokens,
 )
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 
 __all__ = ["FORMATS", "Encoder", "TraceError", "four_characters", "load_trace"]
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hybrid_cache.bench.trace import Mark, PageNames, TraceRequest
 from hybrid_cache.bench.trace_records import LARGEST, Reading, Record, Times, TraceError, brief, in_order, read_records
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 
 Encoder = Callable[[str], Sequence[int]]
 Tokens = NDArray[np.int32]

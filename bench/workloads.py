@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from hybrid_cache.bench.trace import Mark, PageNames, Trace, TraceRequest
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 
 VOCABULARY = 50_000
 CONTEXT = 32_768  # a session ends before its prompt would be longer

@@ -1,10 +1,17 @@
 """Settings of one engine."""
 
+import os
 from dataclasses import dataclass, field
 
-from hybrid_cache.digests import verify_by_default
+from hybrid_cache.cache.policies.registry import check_policy_name
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.policies.registry import check_policy_name
+
+VERIFY_VARIABLE = "HYBRID_CACHE_VERIFY"
+
+
+def verify_by_default() -> bool:
+    """Whether the environment asks for the checking mode: HYBRID_CACHE_VERIFY is set, and not to 0."""
+    return os.environ.get(VERIFY_VARIABLE, "0") not in ("", "0")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_cache.kernels import runs, sampling
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+from hybrid_cache.kernels.grid import MIN_ROWS, TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import (
     Draws,
     Experts,

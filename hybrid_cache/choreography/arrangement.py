@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import TokenArray
+from hybrid_cache.tokens import TokenArray
 
 SEAMS = (0, 8, 16, 32, 64)
 

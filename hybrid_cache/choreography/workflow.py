@@ -26,20 +26,11 @@ from hybrid_cache.choreography.arrangement import (
 )
 from hybrid_cache.choreography.book import Message, MessageBook
 from hybrid_cache.choreography.plan import Plan
-from hybrid_cache.engine import Engine
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.sequence import namespace_of
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import (
-    Boundary,
-    FinishReason,
-    Prompt,
-    PromptOutput,
-    Request,
-    SamplingParams,
-    TokenArray,
-    TokenLogprob,
-    TokenOutput,
-)
-from hybrid_cache.sequence import namespace_of
+from hybrid_cache.request import FinishReason, PromptOutput, Request, SamplingParams, TokenLogprob, TokenOutput
+from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 
 MOST_MESSAGES = 1024  # in one call
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_cache.batch import ForwardBatch
-from hybrid_cache.kernels.layout import MIN_ROWS
+from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.ops import KVTensors, Linear, NormWeights, Ops, StateTensors
 from hybrid_cache.models.shapes import LinearShape
 from hybrid_cache.models.weights import Weights

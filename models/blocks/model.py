@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_cache.kernels.layout import MIN_ROWS
+from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.common import Norm, tanh
 from hybrid_cache.models.config import Config

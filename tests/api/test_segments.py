@@ -13,7 +13,7 @@ from hybrid_cache.api.template import ChatTemplate
 from hybrid_cache.api.tokenizer import TextModel
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.models.loading import embedded_path
-from hybrid_cache.request import Boundary, BoundaryKind, Prompt
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt
 from tests.api.small_text import TEMPLATE, small_text
 
 ROOM = 100_000

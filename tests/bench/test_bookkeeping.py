@@ -6,7 +6,7 @@ import typer
 from typer.testing import CliRunner
 
 from hybrid_cache.bench.bookkeeping import NUM_TOKENS, bookkeeping, measure
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from hybrid_cache.api import cli
-from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.bench import exactness
 from hybrid_cache.bench.exactness_models import named
 from hybrid_cache.bench.exactness_report import Report, verdicts
 from hybrid_cache.bench.exactness_run import compare
+from hybrid_cache.cache.lease import Lease
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.dispatch import select
-from hybrid_cache.lease import Lease
 from tests.fakes import SumModel
 
 MET = (

@@ -15,9 +15,9 @@ from hybrid_cache.bench.gpu_check import Part, main, run_apart
 from hybrid_cache.bench.gpu_report import Section, markdown, section_of
 from hybrid_cache.bench.gpu_setting import Setting
 from hybrid_cache.bench.random_model import SMALL, random_model
+from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.kernels.parity import SHAPES
 from hybrid_cache.kernels.torch_ops import TorchOps
-from hybrid_cache.selfcheck import check_model
 
 ROOT = Path(gpu_check.__file__).resolve().parents[1]
 CPU = Setting(torch.device("cpu"), "torch", True, deadline=1e12)

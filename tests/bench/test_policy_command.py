@@ -17,15 +17,15 @@ from hybrid_cache.api.app import create_app
 from hybrid_cache.api.cli import main
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.async_engine import AsyncEngine
 from hybrid_cache.bench.policy import KNOWN, policy, speed
 from hybrid_cache.bench.policy_live import Server, check_sizes
 from hybrid_cache.bench.policy_report import Row, conclusion, with_gaps, write_whole
+from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.loading import embedded_path, load
 from hybrid_cache.models.presets import preset
 from tests.api.servers import over_the_wire

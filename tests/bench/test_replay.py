@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_cache.arena import Geometry, Kind
 from hybrid_cache.bench.bound import bound
 from hybrid_cache.bench.replay import Replay, Simulation
 from hybrid_cache.bench.trace import Mark, Trace, TraceRequest
 from hybrid_cache.bench.workloads import make_workload
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.policies.lru import LRU
-from hybrid_cache.policies.marconi import Marconi
-from hybrid_cache.policies.registry import make_policy, policy_names
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.policies.lru import LRU
+from hybrid_cache.cache.policies.marconi import Marconi
+from hybrid_cache.cache.policies.registry import make_policy, policy_names
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost
 from tests.bench.optimum import PAGE_TOKENS, best_saving
 from tests.bench.test_bound import tiny_trace

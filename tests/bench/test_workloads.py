@@ -28,7 +28,7 @@ from hybrid_cache.bench.workloads import (
     text,
 )
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 
 NAMES = ["chat", "agent", "few-shot", "retrieval", "tree-search", "mixed"]
 

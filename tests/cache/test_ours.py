@@ -6,14 +6,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from hybrid_cache.cache import HybridCache
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.policies.base import Outline, Wish
-from hybrid_cache.policies.ours import Ours
-from hybrid_cache.policies.places import ODDS, SIZES, PlaceMemory
-from hybrid_cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
-from hybrid_cache.request import Boundary
-from hybrid_cache.tree import CheckpointKind, Keys
+from hybrid_cache.cache.policies.base import Outline, Wish
+from hybrid_cache.cache.policies.ours import Ours
+from hybrid_cache.cache.policies.places import ODDS, SIZES, PlaceMemory
+from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
+from hybrid_cache.cache.tree import CheckpointKind, Keys
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.tokens import Boundary
 from tests.cache.driver import COST, SPECS, Clock, begin, fill, forward, new_cache, tokens_of
 
 END = CheckpointKind.MESSAGE_END
@@ -182,7 +182,7 @@ def test_before_anything_is_learned_the_oldest_goes_first() -> None:
         cache.plan(run.lease)
         cache.reserve_checkpoint(run.lease, TILE, END)
         forward(cache, run, TILE + 1)
-        cache.commit(run.lease, TILE)
+        cache.publish(run.lease, TILE)
         cache.release(run.lease)
         cache.check()
         clock.now += 60.0
@@ -205,7 +205,7 @@ def test_the_state_above_takes_over_the_prospects_of_one_that_has_gone() -> None
     assert above is not None
     assert deep is not None
     before = policy._score(policy._rows[above])
-    cache._evict(deep)
+    cache.pool.evict(deep)
     cache.check()
     assert policy._score(policy._rows[above]) > 2 * before
 
@@ -222,7 +222,7 @@ def test_victims_come_in_order_whatever_changes_meanwhile() -> None:
             if slot is not None:
                 run.reserved[wish.position] = slot
         forward(cache, run, len(run.tokens))
-        cache.commit(run.lease, len(prompt) * TILE)
+        cache.publish(run.lease, len(prompt) * TILE)
         cache.release(run.lease, num_output_tokens=int(rng.integers(1, 300)))
         clock.now += float(rng.exponential(20.0))
         lowest = policy.lowest()
@@ -235,7 +235,7 @@ def test_victims_come_in_order_whatever_changes_meanwhile() -> None:
             fresh = sorted(policy._score(row) for row in range(n))
             assert score <= fresh[min(n - 1, 8)]
         if step % 5 == 0:
-            cache._evict(kept, score)
+            cache.pool.evict(kept, score)
         cache.check()
 
 
@@ -248,7 +248,7 @@ def test_a_score_is_never_infinite_or_negative() -> None:
 
 
 def test_a_place_that_is_returned_to_outlives_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrid_cache.policies.places.MOST_PLACES", 8)
+    monkeypatch.setattr("hybrid_cache.cache.policies.places.MOST_PLACES", 8)
     places = memory()
     places.visit(outline("s"), ends(1), 0.0)
     system, idle = outline("s").name(TILE), outline("x").name(TILE)

@@ -5,10 +5,11 @@ import pytest
 
 from hybrid_cache.bench.exactness import Report, compare
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
+from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
-from hybrid_cache.request import Boundary, Prompt, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Boundary, Prompt
 from tests.models.checkpoints import FIRST_CASES
 
 
