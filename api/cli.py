@@ -320,11 +320,11 @@ def train_lora(
     command.run(model, out, settings, resume=resume, every=every, num_seeds=eval_seeds, each=eval_each, threads=threads)
 
 
-def _bench(name: str, summary: str) -> None:
-    """Mounts `hybrid_cache.bench.NAME:NAME`, which is imported when the command runs or is asked for help."""
+def _bench(name: str, module: str, summary: str) -> None:
+    """Mounts `hybrid_cache.bench.MODULE:NAME`, which is imported when the command runs or is asked for help."""
 
     def run(context: typer.Context) -> None:
-        command: Callable[..., None] = getattr(import_module(f"hybrid_cache.bench.{name}"), name)
+        command: Callable[..., None] = getattr(import_module(f"hybrid_cache.bench.{module}"), name)
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         inner.command()(command)
         raise typer.Exit(inner(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
@@ -333,11 +333,25 @@ def _bench(name: str, summary: str) -> None:
     bench_app.command(name, help=summary, add_help_option=False, context_settings=settings)(run)
 
 
-_bench("serve", "Measure an OpenAI-compatible server on the prompts that a prefix cache meets.")
-_bench("exactness", "Count the bits in which cache on and cache off differ.")
-_bench("policy", "Replay traces through cache policies: what does each save, and what would be possible?")
-_bench("published", "Repeat Marconi's evaluation on made-up trajectories, beside the published hit rates.")
-_bench("kernels", "Time every operation against the roofline, the portable backend and other libraries.")
-_bench("choreography", "Time workflows whose agents read each other's messages, and count what reuse costs in answers.")
-_bench("decode", "Time whole steps of a model, with shared prefixes, beside the rates of this machine.")
-_bench("bookkeeping", "Time the cache's own work in large trees.")
+_bench("serve", "serving.command", "Measure an OpenAI-compatible server on the prompts that a prefix cache meets.")
+_bench("exactness", "exactness.command", "Count the bits in which cache on and cache off differ.")
+_bench(
+    "policy", "policy.command", "Replay traces through cache policies: what does each save, and what would be possible?"
+)
+_bench(
+    "published",
+    "policy.marconi_evaluation",
+    "Repeat Marconi's evaluation on made-up trajectories, beside the published hit rates.",
+)
+_bench(
+    "kernels", "kernels.command", "Time every operation against the roofline, the portable backend and other libraries."
+)
+_bench(
+    "choreography",
+    "choreography.command",
+    "Time workflows whose agents read each other's messages, and count what reuse costs in answers.",
+)
+_bench(
+    "decode", "engine.decode", "Time whole steps of a model, with shared prefixes, beside the rates of this machine."
+)
+_bench("bookkeeping", "engine.bookkeeping", "Time the cache's own work in large trees.")

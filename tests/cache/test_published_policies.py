@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.bench.replay import Replay, Simulation
-from hybrid_cache.bench.trace import Trace
-from hybrid_cache.bench.workloads import make_workload
+from hybrid_cache.bench.policy.replay import Replay, Simulation
+from hybrid_cache.bench.traces.trace import Trace
+from hybrid_cache.bench.traces.workloads import make_workload
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybrid_cache.batch import ForwardBatch
-from hybrid_cache.bench.random_model import SMALL, random_model
+from hybrid_cache.bench.common.random_model import SMALL, random_model
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.cuda_graphs import DecodeGraphs
 from hybrid_cache.kernels.layout import TILE
