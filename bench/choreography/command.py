@@ -28,7 +28,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from hybrid_cache.api.launch import LoadOptions
 from hybrid_cache.api.sizes import parse_bytes
@@ -49,8 +49,8 @@ from hybrid_cache.bench.choreography.quality import Examiner, Score, readings
 from hybrid_cache.bench.choreography.report import Aim, Check, Row, aims, plot_png, quality_table, rows_of, speed_table
 from hybrid_cache.bench.choreography.texts import FILES, GENERATED, Writer, texts_from
 from hybrid_cache.bench.choreography.workflows import WORKFLOWS, Script, Size, make_script
-from hybrid_cache.bench.policy.command import check_plot
-from hybrid_cache.bench.policy.report import target, write_whole
+from hybrid_cache.bench.common.files import check_plot, target, write_whole
+from hybrid_cache.bench.common.terminal import progress_bar
 from hybrid_cache.choreography.arrangement import SEAMS, Composition, Fidelity
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.models.training.dialogues import KINDS
@@ -229,14 +229,7 @@ def choreography(
         raise typer.BadParameter(str(error)) from error
     each = questions if questions is not None else 5 if model is None else 0
     rows, checks, scores = list[Row](), list[Check](), list[Score]()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         for one in subjects if speed else ():
             found = measure(run, one, progress)
             rows += found[0]

@@ -17,15 +17,16 @@ fits what Marconi's authors published of Jamba-1.5-Mini on four A100 (Pan et al.
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hybrid_cache.api.sizes import format_bytes, parse_bytes
+from hybrid_cache.bench.common.files import check_plot, target, write_whole
+from hybrid_cache.bench.common.http_client import server_url
+from hybrid_cache.bench.common.terminal import listed, progress_bar
 from hybrid_cache.bench.policy.cells import ARTIFACT, HINDSIGHT, STATIC, Cell, Setting, Speed, all_measured
 from hybrid_cache.bench.policy.live import Asked, compare
 from hybrid_cache.bench.policy.report import (
@@ -36,11 +37,8 @@ from hybrid_cache.bench.policy.report import (
     plot_png,
     rows_json,
     table,
-    target,
     with_gaps,
-    write_whole,
 )
-from hybrid_cache.bench.serving.command import server_url
 from hybrid_cache.bench.traces.files import FORMATS, load_trace
 from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.bench.traces.workloads import WORKLOADS, make_workload
@@ -205,13 +203,6 @@ def chosen_policies(text: str | None, with_bound: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*names, *LIMITS) if with_bound else names))
 
 
-def listed(what: str, text: str) -> tuple[str, ...]:
-    items = tuple(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
-    if not items:
-        raise ConfigError(f"{what} {text!r} names nothing, wanted a list with commas")
-    return items
-
-
 def chosen_models(given: Sequence[str]) -> list[ModelShape]:
     shapes = [model_shape(name) for name in dict.fromkeys(given)]
     names = named_apart([shape.name for shape in shapes], list(dict.fromkeys(given)))
@@ -290,25 +281,10 @@ def load_all(
     return traces
 
 
-def check_plot(path: Path) -> None:
-    """Raises ConfigError if no plot can be made."""
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"{path}: a plot is a PNG file, wanted a name that ends in .png")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("a plot needs matplotlib: pip install 'hybrid-cache[bench]'")
-
-
 def watched(cells: Sequence[Cell], jobs: int) -> list[Row]:
     """The rows of all cells in order, with a progress bar on the error stream."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     rows: dict[int, Row] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("replay", total=len(cells))
         for i, row in all_measured(cells, jobs):
             rows[i] = row

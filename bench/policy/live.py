@@ -29,9 +29,9 @@ from hybrid_cache.api.chat import prompt_of_tokens
 from hybrid_cache.api.sizes import format_bytes, parse_bytes
 from hybrid_cache.api.tokenizer import Tokenizer, load_tokenizer
 from hybrid_cache.arena import Geometry, Kind
+from hybrid_cache.bench.common.files import write_whole
+from hybrid_cache.bench.common.http_client import ServerFailed, Usage, open_client, refused, unreachable
 from hybrid_cache.bench.policy.replay import Replay, Simulation
-from hybrid_cache.bench.policy.report import write_whole
-from hybrid_cache.bench.serving.command import ServerFailed, Usage, refused, unreachable
 from hybrid_cache.bench.traces.trace import Mark, PageNames, Trace, TraceRequest
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
@@ -158,11 +158,8 @@ def compare(asked: Asked, traces: Sequence[Trace], json_file: Path | None) -> Co
 
 
 async def measure(asked: Asked, trace: Trace) -> Comparison:
-    headers = {"Authorization": f"Bearer {asked.api_key_file.read_text().strip()}"} if asked.api_key_file else {}
-    # A connection for each request: a request on a kept one can meet the server closing it, and is lost.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    timeout = httpx.Timeout(600, connect=5)
-    async with httpx.AsyncClient(base_url=asked.url, headers=headers, timeout=timeout, limits=limits) as http:
+    key = asked.api_key_file.read_text().strip() if asked.api_key_file else None
+    async with open_client(asked.url, key) as http:
         server = await look_at(http)
         if server.pages:
             raise ConfigError(f"{asked.url}: its cache holds {server.pages} pages, start the server afresh")

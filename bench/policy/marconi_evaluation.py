@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from hybrid_cache.bench.common.files import target, write_whole
+from hybrid_cache.bench.common.terminal import listed
 from hybrid_cache.bench.policy.cells import Cell, Setting, Speed, replayed
-from hybrid_cache.bench.policy.command import listed
-from hybrid_cache.bench.policy.report import target, write_whole
 from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.bench.traces.workloads import Agent, Uniform
 from hybrid_cache.errors import ConfigError, HybridCacheError

@@ -1,12 +1,10 @@
 """What `hybrid-cache bench policy` tells: rows of numbers, tables, one sentence for each trace, a picture."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from itertools import groupby
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +12,6 @@ from rich import box
 from rich.table import Table
 
 from hybrid_cache.api.sizes import format_bytes, format_count
-from hybrid_cache.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,26 +145,6 @@ def conclusion(rows: Sequence[Row]) -> str:
 
 def rows_json(rows: Sequence[Row]) -> bytes:
     return (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode()
-
-
-def target(path: Path) -> Path:
-    """Where a file really lies. Raises ConfigError if nothing can be written there: better before hours of replays."""
-    path = path.resolve()
-    if (path.exists() and not path.is_file()) or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path}: cannot be written")
-    return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Whole or not at all; `path` is a `target`. Raises ConfigError."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 # Picture

@@ -26,9 +26,18 @@ import typer
 from pydantic import BaseModel, ValidationError
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hybrid_cache.bench.common.http_client import (
+    ServerFailed,
+    Usage,
+    message_of,
+    open_client,
+    refused,
+    server_url,
+    unreachable,
+)
+from hybrid_cache.bench.common.terminal import progress_bar
 from hybrid_cache.bench.serving.scenarios import (
     ENGLISH,
     NEEDS,
@@ -42,10 +51,6 @@ from hybrid_cache.bench.serving.scenarios import (
     play,
 )
 from hybrid_cache.errors import HybridCacheError
-
-
-class ServerFailed(HybridCacheError):
-    """The server under test cannot be reached, refused a request, or broke off in the middle of a reply."""
 
 
 # The parts of a stream event that are read; everything else in it is ignored.
@@ -63,16 +68,6 @@ class Choice(BaseModel):
 
     def thought(self) -> str:
         return (self.delta and self.delta.reasoning_content) or ""
-
-
-class Details(BaseModel):
-    cached_tokens: int | None = None
-
-
-class Usage(BaseModel):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: Details | None = None
 
 
 class Timings(BaseModel):
@@ -187,27 +182,6 @@ class Client:
         return watch.reply()
 
 
-def message_of(error: object) -> str:
-    """The message inside an OpenAI error object, or all of it."""
-    return str(error["message"] if isinstance(error, dict) and "message" in error else error)[:500]
-
-
-def refused(response: httpx.Response) -> ServerFailed:
-    try:
-        body = response.json()
-    except ValueError:
-        body = response.text
-    error = body.get("error", body) if isinstance(body, dict) else body
-    return ServerFailed(f"{response.request.url}: HTTP {response.status_code}: {message_of(error)}")
-
-
-def unreachable(http: httpx.AsyncClient, error: httpx.TransportError) -> ServerFailed:
-    reason = str(error) or type(error).__name__
-    if isinstance(error, httpx.ConnectError):
-        return ServerFailed(f"{http.base_url}: no connection, is the server running? ({reason})")
-    return ServerFailed(f"{http.base_url}: the connection broke or timed out ({reason})")
-
-
 async def first_model(http: httpx.AsyncClient) -> str:
     """The id of the first model that the server lists."""
     try:
@@ -314,11 +288,7 @@ class Run:
 
 async def measure(run: Run, announce: Callable[[str], None] = lambda what: None) -> list[Row]:
     """Drives the server and returns one row a scenario; `announce` hears the name of each part as it begins."""
-    headers = {"Authorization": f"Bearer {run.key}"} if run.key else {}
-    timeout = httpx.Timeout(run.timeout, connect=5)
-    # A connection for each request: a request on a kept one can meet the server closing it, and is lost.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=run.url, headers=headers, timeout=timeout, limits=limits) as http:
+    async with open_client(run.url, run.key, run.timeout) as http:
         client = Client(http, DIALECTS[run.api], run.model or await first_model(http), run.ignore_eos)
         vocabulary = await calibrate(client.ask, run.words, str(run.seed))
         rounds: dict[str, list[list[Reply]]] = {}
@@ -327,17 +297,6 @@ async def measure(run: Run, announce: Callable[[str], None] = lambda what: None)
             async for scenario, replies in play(traffic, run.scenarios, announce):
                 rounds.setdefault(scenario, []).append(replies)
     return [summarise(run.label, scenario, replies, run.seed) for scenario, replies in rounds.items()]
-
-
-def server_url(url: str) -> str:
-    """The root of the server, also if the address of its `/v1` was given."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise typer.BadParameter(f"{url!r}: {error}") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise typer.BadParameter(f"{url!r}, wanted an address such as http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def chosen_scenarios(names: str) -> tuple[str, ...]:
@@ -363,14 +322,7 @@ def stream_counts(counts: str) -> tuple[int, ...]:
 def watched(run: Run) -> list[Row]:
     """`measure` with a progress bar on the error stream."""
     num_parts = len(set(run.scenarios) | {NEEDS[name] for name in run.scenarios if name in NEEDS})
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("calibrate", total=num_parts * run.repeat + 1)
 
         def announce(scenario: str) -> None:

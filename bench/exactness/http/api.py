@@ -9,8 +9,8 @@ import httpx
 from pydantic import BaseModel
 
 from hybrid_cache.api import schemas
+from hybrid_cache.bench.common.http_client import Details, refused, unreachable
 from hybrid_cache.bench.exactness.http.report import Json
-from hybrid_cache.bench.serving.command import Details, refused, unreachable
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 

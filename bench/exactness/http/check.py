@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import httpx
 
 from hybrid_cache.api import schemas
+from hybrid_cache.bench.common.http_client import ServerFailed, open_client
 from hybrid_cache.bench.exactness.http.api import TEXT, Asked, Reply, ask, hang_up
 from hybrid_cache.bench.exactness.http.mix import Mix
 from hybrid_cache.bench.exactness.http.report import Counts, Difference, Json
 from hybrid_cache.bench.exactness.http.servers import evictions_and_preemptions
-from hybrid_cache.bench.serving.command import ServerFailed
 
 BEHIND = 16  # requests that the server without a cache may be behind
 
@@ -146,13 +146,7 @@ def _order(asked: Asked, got: Reply) -> Sequence[int]:
 async def drive_servers(
     cached_url: str, plain_url: str, mix: "Mix", num_requests: int, tally: Tally, advance: Callable[[], None]
 ) -> None:
-    # A connection for each request: a request on a kept one can meet the server closing it, and is lost.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    timeout = httpx.Timeout(600, connect=5)
-    async with (
-        httpx.AsyncClient(base_url=cached_url, timeout=timeout, limits=limits) as cached,
-        httpx.AsyncClient(base_url=plain_url, timeout=timeout, limits=limits) as plain,
-    ):
+    async with open_client(cached_url) as cached, open_client(plain_url) as plain:
         await drive(cached, plain, mix, num_requests, tally, advance)
         tally.counts.evictions, tally.counts.preemptions = await evictions_and_preemptions(cached)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from hybrid_cache.bench.serving.command import ServerFailed, unreachable
+from hybrid_cache.bench.common.http_client import ServerFailed, unreachable
 
 START_S = 600.0
 STOP_S = 20.0

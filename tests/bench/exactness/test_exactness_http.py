@@ -13,12 +13,12 @@ import httpx
 import pytest
 from rich.console import Console
 
+from hybrid_cache.bench.common.http_client import ServerFailed
 from hybrid_cache.bench.exactness.http.check import Tally, drive
 from hybrid_cache.bench.exactness.http.compare import Options, compare_http
 from hybrid_cache.bench.exactness.http.mix import PHASES, Mix
 from hybrid_cache.bench.exactness.http.report import NUMBERS, Counts, HttpReport, table
 from hybrid_cache.bench.exactness.http.servers import server
-from hybrid_cache.bench.serving.command import ServerFailed
 
 Json = dict[str, object]
 Change = Callable[[Json, Json], Json]  # of a request's answer

@@ -19,9 +19,10 @@ from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.tokenizer import TextModel
 from hybrid_cache.arena import Geometry, Kind
 from hybrid_cache.async_engine import AsyncEngine
+from hybrid_cache.bench.common.files import write_whole
 from hybrid_cache.bench.policy.command import KNOWN, policy, speed
 from hybrid_cache.bench.policy.live import Server, check_sizes
-from hybrid_cache.bench.policy.report import Row, conclusion, with_gaps, write_whole
+from hybrid_cache.bench.policy.report import Row, conclusion, with_gaps
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels import dispatch

@@ -17,7 +17,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from hybrid_cache.bench.serving.command import Api, Row, Run, ServerFailed, marked_text, measure, serve, summarise
+from hybrid_cache.bench.common.http_client import ServerFailed
+from hybrid_cache.bench.serving.command import Api, Row, Run, marked_text, measure, serve, summarise
 from hybrid_cache.bench.serving.scenarios import SCENARIOS, Message, Reply, Shape, one_token_words
 from hybrid_cache.errors import ConfigError
 
