@@ -27,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from hybrid_cache.batch import HybridModel
-from hybrid_cache.bench.kernels.command import Ceilings, measure_ceilings
+from hybrid_cache.bench.common.ceilings import Ceilings, measure_ceilings
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine
 from hybrid_cache.kernels.layout import TILE

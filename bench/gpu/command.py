@@ -32,7 +32,6 @@ import torch
 from hybrid_cache.bench.gpu import correctness, kernel_speed, model_speed
 from hybrid_cache.bench.gpu.report import Section, as_json, markdown, section_of
 from hybrid_cache.bench.gpu.setting import Setting
-from hybrid_cache.bench.gpu.timing import Clock
 
 GRACE_S = 20  # after its limit, a part has so long to write down what it has
 PACKAGES = ("torch", "triton", "numpy", "transformers", "mamba-ssm", "causal-conv1d", "flash-attn")
@@ -66,7 +65,7 @@ def environment(setting: Setting, section: Section) -> None:
     if shutil.which("nvidia-smi"):
         asked = ["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader"]
         facts.add("nvidia-smi", subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.strip())
-    section.notes.append(kernel_speed.ceilings_note(Clock(setting.device).ceilings()))
+    section.notes.append(kernel_speed.ceilings_note(setting.ceilings()))
 
 
 PARTS: Mapping[str, Part] = {

@@ -8,9 +8,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from hybrid_cache.bench.common.ceilings import Ceilings
 from hybrid_cache.bench.gpu.report import Section
 from hybrid_cache.bench.gpu.setting import Setting
-from hybrid_cache.bench.gpu.timing import Ceilings, Clock, random
+from hybrid_cache.bench.gpu.timing import Clock, random
 from hybrid_cache.bench.kernels.cases import Case, cases
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.layout import TILE, RowLayout
@@ -28,7 +29,7 @@ MAMBA_SSM = ("mamba2", "mamba1_scan", "causal_conv")  # what the package has
 def kernels(setting: Setting, section: Section) -> None:
     """Each case of `bench kernels`, recorded as a graph where it can be; our portable backend as it is launched."""
     clock = Clock(setting.device)
-    ceilings = clock.ceilings()
+    ceilings = setting.ceilings()
     section.notes.append(ceilings_note(ceilings))
     section.notes.append("times are medians by the device's clock, with L2 overwritten before each call")
     table = section.table("operation", "size", "ms", "roofline", "bound by", "GB/s", "TFLOP/s", "others")
@@ -42,10 +43,10 @@ def kernels(setting: Setting, section: Section) -> None:
                 section.notes.append(f"no time left for {case.name} and what follows it")
                 break
             seconds, how = _time(clock, case.build(ops))
-            bound = "memory" if case.bytes / ceilings.bytes_per_s > case.flops / ceilings.flops_per_s else "arithmetic"
             others = [f"{name} {taken / seconds:.2f}x" for name, taken in _time_others(clock, case)]
             share = ceilings.seconds(case.bytes, case.flops) / seconds
             rates = case.bytes / seconds / 1e9, case.flops / seconds / 1e12
+            bound = ceilings.bound(case.bytes, case.flops)
             table.add(case.name, case.size + how, 1e3 * seconds, share, bound, *rates, ", ".join(others))
     reasons: Mapping[str, str] = getattr(ops, "reasons", {})
     section.notes += [f"{name} is left to torch: {reason}" for name, reason in reasons.items()]
@@ -121,5 +122,5 @@ def _decode_over_prefix(
 
 
 def ceilings_note(ceilings: Ceilings) -> str:
-    rates = ceilings.bytes_per_s / 1e9, ceilings.flops_per_s / 1e12
-    return f"ceilings in this run: a copy moves {rates[0]:,.0f} GB/s, a bf16 product runs at {rates[1]:,.3g} TFLOP/s"
+    reads, multiplies = f"{ceilings.gigabytes_per_s:,.0f} GB/s", f"{ceilings.gigaflops_per_s / 1e3:,.3g} TFLOP/s"
+    return f"ceilings in this run: a read moves {reads}, a bf16 product runs at {multiplies}"

@@ -11,7 +11,7 @@ from hybrid_cache.bench.gpu.correctness import EagerRunner
 from hybrid_cache.bench.gpu.kernel_speed import ceilings_note
 from hybrid_cache.bench.gpu.report import Section
 from hybrid_cache.bench.gpu.setting import Setting
-from hybrid_cache.bench.gpu.timing import Clock, synchronize
+from hybrid_cache.bench.gpu.timing import synchronize
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine
 from hybrid_cache.models.published import CONFIGS
@@ -31,8 +31,7 @@ RUNS: Mapping[str, tuple[bool, type[ModelRunner]]] = {  # label -> products by c
 
 
 def whole_model(setting: Setting, section: Section) -> None:
-    clock = Clock(setting.device)
-    ceilings = clock.ceilings()
+    ceilings = setting.ceilings()
     config: Mapping[str, object] = (
         SMALL["granite"] if setting.quick else {**CONFIGS[MODEL], "attention_multiplier": 0.1}
     )
@@ -41,7 +40,7 @@ def whole_model(setting: Setting, section: Section) -> None:
         ceilings_note(ceilings),
         f"{'a small hybrid' if setting.quick else MODEL}, random weights, bfloat16, prompts of {prompt:,} tokens; "
         "whole steps of the engine, sampling and bookkeeping included, by the host's clock",
-        "share of bandwidth: weights, KV and states of a step once (states in and out), over its time, over the copy's",
+        "share of bandwidth: weights, KV and states of a step once (states in and out), over its time, over the read's",
     ]
     decode = section.table(
         "decode", "batch", "ms a step", "tokens/s", "share of bandwidth", "replayed", "left to torch"
@@ -62,13 +61,13 @@ def whole_model(setting: Setting, section: Section) -> None:
             reasons = {**getattr(ops, "reasons", {}), **engine.fallbacks}
             told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             replayed = engine.stats().num_graph_replays
-            share = moved / ceilings.bytes_per_s / seconds
+            share = ceilings.seconds(moved, 0) / seconds
             decode.add(label, batch, 1e3 * seconds, batch / seconds, share, replayed, told)
             step_s[label, batch] = seconds
         for tiles in () if label not in ("exact", "fast") else (2,) if setting.quick else (16, 64):
             seconds = prefill_s[label, tiles] = _prefill(net, prompts, prompt, tiles, setting)
             rate = net.prefill_cost.flops(0, prompt) * prompts / seconds
-            prefill.add(label, 64 * tiles, prompts * prompt / seconds, rate / ceilings.flops_per_s)
+            prefill.add(label, 64 * tiles, prompts * prompt / seconds, rate / ceilings.gigaflops_per_s / 1e9)
     for batch in batches:
         exact = step_s["exact", batch]
         graphs, fast_ratio = step_s["exact, no graphs", batch] / exact, exact / step_s["fast", batch]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hybrid_cache.bench.common.ceilings import QUICK, Ceilings, measure_ceilings
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.torch_ops import TorchOps
 
@@ -26,6 +27,10 @@ class Setting:
     @property
     def seconds_left(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)
+
+    def ceilings(self) -> Ceilings:
+        """What the device does at best, with products in bfloat16."""
+        return measure_ceilings(torch.bfloat16, self.device, QUICK if self.quick else None)
 
     def ops(self, *, checked: bool = True, fast: bool = False) -> Ops:
         """`checked`: kernels are tried before their first use, and torch takes the place of those that fail."""

@@ -1,30 +1,15 @@
-"""Times on a card, by its own clock; and what the card does at best, to hold them against."""
+"""Times on a GPU, by its own clock."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor
 
 FLUSH_BYTES = 1 << 28  # several times any L2
-COPY_BYTES = {"cuda": 1 << 32, "cpu": 1 << 22}
-MATRIX = {"cuda": 8192, "cpu": 256}
 TARGET_S = 0.05  # for all timings of one call
 MIN_REPEATS, MAX_REPEATS = 5, 100
-
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """Measured in the same run as what they are compared with."""
-
-    bytes_per_s: float  # of a large copy, read and written
-    flops_per_s: float  # of a large bfloat16 product
-
-    def seconds(self, num_bytes: float, flops: float) -> float:
-        """The shortest that so much can take."""
-        return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
 
 class Clock:
@@ -64,14 +49,6 @@ class Clock:
         with torch.cuda.graph(graph):
             call()
         return self.seconds(graph.replay)
-
-    def ceilings(self) -> Ceilings:
-        source = torch.ones(COPY_BYTES[self._device.type] // 4, device=self._device)
-        target = torch.empty_like(source)
-        copied = self.seconds(lambda: target.copy_(source))
-        size = MATRIX[self._device.type]
-        a, b = (torch.randn(size, size, device=self._device).bfloat16() for _ in range(2))
-        return Ceilings(2.0 * source.nbytes / copied, 2.0 * size**3 / self.seconds(lambda: a @ b))
 
 
 def synchronize(device: torch.device) -> None:

@@ -8,8 +8,7 @@ on one thread unless --threads says otherwise.
 
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -20,30 +19,15 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
+from hybrid_cache.bench.common.ceilings import Ceilings, measure_ceilings
+from hybrid_cache.bench.common.timing import timed_in_turn
 from hybrid_cache.bench.kernels.cases import Case, Timed, cases
 from hybrid_cache.kernels import dispatch, mamba_ssm_ops
-from hybrid_cache.kernels.memory import large_pages
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.kernels.torch_ops import TorchOps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MATRIX = {"cpu": (1024, 1536, 2048), "cuda": (4096, 8192)}
-BUFFER = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes: larger than any cache
 WIDTH = 150  # columns of the table, on a narrow terminal too
-SHORT_S = 2e-3  # calls are repeated until a timing takes at least this long
-
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """What this machine does at best, in the run that they are compared with."""
-
-    gigabytes_per_s: float
-    gigaflops_per_s: float
-
-    def seconds(self, case: Case) -> float:
-        return max(case.bytes / self.gigabytes_per_s, case.flops / self.gigaflops_per_s) / 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +46,6 @@ class Result:
     others_ms: dict[str, float]
 
 
-def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
-    on_cpu, size = device.type == "cpu", BUFFER[device.type]
-    buffer = (large_pages(size) if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)).view(torch.float32)
-    buffer.fill_(1)
-    read = median(_rounds([lambda: buffer.sum()], device, rounds=15)[0])
-    fastest = 0.0
-    for size in MATRIX[device.type]:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        multiply = _square_product(a, b)
-        fastest = max(fastest, 2.0 * size**3 / min(_rounds([multiply], device, rounds=5)[0]))
-    return Ceilings(BUFFER[device.type] / read / 1e9, fastest / 1e9)
-
-
-def _square_product(a: Tensor, b: Tensor) -> Timed:
-    """The fastest product that torch has: with a packed weight on a CPU."""
-    if a.device.type == "cpu":
-        linear = TorchOps().linear(b)
-        return lambda: linear(a)
-    return lambda: a @ b
-
-
 def measure(
     case: Case, ops: Ops, ceilings: Ceilings, device: torch.device, rounds: int, against: Sequence[Ops]
 ) -> Result:
@@ -90,18 +53,17 @@ def measure(
     contenders: dict[str, Timed] = {"ours": case.build(ops)}
     contenders |= {other.name: case.build(other) for other in against if _has(other, case)}
     contenders |= case.others
-    taken = dict(zip(contenders, _rounds(list(contenders.values()), device, rounds), strict=True))
+    taken = dict(zip(contenders, timed_in_turn(list(contenders.values()), device, rounds), strict=True))
     seconds = {name: median(times) for name, times in taken.items()}
     ours = seconds.pop("ours")
-    by_memory = case.bytes / ceilings.gigabytes_per_s > case.flops / ceilings.gigaflops_per_s
     plain = seconds.pop("torch", None)
     return Result(
         kernel=case.name,
         size=case.size,
         backend=ops.name,
         ms=1e3 * ours,
-        roofline=ceilings.seconds(case) / ours,
-        bound="memory" if by_memory else "arithmetic",
+        roofline=ceilings.seconds(case.bytes, case.flops) / ours,
+        bound=ceilings.bound(case.bytes, case.flops),
         gigabytes_per_s=case.bytes / ours / 1e9,
         gigaflops_per_s=case.flops / ours / 1e9,
         torch_ms=None if plain is None else 1e3 * plain,
@@ -111,36 +73,6 @@ def measure(
 
 def _has(ops: Ops, case: Case) -> bool:
     return ops.name != "mamba_ssm" or case.name in mamba_ssm_ops.OPERATIONS
-
-
-def _rounds(contenders: Sequence[Timed], device: torch.device, rounds: int) -> list[list[float]]:
-    """Seconds of one call of each contender, `rounds` times in turn."""
-    clock: Callable[[Timed, int], float] = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    repeats = []
-    for call in contenders:
-        call()
-        repeats.append(max(1, round(SHORT_S / max(clock(call, 1), 1e-6))))
-    times: list[list[float]] = [[] for _ in contenders]
-    for _ in range(rounds):
-        for call, count, seconds in zip(contenders, repeats, times, strict=True):
-            seconds.append(clock(call, count) / count)
-    return times
-
-
-def _cpu_seconds(call: Timed, count: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(count):
-        call()
-    return time.perf_counter() - begin
-
-
-def _cuda_seconds(call: Timed, count: int) -> float:
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(count):
-        call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def kernels(

@@ -28,7 +28,6 @@ CPU = Setting(torch.device("cpu"), "torch", True, deadline=1e12)
 def small(monkeypatch):
     monkeypatch.setattr(timing, "TARGET_S", 1e-5)
     monkeypatch.setattr(timing, "MIN_REPEATS", 1)
-    monkeypatch.setattr(timing, "MATRIX", {"cpu": 64})
     monkeypatch.setattr(cases, "transformers_peers", lambda *_: {})  # takes seconds to import
 
 

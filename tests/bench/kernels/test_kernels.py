@@ -6,16 +6,14 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid_cache.api.cli import app
-from hybrid_cache.bench.kernels import command
-from hybrid_cache.bench.kernels.cases import Case
+from hybrid_cache.bench.common import ceilings, timing
 from tests.kernels.compiler import compiler_needed
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(command, "MATRIX", {"cpu": (64,)})
-    monkeypatch.setattr(command, "BUFFER", {"cpu": 1 << 16})
-    monkeypatch.setattr(command, "SHORT_S", 1e-5)
+    monkeypatch.setattr(ceilings, "SIZES", {"cpu": ceilings.Sizes(1 << 16, (64,))})
+    monkeypatch.setattr(timing, "SHORT_S", 1e-5)
 
 
 def run(*options):
@@ -53,14 +51,6 @@ def test_other_backends_and_libraries_are_timed_in_the_same_rounds(small, tmp_pa
         assert set(row["others_ms"]) == {"native", "transformers"}
         assert min(row["others_ms"].values()) > 0
         assert row["torch_ms"] is None  # it is the backend itself
-
-
-def test_a_share_of_the_roofline_is_the_longer_of_bytes_and_flops():
-    ceilings = command.Ceilings(gigabytes_per_s=10, gigaflops_per_s=1000)
-    moves = Case("a", "", flops=1e9, bytes=1e9, build=lambda ops: lambda: None)
-    computes = Case("b", "", flops=1e12, bytes=1e9, build=lambda ops: lambda: None)
-    assert ceilings.seconds(moves) == pytest.approx(0.1)
-    assert ceilings.seconds(computes) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
