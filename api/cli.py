@@ -4,9 +4,10 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from hybrid_cache import __version__
 from hybrid_cache.errors import ConfigError, HybridCacheError
@@ -23,10 +24,6 @@ bench_app = typer.Typer(help="Measurements.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
 
-POLICY_HELP = (
-    "What the cache keeps: ours (learned value per byte), flops-per-byte, gdsf, lru, seglen, marconi, sglang-radix, "
-    "sglang-unified, vllm-block, none."
-)
 Model = Annotated[
     str | None, typer.Argument(help="A folder in Hugging Face format or a hub name; the embedded model if left out.")
 ]
@@ -92,7 +89,19 @@ def options(
     pass
 
 
-@app.command()
+class _NamesPolicies(TyperCommand):
+    """A command whose help names the policies, which are imported when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from hybrid_cache.policies.registry import policy_names
+
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.name == "policy":
+                option.help = f"What the cache keeps: {', '.join(policy_names())}."
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_NamesPolicies)
 def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -102,7 +111,7 @@ def serve(
         list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
     ] = None,
     budget: Budget = "2GiB",
-    policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "ours",
+    policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
     backend: Backend = "auto",
     fast: Fast = False,
     dtype: Dtype = "auto",

@@ -31,7 +31,7 @@ from hybrid_cache.eviction import EvictionQueues
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.lease import Lease, Match, Reservation
 from hybrid_cache.policies.base import Outline, Policy, Wish, Worth
-from hybrid_cache.policies.ours import Ours
+from hybrid_cache.policies.learned import Learned
 from hybrid_cache.request import Boundary, TokenArray
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
@@ -73,7 +73,7 @@ class HybridCache:
         """
         self._budget_bytes = budget_bytes
         self._cost = cost
-        self._policy = policy or Ours()
+        self._policy = policy or Learned()
         self._clock = clock
         self._effect_size = spec.effect_size
         self._stateless = spec.slot_bytes == 0  # attention alone: every page is a place to resume from

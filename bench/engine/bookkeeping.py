@@ -28,7 +28,8 @@ from hybrid_cache.arena import Geometry, Kind
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.policies.registry import make_policy
+from hybrid_cache.policies.learned import Learned
+from hybrid_cache.policies.registry import canonical_name, make_policy
 from hybrid_cache.request import Boundary, TokenArray
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
@@ -66,7 +67,7 @@ class Timing:
 def bookkeeping(
     nodes: Annotated[list[int] | None, typer.Option(min=100, help="Sizes of the tree, in pages.")] = None,
     requests: Annotated[int, typer.Option(min=2, help="Requests timed in each case.")] = 500,
-    policy: Annotated[str, typer.Option(help="Eviction policy.")] = "ours",
+    policy: Annotated[str, typer.Option(help="Eviction policy.")] = Learned.name,
     seed: Annotated[int, typer.Option(help="Seed of the tokens.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
@@ -79,7 +80,7 @@ def bookkeeping(
         raise typer.Exit(1) from error
     Console().print(table(timings))
     if json_file is not None:
-        settings = {"requests": requests, "policy": policy, "seed": seed, "tokens": NUM_TOKENS}
+        settings = {"requests": requests, "policy": canonical_name(policy), "seed": seed, "tokens": NUM_TOKENS}
         json_file.write_text(json.dumps({**settings, "timings": [asdict(t) for t in timings]}, indent=2) + "\n")
 
 

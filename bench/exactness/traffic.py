@@ -13,6 +13,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.digests import Digests
 from hybrid_cache.engine import Engine
 from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.policies.learned import Learned
 from hybrid_cache.policies.registry import policy_names
 from hybrid_cache.request import Output, PromptOutput
 
@@ -162,6 +163,6 @@ def _config(model: HybridModel, phase: Phase, rng: random.Random) -> EngineConfi
         max_running=rng.choice((2, 4, 12, 32)),
         max_tiles=rng.choice((1, 2, 3, 7, 16)),
         max_tiles_beside_decode=rng.choice((1, 2, 4)),
-        policy=rng.choice((*policy_names(), "ours", "ours")),
+        policy=rng.choice((*policy_names(), Learned.name, Learned.name)),
         verify=True,
     )

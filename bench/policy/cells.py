@@ -17,13 +17,13 @@ from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models.shapes import ModelShape, total_cost
 from hybrid_cache.policies.base import Policy
+from hybrid_cache.policies.learned import Learned, new_model
 from hybrid_cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
-from hybrid_cache.policies.ours import Ours, new_model
 from hybrid_cache.policies.registry import make_policy
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
 # Policies that only make sense here: two need hindsight, the other more of a model than a server tells.
-STATIC, ARTIFACT, HINDSIGHT = "marconi-static", "marconi-artifact", "ours-hindsight"
+STATIC, ARTIFACT, HINDSIGHT = "marconi-static", "marconi-artifact", "learned-hindsight"
 ALL_LIVES = 1 << 18
 ANY_BUDGET = 1 << 50  # for sizes that do not depend on the budget
 
@@ -161,10 +161,10 @@ def outcome_of(cell: Cell) -> Outcome:
 def informed(cell: Cell) -> Outcome:
     """The default policy with what its features can teach about this very trace, known from the first request on."""
     model = new_model(ALL_LIVES)
-    replayed(cell, Ours(model, learn=False))
+    replayed(cell, Learned(model, learn=False))
     for _ in range(5):
         model.fit(cell.setting.trace.requests[-1].arrival_s)
-    return replayed(cell, Ours(model, learn=False))
+    return replayed(cell, Learned(model, learn=False))
 
 
 def replayed(cell: Cell, policy: Policy) -> Outcome:

@@ -46,7 +46,8 @@ from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models.presets import PRESETS, model_shape
 from hybrid_cache.models.shapes import ModelShape
-from hybrid_cache.policies.registry import policy_names
+from hybrid_cache.policies.learned import Learned
+from hybrid_cache.policies.registry import ALIASES, policy_names
 
 # Without arguments: small enough for a minute on one core, large enough that something has to go.
 DEFAULT_SCALES = {"chat": 0.25, "agent": 0.15, "few-shot": 0.25}
@@ -54,15 +55,16 @@ DEFAULT_MODEL = "jamba-1.5-mini"
 DEFAULT_CAPACITIES = "5%,10%,20%"
 ORDER = (
     *("none", "lru", "vllm-block", "sglang-radix", "sglang-unified", "marconi", STATIC, ARTIFACT),
-    *("seglen", "gdsf", "flops-per-byte", "ours"),
+    *("seglen", "gdsf", "flops-per-byte", Learned.name),
 )
-# In the order in which they are shown: what came first, and ours last.
+# In the order in which they are shown: what came first, and the default last.
 KNOWN = tuple(
     sorted(
         dict.fromkeys((*policy_names(), STATIC, ARTIFACT, HINDSIGHT)),
         key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER),
     )
 )
+FORMER_NAMES = {**ALIASES, "ours-hindsight": HINDSIGHT}
 ON_REQUEST = (STATIC, ARTIFACT, HINDSIGHT)  # not run unless named: two need hindsight, the other repeats errors
 FILE_WIDTH = 100  # at least, where nobody can widen a window
 REFERENCE_MODEL, REFERENCE_SPEED = "jamba-1.5-mini", "17.8:53.0"
@@ -196,7 +198,8 @@ def policy(
 
 def chosen_policies(text: str | None, with_bound: bool) -> tuple[str, ...]:
     known = (*KNOWN, *LIMITS)
-    names = tuple(name for name in KNOWN if name not in ON_REQUEST) if text is None else listed("policy", text)
+    given = tuple(name for name in KNOWN if name not in ON_REQUEST) if text is None else listed("policy", text)
+    names = tuple(FORMER_NAMES.get(name, name) for name in given)
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown policy {name!r}, must be one of {', '.join(known)}")

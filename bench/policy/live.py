@@ -37,7 +37,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models import loading
-from hybrid_cache.policies.registry import make_policy
+from hybrid_cache.policies.registry import canonical_name, make_policy
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 SHOWN = 12  # differing requests in the report
@@ -166,7 +166,7 @@ async def measure(asked: Asked, trace: Trace) -> Comparison:
         name = asked.models[0] if asked.models else EMBEDDED
         model = model_of(name, server.dtype)
         capacity = server.budget_bytes if asked.capacity is None else parse_bytes(asked.capacity)
-        policy = asked.policy or EngineConfig().policy
+        policy = canonical_name(asked.policy or EngineConfig().policy)
         make_policy(policy, model.spec, model.cost, capacity)  # before anything is sent
         prompts = list(spoken(trace, model))
         geometry = Geometry.of(model.spec, capacity)

@@ -38,15 +38,16 @@ from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models.presets import nvidia_hybrid_as_published
 from hybrid_cache.policies.base import Policy
+from hybrid_cache.policies.learned import Learned
 from hybrid_cache.policies.marconi import ALPHAS, Marconi
-from hybrid_cache.policies.registry import make_policy
+from hybrid_cache.policies.registry import ALIASES, make_policy
 from hybrid_cache.policies.vllm_block import VLLMBlock
 
 GB = 10**9
 SESSIONS = 30  # for which the cache sizes are
 INSTRUCTIONS = 150  # tokens that all sessions begin with
-VLLM, SGLANG, MARCONI, STATIC, OURS = "vllm-block", "sglang-radix", "marconi", "marconi-static", "ours"
-POLICIES = VLLM, SGLANG, MARCONI, STATIC, OURS
+VLLM, SGLANG, MARCONI, STATIC = "vllm-block", "sglang-radix", "marconi", "marconi-static"
+POLICIES = VLLM, SGLANG, MARCONI, STATIC, Learned.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def published(
     try:
         json_file = json_file and target(json_file)
         sweeps = known("sweep", listed("sweep", sweep), SWEEPS) if sweep else SWEEPS
-        policies = known("policy", listed("policy", policy), POLICIES)
+        policies = known("policy", [ALIASES.get(name, name) for name in listed("policy", policy)], POLICIES)
         points = [point for point in POINTS if point.sweep in sweeps]
         cells = [(point, name, sessions, seed) for point in points for name in policies]
         rates = dict(zip([(point, name) for point, name, _, _ in cells], watched(cells, jobs), strict=True))

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from hybrid_cache.api.sizes import format_bytes, format_count
+from hybrid_cache.policies.learned import Learned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,7 +150,6 @@ def rows_json(rows: Sequence[Row]) -> bytes:
 
 # Picture
 
-OURS = "ours"
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#6a3d9a", "#a0a000")
 MARKERS = "sD^vPXd"
 PANELS_A_ROW = 3
@@ -184,9 +184,9 @@ def draw(axes: "Axes", rows: Sequence[Row]) -> None:
     lines = {policy: points(rows, policy) for policy in dict.fromkeys(row.policy for row in rows)}
     sizes = sorted({100 * row.capacity_share for row in rows})
     axes.set_xscale("log")
-    others = [policy for policy in lines if policy not in (*LIMITS, BASELINE, OURS, "none")]
+    others = [policy for policy in lines if policy not in (*LIMITS, BASELINE, Learned.name, "none")]
     for policy, line in lines.items():
-        if policy == OURS:
+        if policy == Learned.name:
             axes.plot(*line, "o-", color="#d62728", linewidth=2.6, markersize=5, label=policy, zorder=6)
         elif policy == BASELINE:
             axes.plot(*line, "o-", color="black", linewidth=1.6, markersize=3.5, label=policy, zorder=5)

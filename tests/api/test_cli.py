@@ -16,6 +16,7 @@ from hybrid_cache.api.launch import LoadOptions
 from hybrid_cache.api.server import ServeOptions
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
+from hybrid_cache.policies.registry import policy_names
 
 HEAVY = ("torch", "transformers", "fastapi", "httpx", "numpy")
 PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli import main; main()")
@@ -57,6 +58,7 @@ def test_talking_to_a_server_needs_no_torch() -> None:
             ["serve"],
             ["--host", "--port", "--api-key-file", "--budget", "--policy", "--backend", "--fast", "--drain-timeout"],
         ),
+        (["serve"], [*policy_names()]),
         (["chat"], ["--url", "--system", "--temperature", "--max-tokens", "--seed", "--backend", "--fast"]),
         (["model", "info"], ["--budget", "--json"]),
         (["model", "list"], ["--budget", "--json"]),

@@ -30,6 +30,7 @@ from hybrid_cache.bench.exactness.http.servers import PROGRAM, server
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.models import loading
+from hybrid_cache.policies.learned import Learned
 
 SHOWN = 5  # differing requests in the report, in full
 
@@ -41,7 +42,7 @@ class Options:
     model: str | None = None  # the embedded one
     dtype: str = "auto"
     backend: str = "auto"
-    policy: str = "ours"
+    policy: str = Learned.name
     threads: int = 1
 
     def command(self, *more: str) -> list[str]:
@@ -59,7 +60,7 @@ def compare_http(
     dtype: str = "auto",
     backend: str = "auto",
     budget: str | None = None,
-    policy: str = "ours",
+    policy: str = Learned.name,
     threads: int = 1,
     progress: Progress | None = None,
     phases: Sequence[Phase] = PHASES,

@@ -86,6 +86,11 @@ def test_every_policy_makes_a_row_at_every_capacity(tmp_path: Path) -> None:
             assert 0 < row.kv_bytes + row.state_bytes <= row.capacity_bytes
 
 
+def test_a_policy_is_also_known_by_its_former_name(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, *TINY[:-2], "--capacity", "10%", "--policy", "ours,ours-hindsight,learned", "--no-bound")
+    assert [r.policy for r in rows] == ["learned", "learned-hindsight"]
+
+
 def test_nothing_saves_nothing_and_no_policy_passes_the_bound(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, *TINY)
     for size in {r.capacity_bytes for r in rows}:

@@ -38,10 +38,10 @@ def new_model(most_lives: int = MOST_LIVES) -> ReturnModel:
     return ReturnModel(ODDS, tuple(SIZES.values()), most_lives)
 
 
-class Ours:
+class Learned:
     """See the module docstring."""
 
-    name = "ours"
+    name = "learned"
     wants_rises = False
 
     def __init__(self, model: ReturnModel | None = None, *, learn: bool = True) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hybrid_cache.cache import HybridCache
 from hybrid_cache.kernels.layout import TILE
 from hybrid_cache.policies.base import Outline, Wish
-from hybrid_cache.policies.ours import Ours
+from hybrid_cache.policies.learned import Learned
 from hybrid_cache.policies.places import ODDS, SIZES, PlaceMemory
 from hybrid_cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
 from hybrid_cache.request import Boundary
@@ -170,13 +170,13 @@ def test_a_place_knows_its_message_and_how_far_from_the_end_it_is() -> None:
 # Order
 
 
-def cache_with(policy: Ours, clock: Clock, slots: int, pages: int) -> HybridCache:
+def cache_with(policy: Learned, clock: Clock, slots: int, pages: int) -> HybridCache:
     return new_cache(SPECS["slot of four pages"], slots=slots, pages=pages, policy=policy, clock=clock)
 
 
 def test_before_anything_is_learned_the_oldest_goes_first() -> None:
     clock = Clock()
-    cache = cache_with(Ours(), clock, slots=4, pages=5)
+    cache = cache_with(Learned(), clock, slots=4, pages=5)
     for prompt in ("a", "b", "c", "d"):
         run = begin(cache, tokens_of(prompt, 1))
         cache.plan(run.lease)
@@ -192,7 +192,7 @@ def test_before_anything_is_learned_the_oldest_goes_first() -> None:
 
 
 def test_the_state_above_takes_over_the_prospects_of_one_that_has_gone() -> None:
-    policy, clock = Ours(), Clock()
+    policy, clock = Learned(), Clock()
     cache = cache_with(policy, clock, slots=20, pages=40)
     fill(cache, tokens_of("abc", 1), TILE)
     clock.now += 5000.0
@@ -212,7 +212,7 @@ def test_the_state_above_takes_over_the_prospects_of_one_that_has_gone() -> None
 
 def test_victims_come_in_order_whatever_changes_meanwhile() -> None:
     """The shortlist against scores computed one by one, through random uses, lapses of time and evictions."""
-    rng, clock, policy = np.random.default_rng(3), Clock(), Ours()
+    rng, clock, policy = np.random.default_rng(3), Clock(), Learned()
     cache = cache_with(policy, clock, slots=60, pages=300)
     for step in range(250):
         prompt = "".join(rng.choice(list("abcd"), rng.integers(1, 6)))
@@ -240,7 +240,7 @@ def test_victims_come_in_order_whatever_changes_meanwhile() -> None:
 
 
 def test_a_score_is_never_infinite_or_negative() -> None:
-    policy = Ours()
+    policy = Learned()
     cache = cache_with(policy, Clock(), slots=20, pages=40)
     fill(cache, tokens_of("abcdef", 1), TILE, 6 * TILE, end=True)
     assert all(0 <= policy._score(row) < math.inf for row in range(len(policy._kept)))
