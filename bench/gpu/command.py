@@ -1,4 +1,4 @@
-"""`python -m hybrid_cache.bench.gpu_check`: everything that only a card can tell, in less than ten minutes.
+"""`python -m hybrid_cache.bench.gpu_check`: everything that only a GPU can tell, in less than ten minutes.
 
 Runs from a source checkout with torch, triton, transformers, numpy and safetensors alone. Each part has a process of
 its own and a time limit, so that one that hangs or spoils its process takes nothing else along; the report is written
@@ -174,9 +174,9 @@ def _progress(section: Section) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gpu_check", description="Checks a card: parity, exactness, speed.")
+    parser = argparse.ArgumentParser(prog="gpu_check", description="Checks a GPU: parity, exactness, speed.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", choices=("triton", "torch"), help="triton on a card, torch on a CPU if left out")
+    parser.add_argument("--backend", choices=("triton", "torch"), help="triton on a GPU, torch on a CPU if left out")
     parser.add_argument("--quick", action="store_true", help="as little of everything as there can be")
     parser.add_argument("--only", help=f"parts, with commas, of: {', '.join(PARTS)}")
     parser.add_argument("--report", type=Path, help="Markdown; gpu_check.md in $OUT or here if left out")

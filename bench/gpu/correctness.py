@@ -39,7 +39,7 @@ LINEARS = ((768, 384), (192, 50), (1536, 6448), (3072, 1536), (4096, 1536))
 CUBLAS = ((1536, 6448), (3072, 1536), (2048, 2048), (4096, 14336))
 ROWS = 70
 ROW_OPERATIONS = "operations on rows"
-TOLERATED = {**TOLERANCE, torch.bfloat16: 1e-2}  # scans on a card round once more
+TOLERATED = {**TOLERANCE, torch.bfloat16: 1e-2}  # scans on a GPU round once more
 
 Pairs = list[tuple[Tensor, Tensor]]  # what was found, and what is right
 

@@ -1,4 +1,4 @@
-"""What a check of a card has found, as Markdown and as JSON."""
+"""What a check of a GPU has found, as Markdown and as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

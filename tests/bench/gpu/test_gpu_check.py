@@ -1,4 +1,4 @@
-"""The check of a card, tried on a CPU at sizes that take seconds; and, with a card, a few of its parts."""
+"""The check of a GPU, tried on a CPU at sizes that take seconds; and, with a GPU, a few of its parts."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_an_unknown_part_is_named(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_card_it_says_so(capsys):
+def test_without_a_gpu_it_says_so(capsys):
     assert main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 
@@ -174,28 +174,28 @@ def test_models_of_random_weights_are_exact(name):
     assert check_model(model) == []
 
 
-card_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture
-def card():
+def gpu():
     return Setting(torch.device("cuda", 0), "triton", False, deadline=1e12)
 
 
 @pytest.mark.gpu
-@card_needed
+@gpu_needed
 @pytest.mark.parametrize("dtype", correctness.DTYPES, ids=str)
 @pytest.mark.parametrize("name", [correctness.ROW_OPERATIONS, *SHAPES])
-def test_a_card_agrees_with_the_reference(card, name, dtype):
-    found = correctness.compare(card, name, dtype)
+def test_a_gpu_agrees_with_the_reference(gpu, name, dtype):
+    found = correctness.compare(gpu, name, dtype)
     assert found.worst <= 1, found.reason
 
 
 @pytest.mark.gpu
-@card_needed
+@gpu_needed
 @pytest.mark.parametrize("part", [correctness.exactness, correctness.models], ids=["operations", "models"])
-def test_a_card_is_exact(card, part):
+def test_a_gpu_is_exact(gpu, part):
     """Of the models: a replayed decode step has the bits of one that is launched."""
     section = Section("exact")
-    part(card, section)
+    part(gpu, section)
     assert section.failures == []
