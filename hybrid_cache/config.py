@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 
-from hybrid_cache.cache.policies.registry import check_policy_name
+from hybrid_cache.cache.policies.registry import canonical_name
 from hybrid_cache.errors import ConfigError
 
 VERIFY_VARIABLE = "HYBRID_CACHE_VERIFY"
@@ -21,7 +21,7 @@ class EngineConfig:
     budget_bytes: int = 2 << 30  # KV pages, states and prompt ends together
     max_running: int = 32
     max_waiting: int = 256
-    policy: str = "ours"
+    policy: str = "learned"
     prefix_cache: bool = True  # off: nothing is reused between requests
     max_tiles: int = 16  # prefill tiles in a step with nobody decoding
     max_tiles_beside_decode: int = 4  # bounds the pause that a long prompt puts between a neighbour's tokens
@@ -33,4 +33,4 @@ class EngineConfig:
         for name in ("budget_bytes", "max_running", "max_waiting", "max_tiles", "max_tiles_beside_decode"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
-        check_policy_name(self.policy)
+        canonical_name(self.policy)  # raises ConfigError if there is none

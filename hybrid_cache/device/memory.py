@@ -21,7 +21,7 @@ from hybrid_cache.cache.commands import (
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Policy
-from hybrid_cache.cache.policies.ours import Ours
+from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.config import verify_by_default
 from hybrid_cache.device.arena import Arena
 from hybrid_cache.device.batch import CacheTensors
@@ -103,7 +103,7 @@ class HybridCache(Books):
         """
         verify = verify_by_default() if verify is None else verify
         self.memory = CacheMemory(spec, budget_bytes, device, verify=verify)
-        fit = spec, cost, budget_bytes, policy or Ours()
+        fit = spec, cost, budget_bytes, policy or Learned()
         super().__init__(*fit, emit=self.memory.run, clock=clock or monotonic, verify=verify)
 
     @property

@@ -5,6 +5,7 @@ from hybrid_cache.cache.policies.lru import LRU
 from hybrid_cache.cache.policies.registry import POLICIES, make_policy
 from hybrid_cache.cache.policies.value import RATE, FlopsPerByte
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Kept, Node
+from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
@@ -66,8 +67,12 @@ def test_a_policy_is_made_by_its_name(name: str) -> None:
     assert make_policy(name).name == name
 
 
+def test_a_policy_is_also_made_by_its_former_name() -> None:
+    assert make_policy(EngineConfig(policy="ours").policy).name == "learned"
+
+
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'best', must be one of ours, flops-per-byte, lru"):
+    with pytest.raises(ConfigError, match=r"'best', must be one of learned, flops-per-byte, lru"):
         make_policy("best")
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_cache.bench.replay import Replay, Simulation
-from hybrid_cache.bench.trace import Trace
-from hybrid_cache.bench.workloads import make_workload
+from hybrid_cache.bench.policy.replay import Replay, Simulation
+from hybrid_cache.bench.traces.trace import Trace
+from hybrid_cache.bench.traces.workloads import make_workload
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies import marconi
 from hybrid_cache.cache.policies.base import Outline, Policy

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hybrid_cache.bench.exactness import Report, compare
+from hybrid_cache.bench.exactness.report import Report
+from hybrid_cache.bench.exactness.run import compare
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels import dispatch

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from hybrid_cache.cache.policies.base import Policy
 from hybrid_cache.cache.policies.gdsf import GDSF
+from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.lru import LRU
 from hybrid_cache.cache.policies.marconi import Marconi
 from hybrid_cache.cache.policies.nothing import Nothing
-from hybrid_cache.cache.policies.ours import Ours
 from hybrid_cache.cache.policies.seglen import SegLen
 from hybrid_cache.cache.policies.sglang_radix import SGLangRadix, SGLangUnified
 from hybrid_cache.cache.policies.value import FlopsPerByte
@@ -16,13 +16,16 @@ from hybrid_cache.errors import ConfigError
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Ours, FlopsPerByte, LRU, GDSF, Nothing, SegLen, SGLangRadix, SGLangUnified)
+    policy.name: policy for policy in (Learned, FlopsPerByte, LRU, GDSF, Nothing, SegLen, SGLangRadix, SGLangUnified)
 }
 # Policies that depend on the model, or on the size of the cache.
 FITTED: dict[str, Callable[[CacheSpec, PrefillCost, int], Policy]] = {
     "marconi": lambda spec, cost, budget_bytes: Marconi(None, spec, cost, budget_bytes),
     "vllm-block": lambda spec, cost, budget_bytes: VLLMBlock(equal_page_tokens(spec)),
 }
+
+
+ALIASES = {"ours": Learned.name}  # former names
 
 
 def policy_names() -> tuple[str, ...]:
@@ -36,7 +39,7 @@ def make_policy(
 
     The simple ones, in `POLICIES`, need nothing but their name.
     """
-    check_policy_name(name)
+    name = canonical_name(name)
     if name in POLICIES:
         return POLICIES[name]()
     if spec is None or cost is None or budget_bytes < 1:
@@ -44,7 +47,9 @@ def make_policy(
     return FITTED[name](spec, cost, budget_bytes)
 
 
-def check_policy_name(name: str) -> None:
-    """Raises ConfigError for an unknown one."""
+def canonical_name(name: str) -> str:
+    """The policy's name, which may be given by an alias. Raises ConfigError for an unknown one."""
+    name = ALIASES.get(name, name)
     if name not in policy_names():
         raise ConfigError(f"unknown policy {name!r}, must be one of {', '.join(policy_names())}")
+    return name

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybrid_cache.bench.random_model import SMALL, random_model
+from hybrid_cache.bench.common.random_model import SMALL, random_model
 from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.device.cuda_graphs import DecodeGraphs
 from hybrid_cache.device.memory import HybridCache
