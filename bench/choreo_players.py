@@ -12,11 +12,11 @@ from torch import Tensor
 
 from hybrid_cache.bench.choreo_models import Subject
 from hybrid_cache.bench.choreo_workflows import Ask, Script
-from hybrid_cache.choreography.arrangement import Composition, Encoding, Fidelity, Order, Positions
+from hybrid_cache.choreography.arrangement import Composition, Encoding, Fidelity, Order, Positions, Style
 from hybrid_cache.choreography.book import Message
 from hybrid_cache.choreography.plan import Action, Plan
 from hybrid_cache.choreography.stage import Program, Stage
-from hybrid_cache.choreography.workflow import Call, Style, Workflow
+from hybrid_cache.choreography.workflow import Call, Workflow
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine
 from hybrid_cache.lease import Lease
