@@ -13,11 +13,12 @@ from torch import Tensor
 from hybrid_cache.bench.choreography.models import Subject
 from hybrid_cache.bench.choreography.workflows import Ask, Script
 from hybrid_cache.cache.lease import Lease
-from hybrid_cache.choreography.arrangement import Composition, Encoding, Fidelity, Order, Positions
+
+from hybrid_cache.choreography.arrangement import Composition, Encoding, Fidelity, Order, Positions, Style
 from hybrid_cache.choreography.book import Message
 from hybrid_cache.choreography.plan import Action, Plan
 from hybrid_cache.choreography.stage import Program, Stage
-from hybrid_cache.choreography.workflow import Call, Style, Workflow
+from hybrid_cache.choreography.workflow import Call, Workflow
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.runner import StepHidden
 from hybrid_cache.engine.engine import Engine

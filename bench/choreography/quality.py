@@ -23,9 +23,10 @@ from torch import Tensor
 
 from hybrid_cache.bench.choreography.models import Subject
 from hybrid_cache.bench.choreography.players import PromptedEngine
-from hybrid_cache.choreography.arrangement import Composition, Fidelity
+
+from hybrid_cache.choreography.arrangement import Composition, Fidelity, Style
 from hybrid_cache.choreography.book import Message
-from hybrid_cache.choreography.workflow import Call, Style, Workflow
+from hybrid_cache.choreography.workflow import Call, Workflow
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.models.training.composed import Case, cases, context_of
 from hybrid_cache.models.training.dialogues import Turn

@@ -58,6 +58,18 @@ class Encoding(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Style:
+    """How faithful a call is, see `Arrangement`. `encoding` is for messages that are new in a call."""
+
+    fidelity: Fidelity = Fidelity.EXACT
+    seam: int = 0
+    composition: Composition = Composition.ORDERED
+    positions: Positions = Positions.CONSECUTIVE
+    order: Order = Order.GIVEN
+    encoding: Encoding = Encoding.IN_PLACE
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """Consecutive tokens of a prompt. Without an id they are computed in place, and not kept as a message.
 

@@ -14,16 +14,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from hybrid_cache.choreography.arrangement import (
-    Arrangement,
-    Composition,
-    Encoding,
-    Fidelity,
-    Order,
-    Part,
-    Positions,
-    closed,
-)
+from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Style, closed
+from hybrid_cache.choreography.assembly import Piece, arranged
 from hybrid_cache.choreography.book import Message, MessageBook
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.engine.engine import Engine
@@ -49,18 +41,6 @@ class Renderer(Protocol):
         ...
 
     def text(self, tokens: Sequence[int]) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How faithful a call is, see `Arrangement`. `encoding` is for messages that are new in a call."""
-
-    fidelity: Fidelity = Fidelity.EXACT
-    seam: int = 0
-    composition: Composition = Composition.ORDERED
-    positions: Positions = Positions.CONSECUTIVE
-    order: Order = Order.GIVEN
-    encoding: Encoding = Encoding.IN_PLACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,24 +240,12 @@ class Workflow:
     def _request(
         self, name: str, call: Call, messages: Sequence[Message], opening: TokenArray | Sequence[int]
     ) -> Request:
-        style, opening = call.style or self.style, np.asarray(opening, np.int32)
-        tokens = np.concatenate([*(m.tokens for m in messages), opening])
-        ends = np.cumsum([len(m.tokens) for m in messages])
-        parts = [part_of(message, [m.id for m in messages[:i]]) for i, message in enumerate(messages)]
-        arrangement = Arrangement(
-            (*parts, *([Part(len(opening))] if len(opening) else [])),
-            style.fidelity,
-            style.seam,
-            style.composition,
-            style.positions,
-            style.order,
-            closing=self.renderer.closing if call.keep else None,
-            answer_start=len(tokens) - len(opening),
-            context=tuple(m.id for m in messages),
-        )
-        boundaries = tuple(Boundary(int(end), role=m.role) for end, m in zip(ends, messages, strict=True))
+        pieces = [Piece(m.tokens, (Boundary(len(m.tokens), role=m.role),), m) for m in messages]
+        closing = self.renderer.closing if call.keep else None
+        opened = Piece(np.asarray(opening, np.int32))
+        prompt, arrangement = arranged(pieces, opened, call.style or self.style, closing)
         sampling = call.sampling or self.sampling
-        return Request(name, Prompt(tokens, boundaries), sampling, namespace=self._tenant, arrangement=arrangement)
+        return Request(name, prompt, sampling, namespace=self._tenant, arrangement=arrangement)
 
     def _run(self) -> None:
         """Steps until all calls are answered and their messages stored."""
@@ -323,10 +291,3 @@ class Workflow:
             running.ended_s - running.started_s,
             tuple(running.logprobs),
         )
-
-
-def part_of(message: Message, before: Sequence[str]) -> Part:
-    """A message as part of a prompt: one that belongs behind others is stored only where it stands behind them."""
-    encoding = Encoding.IN_PLACE if message.context else Encoding.ALONE
-    keep = tuple(before) == message.context
-    return Part(len(message.tokens), message.id, encoding, keep, message.role)

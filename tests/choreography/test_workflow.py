@@ -6,9 +6,9 @@ from random import Random
 import pytest
 
 from hybrid_cache.api.workflow import open_workflow
-from hybrid_cache.choreography.arrangement import SEAMS, Composition, Encoding, Fidelity, Order, Positions
+from hybrid_cache.choreography.arrangement import SEAMS, Composition, Encoding, Fidelity, Order, Positions, Style
 from hybrid_cache.choreography.plan import Action
-from hybrid_cache.choreography.workflow import Call, Style
+from hybrid_cache.choreography.workflow import Call
 from hybrid_cache.errors import RequestError, UnknownMessage
 from hybrid_cache.request import SamplingParams
 

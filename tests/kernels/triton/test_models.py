@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_cache.choreography.workflow import Style, Workflow
+from hybrid_cache.choreography.arrangement import Style
+from hybrid_cache.choreography.workflow import Workflow
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.torch_ops import TorchOps
