@@ -24,8 +24,6 @@ from hybrid_cache.api.tokenizer import Tokenizer
 from hybrid_cache.choreography.assembly import Piece, joined
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
-from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt
 
 MAX_BOUNDARIES = 64

@@ -24,8 +24,6 @@ from hybrid_cache.choreography.assembly import Piece, context_of
 from hybrid_cache.choreography.book import Message
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.errors import RequestError
-from hybrid_cache.tokens import Boundary, Prompt, TokenArray
-from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Prompt, TokenArray
 
 MOST_MESSAGES = 256  # of an arranged request: the end of each is found by rendering all before it

@@ -174,6 +174,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own default if left out.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    budget: Budget = "2GiB",
     backend: Backend = "auto",
     fast: Fast = False,
     adapter: Adapter = None,
@@ -188,10 +189,12 @@ def chat(
     else:
         from hybrid_cache.api.launch import LoadOptions
         from hybrid_cache.api.local_chat import EnginePartner
+        from hybrid_cache.api.sizes import parse_bytes
         from hybrid_cache.config import EngineConfig
 
         options = LoadOptions(model, backend, fast, adapter=adapter)
-        num_failed = terminal.run(EnginePartner(options, EngineConfig(), asked), system)
+        config = EngineConfig(budget_bytes=parse_bytes(budget))
+        num_failed = terminal.run(EnginePartner(options, config, asked), system)
     # A person has seen it; a script looks at the exit code.
     raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from hybrid_cache.bench.choreography.models import Subject
 from hybrid_cache.bench.choreography.workflows import Ask, Script
 from hybrid_cache.cache.lease import Lease
-
 from hybrid_cache.choreography.arrangement import Composition, Encoding, Fidelity, Order, Positions, Style
 from hybrid_cache.choreography.book import Message
 from hybrid_cache.choreography.plan import Action, Plan

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from hybrid_cache.bench.choreography.models import Subject
 from hybrid_cache.bench.choreography.players import PromptedEngine
-
 from hybrid_cache.choreography.arrangement import Composition, Fidelity, Style
 from hybrid_cache.choreography.book import Message
 from hybrid_cache.choreography.workflow import Call, Workflow

@@ -7,6 +7,7 @@ with a workflow `wf`
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -18,7 +19,7 @@ from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelit
 from hybrid_cache.choreography.assembly import Piece, arranged
 from hybrid_cache.choreography.book import Message, MessageBook
 from hybrid_cache.choreography.plan import Plan
-from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.engine import Engine, Outputs
 from hybrid_cache.engine.sequence import namespace_of
 from hybrid_cache.errors import RequestError
 from hybrid_cache.request import FinishReason, PromptOutput, Request, SamplingParams, TokenLogprob, TokenOutput
@@ -96,7 +97,10 @@ class Workflow:
         namespace: str = "",
         book: MessageBook | None = None,
     ) -> None:
-        """style, sampling: of calls that name none; namespace: no message is ever used in two of them"""
+        """style, sampling: of calls that name none; namespace: no message is ever used in two of them
+
+        `others` gets what the engine answers to requests that are not the workflow's, for who submitted them.
+        """
         self.engine = engine
         self.renderer = renderer
         self.style = style or Style()
@@ -105,6 +109,7 @@ class Workflow:
         self._book = book or MessageBook()
         self._numbers = itertools.count()
         self._running: dict[str, _Running] = {}
+        self.others: Outputs = []
 
     # Messages
 
@@ -126,11 +131,9 @@ class Workflow:
         """Computes several messages side by side, none of which sees another."""
         style = style or self.style
         messages = [self.message(text, parents, role) for text in texts]
-        for message in messages:
-            parts = [*parents, message]
-            if not self.is_stored(message, style):
-                self._submit(Call([], style=style, keep=False, sampling=SamplingParams(max_tokens=0)), parts, [])
-        self._run()
+        call = Call([], style=style, keep=False, sampling=SamplingParams(max_tokens=0))
+        missing = [message for message in messages if not self.is_stored(message, style)]
+        self._run([self._new(call, [*parents, message], []) for message in missing])
         return messages
 
     def find(self, name: str) -> Message:
@@ -174,9 +177,9 @@ class Workflow:
 
     def parallel(self, calls: Sequence[Call]) -> list[Answer]:
         """Answers of calls that run side by side in one batch."""
-        names = [self._start(call) for call in calls]
-        self._run()
-        return [self._answer(name) for name in names]
+        asked = [self._new(call, self._messages_of(call), self.renderer.opening(call.role)) for call in calls]
+        self._run(asked)
+        return [self._answer(request.id) for request, _ in asked]
 
     def settle(self) -> None:
         """Computes answers again by the way of prompts, so that later exact calls find them: for when nobody waits."""
@@ -228,14 +231,14 @@ class Workflow:
                 messages += self._known([item])
         return messages
 
-    def _start(self, call: Call) -> str:
-        return self._submit(call, self._messages_of(call), self.renderer.opening(call.role))
-
-    def _submit(self, call: Call, messages: Sequence[Message], opening: TokenArray | Sequence[int]) -> str:
+    def _new(
+        self, call: Call, messages: Sequence[Message], opening: TokenArray | Sequence[int]
+    ) -> tuple[Request, _Running]:
+        """Raises RequestError for a call that can never be answered; nothing has begun then."""
         name = f"call-{id(self)}-{next(self._numbers)}"
-        self._running[name] = _Running(call, list(messages), time.perf_counter())
-        self.engine.submit(self._request(name, call, messages, opening))
-        return name
+        request = self._request(name, call, messages, opening)
+        self.engine.check_request(request)
+        return request, _Running(call, list(messages), time.perf_counter())
 
     def _request(
         self, name: str, call: Call, messages: Sequence[Message], opening: TokenArray | Sequence[int]
@@ -247,10 +250,18 @@ class Workflow:
         sampling = call.sampling or self.sampling
         return Request(name, prompt, sampling, namespace=self._tenant, arrangement=arrangement)
 
-    def _run(self) -> None:
-        """Steps until all calls are answered and their messages stored."""
-        while not self.engine.idle:
+    def _run(self, asked: Sequence[tuple[Request, _Running]]) -> None:
+        """Submits calls as the engine takes them, and steps until all are answered and their messages stored."""
+        coming = deque(asked)
+        while coming or not self.engine.idle:
+            while coming and self.engine.has_room:
+                request, running = coming.popleft()
+                self._running[request.id] = running
+                self.engine.submit(request)
             for name, output in self.engine.step():
+                if name not in self._running:
+                    self.others.append((name, output))
+                    continue
                 running, now = self._running[name], time.perf_counter()
                 if isinstance(output, PromptOutput):
                     running.plan = output.plan

@@ -110,8 +110,12 @@ class Engine:
         return self._scheduler.num_waiting < self._config.max_waiting
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises RequestError, or Overloaded when the queue is full."""
+        """Queues a request, whose id must not be that of an open one. Raises RequestError, or Overloaded when the queue
+        is full.
+        """
         self.check_request(request)
+        if self.is_open(request.id):
+            raise RequestError(f"request id {request.id!r} is in use", param="id")
         if not self.has_room:
             raise Overloaded(f"{self._scheduler.num_waiting} requests wait, limit {self._config.max_waiting}")
         self._open[request.id] = request.n
@@ -157,8 +161,12 @@ class Engine:
         return None
 
     def plan(self, request: Request) -> Plan:
-        """What would be done for an arranged request if it came now. Changes nothing."""
-        assert request.arrangement is not None
+        """What would be done for an arranged request if it came now. Changes nothing.
+
+        Raises RequestError for one that can never be served, or is not arranged.
+        """
+        if request.arrangement is None:
+            raise RequestError("the request names no messages: there is nothing to plan", param="arrangement")
         self.check_request(request)
         sequence = self._new_sequence(request, 0)
         arrangement, prompt = sequence.request.arrangement, sequence.prefill
