@@ -14,7 +14,7 @@ from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Order, Part
 from hybrid_cache.choreography.order import MOST_ASKED, MOST_IN_VAIN, Known, best_order
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine.engine import engine as engine_module
+from hybrid_cache.engine import engine as engine_module
 from hybrid_cache.engine.scheduler import Scheduler
 from hybrid_cache.engine.sequence import Prefill, grid_floor
 from hybrid_cache.kernels import dispatch
