@@ -31,7 +31,7 @@ class StateSpec:
     state_shape  (heads, head_dim, d_state) for Mamba-2 and delta nets, (channels, d_state) for Mamba-1; always float32;
                  (0,) for a layer that keeps a window only
     effect       shape of P in h -> P h + S, what a run of tokens does, in float32: (n,) where the numbers of tokens
-                 add up, (heads, d_state, d_state) for products of matrices; see `choreography.effects`
+                 add up, (heads, d_state, d_state) for products of matrices; see `device.effects`
     """
 
     conv_shape: tuple[int, int]

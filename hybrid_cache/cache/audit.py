@@ -75,6 +75,8 @@ def check_books(pool: Pool, messages: MessageStore, leases: Iterable[Lease], scr
     published = {(Kind.PAGE, node.page) for node in in_tree} | {each for k in kept for each in pool.items(k)}
     assert len(published) == len(in_tree) + sum(len(pool.items(k)) for k in kept)
     assert len(pool.slot_owner) == len(kept)
+    slots = {item for kind, item in published if kind is Kind.SLOT}
+    assert slots == pool.slot_owner.keys() | pool.extra_slots
     num_pages = sum(kind is Kind.PAGE for k in kept for kind, _ in pool.items(k))
     assert len(pool.page_owner) == len(in_tree) + num_pages
     for kind, item in published:

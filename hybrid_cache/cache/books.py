@@ -171,7 +171,7 @@ class Books:
     def reserve_checkpoint(
         self, lease: Lease, position: int, kind: CheckpointKind, *, ttl_s: float | None = None
     ) -> int | None:
-        """A slot for the forward pass to fill with the state at `position`, a grid position not yet committed.
+        """A slot for the forward pass to fill with the state at `position`, a grid position not yet published.
 
         None when the lease does not publish, the place is taken, or the policy would have to evict something better.
         The state, once it is there, is kept for at least `ttl_s` after each use unless nothing else is left to evict.

@@ -55,6 +55,7 @@ class Pool:
         # For compaction: who holds each small item that may be moved.
         self.page_owner: dict[int, Node | PromptEnd | StoredMessage] = {}
         self.slot_owner: dict[int, Kept] = {}
+        self.extra_slots: set[int] = set()  # of published messages, where slots hold their effects; these never move
         policy.open(self.worth, clock)
         self.queues = EvictionQueues(policy, clock)
         self.admissions: Counter[str] = Counter()
@@ -77,6 +78,10 @@ class Pool:
             return ((Kind.SLOT, kept.slot), *pages, *((self.extra_kind, item) for item in kept.extra))
         tail = kept.page if isinstance(kept, PromptEnd) else None
         return ((Kind.SLOT, kept.slot), *([(Kind.PAGE, tail)] if tail is not None else []))
+
+    def _others(self, kept: Kept, kind: Kind) -> list[int]:
+        """Its items of a kind beside the slot with its state."""
+        return [item for each, item in self.items(kept)[1:] if each is kind]
 
     # Room
 
@@ -130,7 +135,7 @@ class Pool:
         """To be called with items that are about to be written to. Raises OwnershipError for one that was published."""
         published: Mapping[int, object] = self.page_owner if kind is Kind.PAGE else self.slot_owner
         for item in items:
-            if item in published:
+            if item in published or (kind is Kind.SLOT and item in self.extra_slots):
                 raise OwnershipError(f"{kind.value} {item} would be written to after it was published")
 
     def _compact(self) -> bool:
@@ -171,9 +176,9 @@ class Pool:
     def publish(self, kept: Kept, path: Iterable[Node]) -> None:
         """Files a new state. path: the nodes of the request that made it"""
         self.slot_owner[kept.slot] = kept
-        for kind, item in self.items(kept)[1:]:
-            if kind is Kind.PAGE:
-                self.page_owner[item] = kept  # type: ignore[assignment]  # a checkpoint has no page
+        if not isinstance(kept, Checkpoint):
+            self.page_owner.update((item, kept) for item in self._others(kept, Kind.PAGE))
+        self.extra_slots.update(self._others(kept, Kind.SLOT))
         self._seal(self.items(kept), kept.title)
         self.admissions[kept.label] += 1
         self.stamp(kept, path)
@@ -249,9 +254,9 @@ class Pool:
         self.queues.withdraw(kept)
         self._unseal(self.items(kept))
         del self.slot_owner[kept.slot]
-        for kind, item in self.items(kept)[1:]:
-            if kind is Kind.PAGE:
-                del self.page_owner[item]
+        for page in self._others(kept, Kind.PAGE):
+            del self.page_owner[page]
+        self.extra_slots.difference_update(self._others(kept, Kind.SLOT))
         kept.take_out()
         self.evictions[kept.label] += 1
         above = None if isinstance(kept, StoredMessage) else nearest_checkpoint(kept.node)

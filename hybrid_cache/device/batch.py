@@ -15,7 +15,7 @@ CacheTensors = tuple[KVTensors | StateTensors, ...]
 
 
 class EffectRecorder(Protocol):
-    """Who wants to know what runs of the batch do to recurrent states; see `choreography.effects`."""
+    """Who wants to know what runs of the batch do to recurrent states; see `device.effects`."""
 
     def keys(self, kv: KVTensors, inv_freq: Tensor | None, first: int = 0) -> None: ...
 

@@ -78,7 +78,7 @@ class Running:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    cache: HybridCache
+    cache: Books
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.budget = num_bytes + spare_bytes
         fit = SPECS[name], COST, self.budget
         chosen = Marconi(0.5) if policy == "marconi-static" else make_policy(policy, *fit)
-        self.cache: Books = Books(*fit, chosen, clock=self.clock)
+        self.cache = Books(*fit, chosen, clock=self.clock)
         if with_tensors:
             self.cache = HybridCache(*fit, chosen, clock=self.clock)
         self.layers: list[tuple[bool, npt.NDArray[np.float32], npt.NDArray[np.float32]]] = []

@@ -228,3 +228,23 @@ def test_numbers_lie_in_items_of_the_kind_that_is_lent() -> None:
     cache = items(6)
     assert cache.pool.extra_kind is Kind.PAGE
     assert cache.memory.numbers.shape == (6, 256)
+
+
+def test_what_a_published_message_does_to_states_is_not_written_to_without_attention() -> None:
+    """There slots hold it, beside the one with its state."""
+    spec = cache_spec(StateSpec((1, 2), (2, 112), torch.float32, effect=(100,)))
+    cache = new_cache(spec, slots=4, policy=LRU())
+    extra = cache.messages.lend_extra("", "m", 0, 10)
+    assert extra
+    assert cache.pool.extra_kind is Kind.SLOT
+    stored = cache.messages.reserve("", "m", 0, 10, 0, extra)
+    assert stored is not None
+    cache.pool.check_unpublished(Kind.SLOT, [stored.slot, *stored.extra])
+    cache.messages.publish(stored)
+    cache.check()
+    for slot in (stored.slot, *stored.extra):
+        with pytest.raises(OwnershipError):
+            cache.pool.check_unpublished(Kind.SLOT, [slot])
+    cache.drop()
+    cache.check()
+    cache.pool.check_unpublished(Kind.SLOT, [stored.slot, *stored.extra])

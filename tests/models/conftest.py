@@ -8,7 +8,7 @@ BACKENDS = dispatch.exact_backends()
 
 
 def pytest_collection_modifyitems(items):
-    """Sweeps are slow ones, but for the usual backend, or where a sweep is cheap for the first case of a family."""
+    """Parity and exactness run on the usual backend, and on others for the first case of a family; all else is slow."""
     usual = dispatch.select().name
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}

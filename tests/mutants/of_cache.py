@@ -240,9 +240,15 @@ SHARING = [
     ),
     pool(
         "what was published may be written to",
-        "            if item in published:\n",
-        "            if item in ():\n",
+        "            if item in published or (",
+        "            if item in () or (",
         WRITES,
+    ),
+    pool(
+        "what a published message does to states may be written to, where slots hold it",
+        "        self.extra_slots.update(self._others(kept, Kind.SLOT))\n",
+        "",
+        MESSAGES,
     ),
     lease(
         "rows of the tree may be written to",
@@ -492,8 +498,8 @@ KEEPING_MESSAGES = [
     ),
     pool(
         "the pages of a message belong to nobody",
-        "            if kind is Kind.PAGE:\n                self.page_owner[item] = kept",
-        "            if False:\n                self.page_owner[item] = kept",
+        "            self.page_owner.update((item, kept) for item in self._others(kept, Kind.PAGE))\n",
+        "            pass\n",
         MESSAGES,
     ),
     messages(
