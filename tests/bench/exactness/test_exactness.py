@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hybrid_cache.api import cli
 from hybrid_cache.bench.exactness import command
+from hybrid_cache.bench.exactness import run as rounds
 from hybrid_cache.bench.exactness.models import named
 from hybrid_cache.bench.exactness.report import Report, verdicts
 from hybrid_cache.bench.exactness.run import compare
@@ -103,6 +104,19 @@ def _overwrite(batch: ForwardBatch, cache: CacheTensors) -> Tensor:
     """Writes to the first page whatever is asked."""
     cache[0].k[0] += 1.0
     return torch.zeros(len(batch.output_rows), 2)
+
+
+def test_tight_rounds_follow_until_a_run_has_met_what_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_few_requests() -> Report:
+        return compare(SumModel(), Report("fake", "float32", seed=4), 1, requests_per_round=4)
+
+    monkeypatch.setattr(rounds, "MORE_ROUNDS", 0)
+    assert of_few_requests().untried == ("preemptions", "evictions")
+    monkeypatch.undo()
+    report = of_few_requests()
+    assert report.untried == ()
+    assert report.exact
+    assert report.rounds > 2
 
 
 def test_a_run_that_preempts_nobody_says_that_it_proves_nothing() -> None:
