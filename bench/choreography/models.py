@@ -10,9 +10,9 @@ from hybrid_cache.api.launch import LoadOptions, load
 from hybrid_cache.api.tokenizer import TextModel
 from hybrid_cache.api.workflow import ChatRenderer
 from hybrid_cache.bench.common.random_model import random_model
-from hybrid_cache.choreography.workflow import Renderer
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.workflow import Renderer
 
 GRANITE_150M = "granite-150m"
 # Like Granite 4 H, without experts: 20 layers of which three attend, no rotary positions.

@@ -12,19 +12,21 @@ from torch import Tensor
 
 from hybrid_cache.bench.choreography.models import Subject
 from hybrid_cache.bench.choreography.workflows import Ask, Script
-from hybrid_cache.cache.lease import Lease
 from hybrid_cache.choreography.arrangement import Composition, Encoding, Fidelity, Order, Positions, Style
 from hybrid_cache.choreography.book import Message
+from hybrid_cache.choreography.commands import Clear, Compose
 from hybrid_cache.choreography.plan import Action, Plan
-from hybrid_cache.choreography.stage import Program, Stage
-from hybrid_cache.choreography.workflow import Call, Workflow
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.device.runner import StepHidden
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.memory import CacheMemory
+from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
-from hybrid_cache.engine.scheduler import Scheduler, Step
-from hybrid_cache.engine.sequence import Sequence as Running
+from hybrid_cache.engine.scheduler import Step
 from hybrid_cache.request import PromptOutput, Request, SamplingParams
+from hybrid_cache.sampling import TokenChooser
 from hybrid_cache.tokens import Boundary, Prompt, TokenArray
+from hybrid_cache.work import Command
+from hybrid_cache.workflow import Call, Workflow
 
 Clock = Callable[[], float]
 
@@ -61,60 +63,68 @@ def moved(fidelity: Fidelity, seams: Sequence[int], compositions: Sequence[Compo
     return found
 
 
-class ForgetfulStage(Stage):
-    """While it forgets, the states of a prompt are zero behind its messages: the control."""
+class Prompter(Worker):
+    """Says what it is told: the n-th line to a request whose seed is n. It computes what it would have said.
 
-    forgets = False
+    first_s  when each seed's first token came
+    logits   of each token, by seed, where `watches`
+    forgets  the states of a prompt are zero behind its messages: the control
+    """
 
-    def advance(self, program: Program, lease: Lease, computed: int) -> int:
-        now = super().advance(program, lease, computed)
-        if self.forgets and now > computed:
-            self.clear(lease)
-        return now
+    def __init__(self, model: HybridModel, memory: CacheMemory, spare_slot: Callable[[], int | None]) -> None:
+        super().__init__(model, memory, spare_slot)
+        self.lines: Mapping[int, Sequence[int]] = {}
+        self.watches = self.forgets = False
+        self.logits_of = defaultdict[int, list[Tensor]](list)
+        self.first_s: dict[int, float] = {}
+        self.clock: Clock = time.perf_counter
+
+    def do(self, command: Command) -> None:
+        super().do(command)
+        if self.forgets and isinstance(command, Compose):
+            super().do(Clear(command.slot))
+
+    def pick(self, logits: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
+        places = [chooser.counts.total() for chooser in choosers]
+        tokens = super().pick(logits, choosers)
+        for i, (chooser, place, row) in enumerate(zip(choosers, places, logits, strict=True)):
+            seed = -1 if chooser.params.seed is None else chooser.params.seed
+            if not place:
+                self.first_s[seed] = self.clock()
+            if self.watches:
+                self.logits_of[seed].append(row.clone())
+            if (line := self.lines.get(seed)) is not None:
+                tokens[i] = line[place]
+        return tokens
 
 
 class PromptedEngine(Engine):
-    """Says what it is told: the n-th line to a request whose seed is n. It computes what it would have said.
+    """An engine with a prompter.
 
     first_s  seconds from a request's coming to its first token, by seed
-    logits   of each token, by seed, where `watches`
     stored   tokens of messages that were computed for the store, beside those of prompts
     """
 
     def __init__(self, subject: Subject, config: EngineConfig, clock: Clock = time.perf_counter) -> None:
-        super().__init__(subject.model, config)
-        model, anatomy = subject.model, self._runner.anatomy
-        self.forgetful = ForgetfulStage(self.cache, model, anatomy)
-        self.stage = self.forgetful
-        self._scheduler = Scheduler(self.cache, config, self.stage)
-        self.lines: Mapping[int, Sequence[int]] = {}
-        self.watches = False
-        self.logits = defaultdict[int, list[Tensor]](list)
-        self.first_s: dict[int, float] = {}
+        super().__init__(subject.model, config, worker=Prompter)
+        assert isinstance(self.worker, Prompter)
+        self.prompter = self.worker
+        self.prompter.clock = clock
         self.stored = 0
-        self._clock = clock
+        self.watch = self._count
         self._came_s: dict[int, float] = {}
 
+    @property
+    def first_s(self) -> dict[int, float]:
+        return {seed: now - self._came_s[seed] for seed, now in self.prompter.first_s.items()}
+
     def submit(self, request: Request) -> None:
-        self._came_s[seed_of(request)] = self._clock()
+        self._came_s[seed_of(request)] = self.prompter.clock()
         super().submit(request)
 
-    def _forward(self, step: Step) -> StepHidden | None:
+    def _count(self, step: Step) -> None:
         prefills = [(c.prefill, c.end - c.start) for c in step.chunks if c.sequence is None]
         self.stored += sum(length for prefill, length in prefills if prefill.program is not None)
-        return super()._forward(step)
-
-    def _pick(self, sequences: list[Running], logits: Tensor) -> list[int]:
-        tokens = super()._pick(sequences, logits)
-        for i, (sequence, row) in enumerate(zip(sequences, logits, strict=True)):
-            seed = seed_of(sequence.request)
-            if not sequence.generated:
-                self.first_s[seed] = self._clock() - self._came_s[seed]
-            if self.watches:
-                self.logits[seed].append(row.clone())
-            if (line := self.lines.get(seed)) is not None:
-                tokens[i] = line[len(sequence.generated)]
-        return tokens
 
 
 def seed_of(request: Request) -> int:
@@ -266,7 +276,7 @@ class Stages:
         """Plays a script once, from an empty cache. Between rounds the engine may do what it does when nobody waits."""
         engine, shown = self._engines[contender.prefix_cache], Performance()
         engine.cache.drop()
-        engine.lines, engine.stored = parts.lines, 0
+        engine.prompter.lines, engine.stored = parts.lines, 0
         player: PromptPlayer | WorkflowPlayer
         if contender.style is None:
             player = PromptPlayer(script, parts, engine, top)

@@ -25,11 +25,11 @@ from hybrid_cache.bench.choreography.models import Subject
 from hybrid_cache.bench.choreography.players import PromptedEngine
 from hybrid_cache.choreography.arrangement import Composition, Fidelity, Style
 from hybrid_cache.choreography.book import Message
-from hybrid_cache.choreography.workflow import Call, Workflow
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.models.training.composed import Case, cases, context_of
 from hybrid_cache.models.training.dialogues import Turn
 from hybrid_cache.request import SamplingParams
+from hybrid_cache.workflow import Call, Workflow
 
 MOST_NEW = 24
 TOGETHER = 16  # dialogues in the cache at a time
@@ -97,7 +97,7 @@ class Examiner:
     def __init__(self, subject: Subject, budget_bytes: int) -> None:
         self._subject = subject
         self._engine = PromptedEngine(subject, EngineConfig(budget_bytes=budget_bytes))
-        self._engine.watches = True
+        self._engine.prompter.watches = True
 
     def scores(
         self, kind: str, seed: int, each: int, plans: Sequence[Reading], *, anew: bool, tell: Callable[[], None]
@@ -131,14 +131,14 @@ class Examiner:
             messages = self._messages(workflow, case, plan, rng)
             sampling = SamplingParams(temperature=0.0, max_tokens=MOST_NEW, seed=number, stop_token_ids=stop)
             calls.append(Call([*messages, case.read.questions[0].ask], sampling=sampling, keep=False))
-        engine.logits.clear()
-        engine.forgetful.forgets = plan.zeroed
+        engine.prompter.logits_of.clear()
+        engine.prompter.forgets = plan.zeroed
         answers = workflow.parallel(calls)
-        engine.forgetful.forgets = False
+        engine.prompter.forgets = False
         for number, (case, answer) in enumerate(zip(asked, answers, strict=True)):
             right = answer.text == case.read.questions[0].answer and answer.tokens[-1:] == stop
             computed = answer.plan.computed / answer.plan.num_tokens
-            yield Said(answer.tokens, right, torch.stack(engine.logits[number]), computed)
+            yield Said(answer.tokens, right, torch.stack(engine.prompter.logits_of[number]), computed)
 
     def _messages(self, workflow: Workflow, case: Case, plan: Reading, rng: Random) -> list[Message]:
         """The messages in the order of the reader, stored as the plan says."""

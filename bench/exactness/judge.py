@@ -7,12 +7,12 @@ import numpy as np
 
 from hybrid_cache.bench.exactness.asked import Asked
 from hybrid_cache.bench.exactness.report import Report
-from hybrid_cache.bench.exactness.rows import Ledger, PlainWatcher, recording_runner
+from hybrid_cache.bench.exactness.rows import Ledger, PlainWatcher, watched_engine
 from hybrid_cache.bench.exactness.traffic import Traffic, room
 from hybrid_cache.choreography.arrangement import Fidelity
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.engine import Outputs
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import Request, SamplingParams, TokenOutput
 from hybrid_cache.tokens import Prompt, TokenArray
@@ -26,7 +26,7 @@ class Judge:
         config = EngineConfig(
             budget_bytes=room(model, most_tokens, 4), max_running=1, prefix_cache=False, verify=True, max_tiles=64
         )
-        self._engine = Engine(model, config, runner=recording_runner(PlainWatcher(ledger)))
+        self._engine = watched_engine(model, config, PlainWatcher(ledger))
 
     def round(self, asked: Sequence[Asked], traffic: Traffic) -> None:
         for one in asked:

@@ -3,7 +3,8 @@
 Requests may be answered in an order that is known only afterwards, so the busy engine goes first.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.bench.exactness.report import Report
-from hybrid_cache.device.batch import ForwardBatch
-from hybrid_cache.device.runner import ModelRunner, StepHidden
-from hybrid_cache.engine.scheduler import Chunk, Step
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import ForwardBatch, HybridModel
+from hybrid_cache.device.worker import Hidden, Worker
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.prefills import Chunk
+from hybrid_cache.engine.scheduler import Step
 from hybrid_cache.engine.sequence import Prefill
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.tokens import TokenArray
+from hybrid_cache.work import Work
 
 # A digest of all tokens up to the row's own, and where the prompt ended for a row of decode; -1 for one of prefill.
 Key = tuple[bytes, int]
@@ -45,24 +50,25 @@ class Watcher(Protocol):
     def row(self, key: Key, bits: Bits, origin: Origin) -> None: ...
 
 
-def recording_runner(watcher: Watcher) -> type[ModelRunner]:
-    """A `ModelRunner` that shows a watcher the logits of each token which an exact sequence computes."""
+def watched_engine(
+    model: HybridModel, config: EngineConfig, watcher: Watcher, clock: Callable[[], float] = time.monotonic
+) -> Engine:
+    """An engine that shows a watcher the logits of each token which an exact sequence computes."""
 
-    class RecordingRunner(ModelRunner):
-        _step: Step | None = None  # until its rows have been seen
+    class Recorder(Worker):
+        step: Step | None = None  # until its rows have been seen
 
-        def run(self, step: Step) -> StepHidden:
-            watcher.step(step)
-            self._step = step
-            hidden = super().run(step)
-            if self._step is not None:  # recorded launches were replayed, which knows of decode rows only
+        def run(self, work: Work) -> Hidden:
+            hidden, step = super().run(work), self.step
+            if step is not None and step.decodes:  # launches were replayed, which knows of decode rows only
                 exact = [i for i, sequence in enumerate(step.decodes) if is_exact(sequence.prefill)]
                 self._show([(key, origin) for key, origin, _ in decode_rows(step, 0)], hidden.decodes[exact])
+            self.step = None
             return hidden
 
         def forward(self, batch: ForwardBatch) -> Tensor:
-            assert self._step is not None
-            step, self._step = self._step, None
+            assert self.step is not None
+            step, self.step = self.step, None
             found = list(exact_rows(step, batch.layout))
             rows = torch.tensor([row for *_, row in found], dtype=torch.int64, device=batch.output_rows.device)
             hidden = super().forward(replace(batch, output_rows=torch.cat([rows, batch.output_rows])))
@@ -75,7 +81,15 @@ def recording_runner(watcher: Watcher) -> type[ModelRunner]:
                 for (key, origin), row in zip(rows, bits, strict=True):
                     watcher.row(key, row, origin)
 
-    return RecordingRunner
+    engine = Engine(model, config, worker=Recorder, clock=clock)
+
+    def watch(step: Step) -> None:
+        watcher.step(step)
+        assert isinstance(engine.worker, Recorder)
+        engine.worker.step = step
+
+    engine.watch = watch
+    return engine
 
 
 def is_exact(prefill: Prefill) -> bool:

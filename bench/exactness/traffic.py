@@ -5,14 +5,13 @@ import random
 from hybrid_cache.bench.exactness.asked import Asked, traits
 from hybrid_cache.bench.exactness.mix import Mix, Phase
 from hybrid_cache.bench.exactness.report import Report
-from hybrid_cache.bench.exactness.rows import BusyWatcher, Ledger, recording_runner
+from hybrid_cache.bench.exactness.rows import BusyWatcher, Ledger, watched_engine
 from hybrid_cache.bench.exactness.tree import Given
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import Output, PromptOutput
 
@@ -41,8 +40,7 @@ class Traffic:
         self.mix = Mix(model, phase, rng)
         self.given = Given()
         self._clock, self._phase, self._rng, self._report = Clock(), phase, rng, report
-        runner, config = recording_runner(self.watcher), _config(model, phase, rng)
-        self.engine = Engine(model, config, runner=runner, clock=self._clock)
+        self.engine = watched_engine(model, _config(model, phase, rng), self.watcher, self._clock)
         self._asked: dict[str, Asked] = {}
         self._aborts: dict[str, int] = {}  # steps that are left to requests which will be broken off
         self._silent_steps = 0
@@ -59,7 +57,7 @@ class Traffic:
             while self.engine.has_work:
                 self._step()
             self._check_idle()
-        self.engine.cache.check()
+        self.engine.check()
         return list(self._asked.values())
 
     def close(self) -> None:
@@ -71,7 +69,7 @@ class Traffic:
         mixed["preemptions"] += stats.num_preemptions
         mixed["messages stored"] += stats.cache.admissions.get("message", 0)
         mixed["compactions"] += stats.cache.compactions
-        mixed["digests compared"] += self.engine.cache.memory.digests.num_compared
+        mixed["digests compared"] += self.engine.worker.memory.digests.num_compared
 
     def _submit(self) -> None:
         rng, asked, mixed = self._rng, self.mix.next(), self._report.mixed

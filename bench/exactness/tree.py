@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 
+from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.tree import end_name, keys_of
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.tokens import TokenArray
 
 
@@ -23,7 +23,7 @@ class Given:
         keys = keys_of(tokens)
         self._ends.add((namespace, end_name(keys.names[-1] if keys.pages else 0, keys.tail)))
 
-    def foreign(self, cache: HybridCache) -> str:
+    def foreign(self, cache: Books) -> str:
         """Names something in the tree that nobody gave; empty if there is nothing."""
         for node in cache.tree.nodes():
             if node.name not in self._names[node.namespace]:

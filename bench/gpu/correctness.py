@@ -21,8 +21,8 @@ from hybrid_cache.bench.gpu.report import Section
 from hybrid_cache.bench.gpu.setting import Setting
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.device.memory import HybridCache
-from hybrid_cache.device.runner import ModelRunner
+from hybrid_cache.device.memory import CacheMemory
+from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine, Outputs
 from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.kernels import reference, sampling, selfcheck
@@ -217,11 +217,11 @@ def _rows_that_differ(setting: Setting, size_in: int, size_out: int) -> list[int
     return [n for n in sizes if not torch.equal(F.linear(x[:n], weight)[:TILE], expected[:n])]
 
 
-class EagerRunner(ModelRunner):
+class EagerWorker(Worker):
     """Launches each kernel by itself."""
 
-    def __init__(self, model: HybridModel, cache: HybridCache) -> None:
-        super().__init__(model, cache)
+    def __init__(self, model: HybridModel, memory: CacheMemory, spare_slot: Callable[[], int | None]) -> None:
+        super().__init__(model, memory, spare_slot)
         self.graphs = None
 
 
@@ -235,7 +235,7 @@ def models(setting: Setting, section: Section) -> None:
         ops = setting.ops()
         model, _ = random_model(config, ops, torch.bfloat16)
         failed = check_model(model)
-        eager, graphs = (answers_of(model, runner) for runner in (EagerRunner, ModelRunner))
+        eager, graphs = (answers_of(model, worker) for worker in (EagerWorker, Worker))
         agree = eager[0] == graphs[0]
         failed += [] if agree else ["CUDA graphs change the answers"]
         section.failures += [f"{name}: {what}" for what in failed]
@@ -244,11 +244,11 @@ def models(setting: Setting, section: Section) -> None:
         table.add(name, not failed, agree, graphs[1], "; ".join(told), "; ".join(failed))
 
 
-def answers_of(model: HybridModel, runner: Callable[..., ModelRunner]) -> tuple[Outputs, int, dict[str, str]]:
+def answers_of(model: HybridModel, worker: type[Worker]) -> tuple[Outputs, int, dict[str, str]]:
     """Greedy answers of some lengths, with log-probabilities -> outputs, steps that were replayed, why others not."""
     spec = model.cache_spec
     room = 12 * (2 * spec.slot_bytes + 6 * spec.page_bytes + (1 << 16))
-    engine = Engine(model, EngineConfig(budget_bytes=room, prefix_cache=False), runner=runner)  # type: ignore[arg-type]
+    engine = Engine(model, EngineConfig(budget_bytes=room, prefix_cache=False), worker=worker)
     rng = torch.Generator().manual_seed(0)
     for i, length in enumerate((20, 300, 130, 64, 5)):
         tokens = torch.randint(0, model.vocab_size, (length,), generator=rng, dtype=torch.int32).numpy()

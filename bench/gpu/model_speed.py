@@ -7,13 +7,13 @@ from time import perf_counter
 import torch
 
 from hybrid_cache.bench.common.random_model import SMALL, random_model
-from hybrid_cache.bench.gpu.correctness import EagerRunner
+from hybrid_cache.bench.gpu.correctness import EagerWorker
 from hybrid_cache.bench.gpu.kernel_speed import ceilings_note
 from hybrid_cache.bench.gpu.report import Section
 from hybrid_cache.bench.gpu.setting import Setting
 from hybrid_cache.bench.gpu.timing import synchronize
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.device.runner import ModelRunner
+from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.models.published import CONFIGS
 from hybrid_cache.models.registry import ShapedModel
@@ -24,10 +24,10 @@ BF16 = torch.bfloat16
 MODEL = "granite-4-h-1b"
 WARM_STEPS, TIMED_STEPS = 6, 24
 
-RUNS: Mapping[str, tuple[bool, type[ModelRunner]]] = {  # label -> products by cuBLAS, runner
-    "exact": (False, ModelRunner),
-    "exact, no graphs": (False, EagerRunner),
-    "fast": (True, ModelRunner),
+RUNS: Mapping[str, tuple[bool, type[Worker]]] = {  # label -> products by cuBLAS, worker
+    "exact": (False, Worker),
+    "exact, no graphs": (False, EagerWorker),
+    "fast": (True, Worker),
 }
 
 
@@ -49,14 +49,14 @@ def whole_model(setting: Setting, section: Section) -> None:
     prefill = section.table("prefill", "tokens a step", "tokens/s", "share of the matrix rate")
     step_s: dict[tuple[str, int], float] = {}
     prefill_s: dict[tuple[str, int], float] = {}
-    for label, (fast, runner) in RUNS.items():
+    for label, (fast, worker) in RUNS.items():
         ops = setting.ops(fast=fast)
         net, weight_bytes = random_model(config, ops, BF16)
         for batch in batches:
             if setting.late:
                 section.notes.append(f"no time left for {label}, batch {batch}, and what follows it")
                 return
-            seconds, engine = _decode(net, runner, batch, prompt, setting)
+            seconds, engine = _decode(net, worker, batch, prompt, setting)
             spec = net.cache_spec
             moved = weight_bytes + batch * (2 * spec.slot_bytes + prompt * spec.kv_bytes_per_token)
             reasons = {**getattr(ops, "reasons", {}), **engine.fallbacks}
@@ -84,12 +84,10 @@ def whole_model(setting: Setting, section: Section) -> None:
             )
 
 
-def _decode(
-    net: ShapedModel, runner: type[ModelRunner], batch: int, prompt: int, setting: Setting
-) -> tuple[float, Engine]:
+def _decode(net: ShapedModel, worker: type[Worker], batch: int, prompt: int, setting: Setting) -> tuple[float, Engine]:
     """-> seconds of a step in which `batch` sequences decode and nothing else happens."""
     warm, timed = (2, 3) if setting.quick else (WARM_STEPS, TIMED_STEPS)
-    engine = _engine(net, runner, batch, prompt, max_tiles=64, max_tokens=warm + timed + batch + 2)
+    engine = _engine(net, worker, batch, prompt, max_tiles=64, max_tokens=warm + timed + batch + 2)
     while engine.stats().computed_tokens < batch * prompt:
         engine.step()
     for _ in range(warm):
@@ -108,7 +106,7 @@ def _decode(
 def _prefill(net: ShapedModel, prompts: int, prompt: int, tiles: int, setting: Setting) -> float:
     """Seconds of so many prompts alone, the second time."""
     for _ in range(2):
-        engine = _engine(net, ModelRunner, prompts, prompt, max_tiles=tiles, max_tokens=0)
+        engine = _engine(net, Worker, prompts, prompt, max_tiles=tiles, max_tokens=0)
         synchronize(setting.device)
         begin = perf_counter()
         engine.run_until_idle()
@@ -117,9 +115,7 @@ def _prefill(net: ShapedModel, prompts: int, prompt: int, tiles: int, setting: S
     return seconds
 
 
-def _engine(
-    net: ShapedModel, runner: type[ModelRunner], batch: int, prompt: int, max_tiles: int, max_tokens: int
-) -> Engine:
+def _engine(net: ShapedModel, worker: type[Worker], batch: int, prompt: int, max_tiles: int, max_tokens: int) -> Engine:
     """With `batch` prompts in its queue."""
     spec = net.cache_spec
     pages = batch * (prompt // 64 + 4)
@@ -127,7 +123,7 @@ def _engine(
     config = EngineConfig(
         budget, max_running=batch, max_tiles=max_tiles, max_tiles_beside_decode=max_tiles, prefix_cache=False
     )
-    engine = Engine(net, config, runner=runner)
+    engine = Engine(net, config, worker=worker)
     rng = torch.Generator().manual_seed(0)
     for i in range(batch):
         tokens = torch.randint(0, net.vocab_size, (prompt,), generator=rng, dtype=torch.int32).numpy()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Keys, Node, PromptEnd, Rows, rows_of
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Keys, KVRows, Node, PromptEnd, rows_of
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 
@@ -72,13 +72,13 @@ class Lease:
         """The last node of the path, or the root."""
         return self.nodes[-1] if self.nodes else self.root
 
-    def rows(self, start: int, end: int) -> Rows:
+    def rows(self, start: int, end: int) -> KVRows:
         """Where the rows of tokens [start, end) lie, to be read: page * TILE + offset."""
         if self.released:
             raise OwnershipError(f"rows [{start}, {end}) of a lease that was given back")
         return rows_of(self.pages, start, end)
 
-    def own_rows(self, start: int, end: int) -> Rows:
+    def own_rows(self, start: int, end: int) -> KVRows:
         """Where the rows of tokens [start, end) lie, to be written. Raises OwnershipError if the tree owns one."""
         if start < min(self.shared, end):
             raise OwnershipError(f"rows [{start}, {end}) would be written, the tree owns those below {self.shared}")
@@ -90,7 +90,7 @@ class Lease:
             raise OwnershipError(f"row {place} would be written, the tree owns those below {self.shared}")
         return self.pages[place // TILE] * TILE + place % TILE
 
-    def rows_to_fill(self, start: int, end: int) -> Rows:
+    def rows_to_fill(self, start: int, end: int) -> KVRows:
         """Where K and V of the computed tokens [start, end) go; -1 for those whose page the tree holds already.
 
         Raises OwnershipError for a lease that does not publish and has such pages: its rows may be other ones.

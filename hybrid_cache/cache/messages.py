@@ -3,8 +3,9 @@
 A message holds KV rows of its tokens and what they do to recurrent states, in items of the same budget.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from hybrid_cache.cache.commands import Item
 from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.policies.base import Worth
 from hybrid_cache.cache.pool import Pool
@@ -87,6 +88,14 @@ class MessageStore:
         self.unwritten.remove(message)
         self.stored[message.key] = message
         self._pool.publish(message, [])
+
+    def forget(self, items: Iterable[Item]) -> None:
+        """Drops the messages that own some of these items, which could not be written. Nobody may hold one."""
+        pool = self._pool
+        owners = (pool.page_owner.get(item) if kind is Kind.PAGE else pool.slot_owner.get(item) for kind, item in items)
+        for message in {owner for owner in owners if isinstance(owner, StoredMessage)}:
+            assert not message.holders
+            pool.evict(message)
 
     def hold(self, stored: StoredMessage) -> None:
         """Keeps a message where it is until `let_go`."""

@@ -17,7 +17,7 @@ from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import TokenArray
 
-Rows = npt.NDArray[np.int64]  # page * TILE + offset
+KVRows = npt.NDArray[np.int64]  # page * TILE + offset
 
 KEY_BYTES = TILE * 4  # a page's tokens as int32
 
@@ -216,11 +216,11 @@ class StoredMessage:
     def name(self) -> int:
         return hash(self.key)
 
-    def rows(self) -> Rows:
+    def rows(self) -> KVRows:
         """Where its rows lie, to be read."""
         return rows_of(self.pages, 0, self.length)
 
-    def own_rows(self) -> Rows:
+    def own_rows(self) -> KVRows:
         """The same, to be written. Raises OwnershipError once it can be found."""
         if self.attached:
             raise OwnershipError(f"rows of message {self.key} are to be written, which was published")
@@ -262,11 +262,11 @@ def end_name(name: int, tail: Hashable) -> int:
     return hash((name, tail, "end"))
 
 
-def rows_of(pages: Sequence[int], start: int, end: int) -> Rows:
+def rows_of(pages: Sequence[int], start: int, end: int) -> KVRows:
     """Where the rows [start, end) of a sequence lie that has these pages of TILE rows."""
     first = start // TILE
     places = np.arange(start - first * TILE, end - first * TILE)
-    found: Rows = np.asarray(pages[first : -(-end // TILE)], np.int64)[places // TILE] * TILE + places % TILE
+    found: KVRows = np.asarray(pages[first : -(-end // TILE)], np.int64)[places // TILE] * TILE + places % TILE
     return found
 
 

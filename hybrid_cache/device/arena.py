@@ -31,9 +31,13 @@ class Arena:
         self._rows[kind][target].copy_(self._rows[kind][source])
 
     def move(self, kind: Kind, moves: Sequence[tuple[int, int]]) -> None:
-        """Copies items (from, to) in one go; no item may be both."""
+        """Copies items (from, to); no item may be both."""
         sources, targets = torch.tensor(moves, device=self._buffer.device).T
-        self._rows[kind][targets] = self._rows[kind][sources]
+        try:
+            self._rows[kind][targets] = self._rows[kind][sources]
+        except torch.OutOfMemoryError:  # for all of them between; one after the other needs none
+            for source, target in moves:
+                self.copy(kind, source, target)
 
     def digest(self, kind: Kind, item: int) -> bytes:
         """A digest of all bytes of an item; an empty one where items of a kind have none."""

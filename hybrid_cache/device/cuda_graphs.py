@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_cache.device.batch import ForwardBatch, HybridModel
-from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.kernels.decode_plan import PAGES_PER_SPLIT, DecodePlan, DeviceBlocks
 from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.shared_prefix import plan_shared, with_plan
@@ -54,11 +54,14 @@ class DecodeGraphs:
     reason: why nothing is recorded any more; empty while it is
     """
 
-    def __init__(self, model: HybridModel, cache: HybridCache, capture: Capture | None = None) -> None:
+    def __init__(
+        self, model: HybridModel, memory: CacheMemory, scratch_slot: int | None, capture: Capture | None = None
+    ) -> None:
+        """scratch_slot: a state slot that is nobody's; None where the budget has no room for one"""
         self._model = model
-        self._cache = cache
+        self._memory = memory
         self._capture = capture or _cuda_capture()
-        self._scratch_slot = cache.scratch_slot()
+        self._scratch_slot = scratch_slot
         self._cuts: tuple[int, ...] | None = None  # rows in a block of attention work; None before the first batch
         self._recorded: OrderedDict[Sizes, _Recorded] = OrderedDict()
         self.reason = "" if self._scratch_slot is not None else "the cache budget has no room for a spare state"
@@ -88,7 +91,7 @@ class DecodeGraphs:
         layout = with_plan(batch.layout)
         plan = layout.decode_plan
         assert plan is not None
-        hidden = self._model.forward(replace(batch, layout=layout).to(self._model.device), self._cache.tensors)
+        hidden = self._model.forward(replace(batch, layout=layout).to(self._model.device), self._memory.tensors)
         self._cuts = tuple(rows_per_block for rows_per_block, _ in plan.uploaded)
         return hidden
 
@@ -103,14 +106,14 @@ class DecodeGraphs:
         assert self._cuts is not None
         static = StaticInputs(inputs, self._model.device)
         batch = _static_batch(padded, static.views, self._cuts, sizes, self._model.device)
-        hidden = self._model.forward(batch, self._cache.tensors)
+        hidden = self._model.forward(batch, self._memory.tensors)
         self._record(sizes, static, batch)
         return hidden
 
     def _record(self, sizes: Sizes, static: "StaticInputs", batch: ForwardBatch) -> None:
         batch = replace(batch, layout=replace(batch.layout))  # a new layout: nothing that was read from the old one
         try:
-            replay, hidden = self._capture(lambda: self._model.forward(batch, self._cache.tensors))
+            replay, hidden = self._capture(lambda: self._model.forward(batch, self._memory.tensors))
         except RuntimeError as error:
             self.reason = f"{type(error).__name__}: {error}".splitlines()[0]
             self._recorded.clear()

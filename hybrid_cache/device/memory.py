@@ -1,6 +1,6 @@
 """The memory of one cache: carries out what the books ask for, in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 import torch
@@ -53,9 +53,9 @@ class CacheMemory:
         """Of all items that messages note their effects in, [items, numbers in each] float32."""
         return self._arena.numbers(Kind.PAGE if self._geometry.page_bytes else Kind.SLOT)
 
-    def hidden(self, slot: int) -> Tensor:
-        """The hidden row [hidden_size] that is kept in a slot: a copy."""
-        return self._arena.hidden[slot].clone()
+    def hidden(self, slots: Sequence[int]) -> Tensor:
+        """The hidden rows [slots, hidden_size] that are kept in some slots: copies."""
+        return self._arena.hidden[list(slots)]
 
     def run(self, command: Command) -> None:
         """Raises PublishedBytesChanged if an item that is verified or given up has changed since it was sealed."""
@@ -114,7 +114,7 @@ class HybridCache(Books):
     def hidden(self, lease: Lease) -> Tensor:
         """The last hidden row [hidden_size] of the prompt end that a lease was acquired from."""
         assert lease.end is not None
-        return self.memory.hidden(lease.slot)
+        return self.memory.hidden((lease.slot,))[0]
 
     def check(self) -> set[Item]:
         """Proves that books and memory are in order -> all published items. Raises PublishedBytesChanged."""

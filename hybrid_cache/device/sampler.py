@@ -4,74 +4,33 @@ Order: bias, penalties, then temperature, top_k, top_p and min_p as `Ops.sample`
 one uniform number per token, so a seed gives the same tokens after a preemption, too.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.ops import Draws, Ops
-from hybrid_cache.request import SamplingParams, TokenLogprob
-from hybrid_cache.tokens import TokenArray
+from hybrid_cache.request import TokenLogprob
+from hybrid_cache.sampling import TokenChooser
 
 LEAST = 1e-6  # temperature or top_p: below, single precision has nothing but the most likely token left
 
 
-class TokenChooser:
-    """What one continuation asks of its tokens; owns its random numbers and its counts of past tokens."""
-
-    def __init__(self, params: SamplingParams, prompt: TokenArray, index: int) -> None:
-        self.params = params
-        # A fixed seed gives each of the n choices a stream of its own; no seed, fresh entropy.
-        entropy = None if params.seed is None else [params.seed & (2**64 - 1), index]
-        self._random = np.random.default_rng(entropy)
-        self._prompt = prompt
-        self._counts: Counter[int] = Counter()
-        self._seen: npt.NDArray[np.int64] | None = None  # each token of prompt and answer once, when asked for
-
-    @property
-    def adjusts(self) -> bool:
-        """True when the choice is not from the model's logits as they are."""
-        return bool(self.params.logit_bias) or self._penalised or self._held_back
-
-    @property
-    def _penalised(self) -> bool:
-        p = self.params
-        return p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
-
-    @property
-    def _held_back(self) -> bool:
-        return bool(self.params.stop_token_ids) and self._counts.total() < self.params.min_tokens
-
-    def point(self) -> float:
-        """Where the next token is drawn, in [0, 1)."""
-        return 0.0 if self.params.greedy else self._random.random()
-
-    def note(self, token: int) -> None:
-        """Counts a token that was chosen."""
-        self._counts[token] += 1
-        if self._seen is not None and token not in self._seen:
-            self._seen = np.append(self._seen, token)
-
-    def adjust(self, logits: Tensor) -> None:
-        """Applies bias, penalties and the hold on stop tokens to logits [V], in place."""
-        p, device = self.params, logits.device
-        if p.logit_bias:
-            tokens, bias = torch.tensor(list(p.logit_bias), device=device), list(p.logit_bias.values())
-            logits[tokens] += torch.tensor(bias, device=device)
-        if p.repetition_penalty != 1:
-            if self._seen is None:
-                self._seen = np.union1d(self._prompt, list(self._counts)).astype(np.int64)
-            seen = torch.from_numpy(self._seen).to(device)
-            values = logits[seen]
-            logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-        if self._counts and (p.presence_penalty or p.frequency_penalty):
-            tokens, counts = torch.tensor(list(self._counts.items()), device=device).T
-            logits[tokens] -= p.presence_penalty + p.frequency_penalty * counts
-        if self._held_back:
-            logits[list(p.stop_token_ids)] = -torch.inf
+def adjust(logits: Tensor, chooser: TokenChooser) -> None:
+    """Applies bias, penalties and the hold on stop tokens to logits [V], in place."""
+    p, device = chooser.params, logits.device
+    if p.logit_bias:
+        tokens, bias = torch.tensor(list(p.logit_bias), device=device), list(p.logit_bias.values())
+        logits[tokens] += torch.tensor(bias, device=device)
+    if p.repetition_penalty != 1:
+        seen = torch.from_numpy(chooser.seen()).to(device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+    if chooser.counts and (p.presence_penalty or p.frequency_penalty):
+        tokens, counts = torch.tensor(list(chooser.counts.items()), device=device).T
+        logits[tokens] -= p.presence_penalty + p.frequency_penalty * counts
+    if chooser.holds_back:
+        logits[list(p.stop_token_ids)] = -torch.inf
 
 
 def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], ops: Ops) -> list[int]:
@@ -80,7 +39,7 @@ def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], ops: Ops) ->
         logits = logits.clone()
         for row, chooser in zip(logits, choosers, strict=True):
             if chooser.adjusts:
-                chooser.adjust(row)
+                adjust(row, chooser)
     tokens: list[int] = ops.sample(logits, _draws(choosers, logits.device)).tolist()
     for chooser, token in zip(choosers, tokens, strict=True):
         chooser.note(token)

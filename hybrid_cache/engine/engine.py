@@ -1,65 +1,74 @@
-"""The engine's synchronous core: schedule -> forward -> sample -> publish, one step at a time.
+"""The engine's synchronous core: schedule, have the work done, publish, choose tokens; one step at a time.
 
-Nothing is published before the write that fills it has completed. `async_engine` runs this on a thread.
+Nothing is published before the pass that fills it has completed. `async_engine` runs this on a thread.
 """
 
-import bisect
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.policies.registry import make_policy
-from hybrid_cache.choreography.arrangement import Order, closed, message_id
-from hybrid_cache.choreography.order import best_order
+from hybrid_cache.choreography.arrangement import closed, message_id
+from hybrid_cache.choreography.compiler import Compiler, Traits, key_of
 from hybrid_cache.choreography.plan import Action, Plan
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.device.memory import HybridCache
-from hybrid_cache.device.runner import ModelRunner, StepHidden
-from hybrid_cache.device.sampler import TokenChooser, choose_tokens, log_probabilities
-from hybrid_cache.engine.scheduler import Chunk, Scheduler, Step
-from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor, namespace_of, new_prefill
-from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
-from hybrid_cache.request import (
-    CacheMode,
-    FinishReason,
-    Output,
-    PromptOutput,
-    Request,
-    TokenLogprob,
-    TokenOutput,
-)
+from hybrid_cache.device.memory import CacheMemory
+from hybrid_cache.device.worker import Hidden, Worker
+from hybrid_cache.engine.intake import Intake
+from hybrid_cache.engine.prefills import Chunk
+from hybrid_cache.engine.scheduler import Scheduler, Step
+from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
+from hybrid_cache.errors import Overloaded, RequestError
+from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, TokenLogprob, TokenOutput
 from hybrid_cache.stats import Counters, EngineStats
+from hybrid_cache.work import Command, OutOfDeviceMemory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Outputs = list[tuple[str, Output]]  # (request id, output), in the order in which they arose
 
 
 class Engine:
-    """Requests in, outputs out, one step at a time. Not thread-safe."""
+    """Requests in, outputs out, one step at a time. Not thread-safe.
+
+    Tensors pass through it from the worker to the worker; it looks at none.
+
+    watch: called with each step before its work is done
+    """
 
     def __init__(
         self,
         model: HybridModel,
         config: EngineConfig,
         *,
-        runner: type[ModelRunner] = ModelRunner,
+        worker: Callable[[HybridModel, CacheMemory, Callable[[], int | None]], Worker] = Worker,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """clock: seconds, by which the cache tells how long things have not been used"""
+        """worker: makes who does the work, see `device.worker.Worker`
+        clock: seconds, by which the cache tells how long things have not been used
+        """
         self.model = model
+        self.watch: Callable[[Step], None] = lambda step: None
         self._config = config
-        fit = model.cache_spec, model.prefill_cost, config.budget_bytes
-        policy = make_policy(config.policy, *fit)
-        self.cache = HybridCache(*fit, policy, device=str(model.device), clock=clock, verify=config.verify)
-        self._runner = runner(model, self.cache)
-        self.stage = Stage(self.cache, model, self._runner.anatomy)
-        self._scheduler = Scheduler(self.cache, config, self.stage)
-        self._arrivals = 0
+        self._cost = model.prefill_cost
+        self._commands: list[Command] = []  # decided, and carried out before the next pass
+        spec, budget_bytes = model.cache_spec, config.budget_bytes
+        policy = make_policy(config.policy, spec, self._cost, budget_bytes)
+        emit = self._commands.append
+        self.cache = Books(spec, self._cost, budget_bytes, policy, emit=emit, clock=clock, verify=config.verify)
+        memory = CacheMemory(spec, budget_bytes, str(model.device), verify=config.verify)
+        self.worker = worker(model, memory, self.cache.scratch_slot)
+        traits = Traits(model.ways, model.commutes, model.packs, recurrent=spec.slot_bytes > 0)
+        self._compiler = Compiler(self.cache, self._cost, traits)
+        self._stage = Stage(self.cache, self._compiler, emit)
+        self._scheduler = Scheduler(self.cache, config, self._compiler, self._stage)
+        limits = model.fingerprint, model.vocab_size, model.max_length
+        self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler)
         self._open: dict[str, int] = {}  # request id -> choices that have not finished
         self._counters = Counters()
 
@@ -76,33 +85,32 @@ class Engine:
     @property
     def longest_sequence(self) -> int:
         """Tokens that the model's context and an empty cache both hold."""
-        return bisect.bisect_left(range(self.model.max_length), True, key=lambda n: not self.cache.fits(n + 1))
+        return self._intake.longest_sequence
 
     def check_request(self, request: Request) -> None:
         """Raises RequestError for a request that can never be served."""
-        n, limit = len(request.prompt.tokens), self.model.max_length
-        if n == 0:
-            raise RequestError("the prompt has 0 tokens, must have at least 1", param="prompt")
-        if (n >= limit and request.sampling.max_tokens > 0) or n > limit:
-            raise ContextTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
-        longest = min(n + request.sampling.max_tokens, limit)
-        if not self.cache.fits(longest):
-            raise ContextTooLong(
-                f"{longest} tokens need more than the cache budget of {self._config.budget_bytes} bytes"
-            )
-        if request.arrangement is not None:
-            request.arrangement.check(n)
-        if request.n < 1:
-            raise BadSampling(f"n is {request.n}, must be at least 1", param="n")
-        low, high = int(request.prompt.tokens.min()), int(request.prompt.tokens.max())
-        if low < 0 or high >= self.model.vocab_size:
-            wrong = low if low < 0 else high
-            raise RequestError(
-                f"prompt token {wrong} is outside the vocabulary [0, {self.model.vocab_size})", param="prompt"
-            )
-        for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
-            if not 0 <= token < self.model.vocab_size:
-                raise BadSampling(f"token {token} is outside the vocabulary [0, {self.model.vocab_size})")
+        self._intake.check(request)
+
+    def plan(self, request: Request) -> Plan:
+        """What would be done for an arranged request if it came now. Changes nothing.
+
+        Raises RequestError for one that can never be served, or is not arranged.
+        """
+        return self._intake.plan(request)
+
+    def is_stored(self, message: str, seam: int = 0) -> bool:
+        """Whether rows and effect of the message with an id are in the cache for use at another place."""
+        return self._compiler.is_stored(key_of(message, seam))
+
+    def effects(self, message: str, seam: int = 0) -> "list[tuple[Tensor, Tensor]] | None":
+        """(P, S) of a stored message for each state of the model, in the order of its layers: copies, P as its
+        `Transition` writes it down, S [*state_shape]. None if it is not stored.
+        """
+        stored = self.cache.messages.get(key_of(message, seam))
+        if stored is None:
+            return None
+        self.settle()
+        return self.worker.composer.effects(stored.slot, stored.extra)
 
     @property
     def has_room(self) -> bool:
@@ -113,14 +121,14 @@ class Engine:
         """Queues a request, whose id must not be that of an open one. Raises RequestError, or Overloaded when the queue
         is full.
         """
-        self.check_request(request)
+        self._intake.check(request)
         if self.is_open(request.id):
             raise RequestError(f"request id {request.id!r} is in use", param="id")
         if not self.has_room:
             raise Overloaded(f"{self._scheduler.num_waiting} requests wait, limit {self._config.max_waiting}")
         self._open[request.id] = request.n
         # The first choice computes the prompt; the others fork from its end.
-        self._scheduler.add(self._new_sequence(request, 0))
+        self._scheduler.add(self._intake.sequence(request, 0))
 
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""
@@ -136,45 +144,45 @@ class Engine:
         """Runs one step -> the outputs that arose from it."""
         step = self._scheduler.schedule()
         if step.empty:
+            self.settle()
             return []
         self._counters.steps += 1
-        with torch.inference_mode():
-            outputs = self._announce(step.resumed)
-            ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
-            hidden = self._forward(step) if step.chunks or step.decodes else None
-            if hidden is not None:
-                for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
-                    outputs += self._end_chunk(chunk, rows, ready)
-                ready += self._end_decodes(step.decodes, hidden.decodes)
-            for sequence in step.resumed:
-                ready += self._begin_decode(sequence, self._kept_hidden(sequence))
-            return outputs + self._choose(ready)
+        self.watch(step)
+        hidden = self._run(step)
+        if hidden is None:
+            return []
+        outputs = self._announce(step.resumed)
+        ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
+        num_rows = 0
+        for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
+            num_rows += chunk.rows.num_wanted
+            outputs += self._end_chunk(chunk, rows, num_rows - 1, ready)
+        ready += self._end_decodes(step.decodes, hidden.decodes)
+        for sequence, row in zip(step.resumed, hidden.kept, strict=True):
+            ready += self._begin_decode(sequence, row)
+        return outputs + self._choose(ready)
 
-    def _forward(self, step: Step) -> StepHidden | None:
+    def _run(self, step: Step) -> Hidden | None:
         """None where the device had no memory: then the step is taken back, and smaller ones follow."""
+        work = step.work(tuple(self._commands))
+        self._commands.clear()
+        self.cache.pool.check_unpublished(Kind.SLOT, work.written_slots())
         try:
-            return self._runner.run(step)
-        except torch.OutOfMemoryError:
-            if not self._scheduler.out_of_memory(step):
+            return self.worker.run(work)
+        except OutOfDeviceMemory as error:
+            if not self._scheduler.out_of_memory(step, error.lost):
                 raise
-        torch.cuda.empty_cache()  # now that nothing holds the tensors of the step
+        self.worker.free_memory()  # now that nothing holds the tensors of the step
         return None
 
-    def plan(self, request: Request) -> Plan:
-        """What would be done for an arranged request if it came now. Changes nothing.
+    def settle(self) -> None:
+        """Carries out what was decided since the last pass."""
+        self._run(Step())
 
-        Raises RequestError for one that can never be served, or is not arranged.
-        """
-        if request.arrangement is None:
-            raise RequestError("the request names no messages: there is nothing to plan", param="arrangement")
-        self.check_request(request)
-        sequence = self._new_sequence(request, 0)
-        arrangement, prompt = sequence.request.arrangement, sequence.prefill
-        assert arrangement is not None
-        prefix = self._scheduler.prefix_of(prompt)
-        if prompt.arrangement is None:
-            return self.stage.exact_plan(arrangement, prefix, self._why_exact(request))
-        return self.stage.plan(arrangement, prefix)
+    def check(self) -> None:
+        """Proves that books and memory are in order. Raises PublishedBytesChanged."""
+        self.settle()
+        self.worker.memory.check(self.cache.check())
 
     def run_until_idle(self) -> Outputs:
         """Steps until all requests are answered and all commits are done -> all outputs."""
@@ -184,7 +192,7 @@ class Engine:
         return outputs
 
     def stats(self) -> EngineStats:
-        c, graphs = self._counters, self._runner.graphs
+        c, graphs = self._counters, self.worker.graphs
         return EngineStats(
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
@@ -206,36 +214,8 @@ class Engine:
     @property
     def fallbacks(self) -> dict[str, str]:
         """What runs in a slower way than it could on this device, and why."""
-        graphs = self._runner.graphs
+        graphs = self.worker.graphs
         return {"cuda graphs": graphs.reason} if graphs and graphs.reason else {}
-
-    def _new_sequence(self, request: Request, index: int) -> Sequence:
-        asked = request.arrangement
-        arranged = asked is not None and not self._why_exact(request)
-        if index == 0 and asked is not None and asked.order is Order.ANY and not arranged:  # forks have its prompt
-            namespace = namespace_of(request, self.model.fingerprint)
-            known = partial(self._scheduler.known, namespace)
-            prompt, asked = best_order(request.prompt, asked, known)
-            request = replace(request, prompt=prompt, arrangement=asked)
-        prefill = new_prefill(request, self.model.fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
-        self._arrivals += 1
-        return Sequence(
-            request=request,
-            index=index,
-            arrival=self._arrivals,
-            prefill=prefill,
-            chooser=TokenChooser(request.sampling, request.prompt.tokens, index),
-            stopper=request.make_stopper() if request.make_stopper else None,
-            submitted_s=time.monotonic(),
-        )
-
-    def _why_exact(self, request: Request) -> str:
-        """Why a request that names messages is computed exactly; empty if it may be arranged."""
-        if not self._config.prefix_cache or request.cache_mode is CacheMode.OFF:
-            return "the cache is off"
-        if request.sampling.prompt_logprobs is not None:
-            return "log-probabilities of a prompt take all of it"
-        return self.stage.can(request.arrangement) if request.arrangement else "as asked"
 
     # After the forward pass
 
@@ -248,17 +228,15 @@ class Engine:
             sequence.announced = True
             lease, n, program = sequence.prefill.lease, len(sequence.prefill.tokens), sequence.prefill.program
             assert lease is not None
-            asked = sequence.request.arrangement
-            plan = program.plan if program else None
-            if asked is not None and plan is None:
-                plan = self.stage.exact_plan(asked, lease.length, self._why_exact(sequence.request))
+            plan = program.plan if program else self._intake.exact_plan(sequence.request, lease.length)
             cached = lease.length if plan is None else n - plan.computed
-            cost = self.model.prefill_cost
             self._counters.prompt_tokens += n
             self._counters.cached_tokens += cached
             if plan is not None:
                 self._counters.moved_tokens += plan.tokens(Action.RELOCATED) + plan.tokens(Action.COMPOSED)
-            self._counters.flops_saved += plan.flops_of_encoding - plan.flops if plan else cost.flops(0, lease.length)
+            self._counters.flops_saved += (
+                plan.flops_of_encoding - plan.flops if plan else self._cost.flops(0, lease.length)
+            )
             wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
             output = PromptOutput(
                 cached_tokens=cached,
@@ -270,23 +248,28 @@ class Engine:
             outputs.append((sequence.request.id, output))
         return outputs
 
-    def _end_chunk(self, chunk: Chunk, rows: Tensor, ready: list[tuple[Sequence, Tensor]]) -> Outputs:
-        """Publishes what a chunk has written and, at the end of the prompt, starts decoding."""
+    def _end_chunk(
+        self, chunk: Chunk, rows: "Tensor", last_row: int, ready: "list[tuple[Sequence, Tensor]]"
+    ) -> Outputs:
+        """Publishes what a chunk has written and, at the end of the prompt, starts decoding.
+
+        rows: those that the chunk wanted   last_row: the last of them, among the rows of the whole pass
+        """
         prefill, sequence = chunk.prefill, chunk.sequence
         assert prefill.lease is not None
         prefill.computed = chunk.end
         self.cache.publish(prefill.lease, grid_floor(chunk.end))
-        self._counters.flops_computed += self.model.prefill_cost.flops(chunk.start, chunk.end)
+        self._counters.flops_computed += self._cost.flops(chunk.start, chunk.end)
         if prefill.program is not None:
-            prefill.computed = self.stage.advance(prefill.program, prefill.lease, prefill.computed)
+            prefill.computed = self._stage.advance(prefill.program, prefill.lease, prefill.computed)
         if sequence is None and prefill.program is not None:
             if prefill.done:
-                self._scheduler.end_message(prefill)
+                self._scheduler.messages.end(prefill)
             return []
         if sequence is None:
             self._counters.commit_tokens += chunk.end - chunk.start
             if prefill.done:
-                self._scheduler.end_commit(prefill)
+                self._scheduler.commits.end(prefill)
             return []
         self._counters.computed_tokens += chunk.end - chunk.start
         if sequence.request.sampling.prompt_logprobs is not None:
@@ -294,27 +277,21 @@ class Engine:
         if not prefill.done:
             return []
         if prefill.publish:
-            self.cache.memory.rows = rows
-            self.cache.publish_end(prefill.lease, len(rows) - 1)
+            self.cache.publish_end(prefill.lease, last_row)
         outputs = self._announce([sequence])
         ready += self._begin_decode(sequence, rows[-1])
         return outputs
 
-    def _score_prompt(self, sequence: Sequence, chunk: Chunk, rows: Tensor) -> None:
+    def _score_prompt(self, sequence: Sequence, chunk: Chunk, rows: "Tensor") -> None:
         """Log-probabilities of the prompt's own tokens that the rows of a chunk predict."""
         known, num_top = sequence.prompt_logprobs, sequence.request.sampling.prompt_logprobs or 0
         if not known:
             known.append(None)  # nothing predicts the first token
         tokens = chunk.prefill.tokens[chunk.start + 1 : chunk.end + 1]
         new = slice(len(known) - 1 - chunk.start, len(tokens))  # rows whose tokens are not scored yet
-        logits, following = self._runner.logits(rows[new]), tokens[new].tolist()
-        known += log_probabilities(logits, following, [num_top] * len(following), self.model.ops)
+        known += self.worker.score(rows[new], tokens[new].tolist(), num_top)
 
-    def _kept_hidden(self, sequence: Sequence) -> Tensor:
-        assert sequence.prefill.lease is not None
-        return self.cache.hidden(sequence.prefill.lease)
-
-    def _begin_decode(self, sequence: Sequence, hidden: Tensor) -> list[tuple[Sequence, Tensor]]:
+    def _begin_decode(self, sequence: Sequence, hidden: "Tensor") -> "list[tuple[Sequence, Tensor]]":
         """The prompt is in the state -> the sequence and its forks, which choose their next token from `hidden`."""
         sequence.phase = Phase.DECODE
         self._watch_answer(sequence)
@@ -327,7 +304,7 @@ class Engine:
         """The other choices of a request, on copies of the state -> those that found room; the rest wait."""
         forks = []
         for index in range(1, first.request.n):
-            sequence = self._new_sequence(first.request, index)
+            sequence = self._intake.sequence(first.request, index)
             sequence.arrival = first.arrival
             assert first.prefill.lease is not None
             room = self._scheduler.has_room
@@ -343,7 +320,7 @@ class Engine:
             forks.append(sequence)
         return forks
 
-    def _end_decodes(self, decodes: tuple[Sequence, ...], hidden: Tensor) -> list[tuple[Sequence, Tensor]]:
+    def _end_decodes(self, decodes: tuple[Sequence, ...], hidden: "Tensor") -> "list[tuple[Sequence, Tensor]]":
         """Moves each decoding sequence on by the token it was fed -> those with a new token to choose."""
         ready = []
         for sequence, row in zip(decodes, hidden, strict=True):
@@ -355,7 +332,7 @@ class Engine:
             self._watch_answer(sequence)
         return ready
 
-    def _choose(self, ready: list[tuple[Sequence, Tensor]]) -> Outputs:
+    def _choose(self, ready: "list[tuple[Sequence, Tensor]]") -> Outputs:
         """Chooses the next token of each sequence from its hidden row."""
         outputs: Outputs = []
         for sequence, _ in [r for r in ready if r[0].request.sampling.max_tokens == 0]:
@@ -364,24 +341,11 @@ class Engine:
         ready = [r for r in ready if r[0].phase is Phase.DECODE]
         if not ready:
             return outputs
-        logits = self._runner.logits(torch.stack([row for _, row in ready]))
-        tokens = self._pick([s for s, _ in ready], logits)
-        wanted = {i: n for i, (s, _) in enumerate(ready) if (n := s.request.sampling.logprobs) is not None}
-        scored = list(wanted)
-        scores = log_probabilities(
-            logits if len(scored) == len(tokens) else logits[scored],
-            [tokens[i] for i in scored],
-            list(wanted.values()),
-            self.model.ops,
-        )
-        logprobs = dict(zip(scored, scores, strict=True))
-        for i, ((sequence, _), token) in enumerate(zip(ready, tokens, strict=True)):
-            outputs.append((sequence.request.id, self._append(sequence, token, logprobs.get(i))))
+        choosers = [sequence.chooser for sequence, _ in ready]
+        chosen = self.worker.choose([r for _, r in ready], choosers, [s.request.sampling.logprobs for s, _ in ready])
+        for (sequence, _), (token, logprob) in zip(ready, chosen, strict=True):
+            outputs.append((sequence.request.id, self._append(sequence, token, logprob)))
         return outputs
-
-    def _pick(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
-        """The next token of each sequence, from logits [S, V]."""
-        return choose_tokens(logits, [sequence.chooser for sequence in sequences], self.model.ops)
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenOutput:
         """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
@@ -403,7 +367,7 @@ class Engine:
     def _watch_answer(self, sequence: Sequence) -> None:
         prefill = sequence.prefill
         if prefill.program is not None and prefill.lease is not None and sequence.request.n == 1:
-            self.stage.decoded(prefill.program, prefill.lease, sequence.fed)
+            self._stage.decoded(prefill.program, prefill.lease, sequence.fed)
 
     def _keep_answer(self, sequence: Sequence) -> None:
         """Has the last tokens of an arranged answer computed, and the answer stored as a message."""
@@ -415,11 +379,11 @@ class Engine:
         name = message_id(prefill.namespace, tokens[arrangement.answer_start :], arrangement.context)
         if len(tokens) - arrangement.answer_start <= arrangement.seam or not self.cache.extend(lease, len(tokens)):
             return
-        last = self.stage.answer(program, self.stage.key(arrangement, name), len(tokens), sequence.fed)
+        last = self._stage.answer(program, key_of(name, arrangement.seam), len(tokens), sequence.fed)
         if last is not None:
             message = Prefill(prefill.namespace, tokens, False, False, lease=lease, computed=sequence.fed, program=last)
             prefill.lease = None
-            self._scheduler.store(message)
+            self._scheduler.messages.add(message)
 
     def _commit_later(self, sequence: Sequence) -> None:
         """Has the generated tokens of a finished turn computed again by the prefill path, when nobody waits."""
@@ -427,4 +391,4 @@ class Engine:
         if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):
             return
         commit = Prefill(sequence.prefill.namespace, sequence.all_tokens()[:end], True, True, generated=True)
-        self._scheduler.commit_later(commit)
+        self._scheduler.commits.add(commit)

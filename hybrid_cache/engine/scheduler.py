@@ -7,7 +7,7 @@ beside them. Without room the newest sequence gives its pages back and is comput
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,36 +17,26 @@ from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.lease import Match
 from hybrid_cache.cache.policies.base import Wish
 from hybrid_cache.cache.tree import CheckpointKind
-from hybrid_cache.choreography.arrangement import Arrangement
+from hybrid_cache.choreography import commands as choreography
+from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.device.effects import Effect
+from hybrid_cache.engine.commits import CommitQueue
+from hybrid_cache.engine.encodings import Encodings
+from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
 from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import TokenArray
+from hybrid_cache.work import Command, Work
 
 logger = logging.getLogger("hybrid_cache")
 
 MOST_EARLIER = 16  # prompts that an order of messages is chosen by
-MAX_COMMITS = 64  # finished turns that wait for an idle moment; the oldest is dropped
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tiles of one prompt in one step."""
-
-    prefill: Prefill
-    sequence: Sequence | None  # None: a message for the store, or a canonical commit
-    start: int
-    end: int
-    captures: tuple[tuple[int, int], ...]  # (position where a tile ends, slot that gets the state there)
-    cuts: tuple[int, ...] = ()  # positions where a tile ends and the grid starts afresh, rising; none without `packs`
-    spans: tuple[tuple[int, int, Effect], ...] = ()  # tokens of messages that will be stored, see `Stretch`
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass, and the sequences that need none because their prompt's end is kept."""
+    """Who takes part in one forward pass, and the sequences that need none because their prompt's end is kept."""
 
     chunks: tuple[Chunk, ...] = ()
     decodes: tuple[Sequence, ...] = ()
@@ -56,11 +46,16 @@ class Step:
     def empty(self) -> bool:
         return not (self.chunks or self.decodes or self.resumed)
 
+    def work(self, commands: tuple[Command, ...]) -> Work:
+        """What the device has to do, behind some commands."""
+        kept = tuple(s.prefill.lease.slot for s in self.resumed if s.prefill.lease is not None)
+        return Work(commands, tuple(c.rows for c in self.chunks), tuple(decode_rows(s) for s in self.decodes), kept)
+
 
 class Scheduler:
     """The queues: waiting, running (in order of arrival), messages to store, and finished turns to commit when idle."""
 
-    def __init__(self, cache: Books, config: EngineConfig, stage: Stage) -> None:
+    def __init__(self, cache: Books, config: EngineConfig, compiler: Compiler, stage: Stage) -> None:
         self._cache = cache
         self._stage = stage
         self._max_running = config.max_running
@@ -68,8 +63,9 @@ class Scheduler:
         self._max_tiles_beside_decode = config.max_tiles_beside_decode
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._messages: list[Prefill] = []  # on their way into the store
-        self._commits: deque[Prefill] = deque()
+        self._prefills = Prefills(cache, compiler, stage)
+        self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
+        self.commits = CommitQueue(cache, self._prefills)
         self.num_preemptions = 0
         self.num_out_of_memory = 0
 
@@ -90,11 +86,11 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nobody waits for an answer; canonical commits may still be pending."""
-        return not (self._waiting or self._running or self._messages)
+        return not (self._waiting or self._running or self.messages)
 
     @property
     def has_work(self) -> bool:
-        return not self.idle or bool(self._commits)
+        return not self.idle or bool(self.commits)
 
     def sequences(self) -> Iterator[Sequence]:
         yield from self._running
@@ -108,114 +104,27 @@ class Scheduler:
         sequence.phase = Phase.DECODE
         self._running.append(sequence)
 
-    def commit_later(self, prefill: Prefill) -> None:
-        """Queues the tokens of a finished turn for the prefill path, when nobody waits."""
-        if len(self._commits) == MAX_COMMITS:
-            self._drop_commit_lease()
-            self._commits.popleft()
-        self._commits.append(prefill)
-
-    def store(self, message: Prefill) -> None:
-        """Takes in tokens that are to become a message in the store; before any prompt that waits for it."""
-        self._messages.append(message)
-
-    def end_message(self, message: Prefill) -> None:
-        self._messages.remove(message)
-        self._release(message)
-
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is; what it has published stays in the cache."""
         queue = self._waiting if sequence.phase is Phase.WAITING else self._running
         queue.remove(sequence)
         sequence.phase = Phase.FINISHED
-        self._release(sequence.prefill, len(sequence.generated))
+        self._prefills.release(sequence.prefill, len(sequence.generated))
 
     def schedule(self) -> Step:
         """Chooses the next step and takes the room that it needs."""
         if self.idle:
-            return self._commit_step()
+            commit = self.commits.next_chunk()
+            return Step() if commit is None else Step((commit,))
         decodes = self._extend_decodes()
         resumed = self._admit()
         tiles = self._max_tiles_beside_decode if decodes else self._max_tiles
         return Step(self._cut_chunks(tiles), decodes, resumed)
 
-    # Messages for the store
-
-    def _encode_missing(self, prefill: Prefill) -> bool:
-        """Sees to it that the parts which a prompt wants encoded alone are stored -> whether it has to wait for any."""
-        arrangement = prefill.arrangement
-        if arrangement is None:
-            return False
-        starts = np.cumsum([0, *(part.num_tokens for part in arrangement.parts)])
-        for index in self._stage.missing(arrangement):
-            key = self._stage.key(arrangement, arrangement.parts[index].id)
-            if self._stage.is_making(key) or key in prefill.refused:
-                continue
-            if len(self._messages) >= self._max_tiles:  # a step computes no more: the others hold no room meanwhile
-                return True
-            tokens = prefill.tokens[starts[index] : starts[index + 1]]
-            begun = self._begin_message(Prefill(prefill.namespace, tokens, False, False), arrangement, index)
-            if not begun and self._is_making_any(arrangement):
-                return True  # there is more room when they are done
-            prefill.refused.add(key)  # it is tried once
-        return self._is_making_any(arrangement)
-
-    def _is_making_any(self, arrangement: Arrangement) -> bool:
-        keys = (self._stage.key(arrangement, part.id) for part in arrangement.parts if part.id)
-        return any(self._stage.is_making(key) for key in keys)
-
-    def _begin_message(self, message: Prefill, arrangement: Arrangement, index: int) -> bool:
-        """Takes room to encode one part alone -> whether there was any."""
-        nothing = self._cache.match(message.namespace, message.tokens[:0])
-        lease = self._cache.acquire(nothing, message.tokens, publish=False)
-        program = None if lease is None else self._stage.encoding(message.namespace, arrangement, index)
-        if lease is None or program is None:
-            if lease is not None:
-                self._cache.release(lease)
-            return False
-        message.lease, message.program = lease, program
-        self._stage.clear(lease)
-        self._messages.append(message)
-        return True
-
     def _num_waiting_for(self, name: str) -> int:
         """Waiting prompts with a message of this id."""
         arrangements = (sequence.prefill.arrangement for sequence in self._waiting)
         return sum(arrangement is not None and name in arrangement.ids for arrangement in arrangements)
-
-    def out_of_memory(self, step: Step) -> bool:
-        """Takes back a step for which the device had no memory, and makes all later ones smaller.
-
-        Some states of its sequences may have moved on and others not, so these sequences begin again, as after any
-        preemption. A canonical commit is given up, and so are messages for the store: prompts that wait for them
-        compute them in place. False, and nothing changes, where a step cannot be smaller.
-        """
-        if self.idle:
-            self.end_commit(self._commits[0])
-            self.num_out_of_memory += 1
-            return True
-        messages = [chunk.prefill for chunk in step.chunks if chunk.prefill in self._messages]
-        num_tiles = sum(-(-(chunk.end - chunk.start) // TILE) for chunk in step.chunks)
-        num_sequences = len(step.chunks) + len(step.decodes)
-        if num_tiles <= 1 and num_sequences <= 1 and not messages:
-            return False
-        for message in messages:
-            self.end_message(message)
-        if num_tiles > 1:
-            self._max_tiles = min(self._max_tiles, num_tiles // 2)
-            self._max_tiles_beside_decode = min(self._max_tiles_beside_decode, num_tiles // 2)
-        if step.decodes and num_sequences > 1:
-            self._max_running = min(self._max_running, num_sequences // 2)
-        sequences = [*(chunk.sequence for chunk in step.chunks if chunk.sequence is not None), *step.decodes]
-        for sequence in sorted(sequences, key=lambda s: s.rank, reverse=True):
-            self._preempt(sequence)
-        self.num_out_of_memory += 1
-        logger.warning(
-            "no device memory for %d prefill tiles and %d decode rows; from now on at most %d tiles (%d beside decode) "
-            "and %d sequences",
-            *(num_tiles, len(step.decodes), self._max_tiles, self._max_tiles_beside_decode, self._max_running),
-        )
-        return True
 
     # Decoding
 
@@ -230,7 +139,7 @@ class Scheduler:
         assert sequence.prefill.lease is not None
         lease, num_tokens = sequence.prefill.lease, sequence.fed + 1
         while not self._cache.extend(lease, num_tokens):
-            if not (self._drop_commit_lease() or self._forgo_answer()):
+            if not (self.commits.give_room() or self._forgo_answer()):
                 return False
         return True
 
@@ -248,7 +157,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue, with its tokens but without its pages."""
         self._running.remove(sequence)
-        self._release(sequence.prefill)
+        self._prefills.release(sequence.prefill)
         sequence.phase = Phase.WAITING
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
@@ -260,10 +169,10 @@ class Scheduler:
         resumed, passed_over = [], list[Sequence]()
         while self._waiting and self.has_room:
             sequence = self._waiting.popleft()
-            if self._encode_missing(sequence.prefill):
+            if self.messages.wanted(sequence.prefill):
                 passed_over.append(sequence)
                 continue
-            match = self._match(sequence.prefill)
+            match = self._prefills.match(sequence.prefill)
             if self._someone_computes_more(sequence.prefill, match):
                 passed_over.append(sequence)  # its turn comes when the shared prefix is there
                 continue
@@ -279,14 +188,9 @@ class Scheduler:
         self._waiting.extendleft(reversed(passed_over))
         return tuple(resumed)
 
-    def _match(self, prefill: Prefill) -> Match:
-        if prefill.arrangement is not None:
-            return self._match_arranged(prefill)
-        return self._cache.match(prefill.namespace, prefill.tokens if prefill.reuse else prefill.tokens[:0])
-
     def prefix_of(self, prefill: Prefill) -> int:
         """Tokens of a prompt that the cache has a state for."""
-        return self._match(prefill).length
+        return self._prefills.match(prefill).length
 
     def known(self, namespace: str, tokens: TokenArray) -> tuple[int, int]:
         """Tokens of a prefix that have a state, or will have one soon; tokens that have rows."""
@@ -297,15 +201,6 @@ class Scheduler:
                 needed = grid_floor(max(most, prefill.computed)) + TILE
                 most = max(most, grid_floor(common_prefix(prefill.tokens, tokens, needed)))
         return most, match.shared
-
-    def _match_arranged(self, prefill: Prefill) -> Match:
-        """The prefix that an arranged prompt starts from, which ends before its answer's header."""
-        assert prefill.arrangement is not None
-        end = min(prefill.arrangement.answer_start or len(prefill.tokens), len(prefill.tokens) - 1)
-        known = np.append(prefill.tokens[:end] if prefill.reuse else prefill.tokens[:0], np.int32(0))
-        match = self._cache.match(prefill.namespace, known)  # one token more: no prompt ends there
-        plan = self._stage.plan(prefill.arrangement, match.length)
-        return match if plan.prefix == match.length else self._cache.match(prefill.namespace, known[:0])
 
     def _someone_computes_more(self, prefill: Prefill, match: Match) -> bool:
         """True while a running prompt is on its way to a longer shared prefix; asks it for a checkpoint there."""
@@ -323,98 +218,86 @@ class Scheduler:
         return False
 
     def _acquire(self, prefill: Prefill, match: Match) -> bool:
-        lease = self._cache.acquire(match, prefill.tokens, publish=prefill.publish)
-        if lease is None and self._drop_commit_lease():
-            lease = self._cache.acquire(self._match(prefill), prefill.tokens, publish=prefill.publish)
-        if lease is None:
-            return False
-        prefill.lease, prefill.computed = lease, lease.length
-        if prefill.arrangement is not None:
-            begin = (prefill.namespace, prefill.arrangement, lease.length)
-            prefill.program = self._stage.begin(*begin, self._num_waiting_for)
-            if prefill.alone:
-                self._stage.clear(lease)
+        if self._prefills.acquire(prefill, match, self._num_waiting_for):
             return True
-        prefill.wishes = deque(
-            self._cache.plan(
-                lease,
-                prefill.boundaries,
-                only_marked=prefill.only_marked,
-                generated=prefill.generated,
-                again=prefill.planned,
-            )
-        )
-        prefill.planned = True
-        return True
-
-    def _release(self, prefill: Prefill, num_output_tokens: int | None = None) -> None:
-        if prefill.program is not None:
-            self._stage.end(prefill.program)
-        if prefill.lease is not None:
-            self._cache.release(prefill.lease, num_output_tokens)
-        prefill.lease, prefill.program, prefill.computed = None, None, 0
+        again = self.commits.give_room()
+        return again and self._prefills.acquire(prefill, self._prefills.match(prefill), self._num_waiting_for)
 
     # Prefill
 
     def _cut_chunks(self, tiles: int) -> tuple[Chunk, ...]:
-        chunks = []
-        for message in self._messages:
-            if tiles > 0:
-                chunks.append(self._cut(message, None, tiles))
-                tiles -= -(-(chunks[-1].end - chunks[-1].start) // TILE)
-        for sequence in self._running:
-            if sequence.phase is Phase.PREFILL and tiles > 0:
-                chunk = self._cut(sequence.prefill, sequence, tiles)
-                tiles -= -(-(chunk.end - chunk.start) // TILE)
-                chunks.append(chunk)
+        prefilling = ((s.prefill, s) for s in self._running if s.phase is Phase.PREFILL)
+        chunks = list[Chunk]()
+        for prefill, sequence in [*((message, None) for message in self.messages), *prefilling]:
+            if tiles <= 0:
+                break
+            chunks.append(self._prefills.cut(prefill, sequence, tiles))
+            tiles -= chunks[-1].num_tiles
         return tuple(chunks)
 
-    def _cut(self, prefill: Prefill, sequence: Sequence | None, tiles: int) -> Chunk:
-        """The next at most `tiles` tiles of a prompt, with slots for the checkpoints wished for inside them."""
-        assert prefill.lease is not None
-        if prefill.program is not None:
-            prefill.computed = self._stage.advance(prefill.program, prefill.lease, prefill.computed)
-        start, end = prefill.computed, min(prefill.computed + tiles * TILE, prefill.until)
-        if prefill.program is not None:
-            stretch = self._stage.cut(prefill.program, prefill.lease, start, end)
-            return Chunk(prefill, sequence, start, stretch.end, stretch.captures, stretch.cuts, stretch.spans)
-        captures = []
-        while prefill.wishes and prefill.wishes[0].position <= end:
-            wish = prefill.wishes.popleft()
-            if wish.position <= start:
-                continue
-            slot = self._cache.reserve_checkpoint(prefill.lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
-            if slot is not None:
-                captures.append((wish.position, slot))
-        return Chunk(prefill, sequence, start, end, tuple(captures))
+    # Device memory
 
-    # Canonical commits
+    def out_of_memory(self, step: Step, lost: Collection[Command] = ()) -> bool:
+        """Takes back a step for which the device had no memory, and makes all later ones smaller.
 
-    def _commit_step(self) -> Step:
-        """One tile of a finished turn, so that a request which arrives meanwhile waits for one tile at most."""
-        while self._commits:
-            commit = self._commits[0]
-            if commit.lease is None and not self._start_commit(commit):
-                self._commits.popleft()
-                continue
-            return Step((self._cut(commit, None, 1),))
-        return Step()
-
-    def _start_commit(self, commit: Prefill) -> bool:
-        # A match leaves at least one token to compute; one more token shows whether all of ours are there.
-        known = self._cache.match(commit.namespace, np.append(commit.tokens, np.int32(0)))
-        return known.length < len(commit.tokens) and self._acquire(commit, self._match(commit))
-
-    def end_commit(self, commit: Prefill) -> None:
-        self._release(commit)
-        self._commits.remove(commit)
-
-    def _drop_commit_lease(self) -> bool:
-        """Gives up the room of the commit in progress -> whether there was one. What it has published stays."""
-        if not self._commits or self._commits[0].lease is None:
+        lost: commands that were not carried out
+        Some states of its sequences may have moved on and others not, so these sequences begin again, as after any
+        preemption. A canonical commit is given up, and so are messages for the store: prompts that wait for them
+        compute them in place. False, and nothing changes, where a step cannot be smaller.
+        """
+        if lost:
+            return self._lost(lost)
+        if self.idle:
+            self.commits.give_up_first()
+            self.num_out_of_memory += 1
+            return True
+        messages = [chunk.prefill for chunk in step.chunks if chunk.prefill in self.messages]
+        commits = [chunk.prefill for chunk in step.chunks if chunk.sequence is None and chunk.prefill not in messages]
+        num_tiles = sum(chunk.num_tiles for chunk in step.chunks)
+        num_sequences = len(step.chunks) + len(step.decodes)
+        if num_tiles <= 1 and num_sequences <= 1 and not messages:
             return False
-        self._release(self._commits[0])
+        for message in messages:
+            self.messages.end(message)
+        for commit in commits:
+            self.commits.end(commit)
+        if num_tiles > 1:
+            self._max_tiles = self.messages.most = min(self._max_tiles, num_tiles // 2)
+            self._max_tiles_beside_decode = min(self._max_tiles_beside_decode, num_tiles // 2)
+        if step.decodes and num_sequences > 1:
+            self._max_running = min(self._max_running, num_sequences // 2)
+        sequences = [chunk.sequence for chunk in step.chunks if chunk.sequence is not None]
+        self._preempt_all([*sequences, *step.decodes, *step.resumed])
+        self.num_out_of_memory += 1
+        logger.warning(
+            "no device memory for %d prefill tiles and %d decode rows; from now on at most %d tiles (%d beside decode) "
+            "and %d sequences",
+            *(num_tiles, len(step.decodes), self._max_tiles, self._max_tiles_beside_decode, self._max_running),
+        )
         return True
+
+    def _lost(self, commands: Collection[Command]) -> bool:
+        """Begins again with all sequences, and without what there was no memory for: messages that could not be
+        written are forgotten, and prompts of messages compute all of them.
+        """
+        moves = [command for command in commands if isinstance(command, choreography.Command)]
+        if len(moves) < len(commands):
+            return False
+        self.commits.give_room()
+        for message in list(self.messages):
+            self.messages.end(message)
+        self._preempt_all(self._running)
+        for command in moves:
+            self._cache.messages.forget(command.written())
+        for sequence in self._waiting:
+            sequence.prefill.in_place = True
+        self.num_out_of_memory += 1
+        logger.warning("no device memory to put messages together: %d prompts compute theirs", len(self._waiting))
+        return True
+
+    def _preempt_all(self, sequences: Collection[Sequence]) -> None:
+        for sequence in sorted(sequences, key=lambda s: s.rank, reverse=True):
+            self._preempt(sequence)
 
 
 def common_prefix(a: TokenArray, b: TokenArray, needed: int = 1) -> int:

@@ -9,10 +9,10 @@ import numpy as np
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Wish
 from hybrid_cache.choreography.arrangement import Arrangement
-from hybrid_cache.choreography.stage import Program
-from hybrid_cache.device.sampler import TokenChooser
+from hybrid_cache.choreography.program import Program
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper, TokenLogprob
+from hybrid_cache.sampling import TokenChooser
 from hybrid_cache.tokens import Boundary, BoundaryKind, TokenArray
 
 
@@ -28,7 +28,7 @@ class Prefill:
     [0, computed)            in the lease's state and pages
     [computed, len(tokens))  still to compute, in chunks that start on the grid
 
-    An arranged prompt has a program: some of its tokens are not computed but put in place by the stage.
+    An arranged prompt has a program: some of its tokens are not computed but put in place.
     """
 
     namespace: str
@@ -45,6 +45,7 @@ class Prefill:
     arrangement: Arrangement | None = None
     program: Program | None = None
     refused: set[str] = field(default_factory=set)  # messages that could not be stored for it
+    in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
 
     @property
     def shift(self) -> int:
@@ -52,9 +53,9 @@ class Prefill:
         return self.program.shift if self.program else 0
 
     @property
-    def alone(self) -> bool:
+    def apart(self) -> bool:
         """Begins with states of zero, but not as the start of a text."""
-        return self.program is not None and self.program.alone
+        return self.program is not None and self.program.apart
 
     @property
     def until(self) -> int:

@@ -524,7 +524,7 @@ def test_the_server_gives_the_same_answers_with_any_policy(name: str) -> None:
         engine.submit(Request(str(i), Prompt(prompt), SamplingParams(temperature=0, max_tokens=70)))
         outputs: Iterable[TokenOutput] = [o for _, o in engine.run_until_idle() if isinstance(o, TokenOutput)]
         assert [o.token for o in outputs if o.token is not None] == sum_model_answer(prompt, 70)
-        engine.cache.check()
+        engine.check()
 
 
 def test_policies_that_depend_on_the_model_need_it() -> None:

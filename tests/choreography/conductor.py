@@ -9,7 +9,7 @@ from torch import Tensor
 from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Part, message_id
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.device.runner import ModelRunner
+from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
 from hybrid_cache.tokens import Prompt, TokenArray
@@ -25,15 +25,17 @@ def message(length: int, seed: int) -> TokenArray:
 class Conductor:
     """An engine for one model, and the logits of the last prompt's end."""
 
-    def __init__(self, model: HybridModel, budget_bytes: int = 64 << 20, **config: object) -> None:
+    def __init__(
+        self, model: HybridModel, budget_bytes: int = 64 << 20, worker: type[Worker] = Worker, **config: object
+    ) -> None:
         seen: list[Tensor] = []
 
-        class Watched(ModelRunner):
+        class Watched(worker):  # type: ignore[valid-type, misc]
             def logits(self, hidden: Tensor) -> Tensor:
                 seen.append(super().logits(hidden))
                 return seen[-1]
 
-        self.engine = Engine(model, EngineConfig(budget_bytes=budget_bytes, **config), runner=Watched)
+        self.engine = Engine(model, EngineConfig(budget_bytes=budget_bytes, **config), worker=Watched)
         self.namespace = f"{model.fingerprint}/"
         self._seen = seen
         self._count = 0
@@ -68,7 +70,7 @@ class Conductor:
         self._seen.clear()
         self.engine.submit(self.request(messages, arrangement, max_tokens))
         outputs = [output for _, output in self.engine.run_until_idle()]
-        self.engine.cache.check()
+        self.engine.check()
         told = next(o for o in outputs if isinstance(o, PromptOutput))
         answer = [o.token for o in outputs if isinstance(o, TokenOutput) and o.token is not None]
         return self._seen[0][0], told, answer

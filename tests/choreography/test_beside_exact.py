@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybrid_cache.choreography.arrangement import SEAMS, Composition, Encoding, Fidelity, Order, Positions
+from hybrid_cache.choreography.compiler import key_of
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
@@ -30,7 +31,7 @@ def pages_of(conductor):
     """Copies of all pages and states of the tree."""
     found = {}
     for node in conductor.engine.cache.tree.nodes():
-        for layer in conductor.engine.cache.tensors:
+        for layer in conductor.engine.worker.memory.tensors:
             rows = getattr(layer, "k", None)
             if rows is not None and node.parent is not None:
                 found[node, "k"] = rows[node.page].clone()
@@ -108,8 +109,8 @@ def test_a_stored_message_is_not_written_to(bamba):
     conductor = Conductor(bamba)
     arrangement = conductor.arrangement([A, B])
     conductor.run([A, B], arrangement)
-    cache, stage = conductor.engine.cache, conductor.engine.stage
-    stored = cache.messages.get(stage.key(arrangement, arrangement.parts[1].id))
+    cache = conductor.engine.cache
+    stored = cache.messages.get(key_of(arrangement.parts[1].id, 0))
     with pytest.raises(OwnershipError):
         stored.own_rows()
     with pytest.raises(OwnershipError):

@@ -14,7 +14,7 @@ from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Order, Part
 from hybrid_cache.choreography.order import MOST_ASKED, MOST_IN_VAIN, Known, best_order
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import engine as engine_module
+from hybrid_cache.engine import intake
 from hybrid_cache.engine.scheduler import Scheduler
 from hybrid_cache.engine.sequence import Prefill, grid_floor
 from hybrid_cache.kernels import dispatch
@@ -173,7 +173,7 @@ def test_what_is_known_soon_is_the_longest_beginning_that_an_earlier_prompt_stil
     random = np.random.default_rng(0)
     for _ in range(200):
         cache = Books(SumModel.cache_spec, SumModel.prefill_cost, 1 << 22, make_policy("ours"))
-        scheduler = Scheduler(cache, EngineConfig(budget_bytes=1 << 22), None)  # type: ignore[arg-type]
+        scheduler = Scheduler(cache, EngineConfig(budget_bytes=1 << 22), None, None)  # type: ignore[arg-type]
         tokens = random.integers(1, 50, 300).astype(np.int32)
         lease = cache.acquire(cache.match("n", tokens), tokens)
         assert lease is not None
@@ -198,7 +198,7 @@ def test_what_is_known_soon_is_the_longest_beginning_that_an_earlier_prompt_stil
 def test_the_choices_of_a_request_share_the_order_of_the_first(folder, monkeypatch) -> None:
     conductor = Conductor(loading.load(folder(HYBRID), ops=dispatch.select()))
     asked: list[int] = []
-    monkeypatch.setattr(engine_module, "best_order", lambda *args: asked.append(1) or best_order(*args))
+    monkeypatch.setattr(intake, "best_order", lambda *args: asked.append(1) or best_order(*args))
     parts = [message(130, 8), message(140, 9), message(20, 10)]
     arrangement = conductor.arrangement(parts, Encoding.ALONE, Fidelity.EXACT, order=Order.ANY)
     conductor.engine.submit(replace(conductor.request(parts, arrangement, max_tokens=3), n=3))

@@ -38,7 +38,7 @@ def hybrid(folder):
 
 def drain(conductor):
     outputs = conductor.engine.run_until_idle()
-    conductor.engine.cache.check()
+    conductor.engine.check()
     return outputs
 
 
@@ -55,14 +55,14 @@ def test_messages_are_stored_once_whoever_asks(hybrid):
 
 def step_by_step(conductor):
     """A conductor that ends a step with each message that it stores, as on a device that does not pack rows."""
-    begin = conductor.engine.stage.begin
+    begin = conductor.engine._compiler.program
 
-    def apart(*args):
-        program = begin(*args)
+    def apart(*args, **options):
+        program = begin(*args, **options)
         program.joins = False
         return program
 
-    conductor.engine.stage.begin = apart
+    conductor.engine._compiler.program = apart
     return conductor
 
 
@@ -76,8 +76,7 @@ def test_messages_of_one_chunk_are_what_they_are_in_several(folder, case, seam):
         fidelity = Fidelity(model.ways[-1])
         arrangement = conductor.arrangement(MESSAGES, Encoding.IN_PLACE, fidelity, seam=seam)
         logits, _, answer = conductor.run(MESSAGES, arrangement, max_tokens=4)
-        stage = conductor.engine.stage
-        effects = [stage.effects(stage.key(arrangement, part.id)) for part in arrangement.parts[:-1]]
+        effects = [conductor.engine.effects(part.id, seam) for part in arrangement.parts[:-1]]
         again = conductor.run(
             MESSAGES[::-1], conductor.arrangement(MESSAGES[::-1], Encoding.IN_PLACE, fidelity, seam=seam)
         )
@@ -244,7 +243,7 @@ def test_an_aborted_request_leaves_nothing_behind(hybrid):
         conductor.engine.submit(request)
         for _ in range(steps):
             conductor.engine.step()
-            conductor.engine.cache.check()
+            conductor.engine.check()
         conductor.engine.abort(request.id)
         drain(conductor)
         assert conductor.engine.stats().cache.working_bytes == 0
@@ -287,7 +286,7 @@ def test_preempted_requests_begin_again(hybrid):
         for name, output in conductor.engine.step():
             if isinstance(output, TokenOutput):
                 answers.setdefault(name, []).append(output.token)
-        conductor.engine.cache.check()
+        conductor.engine.check()
     assert conductor.engine.stats().num_preemptions > 0
     assert {len(tokens) for tokens in answers.values()} == {80}
     assert conductor.engine.stats().cache.working_bytes == 0

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hybrid_cache.choreography.arrangement import Encoding, Fidelity, Positions, closed, message_id
+from hybrid_cache.choreography.compiler import key_of
 from hybrid_cache.choreography.plan import Action
-from hybrid_cache.choreography.stage import MOST_TOGETHER, _slide
+from hybrid_cache.device.composition import MOST_TOGETHER, slide
 from hybrid_cache.device.effects import Numbers
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
@@ -25,10 +26,10 @@ def hybrid(folder):
 
 def spoiled(conductor):
     """A conductor whose cache holds nothing but NaN, as freed memory may."""
-    for layer in conductor.engine.cache.tensors:
+    for layer in conductor.engine.worker.memory.tensors:
         for tensor in (layer.k, layer.v) if hasattr(layer, "k") else (layer.conv, layer.state):
             tensor.fill_(torch.nan)
-    conductor.engine.cache.memory.numbers.fill_(torch.nan)
+    conductor.engine.worker.memory.numbers.fill_(torch.nan)
     return conductor
 
 
@@ -108,8 +109,7 @@ def test_the_rest_of_a_message_that_a_prefix_ends_in_is_not_the_message(hybrid):
     arrangement = conductor.arrangement(long, Encoding.IN_PLACE)
     _, told, _ = conductor.run(long, arrangement)
     assert told.plan.prefix == 256
-    stage = conductor.engine.stage
-    assert [stage.is_stored(stage.key(arrangement, part.id)) for part in arrangement.parts[:2]] == [False, True]
+    assert [conductor.engine.is_stored(part.id) for part in arrangement.parts[:2]] == [False, True]
 
 
 def test_what_an_answer_began_with_is_kept_though_the_cache_has_a_state_behind_it(hybrid):
@@ -123,9 +123,7 @@ def test_what_an_answer_began_with_is_kept_though_the_cache_has_a_state_behind_i
     _, told, answer = conductor.run(texts, arrangement, max_tokens=9)
     assert told.plan.prefix <= 126
     whole = closed(np.concatenate([HEADER, answer]), (7, 8))
-    stored = conductor.engine.cache.messages.get(
-        conductor.engine.stage.key(arrangement, message_id(conductor.namespace, whole))
-    )
+    stored = conductor.engine.cache.messages.get(key_of(message_id(conductor.namespace, whole), 0))
     assert stored is not None
     assert (stored.start, stored.length) == (126, len(whole))
 
@@ -186,12 +184,12 @@ def test_what_a_broken_off_request_has_held_may_go(hybrid):
     request = conductor.request(texts, conductor.arrangement(texts, Encoding.IN_PLACE))
     conductor.engine.submit(request)
     conductor.engine.step()
-    conductor.engine.cache.check()
+    conductor.engine.check()
     conductor.engine.cache.drop()
     assert conductor.engine.stats().cache.messages == 1  # it is still to be put in its place
     conductor.engine.abort(request.id)
     conductor.engine.cache.drop()
-    conductor.engine.cache.check()
+    conductor.engine.check()
     assert conductor.engine.stats().cache.messages == 0
 
 
@@ -233,7 +231,7 @@ def test_a_window_is_the_last_rows_of_all_that_came(length):
     rows = torch.arange(40.0).view(20, 2)
     before, message_rows, elsewhere = rows[:5], rows[5 : 5 + length], -rows[:5]
     window = before[-3:].clone()
-    _slide(window, torch.cat([elsewhere, message_rows])[-3:], length)
+    slide(window, torch.cat([elsewhere, message_rows])[-3:], length)
     assert torch.equal(window, torch.cat([before, message_rows])[-3:])
 
 
@@ -267,12 +265,11 @@ def test_an_effect_is_the_same_however_its_tokens_were_computed(folder, case):
     arrangement = steps.arrangement([first], Encoding.IN_PLACE, closing=(7, 8), answer_start=70)
     _, _, answer = steps.run([first], arrangement, max_tokens=90)
     whole = closed(np.concatenate([HEADER, answer]), (7, 8))
-    found = [steps.engine.stage.effects(steps.engine.stage.key(arrangement, message_id(steps.namespace, whole)))]
+    found = [steps.engine.effects(message_id(steps.namespace, whole))]
     for conductor in (one, tiles):
         arranged = conductor.arrangement([first, whole], Encoding.IN_PLACE)
         conductor.run([first, whole], arranged)
-        name = conductor.engine.stage.key(arranged, arranged.parts[1].id)
-        found.append(conductor.engine.stage.effects(name))
+        found.append(conductor.engine.effects(arranged.parts[1].id))
     for other in found[1:]:
         for (p, s), (other_p, other_s) in zip(found[0], other, strict=True):
             torch.testing.assert_close(other_p, p, atol=1e-4, rtol=1e-4)
@@ -298,8 +295,8 @@ def test_what_an_answer_gives_up_is_free(hybrid):
         conductor.engine.step()
     (sequence,) = conductor.engine._scheduler.sequences()
     before = conductor.engine.stats().cache.working_bytes
-    assert [conductor.engine.stage.forgo(sequence.prefill.program) for _ in range(2)] == [True, False]
-    conductor.engine.cache.check()
+    assert [conductor.engine._stage.forgo(sequence.prefill.program) for _ in range(2)] == [True, False]
+    conductor.engine.check()
     assert conductor.engine.stats().cache.working_bytes < before
     drain(conductor)
     assert conductor.engine.stats().cache.working_bytes == 0

@@ -8,10 +8,10 @@ import pytest
 from hybrid_cache.api.workflow import open_workflow
 from hybrid_cache.choreography.arrangement import SEAMS, Composition, Encoding, Fidelity, Order, Positions, Style
 from hybrid_cache.choreography.plan import Action
-from hybrid_cache.choreography.workflow import Call
 from hybrid_cache.errors import RequestError, UnknownMessage
 from hybrid_cache.request import Request, SamplingParams
 from hybrid_cache.tokens import Prompt
+from hybrid_cache.workflow import Call
 
 FACTS = ["The code for the garage is 42.", "Anna likes to drink tea.", "The lamp is green now."]
 ASK = "What is the code for the garage?"
@@ -33,7 +33,7 @@ def test_messages_are_encoded_once_and_read_in_any_order(workflow):
         assert answer.plan.tokens(Action.COMPOSED) == sum(len(fact.tokens) for fact in facts)
         assert [m.id for m in answer.attended[:3]] == [facts[i].id for i in order]
         assert 0 < answer.first_token_s <= answer.total_s
-    workflow.engine.cache.check()
+    workflow.engine.check()
 
 
 def test_answers_can_be_attended_to(workflow):
@@ -129,7 +129,7 @@ def test_random_calls_are_exact_where_they_say_so(budget):
             if found.plan.fidelity is Fidelity.EXACT:
                 expected = plain.generate(attend=[m.text for m in found.attended], sampling=sampling)
                 assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
-        cached.engine.cache.check()
+        cached.engine.check()
         assert cached.engine.stats().cache.working_bytes == 0
     assert kinds == {Fidelity.EXACT, Fidelity.COMPOSED}
 

@@ -10,8 +10,8 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device import cuda_graphs
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch, HybridModel
 from hybrid_cache.device.cuda_graphs import DecodeGraphs, pad_decodes, rounded
-from hybrid_cache.device.memory import HybridCache
-from hybrid_cache.device.runner import ModelRunner
+from hybrid_cache.device.memory import CacheMemory, HybridCache
+from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
@@ -63,24 +63,24 @@ class LookingModel(SumModel):
         return torch.stack([sums, layout.decode_len.float()], dim=1)[batch.output_rows]
 
 
-def runner_with(capture: cuda_graphs.Capture) -> type[ModelRunner]:
-    class GraphRunner(ModelRunner):
-        def __init__(self, model: HybridModel, cache: HybridCache) -> None:
-            super().__init__(model, cache)
-            self.graphs = DecodeGraphs(model, cache, capture)
+def worker_with(capture: cuda_graphs.Capture) -> type[Worker]:
+    class GraphWorker(Worker):
+        def __init__(self, model: HybridModel, memory: CacheMemory, spare_slot: Callable[[], int | None]) -> None:
+            super().__init__(model, memory, spare_slot)
+            self.graphs = DecodeGraphs(model, memory, spare_slot(), capture)
 
-    return GraphRunner
+    return GraphWorker
 
 
 def engine_with(capture: cuda_graphs.Capture, budget_bytes: int = 1 << 20) -> Engine:
-    return Engine(LookingModel(), EngineConfig(budget_bytes=budget_bytes), runner=runner_with(capture))
+    return Engine(LookingModel(), EngineConfig(budget_bytes=budget_bytes), worker=worker_with(capture))
 
 
 def check_answers(engine: Engine, lengths: list[int], max_tokens: list[int]) -> None:
     for i, length in enumerate(lengths):
         engine.submit(make_request(str(i), tokens_of(i, length), max_tokens[i]))
     outputs = engine.run_until_idle()
-    engine.cache.check()
+    engine.check()
     for i, length in enumerate(lengths):
         assert answers(outputs, str(i)) == sum_model_answer(tokens_of(i, length), max_tokens[i])
 
@@ -102,7 +102,7 @@ def test_memory_of_the_least_used_graph_goes_first(monkeypatch: pytest.MonkeyPat
     engine = engine_with(Recorder())
     check_answers(engine, [20, 30, 40, 50], [40, 30, 20, 10])
     check_answers(engine, [21, 31, 41, 51], [40, 30, 20, 10])
-    graphs = engine._runner.graphs
+    graphs = engine.worker.graphs
     assert graphs is not None
     assert graphs.num_captures > 2
     assert len(graphs._recorded) == 2

@@ -40,7 +40,7 @@ def run(engine: Engine, *requests: Request) -> Outputs:
     for request in requests:
         engine.submit(request)
     outputs = engine.run_until_idle()
-    engine.cache.check()
+    engine.check()
     return outputs
 
 
@@ -167,7 +167,7 @@ def test_an_abort_frees_everything_but_the_finished_prefix() -> None:
     engine.submit(make_request("a", tokens))
     engine.step()
     engine.abort("a")
-    engine.cache.check()
+    engine.check()
     assert engine.idle
     assert engine.cache.stats().working_bytes == 0
     outputs = run(engine, make_request("b", tokens))
@@ -205,12 +205,12 @@ def test_any_mixture_of_requests_gives_the_answers_of_a_run_without_cache(seed: 
         expected[request.id] = request
         for _ in range(rng.randrange(4)):
             got += engine.step()
-            engine.cache.check()
+            engine.check()
         if rng.random() < 0.1:
             aborted.add(request.id)
             engine.abort(request.id)
     got += engine.run_until_idle()
-    engine.cache.check()
+    engine.check()
     for name, request in expected.items():
         for index in range(request.n if name not in aborted else 0):
             want = sum_model_answer(request.prompt.tokens, request.sampling.max_tokens)

@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybrid_cache.cache.commands import Copy
 from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Part
+from hybrid_cache.choreography.commands import KeepEffect
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.request import Request, SamplingParams
 from hybrid_cache.tokens import Prompt
+from hybrid_cache.work import Command, OutOfDeviceMemory
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 
@@ -68,7 +72,7 @@ def answer_all(model: SumModel, num_requests: int, max_tokens: int = 6, length: 
     for i, tokens in enumerate(prompts):
         engine.submit(make_request(str(i), tokens, max_tokens, n=n))
     outputs = engine.run_until_idle()
-    engine.cache.check()
+    engine.check()
     for i, tokens in enumerate(prompts):
         for index in range(n):
             assert answers(outputs, str(i), index) == sum_model_answer(tokens, max_tokens)
@@ -98,7 +102,7 @@ def test_what_fits_is_never_taken_back() -> None:
 def test_a_step_that_cannot_be_smaller_is_an_error() -> None:
     engine = Engine(SmallDevice(tiles=0), EngineConfig(budget_bytes=1 << 22))
     engine.submit(make_request("a", tokens_of(0, 300)))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfDeviceMemory):
         engine.run_until_idle()
 
 
@@ -110,12 +114,12 @@ def test_a_step_that_cannot_be_smaller_changes_nothing(answered: int) -> None:
     for _ in range(answered):
         engine.step()
     model.room = (0, 0, 1000)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfDeviceMemory):
         engine.step()
     after = engine.stats()
     assert (after.num_preemptions, after.num_out_of_memory, after.running) == (0, 0, 1)
     engine.abort("a")
-    engine.cache.check()
+    engine.check()
     model.room = (16, 4, 1000)  # as much as ever
     engine.submit(make_request("b", tokens := tokens_of(1, 1000), 6))
     assert answers(engine.run_until_idle(), "b") == sum_model_answer(tokens, 6)
@@ -133,7 +137,7 @@ def test_a_message_without_memory_is_given_up_and_its_prompt_computes_it_in_plac
     assert answers(engine.run_until_idle(), "b") == sum_model_answer(request.prompt.tokens, 6)
     assert engine.stats().num_out_of_memory == 1
     assert engine.stats().num_preemptions == 0
-    engine.cache.check()
+    engine.check()
 
 
 def test_an_answer_without_memory_is_not_stored_and_stays_as_it_is() -> None:
@@ -150,7 +154,7 @@ def test_an_answer_without_memory_is_not_stored_and_stays_as_it_is() -> None:
     assert engine.stats().num_out_of_memory == 1
     assert engine.stats().cache.messages == stored
     assert engine.stats().cache.working_bytes == 0
-    engine.cache.check()
+    engine.check()
 
 
 def test_a_message_beside_other_work_is_given_up_with_it() -> None:
@@ -166,7 +170,7 @@ def test_a_message_beside_other_work_is_given_up_with_it() -> None:
     outputs += engine.run_until_idle()
     assert answers(outputs, "a") == sum_model_answer(other, 6)
     assert answers(outputs, "b") == sum_model_answer(request.prompt.tokens, 6)
-    engine.cache.check()
+    engine.check()
 
 
 def test_messages_in_a_step_do_not_make_room_for_more_sequences(caplog: pytest.LogCaptureFixture) -> None:
@@ -180,7 +184,7 @@ def test_messages_in_a_step_do_not_make_room_for_more_sequences(caplog: pytest.L
     assert "no device memory for 6 prefill tiles and 1 decode rows" in caplog.text
     assert "and 2 sequences" in caplog.text
     assert len(answers(engine.run_until_idle(), "b")) == 6
-    engine.cache.check()
+    engine.check()
 
 
 def test_a_commit_without_memory_is_given_up() -> None:
@@ -192,7 +196,7 @@ def test_a_commit_without_memory_is_given_up() -> None:
     model.room = (0, 0, 0)
     assert engine.run_until_idle() == []
     assert engine.stats().num_out_of_memory == 1
-    engine.cache.check()
+    engine.check()
 
 
 def test_logits_are_computed_in_parts() -> None:
@@ -205,3 +209,34 @@ def test_logits_are_computed_in_parts() -> None:
             engine.submit(request)
         found.append([(o.logprobs if hasattr(o, "logprobs") else o) for _, o in engine.run_until_idle()])
     assert found[0] == found[1]
+
+
+def short_of(kind: type, times: int) -> type[Worker]:
+    """A worker whose device has no memory for the first commands of a kind."""
+
+    class ShortWorker(Worker):
+        left = times
+
+        def do(self, command: Command) -> None:
+            if isinstance(command, kind) and self.left:
+                self.left -= 1
+                raise torch.OutOfMemoryError("tried to allocate 20.00 MiB")
+            super().do(command)
+
+    return ShortWorker
+
+
+def test_a_message_that_could_not_be_written_is_not_there() -> None:
+    engine = Engine(SmallStage(), EngineConfig(budget_bytes=1 << 22), worker=short_of(KeepEffect, 1))
+    engine.submit(arranged(30, 40, 3, encoding=Encoding.IN_PLACE))
+    engine.run_until_idle()
+    engine.check()
+    assert engine.stats().cache.messages == 1
+    assert (engine.is_stored("m0"), engine.is_stored("m1")) == (False, True)
+
+
+def test_what_the_books_need_is_an_error_without_memory() -> None:
+    engine = Engine(SmallDevice(), EngineConfig(budget_bytes=1 << 22), worker=short_of(Copy, 1))
+    engine.submit(make_request("a", tokens_of(0, 130)))
+    with pytest.raises(OutOfDeviceMemory):
+        engine.run_until_idle()

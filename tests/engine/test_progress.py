@@ -10,7 +10,7 @@ def steps_until_idle(engine, most):
         if not engine.has_work:
             return outputs
         outputs += engine.step()
-        engine.cache.check()
+        engine.check()
     raise AssertionError(f"not done after {most} steps: {engine.stats()}")
 
 

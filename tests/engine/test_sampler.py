@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_cache.device.sampler import TokenChooser, choose_tokens, log_probabilities
+from hybrid_cache.device.sampler import adjust, choose_tokens, log_probabilities
 from hybrid_cache.errors import BadSampling
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.request import SamplingParams
+from hybrid_cache.sampling import TokenChooser
 
 PROMPT = np.array([1, 2], np.int32)
 
@@ -92,7 +93,7 @@ def test_repetition_penalty_counts_each_token_once_wherever_it_was_seen(penalty:
         expected, seen = logits.clone(), np.unique([*prompt, *answer[:before]])
         expected[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)[seen]
         if before not in (0, 1, 2, 20):  # it need not be asked for every token
-            one.adjust(logits)
+            adjust(logits, one)
             assert torch.equal(logits, expected)
         one.note(token)
 
@@ -204,5 +205,5 @@ def test_presence_is_taken_off_once_and_frequency_for_each_time() -> None:
         two.note(token)
     for penalised, expected in ((one, [1.0, 1.3, 1.2]), (two, [1.0, 1.1, 1.2])):
         found = logits.clone()
-        penalised.adjust(found)
+        adjust(found, penalised)
         torch.testing.assert_close(found, torch.tensor(expected))

@@ -25,7 +25,7 @@ def steps(engine: Engine, most: int = 1000) -> Iterator[Outputs]:
         if not engine.has_work:
             return
         yield engine.step()
-        engine.cache.check()
+        engine.check()
     raise AssertionError(f"there is still work after {most} steps")
 
 
@@ -216,7 +216,7 @@ def test_no_more_messages_hold_room_than_a_step_computes() -> None:
         held.clear()
         while engine.stats().cache.messages < num_messages:
             engine.step()
-            engine.cache.check()
+            engine.check()
         most.append(max(held))
     assert most[0] == most[1]
 

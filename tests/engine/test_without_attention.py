@@ -39,7 +39,7 @@ def serve(engine: Engine, prompts: list[TokenArray]) -> tuple[list[list[TokenOut
         prompt = Prompt(tokens, (Boundary(2 * TILE + 9), Boundary(len(tokens))))
         engine.submit(Request(str(i), prompt, SamplingParams(temperature=0, max_tokens=5, logprobs=3)))
         outputs = [output for _, output in engine.run_until_idle()]
-        engine.cache.check()
+        engine.check()
         answers.append([o for o in outputs if isinstance(o, TokenOutput)])
         cached += [o.cached_tokens for o in outputs if isinstance(o, PromptOutput)]
     return answers, cached

@@ -43,7 +43,7 @@ class Server:
         marks = tuple(Boundary(p) for p in boundaries)
         self._engine.submit(Request(str(self._count), Prompt(prompt, marks), sampling))
         outputs = [o for _, o in self._engine.run_until_idle()]
-        self._engine.cache.check()
+        self._engine.check()
         (start,) = [o for o in outputs if isinstance(o, PromptOutput)]
         return [o for o in outputs if isinstance(o, TokenOutput)], start.cached_tokens
 

@@ -13,6 +13,9 @@ LLAMA = (LAYERS + "test_one_layer_composes_messages_in_any_order[torch-llama of 
 
 stage_test = partial(tests_of, "tests/choreography/test_stage.py")
 stored = partial(tests_of, "tests/choreography/test_stored.py")
+compiler = partial(Mutant, "hybrid_cache/choreography/compiler.py")
+composition = partial(Mutant, "hybrid_cache/device/composition.py")
+program = partial(Mutant, "hybrid_cache/choreography/program.py")
 stage = partial(Mutant, "hybrid_cache/choreography/stage.py")
 compose = partial(Mutant, "hybrid_cache/device/compose.py")
 effects = partial(Mutant, "hybrid_cache/device/effects.py")
@@ -20,27 +23,27 @@ order = partial(Mutant, "hybrid_cache/choreography/order.py")
 plan = partial(Mutant, "hybrid_cache/choreography/plan.py")
 
 MOVING = [
-    stage(
+    compiler(
         "messages of different seams have one name",
-        'return f"{name}/{arrangement.seam}"',
+        'return f"{name}/{seam}"',
         'return f"{name}/"',
         stored("a_message_is_stored_apart_for_each_seam"),
     ),
     stage(
         "keys turn the wrong way",
-        "np.full(move.stored.length, move.position - move.stored.position)",
-        "np.full(move.stored.length, move.stored.position - move.position)",
+        "s.position - s.stored.position)",
+        "s.stored.position - s.position)",
         LLAMA,
     ),
     stage(
         "keys are not turned",
-        "np.full(move.stored.length, move.position - move.stored.position)",
-        "np.full(move.stored.length, 0)",
+        "s.position - s.stored.position)",
+        "0)",
         LLAMA,
     ),
-    stage(
+    composition(
         "a message keeps what the context before it did to the states",
-        "part.transition.take_away(part.state[stored.slot], part.of(numbers), part.state[base])",
+        "part.transition.take_away(part.state[command.slot], part.of(numbers), part.state[command.base])",
         "pass",
         stage_test("an_answer_put_back_behind_its_context_gives_what_encoding_it_gives"),
     ),
@@ -50,61 +53,61 @@ MOVING = [
         "self._cache.messages.copy_slot(lease.slot, stored.slot)",
         stage_test("messages_of_one_chunk_are_what_they_are_in_several"),
     ),
-    stage(
+    composition(
         "the last terms of an effect are not written down",
-        "        span.effect.flush()\n",
-        "",
+        "self._making.pop(command.items[0]).flush()",
+        "self._making.pop(command.items[0])",
         stored("an_effect_is_the_same_however_its_tokens_were_computed"),
     ),
     stage(
         "what was recorded for a message without room is lost",
-        "        if stored is None:\n            self._drop(span.effect)\n",
+        "        if stored is None:\n            self._drop(span.items)\n",
         "        if stored is None:\n",
         stage_test("too_little_room_means_computing"),
     ),
-    stage(
+    composition(
         "windows before the last long message are what remains",
-        "messages[long[-1] if long else 0 :]",
-        "messages[long[-1] + 1 if long else 0 :]",
+        "effects[long[-1] if long else 0 :]",
+        "effects[long[-1] + 1 if long else 0 :]",
         stage_test("calls_run_side_by_side_and_do_not_change_each_other"),
     ),
-    stage(
+    composition(
         "a window keeps its oldest rows",
         "torch.cat([window[num_tokens:], later[width - num_tokens :]])",
         "torch.cat([window[: width - num_tokens], later[width - num_tokens :]])",
         stored("a_window_is_the_last_rows_of_all_that_came"),
     ),
-    stage(
+    composition(
         "a window is that of a short message alone",
         "    elif num_tokens:\n",
         "    elif num_tokens and window.copy_(later) is None:\n",
         stored("a_window_is_the_last_rows_of_all_that_came"),
     ),
-    stage(
+    composition(
         "windows go on from what a slot held before",
-        "            if from_zero:\n                tensors.conv[lease.slot] = 0\n",
+        "            if command.from_zero:\n                tensors.conv[slot] = 0\n",
         "",
         stored("what_follows_a_short_message_sees_an_empty_window_before_it"),
     ),
-    stage(
+    composition(
         "the second messages of many are composed from zero, too",
-        "from_zero=from_zero and not first)",
-        "from_zero=from_zero)",
+        "from_zero=command.from_zero and not first)",
+        "from_zero=command.from_zero)",
         stored("more_messages_than_are_looked_at_together_are_composed_one_after_the_other"),
     ),
-    stage(
+    composition(
         "states go on from what a slot held before",
-        "            tensors.state[lease.slot] = 0\n",
+        "                    tensors.state[command.slot] = 0\n",
         "",
         stored("nothing_is_read_that_nobody_wrote"),
     ),
-    stage(
+    program(
         "messages at several places are computed as if at one",
-        "            if move.stored is not None or move.shift != first.shift:\n",
-        "            if move.stored is not None:\n",
+        "(found and not (self.joins and step.shift == found[0].shift))",
+        "(found and not self.joins)",
         stored("siblings_at_one_place_are_the_same_in_one_chunk_and_in_several"),
     ),
-    stage(
+    program(
         "an answer that is forked has the positions of its places",
         "return Program(self.namespace, deque(), self.plan, shift=self.shift)",
         "return Program(self.namespace, deque(), self.plan)",
@@ -116,45 +119,45 @@ MOVING = [
         "if place >= program.answer_at >= 0 and program.span is None:",
         stored("an_answer_whose_beginning_was_not_recorded_is_not_kept"),
     ),
-    stage(
+    compiler(
         "the rest of a message is stored as the message",
-        "item.end - first > arrangement.seam and first == item.start",
-        "item.end - first > arrangement.seam",
+        "part is not passing and first == item.start",
+        "part is not passing",
         stored("the_rest_of_a_message_that_a_prefix_ends_in_is_not_the_message"),
     ),
-    stage(
+    compiler(
         "what is being stored already is computed twice",
-        "if keep and not self.is_stored(keep) and not self.is_making(keep):",
-        "if keep and not self.is_stored(keep):",
+        "if key and not self.is_stored(key) and not self.is_making(key):",
+        "if key and not self.is_stored(key):",
         stored("a_message_that_comes_twice_is_recorded_once"),
     ),
-    stage(
+    compiler(
         "a message that is about to be used may go",
-        "                self._cache.messages.hold(message)\n",
-        "                message.holders += 1\n",
+        "        self._messages.hold(message)\n",
+        "        message.holders += 1\n",
         stored("what_a_broken_off_request_has_held_may_go"),
     ),
     stage(
         "the message of a prompt that was broken off is never made",
-        "            self._making.discard(move.keep)\n        if program.span is not None:",
-        "        if program.span is not None:",
+        "                self._making.discard(step.keep)\n",
+        "                pass\n",
         stored("what_a_broken_off_request_was_making_is_made_by_the_next"),
     ),
     stage(
         "the message of a prompt that was broken off is held for ever",
-        "                self._cache.messages.let_go(move.stored, used=False)\n",
+        "                self._cache.messages.let_go(step.stored, used=False)\n",
         "                pass\n",
         stored("what_a_broken_off_request_has_held_may_go"),
     ),
     stage(
         "what a prompt that was broken off has recorded is lost",
-        "            self._drop(effect)\n        program.moves.clear()",
-        "            pass\n        program.moves.clear()",
+        "            self._drop(items)\n        program.steps.clear()",
+        "            pass\n        program.steps.clear()",
         stage_test("an_aborted_request_leaves_nothing_behind"),
     ),
     stage(
         "what an answer gives up is lost",
-        "        self._drop(program.span.effect)\n        program.span = None\n        self._give_back",
+        "        self._drop(program.span.items)\n        program.span = None\n        self._give_back",
         "        program.span = None\n        self._give_back",
         stored("what_an_answer_gives_up_is_free"),
     ),
@@ -164,7 +167,7 @@ MOVING = [
         "            program.states.pop(place)",
         stored("nothing_is_lent_when_all_is_done"),
     ),
-    stage(
+    compiler(
         "the last message is stored though nobody waits for it",
         "return part.num_tokens * num_others(part.id) <= STEP_TOKENS",
         "return False",
@@ -173,27 +176,27 @@ MOVING = [
             WORKFLOW + "test_a_short_last_message_is_stored_if_others_wait_for_it",
         ),
     ),
-    stage(
+    compiler(
         "the last message is not stored though others wait for it",
         "return part.num_tokens * num_others(part.id) <= STEP_TOKENS",
         "return True",
         (WORKFLOW + "test_a_short_last_message_is_stored_if_others_wait_for_it",),
     ),
-    stage(
+    compiler(
         "the first message is encoded apart from its place",
         "            if i >= first\n",
         "            if i >= 0\n",
         stage_test("messages_are_stored_once_whoever_asks"),
     ),
-    stage(
+    compiler(
         "matrices are averaged over all orders",
-        "if arrangement.composition is Composition.PERMUTATIONS and not self._model.commutes:",
+        "if arrangement.composition is Composition.PERMUTATIONS and not self.traits.commutes:",
         "if not arrangement:",
         stage_test("what_a_model_cannot_give_is_exact_and_says_so"),
     ),
-    stage(
+    compiler(
         "what a model cannot give is done",
-        "        if arrangement.fidelity not in self._model.ways:\n",
+        "        if arrangement.fidelity not in self.traits.ways:\n",
         "        if not arrangement:\n",
         stage_test("what_a_model_cannot_give_is_exact_and_says_so"),
     ),

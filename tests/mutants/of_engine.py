@@ -16,11 +16,16 @@ OWNED = (BESIDE + "test_a_composed_prompt_owns_all_pages_beyond_its_state",)
 
 stage_test = partial(tests_of, "tests/choreography/test_stage.py")
 stored = partial(tests_of, "tests/choreography/test_stored.py")
+commits = partial(Mutant, "hybrid_cache/engine/commits.py")
+encodings = partial(Mutant, "hybrid_cache/engine/encodings.py")
+intake = partial(Mutant, "hybrid_cache/engine/intake.py")
+prefills = partial(Mutant, "hybrid_cache/engine/prefills.py")
+sampling = partial(Mutant, "hybrid_cache/sampling.py")
+worker = partial(Mutant, "hybrid_cache/device/worker.py")
 scheduler = partial(Mutant, "hybrid_cache/engine/scheduler.py")
 engine = partial(Mutant, "hybrid_cache/engine/engine.py")
 sequence = partial(Mutant, "hybrid_cache/engine/sequence.py")
 sampler = partial(Mutant, "hybrid_cache/device/sampler.py")
-runner = partial(Mutant, "hybrid_cache/device/runner.py")
 
 SCHEDULING = [
     scheduler(
@@ -71,7 +76,7 @@ SCHEDULING = [
         "                pass\n",
         ENGINE,
     ),
-    scheduler(
+    prefills(
         "a state at the end of a chunk is not kept",
         "prefill.wishes[0].position <= end:",
         "prefill.wishes[0].position < end:",
@@ -85,101 +90,101 @@ SCHEDULING = [
     ),
     scheduler(
         "several prompts have as many tiles each",
-        "                tiles -= -(-(chunk.end - chunk.start) // TILE)\n",
+        "            tiles -= chunks[-1].num_tiles\n",
         "",
         SCHEDULER,
     ),
-    scheduler(
+    commits(
         "a finished answer is computed again in one step",
-        "return Step((self._cut(commit, None, 1),))",
-        "return Step((self._cut(commit, None, 16),))",
+        "return self._prefills.cut(commit, None, 1)",
+        "return self._prefills.cut(commit, None, 16)",
         SCHEDULER,
     ),
-    scheduler(
+    commits(
         "what the cache has of an answer is computed again",
-        "return known.length < len(commit.tokens) and self._acquire(commit, self._match(commit))",
-        "return self._acquire(commit, self._match(commit))",
+        "if known.length >= len(commit.tokens):",
+        "if known.length > len(commit.tokens):",
         SCHEDULER,
     ),
     scheduler(
         "an answer that is computed again keeps its room from a prompt",
-        "if lease is None and self._drop_commit_lease():",
-        "if lease is None and not self._commits and self._drop_commit_lease():",
+        "        again = self.commits.give_room()\n",
+        "        again = not self.commits and self.commits.give_room()\n",
         SCHEDULER,
     ),
     scheduler(
         "an answer that is computed again keeps its room from a decode",
-        "if not (self._drop_commit_lease() or self._forgo_answer()):",
+        "if not (self.commits.give_room() or self._forgo_answer()):",
         "if not self._forgo_answer():",
         SCHEDULER,
     ),
     scheduler(
         "an answer that is to be kept stands in its own way",
-        "if not (self._drop_commit_lease() or self._forgo_answer()):",
-        "if not self._drop_commit_lease():",
+        "if not (self.commits.give_room() or self._forgo_answer()):",
+        "if not self.commits.give_room():",
         ("tests/choreography/test_progress.py",),
     ),
-    scheduler(
+    commits(
         "what a commit held is lost",
-        "        self._release(commit)\n        self._commits.remove(commit)",
-        "        self._commits.remove(commit)",
+        "        self._prefills.release(commit)\n        self._queue.remove(commit)",
+        "        self._queue.remove(commit)",
         SCHEDULER,
     ),
     scheduler(
         "messages in the making are nobody's work",
-        "return not (self._waiting or self._running or self._messages)",
+        "return not (self._waiting or self._running or self.messages)",
         "return not (self._waiting or self._running)",
         stage_test("an_answer_becomes_a_message"),
     ),
-    scheduler(
+    encodings(
         "all messages of a prompt are begun at once",
-        "if len(self._messages) >= self._max_tiles:",
+        "if len(self._messages) >= self.most:",
         "if len(self._messages) < 0:",
         SCHEDULER,
     ),
-    scheduler(
+    encodings(
         "what could not be stored is tried for ever",
         "            prefill.refused.add(key)  # it is tried once\n",
         "",
         stored("a_message_without_room_is_tried_once_and_computed_in_its_place"),
     ),
-    scheduler(
+    encodings(
         "the lease of a message without room is lost",
         "            if lease is not None:\n                self._cache.release(lease)\n            return False",
         "            return False",
         stored("a_message_without_room_is_tried_once_and_computed_in_its_place"),
     ),
-    scheduler(
+    encodings(
         "a message alone begins with what its slot held before",
         "        self._stage.clear(lease)\n        self._messages.append(message)",
         "        self._messages.append(message)",
         stored("nothing_is_read_that_nobody_wrote"),
     ),
-    scheduler(
+    prefills(
         "a prompt that begins with a message alone begins with what its slot held before",
-        "            if prefill.alone:\n                self._stage.clear(lease)\n",
+        "            if prefill.apart:\n                self._stage.clear(lease)\n",
         "",
         stored("nothing_is_read_that_nobody_wrote"),
     ),
-    scheduler(
+    encodings(
         "the pages of a message alone enter the tree",
         "lease = self._cache.acquire(nothing, message.tokens, publish=False)",
         "lease = self._cache.acquire(nothing, message.tokens)",
         stored("arranged_prompts_and_messages_leave_nothing_in_the_prefix_tree"),
     ),
-    scheduler(
+    prefills(
         "a program that is broken off keeps what it holds",
         "            self._stage.end(prefill.program)\n",
         "            pass\n",
         stage_test("an_aborted_request_leaves_nothing_behind"),
     ),
-    scheduler(
+    prefills(
         "a prefix may reach into the header of an answer",
         "end = min(prefill.arrangement.answer_start or len(prefill.tokens), len(prefill.tokens) - 1)",
         "end = len(prefill.tokens) - 1",
         stored("what_an_answer_began_with_is_kept_though_the_cache_has_a_state_behind_it"),
     ),
-    scheduler(
+    prefills(
         "an arranged prompt that must not be cached reads the cache",
         "known = np.append(prefill.tokens[:end] if prefill.reuse else prefill.tokens[:0], np.int32(0))",
         "known = np.append(prefill.tokens[:end], np.int32(0))",
@@ -199,7 +204,7 @@ SCHEDULING = [
     ),
     scheduler(
         "messages that memory was missing for are tried for ever",
-        "        for message in messages:\n            self.end_message(message)\n",
+        "        for message in messages:\n            self.messages.end(message)\n",
         "",
         OUT_OF_MEMORY,
     ),
@@ -212,6 +217,42 @@ SCHEDULING = [
 ]
 
 STEPPING = [
+    scheduler(
+        "what could not be moved for lack of memory is moved again",
+        "            sequence.prefill.in_place = True\n",
+        "            pass\n",
+        ("tests/choreography/test_device_memory.py",),
+    ),
+    scheduler(
+        "a message that could not be written is there",
+        "            self._cache.messages.forget(command.written())\n",
+        "            pass\n",
+        OUT_OF_MEMORY,
+    ),
+    worker(
+        "a command without memory keeps those behind it from being carried out",
+        "                lost.append(command)\n",
+        "                raise OutOfDeviceMemory(str(error), (command,))\n",
+        ("tests/choreography/test_device_memory.py",),
+    ),
+    engine(
+        "what was decided is carried out again with each step",
+        "        self._commands.clear()\n",
+        "",
+        ENGINE,
+    ),
+    engine(
+        "the end of a prompt is kept with the row of another",
+        "            num_rows += chunk.rows.num_wanted\n",
+        "            num_rows = chunk.rows.num_wanted\n",
+        BOTH,
+    ),
+    worker(
+        "rows of messages in a chunk are noted from its first on",
+        "yield slice(first + noted.start - rows.start, first + noted.end - rows.start), noted",
+        "yield slice(first, first + noted.end - rows.start), noted",
+        stage_test("messages_of_one_chunk_are_what_they_are_in_several"),
+    ),
     engine(
         "the answer to a request that publishes nothing is published",
         "if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):",
@@ -248,19 +289,19 @@ STEPPING = [
         "            if sequence.fed < 0:\n",
         SCHEDULER,
     ),
-    engine(
+    intake(
         "each choice has its own order of messages",
         "if index == 0 and asked is not None and asked.order is Order.ANY",
         "if asked is not None and asked.order is Order.ANY",
         ORDER,
     ),
-    engine(
+    intake(
         "a prompt that is scored is put together",
         "        if request.sampling.prompt_logprobs is not None:\n            return",
         "        if not request:\n            return",
         stored("a_prompt_that_is_scored_is_computed_exactly"),
     ),
-    engine(
+    intake(
         "a request that wants no caching is put together",
         "if not self._config.prefix_cache or request.cache_mode is CacheMode.OFF:",
         "if not self._config.prefix_cache:",
@@ -286,8 +327,8 @@ STEPPING = [
     ),
     engine(
         "a message takes over a lease that is given back",
-        "            prefill.lease = None\n            self._scheduler.store",
-        "            self._scheduler.store",
+        "            prefill.lease = None\n            self._scheduler.messages.add",
+        "            self._scheduler.messages.add",
         stage_test("an_answer_becomes_a_message"),
     ),
     engine(
@@ -296,22 +337,22 @@ STEPPING = [
         "tokens[arrangement.answer_start + 1 :], arrangement.context)",
         stage_test("an_answer_put_back_behind_its_context_gives_what_encoding_it_gives"),
     ),
-    runner(
+    engine(
         "a step may write to states that were published",
-        "        self._cache.pool.check_unpublished(Kind.SLOT, torch.cat(written).tolist())\n",
+        "        self.cache.pool.check_unpublished(Kind.SLOT, work.written_slots())\n",
         "",
         ("tests/choreography/test_beside_exact.py",),
     ),
-    runner(
+    worker(
         "moved tokens have the positions of their places",
-        "np.arange(chunk.start, chunk.end) - chunk.prefill.shift",
+        "np.arange(chunk.start, chunk.end) - chunk.shift",
         "np.arange(chunk.start, chunk.end)",
         stored("what_follows_siblings_at_one_place_stands_behind_the_longest"),
     ),
-    runner(
+    worker(
         "answers to moved messages have the positions of their places",
-        "sequence.next_token(), sequence.fed - sequence.prefill.shift",
-        "sequence.next_token(), sequence.fed",
+        "decode.start - decode.shift",
+        "decode.start",
         stored("what_follows_siblings_at_one_place_stands_behind_the_longest"),
     ),
 ]
@@ -388,17 +429,17 @@ ASKING = [
 ]
 
 CHOOSING = [
-    sampler(
+    sampling(
         "all choices draw the same numbers",
         "[params.seed & (2**64 - 1), index]",
         "[params.seed & (2**64 - 1)]",
         SAMPLER,
     ),
-    sampler("a seed says nothing", "np.random.default_rng(entropy)", "np.random.default_rng(None)", SAMPLER),
-    sampler(
+    sampling("a seed says nothing", "np.random.default_rng(entropy)", "np.random.default_rng(None)", SAMPLER),
+    sampling(
         "stop tokens are held back one token too long",
-        "self._counts.total() < self.params.min_tokens",
-        "self._counts.total() <= self.params.min_tokens",
+        "self.counts.total() < self.params.min_tokens",
+        "self.counts.total() <= self.params.min_tokens",
         SAMPLER,
     ),
     sampler(
@@ -407,13 +448,13 @@ CHOOSING = [
         "torch.where(values > 0, values * p.repetition_penalty, values / p.repetition_penalty)",
         SAMPLER,
     ),
-    sampler(
+    sampling(
         "the repetition penalty overlooks the prompt",
-        "np.union1d(self._prompt, list(self._counts))",
-        "np.union1d([], list(self._counts))",
+        "np.union1d(self._prompt, list(self.counts))",
+        "np.union1d([], list(self.counts))",
         SAMPLER,
     ),
-    sampler(
+    sampling(
         "the repetition penalty overlooks new tokens",
         "            self._seen = np.append(self._seen, token)",
         "            pass",
@@ -426,7 +467,7 @@ CHOOSING = [
         SAMPLER,
     ),
     sampler("penalties change the model's logits", "        logits = logits.clone()\n", "", SAMPLER),
-    sampler(
+    sampling(
         "frequency alone is no penalty",
         "p.presence_penalty != 0 or p.frequency_penalty != 0 or",
         "p.presence_penalty != 0 or",

@@ -59,7 +59,7 @@ def test_a_replay_has_the_bits_of_a_launched_step():
             if hasattr(tensors, name):
                 getattr(tensors, name).normal_(generator=torch.Generator().manual_seed(1))
     start = cache.memory._arena._buffer.clone()
-    graphs = DecodeGraphs(model, cache, repeat_the_call)
+    graphs = DecodeGraphs(model, cache.memory, cache.scratch_slot(), repeat_the_call)
     batches = [
         batch_of([[21], [22]]),  # looked at
         batch_of([[21], [22], None]),  # run and recorded for 3 rows

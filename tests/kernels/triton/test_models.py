@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from hybrid_cache.choreography.arrangement import Style
-from hybrid_cache.choreography.workflow import Workflow
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.torch_ops import TorchOps
@@ -13,6 +12,7 @@ from hybrid_cache.kernels.triton_kernels import rows, sample
 from hybrid_cache.kernels.triton_ops import CheckedTritonOps
 from hybrid_cache.models import loading
 from hybrid_cache.request import SamplingParams
+from hybrid_cache.workflow import Workflow
 from tests.models import checkpoints
 from tests.models.driver import Driver
 

@@ -10,12 +10,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from torch import Tensor
 
-from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Style, closed
+from hybrid_cache.choreography.arrangement import Encoding, Fidelity, Style, closed
 from hybrid_cache.choreography.assembly import Piece, arranged
 from hybrid_cache.choreography.book import Message, MessageBook
 from hybrid_cache.choreography.plan import Plan
@@ -24,6 +23,9 @@ from hybrid_cache.engine.sequence import namespace_of
 from hybrid_cache.errors import RequestError
 from hybrid_cache.request import FinishReason, PromptOutput, Request, SamplingParams, TokenLogprob, TokenOutput
 from hybrid_cache.tokens import Boundary, Prompt, TokenArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_MESSAGES = 1024  # in one call
 
@@ -142,17 +144,14 @@ class Workflow:
 
     def is_stored(self, message: Message, style: Style | None = None) -> bool:
         """Whether rows and effect of a message are in the cache for use at another place."""
-        arrangement = Arrangement((), Fidelity.EXACT, seam=(style or self.style).seam)
-        return self.engine.stage.is_stored(self.engine.stage.key(arrangement, message.id))
+        return self.engine.is_stored(message.id, (style or self.style).seam)
 
-    def effects(self, message: Message, style: Style | None = None) -> list[tuple[Tensor, Tensor]]:
+    def effects(self, message: Message, style: Style | None = None) -> "list[tuple[Tensor, Tensor]]":
         """(P, S) of a stored message for each state of the model, in the order of its layers; copies.
 
         P as its `Transition` writes it down, S [*state_shape]. Raises RequestError if it is not stored.
         """
-        stage = self.engine.stage
-        key = stage.key(Arrangement((), Fidelity.EXACT, seam=(style or self.style).seam), message.id)
-        effects = stage.effects(key)
+        effects = self.engine.effects(message.id, (style or self.style).seam)
         if effects is None:
             raise RequestError(f"message {message.id} is not stored")
         return effects

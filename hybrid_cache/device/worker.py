@@ -1,0 +1,211 @@
+"""Carries out the work of engine steps on one model and one memory; decides nothing."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybrid_cache.choreography import commands as choreography
+from hybrid_cache.device.batch import ForwardBatch, HybridModel
+from hybrid_cache.device.composition import Composer
+from hybrid_cache.device.cuda_graphs import DecodeGraphs
+from hybrid_cache.device.memory import CacheMemory
+from hybrid_cache.device.sampler import choose_tokens, log_probabilities
+from hybrid_cache.kernels.grid import MIN_ROWS
+from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
+from hybrid_cache.kernels.shared_prefix import with_plan
+from hybrid_cache.request import TokenLogprob
+from hybrid_cache.sampling import TokenChooser
+from hybrid_cache.work import Command, Noted, OutOfDeviceMemory, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Hidden rows that a piece of work asks for, good until the next one."""
+
+    chunks: tuple[Tensor, ...]  # [rows wanted of each, hidden]
+    decodes: Tensor  # [decodes, hidden]
+    kept: Tensor  # [kept, hidden]
+
+
+class Worker:
+    """Runs one model on one memory. What a test or a benchmark watches or forces, it overrides here."""
+
+    def __init__(
+        self, model: HybridModel, memory: CacheMemory, spare_slot: Callable[[], int | None] = lambda: None
+    ) -> None:
+        """spare_slot: takes a state slot that is nobody's, for rows that only fill a batch up; None without room"""
+        self.model = model
+        self.memory = memory
+        self.composer = Composer(memory, model.ops, model.cache_spec.effect_sums)
+        self.graphs = DecodeGraphs(model, memory, spare_slot()) if model.device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def run(self, work: Work) -> Hidden:
+        """Raises OutOfDeviceMemory, or PublishedBytesChanged if the memory compares what was published."""
+        self.carry_out(work.commands)
+        try:
+            return self._pass(work)
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(str(error)) from error
+
+    @torch.inference_mode()
+    def carry_out(self, commands: Iterable[Command]) -> None:
+        """All of them, in order. Raises OutOfDeviceMemory once the others are done if some could not be."""
+        lost, why = list[Command](), ""
+        for command in commands:
+            try:
+                self.do(command)
+            except torch.OutOfMemoryError as error:
+                lost.append(command)
+                why = str(error)
+        if lost:
+            raise OutOfDeviceMemory(why, tuple(lost))
+
+    def do(self, command: Command) -> None:
+        if isinstance(command, choreography.Command):
+            self.composer.run(command)
+        else:
+            self.memory.run(command)
+
+    def _pass(self, work: Work) -> Hidden:
+        hidden, counts = self.memory.rows[:0], [rows.num_wanted for rows in work.chunks]
+        if work.chunks or work.decodes:
+            hidden = self.memory.rows = self._forward(work)
+        *chunks, decodes = torch.split(hidden, [*counts, len(work.decodes)])
+        return Hidden(tuple(chunks), decodes, self.memory.hidden(work.kept))
+
+    def _forward(self, work: Work) -> Tensor:
+        batch = build_batch(work, packed=self.model.packs)
+        recorder = self.composer.recorder(noted_rows(work, batch.layout))
+        if recorder is not None:
+            batch = replace(batch, effects=recorder)
+        elif self.graphs is not None and not work.chunks:
+            decodes = self.graphs.run(batch)
+            if decodes is not None:
+                return decodes
+        hidden = self.forward(batch)
+        if recorder is not None:
+            recorder.end()
+        return hidden
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Runs the model on a batch -> the hidden rows [L, hidden] that the batch wants."""
+        return self.model.forward(self.placed(batch), self.memory.tensors)
+
+    def placed(self, batch: ForwardBatch) -> ForwardBatch:
+        """The batch where the model is, with a plan of the pages that its decode rows share if that is no CPU."""
+        if self.model.device.type == "cpu":
+            return batch
+        return replace(batch, layout=with_plan(batch.layout)).to(self.model.device)
+
+    def free_memory(self) -> None:
+        """To be called when nothing holds the tensors of a step for which there was no memory."""
+        torch.cuda.empty_cache()
+
+    # Tokens
+
+    @torch.inference_mode()
+    def choose(
+        self, rows: Sequence[Tensor], choosers: Sequence[TokenChooser], num_top: Sequence[int | None]
+    ) -> list[tuple[int, TokenLogprob | None]]:
+        """Hidden rows [hidden], a chooser for each -> its next token, with log-probabilities where a number is asked.
+
+        num_top: how many most likely tokens to tell beside the chosen one; None for no log-probabilities
+        """
+        logits = self.logits(torch.stack(list(rows)))
+        tokens = self.pick(logits, choosers)
+        scored = [i for i, n in enumerate(num_top) if n is not None]
+        if not scored:
+            return [(token, None) for token in tokens]
+        some = logits if len(scored) == len(tokens) else logits[scored]
+        wanted = [n for n in num_top if n is not None]
+        scores = log_probabilities(some, [tokens[i] for i in scored], wanted, self.model.ops)
+        known = dict(zip(scored, scores, strict=True))
+        return [(token, known.get(i)) for i, token in enumerate(tokens)]
+
+    def pick(self, logits: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
+        """The next token of each row of logits [S, V]."""
+        return choose_tokens(logits, choosers, self.model.ops)
+
+    @torch.inference_mode()
+    def score(self, rows: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
+        """Log-probabilities of known tokens that the hidden rows [L, hidden] predict."""
+        return log_probabilities(self.logits(rows), tokens, [num_top] * len(tokens), self.model.ops)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [L, hidden] -> [L, V] float32. Without device memory for all rows at once, in halves."""
+        try:
+            return self.model.logits(hidden)
+        except torch.OutOfMemoryError:
+            if len(hidden) <= MIN_ROWS:
+                raise
+        torch.cuda.empty_cache()
+        return torch.cat([self.logits(half) for half in hidden.chunk(2)])
+
+
+def build_batch(work: Work, *, packed: bool) -> ForwardBatch:
+    """The rows and index tensors of a pass."""
+    chunks, decodes = work.chunks, work.decodes
+    assert packed or not any(c.cuts for c in chunks)
+    lengths, num_decode = [len(c.tokens) for c in chunks], len(decodes)
+    rows, decode_row, num_rows = place_rows(lengths, num_decode, packed=packed)
+    bounds = [tile_bounds(c.end - c.start, (cut - c.start for cut in c.cuts)) for c in chunks]
+    tiles = [len(b) - 1 for b in bounds]
+    first_tile = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
+    token_ids, positions = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int64)
+    kv_rows = np.full(num_rows, -1, np.int64)
+    output_rows = []
+    for chunk, row, length in zip(chunks, rows, lengths, strict=True):
+        token_ids[row : row + length] = chunk.tokens
+        positions[row : row + length] = np.arange(chunk.start, chunk.end) - chunk.shift
+        kv_rows[row : row + length] = chunk.kv_rows
+        output_rows.append(np.arange(row + length - chunk.num_wanted, row + length))
+    for row, decode in enumerate(decodes, start=decode_row):
+        token_ids[row], positions[row], kv_rows[row] = decode.tokens[0], decode.start - decode.shift, decode.kv_rows[0]
+    output_rows.append(np.arange(decode_row, decode_row + num_decode))
+    layout = RowLayout(
+        num_rows=num_rows,
+        num_tiles=int(first_tile[-1]),
+        num_decode=num_decode,
+        decode_row=decode_row,
+        chunk_row=_ints(rows),
+        chunk_tile=torch.from_numpy(first_tile[:-1].copy()),
+        chunk_tiles=_ints(tiles),
+        chunk_start=_ints([c.start for c in chunks]),
+        chunk_len=_ints(lengths),
+        chunk_slot=_ints([c.slot for c in chunks]),
+        chunk_fresh=_ints([int(c.fresh) for c in chunks]),
+        tile_start=_ints([start for b in bounds for start in b[:-1]]),
+        capture_chunk=_ints([i for i, c in enumerate(chunks) for _ in c.captures]),
+        capture_tiles=_ints([b.index(p - c.start) for c, b in zip(chunks, bounds, strict=True) for p, _ in c.captures]),
+        capture_slot=_ints([slot for c in chunks for _, slot in c.captures]),
+        decode_slot=_ints([d.slot for d in decodes]),
+        decode_len=_ints([d.end for d in decodes]),
+        page_table=_page_table([rows.pages for rows in (*chunks, *decodes)]),
+        kv_rows=torch.from_numpy(kv_rows),
+    )
+    wanted = torch.from_numpy(np.concatenate(output_rows).astype(np.int64))
+    return ForwardBatch(torch.from_numpy(token_ids), torch.from_numpy(positions), layout, wanted)
+
+
+def noted_rows(work: Work, layout: RowLayout) -> Iterator[tuple[slice, Noted]]:
+    """Rows of the batch that belong to messages which will be stored."""
+    first_rows = (*layout.chunk_row.tolist(), *range(layout.decode_row, layout.decode_row + len(work.decodes)))
+    for rows, first in zip((*work.chunks, *work.decodes), first_rows, strict=True):
+        for noted in rows.noted:
+            yield slice(first + noted.start - rows.start, first + noted.end - rows.start), noted
+
+
+def _page_table(pages: Sequence[Sequence[int]]) -> Tensor:
+    width = max((len(p) for p in pages), default=0)
+    table = np.zeros((len(pages), width), np.int64)
+    for row, p in zip(table, pages, strict=True):
+        row[: len(p)] = p
+    return torch.from_numpy(table)
+
+
+def _ints(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)

@@ -1,0 +1,63 @@
+"""Finished turns whose generated tokens go through the prefill path once more, so that the tree may have them.
+
+What decode leaves in states and pages has other bits than prefill, and so never enters the tree.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from hybrid_cache.cache.books import Books
+from hybrid_cache.engine.prefills import Chunk, Prefills
+from hybrid_cache.engine.sequence import Prefill
+
+MAX_COMMITS = 64  # finished turns that wait; the oldest is dropped
+
+
+class CommitQueue:
+    """Canonical passes, one after the other; only the first may hold room."""
+
+    def __init__(self, cache: Books, prefills: Prefills) -> None:
+        self._cache = cache
+        self._prefills = prefills
+        self._queue: deque[Prefill] = deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, commit: Prefill) -> None:
+        if len(self._queue) == MAX_COMMITS:
+            self.give_room()
+            self._queue.popleft()
+        self._queue.append(commit)
+
+    def end(self, commit: Prefill) -> None:
+        self._prefills.release(commit)
+        self._queue.remove(commit)
+
+    def give_up_first(self) -> None:
+        """Forgets the one in progress."""
+        self.end(self._queue[0])
+
+    def give_room(self) -> bool:
+        """Gives up the room of the one in progress -> whether there was one. What it has published stays."""
+        if not self._queue or self._queue[0].lease is None:
+            return False
+        self._prefills.release(self._queue[0])
+        return True
+
+    def next_chunk(self) -> Chunk | None:
+        """One tile, so that whoever comes meanwhile waits for one tile at most. None if there is nothing to do."""
+        while self._queue:
+            commit = self._queue[0]
+            if commit.lease is not None or self._start(commit):
+                return self._prefills.cut(commit, None, 1)
+            self._queue.popleft()
+        return None
+
+    def _start(self, commit: Prefill) -> bool:
+        # A match leaves at least one token to compute; one more token shows whether all of ours are there.
+        known = self._cache.match(commit.namespace, np.append(commit.tokens, np.int32(0)))
+        if known.length >= len(commit.tokens):
+            return False
+        return self._prefills.acquire(commit, self._prefills.match(commit))

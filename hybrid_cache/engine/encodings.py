@@ -1,0 +1,79 @@
+"""Messages on their way into the store: parts of prompts that are encoded apart, and answers that become messages."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from hybrid_cache.cache.books import Books
+from hybrid_cache.choreography.arrangement import Arrangement
+from hybrid_cache.choreography.compiler import Compiler, key_of
+from hybrid_cache.choreography.stage import Stage
+from hybrid_cache.engine.prefills import Prefills
+from hybrid_cache.engine.sequence import Prefill
+
+
+class Encodings:
+    """The messages in the making; each holds a lease of its own."""
+
+    def __init__(self, cache: Books, compiler: Compiler, stage: Stage, prefills: Prefills, most: int) -> None:
+        """most: so many at once, as a step computes no more: the others hold no room meanwhile"""
+        self._cache = cache
+        self._compiler = compiler
+        self._stage = stage
+        self._prefills = prefills
+        self.most = most
+        self._messages: list[Prefill] = []
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def __iter__(self) -> Iterator[Prefill]:
+        return iter(self._messages)
+
+    def __contains__(self, prefill: Prefill) -> bool:
+        return prefill in self._messages
+
+    def add(self, message: Prefill) -> None:
+        """Takes in tokens that are to become a message in the store."""
+        self._messages.append(message)
+
+    def end(self, message: Prefill) -> None:
+        self._messages.remove(message)
+        self._prefills.release(message)
+
+    def wanted(self, prefill: Prefill) -> bool:
+        """Sees to it that the parts which a prompt wants encoded apart are stored -> whether it has to wait for any."""
+        arrangement = prefill.arrangement
+        if arrangement is None or prefill.in_place:
+            return False
+        starts = np.cumsum([0, *(part.num_tokens for part in arrangement.parts)])
+        for index in self._compiler.missing(arrangement):
+            key = key_of(arrangement.parts[index].id, arrangement.seam)
+            if self._compiler.is_making(key) or key in prefill.refused:
+                continue
+            if len(self._messages) >= self.most:
+                return True
+            tokens = prefill.tokens[starts[index] : starts[index + 1]]
+            begun = self._begin(Prefill(prefill.namespace, tokens, False, False), arrangement, index)
+            if not begun and self._is_making_any(arrangement):
+                return True  # there is more room when they are done
+            prefill.refused.add(key)  # it is tried once
+        return self._is_making_any(arrangement)
+
+    def _is_making_any(self, arrangement: Arrangement) -> bool:
+        keys = (key_of(part.id, arrangement.seam) for part in arrangement.parts if part.id)
+        return any(self._compiler.is_making(key) for key in keys)
+
+    def _begin(self, message: Prefill, arrangement: Arrangement, index: int) -> bool:
+        """Takes room to encode one part apart -> whether there was any."""
+        nothing = self._cache.match(message.namespace, message.tokens[:0])
+        lease = self._cache.acquire(nothing, message.tokens, publish=False)
+        program = None if lease is None else self._compiler.encoding(message.namespace, arrangement, index)
+        if lease is None or program is None:
+            if lease is not None:
+                self._cache.release(lease)
+            return False
+        message.lease, message.program = lease, program
+        self._stage.clear(lease)
+        self._messages.append(message)
+        return True

@@ -1,0 +1,123 @@
+"""From a request to a sequence that can be scheduled: whether it can be served, and in which way."""
+
+import bisect
+import time
+from dataclasses import replace
+from functools import partial
+
+from hybrid_cache.cache.books import Books
+from hybrid_cache.choreography.arrangement import Order
+from hybrid_cache.choreography.compiler import Compiler
+from hybrid_cache.choreography.order import best_order
+from hybrid_cache.choreography.plan import Plan
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine.scheduler import Scheduler
+from hybrid_cache.engine.sequence import Sequence, namespace_of, new_prefill
+from hybrid_cache.errors import BadSampling, ContextTooLong, RequestError
+from hybrid_cache.request import CacheMode, Request
+from hybrid_cache.sampling import TokenChooser
+
+
+class Intake:
+    """What one model on one cache takes in."""
+
+    def __init__(
+        self,
+        fingerprint: str,
+        vocab_size: int,
+        max_length: int,
+        config: EngineConfig,
+        cache: Books,
+        compiler: Compiler,
+        scheduler: Scheduler,
+    ) -> None:
+        """max_length: tokens of the model's longest context, prompt and answer together"""
+        self._fingerprint = fingerprint
+        self._vocab_size = vocab_size
+        self._max_length = max_length
+        self._config = config
+        self._cache = cache
+        self._compiler = compiler
+        self._scheduler = scheduler
+        self._arrivals = 0
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that the model's context and an empty cache both hold."""
+        return bisect.bisect_left(range(self._max_length), True, key=lambda n: not self._cache.fits(n + 1))
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for a request that can never be served."""
+        n, limit = len(request.prompt.tokens), self._max_length
+        if n == 0:
+            raise RequestError("the prompt has 0 tokens, must have at least 1", param="prompt")
+        if (n >= limit and request.sampling.max_tokens > 0) or n > limit:
+            raise ContextTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
+        longest = min(n + request.sampling.max_tokens, limit)
+        if not self._cache.fits(longest):
+            budget_bytes = self._config.budget_bytes
+            raise ContextTooLong(f"{longest} tokens need more than the cache budget of {budget_bytes} bytes")
+        if request.arrangement is not None:
+            request.arrangement.check(n)
+        if request.n < 1:
+            raise BadSampling(f"n is {request.n}, must be at least 1", param="n")
+        low, high = int(request.prompt.tokens.min()), int(request.prompt.tokens.max())
+        if low < 0 or high >= self._vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(
+                f"prompt token {wrong} is outside the vocabulary [0, {self._vocab_size})", param="prompt"
+            )
+        for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
+            if not 0 <= token < self._vocab_size:
+                raise BadSampling(f"token {token} is outside the vocabulary [0, {self._vocab_size})")
+
+    def sequence(self, request: Request, index: int) -> Sequence:
+        """One of the `n` continuations of a request."""
+        asked = request.arrangement
+        arranged = asked is not None and not self.why_exact(request)
+        if index == 0 and asked is not None and asked.order is Order.ANY and not arranged:  # forks have its prompt
+            known = partial(self._scheduler.known, namespace_of(request, self._fingerprint))
+            prompt, asked = best_order(request.prompt, asked, known)
+            request = replace(request, prompt=prompt, arrangement=asked)
+        prefill = new_prefill(request, self._fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
+        self._arrivals += 1
+        return Sequence(
+            request=request,
+            index=index,
+            arrival=self._arrivals,
+            prefill=prefill,
+            chooser=TokenChooser(request.sampling, request.prompt.tokens, index),
+            stopper=request.make_stopper() if request.make_stopper else None,
+            submitted_s=time.monotonic(),
+        )
+
+    def plan(self, request: Request) -> Plan:
+        """What would be done for an arranged request if it came now. Changes nothing.
+
+        Raises RequestError for one that can never be served, or is not arranged.
+        """
+        if request.arrangement is None:
+            raise RequestError("the request names no messages: there is nothing to plan", param="arrangement")
+        self.check(request)
+        sequence = self.sequence(request, 0)
+        prompt = sequence.prefill
+        prefix = self._scheduler.prefix_of(prompt)
+        if prompt.arrangement is None:
+            plan = self.exact_plan(sequence.request, prefix)
+            assert plan is not None
+            return plan
+        return self._compiler.plan(prompt.arrangement, prefix)
+
+    def exact_plan(self, request: Request, prefix: int) -> Plan | None:
+        """What is done for a request that names messages and is computed exactly; None for one that names none."""
+        if request.arrangement is None:
+            return None
+        return self._compiler.exact_plan(request.arrangement, prefix, self.why_exact(request))
+
+    def why_exact(self, request: Request) -> str:
+        """Why a request that names messages is computed exactly; empty if it may be arranged."""
+        if not self._config.prefix_cache or request.cache_mode is CacheMode.OFF:
+            return "the cache is off"
+        if request.sampling.prompt_logprobs is not None:
+            return "log-probabilities of a prompt take all of it"
+        return self._compiler.why_exact(request.arrangement) if request.arrangement else "as asked"

@@ -1,0 +1,159 @@
+"""The way of a prompt into the cache: what is found of it, the room it takes, and the chunks it becomes."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.lease import Lease, Match
+from hybrid_cache.choreography.compiler import Compiler
+from hybrid_cache.choreography.program import Span, Stretch
+from hybrid_cache.choreography.stage import Stage
+from hybrid_cache.engine.sequence import Prefill, Sequence
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.work import Noted, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tiles of one prompt in one step."""
+
+    prefill: Prefill
+    sequence: Sequence | None  # None: a message for the store, or a canonical commit
+    rows: Rows
+
+    @property
+    def start(self) -> int:
+        return self.rows.start
+
+    @property
+    def end(self) -> int:
+        return self.rows.end
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-len(self.rows.tokens) // TILE)
+
+
+class Prefills:
+    """Takes room for prompts, of requests and others, and cuts them into chunks."""
+
+    def __init__(self, cache: Books, compiler: Compiler, stage: Stage) -> None:
+        self._cache = cache
+        self._compiler = compiler
+        self._stage = stage
+
+    def match(self, prefill: Prefill) -> Match:
+        """What the cache has of a prompt that it may use."""
+        if prefill.arrangement is not None:
+            return self._match_arranged(prefill)
+        return self._cache.match(prefill.namespace, prefill.tokens if prefill.reuse else prefill.tokens[:0])
+
+    def _match_arranged(self, prefill: Prefill) -> Match:
+        """The prefix that an arranged prompt starts from, which ends before its answer's header."""
+        assert prefill.arrangement is not None
+        end = min(prefill.arrangement.answer_start or len(prefill.tokens), len(prefill.tokens) - 1)
+        known = np.append(prefill.tokens[:end] if prefill.reuse else prefill.tokens[:0], np.int32(0))
+        match = self._cache.match(prefill.namespace, known)  # one token more: no prompt ends there
+        plan = self._compiler.plan(prefill.arrangement, match.length, in_place=prefill.in_place)
+        return match if plan.prefix == match.length else self._cache.match(prefill.namespace, known[:0])
+
+    def acquire(self, prefill: Prefill, match: Match, num_others: Callable[[str], int] = lambda _: 0) -> bool:
+        """Takes room for all of a prompt -> whether there was enough.
+
+        num_others: how many waiting prompts have a message with an id
+        """
+        lease = self._cache.acquire(match, prefill.tokens, publish=prefill.publish)
+        if lease is None:
+            return False
+        prefill.lease, prefill.computed = lease, lease.length
+        if prefill.arrangement is not None:
+            begin = (prefill.namespace, prefill.arrangement, lease.length, num_others)
+            prefill.program = self._compiler.program(*begin, in_place=prefill.in_place)
+            if prefill.apart:
+                self._stage.clear(lease)
+            return True
+        wishes = self._cache.plan(
+            lease,
+            prefill.boundaries,
+            only_marked=prefill.only_marked,
+            generated=prefill.generated,
+            again=prefill.planned,
+        )
+        prefill.wishes, prefill.planned = deque(wishes), True
+        return True
+
+    def release(self, prefill: Prefill, num_output_tokens: int | None = None) -> None:
+        """Gives back all that a prompt holds; `num_output_tokens` if its request is done."""
+        if prefill.program is not None:
+            self._stage.end(prefill.program)
+        if prefill.lease is not None:
+            self._cache.release(prefill.lease, num_output_tokens)
+        prefill.lease, prefill.program, prefill.computed = None, None, 0
+
+    def cut(self, prefill: Prefill, sequence: Sequence | None, tiles: int) -> Chunk:
+        """The next at most `tiles` tiles of a prompt, with slots for the checkpoints wished for inside them."""
+        lease, program = prefill.lease, prefill.program
+        assert lease is not None
+        if program is not None:
+            prefill.computed = self._stage.advance(program, lease, prefill.computed)
+        start, end = prefill.computed, min(prefill.computed + tiles * TILE, prefill.until)
+        if program is None:
+            stretch = Stretch(end, self._captures(prefill, lease, start, end), ())
+        else:
+            stretch = self._stage.cut(program, start, end)
+        rows = Rows(
+            tokens=prefill.tokens[start : stretch.end],
+            start=start,
+            shift=prefill.shift,
+            slot=lease.slot,
+            pages=tuple(lease.pages),
+            kv_rows=lease.rows_to_fill(start, stretch.end),
+            fresh=start == 0 and not prefill.apart,
+            captures=stretch.captures,
+            cuts=() if program is None else stretch.cuts,
+            noted=tuple(_noted(span, first, last) for first, last, span in stretch.spans),
+            num_wanted=0 if sequence is None else _num_wanted(sequence, start, stretch.end),
+        )
+        return Chunk(prefill, sequence, rows)
+
+    def _captures(self, prefill: Prefill, lease: Lease, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        captures = []
+        while prefill.wishes and prefill.wishes[0].position <= end:
+            wish = prefill.wishes.popleft()
+            if wish.position <= start:
+                continue
+            slot = self._cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
+            if slot is not None:
+                captures.append((wish.position, slot))
+        return tuple(captures)
+
+
+def _num_wanted(sequence: Sequence, start: int, end: int) -> int:
+    """How many of the last rows of a chunk somebody reads: all, to score a prompt; the last one, to decode from."""
+    if sequence.request.sampling.prompt_logprobs is not None:
+        return end - start
+    return int(end == len(sequence.prefill.tokens))
+
+
+def decode_rows(sequence: Sequence) -> Rows:
+    """The token that a decoding sequence is fed. Raises OwnershipError if its row may not be written."""
+    prefill, lease = sequence.prefill, sequence.prefill.lease
+    assert lease is not None
+    place, program = sequence.fed, prefill.program
+    noted = () if program is None or program.span is None else (_noted(program.span, place, place + 1),)
+    return Rows(
+        tokens=(sequence.next_token(),),
+        start=place,
+        shift=prefill.shift,
+        slot=lease.slot,
+        pages=tuple(lease.pages),
+        kv_rows=(lease.own_row(place),),
+        noted=noted,
+    )
+
+
+def _noted(span: Span, start: int, end: int) -> Noted:
+    return Noted(start, end, span.items, first=start == span.start)

@@ -1,0 +1,82 @@
+"""What one engine step asks of the device: the value between those who decide and those who hold tensors.
+
+    commands  what was decided since the step before, in order: by the books and by choreography
+    chunks    runs of prompt tokens, computed in tiles      } one forward pass
+    decodes   one token each of sequences that decode       }
+    kept      states whose hidden row was kept: nothing needs computing for these
+
+What follows from a pass is decided after it, and carried out before the next one. So there is one list of commands, and
+it comes first.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hybrid_cache.cache import commands as books
+from hybrid_cache.cache.tree import KVRows
+from hybrid_cache.choreography import commands as choreography
+from hybrid_cache.errors import HybridCacheError
+from hybrid_cache.tokens import TokenArray
+
+Command = books.Command | choreography.Command
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """Tokens at the places [start, end) of some rows: what they do to the states is added to what `items` hold.
+
+    first: it begins with these
+    """
+
+    start: int
+    end: int
+    items: tuple[int, ...]
+    first: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A run of tokens of one sequence in one pass."""
+
+    tokens: TokenArray | tuple[int, ...]
+    start: int  # place of the first token in its sequence
+    shift: int  # place of a token less its position for the model
+    slot: int  # working state
+    pages: Sequence[int]  # of the whole sequence
+    kv_rows: KVRows | tuple[int, ...]  # where K and V of each token go; -1 for those that are there already
+    fresh: bool = False  # a text begins here: the model starts from no state at all
+    captures: tuple[tuple[int, int], ...] = ()  # place where a tile ends, slot that gets the states there
+    cuts: tuple[int, ...] = ()  # places where a tile ends and the grid starts afresh, rising
+    noted: tuple[Noted, ...] = ()
+    num_wanted: int = 0  # of the last rows, how many hidden rows somebody reads
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """See the module docstring."""
+
+    commands: tuple[Command, ...] = ()
+    chunks: tuple[Rows, ...] = ()
+    decodes: tuple[Rows, ...] = ()
+    kept: tuple[int, ...] = ()
+
+    def written_slots(self) -> Iterator[int]:
+        """Slots that the pass writes states to."""
+        for rows in self.chunks:
+            yield rows.slot
+            yield from (slot for _, slot in rows.captures)
+        yield from (rows.slot for rows in self.decodes)
+
+
+class OutOfDeviceMemory(HybridCacheError):
+    """The device had no memory for a piece of work. All its commands were carried out but those `lost`; the pass was
+    not made, or states of its sequences may or may not have moved on.
+    """
+
+    def __init__(self, why: str, lost: tuple[Command, ...] = ()) -> None:
+        super().__init__(why)
+        self.lost = lost
