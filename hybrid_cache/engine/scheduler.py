@@ -167,7 +167,7 @@ class Scheduler:
     def _begin_message(self, message: Prefill, arrangement: Arrangement, index: int) -> bool:
         """Takes room to encode one part alone -> whether there was any."""
         nothing = self._cache.match(message.namespace, message.tokens[:0])
-        lease = self._cache.acquire(nothing, message.tokens, publish=False)
+        lease = self._cache.acquire(nothing, message.keys, publish=False)
         program = None if lease is None else self._stage.encoding(message.namespace, arrangement, index)
         if lease is None or program is None:
             if lease is not None:
@@ -282,7 +282,7 @@ class Scheduler:
     def _match(self, prefill: Prefill) -> Match:
         if prefill.arrangement is not None:
             return self._match_arranged(prefill)
-        return self._cache.match(prefill.namespace, prefill.tokens if prefill.reuse else prefill.tokens[:0])
+        return self._cache.match(prefill.namespace, prefill.keys if prefill.reuse else prefill.tokens[:0])
 
     def prefix_of(self, prefill: Prefill) -> int:
         """Tokens of a prompt that the cache has a state for."""
@@ -302,10 +302,9 @@ class Scheduler:
         """The prefix that an arranged prompt starts from, which ends before its answer's header."""
         assert prefill.arrangement is not None
         end = min(prefill.arrangement.answer_start or len(prefill.tokens), len(prefill.tokens) - 1)
-        known = np.append(prefill.tokens[:end] if prefill.reuse else prefill.tokens[:0], np.int32(0))
-        match = self._cache.match(prefill.namespace, known)  # one token more: no prompt ends there
+        match = self._cache.match(prefill.namespace, prefill.keys.beginning(end if prefill.reuse else 0))
         plan = self._stage.plan(prefill.arrangement, match.length)
-        return match if plan.prefix == match.length else self._cache.match(prefill.namespace, known[:0])
+        return match if plan.prefix == match.length else self._cache.match(prefill.namespace, prefill.tokens[:0])
 
     def _someone_computes_more(self, prefill: Prefill, match: Match) -> bool:
         """True while a running prompt is on its way to a longer shared prefix; asks it for a checkpoint there."""
@@ -323,9 +322,9 @@ class Scheduler:
         return False
 
     def _acquire(self, prefill: Prefill, match: Match) -> bool:
-        lease = self._cache.acquire(match, prefill.tokens, publish=prefill.publish)
+        lease = self._cache.acquire(match, prefill.keys, publish=prefill.publish)
         if lease is None and self._drop_commit_lease():
-            lease = self._cache.acquire(self._match(prefill), prefill.tokens, publish=prefill.publish)
+            lease = self._cache.acquire(self._match(prefill), prefill.keys, publish=prefill.publish)
         if lease is None:
             return False
         prefill.lease, prefill.computed = lease, lease.length
@@ -401,8 +400,8 @@ class Scheduler:
         return Step()
 
     def _start_commit(self, commit: Prefill) -> bool:
-        # A match leaves at least one token to compute; one more token shows whether all of ours are there.
-        known = self._cache.match(commit.namespace, np.append(commit.tokens, np.int32(0)))
+        # A match leaves at least one token to compute; as a beginning, all of ours may be there.
+        known = self._cache.match(commit.namespace, commit.keys.beginning(len(commit.tokens)))
         return known.length < len(commit.tokens) and self._acquire(commit, self._match(commit))
 
     def end_commit(self, commit: Prefill) -> None:
