@@ -146,4 +146,4 @@ def _names(pages: PageIds) -> list[Name]:
 
 
 def _name(number: int) -> Name:
-    return number.to_bytes(NAME_BYTES, "little")
+    return number.to_bytes(NAME_BYTES, "little", signed=True)

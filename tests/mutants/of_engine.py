@@ -336,6 +336,12 @@ ASKING = [
         SCHEDULER,
     ),
     sequence(
+        "a prompt that waits is cut into pages again in each step",
+        "    @cached_property\n    def keys(",
+        "    @property\n    def keys(",
+        SCHEDULER,
+    ),
+    sequence(
         "arranged prompts are published",
         "return Prefill(namespace, request.prompt.tokens, False, not off, arrangement=request.arrangement)",
         "return Prefill(namespace, request.prompt.tokens, True, not off, arrangement=request.arrangement)",
