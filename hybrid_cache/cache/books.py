@@ -27,14 +27,7 @@ from hybrid_cache.cache.lease import Lease, Match, Reservation
 from hybrid_cache.cache.messages import MessageStore
 from hybrid_cache.cache.policies.base import Outline, Policy, Wish, Worth
 from hybrid_cache.cache.pool import Pool, nearest_checkpoint
-from hybrid_cache.cache.tree import (
-    Checkpoint,
-    CheckpointKind,
-    Node,
-    PrefixTree,
-    PromptEnd,
-    StoredMessage,
-)
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Node, PrefixTree, PromptEnd, StoredMessage
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
