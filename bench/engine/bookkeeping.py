@@ -8,6 +8,9 @@ two budgets:
     repeat   the whole prompt is in the tree: a hit on its end
     full     the budget is full, so what comes in evicts as much: the ordinary state of a server
     roomy    nothing needs to go
+
+Part of that is naming: a prefix that is new to the tree gets a name, which is the same in every process. What this
+takes is timed by itself as well, for a prompt of which the tree knows nothing.
 """
 
 import json
@@ -26,6 +29,7 @@ from rich.table import Table
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.keys import keys_of
 from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.registry import canonical_name, make_policy
 from hybrid_cache.errors import HybridCacheError
@@ -64,6 +68,14 @@ class Timing:
     evictions: int  # of all requests
 
 
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What the names of a new prompt's prefixes take, its end included; medians in microseconds."""
+
+    us_per_page: float
+    us_per_1000_tokens: float
+
+
 def bookkeeping(
     nodes: Annotated[list[int] | None, typer.Option(min=100, help="Sizes of the tree, in pages.")] = None,
     requests: Annotated[int, typer.Option(min=2, help="Requests timed in each case.")] = 500,
@@ -78,10 +90,13 @@ def bookkeeping(
     except HybridCacheError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    naming = measure_naming(requests, seed)
     Console().print(table(timings))
+    typer.echo(f"naming: {naming.us_per_page:.2f} us for a page, {naming.us_per_1000_tokens:.1f} us for 1,000 tokens")
     if json_file is not None:
         settings = {"requests": requests, "policy": canonical_name(policy), "seed": seed, "tokens": NUM_TOKENS}
-        json_file.write_text(json.dumps({**settings, "timings": [asdict(t) for t in timings]}, indent=2) + "\n")
+        results = {"timings": [asdict(t) for t in timings], "naming": asdict(naming)}
+        json_file.write_text(json.dumps({**settings, **results}, indent=2) + "\n")
 
 
 def table(timings: list[Timing]) -> Table:
@@ -144,6 +159,16 @@ def measure(num_nodes: int, full: bool, num_requests: int, policy: str, seed: in
     return timings
 
 
+def measure_naming(num_prompts: int, seed: int) -> Naming:
+    rng, times = np.random.default_rng(seed), []
+    for _ in range(num_prompts):
+        keys = keys_of("", random_tokens(rng))
+        start = time.perf_counter()
+        assert keys.end_name  # which takes the names of all pages
+        times.append((time.perf_counter() - start) * 1e6)
+    return Naming(median(times) / (NUM_TOKENS // TILE), median(times) / NUM_TOKENS * 1000)
+
+
 def grown_cache(num_nodes: int, full: bool, room: int, policy: str, rng: np.random.Generator) -> Books:
     """A cache without tensors that holds prompts nobody asked for twice; unless full, with room for more of them."""
     geometry = Geometry.of(SPEC, 1 << 40)
@@ -162,11 +187,12 @@ def random_tokens(rng: np.random.Generator) -> TokenArray:
 
 
 def serve(cache: Books, tokens: TokenArray) -> tuple[float, float, float, float, float]:
-    """One request -> seconds of match, acquire, plan, all the commits, release."""
+    """One request -> seconds of match (its keys included), acquire, plan, all the commits, release."""
     times = [time.perf_counter()]
-    match = cache.match("", tokens)
+    keys = keys_of("", tokens)
+    match = cache.match("", keys)
     times.append(time.perf_counter())
-    lease = cache.acquire(match, tokens)
+    lease = cache.acquire(match, keys)
     assert lease is not None
     times.append(time.perf_counter())
     wishes = cache.plan(lease, [Boundary(NUM_TOKENS // 2, role="system"), Boundary(NUM_TOKENS, role="user")])

@@ -12,25 +12,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_cache.bench.traces.trace import Mark, Trace, TraceRequest
+from hybrid_cache.bench.traces.trace import Mark, PageIds, Trace, TraceRequest
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.keys import NAME_BYTES, Keys, Name, named_keys
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Policy
 from hybrid_cache.cache.policies.rehearsal import CHUNK_TOKENS, publish
-from hybrid_cache.cache.tree import Keys
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
 from hybrid_cache.tokens import Boundary, BoundaryKind
 
 SAMPLES = 200  # moments at which the bytes of a replay are looked at
-
-
-class NamedKeys(Keys):
-    """Pages whose keys name all that comes before them as well."""
-
-    @property
-    def names(self) -> Sequence[int]:
-        return self.pages  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +129,7 @@ class Simulation:
         page = self.trace.page_tokens
         if request.num_known_tokens // page <= request.num_prompt_tokens // page:
             return
-        keys = NamedKeys(request.pages.tolist(), b"", len(request.pages) * page)
+        keys = named_keys("", _names(request.pages), b"", len(request.pages) * page)
         commit = self.cache.acquire(self.cache.match("", keys), keys)
         if commit is not None:
             self._compute(commit, (), generated=True)
@@ -145,4 +137,13 @@ class Simulation:
 
     def _prompt_keys(self, request: TraceRequest) -> Keys:
         full, rest = divmod(request.num_prompt_tokens, self.trace.page_tokens)
-        return NamedKeys(request.pages[:full].tolist(), request.whole if rest else b"", request.num_prompt_tokens)
+        tail = _name(request.whole) if rest else b""
+        return named_keys("", _names(request.pages[:full]), tail, request.num_prompt_tokens)
+
+
+def _names(pages: PageIds) -> list[Name]:
+    return [_name(page) for page in pages.tolist()]
+
+
+def _name(number: int) -> Name:
+    return number.to_bytes(NAME_BYTES, "little", signed=True)

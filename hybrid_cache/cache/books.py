@@ -22,21 +22,12 @@ from collections.abc import Callable, Sequence
 from hybrid_cache.cache.audit import check_books, stats_of
 from hybrid_cache.cache.commands import Emit, Item, KeepHidden, VerifySome, nowhere
 from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.keys import Keys, Name, keys_of
 from hybrid_cache.cache.lease import Lease, Match, Reservation
 from hybrid_cache.cache.messages import MessageStore
 from hybrid_cache.cache.policies.base import Outline, Policy, Wish, Worth
 from hybrid_cache.cache.pool import Pool, nearest_checkpoint
-from hybrid_cache.cache.tree import (
-    Checkpoint,
-    CheckpointKind,
-    Keys,
-    Node,
-    PrefixTree,
-    PromptEnd,
-    StoredMessage,
-    end_name,
-    keys_of,
-)
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Node, PrefixTree, PromptEnd, StoredMessage
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
@@ -94,19 +85,19 @@ class Books:
 
     def match(self, namespace: str, prompt: TokenArray | Keys) -> Match:
         """The longest usable part of a prompt. Changes nothing."""
-        keys, step = as_keys(prompt), self._page_tokens
+        keys, step = as_keys(namespace, prompt), self._page_tokens
         path = self.tree.walk(namespace, keys.pages)
         tip = path[-1] if path else self.tree.roots.get(namespace)
         end = tip.ends.get(keys.tail) if tip is not None and len(path) == len(keys.pages) else None
         if end is not None:
-            return Match(namespace, keys, path, keys.num_tokens, len(path) * step, None, end)
+            return Match(keys, path, keys.num_tokens, len(path) * step, None, end)
         if self._stateless:
             length = min(len(path), max(keys.num_tokens - 1, 0) // step) * step
-            return Match(namespace, keys, path, length, len(path) * step, None, None)
+            return Match(keys, path, length, len(path) * step, None, None)
         usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < keys.num_tokens)
         checkpoint = next(usable, None)
         length = checkpoint.num_tokens if checkpoint else 0
-        return Match(namespace, keys, path, length, len(path) * step, checkpoint, None)
+        return Match(keys, path, length, len(path) * step, checkpoint, None)
 
     def acquire(self, match: Match, prompt: TokenArray | Keys, *, publish: bool = True) -> Lease | None:
         """Pins what was matched and takes a working state and pages for all of a prompt; all or nothing.
@@ -115,7 +106,7 @@ class Books:
         as the match did. With `publish=False` nothing of the lease enters the tree, and all pages beyond the state that
         it starts from are its own: it may write there what the tree must never hold.
         """
-        keys = as_keys(prompt)
+        keys = as_keys(match.namespace, prompt)
         match = self._renew(match)
         if not publish:
             match = match.up_to_its_state(self._page_tokens)
@@ -147,7 +138,6 @@ class Books:
         if not lease.publish:
             return []
         outline = Outline(
-            lease.namespace,
             lease.keys,
             lease.length,
             lease.shared,
@@ -232,7 +222,7 @@ class Books:
             self._decline(lease, num_tokens, kind, score)
             return False
         slots, pages = taken
-        end = PromptEnd(lease.tip, tail, num_tokens, slots[0], pages[0] if pages else None)
+        end = PromptEnd(lease.tip, lease.keys.end_name, tail, num_tokens, slots[0], pages[0] if pages else None)
         self.pool.copy(Kind.SLOT, lease.slot, end.slot)
         if end.page is not None:
             self.pool.copy(Kind.PAGE, lease.pages[len(lease.nodes)], end.page)
@@ -257,7 +247,6 @@ class Books:
         for source, target in zip(own[:num_written], pages, strict=False):
             self.pool.copy(Kind.PAGE, source, target)
         fork = Lease(
-            lease.namespace,
             lease.keys,
             lease.publish,
             lease.root,
@@ -279,7 +268,7 @@ class Books:
             return
         lease.released = True
         if num_output_tokens is not None and lease.keys.pages:
-            self.pool.policy.finished(lease.namespace, lease.keys.names[-1], num_output_tokens)
+            self.pool.policy.finished(lease.keys.names[-1], num_output_tokens)
         self._verify_some()
         self.leases.remove(lease)
         for page in lease.pages[len(lease.nodes) :]:
@@ -340,7 +329,7 @@ class Books:
         parent, key = lease.tip, lease.keys.pages[index]
         node = parent.children.get(key)
         if node is None:
-            node = self.tree.insert(parent, key, lease.keys.names[index], lease.pages[index], self._clock())
+            node = self.tree.insert(parent, key, lease.keys.names[index + 1], lease.pages[index], self._clock())
             lease.written_tokens += self._page_tokens
             self.pool.publish_page(node)
         else:
@@ -357,11 +346,12 @@ class Books:
         self.pool.verify((Kind.PAGE, node.page) for node in match.path)
         for node in match.path:
             self.pool.allocator.fix(Kind.PAGE, node.page)
+        root = self.tree.root(match.namespace)
+        keys.learn([root.name, *(node.name for node in match.path)])
         lease = Lease(
-            match.namespace,
             keys,
             publish,
-            self.tree.root(match.namespace),
+            root,
             list(match.path),
             [node.page for node in match.path] + pages,
             slots[0],
@@ -396,13 +386,12 @@ class Books:
             nearest_checkpoint(lease.nodes[min(index, len(lease.nodes) - 1)]) if lease.nodes and index >= 0 else None
         )
         name = self._name(lease, position, kind)
-        self.pool.policy.lost(lease.namespace, name, -math.inf if score is None else score, above)
+        self.pool.policy.lost(name, -math.inf if score is None else score, above)
 
-    def _name(self, lease: Lease, position: int, kind: CheckpointKind) -> int:
+    def _name(self, lease: Lease, position: int, kind: CheckpointKind) -> Name:
         """Names the prefix of a lease's prompt that a state at `position` would stand for."""
-        keys, index = lease.keys, position // self._page_tokens - 1
-        name = keys.names[index] if index >= 0 else 0
-        return end_name(name, keys.tail) if kind is CheckpointKind.PROMPT_END else name
+        keys = lease.keys
+        return keys.end_name if kind is CheckpointKind.PROMPT_END else keys.names[position // self._page_tokens]
 
     def _candidate_score(self, lease: Lease, position: int, kind: CheckpointKind) -> float | None:
         """The score that a state of a lease at `position` would have."""
@@ -414,7 +403,7 @@ class Books:
             above = (position - 1) // self._page_tokens * self._page_tokens
         num_pages = -(-(position - max(above, min(lease.shared, position))) // self._page_tokens)
         worth = Worth(self._cost.flops(above, position), self.pool.bytes_of(1, num_pages))
-        return self.pool.policy.candidate(kind, lease.namespace, self._name(lease, position, kind), worth)
+        return self.pool.policy.candidate(kind, self._name(lease, position, kind), worth)
 
     def _count_match(self, match: Match, num_tokens: int) -> None:
         kv_only = max(match.shared - match.length, 0)
@@ -438,5 +427,8 @@ class Books:
             self.pool.emit(VerifySome())
 
 
-def as_keys(prompt: TokenArray | Keys) -> Keys:
-    return prompt if isinstance(prompt, Keys) else keys_of(prompt)
+def as_keys(namespace: str, prompt: TokenArray | Keys) -> Keys:
+    if not isinstance(prompt, Keys):
+        return keys_of(namespace, prompt)
+    assert prompt.namespace == namespace
+    return prompt

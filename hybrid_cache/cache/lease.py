@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Keys, KVRows, Node, PromptEnd, rows_of
+from hybrid_cache.cache.keys import Keys
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, KVRows, Node, PromptEnd, rows_of
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 
@@ -13,13 +14,16 @@ from hybrid_cache.kernels.grid import TILE
 class Match:
     """What the cache holds of a prompt."""
 
-    namespace: str
     keys: Keys  # of the tokens that were looked for
     path: tuple[Node, ...]  # nodes of [0, shared)
     length: int  # tokens the request may skip: a grid position below the prompt's end, or all of it with `end`
     shared: int  # tokens whose pages are there; more than `length` marks a branch point
     checkpoint: Checkpoint | None
     end: PromptEnd | None  # the whole prompt was seen: nothing needs computing
+
+    @property
+    def namespace(self) -> str:
+        return self.keys.namespace
 
     def up_to_its_state(self, page_tokens: int) -> "Match":
         """The same without pages that lie beyond the state it starts from."""
@@ -49,7 +53,6 @@ class Lease:
     Every writer of rows asks `rows_to_fill` or `own_rows`.
     """
 
-    namespace: str
     keys: Keys  # the prompt
     publish: bool
     root: Node

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from hybrid_cache.cache.commands import Item
 from hybrid_cache.cache.geometry import Kind
+from hybrid_cache.cache.keys import message_name
 from hybrid_cache.cache.policies.base import Worth
 from hybrid_cache.cache.pool import Pool
 from hybrid_cache.cache.tree import CheckpointKind, Node, StoredMessage
@@ -67,7 +68,9 @@ class MessageStore:
         slots, pages = taken
         self.loans.difference_update((self._pool.extra_kind, item) for item in extra)
         root = Node(namespace, None, b"", 0, -1, 0.0)
-        stored = StoredMessage(root, key, start, end, position, slots[0], pages, list(extra), self.stored)
+        stored = StoredMessage(
+            root, message_name(namespace, key), key, start, end, position, slots[0], pages, list(extra), self.stored
+        )
         self.unwritten.add(stored)
         return stored
 
@@ -81,7 +84,7 @@ class MessageStore:
             + self._num_extra * self._pool.item_bytes[self._pool.extra_kind]
         )
         worth = Worth(self._cost.flops(start, end), items)
-        return self._pool.policy.candidate(CheckpointKind.EXPLICIT, namespace, hash(key), worth)
+        return self._pool.policy.candidate(CheckpointKind.EXPLICIT, message_name(namespace, key), worth)
 
     def publish(self, message: StoredMessage) -> None:
         """From now on it can be found: everything of it has been written."""

@@ -260,7 +260,7 @@ class Pool:
         kept.take_out()
         self.evictions[kept.label] += 1
         above = None if isinstance(kept, StoredMessage) else nearest_checkpoint(kept.node)
-        self.policy.lost(kept.node.namespace, kept.name, score, above)
+        self.policy.lost(kept.name, score, above)
         if isinstance(kept, StoredMessage):
             return
         if self.policy.wants_rises:

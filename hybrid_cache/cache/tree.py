@@ -4,22 +4,18 @@ Every edge is exactly one page, so the key of a child is the page's tokens thems
 look-up a page: no splitting, no hashes that could collide, and a cost that does not depend on how much the tree holds.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
+from hybrid_cache.cache.keys import Name, root_name
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.tokens import TokenArray
 
 KVRows = npt.NDArray[np.int64]  # page * TILE + offset
-
-KEY_BYTES = TILE * 4  # a page's tokens as int32
 
 
 class CheckpointKind(Enum):
@@ -39,14 +35,14 @@ class Node:
 
     namespace: str
     parent: "Node | None"
-    key: Hashable
+    key: bytes
     num_tokens: int  # from the start of the sequence to the end of this page
     page: int
     last_used: float
-    name: int = 0  # of this page and all before it, see `Keys.names`
-    children: dict[Hashable, "Node"] = field(default_factory=dict)
+    name: Name = b""  # of this page and all before it, or of its namespace
+    children: dict[bytes, "Node"] = field(default_factory=dict)
     checkpoint: "Checkpoint | None" = None
-    ends: dict[Hashable, "PromptEnd"] = field(default_factory=dict)
+    ends: dict[bytes, "PromptEnd"] = field(default_factory=dict)
     pins: int = 0  # leases whose path goes through here
     awaited: bool = False  # a lease is about to fill a checkpoint here
 
@@ -104,7 +100,7 @@ class Checkpoint:
         return self.node.num_tokens
 
     @property
-    def name(self) -> int:
+    def name(self) -> Name:
         return self.node.name
 
     @property
@@ -134,7 +130,8 @@ class PromptEnd:
     """The state at the end of a whole prompt, off the grid, with its last partial page and its last hidden row."""
 
     node: Node
-    tail: Hashable  # the tokens after the node, less than a page
+    name: Name
+    tail: bytes  # the tokens after the node, less than a page
     num_tokens: int
     slot: int
     page: int | None  # KV rows of the tail; None for an empty tail, or without attention
@@ -145,10 +142,6 @@ class PromptEnd:
     @property
     def attached(self) -> bool:
         return self.node.ends.get(self.tail) is self
-
-    @property
-    def name(self) -> int:
-        return end_name(self.node.name, self.tail)
 
     @property
     def label(self) -> str:
@@ -180,6 +173,7 @@ class StoredMessage:
     """
 
     node: Node  # the root of its namespace, for policies; not in the tree
+    name: Name
     key: str
     start: int  # tokens before it in the context it was encoded in
     num_tokens: int  # and with it
@@ -212,10 +206,6 @@ class StoredMessage:
     def length(self) -> int:
         return self.num_tokens - self.start
 
-    @property
-    def name(self) -> int:
-        return hash(self.key)
-
     def rows(self) -> KVRows:
         """Where its rows lie, to be read."""
         return rows_of(self.pages, 0, self.length)
@@ -240,41 +230,12 @@ class StoredMessage:
 Kept = Checkpoint | PromptEnd | StoredMessage
 
 
-@dataclass(frozen=True)
-class Keys:
-    """A token sequence as the tree knows it: a key for each full page, and one for the tokens after them.
-
-    The server's keys are the tokens themselves; a simulation may use any names that are equal for equal tokens.
-    """
-
-    pages: Sequence[Hashable]
-    tail: Hashable  # empty when the last page is full
-    num_tokens: int
-
-    @cached_property
-    def names(self) -> Sequence[int]:
-        """A number for each page and all before it, to remember prefixes by."""
-        return list(accumulate(self.pages, lambda name, key: hash((name, key)), initial=0))[1:]
-
-
-def end_name(name: int, tail: Hashable) -> int:
-    """Names a whole prompt by its full pages and the tokens after them; never the name of the full pages alone."""
-    return hash((name, tail, "end"))
-
-
 def rows_of(pages: Sequence[int], start: int, end: int) -> KVRows:
     """Where the rows [start, end) of a sequence lie that has these pages of TILE rows."""
     first = start // TILE
     places = np.arange(start - first * TILE, end - first * TILE)
     found: KVRows = np.asarray(pages[first : -(-end // TILE)], np.int64)[places // TILE] * TILE + places % TILE
     return found
-
-
-def keys_of(tokens: TokenArray) -> Keys:
-    data = token_bytes(tokens)
-    end = len(data) // KEY_BYTES * KEY_BYTES
-    pages = [data[start : start + KEY_BYTES] for start in range(0, end, KEY_BYTES)]
-    return Keys(pages, data[end:], len(tokens))
 
 
 class PrefixTree:
@@ -289,7 +250,7 @@ class PrefixTree:
         """The root of a namespace, made if it is new."""
         root = self.roots.get(namespace)
         if root is None:
-            root = self.roots[namespace] = Node(namespace, None, b"", 0, -1, 0.0)
+            root = self.roots[namespace] = Node(namespace, None, b"", 0, -1, 0.0, root_name(namespace))
         return root
 
     def nodes(self) -> Iterator[Node]:
@@ -300,7 +261,7 @@ class PrefixTree:
             yield node
             stack.extend(node.children.values())
 
-    def walk(self, namespace: str, pages: Iterable[Hashable]) -> tuple[Node, ...]:
+    def walk(self, namespace: str, pages: Iterable[bytes]) -> tuple[Node, ...]:
         """The nodes of the longest known prefix."""
         node, path = self.roots.get(namespace), []
         if node is not None:
@@ -311,7 +272,7 @@ class PrefixTree:
                 path.append(node)
         return tuple(path)
 
-    def insert(self, parent: Node, key: Hashable, name: int, page: int, now: float) -> Node:
+    def insert(self, parent: Node, key: bytes, name: Name, page: int, now: float) -> Node:
         node = Node(parent.namespace, parent, key, parent.num_tokens + self.page_tokens, page, now, name)
         parent.children[key] = node
         self.num_nodes += 1
@@ -325,8 +286,3 @@ class PrefixTree:
         else:
             del node.parent.children[node.key]
             self.num_nodes -= 1
-
-
-def token_bytes(tokens: TokenArray) -> bytes:
-    """Tokens as the bytes that keys are cut from."""
-    return np.ascontiguousarray(tokens, dtype=np.int32).tobytes()

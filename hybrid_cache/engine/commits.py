@@ -5,8 +5,6 @@ What decode leaves in states and pages has other bits than prefill, and so never
 
 from collections import deque
 
-import numpy as np
-
 from hybrid_cache.cache.books import Books
 from hybrid_cache.engine.prefills import Chunk, Prefills
 from hybrid_cache.engine.sequence import Prefill
@@ -56,8 +54,8 @@ class CommitQueue:
         return None
 
     def _start(self, commit: Prefill) -> bool:
-        # A match leaves at least one token to compute; one more token shows whether all of ours are there.
-        known = self._cache.match(commit.namespace, np.append(commit.tokens, np.int32(0)))
+        # A match leaves at least one token to compute; as a beginning, all of ours may be there.
+        known = self._cache.match(commit.namespace, commit.keys.beginning(len(commit.tokens)))
         if known.length >= len(commit.tokens):
             return False
         return self._prefills.acquire(commit, self._prefills.match(commit))

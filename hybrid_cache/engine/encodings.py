@@ -67,7 +67,7 @@ class Encodings:
     def _begin(self, message: Prefill, arrangement: Arrangement, index: int) -> bool:
         """Takes room to encode one part apart -> whether there was any."""
         nothing = self._cache.match(message.namespace, message.tokens[:0])
-        lease = self._cache.acquire(nothing, message.tokens, publish=False)
+        lease = self._cache.acquire(nothing, message.keys, publish=False)
         program = None if lease is None else self._compiler.encoding(message.namespace, arrangement, index)
         if lease is None or program is None:
             if lease is not None:

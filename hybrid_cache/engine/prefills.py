@@ -4,8 +4,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.lease import Lease, Match
 from hybrid_cache.choreography.compiler import Compiler
@@ -49,23 +47,22 @@ class Prefills:
         """What the cache has of a prompt that it may use."""
         if prefill.arrangement is not None:
             return self._match_arranged(prefill)
-        return self._cache.match(prefill.namespace, prefill.tokens if prefill.reuse else prefill.tokens[:0])
+        return self._cache.match(prefill.namespace, prefill.keys if prefill.reuse else prefill.tokens[:0])
 
     def _match_arranged(self, prefill: Prefill) -> Match:
         """The prefix that an arranged prompt starts from, which ends before its answer's header."""
         assert prefill.arrangement is not None
         end = min(prefill.arrangement.answer_start or len(prefill.tokens), len(prefill.tokens) - 1)
-        known = np.append(prefill.tokens[:end] if prefill.reuse else prefill.tokens[:0], np.int32(0))
-        match = self._cache.match(prefill.namespace, known)  # one token more: no prompt ends there
+        match = self._cache.match(prefill.namespace, prefill.keys.beginning(end if prefill.reuse else 0))
         plan = self._compiler.plan(prefill.arrangement, match.length, in_place=prefill.in_place)
-        return match if plan.prefix == match.length else self._cache.match(prefill.namespace, known[:0])
+        return match if plan.prefix == match.length else self._cache.match(prefill.namespace, prefill.tokens[:0])
 
     def acquire(self, prefill: Prefill, match: Match, num_others: Callable[[str], int] = lambda _: 0) -> bool:
         """Takes room for all of a prompt -> whether there was enough.
 
         num_others: how many waiting prompts have a message with an id
         """
-        lease = self._cache.acquire(match, prefill.tokens, publish=prefill.publish)
+        lease = self._cache.acquire(match, prefill.keys, publish=prefill.publish)
         if lease is None:
             return False
         prefill.lease, prefill.computed = lease, lease.length

@@ -3,9 +3,11 @@
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 
+from hybrid_cache.cache.keys import Keys, keys_of
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Wish
 from hybrid_cache.choreography.arrangement import Arrangement
@@ -21,7 +23,7 @@ def grid_floor(position: int) -> int:
     return position // TILE * TILE
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Prefill:
     """Tokens on their way through the canonical tiles; what comes of it may enter the cache.
 
@@ -46,6 +48,11 @@ class Prefill:
     program: Program | None = None
     refused: set[str] = field(default_factory=set)  # messages that could not be stored for it
     in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
+
+    @cached_property
+    def keys(self) -> Keys:
+        """Made when the cache is first asked for these tokens, and not again while they wait."""
+        return keys_of(self.namespace, self.tokens)
 
     @property
     def shift(self) -> int:
@@ -135,7 +142,10 @@ class Sequence:
 
 
 def namespace_of(request: Request, fingerprint: str) -> str:
-    """The model (weights and dtype) and the tenant's salt: no hit ever crosses either."""
+    """The model (weights with the adapter, dtype) and the tenant's salt: no hit ever crosses either.
+
+    A fingerprint has no slash, so no two pairs have one namespace.
+    """
     return f"{fingerprint}/{request.namespace}"
 
 

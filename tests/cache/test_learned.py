@@ -6,11 +6,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.policies.base import Outline, Wish
 from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.places import ODDS, SIZES, PlaceMemory
 from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
-from hybrid_cache.cache.tree import CheckpointKind, Keys
+from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Boundary
@@ -21,7 +22,11 @@ END = CheckpointKind.MESSAGE_END
 
 def outline(pages: str, *, start: int = 0, shared: int = 0, **more: object) -> Outline:
     """A prompt of one page for each letter, and one token more."""
-    return Outline("", Keys(pages, b"x", len(pages) * TILE + 1), start * TILE, shared * TILE, TILE, **more)  # type: ignore[arg-type]
+    return Outline(keys(pages, b"x"), start * TILE, shared * TILE, TILE, **more)  # type: ignore[arg-type]
+
+
+def keys(pages: str, tail: bytes, namespace: str = "") -> Keys:
+    return Keys(namespace, [page.encode() for page in pages], tail, len(pages) * TILE + bool(tail))
 
 
 def memory() -> PlaceMemory:
@@ -119,17 +124,17 @@ def test_a_prompt_returns_to_the_deepest_place_it_runs_through() -> None:
     places = memory()
     places.visit(outline("ab"), ends(1, 2), 0.0)
     found = places.visit(outline("abc"), ends(3), 10.0)
-    assert found is places.get("", outline("ab").name(2 * TILE))
+    assert found is places.get(outline("ab").name(2 * TILE))
     assert found is not None
     assert (found.uses, found.since) == (1, 10.0)
-    assert places.visit(outline("ax"), [], 20.0) is places.get("", outline("a").name(TILE))
+    assert places.visit(outline("ax"), [], 20.0) is places.get(outline("a").name(TILE))
 
 
 def test_a_place_that_leaves_nothing_to_compute_is_not_returned_to() -> None:
     places = memory()
     places.visit(outline("ab"), ends(1, 2), 0.0)
-    whole = Outline("", Keys("ab", b"", 2 * TILE), 0, 0, TILE)  # another prompt: the first had one token more
-    assert places.visit(whole, [], 1.0) is places.get("", whole.name(TILE))
+    whole = Outline(keys("ab", b""), 0, 0, TILE)  # another prompt: the first had one token more
+    assert places.visit(whole, [], 1.0) is places.get(whole.name(TILE))
 
 
 @pytest.mark.parametrize("why", ["generated", "again"])
@@ -137,14 +142,14 @@ def test_commits_and_preempted_prompts_are_not_returns(why: str) -> None:
     places = memory()
     places.visit(outline("ab"), ends(2), 0.0)
     assert places.visit(outline("abc", **{why: True}), ends(3), 1.0) is None
-    assert places.get("", outline("abc").name(3 * TILE)) is not None
+    assert places.get(outline("abc").name(3 * TILE)) is not None
 
 
 def test_the_state_that_was_used_counts_as_returned_to_beside_the_deepest_place() -> None:
     places = memory()
     places.visit(outline("abcd"), ends(1, 4), 0.0)
     places.visit(outline("abcde", start=1), ends(5), 5.0)
-    used, deepest = (places.get("", outline("abcd").name(p * TILE)) for p in (1, 4))
+    used, deepest = (places.get(outline("abcd").name(p * TILE)) for p in (1, 4))
     assert used is not None
     assert deepest is not None
     assert used.uses == deepest.uses == 1
@@ -153,7 +158,7 @@ def test_the_state_that_was_used_counts_as_returned_to_beside_the_deepest_place(
 def test_places_of_one_tenant_are_not_returned_to_by_another() -> None:
     places = memory()
     places.visit(outline("ab"), ends(2), 0.0)
-    other = Outline("tenant", Keys("abc", b"x", 3 * TILE + 1), 0, 0, TILE)
+    other = Outline(keys("abc", b"x", "tenant"), 0, 0, TILE)
     assert places.visit(other, [], 1.0) is None
 
 
@@ -162,7 +167,7 @@ def test_a_place_knows_its_message_and_how_far_from_the_end_it_is() -> None:
     boundaries = tuple(Boundary(p * TILE, role=r) for p, r in ((1, "system"), (2, "user"), (3, "tool")))
     places.visit(outline("abc", boundaries=boundaries), ends(1, 2, 3), 0.0)
     names = list(SIZES)
-    seen = [places.get("", outline("abc").name(p * TILE)) for p in (1, 2, 3)]
+    seen = [places.get(outline("abc").name(p * TILE)) for p in (1, 2, 3)]
     rows = [dict(zip(names, place.features, strict=True)) for place in seen if place]
     assert [(row["role"], row["from_end"]) for row in rows] == [(1, 2), (2, 1), (4, 0)]
 
@@ -255,15 +260,15 @@ def test_a_place_that_is_returned_to_outlives_the_others(monkeypatch: pytest.Mon
     places.visit(outline("x"), ends(1), 0.0)
     for i, letter in enumerate("abcdefgh"):
         places.visit(outline("s" + letter), ends(2), 1.0 + i)
-    place = places.get("", system)
+    place = places.get(system)
     assert place is not None
     assert place.uses == 8
-    assert places.get("", idle) is None
+    assert places.get(idle) is None
 
 
 def test_an_exact_repeat_returns_to_the_end_of_the_prompt() -> None:
     places = memory()
     places.visit(outline("ab"), ends(2), 0.0)
-    assert places.visit(outline("ab"), [], 1.0) is places.get("", outline("ab").end_name)
-    other = Outline("", Keys("ab", b"y", 2 * TILE + 1), 0, 0, TILE)
-    assert places.visit(other, [], 2.0) is places.get("", outline("ab").name(2 * TILE))
+    assert places.visit(outline("ab"), [], 1.0) is places.get(outline("ab").end_name)
+    other = Outline(keys("ab", b"y"), 0, 0, TILE)
+    assert places.visit(other, [], 2.0) is places.get(outline("ab").name(2 * TILE))

@@ -40,9 +40,9 @@ def test_what_saves_twice_as_much_or_takes_half_the_bytes_scores_twice_as_high()
 def test_what_is_not_used_grows_old_as_others_are_evicted() -> None:
     policy = FlopsPerByte()
     old = policy.score(policy.clock, END, Worth(100.0, 10))
-    policy.lost("", 0, 8.0, None)
+    policy.lost(b"", 8.0, None)
     assert policy.score(policy.clock, END, Worth(100.0, 10)) == old + 8.0
-    policy.lost("", 0, 3.0, None)
+    policy.lost(b"", 3.0, None)
     assert policy.clock == 8.0
 
 

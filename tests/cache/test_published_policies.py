@@ -11,6 +11,7 @@ from hybrid_cache.bench.policy.replay import Replay, Simulation
 from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.bench.traces.workloads import make_workload
 from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.keys import keys_of
 from hybrid_cache.cache.policies import marconi
 from hybrid_cache.cache.policies.base import Outline, Policy
 from hybrid_cache.cache.policies.gdsf import GDSF
@@ -21,7 +22,7 @@ from hybrid_cache.cache.policies.registry import make_policy, policy_names
 from hybrid_cache.cache.policies.seglen import SegLen
 from hybrid_cache.cache.policies.sglang_radix import SGLangRadix, SGLangUnified
 from hybrid_cache.cache.policies.vllm_block import VLLMBlock, equal_page_tokens
-from hybrid_cache.cache.tree import Kept, keys_of
+from hybrid_cache.cache.tree import Kept
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.engine.engine import Engine
@@ -96,8 +97,8 @@ def victims(cache: HybridCache, most: int = 100) -> list[str]:
 def outline(
     num_tokens: int, *, start: int = 0, shared: int = 0, page_tokens: int = TILE, marked: bool = False
 ) -> Outline:
-    keys = keys_of(np.arange(num_tokens, dtype=np.int32))
-    return Outline("", keys, start, shared, page_tokens, only_marked=marked)
+    keys = keys_of("", np.arange(num_tokens, dtype=np.int32))
+    return Outline(keys, start, shared, page_tokens, only_marked=marked)
 
 
 def positions(policy: Policy, prompt: Outline) -> list[int]:

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from hybrid_cache.cache import books
+from hybrid_cache.cache.keys import Keys, keys_of
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.engine import sequence
 from hybrid_cache.engine.engine import Engine, Outputs
 from hybrid_cache.engine.sequence import new_prefill
 from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, SamplingParams, TokenOutput
-from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt
-from tests.engine.test_engine import answers, make_request, new_engine, prompt_output, run
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
+from tests.engine.test_engine import BUDGET, answers, make_request, new_engine, prompt_output, run
 from tests.engine.test_out_of_memory import SmallDevice, SmallStage, arranged
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 
@@ -95,6 +98,27 @@ def test_choices_beyond_the_most_that_may_run_wait() -> None:
         outputs += more
         assert engine.stats().running <= 2
     assert all(answers(outputs, "a", i) == sum_model_answer(tokens, 5) for i in range(5))
+
+
+@pytest.mark.parametrize("waits_for", ["room", "the prefix that another one computes"])
+def test_keys_of_a_prompt_are_made_once_however_long_it_waits(monkeypatch: pytest.MonkeyPatch, waits_for: str) -> None:
+    made = list[int]()
+
+    def counted(namespace: str, tokens: TokenArray) -> Keys:
+        made.append(len(tokens))
+        return keys_of(namespace, tokens)
+
+    for module in (books, sequence):
+        monkeypatch.setattr(module, "keys_of", counted)
+    engine, _ = new_engine(budget_bytes=24 * UNIT if waits_for == "room" else BUDGET, max_tiles=1)
+    first, others = tokens_of(1, 1000), [tokens_of(seed, 1000) for seed in (2, 3)]
+    if waits_for != "room":
+        others = [np.concatenate([first[:960], tokens[:50]]) for tokens in others]
+    for i, tokens in enumerate([first, *others]):
+        engine.submit(make_request(str(i), tokens, 1))
+    num_waited = sum(engine.stats().waiting == 2 for _ in steps(engine))
+    assert num_waited > 10
+    assert sorted(made) == sorted(len(tokens) for tokens in (first, *others))
 
 
 # Sizes of steps

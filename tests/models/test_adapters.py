@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybrid_cache.cache.tree import PrefixTree, keys_of
+from hybrid_cache.cache.keys import keys_of
+from hybrid_cache.cache.tree import PrefixTree
 from hybrid_cache.engine.sequence import new_prefill
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
@@ -161,12 +162,12 @@ def test_no_entry_of_the_base_is_matched_by_the_adapted_model_nor_the_other_way_
     prompt = Prompt(np.arange(128, dtype=np.int32), ())
     request = Request("r", prompt, SamplingParams())
     spaces = [new_prefill(request, f, enabled=True).namespace for f in fingerprints(folders(GRANITE), tmp_path)]
-    pages = keys_of(prompt.tokens).pages
+    pages = keys_of("", prompt.tokens).pages
     for own in spaces:
         tree = PrefixTree()
         node = tree.root(own)
         for number, page in enumerate(pages):
-            node = tree.insert(node, page, number, number, 0.0)
+            node = tree.insert(node, page, b"", number, 0.0)
         assert [len(tree.walk(space, pages)) for space in spaces] == [len(pages) * (s == own) for s in spaces]
 
 

@@ -22,10 +22,36 @@ messages = partial(Mutant, "hybrid_cache/cache/messages.py")
 allocator = partial(Mutant, "hybrid_cache/cache/allocator.py")
 config = partial(Mutant, "hybrid_cache/config.py")
 lease = partial(Mutant, "hybrid_cache/cache/lease.py")
+keys = partial(Mutant, "hybrid_cache/cache/keys.py")
 tree = partial(Mutant, "hybrid_cache/cache/tree.py")
 digests = partial(Mutant, "hybrid_cache/device/digests.py")
 eviction = partial(Mutant, "hybrid_cache/cache/eviction.py")
 arena = partial(Mutant, "hybrid_cache/device/arena.py")
+
+NAMES = ("tests/cache/test_keys.py",)
+
+NAMING = [
+    keys(
+        "a name does not follow what comes before its page",
+        "names.append(_digest(PAGE, names[-1], page))",
+        "names.append(_digest(PAGE, names[0], page))",
+        NAMES,
+    ),
+    keys(
+        "a prefix has the same name in all namespaces",
+        '_digest(ROOT, namespace.encode("utf-8", "surrogatepass"))',
+        "_digest(ROOT)",
+        NAMES,
+    ),
+    keys("the end of a prompt has the name of its pages", "_digest(END, self", "_digest(PAGE, self", NAMES),
+    keys("names that the tree has are computed again", "if len(names) > len(self._names):", "if False:", NAMES),
+    keys(
+        "a beginning may be a whole prompt",
+        "self.pages[: num_tokens // TILE], NO_TAIL, num_tokens + 1)",
+        'self.pages[: num_tokens // TILE], b"", num_tokens + 1)',
+        NAMES,
+    ),
+]
 
 MATCHING = [
     books(
@@ -603,4 +629,4 @@ CHECKING = [
     ),
 ]
 
-MUTANTS = [*MATCHING, *PUBLISHING, *SHARING, *EVICTING, *KEEPING_MESSAGES, *CHECKING]
+MUTANTS = [*NAMING, *MATCHING, *PUBLISHING, *SHARING, *EVICTING, *KEEPING_MESSAGES, *CHECKING]

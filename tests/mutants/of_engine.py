@@ -168,8 +168,8 @@ SCHEDULING = [
     ),
     encodings(
         "the pages of a message alone enter the tree",
-        "lease = self._cache.acquire(nothing, message.tokens, publish=False)",
-        "lease = self._cache.acquire(nothing, message.tokens)",
+        "lease = self._cache.acquire(nothing, message.keys, publish=False)",
+        "lease = self._cache.acquire(nothing, message.keys)",
         stored("arranged_prompts_and_messages_leave_nothing_in_the_prefix_tree"),
     ),
     prefills(
@@ -186,8 +186,8 @@ SCHEDULING = [
     ),
     prefills(
         "an arranged prompt that must not be cached reads the cache",
-        "known = np.append(prefill.tokens[:end] if prefill.reuse else prefill.tokens[:0], np.int32(0))",
-        "known = np.append(prefill.tokens[:end], np.int32(0))",
+        "prefill.keys.beginning(end if prefill.reuse else 0)",
+        "prefill.keys.beginning(end)",
         stored("an_arranged_request_that_wants_nothing_cached_starts_from_no_prefix"),
     ),
     scheduler(
@@ -374,6 +374,12 @@ ASKING = [
         "models share what is cached",
         'return f"{fingerprint}/{request.namespace}"',
         'return f"/{request.namespace}"',
+        SCHEDULER,
+    ),
+    sequence(
+        "a prompt that waits is cut into pages again in each step",
+        "    @cached_property\n    def keys(",
+        "    @property\n    def keys(",
         SCHEDULER,
     ),
     sequence(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from hybrid_cache.cache.eviction import LazyHeap
-from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Kept, Keys, Node, end_name
+from hybrid_cache.cache.keys import Keys, Name
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Kept, Node
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Boundary, BoundaryKind
 
@@ -42,7 +43,6 @@ class Outline:
     [shared, num_tokens)  new
     """
 
-    namespace: str
     keys: Keys
     start: int
     shared: int
@@ -64,14 +64,14 @@ class Outline:
     def floor(self, position: int) -> int:
         return position // self.page_tokens * self.page_tokens
 
-    def name(self, position: int) -> int:
-        """Names the prefix that ends at a grid position above zero."""
-        return self.keys.names[position // self.page_tokens - 1]
+    def name(self, position: int) -> Name:
+        """Names the prefix that ends at a grid position."""
+        return self.keys.names[position // self.page_tokens]
 
     @property
-    def end_name(self) -> int:
+    def end_name(self) -> Name:
         """Names the state at the very end, from which decoding starts."""
-        return end_name(self.keys.names[-1] if self.keys.pages else 0, self.keys.tail)
+        return self.keys.end_name
 
 
 class Policy(Protocol):
@@ -87,10 +87,10 @@ class Policy(Protocol):
         """A prompt has been admitted -> where states would be welcome."""
         ...
 
-    def finished(self, namespace: str, name: int, num_output_tokens: int) -> None:
+    def finished(self, name: Name, num_output_tokens: int) -> None:
         """The request whose prompt's last full page has this name got an answer of so many tokens."""
 
-    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
+    def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
         """The score that a state of a running request would have; None refuses it whatever room there is."""
         ...
 
@@ -107,7 +107,7 @@ class Policy(Protocol):
         """The state that goes next, and its score."""
         ...
 
-    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
+    def lost(self, name: Name, score: float, above: Kept | None) -> None:
         """A state has gone, or a candidate was refused; who would use it has to go on from `above`.
 
         `score` is minus infinity for a state that went for other reasons than its score.
@@ -187,10 +187,10 @@ class ScoredPolicy:
     def plan(self, outline: Outline) -> Iterable[Wish]:
         return every_place(outline)
 
-    def finished(self, namespace: str, name: int, num_output_tokens: int) -> None:
+    def finished(self, name: Name, num_output_tokens: int) -> None:
         pass
 
-    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
+    def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
         return self.score(self.clock, kind, worth)
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
@@ -205,7 +205,7 @@ class ScoredPolicy:
     def lowest(self) -> tuple[float, Kept] | None:
         return self._heap.peek(self._score)
 
-    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
+    def lost(self, name: Name, score: float, above: Kept | None) -> None:
         pass
 
     def items(self) -> Iterable[Kept]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.published import PublishedPolicy
 from hybrid_cache.cache.tree import Kept, Node
 
@@ -21,23 +22,22 @@ class GDSF(PublishedPolicy):
     def __init__(self) -> None:
         super().__init__()
         self._inflation = 0.0
-        self._uses: dict[tuple[str, int], int] = {}
+        self._uses: dict[Name, int] = {}
 
     @property
     def clock(self) -> float:
         return self._inflation
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
-        key = kept.node.namespace, kept.name
-        self._uses[key] = self._uses.get(key, 0) + 1
+        self._uses[kept.name] = self._uses.get(kept.name, 0) + 1
         super().used(kept, path)
 
-    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
+    def lost(self, name: Name, score: float, above: Kept | None) -> None:
         if score == math.inf:  # a candidate found no room; there may be such a state all the same
             return
-        self._uses.pop((namespace, name), None)
+        self._uses.pop(name, None)
         self._inflation = max(self._inflation, score)
 
     def _score(self, kept: Kept) -> float:
         worth = self._worth_of(kept)
-        return kept.base + self._uses[kept.node.namespace, kept.name] * worth.flops / worth.num_bytes
+        return kept.base + self._uses[kept.name] * worth.flops / worth.num_bytes

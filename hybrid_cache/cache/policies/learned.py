@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth, every_place
 from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
 from hybrid_cache.cache.policies.returns import MOST_LIVES, ReturnModel
@@ -80,15 +81,15 @@ class Learned:
                 self._shortlist.clear()
         return wishes
 
-    def finished(self, namespace: str, name: int, num_output_tokens: int) -> None:
-        place = self._memory.get(namespace, name)
+    def finished(self, name: Name, num_output_tokens: int) -> None:
+        place = self._memory.get(name)
         if place is not None:
             self._memory.answered(place, num_output_tokens)
             if place.kept in self._rows:
                 self.add(place.kept)
 
-    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
-        place = self._memory.get(namespace, name)
+    def lost(self, name: Name, score: float, above: Kept | None) -> None:
+        place = self._memory.get(name)
         row = self._rows.get(above) if above is not None else None
         if place is not None:
             place.kept = None
@@ -97,15 +98,15 @@ class Learned:
 
     # Ordering
 
-    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
-        place = self._memory.get(namespace, name)
+    def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
+        place = self._memory.get(name)
         if place is None and kind is CheckpointKind.EXPLICIT:  # a message that is kept outside the tree
-            place = self._memory.add_unseen(kind, namespace, name, 0, self._now)
+            place = self._memory.add_unseen(kind, name, 0, self._now)
         return 0.0 if place is None else self._index(place) * worth.flops / worth.num_bytes
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
         if isinstance(kept, StoredMessage) and kept.attached:  # `plan` sees the returns to what is in the tree
-            place = self._memory.get(kept.node.namespace, kept.name)
+            place = self._memory.get(kept.name)
             if place is not None:
                 self._memory.returned_to(place, self._clock())
                 if kept in self._rows:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish
 from hybrid_cache.cache.policies.published import Floats, RankedPolicy, normalised
 from hybrid_cache.cache.policies.rehearsal import Rehearsal
@@ -57,8 +58,8 @@ class Marconi(RankedPolicy):
                 self.alpha, self._rehearsal = ALPHAS[savings.index(max(savings))], None
         return super().plan(outline)
 
-    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
-        super().lost(namespace, name, score, above)
+    def lost(self, name: Name, score: float, above: Kept | None) -> None:
+        super().lost(name, score, above)
         if self._rehearsal is not None and self._window is None and math.isfinite(score):
             self._window = min(WINDOW * self._rehearsal.num_requests, MOST_REQUESTS)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, ScoredPolicy, Wish, Worth
 from hybrid_cache.cache.tree import CheckpointKind
 
@@ -14,5 +15,5 @@ class Nothing(ScoredPolicy):
     def plan(self, outline: Outline) -> Iterable[Wish]:
         return ()
 
-    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
+    def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
         return None

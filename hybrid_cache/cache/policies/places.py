@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish
 from hybrid_cache.cache.policies.returns import ReturnModel
 from hybrid_cache.cache.tree import CheckpointKind, Kept
@@ -35,7 +36,7 @@ SIZES = {
 
 @dataclass(slots=True, eq=False)
 class Place:
-    key: tuple[str, int]  # namespace, and name of the prefix that ends here
+    name: Name  # of the prefix that ends here
     features: list[int]  # in the order of SIZES
     since: float  # when it was made or last returned to
     uses: int = 0
@@ -58,10 +59,10 @@ class PlaceMemory:
 
     def __init__(self, model: ReturnModel) -> None:
         self._model = model
-        self._places: OrderedDict[tuple[str, int], Place] = OrderedDict()
+        self._places: OrderedDict[Name, Place] = OrderedDict()
 
-    def get(self, namespace: str, name: int) -> Place | None:
-        return self._places.get((namespace, name))
+    def get(self, name: Name) -> Place | None:
+        return self._places.get(name)
 
     def visit(self, outline: Outline, wishes: Iterable[Wish], now: float) -> Place | None:
         """Remembers a prompt and the places wished for in it -> the place that it returned to, if any."""
@@ -72,13 +73,13 @@ class PlaceMemory:
             self.returned_to(found, now)
         if outline.start and not outline.generated and not outline.again:
             whole = outline.start == outline.num_tokens
-            resumed = self.get(outline.namespace, outline.end_name if whole else outline.name(outline.start))
+            resumed = self.get(outline.end_name if whole else outline.name(outline.start))
             if resumed is not None and resumed is not found:
                 self.returned_to(resumed, now)
         new = [(outline.name(w.position), w.position, w.kind) for w in wishes]
         if not outline.generated:
             new.append((outline.end_name, outline.num_tokens, CheckpointKind.PROMPT_END))
-        new = [place for place in new if (outline.namespace, place[0]) not in self._places]
+        new = [place for place in new if place[0] not in self._places]
         if new:
             known = outline.shared / outline.num_tokens
             shared = 5 if known > 0.9 else math.ceil(min(known, 0.75) * 4)
@@ -91,21 +92,21 @@ class PlaceMemory:
                 position_on_grid = outline.floor(position)
                 role, after = roles.get(position_on_grid, 0), from_end.get(position_on_grid, 15)
                 length = log2_bin(position / 512, 11)
-                self.add(outline.namespace, name, [KINDS.index(kind), role, after, shared, length, 0, pace, turns], now)
+                self.add(name, [KINDS.index(kind), role, after, shared, length, 0, pace, turns], now)
         return found
 
     def returned_to(self, place: Place, now: float) -> None:
         """One life ends, the next begins."""
-        if place.key in self._places:
-            self._places.move_to_end(place.key)  # what is returned to is not forgotten
+        if place.name in self._places:
+            self._places.move_to_end(place.name)  # what is returned to is not forgotten
         self._model.end(place.group, place.life, now)
         place.uses += 1
         place.features[6] = log2_bin(now - place.since, 12)
         place.since = now
         place.life = self._model.begin(place.group, place.features, now)
 
-    def add(self, namespace: str, name: int, features: list[int], now: float) -> Place:
-        place = self._places[namespace, name] = Place((namespace, name), features, now)
+    def add(self, name: Name, features: list[int], now: float) -> Place:
+        place = self._places[name] = Place(name, features, now)
         place.life = self._model.begin(place.group, features, now)
         if len(self._places) > MOST_PLACES:
             self._places.popitem(last=False)
@@ -113,15 +114,15 @@ class PlaceMemory:
 
     def place_of(self, kept: Kept, now: float) -> Place:
         """The place of a state, made anew if it was forgotten."""
-        place = self.get(kept.node.namespace, kept.name)
+        place = self.get(kept.name)
         if place is None:
-            place = self.add_unseen(kept.kind, kept.node.namespace, kept.name, kept.num_tokens, now)
+            place = self.add_unseen(kept.kind, kept.name, kept.num_tokens, now)
         return place
 
-    def add_unseen(self, kind: CheckpointKind, namespace: str, name: int, num_tokens: int, now: float) -> Place:
+    def add_unseen(self, kind: CheckpointKind, name: Name, num_tokens: int, now: float) -> Place:
         """A place that no prompt has shown: a forgotten one, or a message outside the tree."""
         features = [KINDS.index(kind), 0, 0, 0, log2_bin(num_tokens / 512, 11), 0, 13, 0]
-        return self.add(namespace, name, features, now)
+        return self.add(name, features, now)
 
     def answered(self, place: Place, num_output_tokens: int) -> None:
         """The prompt that ends at a place got an answer of so many tokens."""
@@ -130,12 +131,12 @@ class PlaceMemory:
 
     def _deepest(self, outline: Outline) -> Place | None:
         """The whole prompt if it is known, otherwise the last known place that leaves something to compute."""
-        if (whole := self.get(outline.namespace, outline.end_name)) is not None:
+        if (whole := self.get(outline.end_name)) is not None:
             return whole
         names = outline.keys.names
-        last = len(names) - (outline.num_tokens % outline.page_tokens == 0)
-        for index in range(last - 1, -1, -1):
-            place = self._places.get((outline.namespace, names[index]))
+        last = len(names) - 1 - (outline.num_tokens % outline.page_tokens == 0)
+        for num_pages in range(last, 0, -1):
+            place = self._places.get(names[num_pages])
             if place is not None:
                 return place
         return None

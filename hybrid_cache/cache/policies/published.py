@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, ScoredPolicy, Wish, Worth, branch_and_end
 from hybrid_cache.cache.tree import CheckpointKind, Kept, Node
 
@@ -39,7 +40,7 @@ class PublishedPolicy(ScoredPolicy):
     def plan(self, outline: Outline) -> Iterable[Wish]:
         return places(outline)
 
-    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
+    def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
         return admit(kind)
 
 
@@ -81,10 +82,10 @@ class RankedPolicy:
             self._now += 1
         return places(outline)
 
-    def finished(self, namespace: str, name: int, num_output_tokens: int) -> None:
+    def finished(self, name: Name, num_output_tokens: int) -> None:
         pass
 
-    def candidate(self, kind: CheckpointKind, namespace: str, name: int, worth: Worth) -> float | None:
+    def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
         return admit(kind)
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
@@ -122,7 +123,7 @@ class RankedPolicy:
                 return float(scores[lowest]), self._kept[row]
         return None
 
-    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
+    def lost(self, name: Name, score: float, above: Kept | None) -> None:
         if math.isfinite(score):  # neither refused nor dropped
             self._now += 1
 

@@ -5,13 +5,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.keys import NAME_BYTES, Keys, named_keys, pieces
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Outline, Policy, Wish
-from hybrid_cache.cache.tree import Keys
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.tokens import Boundary
@@ -22,10 +19,10 @@ MEASURED = 500  # latest requests whose savings are compared
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """An outline without its tokens: pages by name, 8 bytes each. Tokens after the last page name no place."""
+    """An outline without its tokens: pages by name. Tokens after the last page name no place."""
 
     namespace: str
-    names: NDArray[np.int64]
+    names: bytes  # NAME_BYTES for each page
     num_tokens: int
     page_tokens: int
     boundaries: tuple[Boundary, ...]
@@ -35,8 +32,8 @@ class Recorded:
     @classmethod
     def of(cls, outline: Outline) -> "Recorded":
         return cls(
-            outline.namespace,
-            np.array(outline.keys.names, np.int64),
+            outline.keys.namespace,
+            b"".join(outline.keys.names[1:]),
             outline.num_tokens,
             outline.page_tokens,
             outline.boundaries,
@@ -45,7 +42,7 @@ class Recorded:
         )
 
     def keys(self) -> Keys:
-        return Keys(self.names.tolist(), b"", self.num_tokens)
+        return named_keys(self.namespace, pieces(self.names, NAME_BYTES), b"", self.num_tokens)
 
 
 class Rehearsal:

@@ -1,5 +1,6 @@
 """Value per byte without learning: GreedyDual-Size on replay FLOPs."""
 
+from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import ScoredPolicy, Worth
 from hybrid_cache.cache.tree import CheckpointKind, Kept
 
@@ -34,5 +35,5 @@ class FlopsPerByte(ScoredPolicy):
     def score(self, base: float, kind: CheckpointKind, worth: Worth) -> float:
         return base + RATE[kind] * worth.flops / worth.num_bytes
 
-    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
+    def lost(self, name: Name, score: float, above: Kept | None) -> None:
         self._inflation = max(self._inflation, score)

@@ -48,6 +48,8 @@ def test_the_numbers_are_printed_and_written(app: typer.Typer, tmp_path: Path) -
         ("roomy", "repeat"),
     ]
     assert all(0 < t["median_us"] <= t["p95_us"] for t in report["timings"])
+    assert "us for 1,000 tokens" in result.output
+    assert report["naming"]["us_per_1000_tokens"] == pytest.approx(report["naming"]["us_per_page"] * 15.5)
 
 
 def test_an_unknown_policy_is_an_error_message(app: typer.Typer) -> None:
