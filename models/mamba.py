@@ -1,17 +1,19 @@
 """Mamba: state-space layers and nothing else. No positions, no keys: the state is all that a prompt leaves behind."""
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from collections.abc import Callable
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch
+import torch
+
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.blocks.common import CacheEntry, Norm
+from hybrid_cache.models.blocks.common import RowNorm, hidden_norm
 from hybrid_cache.models.blocks.mamba import Mamba1
 from hybrid_cache.models.blocks.model import UNBOUNDED, CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack, MixerLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import Mamba1Shape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+
+BuildNorm = Callable[[str, int], RowNorm]
 
 
 def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Mamba":
@@ -19,12 +21,13 @@ def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> 
 
 
 class Mamba(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype, norm: BuildNorm | None = None
+    ) -> None:
+        """`norm` is that of `Mamba1`."""
         config.choice("hidden_act", "silu", ["silu"])
-        self._dtype = dtype
-        self._stream_dtype = torch.float32 if config.flag("residual_in_fp32", True) else dtype
-        self._layers = tuple(
-            Layer(config, Scope(weights, f"backbone.layers.{i}."), ops, dtype)
+        layers = (
+            _layer(config, Scope(weights, f"backbone.layers.{i}."), ops, dtype, norm)
             for i in range(config.integer("num_hidden_layers"))
         )
         super().__init__(
@@ -32,31 +35,21 @@ class Mamba(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("backbone.norm_f", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("backbone.norm_f", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", True),
             embedding="backbone.embeddings.weight",
+            residual=torch.float32 if config.flag("residual_in_fp32", True) else dtype,
             max_length=UNBOUNDED,
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding).to(self._stream_dtype)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden += layer(hidden.to(self._dtype), batch, tensors)
-        return self._norm(hidden[batch.output_rows]).to(self._dtype)
+
+def _layer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype, norm: BuildNorm | None) -> MixerLayer:
+    before = hidden_norm("norm", config, weights, ops, _eps(config))
+    return MixerLayer(_mixer(config, Scope(weights, "mixer."), ops, dtype, norm), before, dtype)
 
 
-class Layer:
-    def __init__(self, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._norm = _norm("norm", config, weights, ops)
-        self._mixer = _mixer(config, Scope(weights, "mixer."), ops, dtype)
-        self.shapes = (self._mixer.shape,)
-
-    def __call__(self, x: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        return self._mixer(self._norm(x), batch, tensors)
-
-
-def _mixer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Mamba1:
+def _mixer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype, norm: BuildNorm | None) -> Mamba1:
     hidden = config.integer("hidden_size")
     shape = Mamba1Shape(
         hidden=hidden,
@@ -72,8 +65,9 @@ def _mixer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Ma
         shape,
         conv_bias=config.flag("use_conv_bias", True),
         proj_bias=config.flag("use_bias", False),
+        norm=norm,
     )
 
 
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), config.number("layer_norm_epsilon", 1e-5))
+def _eps(config: Config) -> float:
+    return config.number("layer_norm_epsilon", 1e-5)

@@ -5,17 +5,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hybrid_cache.kernels.elementwise import gated, sigmoid
 from hybrid_cache.kernels.ops import Experts, Linear, Ops
-from hybrid_cache.kernels.torch_ops import add
-from hybrid_cache.models.blocks.common import Norm, sigmoid
+from hybrid_cache.models.blocks.common import FeedForward, Norm, linear
 from hybrid_cache.models.shapes import MLPShape, MoEShape, SharedMoEShape
 from hybrid_cache.models.weights import Scope, Weights
 
 Router = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
-class MLP:
+class MLP(FeedForward):
     """Gated feed-forward layer; without `gate_mul`, `ops.silu_mul`."""
+
+    shape: MLPShape
 
     def __init__(
         self, ops: Ops, gate_up: Linear, down: Linear, gate_mul: Callable[[Tensor], Tensor] | None = None
@@ -30,15 +32,32 @@ class MLP:
         return self._down(self._gate_mul(self._gate_up(x)))
 
     def add_to(self, hidden: Tensor, norm: Norm, multiplier: float = 1.0) -> Tensor:
-        """hidden += multiplier * self(norm(hidden)), in place."""
         if self._add_at_once is None:
-            return add(hidden, self(norm(hidden)), multiplier)
+            return super().add_to(hidden, norm, multiplier)
         self._add_at_once(hidden, norm.weights, multiplier, self._gate_up, self._down)
         return hidden
 
 
-class PlainMLP:
+def gated_mlp(
+    hidden: int,
+    inner: int,
+    weights: Weights,
+    ops: Ops,
+    *,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    bias: bool = False,
+    gate_mul: Callable[[Tensor], Tensor] | None = None,
+) -> MLP:
+    """`names` of the gate, up and down matrices; the rest as in `MLP`."""
+    gate, up, down = names
+    gate_up = linear(ops, weights, {gate: inner, up: inner}, hidden, bias=bias)
+    return MLP(ops, gate_up, linear(ops, weights, {down: hidden}, inner, bias=bias), gate_mul)
+
+
+class PlainMLP(FeedForward):
     """Two matrices with an activation between them."""
+
+    shape: MLPShape
 
     def __init__(self, up: Linear, down: Linear, act: Callable[[Tensor], Tensor]) -> None:
         self._up = up
@@ -56,7 +75,8 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    return (x.float() * sigmoid(x)).to(x.dtype)
+    """x * sigmoid(x)."""
+    return gated(x, x)
 
 
 def softmax_of_chosen(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -109,8 +129,10 @@ def _in_best_groups(scores: Tensor, num_groups: int, top_groups: int) -> Tensor:
     return mask.repeat_interleave(num_experts // num_groups, dim=1)
 
 
-class MoE:
+class MoE(FeedForward):
     """A few experts for each row, chosen by a router."""
+
+    shape: MoEShape
 
     def __init__(self, shape: MoEShape, router: Linear, experts: Experts, route: Router) -> None:
         self.shape = shape
@@ -123,8 +145,10 @@ class MoE:
         return self._experts(x, ids, weights)
 
 
-class SharedMoE:
+class SharedMoE(FeedForward):
     """Experts, and beside them an MLP for all rows (DeepSeek)."""
+
+    shape: SharedMoEShape
 
     def __init__(self, experts: MoE, shared: MLP) -> None:
         self.shape = SharedMoEShape(experts.shape, shared.shape, gated=False)
@@ -148,11 +172,13 @@ class Float32Router:
         return self._linear(x.float())
 
 
-class GatedSharedMoE:
+class GatedSharedMoE(FeedForward):
     """Experts, and beside them an MLP for all rows, times the sigmoid of a gate (Qwen).
 
     `router` gives the experts' logits and, last, that of the gate.
     """
+
+    shape: SharedMoEShape
 
     def __init__(self, shape: MoEShape, router: Linear, experts: Experts, route: Router, shared: MLP) -> None:
         self.shape = SharedMoEShape(shape, shared.shape, gated=True)
@@ -167,7 +193,7 @@ class GatedSharedMoE:
         logits, gate = self._router(x).split_with_sizes(self._split, dim=1)
         ids, weights = self._route(logits, self._num_active)
         y = self._experts(x, ids, weights)
-        y += (self._shared(x).float() * sigmoid(gate)).to(y.dtype)
+        y += gated(self._shared(x), gate)
         return y
 
 
