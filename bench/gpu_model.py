@@ -14,8 +14,8 @@ from hybrid_cache.bench.gpu_timing import Clock, synchronize
 from hybrid_cache.bench.random_model import SMALL, random_model
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import Engine
-from hybrid_cache.models.published import CONFIGS
 from hybrid_cache.models.registry import ShapedModel
+from hybrid_cache.models.tools.published import CONFIGS
 from hybrid_cache.request import Prompt, Request, SamplingParams
 from hybrid_cache.runner import ModelRunner
 

@@ -46,8 +46,8 @@ from hybrid_cache.bench.trace_files import FORMATS, load_trace
 from hybrid_cache.bench.workloads import WORKLOADS, make_workload
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.models.presets import PRESETS, model_shape
 from hybrid_cache.models.shapes import ModelShape
+from hybrid_cache.models.tools.presets import PRESETS, model_shape
 from hybrid_cache.policies.registry import policy_names
 
 # Without arguments: small enough for a minute on one core, large enough that something has to go.

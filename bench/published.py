@@ -36,7 +36,7 @@ from hybrid_cache.bench.trace import Trace
 from hybrid_cache.bench.workloads import Agent, Uniform
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.models.presets import nvidia_hybrid_as_published
+from hybrid_cache.models.tools.presets import nvidia_hybrid_as_published
 from hybrid_cache.policies.base import Policy
 from hybrid_cache.policies.marconi import ALPHAS, Marconi
 from hybrid_cache.policies.registry import make_policy

@@ -16,7 +16,7 @@ from hybrid_cache.sequence import new_prefill
 from hybrid_cache.tree import PrefixTree, keys_of
 from tests.models import checkpoints
 from tests.models.driver import Driver
-from tests.models.test_convert import converted
+from tests.models.tools.test_convert import converted
 
 FIRST = {case.family: case for case in checkpoints.FIRST_CASES}
 GRANITE = FIRST["GraniteMoeHybrid"]

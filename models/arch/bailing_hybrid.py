@@ -4,6 +4,7 @@ import torch
 
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.arch.kimi_linear import conv_weight, latent_shape, mlp, mlp_kinds, moe
 from hybrid_cache.models.blocks.attention import Rotary
 from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear
 from hybrid_cache.models.blocks.feed_forward import MLP, SharedMoE
@@ -12,7 +13,6 @@ from hybrid_cache.models.blocks.latent_attention import LatentAttention
 from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.kimi_linear import conv_weight, latent_shape, mlp, mlp_kinds, moe
 from hybrid_cache.models.shapes import KimiDeltaShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 

@@ -3,9 +3,9 @@
 import torch
 
 from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.arch.mamba import Mamba
 from hybrid_cache.models.blocks.common import PlainNorm
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.mamba import Mamba
 from hybrid_cache.models.weights import Checkpoint
 
 

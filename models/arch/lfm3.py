@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 
 from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.arch.lfm2 import short_conv, swiglu
 from hybrid_cache.models.blocks.attention import Attention, Rotary
 from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear
 from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.short_conv import ShortConv
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer, SandwichLayer
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.lfm2 import short_conv, swiglu
 from hybrid_cache.models.shapes import AttentionShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
