@@ -178,6 +178,7 @@ class AdaptedLinear:
         self._base = base
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [R, in_features] -> [R, out_features]."""
         y = self._base(x)
         for adapter in self.adapters:
             adapter.add(x, y)

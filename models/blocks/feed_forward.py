@@ -12,6 +12,7 @@ from hybrid_cache.models.shapes import MLPShape, MoEShape, SharedMoEShape
 from hybrid_cache.models.weights import Scope, Weights
 
 Router = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""logits [R, experts], k -> ids of the chosen experts [R, k] int64, and their weights [R, k] float32."""
 
 
 class MLP(FeedForward):
@@ -48,7 +49,10 @@ def gated_mlp(
     bias: bool = False,
     gate_mul: Callable[[Tensor], Tensor] | None = None,
 ) -> MLP:
-    """`names` of the gate, up and down matrices; the rest as in `MLP`."""
+    """`names` of the matrices: gate and up [inner, hidden], down [hidden, inner].
+
+    gate_mul  [R, 2 * inner], gates first -> [R, inner]; None for `ops.silu_mul`
+    """
     gate, up, down = names
     gate_up = linear(ops, weights, {gate: inner, up: inner}, hidden, bias=bias)
     return MLP(ops, gate_up, linear(ops, weights, {down: hidden}, inner, bias=bias), gate_mul)
@@ -70,23 +74,23 @@ class PlainMLP(FeedForward):
 
 
 def relu2(x: Tensor) -> Tensor:
-    """Squared relu (So et al. 2021)."""
+    """Squared relu (So et al. 2021); any shape."""
     return x.relu().square()
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x)."""
+    """x * sigmoid(x); any shape."""
     return gated(x, x)
 
 
 def softmax_of_chosen(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Weights of the k chosen experts add up to one."""
+    """A `Router`: the weights of the k chosen experts add up to one."""
     chosen, ids = logits.float().topk(k, dim=-1)
     return ids, chosen.softmax(dim=-1)
 
 
 def chosen_of_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Weights of all experts add up to one; the k largest are used as they are."""
+    """A `Router`: the weights of all experts add up to one; the k largest are used as they are."""
     chosen, ids = logits.float().softmax(dim=-1).topk(k, dim=-1)
     return ids, chosen
 
@@ -109,6 +113,7 @@ class SigmoidRouter:
         self._top_groups = top_groups
 
     def __call__(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """logits [R, experts] -> ids [R, k] int64, weights [R, k] float32."""
         scores = sigmoid(logits)
         wanted = scores if self._bias is None else scores + self._bias
         if self._top_groups < self._num_groups:
@@ -169,6 +174,7 @@ class Float32Router:
         self._linear = ops.linear(weights.take_float32(f"{name}.weight", num_experts, hidden))
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [R, hidden] -> logits [R, experts] float32."""
         return self._linear(x.float())
 
 

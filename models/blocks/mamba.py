@@ -175,6 +175,7 @@ class CausalConv:
         self._bias = weights.take("conv1d.bias", channels) if bias else None
 
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: StateTensors) -> Tensor:
+        """x [R, channels] -> [R, channels], with the silu."""
         return self._ops.causal_conv(x, self._weight, self._bias, batch.layout, cache.conv)
 
 
