@@ -1,5 +1,6 @@
 # make serve   talk to the embedded model on http://127.0.0.1:8000 (PORT=8123 MODEL=dir HOST=0.0.0.0 ARGS="--budget 4GiB")
-# make test    everything that CI runs on code: pytest
+# make test    what CI runs on code: pytest, without the slow sweeps (WORKERS=2 processes, ARGS="-k scheduler")
+# make test-all   the slow sweeps as well
 # make check   lint, types, tests
 # make install only sets up .venv
 
@@ -8,12 +9,15 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 # The oldest Triton that kernels have to compile under, beside the one that is used; tests look for it here.
 OLD_TRITON := 3.6.0
 
-.PHONY: install serve test lint check clean
+PYTEST = OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: install serve test test-all lint check clean
 
 install: $(STAMP)
 
@@ -30,7 +34,10 @@ serve: install
 	$(BIN)/hybrid-cache serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: install
-	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: install
+	$(PYTEST) $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

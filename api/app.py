@@ -12,7 +12,7 @@ from hybrid_cache.api.middleware import ApiKeys, BodyLimit, RequestIds
 from hybrid_cache.api.serving import new_serving
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.async_engine import AsyncEngine
+from hybrid_cache.engine.async_engine import AsyncEngine
 
 
 def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> FastAPI:

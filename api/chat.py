@@ -21,9 +21,10 @@ import numpy as np
 
 from hybrid_cache.api.template import RESERVED, ChatTemplate, Clock
 from hybrid_cache.api.tokenizer import Tokenizer
+from hybrid_cache.choreography.assembly import Piece, joined
 from hybrid_cache.errors import ContextTooLong, RequestError
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.request import Boundary, BoundaryKind, Prompt, TokenArray
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt
 
 MAX_BOUNDARIES = 64
 FIRST_BOUNDARIES = 16  # when there are more, this many from the front are kept, the rest from the end
@@ -90,11 +91,19 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Consecutive tokens of a conversation: those of one message, named by its index, or of several."""
+class Conversation:
+    """A conversation as tokens: a piece for each message, and one for the opening of the answer.
 
-    tokens: TokenArray
-    message: int | None
+    Messages whose end the rendering does not show share a piece with those behind them.
+    """
+
+    pieces: tuple[Piece, ...]
+    messages: tuple[int | None, ...]  # of each piece, the index of the message that it is; None for several
+    opening: Piece  # without tokens if there is none
+
+    @property
+    def prompt(self) -> Prompt:
+        return limited(joined([*self.pieces, self.opening]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,7 @@ class _Cut:
 
     position: int  # characters before it
     boundary: Boundary | None = None  # its position still to be filled in; None splits only
+    messages: int | None = None  # how many messages end here or before, if one ends here
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,44 +137,23 @@ class ChatEncoder:
         self._answer_end: tuple[int, ...] | None = None
 
     def encode(self, messages: Sequence[Message], rendering: Rendering, max_tokens: int) -> Prompt:
-        """-> the prompt. Raises RequestError, and ContextTooLong for more than `max_tokens` tokens."""
+        """-> the prompt. Raises as `conversation`."""
+        return self.conversation(messages, rendering, max_tokens).prompt
+
+    def conversation(self, messages: Sequence[Message], rendering: Rendering, max_tokens: int) -> Conversation:
+        """Raises RequestError, and ContextTooLong for more than `max_tokens` tokens."""
         template, clock = self._template(rendering), Clock()
         text = self.render(messages, rendering, clock)
         self._tokenizer.check_size(text, max_tokens, "messages")
         # Checked before the ends are sought, which takes one rendering for each message that is new.
         # A token is rarely more than 16 characters; where it is, the engine still counts.
         if len(text) > 16 * max_tokens:
-            self._check_length(len(self._tokenizer.encode(text)), max_tokens)
+            check_length(len(self._tokenizer.encode(text)), max_tokens)
         cuts = self._message_cuts(template, messages, rendering, text, clock)
         cuts += self._part_cuts(template, messages, rendering, text, clock)
-        tokens, boundaries = self._tokenise(text, cuts)
-        self._check_length(len(tokens), max_tokens)
-        return Prompt(np.asarray(tokens, dtype=np.int32), limited(boundaries))
-
-    def segments(
-        self, messages: Sequence[Message], rendering: Rendering, max_tokens: int
-    ) -> tuple[list[Segment], TokenArray]:
-        """The tokens of each message, and of the opening of the answer. Raises as `encode`.
-
-        Messages whose end the rendering does not show share a segment with those behind them.
-        """
-        template, clock = self._template(rendering), Clock()
-        text = self.render(messages, rendering, clock)
-        self._tokenizer.check_size(text, max_tokens, "messages")
-        segments, position, first = list[Segment](), 0, 0
-        for count in range(1, len(messages) + 1):
-            try:
-                upto = self._render(template, messages[:count], rendering, clock)
-            except RequestError:  # some templates want the user to speak last
-                continue
-            if len(upto) > position and text.startswith(upto):
-                tokens = np.asarray(self._tokenizer.encode(text[position : len(upto)]), np.int32)
-                segments.append(Segment(tokens, first if first == count - 1 else None))
-                position, first = len(upto), count
-        if first < len(messages):  # no end was found of the last ones
-            tokens = np.asarray(self._tokenizer.encode(text[position:]), np.int32)
-            return [*segments, Segment(tokens, None)], tokens[:0]
-        return segments, np.asarray(self._tokenizer.encode(text[position:]), np.int32)
+        made = self._tokenise(text, cuts, len(messages))
+        check_length(sum(len(piece.tokens) for piece in (*made.pieces, made.opening)), max_tokens)
+        return made
 
     def answer_end(self) -> tuple[int, ...] | None:
         """The tokens that end an answer in the rendering of a longer conversation; None where there are none."""
@@ -245,7 +234,9 @@ class ChatEncoder:
             ahead.update(text[position : end.length].encode("utf-8", "surrogatepass"))
             if ahead.digest() == end.digest:
                 seen, position = ahead, end.length
-                cuts.append(_Cut(position, None if opening else Boundary(0, role=messages[count - 1].role)))
+                cuts.append(
+                    _Cut(position) if opening else _Cut(position, Boundary(0, role=messages[count - 1].role), count)
+                )
         return cuts
 
     def _end(
@@ -301,25 +292,37 @@ class ChatEncoder:
                 break
         return list(_cuts_after(best, same, parts, rendering.default_ttl_s))
 
-    def _tokenise(self, text: str, cuts: Iterable[_Cut]) -> tuple[list[int], list[Boundary]]:
-        """-> tokens of the pieces between the cuts, and the boundaries with their positions in tokens."""
-        tokens: list[int] = []
-        boundaries: list[Boundary] = []
-        position = 0
-        for cut in sorted(cuts, key=lambda c: c.position):
+    def _tokenise(self, text: str, cuts: Iterable[_Cut], num_messages: int) -> Conversation:
+        """The tokens between the cuts, in pieces that end where messages do; what ends in a piece is in it."""
+        pieces, names, done = list[Piece](), list[int | None](), 0  # `done` messages are in them
+        tokens, boundaries, position = list[int](), list[Boundary](), 0  # of the next piece
+        for cut in sorted(cuts, key=lambda c: (c.position, c.messages is not None)):
             tokens += self._tokenizer.encode(text[position : cut.position])
             position = cut.position
             if cut.boundary is not None:
                 boundaries.append(replace(cut.boundary, position=len(tokens)))
-        return tokens + self._tokenizer.encode(text[position:]), boundaries
+            if cut.messages is not None and tokens:
+                pieces.append(_piece(tokens, boundaries))
+                names.append(done if done == cut.messages - 1 else None)
+                tokens, boundaries, done = [], [], cut.messages
+        tokens += self._tokenizer.encode(text[position:])
+        rest = _piece(tokens, boundaries)
+        if done == num_messages or not tokens:
+            return Conversation(tuple(pieces), tuple(names), rest)
+        return Conversation((*pieces, rest), (*names, None), _piece([], []))
 
-    @staticmethod
-    def _check_length(num_tokens: int, max_tokens: int) -> None:
-        if num_tokens > max_tokens:
-            raise ContextTooLong(
-                f"the messages are {num_tokens} tokens, this model's context leaves room for {max_tokens}",
-                param="messages",
-            )
+
+def _piece(tokens: Sequence[int], boundaries: Sequence[Boundary]) -> Piece:
+    return Piece(np.asarray(tokens, dtype=np.int32), tuple(boundaries))
+
+
+def check_length(num_tokens: int, max_tokens: int) -> None:
+    """Raises ContextTooLong."""
+    if num_tokens > max_tokens:
+        raise ContextTooLong(
+            f"the messages are {num_tokens} tokens, this model's context leaves room for {max_tokens}",
+            param="messages",
+        )
 
 
 def prompt_of_tokens(tokens: Sequence[int], tokenizer: Tokenizer) -> Prompt:
@@ -327,13 +330,14 @@ def prompt_of_tokens(tokens: Sequence[int], tokenizer: Tokenizer) -> Prompt:
     ids = np.asarray(tokens, dtype=np.int32)
     closing = np.isin(ids, [i for i in tokenizer.special_ids if i != tokenizer.bos_id])
     ends = np.flatnonzero(closing & ~np.append(closing[1:], False)) + 1
-    return Prompt(ids, limited([Boundary(int(e)) for e in ends]))
+    return limited(Prompt(ids, tuple(Boundary(int(e)) for e in ends)))
 
 
-def limited(boundaries: Sequence[Boundary]) -> tuple[Boundary, ...]:
-    """At most `MAX_BOUNDARIES`: all marked ones before others, and of those the first and the most recent."""
+def limited(prompt: Prompt) -> Prompt:
+    """With at most `MAX_BOUNDARIES`: all marked ones before others, and of those the first and the most recent."""
+    boundaries = prompt.boundaries
     if len(boundaries) <= MAX_BOUNDARIES:
-        return tuple(boundaries)
+        return prompt
     marked = [b for b in boundaries if b.kind is BoundaryKind.EXPLICIT][-MAX_BOUNDARIES:]
     # A tile has room for one checkpoint.
     plain = list({b.position // TILE: b for b in boundaries if b.kind is not BoundaryKind.EXPLICIT}.values())
@@ -341,7 +345,7 @@ def limited(boundaries: Sequence[Boundary]) -> tuple[Boundary, ...]:
     if len(plain) > room:
         first = min(FIRST_BOUNDARIES, room)
         plain = plain[:first] + plain[len(plain) - (room - first) :]
-    return tuple(sorted([*marked, *plain], key=lambda b: b.position))
+    return replace(prompt, boundaries=tuple(sorted([*marked, *plain], key=lambda b: b.position)))
 
 
 def _cuts_after(pieces: Sequence[str], same: int, parts: Sequence[Part], default_ttl_s: float | None) -> Iterator[_Cut]:

@@ -4,9 +4,10 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from hybrid_cache import __version__
 from hybrid_cache.errors import ConfigError, HybridCacheError
@@ -23,10 +24,6 @@ bench_app = typer.Typer(help="Measurements.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(bench_app, name="bench")
 
-POLICY_HELP = (
-    "What the cache keeps: ours (learned value per byte), flops-per-byte, gdsf, lru, seglen, marconi, sglang-radix, "
-    "sglang-unified, vllm-block, none."
-)
 Model = Annotated[
     str | None, typer.Argument(help="A folder in Hugging Face format or a hub name; the embedded model if left out.")
 ]
@@ -92,7 +89,19 @@ def options(
     pass
 
 
-@app.command()
+class _NamesPolicies(TyperCommand):
+    """A command whose help names the policies, which are imported when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from hybrid_cache.cache.policies.registry import policy_names
+
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.name == "policy":
+                option.help = f"What the cache keeps: {', '.join(policy_names())}."
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_NamesPolicies)
 def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -102,7 +111,7 @@ def serve(
         list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
     ] = None,
     budget: Budget = "2GiB",
-    policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "ours",
+    policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
     backend: Backend = "auto",
     fast: Fast = False,
     dtype: Dtype = "auto",
@@ -130,8 +139,7 @@ def serve(
     from hybrid_cache.api import server
     from hybrid_cache.api.launch import LoadOptions
     from hybrid_cache.api.sizes import parse_bytes
-    from hybrid_cache.config import EngineConfig
-    from hybrid_cache.digests import verify_by_default
+    from hybrid_cache.config import EngineConfig, verify_by_default
 
     server.serve(
         server.ServeOptions(
@@ -166,6 +174,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own default if left out.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    budget: Budget = "2GiB",
     backend: Backend = "auto",
     fast: Fast = False,
     adapter: Adapter = None,
@@ -180,10 +189,12 @@ def chat(
     else:
         from hybrid_cache.api.launch import LoadOptions
         from hybrid_cache.api.local_chat import EnginePartner
+        from hybrid_cache.api.sizes import parse_bytes
         from hybrid_cache.config import EngineConfig
 
         options = LoadOptions(model, backend, fast, adapter=adapter)
-        num_failed = terminal.run(EnginePartner(options, EngineConfig(), asked), system)
+        config = EngineConfig(budget_bytes=parse_bytes(budget))
+        num_failed = terminal.run(EnginePartner(options, config, asked), system)
     # A person has seen it; a script looks at the exit code.
     raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
 
@@ -320,11 +331,11 @@ def train_lora(
     command.run(model, out, settings, resume=resume, every=every, num_seeds=eval_seeds, each=eval_each, threads=threads)
 
 
-def _bench(name: str, summary: str) -> None:
-    """Mounts `hybrid_cache.bench.NAME:NAME`, which is imported when the command runs or is asked for help."""
+def _bench(name: str, module: str, summary: str) -> None:
+    """Mounts `hybrid_cache.bench.MODULE:NAME`, which is imported when the command runs or is asked for help."""
 
     def run(context: typer.Context) -> None:
-        command: Callable[..., None] = getattr(import_module(f"hybrid_cache.bench.{name}"), name)
+        command: Callable[..., None] = getattr(import_module(f"hybrid_cache.bench.{module}"), name)
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         inner.command()(command)
         raise typer.Exit(inner(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
@@ -333,11 +344,25 @@ def _bench(name: str, summary: str) -> None:
     bench_app.command(name, help=summary, add_help_option=False, context_settings=settings)(run)
 
 
-_bench("serve", "Measure an OpenAI-compatible server on the prompts that a prefix cache meets.")
-_bench("exactness", "Count the bits in which cache on and cache off differ.")
-_bench("policy", "Replay traces through cache policies: what does each save, and what would be possible?")
-_bench("published", "Repeat Marconi's evaluation on made-up trajectories, beside the published hit rates.")
-_bench("kernels", "Time every operation against the roofline, the portable backend and other libraries.")
-_bench("choreography", "Time workflows whose agents read each other's messages, and count what reuse costs in answers.")
-_bench("decode", "Time whole steps of a model, with shared prefixes, beside the rates of this machine.")
-_bench("bookkeeping", "Time the cache's own work in large trees.")
+_bench("serve", "serving.command", "Measure an OpenAI-compatible server on the prompts that a prefix cache meets.")
+_bench("exactness", "exactness.command", "Count the bits in which cache on and cache off differ.")
+_bench(
+    "policy", "policy.command", "Replay traces through cache policies: what does each save, and what would be possible?"
+)
+_bench(
+    "published",
+    "policy.marconi_evaluation",
+    "Repeat Marconi's evaluation on made-up trajectories, beside the published hit rates.",
+)
+_bench(
+    "kernels", "kernels.command", "Time every operation against the roofline, the portable backend and other libraries."
+)
+_bench(
+    "choreography",
+    "choreography.command",
+    "Time workflows whose agents read each other's messages, and count what reuse costs in answers.",
+)
+_bench(
+    "decode", "engine.decode", "Time whole steps of a model, with shared prefixes, beside the rates of this machine."
+)
+_bench("bookkeeping", "engine.bookkeeping", "Time the cache's own work in large trees.")

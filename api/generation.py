@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -13,7 +13,8 @@ from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.stream import ChoiceText, Detokenizer, Piece, make_stopper
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import BadSampling, ContextTooLong
-from hybrid_cache.request import CacheMode, Prompt, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import CacheMode, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Prompt
 
 Event = PromptOutput | Piece
 
@@ -227,8 +228,12 @@ def sampling_params(serving: Serving, asked: schemas.Generation, wanted: Wanted)
     defaults = serving.defaults
     _check_tokens(serving, asked)
     named = tuple(asked.stop_token_ids or ())
-    eos = () if asked.ignore_eos else tuple(i for i in defaults.eos_ids if i < serving.model.vocab_size)
-    max_tokens = _max_tokens(serving, wanted)
+    model = serving.model
+    eos = () if asked.ignore_eos else known_tokens(defaults.eos_ids, model.vocab_size)
+    longest = wanted.default_max_tokens if wanted.max_tokens is None else wanted.max_tokens
+    limit = Limit.of(model.max_length, model.budget_length, is_open=wanted.max_tokens is None)
+    param = "messages" if wanted.endpoint == "chat" else "prompt"
+    max_tokens = limit.answer(len(wanted.prompt.tokens), longest, param)
     return SamplingParams(
         temperature=_or(asked.temperature, defaults.temperature),
         top_p=_or(asked.top_p, defaults.top_p),
@@ -247,19 +252,35 @@ def sampling_params(serving: Serving, asked: schemas.Generation, wanted: Wanted)
     )
 
 
-def _max_tokens(serving: Serving, wanted: Wanted) -> int:
-    """The answer ends where the context does; one whose length was left open, where the cache does as well."""
-    model, length, asked = serving.model, len(wanted.prompt.tokens), wanted.max_tokens
-    limit = min(model.max_length, model.budget_length) if asked is None else model.max_length
-    max_tokens = wanted.default_max_tokens if asked is None else asked
-    # A prompt that fills the context may still be scored: that takes no answer.
-    if length + min(max_tokens, 1) > limit:
-        bound = "this model's context" if limit == model.max_length else "the cache budget"
-        raise ContextTooLong(
-            f"the prompt has {length} tokens and {bound} {limit}, which must hold the prompt and its answer",
-            param="messages" if wanted.endpoint == "chat" else "prompt",
-        )
-    return min(max_tokens, limit - length)
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Tokens that a prompt and its answer may have together, and what sets this bound."""
+
+    num_tokens: int
+    bound: str
+
+    @classmethod
+    def of(cls, max_length: int, budget_length: int, *, is_open: bool) -> "Limit":
+        """The answer ends where the context does; one whose length was left open, where the cache does as well."""
+        if is_open and budget_length < max_length:
+            return cls(budget_length, "the cache budget")
+        return cls(max_length, "this model's context")
+
+    def answer(self, num_prompt_tokens: int, longest: int, param: str) -> int:
+        """Tokens that an answer of at most `longest` may have. Raises ContextTooLong if there is room for none."""
+        # A prompt that fills the context may still be scored: that takes no answer.
+        if num_prompt_tokens + min(longest, 1) > self.num_tokens:
+            raise ContextTooLong(
+                f"the prompt has {num_prompt_tokens} tokens and {self.bound} {self.num_tokens}, which must hold the "
+                "prompt and its answer",
+                param=param,
+            )
+        return min(longest, self.num_tokens - num_prompt_tokens)
+
+
+def known_tokens(tokens: Iterable[int], vocab_size: int) -> tuple[int, ...]:
+    """Those that the model can choose: a generation_config.json may name others."""
+    return tuple(token for token in tokens if token < vocab_size)
 
 
 def cache_mode(asked: schemas.Generation, wanted: Wanted) -> CacheMode:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from hybrid_cache.batch import HybridModel
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.selfcheck import check_exact
 from hybrid_cache.models import adapters, loading
-from hybrid_cache.selfcheck import check_model
 
 
 @dataclass(frozen=True, slots=True)

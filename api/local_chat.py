@@ -5,13 +5,15 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from hybrid_cache.api.chat import ChatEncoder, Message, Part, Rendering
+from hybrid_cache.api.generation import Limit, known_tokens
 from hybrid_cache.api.launch import LoadOptions, load
 from hybrid_cache.api.stream import ChoiceText, Detokenizer
 from hybrid_cache.api.terminal import Asked, Turn, Usage
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.async_engine import AsyncEngine
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.request import Prompt, PromptOutput, Request, SamplingParams
+from hybrid_cache.engine.async_engine import AsyncEngine
+from hybrid_cache.request import PromptOutput, Request, SamplingParams
+from hybrid_cache.tokens import Prompt
 
 
 class EnginePartner:
@@ -23,7 +25,7 @@ class EnginePartner:
         self.name = loaded.name
         self._text = TextModel.load(loaded.path)
         self._encoder = ChatEncoder(self._text.tokenizer, self._text.chat_templates)
-        self._max_length = loaded.model.max_length
+        self._max_length, self._vocab_size = loaded.model.max_length, loaded.model.vocab_size
         self._engine = AsyncEngine(loaded.model, config)
         self._asked = asked
 
@@ -51,15 +53,16 @@ class EnginePartner:
 
     def _sampling(self, num_prompt_tokens: int) -> SamplingParams:
         defaults, asked = self._text.defaults, self._asked
-        room = self._max_length - num_prompt_tokens
+        longest = asked.max_tokens or defaults.max_new_tokens
+        limit = Limit.of(self._max_length, self._engine.longest_sequence, is_open=asked.max_tokens is None)
         return SamplingParams(
             temperature=defaults.temperature if asked.temperature is None else asked.temperature,
             top_p=defaults.top_p,
             top_k=defaults.top_k,
             repetition_penalty=defaults.repetition_penalty,
             seed=asked.seed,
-            max_tokens=min(asked.max_tokens or defaults.max_new_tokens or room, room),
-            stop_token_ids=defaults.eos_ids,
+            max_tokens=limit.answer(num_prompt_tokens, longest or self._max_length, "messages"),
+            stop_token_ids=known_tokens(defaults.eos_ids, self._vocab_size),
         )
 
     def _new_text(self, prompt: Prompt, sampling: SamplingParams) -> ChoiceText:

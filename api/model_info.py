@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hybrid_cache.api.sizes import format_bytes, format_count
 from hybrid_cache.errors import ModelError, UnsupportedModel
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import adapters, loading
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.tools.presets import PRESETS, preset

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from hybrid_cache.api import schemas
-from hybrid_cache.api.chat import Message, Part, Rendering, prompt_of_tokens
+from hybrid_cache.api.chat import Conversation, Message, Part, Rendering, prompt_of_tokens
 from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.tokenizer import LONG_TEXT
-from hybrid_cache.request import Prompt
+from hybrid_cache.tokens import Prompt
 
 T = TypeVar("T")
 MESSAGE_WORK = 128  # in characters: the end of each message is found by rendering the messages before it
@@ -28,13 +28,13 @@ def rendering_of(asked: schemas.ChatRequest | schemas.TokenizeRequest) -> Render
     )
 
 
-async def chat_prompt(serving: Serving, sent: Sequence[schemas.ChatMessage], rendering: Rendering) -> Prompt:
+async def conversation(serving: Serving, sent: Sequence[schemas.ChatMessage], rendering: Rendering) -> Conversation:
     """Renders and tokenises messages. Raises RequestError, and ContextTooLong when the context does not hold them."""
     as_text = serving.chat.takes_argument_text(rendering)
-    messages = [message_of(m, as_text) for m in sent]
+    messages = [_message(m, as_text) for m in sent]
     size = sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_WORK * len(messages)
     room = serving.model.max_length
-    return await off_the_loop_if_long(size, lambda: serving.chat.encode(messages, rendering, room))
+    return await off_the_loop_if_long(size, lambda: serving.chat.conversation(messages, rendering, room))
 
 
 async def text_prompt(serving: Serving, prompt: str | list[int], *, add_special_tokens: bool) -> Prompt:
@@ -50,7 +50,7 @@ async def off_the_loop_if_long(size: int, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if size > LONG_TEXT else work()
 
 
-def message_of(sent: schemas.ChatMessage, as_text: bool) -> Message:
+def _message(sent: schemas.ChatMessage, as_text: bool) -> Message:
     fields: dict[str, object] = {
         "name": sent.name,
         "tool_call_id": sent.tool_call_id,

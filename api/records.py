@@ -8,7 +8,7 @@ class RequestRecord:
     """One engine request: one prompt and its choices. Times in seconds on the server's clock."""
 
     endpoint: str  # "chat" or "completions"
-    finish_reasons: tuple[str, ...]  # one a choice: "stop", "length", "tool_calls", "abort" or "error"
+    finish_reasons: tuple[str, ...]  # one a choice: "stop", "length" or "abort"
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int  # all choices together

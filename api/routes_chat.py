@@ -13,14 +13,15 @@ from hybrid_cache.api.choreography import Arranged, arranged_prompt, is_arranged
 from hybrid_cache.api.generation import Generations, Wanted
 from hybrid_cache.api.logprobs import chat_logprob
 from hybrid_cache.api.openapi import ERRORS, EVENTS
-from hybrid_cache.api.prompts import chat_prompt, rendering_of
+from hybrid_cache.api.prompts import conversation, rendering_of
 from hybrid_cache.api.responses import EventStream, unless_gone
 from hybrid_cache.api.serving import Serving
 from hybrid_cache.api.stream import DONE, Piece, event
 from hybrid_cache.api.tools import CLOSE, OPEN, ToolCall, ToolCallParser
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import FinishReason, Prompt, PromptOutput
+from hybrid_cache.request import FinishReason, PromptOutput
+from hybrid_cache.tokens import Prompt
 
 
 def router(serving: Serving) -> APIRouter:
@@ -31,8 +32,10 @@ def router(serving: Serving) -> APIRouter:
     async def chat_completions(asked: schemas.ChatRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
         _refuse_unsupported(asked)
-        arranged = await arranged_prompt(serving, asked, rendering_of(asked)) if is_arranged(asked) else None
-        prompt = arranged.prompt if arranged else await chat_prompt(serving, asked.messages, rendering_of(asked))
+        arranged = await arranged_prompt(serving, asked) if is_arranged(asked) else None
+        prompt = (
+            arranged.prompt if arranged else (await conversation(serving, asked.messages, rendering_of(asked))).prompt
+        )
         wanted = _wanted(serving, asked, prompt, arranged.arrangement if arranged else None)
         generations = await Generations.submit(serving, asked, [wanted])
         reply = _Reply(serving, asked, generations, arranged)

@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 from hybrid_cache.api import schemas
 from hybrid_cache.api.openapi import ERRORS
-from hybrid_cache.api.prompts import chat_prompt, rendering_of, text_prompt
+from hybrid_cache.api.prompts import conversation, rendering_of, text_prompt
 from hybrid_cache.api.serving import Serving
 from hybrid_cache.errors import RequestError
 
@@ -19,7 +19,7 @@ def router(serving: Serving) -> APIRouter:
         """The tokens that the same prompt or messages would have in a completion."""
         serving.model.check_name(asked.model)
         if asked.messages is not None:
-            prompt = await chat_prompt(serving, asked.messages, rendering_of(asked))
+            prompt = (await conversation(serving, asked.messages, rendering_of(asked))).prompt
         else:
             special = asked.add_special_tokens is not False
             prompt = await text_prompt(serving, asked.prompt or "", add_special_tokens=special)

@@ -19,8 +19,8 @@ from hybrid_cache.api.launch import Loaded, LoadOptions, inexact_reasons, load
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.sizes import format_bytes, format_count
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.async_engine import AsyncEngine
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels import dispatch
 

@@ -8,8 +8,8 @@ from hybrid_cache.api.errors import ModelNotFound, quoted
 from hybrid_cache.api.metrics import Metrics
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.tokenizer import GenerationDefaults, TextModel, Tokenizer
-from hybrid_cache.async_engine import AsyncEngine
 from hybrid_cache.choreography.book import MessageBook
+from hybrid_cache.engine.async_engine import AsyncEngine
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ from hybrid_cache.api.chat import PROBE, ChatEncoder, Message, Part, Rendering
 from hybrid_cache.api.launch import LoadOptions, load
 from hybrid_cache.api.sizes import parse_bytes
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.choreography.arrangement import Fidelity
-from hybrid_cache.choreography.workflow import Style, Workflow
+from hybrid_cache.choreography.arrangement import Fidelity, Style
+from hybrid_cache.choreography.workflow import Workflow
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
+from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ModelError
-from hybrid_cache.request import TokenArray
+from hybrid_cache.tokens import TokenArray
 
 
 class ChatRenderer:

@@ -1,10 +1,17 @@
 """Settings of one engine."""
 
+import os
 from dataclasses import dataclass, field
 
-from hybrid_cache.digests import verify_by_default
+from hybrid_cache.cache.policies.registry import canonical_name
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.policies.registry import check_policy_name
+
+VERIFY_VARIABLE = "HYBRID_CACHE_VERIFY"
+
+
+def verify_by_default() -> bool:
+    """Whether the environment asks for the checking mode: HYBRID_CACHE_VERIFY is set, and not to 0."""
+    return os.environ.get(VERIFY_VARIABLE, "0") not in ("", "0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +21,7 @@ class EngineConfig:
     budget_bytes: int = 2 << 30  # KV pages, states and prompt ends together
     max_running: int = 32
     max_waiting: int = 256
-    policy: str = "ours"
+    policy: str = "learned"
     prefix_cache: bool = True  # off: nothing is reused between requests
     max_tiles: int = 16  # prefill tiles in a step with nobody decoding
     max_tiles_beside_decode: int = 4  # bounds the pause that a long prompt puts between a neighbour's tokens
@@ -26,4 +33,4 @@ class EngineConfig:
         for name in ("budget_bytes", "max_running", "max_waiting", "max_tiles", "max_tiles_beside_decode"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
-        check_policy_name(self.policy)
+        canonical_name(self.policy)  # raises ConfigError if there is none

@@ -14,7 +14,7 @@ HybridCacheError
 ├── Overloaded                 the queue is full, try again later
 └── EngineStopped              the engine is draining or has failed
 
-No room in the cache is not an error: `HybridCache.acquire` returns `None` and the scheduler waits.
+No room in the cache is not an error: `Books.acquire` returns `None` and the scheduler waits.
 """
 
 

@@ -3,43 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
+from hybrid_cache.choreography.arrangement import Arrangement
+from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.errors import BadSampling
-
-if TYPE_CHECKING:
-    from hybrid_cache.choreography.arrangement import Arrangement
-    from hybrid_cache.choreography.plan import Plan
-
-TokenArray = npt.NDArray[np.int32]
-
-
-class BoundaryKind(Enum):
-    """Why a place in a prompt may be worth a checkpoint."""
-
-    MESSAGE_END = "message_end"
-    EXPLICIT = "explicit"  # the client marked it
-
-
-@dataclass(frozen=True, slots=True)
-class Boundary:
-    """A place where other requests may part from this one."""
-
-    position: int  # tokens before it
-    kind: BoundaryKind = BoundaryKind.MESSAGE_END
-    ttl_s: float | None = None  # keep at least this long, if the budget allows
-    role: str = ""  # of the message that ends here, if that is known
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Tokens of one request as rendered, with the ends of its messages."""
-
-    tokens: TokenArray
-    boundaries: tuple[Boundary, ...] = ()
+from hybrid_cache.tokens import Prompt
 
 
 class CacheMode(Enum):
@@ -114,7 +82,7 @@ class Request:
     namespace: str = ""  # tenant salt; no cache entry crosses it
     cache_mode: CacheMode = CacheMode.IMPLICIT
     make_stopper: Callable[[], Stopper] | None = None  # one per choice, e.g. for stop strings
-    arrangement: "Arrangement | None" = None  # messages reused in this order; approximate, and labelled
+    arrangement: Arrangement | None = None  # messages reused in this order; approximate, and labelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +102,7 @@ class PromptOutput:
     written_tokens: int  # prompt tokens whose pages this request added to the cache
     logprobs: tuple[TokenLogprob | None, ...] | None = None  # per prompt token; the first has none
     queued_s: float = field(default=0.0, compare=False)  # from submission to the first step
-    plan: "Plan | None" = None  # of an arranged request: what was really done
+    plan: Plan | None = None  # of an arranged request: what was really done
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
-import torch
+from hybrid_cache.kernels.grid import TILE
 
-from hybrid_cache.kernels.layout import TILE
+if TYPE_CHECKING:  # books are kept without it
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,7 @@ class AttentionSpec:
 
     num_kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    dtype: "torch.dtype"
 
     @property
     def bytes_per_token(self) -> int:
@@ -29,12 +31,12 @@ class StateSpec:
     state_shape  (heads, head_dim, d_state) for Mamba-2 and delta nets, (channels, d_state) for Mamba-1; always float32;
                  (0,) for a layer that keeps a window only
     effect       shape of P in h -> P h + S, what a run of tokens does, in float32: (n,) where the numbers of tokens
-                 add up, (heads, d_state, d_state) for products of matrices; see `choreography.effects`
+                 add up, (heads, d_state, d_state) for products of matrices; see `device.effects`
     """
 
     conv_shape: tuple[int, int]
     state_shape: tuple[int, ...]
-    conv_dtype: torch.dtype
+    conv_dtype: "torch.dtype"
     effect: tuple[int, ...] = (0,)
 
     @property
@@ -52,7 +54,7 @@ class CacheSpec:
 
     layers: tuple[AttentionSpec | StateSpec, ...]
     hidden_size: int  # width of the hidden row kept with a prompt end
-    hidden_dtype: torch.dtype
+    hidden_dtype: "torch.dtype"
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -25,16 +25,13 @@ row TILE * i. A backend that does not pack never sees a cut: tile i of a chunk s
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hybrid_cache.kernels.shared_prefix import DecodePlan
-
-TILE = 64  # rows; also the tokens of a KV page
-MIN_ROWS = 4  # fewer rows take another code path, with other rounding, in some matrix multiplications
+from hybrid_cache.kernels.decode_plan import DecodePlan
+from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,7 @@ class RowLayout:
     page_table: Tensor  # [C + D, max_pages] page of each TILE tokens: chunks first, then decode rows; 0 past the end
     kv_rows: Tensor  # [R] where the row's K and V go, page * TILE + offset; -1 writes nothing
 
-    decode_plan: "DecodePlan | None" = None  # for devices that must not be asked for page tables: who shares pages
+    decode_plan: DecodePlan | None = None  # for devices that must not be asked for page tables: who shares pages
 
     def to(self, device: torch.device) -> "RowLayout":
         """The same layout with its tensors on a device."""

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_cache.kernels import native_calls, native_library, native_products
-from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.memory import Pool
 from hybrid_cache.kernels.native_products import NativeExperts, NativeLinear, threads_for
 from hybrid_cache.kernels.ops import (

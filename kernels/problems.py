@@ -11,7 +11,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Draws, KVTensors, Mamba1Weights, Mamba2Weights, Ops, StateTensors
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.shared_prefix import with_plan

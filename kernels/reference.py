@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_cache.kernels import runs
-from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Draws, KVTensors, Mamba1Weights, Mamba2Weights, StateTensors
 
 packs = True  # as in `ops.Ops`

@@ -7,7 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows, tile_bounds
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
 
 
 @dataclass(frozen=True, slots=True)

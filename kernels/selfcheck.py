@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE
+from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.problems import (
     CPU,

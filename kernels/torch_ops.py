@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hybrid_cache.kernels import runs, sampling
 from hybrid_cache.kernels.elementwise import add, sigmoid, silu, softplus
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE, RowLayout
+from hybrid_cache.kernels.grid import MIN_ROWS, TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import (
     Draws,
     Experts,

@@ -16,7 +16,8 @@ import triton
 from torch import Tensor
 
 from hybrid_cache.kernels import sampling, torch_ops
-from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Draws, Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
 from hybrid_cache.kernels.problems import some_draws
 from hybrid_cache.kernels.runs import Run, Runs, arrange

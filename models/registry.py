@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from hybrid_cache.batch import HybridModel
+from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.errors import UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.config import Config

@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
 

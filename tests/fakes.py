@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels import runs
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.kernels.torch_ops import TorchOps
-from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
+from hybrid_cache.tokens import TokenArray
 
 VOCAB = 997
 

@@ -1,7 +1,10 @@
 """Which folder may import which, read off the syntax trees."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,10 +20,22 @@ MAY_IMPORT = {
     "bench": {"hybrid_cache", "kernels", "models", "api", "bench"},
 }
 
+# The same for the rooms of `hybrid_cache`.
+ROOMS = {"cache": {"cache"}}
+OTHERS = {"cache", "device", "engine", "choreography"}
+
 
 def python_files(folder: str) -> Iterator[Path]:
-    pattern = "*.py" if folder == "hybrid_cache" else "**/*.py"
-    yield from sorted((ROOT / folder).glob(pattern))
+    """All of a folder's modules, in sub-packages too; a folder that it links to has its own."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        if not any(parent.is_symlink() for parent in path.parents if parent != ROOT / folder):
+            yield path
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "hybrid_cache" else ("hybrid_cache", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -37,6 +52,72 @@ def layer_of(module: str) -> str | None:
     if parts[0] != "hybrid_cache":
         return None
     return parts[1] if len(parts) > 1 and parts[1] in LINKED else "hybrid_cache"
+
+
+def imports_of_files(root: Path = ROOT) -> dict[str, set[str]]:
+    """Each module of ours, and those of ours that it imports, under TYPE_CHECKING and in functions too."""
+    files = {module_of(path): path for folder in MAY_IMPORT for path in python_files(folder)}
+    return {name: {m for m in _named(path) if m in files and m != name} for name, path in files.items()}
+
+
+def _named(path: Path) -> Iterator[str]:
+    """What a file imports: a module, or a name of a package that may be a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def circle_in(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; none if there is no such circle."""
+    sorter = TopologicalSorter(imports)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circle_in(imports_of_files()) == []
+
+
+def test_a_planted_circle_is_seen() -> None:
+    imports = imports_of_files()
+    assert "hybrid_cache.cache.tree" in imports["hybrid_cache.cache.books"]
+    imports["hybrid_cache.cache.tree"].add("hybrid_cache.cache.books")
+    assert set(circle_in(imports)) >= {"hybrid_cache.cache.tree", "hybrid_cache.cache.books"}
+
+
+def test_every_module_is_read() -> None:
+    """Sub-packages too."""
+    modules = imports_of_files().keys()
+    assert modules >= {
+        "hybrid_cache.choreography.plan",
+        "hybrid_cache.cache.policies.base",
+        "hybrid_cache.models.arch.llama",
+    }
+
+
+def test_the_books_know_no_torch() -> None:
+    """Whatever decides holds integers."""
+    modules = [module_of(path) for path in python_files("hybrid_cache/cache")]
+    assert len(modules) > 15
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in python_files(f"hybrid_cache/{room}")
+        for module in imported_modules(path)
+        if (other := module.split(".")[1:2]) and other[0] in OTHERS and other[0] not in ROOMS[room]
+    ]
+    assert not wrong
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)

@@ -61,18 +61,22 @@ def workshop(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.slow
 def test_tests_run_on_the_copy_and_the_tree_stays_as_it_is(workshop: Workshop) -> None:
-    path = ROOT / "hybrid_cache/lease.py"
+    path = ROOT / "hybrid_cache/cache/lease.py"
     before = path.read_text()
     first = "import numpy as np\n"
     wrong = Mutant(
-        "hybrid_cache/lease.py", "imports what lies above it", first, f"{first}import hybrid_cache.api\n", LAYERING
+        "hybrid_cache/cache/lease.py",
+        "imports what lies above it",
+        first,
+        f"{first}import hybrid_cache.api\n",
+        LAYERING,
     )
     assert workshop.run(LAYERING, 100).code == 0
     found = workshop.run_mutant(wrong, 100)
     assert found.code == 1
     assert found.test == "tests/test_layering.py::test_a_folder_imports_only_what_lies_below_it[hybrid_cache]"
     assert workshop.run(LAYERING, 100).code == 0
-    assert path.read_text() == before == (workshop.tree / "hybrid_cache/lease.py").read_text()
+    assert path.read_text() == before == (workshop.tree / "hybrid_cache/cache/lease.py").read_text()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ plan          what will be reused, relocated, composed or encoded again, and wha
 effects       what a run of tokens does to each recurrent state: h -> P h + S
 compose       effects of several messages put together
 stage         carries plans out on the cache
+assembly      pieces of a conversation put together to a prompt
 book          the messages that were seen: ids, tokens, text
 workflow      all of it for who imports this package
 """

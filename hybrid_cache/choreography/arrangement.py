@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import TokenArray
+from hybrid_cache.tokens import TokenArray
 
 SEAMS = (0, 8, 16, 32, 64)
 
@@ -55,6 +55,18 @@ class Encoding(StrEnum):
 
     ALONE = "alone"
     IN_PLACE = "in_place"
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How faithful a call is, see `Arrangement`. `encoding` is for messages that are new in a call."""
+
+    fidelity: Fidelity = Fidelity.EXACT
+    seam: int = 0
+    composition: Composition = Composition.ORDERED
+    positions: Positions = Positions.CONSECUTIVE
+    order: Order = Order.GIVEN
+    encoding: Encoding = Encoding.IN_PLACE
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from hybrid_cache.choreography.arrangement import message_id
 from hybrid_cache.errors import MessageGone, UnknownMessage
-from hybrid_cache.request import TokenArray
+from hybrid_cache.tokens import TokenArray
 
 MOST_TOKENS = 16 << 20  # 64 MiB
 MOST_FORGOTTEN = 1 << 16

@@ -15,8 +15,8 @@ from itertools import accumulate, groupby
 import numpy as np
 
 from hybrid_cache.choreography.arrangement import Arrangement
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.request import Prompt, TokenArray
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.tokens import Prompt, TokenArray
 
 Known = tuple[int, int]
 """Tokens of a prefix that will not be computed again, and those that the cache has rows of."""

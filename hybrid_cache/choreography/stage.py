@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import HybridModel
-from hybrid_cache.cache import HybridCache
+from hybrid_cache.cache.lease import Lease
+from hybrid_cache.cache.tree import StoredMessage
 from hybrid_cache.choreography.arrangement import Arrangement, Composition, Encoding, Fidelity, Positions
-from hybrid_cache.choreography.compose import compose
-from hybrid_cache.choreography.effects import Anatomy, Effect, Numbers
 from hybrid_cache.choreography.plan import Action, Plan, exact_plan, make_plan, plan_behind
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.compose import compose
+from hybrid_cache.device.effects import Anatomy, Effect, Numbers
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import StateTensors
-from hybrid_cache.lease import Lease
-from hybrid_cache.tree import StoredMessage
 
 SHORT = 32  # tokens of a message that is not worth a step of its own
 MOST_TOGETHER = 16  # messages whose effects are looked at together, where one after the other does as well
@@ -151,7 +151,7 @@ class Stage:
         return f"{name}/{arrangement.seam}"
 
     def is_stored(self, key: str) -> bool:
-        return self._cache.message(key) is not None
+        return self._cache.messages.get(key) is not None
 
     def is_making(self, key: str) -> bool:
         """Somebody is computing it."""
@@ -201,7 +201,7 @@ class Stage:
                 continue
             first = max(item.start, prefix)
             message = (
-                self._cache.message(self.key(arrangement, item.id)) if item.action is not Action.COMPUTED else None
+                self._cache.messages.get(self.key(arrangement, item.id)) if item.action is not Action.COMPUTED else None
             )
             if leftmost and item.id:
                 position = sibling_start
@@ -218,7 +218,7 @@ class Stage:
                 seam = arrangement.seam
                 if seam:
                     _compute(moves, first, first + seam, position)
-                self._cache.hold(message)
+                self._cache.messages.hold(message)
                 moves.append(Move(first + seam, item.end, position + seam, stored=message))
             position += item.end - first
             sibling_end = max(sibling_end, position)
@@ -264,8 +264,8 @@ class Stage:
 
     def _new_effect(self, namespace: str, key: str, start: int, end: int) -> Effect | None:
         """To note what the tokens [start, end) do to the states; None where the cache gives no room for it."""
-        items = self._cache.lend_extra(namespace, key, start, end)
-        return None if items is None else Effect(Numbers(self._cache.numbers, items), self._num_sums)
+        items = self._cache.messages.lend_extra(namespace, key, start, end)
+        return None if items is None else Effect(Numbers(self._cache.memory.numbers, items), self._num_sums)
 
     def _new_span(self, program: Program, key: str, start: int, end: int, position: int) -> Span | None:
         spare, program.spare = program.spare, None
@@ -274,7 +274,7 @@ class Stage:
 
     def _drop(self, effect: Effect) -> None:
         """Gives back the memory of what will not be stored."""
-        self._cache.return_extra(effect.close())
+        self._cache.messages.return_extra(effect.close())
 
     def _kept_moves(self, start: int, end: int, position: int, seam: int, key: str) -> list[Move]:
         self._making.add(key)
@@ -328,7 +328,7 @@ class Stage:
                 continue
             opens = move.keep or move.opens
             span = self._new_span(program, move.keep, move.start, move.end, move.position) if opens else None
-            slot = self._cache.lend_slot() if self._states and (span or not opens) else None
+            slot = self._cache.messages.lend_slot() if self._states and (span or not opens) else None
             if (opens and span is None) or (self._states and slot is None):
                 if span is not None:
                     self._drop(span.effect)
@@ -351,14 +351,14 @@ class Stage:
     def _open(self, program: Program, lease: Lease, key: str, start: int, end: int) -> None:
         """Records what the tokens [start, end) do; not where there is no room for it and the states before them."""
         span = self._new_span(program, key, start, end, start - program.shift)
-        base = self._cache.lend_slot() if span is not None and self._states and start > 0 else None
+        base = self._cache.messages.lend_slot() if span is not None and self._states and start > 0 else None
         if span is None or (self._states and start > 0 and base is None):
             self._making.discard(key)
             if span is not None:
                 self._drop(span.effect)
             return
         if base is not None:
-            self._cache.copy_slot(lease.slot, base)
+            self._cache.messages.copy_slot(lease.slot, base)
             program.states[start] = base
         program.span = span
 
@@ -388,7 +388,7 @@ class Stage:
         """Lets go of all that a program still holds."""
         for move in program.moves:
             if move.stored is not None:
-                self._cache.let_go(move.stored, used=False)
+                self._cache.messages.let_go(move.stored, used=False)
             self._making.discard(move.keep)
         if program.span is not None:
             self._making.discard(program.span.key)
@@ -412,14 +412,14 @@ class Stage:
     def _give_back(self, program: Program, keep: Span | None) -> None:
         """Slots that a program does not need any more, but for those of one span."""
         for place in [place for place in program.states if keep is None or place != keep.start]:
-            self._cache.return_slot(program.states.pop(place))
+            self._cache.messages.return_slot(program.states.pop(place))
 
     def effects(self, key: str) -> list[tuple[Tensor, Tensor]] | None:
         """Copies of (P, S) of a stored message, one pair for each state; None if it is not stored."""
-        stored = self._cache.message(key)
+        stored = self._cache.messages.get(key)
         if stored is None:
             return None
-        numbers = Numbers(self._cache.numbers, stored.extra)
+        numbers = Numbers(self._cache.memory.numbers, stored.extra)
         return [(part.of(numbers), part.state[stored.slot].clone()) for part in self.anatomy.states]
 
     # Tensors
@@ -438,11 +438,11 @@ class Stage:
             for message in messages[long[-1] if long else 0 :]:  # what came before a long one has left the window
                 _slide(tensors.conv[lease.slot], tensors.conv[message.slot], message.length)
         for message in messages:
-            self._cache.let_go(message, used=True)
+            self._cache.messages.let_go(message, used=True)
 
     def _compose(self, program: Program, lease: Lease, messages: Sequence[StoredMessage], *, from_zero: bool) -> None:
         """Takes the states of a lease to those after some messages."""
-        numbers = [Numbers(self._cache.numbers, message.extra) for message in messages]
+        numbers = [Numbers(self._cache.memory.numbers, message.extra) for message in messages]
         for part in self.anatomy.states:
             sums = [part.state[message.slot] for message in messages]
             state, ps = part.state[lease.slot], part.of_all(numbers)
@@ -470,7 +470,7 @@ class Stage:
         span.effect.flush()
         numbers = span.effect.numbers
         found = (program.namespace, span.key, span.start, end, span.position)
-        stored = self._cache.reserve_message(*found, numbers.items)
+        stored = self._cache.messages.reserve(*found, numbers.items)
         if stored is None:
             self._drop(span.effect)
             return
@@ -478,12 +478,12 @@ class Stage:
         if self.anatomy.keys:
             sources, targets = lease.rows(span.start, end), stored.own_rows()
             self._copy(sources, targets, np.zeros(len(sources), np.int64))
-        self._cache.copy_slot(program.states.get(end, lease.slot), stored.slot)
+        self._cache.messages.copy_slot(program.states.get(end, lease.slot), stored.slot)
         base = program.states.get(span.start)
         if base is not None:
             for part in self.anatomy.states:
                 part.transition.take_away(part.state[stored.slot], part.of(numbers), part.state[base])
-        self._cache.publish_message(stored)
+        self._cache.messages.publish(stored)
 
 
 def _compute(moves: deque[Move], start: int, end: int, position: int) -> None:

@@ -7,6 +7,7 @@ with a workflow `wf`
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -14,32 +15,15 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from hybrid_cache.choreography.arrangement import (
-    Arrangement,
-    Composition,
-    Encoding,
-    Fidelity,
-    Order,
-    Part,
-    Positions,
-    closed,
-)
+from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Style, closed
+from hybrid_cache.choreography.assembly import Piece, arranged
 from hybrid_cache.choreography.book import Message, MessageBook
 from hybrid_cache.choreography.plan import Plan
-from hybrid_cache.engine import Engine
+from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.sequence import namespace_of
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import (
-    Boundary,
-    FinishReason,
-    Prompt,
-    PromptOutput,
-    Request,
-    SamplingParams,
-    TokenArray,
-    TokenLogprob,
-    TokenOutput,
-)
-from hybrid_cache.sequence import namespace_of
+from hybrid_cache.request import FinishReason, PromptOutput, Request, SamplingParams, TokenLogprob, TokenOutput
+from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 
 MOST_MESSAGES = 1024  # in one call
 
@@ -58,18 +42,6 @@ class Renderer(Protocol):
         ...
 
     def text(self, tokens: Sequence[int]) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How faithful a call is, see `Arrangement`. `encoding` is for messages that are new in a call."""
-
-    fidelity: Fidelity = Fidelity.EXACT
-    seam: int = 0
-    composition: Composition = Composition.ORDERED
-    positions: Positions = Positions.CONSECUTIVE
-    order: Order = Order.GIVEN
-    encoding: Encoding = Encoding.IN_PLACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +97,10 @@ class Workflow:
         namespace: str = "",
         book: MessageBook | None = None,
     ) -> None:
-        """style, sampling: of calls that name none; namespace: no message is ever used in two of them"""
+        """style, sampling: of calls that name none; namespace: no message is ever used in two of them
+
+        `others` gets what the engine answers to requests that are not the workflow's, for who submitted them.
+        """
         self.engine = engine
         self.renderer = renderer
         self.style = style or Style()
@@ -134,6 +109,7 @@ class Workflow:
         self._book = book or MessageBook()
         self._numbers = itertools.count()
         self._running: dict[str, _Running] = {}
+        self.others: Outputs = []
 
     # Messages
 
@@ -155,11 +131,9 @@ class Workflow:
         """Computes several messages side by side, none of which sees another."""
         style = style or self.style
         messages = [self.message(text, parents, role) for text in texts]
-        for message in messages:
-            parts = [*parents, message]
-            if not self.is_stored(message, style):
-                self._submit(Call([], style=style, keep=False, sampling=SamplingParams(max_tokens=0)), parts, [])
-        self._run()
+        call = Call([], style=style, keep=False, sampling=SamplingParams(max_tokens=0))
+        missing = [message for message in messages if not self.is_stored(message, style)]
+        self._run([self._new(call, [*parents, message], []) for message in missing])
         return messages
 
     def find(self, name: str) -> Message:
@@ -203,9 +177,9 @@ class Workflow:
 
     def parallel(self, calls: Sequence[Call]) -> list[Answer]:
         """Answers of calls that run side by side in one batch."""
-        names = [self._start(call) for call in calls]
-        self._run()
-        return [self._answer(name) for name in names]
+        asked = [self._new(call, self._messages_of(call), self.renderer.opening(call.role)) for call in calls]
+        self._run(asked)
+        return [self._answer(request.id) for request, _ in asked]
 
     def settle(self) -> None:
         """Computes answers again by the way of prompts, so that later exact calls find them: for when nobody waits."""
@@ -257,41 +231,37 @@ class Workflow:
                 messages += self._known([item])
         return messages
 
-    def _start(self, call: Call) -> str:
-        return self._submit(call, self._messages_of(call), self.renderer.opening(call.role))
-
-    def _submit(self, call: Call, messages: Sequence[Message], opening: TokenArray | Sequence[int]) -> str:
+    def _new(
+        self, call: Call, messages: Sequence[Message], opening: TokenArray | Sequence[int]
+    ) -> tuple[Request, _Running]:
+        """Raises RequestError for a call that can never be answered; nothing has begun then."""
         name = f"call-{id(self)}-{next(self._numbers)}"
-        self._running[name] = _Running(call, list(messages), time.perf_counter())
-        self.engine.submit(self._request(name, call, messages, opening))
-        return name
+        request = self._request(name, call, messages, opening)
+        self.engine.check_request(request)
+        return request, _Running(call, list(messages), time.perf_counter())
 
     def _request(
         self, name: str, call: Call, messages: Sequence[Message], opening: TokenArray | Sequence[int]
     ) -> Request:
-        style, opening = call.style or self.style, np.asarray(opening, np.int32)
-        tokens = np.concatenate([*(m.tokens for m in messages), opening])
-        ends = np.cumsum([len(m.tokens) for m in messages])
-        parts = [part_of(message, [m.id for m in messages[:i]]) for i, message in enumerate(messages)]
-        arrangement = Arrangement(
-            (*parts, *([Part(len(opening))] if len(opening) else [])),
-            style.fidelity,
-            style.seam,
-            style.composition,
-            style.positions,
-            style.order,
-            closing=self.renderer.closing if call.keep else None,
-            answer_start=len(tokens) - len(opening),
-            context=tuple(m.id for m in messages),
-        )
-        boundaries = tuple(Boundary(int(end), role=m.role) for end, m in zip(ends, messages, strict=True))
+        pieces = [Piece(m.tokens, (Boundary(len(m.tokens), role=m.role),), m) for m in messages]
+        closing = self.renderer.closing if call.keep else None
+        opened = Piece(np.asarray(opening, np.int32))
+        prompt, arrangement = arranged(pieces, opened, call.style or self.style, closing)
         sampling = call.sampling or self.sampling
-        return Request(name, Prompt(tokens, boundaries), sampling, namespace=self._tenant, arrangement=arrangement)
+        return Request(name, prompt, sampling, namespace=self._tenant, arrangement=arrangement)
 
-    def _run(self) -> None:
-        """Steps until all calls are answered and their messages stored."""
-        while not self.engine.idle:
+    def _run(self, asked: Sequence[tuple[Request, _Running]]) -> None:
+        """Submits calls as the engine takes them, and steps until all are answered and their messages stored."""
+        coming = deque(asked)
+        while coming or not self.engine.idle:
+            while coming and self.engine.has_room:
+                request, running = coming.popleft()
+                self._running[request.id] = running
+                self.engine.submit(request)
             for name, output in self.engine.step():
+                if name not in self._running:
+                    self.others.append((name, output))
+                    continue
                 running, now = self._running[name], time.perf_counter()
                 if isinstance(output, PromptOutput):
                     running.plan = output.plan
@@ -332,10 +302,3 @@ class Workflow:
             running.ended_s - running.started_s,
             tuple(running.logprobs),
         )
-
-
-def part_of(message: Message, before: Sequence[str]) -> Part:
-    """A message as part of a prompt: one that belongs behind others is stored only where it stands behind them."""
-    encoding = Encoding.IN_PLACE if message.context else Encoding.ALONE
-    keep = tuple(before) == message.context
-    return Part(len(message.tokens), message.id, encoding, keep, message.role)

@@ -32,9 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.decode_plan import PAGES_PER_SPLIT, DecodePlan
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import KVTensors
-from hybrid_cache.kernels.shared_prefix import PAGES_PER_SPLIT, DecodePlan, plan_shared
+from hybrid_cache.kernels.shared_prefix import plan_shared
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 

@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
 from hybrid_cache.kernels.triton_kernels.scan import (
     COUNTS,

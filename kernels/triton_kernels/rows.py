@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
 from hybrid_cache.kernels.triton_kernels.conv import narrow

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from hybrid_cache.kernels.layout import TILE, RowLayout
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Mamba1Weights
 from hybrid_cache.kernels.triton_kernels.aot import Spec
 from hybrid_cache.kernels.unsupported import UnsupportedShape

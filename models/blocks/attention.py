@@ -6,7 +6,7 @@ from math import ceil, floor, log, pi
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.elementwise import gated
 from hybrid_cache.kernels.ops import KVTensors, Linear, Ops

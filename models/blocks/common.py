@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.kernels.elementwise import add
 from hybrid_cache.kernels.ops import KVTensors, Linear, NormWeights, Ops, StateTensors
 from hybrid_cache.models.config import Config

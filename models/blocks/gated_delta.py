@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.kernels.elementwise import gated, sigmoid, softplus
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Linear, Ops, StateTensors

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.kernels.elementwise import gated
 from hybrid_cache.kernels.ops import KVTensors, Linear, Ops
 from hybrid_cache.models.blocks.attention import Rotary

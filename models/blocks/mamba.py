@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.kernels.elementwise import softplus
 from hybrid_cache.kernels.ops import Linear, Mamba1Weights, Mamba2Weights, Ops, StateTensors
 from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm, RowNorm, linear

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.elementwise import tanh
-from hybrid_cache.kernels.layout import MIN_ROWS
+from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.common import Norm
 from hybrid_cache.models.config import Config

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.kernels.elementwise import sigmoid
 from hybrid_cache.kernels.ops import Linear, Ops, StateTensors
 from hybrid_cache.models.blocks.common import CacheEntry, Mixer, linear

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Linear
 from hybrid_cache.models.blocks.attention import Attention
 from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm, linear_shape

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hybrid_cache.batch import ForwardBatch
+from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.kernels.ops import Ops, StateTensors
 from hybrid_cache.models.blocks.common import CacheEntry, Mixer, linear
 from hybrid_cache.models.shapes import ShortConvShape

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch
-from hybrid_cache.kernels.layout import MIN_ROWS
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.models.blocks.common import CacheEntry, FeedForward, Mixer, Norm
 from hybrid_cache.models.shapes import LayerShape
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.async_engine import AsyncEngine
+from hybrid_cache.engine.async_engine import AsyncEngine
 from tests.api.servers import new_app, new_engine, over_the_wire, write_text_model
 
 

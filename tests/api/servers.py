@@ -23,9 +23,9 @@ from torch import Tensor
 from hybrid_cache.api.app import create_app
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.async_engine import AsyncEngine
-from hybrid_cache.batch import CacheTensors, ForwardBatch, HybridModel
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch, HybridModel
+from hybrid_cache.engine.async_engine import AsyncEngine
 from tests.fakes import VOCAB, SumModel
 
 BOS, IM_START, IM_END = 256, 257, 260  # the walk that ends in the last of them stays clear of the bytes

@@ -10,8 +10,8 @@ import pytest
 from hybrid_cache.api.app import create_app
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.async_engine import AsyncEngine
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models.loading import embedded_path, load
 from tests.api.servers import over_the_wire

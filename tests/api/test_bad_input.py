@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from hybrid_cache.async_engine import AsyncEngine
+from hybrid_cache.engine.async_engine import AsyncEngine
 from tests.api.servers import TEXT, script_prompt
 
 HI = [{"role": "user", "content": "Hi"}]

@@ -1,7 +1,7 @@
 """Choreographies over HTTP, with the embedded model behind a real server."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -10,11 +10,13 @@ import pytest
 from hybrid_cache.api.app import create_app
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.async_engine import AsyncEngine
 from hybrid_cache.choreography import book
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models.loading import embedded_path, load
+from hybrid_cache.request import Output, Request
+from hybrid_cache.tokens import BoundaryKind, Prompt
 from tests.api.servers import events_of, over_the_wire
 
 GARAGE, ATTIC = "The code for the garage is 42.", "Please remember, the code for the attic is 17."
@@ -39,7 +41,7 @@ def ref(name: str) -> dict[str, str]:
     return {"ref": name}
 
 
-def ask(client: httpx.Client, *messages: dict[str, str], status: int = 200, **fields: object) -> Any:
+def ask(client: httpx.Client, *messages: Mapping[str, object], status: int = 200, **fields: object) -> Any:
     asked = {"messages": list(messages), "max_tokens": 24, "temperature": 0, **fields}
     reply = client.post("/v1/chat/completions", json=asked)
     assert reply.status_code == status, reply.text
@@ -143,6 +145,53 @@ def test_unknown_and_foreign_references(client: httpx.Client) -> None:
     assert said(ask(client, ref(name), user(ASK), cache_salt="tenant")) == "The code for the garage is 42."
     both = ask(client, {"ref": name, "content": "x"}, user(ASK), status=400)
     assert "nothing else" in both["error"]["message"]
+
+
+def marked(*texts: str) -> dict[str, object]:
+    """A user's message with a cache mark at the end of each of its parts."""
+    mark = {"mode": "explicit", "ttl": "30m"}
+    return {"role": "user", "content": [{"type": "text", "text": t, "prompt_cache_breakpoint": mark} for t in texts]}
+
+
+def cached(body: Any) -> int:
+    return int(body["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_cache_marks_count_in_a_choreography_and_behind_a_reference(client: httpx.Client) -> None:
+    explicit = {"prompt_cache_options": {"mode": "explicit"}, "max_tokens": 1}
+    texts = [" ".join([GARAGE] * 12), " ".join([ATTIC] * 12)]
+
+    def second_turn(salt: str, *, by_reference: bool = False, **fields: object) -> int:
+        options = {**explicit, "cache_salt": salt}
+        first = ask(client, marked(*texts), **options, **fields)
+        opening = ref(first["choreography"]["messages"][0]) if by_reference else marked(*texts)
+        return cached(ask(client, opening, {"role": "assistant", "content": "Yes."}, user(ASK), **options, **fields))
+
+    plain = second_turn("plain")
+    assert plain > 128
+    assert second_turn("arranged", choreography={}) == plain
+    assert second_turn("referred", choreography={}, by_reference=True) == plain
+
+
+def test_a_choreography_has_the_prompt_of_the_plain_request(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[Prompt] = []
+    submit = AsyncEngine.submit
+
+    def spy(engine: AsyncEngine, request: Request) -> AsyncGenerator[Output, None]:
+        prompts.append(request.prompt)
+        return submit(engine, request)
+
+    monkeypatch.setattr(AsyncEngine, "submit", spy)
+    messages = [{"role": "system", "content": "Be brief."}, marked(GARAGE, ATTIC), user(ASK)]
+    for fields in ({}, {"choreography": {}}):
+        ask(client, *messages, prompt_cache_options={"mode": "implicit", "ttl": "1h"}, **fields)
+    plain, arranged = prompts
+    assert arranged.tokens.tolist() == plain.tokens.tolist()
+    assert arranged.boundaries == plain.boundaries
+    assert [b.role for b in plain.boundaries if b.role] == ["system", "user", "user"]
+    assert [b.ttl_s for b in plain.boundaries if b.kind is BoundaryKind.EXPLICIT] == [1800.0, 1800.0]
 
 
 def test_messages_whose_text_is_gone(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from hybrid_cache import __version__
 from hybrid_cache.api import cli
 from hybrid_cache.api.launch import LoadOptions
 from hybrid_cache.api.server import ServeOptions
+from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
 
@@ -57,6 +58,7 @@ def test_talking_to_a_server_needs_no_torch() -> None:
             ["serve"],
             ["--host", "--port", "--api-key-file", "--budget", "--policy", "--backend", "--fast", "--drain-timeout"],
         ),
+        (["serve"], [*policy_names()]),
         (["chat"], ["--url", "--system", "--temperature", "--max-tokens", "--seed", "--backend", "--fast"]),
         (["model", "info"], ["--budget", "--json"]),
         (["model", "list"], ["--budget", "--json"]),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hybrid_cache.api.chat import ChatEncoder, Message, Part, Rendering
 from hybrid_cache.api.template import ChatTemplate
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import Prompt
+from hybrid_cache.tokens import Prompt
 from tests.api.small_text import small_text
 
 FILES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))

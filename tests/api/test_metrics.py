@@ -9,9 +9,10 @@ from hybrid_cache.api.metrics import Metrics
 from hybrid_cache.api.records import RequestRecord
 from hybrid_cache.api.settings import ServerSettings
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
-from hybrid_cache.request import Prompt, Request, SamplingParams
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.request import Request, SamplingParams
 from hybrid_cache.stats import EngineStats
+from hybrid_cache.tokens import Prompt
 from tests.fakes import SumModel, tokens_of
 
 SETTINGS = ServerSettings(served_names=("tiny", "other"), backend="torch", model_path="somewhere")

@@ -13,7 +13,7 @@ from hybrid_cache.api.template import ChatTemplate
 from hybrid_cache.api.tokenizer import TextModel
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.models.loading import embedded_path
-from hybrid_cache.request import Boundary, BoundaryKind, Prompt
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt
 from tests.api.small_text import TEMPLATE, small_text
 
 ROOM = 100_000
@@ -198,7 +198,8 @@ def test_long_conversations_are_split_sparsely_and_still_stably(
 def test_at_most_64_boundaries_are_kept_marked_ones_first() -> None:
     plain = [Boundary(100 * i) for i in range(1, 200)]
     marked = [Boundary(100 * i + 50, BoundaryKind.EXPLICIT) for i in range(1, 11)]
-    kept = limited(sorted([*plain, *marked], key=lambda b: b.position))
+    prompt = Prompt(np.zeros(0, np.int32), tuple(sorted([*plain, *marked], key=lambda b: b.position)))
+    kept = limited(prompt).boundaries
     assert len(kept) == 64
     assert [b for b in kept if b.kind is BoundaryKind.EXPLICIT] == marked
     assert kept[0] == plain[0]

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.cache import HybridCache
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.lease import Lease
+from hybrid_cache.cache.policies.base import Policy
+from hybrid_cache.cache.policies.value import FlopsPerByte
+from hybrid_cache.cache.tree import CheckpointKind
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
-from hybrid_cache.lease import Lease
-from hybrid_cache.policies.base import Policy
-from hybrid_cache.policies.value import FlopsPerByte
-from hybrid_cache.request import TokenArray
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
-from hybrid_cache.tree import CheckpointKind
+from hybrid_cache.tokens import TokenArray
 
 KV = AttentionSpec(num_kv_heads=1, head_dim=2, dtype=torch.float32)  # a page takes 1024 bytes
 
@@ -158,14 +158,20 @@ def verify(cache: HybridCache, run: Run) -> None:
             assert bool((layer.state[run.lease.slot] == -want[-1]).all())
 
 
+def keep_end(cache: HybridCache, run: Run, hidden: Tensor | None = None) -> bool:
+    """Keeps the end of a prompt, with a hidden row."""
+    cache.memory.rows = torch.zeros(1, 2) if hidden is None else hidden[None]
+    return cache.publish_end(run.lease, 0)
+
+
 def fill(cache: HybridCache, tokens: TokenArray, *checkpoints: int, end: bool = False, namespace: str = "") -> None:
     """Runs a whole prompt, keeping checkpoints at these positions (and its end) when the policy agrees."""
     run = begin(cache, tokens, namespace=namespace)
     for position in checkpoints:
         reserve(cache, run, position, CheckpointKind.MESSAGE_END)
     forward(cache, run, len(tokens))
-    cache.commit(run.lease, len(tokens) // TILE * TILE)
+    cache.publish(run.lease, len(tokens) // TILE * TILE)
     if end:
-        cache.commit_end(run.lease, torch.tensor([1.0, 2.0]))
+        keep_end(cache, run, torch.tensor([1.0, 2.0]))
     cache.release(run.lease)
     cache.check()

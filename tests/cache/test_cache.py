@@ -1,17 +1,17 @@
 import numpy as np
 import pytest
-import torch
 
-from hybrid_cache.arena import Geometry, Kind, Units
-from hybrid_cache.cache import HybridCache
+from hybrid_cache.cache.allocator import Units
+from hybrid_cache.cache.eviction import EvictionQueues
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.policies.base import Policy, Worth, interior_positions
+from hybrid_cache.cache.policies.lru import LRU
+from hybrid_cache.cache.policies.value import FlopsPerByte
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Node
+from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.eviction import EvictionQueues
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
-from hybrid_cache.policies.base import Policy, Worth, interior_positions
-from hybrid_cache.policies.lru import LRU
-from hybrid_cache.policies.value import FlopsPerByte
-from hybrid_cache.tree import Checkpoint, CheckpointKind, Node
 from tests.cache.driver import (
     COST,
     SPECS,
@@ -19,6 +19,7 @@ from tests.cache.driver import (
     begin,
     fill,
     forward,
+    keep_end,
     new_cache,
     reserve,
     start,
@@ -97,7 +98,7 @@ def test_nothing_matches_before_its_commit() -> None:
     reserve(cache, run, TILE, CheckpointKind.MESSAGE_END)
     forward(cache, run, 2 * TILE)
     assert cache.match("", run.tokens).shared == 0
-    cache.commit(run.lease, TILE)
+    cache.publish(run.lease, TILE)
     assert cache.match("", run.tokens).shared == cache.match("", run.tokens).length == TILE
 
 
@@ -106,7 +107,7 @@ def test_an_abort_leaves_only_what_was_committed() -> None:
     run = begin(cache, tokens_of("abc", 1))
     reserve(cache, run, 2 * TILE, CheckpointKind.MESSAGE_END)
     forward(cache, run, TILE)
-    cache.commit(run.lease, TILE)
+    cache.publish(run.lease, TILE)
     cache.release(run.lease)
     cache.release(run.lease)
     cache.check()
@@ -119,11 +120,11 @@ def test_a_request_that_publishes_nothing_leaves_no_trace() -> None:
     run = begin(cache, tokens_of("abc", 1), publish=False)
     assert not reserve(cache, run, TILE, CheckpointKind.EXPLICIT)
     forward(cache, run, len(run.tokens))
-    cache.commit(run.lease, 3 * TILE)
-    assert not cache.commit_end(run.lease, torch.zeros(2))
+    cache.publish(run.lease, 3 * TILE)
+    assert not keep_end(cache, run)
     cache.release(run.lease)
     cache.check()
-    assert list(cache.nodes()) == []
+    assert list(cache.tree.nodes()) == []
     stats = cache.stats()
     assert stats.kv_bytes == stats.checkpoint_bytes == stats.prompt_end_bytes == stats.working_bytes == 0
 
@@ -147,7 +148,7 @@ def test_who_publishes_second_takes_the_page_of_who_was_faster() -> None:
     for run in (fast, slow):
         reserve(cache, run, 2 * TILE, CheckpointKind.MESSAGE_END)
         forward(cache, run, len(run.tokens))
-        cache.commit(run.lease, 3 * TILE)
+        cache.publish(run.lease, 3 * TILE)
         cache.check()
     assert slow.lease.pages[:3] == fast.lease.pages[:3]
     assert slow.lease.pages[3] != fast.lease.pages[3]
@@ -160,10 +161,10 @@ def test_a_page_that_was_about_to_go_stays_once_a_second_publisher_takes_it() ->
     cache = new_cache(HYBRID, slots=3, pages=5)
     slow, fast = begin(cache, tokens_of("ab", 1)), begin(cache, tokens_of("ab", 1))
     forward(cache, fast, len(fast.tokens))
-    cache.commit(fast.lease, 2 * TILE)
+    cache.publish(fast.lease, 2 * TILE)
     cache.release(fast.lease)
     forward(cache, slow, len(slow.tokens))
-    cache.commit(slow.lease, 2 * TILE)
+    cache.publish(slow.lease, 2 * TILE)
     cache.check()
     forward(cache, begin(cache, tokens_of("uvwxyz")), 6 * TILE)
     verify(cache, slow)
@@ -272,8 +273,8 @@ def test_an_idle_cache_takes_whatever_fits_even_when_one_state_is_all_there_is_r
         run = begin(cache, tokens)
         reserve(cache, run, TILE, CheckpointKind.MESSAGE_END)
         forward(cache, run, len(tokens))
-        cache.commit(run.lease, 2 * TILE)
-        cache.commit_end(run.lease, torch.zeros(2))
+        cache.publish(run.lease, 2 * TILE)
+        keep_end(cache, run)
         verify(cache, run)
         cache.release(run.lease)
         cache.check()
@@ -297,7 +298,7 @@ def test_the_last_state_is_handed_over_when_there_is_no_room_for_a_copy() -> Non
     assert cache.stats().budget_bytes == 2 * geometry.stride_bytes(Kind.SLOT)
     run = begin(cache, tokens_of("ab", 1))
     forward(cache, run, len(run.tokens))
-    cache.commit(run.lease, 2 * TILE)
+    cache.publish(run.lease, 2 * TILE)
     cache.release(run.lease)
     assert start(cache, tokens_of("abcd")) is not None
     cache.check()
@@ -309,7 +310,7 @@ def test_an_explicit_checkpoint_outlives_others_until_its_time_is_over() -> None
     run = begin(cache, tokens_of("a", 1))
     assert reserve(cache, run, TILE, CheckpointKind.EXPLICIT, ttl_s=60)
     forward(cache, run, len(run.tokens))
-    cache.commit(run.lease, TILE)
+    cache.publish(run.lease, TILE)
     cache.release(run.lease)
     for letter in "bcdef":
         fill(cache, tokens_of(letter, 1), TILE)
@@ -325,7 +326,7 @@ def test_an_explicit_checkpoint_goes_when_nothing_else_is_left() -> None:
     run = begin(cache, tokens_of("a", 1))
     assert reserve(cache, run, TILE, CheckpointKind.EXPLICIT, ttl_s=60)
     forward(cache, run, len(run.tokens))
-    cache.commit(run.lease, TILE)
+    cache.publish(run.lease, TILE)
     cache.release(run.lease)
     cache.release(begin(cache, tokens_of("wxyzvu")).lease)
     cache.check()
@@ -355,7 +356,7 @@ def test_fork_shares_the_trees_pages_and_copies_the_rest() -> None:
     cache = new_cache(HYBRID, slots=6, pages=12)
     run = begin(cache, tokens_of("ab", 9))
     forward(cache, run, len(run.tokens))
-    cache.commit(run.lease, 2 * TILE)
+    cache.publish(run.lease, 2 * TILE)
     lease = cache.fork(run.lease, len(run.tokens))
     assert lease is not None
     assert lease.pages[:2] == run.lease.pages[:2]
@@ -421,10 +422,10 @@ def test_an_end_has_its_place_only_behind_the_last_full_page() -> None:
     cache = new_cache(HYBRID, slots=8, pages=16)
     run = begin(cache, tokens_of("ab", 5))
     forward(cache, run, len(run.tokens))
-    cache.commit(run.lease, TILE)
-    assert not cache.commit_end(run.lease, torch.zeros(2))
-    cache.commit(run.lease, 2 * TILE)
-    assert cache.commit_end(run.lease, torch.zeros(2))
+    cache.publish(run.lease, TILE)
+    assert not keep_end(cache, run)
+    cache.publish(run.lease, 2 * TILE)
+    assert keep_end(cache, run)
     cache.check()
 
 
@@ -433,7 +434,7 @@ def test_the_end_of_a_short_prompt_is_kept_if_it_may_be(publish: bool) -> None:
     cache = new_cache(HYBRID, slots=8, pages=16)
     run = begin(cache, tokens_of("", 5), publish=publish)
     forward(cache, run, 5)
-    assert cache.commit_end(run.lease, torch.zeros(2)) is publish
+    assert keep_end(cache, run) is publish
     assert (cache.match("", run.tokens).end is not None) is publish
     cache.check()
 
@@ -483,7 +484,7 @@ def test_a_minimum_life_begins_anew_with_each_use() -> None:
     run = begin(cache, tokens_of("a", 1))
     assert reserve(cache, run, TILE, CheckpointKind.EXPLICIT, ttl_s=60)
     forward(cache, run, len(run.tokens))
-    cache.commit(run.lease, TILE)
+    cache.publish(run.lease, TILE)
     cache.release(run.lease)
     for _ in range(3):
         clock.now += 50
@@ -499,7 +500,7 @@ def test_a_guaranteed_state_does_not_go_for_a_new_one() -> None:
     run = begin(cache, tokens_of("a", 1))
     assert reserve(cache, run, TILE, CheckpointKind.EXPLICIT, ttl_s=60)
     forward(cache, run, len(run.tokens))
-    cache.commit(run.lease, TILE)
+    cache.publish(run.lease, TILE)
     cache.release(run.lease)
     run = begin(cache, tokens_of("b", 1))
     assert not reserve(cache, run, TILE, CheckpointKind.MESSAGE_END)
@@ -521,10 +522,10 @@ def test_what_goes_with_a_state_is_what_nothing_else_needs() -> None:
     fill(cache, tokens_of("abcd", 4), end=True)
     assert deep.pages_freed() == 0
     assert [end.pages_freed() for end in path[3].ends.values()] == [1, 1]
-    cache._evict(deep)
+    cache.pool.evict(deep)
     assert [end.pages_freed() for end in path[3].ends.values()] == [1, 1]
     for end in list(path[3].ends.values())[:-1]:
-        cache._evict(end)
+        cache.pool.evict(end)
     assert [end.pages_freed() for end in path[3].ends.values()] == [3]
     cache.check()
 
@@ -542,7 +543,7 @@ def test_the_end_of_a_prompt_takes_no_room_from_what_is_worth_more() -> None:
     fill(cache, tokens_of("abcdef", 1), 6 * TILE)
     run = begin(cache, tokens_of("", 5))
     forward(cache, run, 5)
-    assert not cache.commit_end(run.lease, torch.zeros(2))
+    assert not keep_end(cache, run)
     assert cache.stats().declines == {"prompt_end": 1}
     assert length_of(cache, "abcdef") == 6 * TILE
     cache.check()

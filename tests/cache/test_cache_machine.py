@@ -15,15 +15,16 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.cache import HybridCache
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.lease import Lease, Match
+from hybrid_cache.cache.policies.marconi import Marconi
+from hybrid_cache.cache.policies.registry import make_policy, policy_names
+from hybrid_cache.cache.tree import CheckpointKind, Node
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
-from hybrid_cache.lease import Lease, Match
-from hybrid_cache.policies.marconi import Marconi
-from hybrid_cache.policies.registry import make_policy, policy_names
-from hybrid_cache.request import TokenArray
-from hybrid_cache.tree import CheckpointKind, Node
+from hybrid_cache.tokens import TokenArray
 from tests.cache.driver import COST, SPECS, Clock, tokens_of
 
 KINDS = [k for k in CheckpointKind if k is not CheckpointKind.PROMPT_END]
@@ -77,7 +78,7 @@ class Running:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    cache: HybridCache
+    cache: Books
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,9 +106,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.budget = num_bytes + spare_bytes
         fit = SPECS[name], COST, self.budget
         chosen = Marconi(0.5) if policy == "marconi-static" else make_policy(policy, *fit)
-        self.cache = HybridCache(*fit, chosen, with_tensors=with_tensors, clock=self.clock)
+        self.cache = Books(*fit, chosen, clock=self.clock)
+        if with_tensors:
+            self.cache = HybridCache(*fit, chosen, clock=self.clock)
         self.layers: list[tuple[bool, npt.NDArray[np.float32], npt.NDArray[np.float32]]] = []
-        for layer in self.cache.tensors if with_tensors else ():
+        for layer in self.cache.tensors if isinstance(self.cache, HybridCache) else ():
             a, b = (layer.k, layer.v) if isinstance(layer, KVTensors) else (layer.conv, layer.state)
             a.fill_(torch.nan)
             b.fill_(torch.nan)
@@ -213,15 +216,17 @@ class CacheMachine(RuleBasedStateMachine):
         """Up to the page that holds token `end`, or starts there."""
         end = min(end, request.computed) // TILE * TILE
         reserved = [r.position for r in request.lease.reserved if r.position <= end]
-        self.cache.commit(request.lease, end)
+        self.cache.publish(request.lease, end)
         if request.publish:
             assert request.lease.shared >= end
             self.pages.update(request.prefix(n) for n in range(TILE, end + 1, TILE))
             self.states.update(request.prefix(n) for n in reserved)
 
-    def commit_end(self, request: Running) -> None:
+    def publish_end(self, request: Running) -> None:
         last = float(request.numbers[-1])
-        if self.cache.commit_end(request.lease, torch.tensor([last, last + 3])):
+        if isinstance(self.cache, HybridCache):
+            self.cache.memory.rows = torch.tensor([[last, last + 3]])
+        if self.cache.publish_end(request.lease, 0):
             assert request.publish
             self.ends.add(request.prefix(len(request.tokens)))
 
@@ -239,7 +244,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.prefill(request, 9)
             self.commit(request, len(request.tokens))
         if end:
-            self.commit_end(request)
+            self.publish_end(request)
         if release:
             self.give_back(request)
 
@@ -275,7 +280,7 @@ class CacheMachine(RuleBasedStateMachine):
         request = self.pick(which, self.some("prompt done"))
         if commit:
             self.commit(request, len(request.tokens))
-        self.commit_end(request)
+        self.publish_end(request)
 
     @precondition(lambda self: self.some("decoding"))
     @rule(which=which, num_tokens=st.integers(1, TILE + 1))
@@ -330,10 +335,10 @@ class CacheMachine(RuleBasedStateMachine):
     def drop(self, namespace: str | None, really: bool) -> None:
         if not really:
             return
-        others = {n for n in self.cache.nodes() if namespace not in (None, n.namespace)}
+        others = {n for n in self.cache.tree.nodes() if namespace not in (None, n.namespace)}
         free = self.cache.stats().free_bytes
         assert self.cache.drop(namespace) == self.cache.stats().free_bytes - free
-        left = set(self.cache.nodes())
+        left = set(self.cache.tree.nodes())
         assert others <= left
         assert left - others <= {n for r in self.running for n in [r.lease.root, *r.lease.nodes]}
         assert not any(n.checkpoint or n.ends for n in left - others)
@@ -367,7 +372,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def tree_holds_what_was_published(self) -> None:
-        for root in [n for n in self.cache.nodes() if n.parent is None]:
+        for root in [n for n in self.cache.tree.nodes() if n.parent is None]:
             self.check_subtree(root, np.empty(0, dtype=np.int32))
 
     def check_subtree(self, node: Node, tokens: TokenArray) -> None:
@@ -401,7 +406,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.release(request.lease)
         self.cache.drop()
         self.cache.check()
-        assert list(self.cache.nodes()) == []
+        assert list(self.cache.tree.nodes()) == []
         assert self.cache.stats().free_bytes == self.budget // self.unit * self.unit
 
 

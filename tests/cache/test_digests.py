@@ -5,13 +5,14 @@ from collections import deque
 import pytest
 import torch
 
-from hybrid_cache.arena import Kind
-from hybrid_cache.cache import HybridCache
-from hybrid_cache.digests import VERIFY_VARIABLE, Digests, verify_by_default
+from hybrid_cache.cache.geometry import Kind
+from hybrid_cache.cache.tree import StoredMessage
+from hybrid_cache.config import VERIFY_VARIABLE, verify_by_default
+from hybrid_cache.device.digests import Digests
+from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import PublishedBytesChanged
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
-from hybrid_cache.tree import StoredMessage
 from tests.cache.driver import SPECS, begin, fill, forward, new_cache, tokens_of
 from tests.cache.test_messages import items, store
 
@@ -25,30 +26,30 @@ class Bytes:
     def __init__(self) -> None:
         self.of = {A: b"a", B: b"b", C: b"c"}
         self.digests = Digests(lambda kind, number: self.of[kind, number])
-        self.digests.published([A, B], "two pages")
+        self.digests.seal([A, B], "two pages")
 
 
 def test_a_change_is_found_at_the_next_use() -> None:
     held = Bytes()
-    held.digests.used([A, B])
+    held.digests.verify([A, B])
     held.of[B] = b"x"
-    held.digests.used([A])
+    held.digests.verify([A])
     with pytest.raises(PublishedBytesChanged, match="page 1 was written to after it was published: two pages"):
-        held.digests.used([A, B])
+        held.digests.verify([A, B])
 
 
 def test_a_change_is_found_when_an_item_goes() -> None:
     held = Bytes()
     held.of[A] = b"x"
     with pytest.raises(PublishedBytesChanged):
-        held.digests.gone([A])
+        held.digests.unseal([A])
 
 
 def test_a_change_is_found_when_an_item_is_moved() -> None:
     held = Bytes()
     held.of[C] = held.of[A]
     held.digests.moved(Kind.PAGE, [(0, 2)])
-    held.digests.used([B, C])
+    held.digests.verify([B, C])
     held.of[A] = b"y"
     with pytest.raises(PublishedBytesChanged):
         held.digests.moved(Kind.PAGE, [(1, 0)])
@@ -58,16 +59,16 @@ def test_a_change_is_found_by_looking_around() -> None:
     held = Bytes()
     held.of[A] = b"x"
     with pytest.raises(PublishedBytesChanged):
-        deque((held.digests.look_around() for _ in range(100)), maxlen=0)
+        deque((held.digests.verify_some() for _ in range(100)), maxlen=0)
 
 
 def test_what_has_gone_may_be_written_to() -> None:
     held = Bytes()
-    held.digests.gone([A])
+    held.digests.unseal([A])
     held.of[A] = b"x"
-    held.digests.look_around()
+    held.digests.verify_some()
     held.digests.check({B})
-    held.digests.published([A], "another page")
+    held.digests.seal([A], "another page")
     held.digests.check({A, B})
 
 
@@ -78,7 +79,7 @@ def test_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch, value: str
         monkeypatch.setenv(VERIFY_VARIABLE, value)
     assert verify_by_default() is verifies
     cache = new_cache(HYBRID, slots=2, pages=4)
-    assert isinstance(cache._witness, Digests) is verifies
+    assert cache.pool.verifies is verifies
 
 
 def spoil(cache: HybridCache, kind: Kind, item: int) -> None:
@@ -113,19 +114,19 @@ def test_a_page_that_is_taken_over_is_compared() -> None:
     cache = new_cache(HYBRID, slots=8, pages=16)
     slow, fast = begin(cache, tokens_of("abc", 1)), begin(cache, tokens_of("abc", 1))
     forward(cache, fast, len(fast.tokens))
-    cache.commit(fast.lease, 3 * TILE)
+    cache.publish(fast.lease, 3 * TILE)
     last = fast.lease.pages[2]
     spoil(cache, Kind.PAGE, last)
-    cache._witness.look_around = lambda: None  # type: ignore[method-assign]
-    cache.commit(slow.lease, 2 * TILE)
+    cache.memory.digests.verify_some = lambda: None  # type: ignore[method-assign]
+    cache.publish(slow.lease, 2 * TILE)
     with pytest.raises(PublishedBytesChanged, match=f"page {last} "):
-        cache.commit(slow.lease, 3 * TILE)
+        cache.publish(slow.lease, 3 * TILE)
 
 
 def test_a_change_is_found_when_somebody_gives_pages_back() -> None:
     cache = new_cache(HYBRID, slots=8, pages=16)
     fill(cache, tokens_of("a", 1))
-    (page,) = (node.page for node in cache.nodes() if node.num_tokens == TILE)
+    (page,) = (node.page for node in cache.tree.nodes() if node.num_tokens == TILE)
     run = begin(cache, tokens_of("x", 1))
     spoil(cache, Kind.PAGE, page)
     with pytest.raises(PublishedBytesChanged):
@@ -138,16 +139,15 @@ def test_a_message_is_compared_when_it_is_held_and_when_it_has_been_read(when: s
     stored = store(cache, "m")
     assert isinstance(stored, StoredMessage)
     if when == "let go":
-        cache.hold(stored)
-    cache.numbers[stored.extra[0], 99] += 1.0
+        cache.messages.hold(stored)
+    cache.memory.numbers[stored.extra[0], 99] += 1.0
     with pytest.raises(PublishedBytesChanged, match="message m"):
-        cache.hold(stored) if when == "held" else cache.let_go(stored, used=True)
+        cache.messages.hold(stored) if when == "held" else cache.messages.let_go(stored, used=True)
 
 
 def test_every_byte_of_an_item_counts() -> None:
     cache = new_cache(HYBRID, slots=2, pages=4)
-    assert cache._arena is not None
     for kind, tensor in ((Kind.PAGE, cache.tensors[1].v), (Kind.SLOT, cache.tensors[2].state)):
-        before = cache._arena.digest(kind, 0)
+        before = cache.memory._arena.digest(kind, 0)
         tensor[0].view(torch.uint8).flatten()[-1] ^= 1
-        assert cache._arena.digest(kind, 0) != before
+        assert cache.memory._arena.digest(kind, 0) != before

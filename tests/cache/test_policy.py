@@ -1,13 +1,14 @@
 import pytest
 
-from hybrid_cache.cache import HybridCache
+from hybrid_cache.cache.policies.base import Policy, Worth
+from hybrid_cache.cache.policies.lru import LRU
+from hybrid_cache.cache.policies.registry import POLICIES, make_policy
+from hybrid_cache.cache.policies.value import RATE, FlopsPerByte
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Kept, Node
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.policies.base import Policy, Worth
-from hybrid_cache.policies.lru import LRU
-from hybrid_cache.policies.registry import POLICIES, make_policy
-from hybrid_cache.policies.value import RATE, FlopsPerByte
-from hybrid_cache.tree import Checkpoint, CheckpointKind, Kept, Node
+from hybrid_cache.kernels.grid import TILE
 from tests.cache.driver import SPECS, begin, fill, forward, new_cache, reserve, tokens_of
 
 HYBRID = SPECS["slot of four pages"]
@@ -66,8 +67,12 @@ def test_a_policy_is_made_by_its_name(name: str) -> None:
     assert make_policy(name).name == name
 
 
+def test_a_policy_is_also_made_by_its_former_name() -> None:
+    assert make_policy(EngineConfig(policy="ours").policy).name == "learned"
+
+
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'best', must be one of ours, flops-per-byte, lru"):
+    with pytest.raises(ConfigError, match=r"'best', must be one of learned, flops-per-byte, lru"):
         make_policy("best")
 
 
@@ -115,9 +120,9 @@ def test_a_state_is_worth_more_once_the_one_above_it_has_gone() -> None:
     deep, above = path[7].checkpoint, path[6].checkpoint
     assert deep is not None
     assert above is not None
-    before = cache._worth(deep).flops
-    cache._evict(above)
-    assert cache._worth(deep).flops > 2 * before
+    before = cache.pool.worth(deep).flops
+    cache.pool.evict(above)
+    assert cache.pool.worth(deep).flops > 2 * before
     cache.check()
 
 
@@ -129,9 +134,9 @@ def test_a_state_is_worth_less_once_there_is_one_closer_above_it() -> None:
     branch = begin(cache, tokens_of("abcdefgx", 1))
     assert reserve(cache, branch, 7 * TILE, CheckpointKind.BRANCH)
     forward(cache, branch, len(branch.tokens))
-    cache.commit(branch.lease, 7 * TILE)
+    cache.publish(branch.lease, 7 * TILE)
     cache.release(branch.lease)
-    lowest = cache._queues.next_scored()
+    lowest = cache.pool.queues.next_scored()
     assert lowest is not None
     assert lowest[1].num_tokens == 8 * TILE
 
@@ -143,7 +148,7 @@ def test_an_end_on_the_grid_is_worth_less_once_there_is_a_closer_state_above_its
     branch = begin(cache, tokens_of("ax", 1))
     assert reserve(cache, branch, TILE, CheckpointKind.BRANCH)
     forward(cache, branch, TILE)
-    cache.commit(branch.lease, TILE)
+    cache.publish(branch.lease, TILE)
     cache.check()
 
 
@@ -179,13 +184,13 @@ def test_a_policy_that_asks_for_it_is_told_of_states_that_may_be_worth_more() ->
     assert above is not None
     assert deep is not None
     policy.told.clear()
-    cache._evict(above)
+    cache.pool.evict(above)
     assert {deep, beside} <= set(policy.told)  # all would have to be computed again now
     for letter, part_here in (("x", False), ("y", True)):
         run = begin(cache, tokens_of("abc" + letter, 1))
         forward(cache, run, len(run.tokens))
         policy.told.clear()
-        cache.commit(run.lease, 4 * TILE)
+        cache.publish(run.lease, 4 * TILE)
         assert (deep in policy.told) is part_here
         cache.release(run.lease)
     policy.told.clear()

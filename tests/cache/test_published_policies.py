@@ -7,28 +7,29 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.bench.replay import Replay, Simulation
-from hybrid_cache.bench.trace import Trace
-from hybrid_cache.bench.workloads import make_workload
-from hybrid_cache.cache import HybridCache
+from hybrid_cache.bench.policy.replay import Replay, Simulation
+from hybrid_cache.bench.traces.trace import Trace
+from hybrid_cache.bench.traces.workloads import make_workload
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.policies import marconi
+from hybrid_cache.cache.policies.base import Outline, Policy
+from hybrid_cache.cache.policies.gdsf import GDSF
+from hybrid_cache.cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
+from hybrid_cache.cache.policies.nothing import Nothing
+from hybrid_cache.cache.policies.published import normalised
+from hybrid_cache.cache.policies.registry import make_policy, policy_names
+from hybrid_cache.cache.policies.seglen import SegLen
+from hybrid_cache.cache.policies.sglang_radix import SGLangRadix, SGLangUnified
+from hybrid_cache.cache.policies.vllm_block import VLLMBlock, equal_page_tokens
+from hybrid_cache.cache.tree import Kept, keys_of
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.policies import marconi
-from hybrid_cache.policies.base import Outline, Policy
-from hybrid_cache.policies.gdsf import GDSF
-from hybrid_cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
-from hybrid_cache.policies.nothing import Nothing
-from hybrid_cache.policies.published import normalised
-from hybrid_cache.policies.registry import make_policy, policy_names
-from hybrid_cache.policies.seglen import SegLen
-from hybrid_cache.policies.sglang_radix import SGLangRadix, SGLangUnified
-from hybrid_cache.policies.vllm_block import VLLMBlock, equal_page_tokens
-from hybrid_cache.request import Prompt, Request, SamplingParams, TokenOutput
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.request import Request, SamplingParams, TokenOutput
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
-from hybrid_cache.tree import Kept, keys_of
+from hybrid_cache.tokens import Prompt
 from tests.cache.driver import COST, KV, SPECS, begin, cache_spec, fill, new_cache, state_spec, tokens_of
 from tests.cache.driver import forward as compute
 from tests.fakes import SumModel, sum_model_answer
@@ -56,7 +57,7 @@ def serve(cache: HybridCache, pages: str, *, generated: bool = False) -> None:
         if slot is not None:
             run.reserved[wish.position] = slot
     compute(cache, run, len(run.tokens))
-    cache.commit(run.lease, len(run.tokens) // TILE * TILE)
+    cache.publish(run.lease, len(run.tokens) // TILE * TILE)
     cache.release(run.lease)
     cache.check()
 
@@ -81,13 +82,13 @@ def victims(cache: HybridCache, most: int = 100) -> list[str]:
     """Evicts all states, or so many -> their prefixes in the order in which they went."""
     gone: list[str] = []
     while len(gone) < most:
-        while cache._queues.next_dead() is not None:
-            cache._evict_next(None)
-        lowest = cache._queues.next_scored()
+        while cache.pool.queues.next_dead() is not None:
+            cache.pool._evict_next(None)
+        lowest = cache.pool.queues.next_scored()
         if lowest is None:
             break
         gone.append(prefix(lowest[1]))
-        assert cache._evict_next(None)
+        assert cache.pool._evict_next(None)
         cache.check()
     return gone
 
@@ -266,7 +267,7 @@ def test_marconi_evicts_something_when_every_state_has_two_children() -> None:
     runs = [begin(cache, tokens_of(pages, 1)) for pages in ("ab", "ac")]
     for run in runs:
         compute(cache, run, len(run.tokens))
-        cache.commit(run.lease, 2 * TILE)
+        cache.publish(run.lease, 2 * TILE)
     cache.check()
     assert victims(cache) == ["a"]
 
@@ -376,7 +377,7 @@ def test_the_chosen_alpha_is_the_one_that_a_replay_of_all_finds_best(agents: Tra
 
 
 def test_only_the_latest_requests_count(agents: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrid_cache.policies.rehearsal.MEASURED", 20)
+    monkeypatch.setattr("hybrid_cache.cache.policies.rehearsal.MEASURED", 20)
     seen = part(agents, 5 * num_requests_before_the_first_eviction(agents))
     flops = [[COST.flops(0, int(hit)) for hit in replay(seen, Marconi(a)).hit_tokens[-20:]] for a in ALPHAS]
     saved = [sum(f) for f in flops]
@@ -450,7 +451,7 @@ def test_a_replay_starts_at_the_nearest_state_that_is_there() -> None:
     assert lengths == {"abc": 3, "xyz": 3, "abcd": 1}
     path = cache.match("", tokens_of("abcd", 1)).path
     assert path[2].checkpoint is not None
-    cache._evict(path[2].checkpoint)
+    cache.pool.evict(path[2].checkpoint)
     cache.check()
     assert policy._columns[1, : len(policy._kept)].tolist() == [3 * TILE, 4 * TILE]
     assert victims(cache) == ["xyz", "abcd"]

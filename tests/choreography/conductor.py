@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Part, message_id
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
-from hybrid_cache.request import Prompt, PromptOutput, Request, SamplingParams, TokenArray, TokenOutput
-from hybrid_cache.runner import ModelRunner
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.runner import ModelRunner
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Prompt, TokenArray
 
 VOCAB = 199
 HEADER = np.array([11, 12, 13], np.int32)

@@ -29,7 +29,7 @@ def bamba(folder):
 def pages_of(conductor):
     """Copies of all pages and states of the tree."""
     found = {}
-    for node in conductor.engine.cache.nodes():
+    for node in conductor.engine.cache.tree.nodes():
         for layer in conductor.engine.cache.tensors:
             rows = getattr(layer, "k", None)
             if rows is not None and node.parent is not None:
@@ -84,9 +84,9 @@ def test_a_write_to_a_page_of_the_tree_is_an_error(bamba):
     lease.publish = False
     with pytest.raises(OwnershipError):
         lease.rows_to_fill(lease.shared - 1, lease.shared + 1)
-    node = next(n for n in cache.nodes() if n.checkpoint)
+    node = next(n for n in cache.tree.nodes() if n.checkpoint)
     with pytest.raises(OwnershipError, match="after it was published"):
-        cache.copy_slot(lease.slot, node.checkpoint.slot)
+        cache.messages.copy_slot(lease.slot, node.checkpoint.slot)
     cache.release(lease)
     with pytest.raises(OwnershipError, match="given back"):
         lease.rows(0, 1)
@@ -95,7 +95,7 @@ def test_a_write_to_a_page_of_the_tree_is_an_error(bamba):
 def test_a_step_that_would_write_to_a_state_of_the_tree_is_an_error(bamba):
     conductor = Conductor(bamba)
     conductor.run([A, B, C])
-    node = next(n for n in conductor.engine.cache.nodes() if n.checkpoint)
+    node = next(n for n in conductor.engine.cache.tree.nodes() if n.checkpoint)
     conductor.engine.submit(conductor.request([A], max_tokens=5))
     conductor.engine.step()
     [running] = conductor.engine._scheduler.sequences()
@@ -109,11 +109,11 @@ def test_a_stored_message_is_not_written_to(bamba):
     arrangement = conductor.arrangement([A, B])
     conductor.run([A, B], arrangement)
     cache, stage = conductor.engine.cache, conductor.engine.stage
-    stored = cache.message(stage.key(arrangement, arrangement.parts[1].id))
+    stored = cache.messages.get(stage.key(arrangement, arrangement.parts[1].id))
     with pytest.raises(OwnershipError):
         stored.own_rows()
     with pytest.raises(OwnershipError):
-        cache.copy_slot(stored.slot, stored.slot)
+        cache.messages.copy_slot(stored.slot, stored.slot)
 
 
 def random_style(rng, model):
@@ -138,7 +138,7 @@ def break_off(conductor, messages, arrangement, num_steps):
 
 
 @pytest.mark.parametrize("case", [BAMBA, JAMBA, DELTA, LLAMA], ids=str)
-@pytest.mark.parametrize("sequences", [2, 8, 200])
+@pytest.mark.parametrize("sequences", [2, pytest.param(8, marks=pytest.mark.slow), 200])
 def test_styles_side_by_side_leave_exact_answers_as_they_are(folder, case, sequences):
     """Random prompts of the same messages, which share pages beyond states; some broken off, some with little room."""
     model, rng = loading.load(folder(case), ops=dispatch.select()), random.Random(f"{case.name} {sequences}")

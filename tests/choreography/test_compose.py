@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hybrid_cache.choreography.arrangement import Composition
-from hybrid_cache.choreography.compose import compose
-from hybrid_cache.choreography.effects import ChannelDecay, Decay, MatrixTransition
+from hybrid_cache.device.compose import compose
+from hybrid_cache.device.effects import ChannelDecay, Decay, MatrixTransition
 
 RNG = torch.Generator().manual_seed(3)
 

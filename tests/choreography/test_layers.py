@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hybrid_cache.choreography.arrangement import Encoding, Fidelity, Positions
+from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
 from hybrid_cache.models.blocks.stack import HybridStack
 from hybrid_cache.spec import AttentionSpec
@@ -14,6 +15,8 @@ from tests.models.checkpoints import CASES, FIRST_CASES
 
 LENGTHS = (37, 21, 70, 40)
 MESSAGES = [message(length, seed) for seed, length in enumerate(LENGTHS)]
+USUAL = dispatch.select().name
+OTHERS = [name for name in dispatch.exact_backends() if name != USUAL]
 ONE_LAYER = [case for case in CASES if "of one layer" in case.name]
 
 
@@ -69,6 +72,7 @@ def single_layers(model):
             yield kind
 
 
+@pytest.mark.parametrize("ops", [USUAL, *(pytest.param(ops, marks=pytest.mark.slow) for ops in OTHERS)], indirect=True)
 @pytest.mark.parametrize("case", FIRST_CASES, ids=str)
 def test_every_kind_of_layer_composes_messages_in_any_order(model):
     """As above, with each kind of layer taken out of its model."""

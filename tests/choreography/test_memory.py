@@ -20,7 +20,7 @@ import resource
 import numpy as np
 import torch
 
-from hybrid_cache.bench.random_model import SMALL, random_model
+from hybrid_cache.bench.common.random_model import SMALL, random_model
 from hybrid_cache.choreography.arrangement import Encoding
 from hybrid_cache.kernels import dispatch
 from tests.choreography.conductor import Conductor, message

@@ -8,18 +8,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hybrid_cache import engine as engine_module
-from hybrid_cache.cache import HybridCache
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.policies.registry import make_policy
+from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Order, Part
 from hybrid_cache.choreography.order import MOST_ASKED, MOST_IN_VAIN, Known, best_order
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine import engine as engine_module
+from hybrid_cache.engine.scheduler import Scheduler
+from hybrid_cache.engine.sequence import Prefill, grid_floor
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
-from hybrid_cache.request import Boundary, Prompt, TokenArray, TokenOutput
-from hybrid_cache.scheduler import Scheduler
-from hybrid_cache.sequence import Prefill, grid_floor
-from hybrid_cache.tree import CheckpointKind
+from hybrid_cache.request import TokenOutput
+from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 from tests.choreography.conductor import Conductor, message
 from tests.fakes import SumModel
 from tests.models.checkpoints import CASES
@@ -170,7 +172,7 @@ def test_what_is_known_soon_is_the_longest_beginning_that_an_earlier_prompt_stil
     """Next to a comparison with all of each prompt."""
     random = np.random.default_rng(0)
     for _ in range(200):
-        cache = HybridCache(SumModel.cache_spec, SumModel.prefill_cost, 1 << 22, with_tensors=False)
+        cache = Books(SumModel.cache_spec, SumModel.prefill_cost, 1 << 22, make_policy("ours"))
         scheduler = Scheduler(cache, EngineConfig(budget_bytes=1 << 22), None)  # type: ignore[arg-type]
         tokens = random.integers(1, 50, 300).astype(np.int32)
         lease = cache.acquire(cache.match("n", tokens), tokens)
@@ -178,7 +180,7 @@ def test_what_is_known_soon_is_the_longest_beginning_that_an_earlier_prompt_stil
         at = int(random.integers(0, 5)) * TILE
         if at:
             cache.reserve_checkpoint(lease, at, CheckpointKind.MESSAGE_END)
-        cache.commit(lease, 256)
+        cache.publish(lease, 256)
         prefills = []
         for _ in range(random.integers(0, 5)):
             other = tokens[: random.integers(1, 301)].copy()

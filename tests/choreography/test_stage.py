@@ -98,8 +98,8 @@ def test_messages_of_one_chunk_are_what_they_are_in_several(folder, case, seam):
 def test_without_slots_for_states_between_messages_there_are_more_steps(hybrid, lent, messages):
     """Messages whose first states find no room are not stored."""
     plain, short = Conductor(hybrid), Conductor(hybrid)
-    lend, asked = short.engine.cache.lend_slot, cycle(lent)
-    short.engine.cache.lend_slot = lambda: lend() if next(asked) else None
+    lend, asked = short.engine.cache.messages.lend_slot, cycle(lent)
+    short.engine.cache.messages.lend_slot = lambda: lend() if next(asked) else None
     found = [one.run(MESSAGES, one.arrangement(MESSAGES, Encoding.IN_PLACE))[0] for one in (plain, short)]
     assert torch.equal(*found)
     assert plain.engine.stats().steps < short.engine.stats().steps

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hybrid_cache.choreography.arrangement import Encoding, Fidelity, Positions, closed, message_id
-from hybrid_cache.choreography.effects import Numbers
 from hybrid_cache.choreography.plan import Action
 from hybrid_cache.choreography.stage import MOST_TOGETHER, _slide
+from hybrid_cache.device.effects import Numbers
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
 from hybrid_cache.request import CacheMode, PromptOutput, TokenOutput
@@ -28,7 +28,7 @@ def spoiled(conductor):
     for layer in conductor.engine.cache.tensors:
         for tensor in (layer.k, layer.v) if hasattr(layer, "k") else (layer.conv, layer.state):
             tensor.fill_(torch.nan)
-    conductor.engine.cache.numbers.fill_(torch.nan)
+    conductor.engine.cache.memory.numbers.fill_(torch.nan)
     return conductor
 
 
@@ -123,7 +123,7 @@ def test_what_an_answer_began_with_is_kept_though_the_cache_has_a_state_behind_i
     _, told, answer = conductor.run(texts, arrangement, max_tokens=9)
     assert told.plan.prefix <= 126
     whole = closed(np.concatenate([HEADER, answer]), (7, 8))
-    stored = conductor.engine.cache.message(
+    stored = conductor.engine.cache.messages.get(
         conductor.engine.stage.key(arrangement, message_id(conductor.namespace, whole))
     )
     assert stored is not None
@@ -133,8 +133,8 @@ def test_what_an_answer_began_with_is_kept_though_the_cache_has_a_state_behind_i
 def test_an_answer_whose_beginning_was_not_recorded_is_not_kept(hybrid):
     """Where it began there was no room; later there is, which is too late."""
     conductor = Conductor(hybrid)
-    lend = conductor.engine.cache.lend_extra
-    conductor.engine.cache.lend_extra = lambda *asked: None if asked[2] == 148 else lend(*asked)
+    lend = conductor.engine.cache.messages.lend_extra
+    conductor.engine.cache.messages.lend_extra = lambda *asked: None if asked[2] == 148 else lend(*asked)
     arrangement = conductor.arrangement(MESSAGES, Encoding.IN_PLACE, closing=(7, 8), answer_start=148)
     conductor.run(MESSAGES, arrangement, max_tokens=30)
     assert conductor.engine.stats().cache.messages == 3
@@ -281,8 +281,8 @@ def test_an_effect_is_the_same_however_its_tokens_were_computed(folder, case):
 
 def test_a_message_that_comes_twice_is_recorded_once(hybrid):
     conductor = Conductor(hybrid)
-    lend, asked = conductor.engine.cache.lend_extra, []
-    conductor.engine.cache.lend_extra = lambda *args: asked.append(args[1]) or lend(*args)
+    lend, asked = conductor.engine.cache.messages.lend_extra, []
+    conductor.engine.cache.messages.lend_extra = lambda *args: asked.append(args[1]) or lend(*args)
     texts = [MESSAGES[0], MESSAGES[1], MESSAGES[0]]
     for _ in range(2):
         conductor.engine.submit(conductor.request(texts, conductor.arrangement(texts, Encoding.IN_PLACE)))
@@ -316,10 +316,10 @@ def test_nothing_is_lent_when_all_is_done(hybrid, encoding):
     assert conductor.engine.stats().cache.messages == 4
 
 
-@pytest.mark.parametrize("refused", ["lend_extra", "reserve_message"])
+@pytest.mark.parametrize("refused", ["lend_extra", "reserve"])
 def test_a_message_without_room_is_tried_once_and_computed_in_its_place(hybrid, refused):
     conductor = Conductor(hybrid)
-    setattr(conductor.engine.cache, refused, lambda *asked: None)
+    setattr(conductor.engine.cache.messages, refused, lambda *asked: None)
     conductor.engine.submit(conductor.request(MESSAGES, conductor.arrangement(MESSAGES), max_tokens=4))
     outputs = steps_until_idle(conductor.engine, 30)
     assert len([o for _, o in outputs if isinstance(o, TokenOutput)]) == 4

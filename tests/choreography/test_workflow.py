@@ -6,11 +6,12 @@ from random import Random
 import pytest
 
 from hybrid_cache.api.workflow import open_workflow
-from hybrid_cache.choreography.arrangement import SEAMS, Composition, Encoding, Fidelity, Order, Positions
+from hybrid_cache.choreography.arrangement import SEAMS, Composition, Encoding, Fidelity, Order, Positions, Style
 from hybrid_cache.choreography.plan import Action
-from hybrid_cache.choreography.workflow import Call, Style
+from hybrid_cache.choreography.workflow import Call
 from hybrid_cache.errors import RequestError, UnknownMessage
-from hybrid_cache.request import SamplingParams
+from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.tokens import Prompt
 
 FACTS = ["The code for the garage is 42.", "Anna likes to drink tea.", "The lamp is green now."]
 ASK = "What is the code for the garage?"
@@ -208,3 +209,26 @@ def test_the_example_of_the_readme_runs(capsys):
     printed = capsys.readouterr().out
     assert printed.count("composed") >= 4
     assert "You are welcome." in printed
+
+
+def test_more_calls_than_the_engine_takes_at_once_are_all_answered(workflow):
+    sampling = SamplingParams(temperature=0.0, max_tokens=1)
+    answers = workflow.parallel([Call([f"Hello {i}."], sampling=sampling) for i in range(300)])
+    assert len(answers) == 300
+    messages = workflow.encode_all([f"Number {i}." for i in range(300)])
+    assert all(workflow.is_stored(message) for message in messages[-50:])
+
+
+def test_of_calls_with_a_bad_one_none_begins(workflow):
+    good, bad = Call(["Hello."]), Call(["Hello."], sampling=SamplingParams(stop_token_ids=(10_000_000,)))
+    with pytest.raises(RequestError):
+        workflow.parallel([good, bad])
+    assert workflow.engine.idle
+    assert workflow.generate(attend=["Hello."], sampling=SamplingParams(temperature=0.0, max_tokens=2)).tokens
+
+
+def test_what_others_asked_of_the_engine_is_kept_for_them(workflow):
+    prompt = Prompt(workflow.renderer.message("user", "Hi."))
+    workflow.engine.submit(Request("mine", prompt, SamplingParams(temperature=0.0, max_tokens=3)))
+    assert workflow.generate(attend=["Hello."], sampling=SamplingParams(temperature=0.0, max_tokens=2)).tokens
+    assert [name for name, _ in workflow.others] == ["mine"] * 4

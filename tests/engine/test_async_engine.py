@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 import pytest
 from torch import Tensor
 
-from hybrid_cache.async_engine import AsyncEngine, Stream
-from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.engine.async_engine import AsyncEngine, Stream
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError
-from hybrid_cache.request import Prompt, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Prompt
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 
 

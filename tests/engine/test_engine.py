@@ -6,20 +6,10 @@ import numpy as np
 import pytest
 
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine, Outputs
+from hybrid_cache.engine.engine import Engine, Outputs
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
-from hybrid_cache.request import (
-    Boundary,
-    BoundaryKind,
-    CacheMode,
-    FinishReason,
-    Prompt,
-    PromptOutput,
-    Request,
-    SamplingParams,
-    TokenArray,
-    TokenOutput,
-)
+from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 
 BUDGET = 1 << 20
@@ -280,3 +270,18 @@ def test_a_scored_prompt_is_computed_whole_whatever_the_cache_has() -> None:
     assert found[0].logprobs == found[1].logprobs
     assert found[0].logprobs is not None
     assert len(found[0].logprobs) == 200
+
+
+def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
+    engine, _ = new_engine()
+    engine.submit(make_request("a", tokens_of(0, 70)))
+    with pytest.raises(RequestError, match="'a' is in use"):
+        engine.submit(make_request("a", tokens_of(1, 70)))
+    assert answers(engine.run_until_idle(), "a") == sum_model_answer(tokens_of(0, 70), 5)
+    assert answers(run(engine, make_request("a", tokens_of(1, 70))), "a") == sum_model_answer(tokens_of(1, 70), 5)
+
+
+def test_a_plan_is_made_for_arranged_requests_only() -> None:
+    engine, _ = new_engine()
+    with pytest.raises(RequestError, match="names no messages"):
+        engine.plan(make_request("a", tokens_of(0, 70)))

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Part
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
-from hybrid_cache.request import Prompt, Request, SamplingParams
+from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.tokens import Prompt
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from hybrid_cache.cache import HybridCache
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.device.runner import ModelRunner, build_batch
+from hybrid_cache.engine.scheduler import Chunk, Step
+from hybrid_cache.engine.sequence import Prefill
 from hybrid_cache.kernels.ops import StateTensors
-from hybrid_cache.runner import ModelRunner, build_batch
-from hybrid_cache.scheduler import Chunk, Step
-from hybrid_cache.sequence import Prefill
 from tests.fakes import SumModel, tokens_of
 
 
@@ -16,7 +16,7 @@ def test_states_are_captured_where_the_tiles_of_a_chunk_end() -> None:
     runner, tokens = ModelRunner(model, cache), tokens_of(1, 300)
     prefill = Prefill("", tokens, publish=False, reuse=False)
     prefill.lease = cache.acquire(cache.match("", tokens), tokens, publish=False)
-    captures = [(position, cache.lend_slot()) for position in (100, 174, 300)]
+    captures = [(position, cache.messages.lend_slot()) for position in (100, 174, 300)]
     known = tuple((position, slot) for position, slot in captures if slot is not None)
     runner.run(Step((Chunk(prefill, None, 0, 64, ()),)))
     step = Step((Chunk(prefill, None, 64, 300, known, cuts=(100, 110)),))

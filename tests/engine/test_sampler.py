@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from hybrid_cache.device.sampler import TokenChooser, choose_tokens, log_probabilities
 from hybrid_cache.errors import BadSampling
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.request import SamplingParams
-from hybrid_cache.sampler import TokenChooser, choose_tokens, log_probabilities
 
 PROMPT = np.array([1, 2], np.int32)
 

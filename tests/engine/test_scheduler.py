@@ -6,21 +6,12 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine, Outputs
-from hybrid_cache.request import (
-    Boundary,
-    BoundaryKind,
-    CacheMode,
-    FinishReason,
-    Prompt,
-    PromptOutput,
-    Request,
-    SamplingParams,
-    TokenOutput,
-)
-from hybrid_cache.sequence import new_prefill
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.sequence import new_prefill
+from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt
 from tests.engine.test_engine import answers, make_request, new_engine, prompt_output, run
 from tests.engine.test_out_of_memory import SmallDevice, SmallStage, arranged
 from tests.fakes import SumModel, sum_model_answer, tokens_of
@@ -276,7 +267,7 @@ def test_a_request_with_marks_leaves_states_there_and_nowhere_else() -> None:
     marks = (Boundary(70), Boundary(200, BoundaryKind.EXPLICIT))
     sampling = SamplingParams(temperature=0, max_tokens=1)
     run(engine, Request("a", Prompt(tokens_of(12, 300), marks), sampling, cache_mode=CacheMode.EXPLICIT))
-    assert [node.num_tokens for node in engine.cache.nodes() if node.checkpoint] == [192]
+    assert [node.num_tokens for node in engine.cache.tree.nodes() if node.checkpoint] == [192]
 
 
 def test_a_namespace_is_one_tenants_and_one_models() -> None:

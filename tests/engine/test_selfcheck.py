@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from hybrid_cache.batch import CacheTensors, ForwardBatch
-from hybrid_cache.selfcheck import check_model
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.engine.selfcheck import check_model
 from tests.fakes import SumModel
 
 

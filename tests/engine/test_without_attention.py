@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 
-from hybrid_cache.batch import HybridModel
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
-from hybrid_cache.request import Boundary, Prompt, PromptOutput, Request, SamplingParams, TokenArray, TokenOutput
-from hybrid_cache.selfcheck import check_model
+from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 from tests.models import checkpoints
 from tests.models.cases.mamba2 import CASES
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybrid_cache.kernels import reference, sampling
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.kernels.parity import BATCHES, TOLERANCE, difference, play
 from hybrid_cache.kernels.problems import RULES, pool, some_draws

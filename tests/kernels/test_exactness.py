@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE
+from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.kernels.parity import BATCHES, play
 from hybrid_cache.kernels.problems import LinearAttentionProblem, Mamba2Problem, Piece, Stream, run_batch, token
 from hybrid_cache.kernels.selfcheck import check_exact, mismatches

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybrid_cache.kernels import dispatch, reference
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.mamba_ssm_ops import OPERATIONS, MambaSsmOps
 from hybrid_cache.kernels.parity import BATCHES, SHAPES, difference, play
 from hybrid_cache.kernels.problems import (

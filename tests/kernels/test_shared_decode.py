@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.native_ops import NativeOps
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.kernels.runs import Run, arrange

@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hybrid_cache.kernels import shared_prefix
-from hybrid_cache.kernels.layout import TILE
-from hybrid_cache.kernels.shared_prefix import PAGES_PER_SPLIT, plan_shared
+from hybrid_cache.kernels.decode_plan import PAGES_PER_SPLIT
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.shared_prefix import plan_shared
 
 SPAN = PAGES_PER_SPLIT * TILE
 on_a_busy_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -8,18 +8,13 @@ BACKENDS = dispatch.exact_backends()
 
 
 def pytest_collection_modifyitems(items):
-    """Exactness is tested on every backend for the first case of a family, on the usual one for the others."""
+    """Parity and exactness run on the usual backend, and on others for the first case of a family; all else is slow."""
     usual = dispatch.select().name
-
-    def wanted(item):
+    for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        return (
-            item.path.name != "test_exact.py"
-            or params.get("ops", usual) == usual
-            or params.get("case") in checkpoints.FIRST_CASES
-        )
-
-    items[:] = [item for item in items if wanted(item)]
+        backend_matters = item.path.name in ("test_exact.py", "test_parity.py") and params.get("ops", usual) != usual
+        if backend_matters and params.get("case") not in checkpoints.FIRST_CASES:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

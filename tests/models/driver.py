@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hybrid_cache.batch import ForwardBatch, HybridModel
-from hybrid_cache.kernels.layout import TILE, RowLayout, place_rows, tile_bounds
+from hybrid_cache.device.batch import ForwardBatch, HybridModel
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.spec import AttentionSpec, CacheSpec
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hybrid_cache.cache.tree import PrefixTree, keys_of
+from hybrid_cache.engine.sequence import new_prefill
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import adapters, loading
 from hybrid_cache.models.adapters import LoraConfig
-from hybrid_cache.request import Prompt, Request, SamplingParams
-from hybrid_cache.sequence import new_prefill
-from hybrid_cache.tree import PrefixTree, keys_of
+from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.tokens import Prompt
 from tests.models import checkpoints
 from tests.models.driver import Driver
 from tests.models.tools.test_convert import converted

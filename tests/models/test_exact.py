@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.models import loading
 from tests.models.driver import Chunk, Driver

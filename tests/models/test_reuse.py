@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from hybrid_cache.bench.exactness import Report, compare
+from hybrid_cache.bench.exactness.report import Report
+from hybrid_cache.bench.exactness.run import compare
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
+from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
-from hybrid_cache.request import Boundary, Prompt, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Boundary, Prompt
 from tests.models.checkpoints import FIRST_CASES
 
 
@@ -17,7 +19,7 @@ def case(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def model(case, folders, request):
     return loading.load(folders(case), dtype=request.param, ops=dispatch.select())
 

@@ -8,11 +8,11 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybrid_cache.arena import Geometry, Kind
-from hybrid_cache.cache import HybridCache
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.models import loading
 from hybrid_cache.models.shapes import (

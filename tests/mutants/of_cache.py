@@ -16,58 +16,62 @@ OWNED = (BESIDE + "test_a_composed_prompt_owns_all_pages_beyond_its_state",)
 PRIVATE = (BESIDE + "test_a_lease_that_does_not_publish_shares_no_page_beyond_its_state",)
 WRITES = (BESIDE + "test_a_write_to_a_page_of_the_tree_is_an_error",)
 
-cache = partial(Mutant, "hybrid_cache/cache.py")
-lease = partial(Mutant, "hybrid_cache/lease.py")
-tree = partial(Mutant, "hybrid_cache/tree.py")
-digests = partial(Mutant, "hybrid_cache/digests.py")
-eviction = partial(Mutant, "hybrid_cache/eviction.py")
-arena = partial(Mutant, "hybrid_cache/arena.py")
+books = partial(Mutant, "hybrid_cache/cache/books.py")
+pool = partial(Mutant, "hybrid_cache/cache/pool.py")
+messages = partial(Mutant, "hybrid_cache/cache/messages.py")
+allocator = partial(Mutant, "hybrid_cache/cache/allocator.py")
+config = partial(Mutant, "hybrid_cache/config.py")
+lease = partial(Mutant, "hybrid_cache/cache/lease.py")
+tree = partial(Mutant, "hybrid_cache/cache/tree.py")
+digests = partial(Mutant, "hybrid_cache/device/digests.py")
+eviction = partial(Mutant, "hybrid_cache/cache/eviction.py")
+arena = partial(Mutant, "hybrid_cache/device/arena.py")
 
 MATCHING = [
-    cache(
+    books(
         "a match leaves no token to compute",
         "if n.checkpoint and n.num_tokens < keys.num_tokens)",
         "if n.checkpoint and n.num_tokens <= keys.num_tokens)",
         CACHE,
     ),
-    cache(
+    books(
         "a match without states leaves no token to compute",
         "min(len(path), max(keys.num_tokens - 1, 0) // step) * step",
         "min(len(path), keys.num_tokens // step) * step",
         MACHINE,
     ),
-    cache(
+    books(
         "the end of a shorter prompt is taken for that of a longer one",
         "if tip is not None and len(path) == len(keys.pages) else None",
         "if tip is not None else None",
         CACHE,
     ),
-    cache("a match that is out of date is used", "        match = self._renew(match)\n", "", CACHE),
-    cache(
+    books("a match that is out of date is used", "        match = self._renew(match)\n", "", CACHE),
+    books(
         "a match is used though its state has gone",
         "(not match.path or match.path[-1].attached) and (source is None or source.attached)",
         "not match.path or match.path[-1].attached",
         CACHE,
     ),
-    cache(
+    books(
         "a private lease shares pages beyond its state",
         "            match = match.up_to_its_state(self._page_tokens)\n",
         "            pass\n",
         PRIVATE + OWNED,
     ),
-    cache(
+    books(
         "a private lease is a public one once its state had to go",
         "self.acquire(self.match(match.namespace, match.keys), keys, publish=publish)",
         "self.acquire(self.match(match.namespace, match.keys), keys)",
         CACHE,
     ),
-    cache(
+    books(
         "pages that stay count as room",
         "num_held = sum(not node.pins for node in match.path)",
         "num_held = 0",
         MACHINE,
     ),
-    cache(
+    books(
         "who finds no room keeps pins",
         "        self._unpin(root, match.path)\n        if source is None",
         "        if source is None",
@@ -82,166 +86,169 @@ MATCHING = [
 ]
 
 PUBLISHING = [
-    cache(
+    books(
         "a place is reserved that another request is about to fill",
         "(node and (node.checkpoint or node.awaited))",
         "(node and node.checkpoint)",
         CACHE,
     ),
-    cache(
+    books(
         "a place is reserved that the state has passed",
         "self._stateless or position <= lease.length:",
         "self._stateless or position < lease.length:",
         CACHE,
     ),
-    cache(
+    books(
         "a private lease reserves places",
         "if not lease.publish or self._stateless or",
         "if self._stateless or",
         CACHE,
     ),
-    cache(
+    books(
         "a new state takes the room of better ones",
-        "self._take_all(num_slots=1, num_pages=0, ceiling=score)",
-        "self._take_all(num_slots=1, num_pages=0)",
+        "self.pool.take(num_slots=1, num_pages=0, ceiling=score)",
+        "self.pool.take(num_slots=1, num_pages=0)",
         CACHE + POLICY,
     ),
-    cache(
+    books(
         "a private lease publishes its pages",
         "        if not lease.publish:\n            return\n        for index",
         "        for index",
         CACHE + OWNED,
     ),
-    cache(
+    books(
         "a second state at one place replaces the first",
-        "                self._allocator.give(Kind.SLOT, r.slot)\n                continue\n",
-        "                self._allocator.give(Kind.SLOT, r.slot)\n",
+        "                self.pool.give(Kind.SLOT, r.slot)\n                continue\n",
+        "                self.pool.give(Kind.SLOT, r.slot)\n",
         CACHE,
     ),
-    cache(
+    books(
         "a place is awaited for ever once it was filled",
         "                r.node.awaited = False\n            node = ",
         "                pass\n            node = ",
         CACHE,
     ),
-    cache(
+    books(
         "an end is filed before the pages in front of it",
         "if not lease.publish or len(lease.nodes) < len(lease.keys.pages) or tail",
         "if not lease.publish or tail",
         CACHE,
     ),
-    cache(
+    books(
         "a private lease keeps the end of its prompt",
         "if not lease.publish or len(lease.nodes) < len(lease.keys.pages)",
         "if len(lease.nodes) < len(lease.keys.pages)",
         CACHE,
     ),
-    cache(
+    books(
         "an end takes the room of better states",
         "num_slots=1, num_pages=num_pages, ceiling=score)\n        if taken is None:\n            self._decline(",
         "num_slots=1, num_pages=num_pages)\n        if taken is None:\n            self._decline(",
         CACHE + RANKED,
     ),
-    cache(
+    books(
         "the last rows of a prompt's end are not kept",
-        "            self._copy(Kind.PAGE, lease.pages[len(lease.nodes)], end.page)\n",
-        "",
-        CACHE,
-    ),
-    cache(
-        "the hidden row of a prompt's end is not kept",
-        "            self._arena.hidden[end.slot] = hidden\n",
+        "            self.pool.copy(Kind.PAGE, lease.pages[len(lease.nodes)], end.page)\n",
         "            pass\n",
         CACHE,
     ),
-    cache(
+    books(
+        "the hidden row of a prompt's end is not kept", "        self.pool.emit(KeepHidden(end.slot, row))\n", "", CACHE
+    ),
+    books(
         "a page that is taken over may move",
-        "            self._allocator.fix(Kind.PAGE, node.page)\n            self._queues.withdraw_dead(node)",
-        "            self._queues.withdraw_dead(node)",
+        "            self.pool.allocator.fix(Kind.PAGE, node.page)\n            self.pool.queues.withdraw_dead(node)",
+        "            self.pool.queues.withdraw_dead(node)",
         CACHE,
     ),
-    cache(
+    books(
         "who is slower keeps the page that nobody reads",
         "            lease.pages[index] = node.page\n",
         "",
         CACHE,
     ),
-    cache(
+    books(
         "the page of who is slower is lost",
-        "            self._allocator.give(Kind.PAGE, lease.pages[index])\n",
+        "            self.pool.give(Kind.PAGE, lease.pages[index])\n",
         "",
         CACHE,
     ),
 ]
 
 SHARING = [
-    cache(
+    books(
         "a fork lacks the rows of its last page",
         "max(-(-num_tokens // self._page_tokens) - len(lease.nodes), 0)",
         "max(num_tokens // self._page_tokens - len(lease.nodes), 0)",
         CACHE + ENGINE,
     ),
-    cache("a fork does not pin what it shares", "        self._pin(lease.root, lease.nodes)\n", "", CACHE),
-    cache("a fork has no state", "        self._copy(Kind.SLOT, lease.slot, slots[0])\n", "", CACHE),
-    cache(
+    books("a fork does not pin what it shares", "        self._pin(lease.root, lease.nodes)\n", "", CACHE),
+    books("a fork has no state", "        self.pool.copy(Kind.SLOT, lease.slot, slots[0])\n", "", CACHE),
+    books(
         "what is released twice is given back twice",
         "        if lease.released:\n            return\n",
         "",
         CACHE,
     ),
-    cache(
+    books(
         "slots that were reserved are lost with an abort",
         "for slot in [lease.slot, *(r.slot for r in lease.reserved)]:",
         "for slot in [lease.slot]:",
         CACHE,
     ),
-    cache(
+    books(
         "a place is awaited for ever after an abort",
         "for r in lease.reserved:\n            if r.node is not None:\n                r.node.awaited = False\n",
         "for r in ():\n            pass\n",
         CACHE,
     ),
-    cache(
+    books(
         "the state that a prompt starts from may go meanwhile",
-        "        self._guard(source)\n        taken = ",
+        "        self.pool.guard(source)\n        taken = ",
         "        taken = ",
         CACHE + MACHINE,
     ),
-    cache(
+    books(
         "the last rows of a prompt's end are not handed on",
-        "                self._copy(Kind.PAGE, tail, taken[1][-1])\n",
+        "                self.pool.copy(Kind.PAGE, tail, taken[1][-1])\n",
         "                pass\n",
         CACHE,
     ),
-    cache(
+    books(
         "a use of a state does not count",
-        "            self._stamp(source, match.path)\n",
+        "            self.pool.stamp(source, match.path)\n",
         "",
         CACHE + POLICY,
     ),
-    cache(
+    pool(
         "what is guarded may move",
-        "            self._allocator.fix(kind, item)\n\n    def _unguard",
-        "            pass\n\n    def _unguard",
+        "            self.allocator.fix(kind, item)\n\n    def unguard",
+        "            pass\n\n    def unguard",
         MESSAGES,
     ),
-    cache(
+    books(
         "a page may move as soon as one of two has let go",
-        "            if not node.pins:\n                self._allocator.unfix(Kind.PAGE, node.page)",
-        "            self._allocator.unfix(Kind.PAGE, node.page)",
+        "            if not node.pins:\n                self.pool.allocator.unfix(Kind.PAGE, node.page)",
+        "            self.pool.allocator.unfix(Kind.PAGE, node.page)",
         CACHE + ENGINE,
     ),
-    cache(
+    books(
         "a page that is in use again may go",
-        "            node.pins += 1\n            self._queues.withdraw_dead(node)\n",
+        "            node.pins += 1\n            self.pool.queues.withdraw_dead(node)\n",
         "            node.pins += 1\n",
         CACHE,
     ),
-    cache(
+    pool(
         "what was published may be written to",
-        "            if item in published:\n",
-        "            if item in ():\n",
+        "            if item in published or (",
+        "            if item in () or (",
         WRITES,
+    ),
+    pool(
+        "what a published message does to states may be written to, where slots hold it",
+        "        self.extra_slots.update(self._others(kept, Kind.SLOT))\n",
+        "",
+        MESSAGES,
     ),
     lease(
         "rows of the tree may be written to",
@@ -276,84 +283,79 @@ SHARING = [
 ]
 
 EVICTING = [
-    cache(
+    books(
         "all is dropped, messages that somebody holds too",
-        "            if not (isinstance(kept, StoredMessage) and kept.holders):\n                self._evict(kept)",
-        "            self._evict(kept)",
+        "            if not (isinstance(kept, StoredMessage) and kept.holders):\n                self.pool.evict(kept)",
+        "            self.pool.evict(kept)",
         MESSAGES,
     ),
-    cache(
+    books(
         "dropping one namespace drops the states of all",
-        "[k for k in self._slot_owner.values() if namespace in (None, k.node.namespace)]",
-        "list(self._slot_owner.values())",
+        "[k for k in self.pool.slot_owner.values() if namespace in (None, k.node.namespace)]",
+        "list(self.pool.slot_owner.values())",
         CACHE,
     ),
-    cache(
+    pool(
         "of two states that are worth the same the older stays",
         "if ceiling is not None and score > ceiling:",
         "if ceiling is not None and score >= ceiling:",
         POLICY,
     ),
-    cache(
+    pool(
         "a new state takes the room of a guaranteed one",
-        "self._queues.next_guaranteed() if ceiling is None else None",
-        "self._queues.next_guaranteed()",
+        "self.queues.next_guaranteed() if ceiling is None else None",
+        "self.queues.next_guaranteed()",
         CACHE,
     ),
-    cache(
+    pool(
         "who asks for more than there is empties the cache first",
-        "        if not self._fits(num_pages, num_slots, num_held):\n            return None\n        wanted",
+        "        if not self.fits(num_pages, num_slots, num_held):\n            return None\n        wanted",
         "        wanted",
         CACHE,
     ),
-    cache("what was taken in vain is lost", "                self._give_all(taken)\n", "", MESSAGES + MACHINE),
-    cache(
+    pool("what was taken in vain is lost", "                self._give_all(taken)\n", "", MESSAGES + MACHINE),
+    pool(
         "a page that nobody needs any more stays for ever",
-        "        self._settle(node.parent)\n",
+        "        self.settle(node.parent)\n",
         "",
         CACHE,
     ),
-    cache(
+    pool(
         "states below one that goes are not said to be worth more",
-        "        if self._policy.wants_rises:\n            self._rescore_below(kept.node)\n",
+        "        if self.policy.wants_rises:\n            self.rescore_below(kept.node)\n",
         "",
         RANKED,
     ),
-    cache(
+    books(
         "states below a new one are not said to be worth less",
-        "            self._keep(node.checkpoint, lease)\n            self._rescore_below(node)",
-        "            self._keep(node.checkpoint, lease)",
+        "            self.pool.publish(node.checkpoint, lease.nodes)\n            self.pool.rescore_below(node)",
+        "            self.pool.publish(node.checkpoint, lease.nodes)",
         POLICY,
     ),
-    cache(
+    pool(
         "a state is not said to take more pages along than before",
         "            self._rescore(node.checkpoint or next(iter(node.ends.values())))",
         "            pass",
         CACHE + RANKED,
     ),
-    cache(
-        "nobody is told that two requests part at a state",
-        "            self._report_rise(parent, 2)\n",
-        "",
-        POLICY,
-    ),
-    cache(
+    pool("nobody is told that two requests part at a state", "        self._report_rise(node.parent, 2)\n", "", POLICY),
+    pool(
         "nobody is told that requests no longer part at a state",
         "        self._report_rise(node.parent, 1)\n",
         "",
         POLICY,
     ),
-    cache(
+    books(
         "a candidate's worth overlooks the places reserved above it",
         "max((r.position for r in lease.reserved if r.position < position), default=0)",
         "0",
         POLICY,
     ),
-    cache("the last use of a page is not noted", "            node.last_used = now\n", "", CACHE),
-    cache(
+    books("the last use of a page is not noted", "            node.last_used = now\n", "", CACHE),
+    pool(
         "a minimum life does not begin anew",
-        "kept.keep_until = self._clock() + kept.ttl_s",
-        "kept.keep_until = kept.keep_until or self._clock() + kept.ttl_s",
+        "kept.keep_until = self.clock() + kept.ttl_s",
+        "kept.keep_until = kept.keep_until or self.clock() + kept.ttl_s",
         CACHE,
     ),
     tree(
@@ -416,26 +418,28 @@ EVICTING = [
         "            self._guaranteed.push(kept, kept.keep_until)\n",
         CACHE,
     ),
-    arena(
+    allocator(
         "slabs in use count as room for a large item",
         "return num_large <= self.num_loose_slabs and units",
         "return units",
         CACHE,
     ),
-    arena(
+    allocator(
         "a slab is emptied into itself",
         "elsewhere = self.free_units - self.span * len(self._empty) - free",
         "elsewhere = self.free_units - self.span * len(self._empty)",
         MACHINE,
     ),
-    arena("what is given back stays fixed", "        self.unfix(kind, index)\n        units", "        units", CACHE),
-    cache(
+    allocator(
+        "what is given back stays fixed", "        self.unfix(kind, index)\n        units", "        units", CACHE
+    ),
+    pool(
         "nobody is told where an item was moved to",
         "            self._rename(kind, source, target)\n",
         "            pass\n",
         CACHE,
     ),
-    cache(
+    pool(
         "a message is not told where its own numbers were moved to",
         "pages = owner.pages if source in owner.pages else owner.extra",
         "pages = owner.pages",
@@ -444,45 +448,45 @@ EVICTING = [
 ]
 
 KEEPING_MESSAGES = [
-    cache(
+    messages(
         "a message in the making takes the room of what is better",
-        "self._take_all(num_slots=slots, num_pages=pages, ceiling=score)",
-        "self._take_all(num_slots=slots, num_pages=pages)",
+        "self._pool.take(num_slots=slots, num_pages=pages, ceiling=score)",
+        "self._pool.take(num_slots=slots, num_pages=pages)",
         MESSAGES,
     ),
-    cache(
+    messages(
         "a message takes the room of what is better",
-        'num_pages=num_pages, ceiling=score)\n        if taken is None:\n            self._declines["message"]',
-        'num_pages=num_pages)\n        if taken is None:\n            self._declines["message"]',
+        'num_pages=num_pages, ceiling=score)\n        if taken is None:\n            self._pool.declines["message"]',
+        'num_pages=num_pages)\n        if taken is None:\n            self._pool.declines["message"]',
         MESSAGES,
     ),
-    cache(
+    messages(
         "what is lent is not counted",
-        "        self._loans.update((kind, item) for item in items)\n",
+        "        self.loans.update((kind, item) for item in items)\n",
         "",
         MESSAGES,
     ),
-    cache(
+    messages(
         "what a message has taken in is still lent",
-        "        self._loans.difference_update((self._extra_kind, item) for item in extra)\n",
+        "        self.loans.difference_update((self._pool.extra_kind, item) for item in extra)\n",
         "",
         MESSAGES,
     ),
-    cache(
+    messages(
         "what was lent is not given back",
-        "        self._loans.remove((kind, item))\n        self._allocator.give(kind, item)",
-        "        self._loans.remove((kind, item))",
+        "        self.loans.remove((kind, item))\n        self._pool.give(kind, item)",
+        "        self.loans.remove((kind, item))",
         MESSAGES,
     ),
-    cache(
+    messages(
         "a key is stored twice",
-        "        if key in self._messages:\n            return None\n",
+        "        if key in self.stored:\n            return None\n",
         "",
         MESSAGES,
     ),
-    cache(
-        "the rows of a message may be written to after it was published",
-        "        stored.attached = True\n",
+    messages(
+        "a message that was published cannot be found",
+        "        self.stored[message.key] = message\n",
         "",
         MESSAGES,
     ),
@@ -492,40 +496,40 @@ KEEPING_MESSAGES = [
         "        if not self:\n            raise OwnershipError(f",
         MESSAGES,
     ),
-    cache(
+    pool(
         "the pages of a message belong to nobody",
-        "            if kind is Kind.PAGE:\n                self._page_owner[item] = stored\n",
+        "            self.page_owner.update((item, kept) for item in self._others(kept, Kind.PAGE))\n",
         "            pass\n",
         MESSAGES,
     ),
-    cache(
+    messages(
         "a message that is held may go",
-        "        if not stored.holders:\n            self._guard(stored)\n",
+        "        if not stored.holders:\n            self._pool.guard(stored)\n",
         "",
         MESSAGES,
     ),
-    cache(
+    messages(
         "the first to let go of a message lets it go for all",
-        "        if not stored.holders:\n            self._unguard(stored)",
-        "        self._unguard(stored)",
+        "        if not stored.holders:\n            self._pool.unguard(stored)",
+        "        self._pool.unguard(stored)",
         MESSAGES,
     ),
-    cache(
+    messages(
         "the use of a message does not count",
-        "            self._stamp(stored, [])\n        if not",
+        "            self._pool.stamp(stored, [])\n        if not",
         "        if not",
         MESSAGES,
     ),
-    cache(
+    messages(
         "the last rows of a message have no page",
-        "return -(-(end - start) // self._page_tokens) if",
-        "return (end - start) // self._page_tokens if",
+        "return -(-(end - start) // self._pool.tree.page_tokens) if",
+        "return (end - start) // self._pool.tree.page_tokens if",
         MESSAGES,
     ),
-    cache(
+    messages(
         "what a message does to states has too little room",
-        "return -(-4 * self._effect_size // self._item_bytes",
-        "return (4 * self._effect_size // self._item_bytes",
+        "-(-effect_bytes // pool.item_bytes",
+        "(effect_bytes // pool.item_bytes",
         MESSAGES,
     ),
 ]
@@ -555,7 +559,7 @@ CHECKING = [
         "            self._random.choice(self._order)",
         DIGESTS,
     ),
-    digests(
+    config(
         "HYBRID_CACHE_VERIFY=0 asks for the checking mode",
         'not in ("", "0")',
         'not in ("",)',
@@ -567,34 +571,34 @@ CHECKING = [
         "self._rows[kind][item][::2].cpu()",
         DIGESTS,
     ),
-    cache(
+    books(
         "the state that a prompt starts from is not compared",
-        "        self._witness.used(self._items(source))\n",
+        "        self.pool.verify(self.pool.items(source))\n",
         "",
         DIGESTS,
     ),
-    cache(
+    books(
         "the pages that a prompt starts from are not compared",
-        "        self._witness.used((Kind.PAGE, node.page) for node in match.path)\n",
+        "        self.pool.verify((Kind.PAGE, node.page) for node in match.path)\n",
         "",
         DIGESTS,
     ),
-    cache(
+    books(
         "a page that is taken over is not compared",
-        "            self._witness.used([(Kind.PAGE, node.page)])\n",
+        "            self.pool.verify(((Kind.PAGE, node.page),))\n",
         "",
         DIGESTS,
     ),
-    cache(
+    messages(
         "a message is not compared when it is held",
-        "        self._witness.used(self._items(stored))\n        if not stored.holders:",
+        "        self._pool.verify(self._pool.items(stored))\n        if not stored.holders:",
         "        if not stored.holders:",
         DIGESTS,
     ),
-    cache(
+    messages(
         "a message is not compared after it was read",
-        "            self._witness.used(self._items(stored))\n            self._stamp",
-        "            self._stamp",
+        "            self._pool.verify(self._pool.items(stored))\n            self._pool.stamp",
+        "            self._pool.stamp",
         DIGESTS,
     ),
 ]

@@ -14,8 +14,8 @@ LLAMA = (LAYERS + "test_one_layer_composes_messages_in_any_order[torch-llama of 
 stage_test = partial(tests_of, "tests/choreography/test_stage.py")
 stored = partial(tests_of, "tests/choreography/test_stored.py")
 stage = partial(Mutant, "hybrid_cache/choreography/stage.py")
-compose = partial(Mutant, "hybrid_cache/choreography/compose.py")
-effects = partial(Mutant, "hybrid_cache/choreography/effects.py")
+compose = partial(Mutant, "hybrid_cache/device/compose.py")
+effects = partial(Mutant, "hybrid_cache/device/effects.py")
 order = partial(Mutant, "hybrid_cache/choreography/order.py")
 plan = partial(Mutant, "hybrid_cache/choreography/plan.py")
 
@@ -46,8 +46,8 @@ MOVING = [
     ),
     stage(
         "a message of one of several in a chunk has the states of the last",
-        "self._cache.copy_slot(program.states.get(end, lease.slot), stored.slot)",
-        "self._cache.copy_slot(lease.slot, stored.slot)",
+        "self._cache.messages.copy_slot(program.states.get(end, lease.slot), stored.slot)",
+        "self._cache.messages.copy_slot(lease.slot, stored.slot)",
         stage_test("messages_of_one_chunk_are_what_they_are_in_several"),
     ),
     stage(
@@ -130,7 +130,7 @@ MOVING = [
     ),
     stage(
         "a message that is about to be used may go",
-        "                self._cache.hold(message)\n",
+        "                self._cache.messages.hold(message)\n",
         "                message.holders += 1\n",
         stored("what_a_broken_off_request_has_held_may_go"),
     ),
@@ -142,7 +142,7 @@ MOVING = [
     ),
     stage(
         "the message of a prompt that was broken off is held for ever",
-        "                self._cache.let_go(move.stored, used=False)\n",
+        "                self._cache.messages.let_go(move.stored, used=False)\n",
         "                pass\n",
         stored("what_a_broken_off_request_has_held_may_go"),
     ),
@@ -160,7 +160,7 @@ MOVING = [
     ),
     stage(
         "slots between messages are not given back",
-        "            self._cache.return_slot(program.states.pop(place))",
+        "            self._cache.messages.return_slot(program.states.pop(place))",
         "            program.states.pop(place)",
         stored("nothing_is_lent_when_all_is_done"),
     ),

@@ -16,11 +16,11 @@ OWNED = (BESIDE + "test_a_composed_prompt_owns_all_pages_beyond_its_state",)
 
 stage_test = partial(tests_of, "tests/choreography/test_stage.py")
 stored = partial(tests_of, "tests/choreography/test_stored.py")
-scheduler = partial(Mutant, "hybrid_cache/scheduler.py")
-engine = partial(Mutant, "hybrid_cache/engine.py")
-sequence = partial(Mutant, "hybrid_cache/sequence.py")
-sampler = partial(Mutant, "hybrid_cache/sampler.py")
-runner = partial(Mutant, "hybrid_cache/runner.py")
+scheduler = partial(Mutant, "hybrid_cache/engine/scheduler.py")
+engine = partial(Mutant, "hybrid_cache/engine/engine.py")
+sequence = partial(Mutant, "hybrid_cache/engine/sequence.py")
+sampler = partial(Mutant, "hybrid_cache/device/sampler.py")
+runner = partial(Mutant, "hybrid_cache/device/runner.py")
 
 SCHEDULING = [
     scheduler(
@@ -298,7 +298,7 @@ STEPPING = [
     ),
     runner(
         "a step may write to states that were published",
-        "        self._cache.check_unpublished(Kind.SLOT, torch.cat(written).tolist())\n",
+        "        self._cache.pool.check_unpublished(Kind.SLOT, torch.cat(written).tolist())\n",
         "",
         ("tests/choreography/test_beside_exact.py",),
     ),

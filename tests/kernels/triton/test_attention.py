@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from hybrid_cache.kernels import reference, selfcheck
-from hybrid_cache.kernels.layout import MIN_ROWS, TILE
+from hybrid_cache.kernels.decode_plan import PAGES_PER_SPLIT
+from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.kernels.problems import AttentionProblem, Stream, pool
 from hybrid_cache.kernels.runs import Run, arrange
-from hybrid_cache.kernels.shared_prefix import PAGES_PER_SPLIT, plan_shared
+from hybrid_cache.kernels.shared_prefix import plan_shared
 from hybrid_cache.kernels.triton_kernels import attention
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 from tests.kernels.test_against_reference import BATCHES, assert_close, play

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hybrid_cache.kernels import reference, selfcheck
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.problems import ConvProblem, Piece, Stream, run_batch, token
 from hybrid_cache.kernels.triton_kernels import conv
 from hybrid_cache.kernels.unsupported import UnsupportedShape

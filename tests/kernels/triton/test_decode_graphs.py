@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hybrid_cache.batch import ForwardBatch
-from hybrid_cache.bench.random_model import SMALL, random_model
-from hybrid_cache.cache import HybridCache
-from hybrid_cache.cuda_graphs import DecodeGraphs
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.bench.common.random_model import SMALL, random_model
+from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.device.cuda_graphs import DecodeGraphs
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.shared_prefix import with_plan
 from hybrid_cache.kernels.triton_ops import TritonOps
@@ -58,7 +58,7 @@ def test_a_replay_has_the_bits_of_a_launched_step():
         for name in ("k", "v", "conv", "state"):
             if hasattr(tensors, name):
                 getattr(tensors, name).normal_(generator=torch.Generator().manual_seed(1))
-    start = cache._arena._buffer.clone()
+    start = cache.memory._arena._buffer.clone()
     graphs = DecodeGraphs(model, cache, repeat_the_call)
     batches = [
         batch_of([[21], [22]]),  # looked at
@@ -71,7 +71,7 @@ def test_a_replay_has_the_bits_of_a_launched_step():
             lambda b: model.forward(replace(b, layout=with_plan(b.layout)), cache.tensors),
             graphs.run,
         ):
-            cache._arena._buffer.copy_(start)
+            cache.memory._arena._buffer.copy_(start)
             hidden = run(batch).clone()
             states = [t.state[FIRST_SLOT : FIRST_SLOT + 4].clone() for t in cache.tensors if hasattr(t, "state")]
             results.append([hidden, *states])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_cache.choreography.workflow import Style, Workflow
+from hybrid_cache.choreography.arrangement import Style
+from hybrid_cache.choreography.workflow import Workflow
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine import Engine
+from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.torch_ops import TorchOps
 from hybrid_cache.kernels.triton_kernels import rows, sample
 from hybrid_cache.kernels.triton_ops import CheckedTritonOps

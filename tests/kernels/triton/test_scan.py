@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from hybrid_cache.kernels import reference, selfcheck
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.problems import Mamba1Problem, Piece, RgLruProblem, Stream, run_batch, token
 from hybrid_cache.kernels.triton_kernels import scan
 from hybrid_cache.kernels.unsupported import UnsupportedShape

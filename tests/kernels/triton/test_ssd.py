@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hybrid_cache.kernels import reference, selfcheck
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.problems import LinearAttentionProblem, Mamba2Problem, Piece, Stream, run_batch, token
 from hybrid_cache.kernels.runs import arrange
 from hybrid_cache.kernels.triton_kernels import ssd

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hybrid_cache.api import cli
 from hybrid_cache.errors import ConfigError, ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.kernels.layout import TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
 from hybrid_cache.models.quantized import FORMATS, dequantize, quantize
 from hybrid_cache.models.tools import convert

@@ -1,0 +1,61 @@
+"""What all clients of a server share: its address, a connection, what it counts, and what can go wrong."""
+
+import httpx
+import typer
+from pydantic import BaseModel
+
+from hybrid_cache.errors import HybridCacheError
+
+
+class ServerFailed(HybridCacheError):
+    """The server under test cannot be reached, refused a request, or broke off in the middle of a reply."""
+
+
+class Details(BaseModel):
+    cached_tokens: int | None = None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: Details | None = None
+
+
+def server_url(url: str) -> str:
+    """The root of the server, also if the address of its `/v1` was given."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise typer.BadParameter(f"{url!r}: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise typer.BadParameter(f"{url!r}, wanted an address such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def open_client(url: str, key: str | None = None, timeout_s: float = 600.0) -> httpx.AsyncClient:
+    """timeout_s: until the next byte"""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    # A connection for each request: a request on a kept one can meet the server closing it, and is lost.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=5), limits=limits)
+
+
+def message_of(error: object) -> str:
+    """The message inside an OpenAI error object, or all of it."""
+    return str(error["message"] if isinstance(error, dict) and "message" in error else error)[:500]
+
+
+def refused(response: httpx.Response) -> ServerFailed:
+    try:
+        body = response.json()
+    except ValueError:
+        body = response.text
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return ServerFailed(f"{response.request.url}: HTTP {response.status_code}: {message_of(error)}")
+
+
+def unreachable(http: httpx.AsyncClient, error: httpx.TransportError) -> ServerFailed:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, httpx.ConnectError):
+        return ServerFailed(f"{http.base_url}: no connection, is the server running? ({reason})")
+    return ServerFailed(f"{http.base_url}: the connection broke or timed out ({reason})")

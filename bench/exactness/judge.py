@@ -1,0 +1,100 @@
+"""A plain engine answers what a busy one has answered, and says whether that was right."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from hybrid_cache.bench.exactness.asked import Asked
+from hybrid_cache.bench.exactness.report import Report
+from hybrid_cache.bench.exactness.rows import Ledger, PlainWatcher, recording_runner
+from hybrid_cache.bench.exactness.traffic import Traffic, room
+from hybrid_cache.choreography.arrangement import Fidelity
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.request import Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Prompt, TokenArray
+
+
+class Judge:
+    """A plain engine: no reuse, one request at a time. Says whether what a busy one did was right."""
+
+    def __init__(self, model: HybridModel, most_tokens: int, ledger: Ledger, report: Report) -> None:
+        self._ledger, self._report = ledger, report
+        config = EngineConfig(
+            budget_bytes=room(model, most_tokens, 4), max_running=1, prefix_cache=False, verify=True, max_tiles=64
+        )
+        self._engine = Engine(model, config, runner=recording_runner(PlainWatcher(ledger)))
+
+    def round(self, asked: Sequence[Asked], traffic: Traffic) -> None:
+        for one in asked:
+            self._judge(one, traffic)
+        turns = traffic.watcher.turns
+        for key, tokens in sorted(turns.items(), key=lambda turn: -len(turn[1])):
+            if self._ledger.waits(key):
+                self._answer(Request("turn", Prompt(tokens), SamplingParams(max_tokens=0)))
+        turns.clear()
+        self._ledger.end_round()
+        if foreign := traffic.given.foreign(traffic.engine.cache):
+            self._report.note("the cache", f"holds {foreign}")
+
+    def _judge(self, asked: Asked, traffic: Traffic) -> None:
+        request, name = asked.request, asked.request.id
+        prompt = traffic.watcher.prompts.pop(name, None)
+        if asked.told is not None:
+            self._check_told(asked)
+            if asked.told.plan is not None and asked.told.plan.fidelity is not Fidelity.EXACT:
+                self._report.mixed["labelled approximate"] += 1
+                return
+            told = asked.told_prompt()
+            if prompt is not None and not np.array_equal(prompt, told):
+                self._report.note(name, "the order that the plan names is not the one that was computed")
+            self._report.mixed["reordered"] += not np.array_equal(told, request.prompt.tokens)
+            prompt = told
+        if prompt is None:
+            return  # broken off before anything was computed, or approximate
+        if asked.publishes:
+            self._give(asked, prompt, traffic)
+        sampling = request.sampling if asked.told else SamplingParams(max_tokens=0)
+        outputs = self._answer(Request(name, Prompt(prompt), sampling, request.n, make_stopper=request.make_stopper))
+        if not asked.aborted:
+            self._compare(asked, outputs)
+
+    def _give(self, asked: Asked, prompt: TokenArray, traffic: Traffic) -> None:
+        namespace = traffic.mix.namespaces[asked.request.namespace]
+        traffic.given.prompt(namespace, prompt)
+        for index in range(asked.request.n):
+            if asked.finished(index):
+                traffic.given.text(namespace, np.concatenate([prompt, asked.answer(index)]))
+
+    def _answer(self, request: Request) -> Outputs:
+        self._engine.submit(request)
+        return self._engine.run_until_idle()
+
+    def _compare(self, asked: Asked, outputs: Outputs) -> None:
+        expected: dict[int, list[TokenOutput]] = defaultdict(list)
+        report, name = self._report, asked.request.id
+        for _, output in outputs:
+            if isinstance(output, TokenOutput):
+                expected[output.index].append(output)
+            elif asked.told is not None and output.logprobs != asked.told.logprobs:
+                report.note(name, "log-probabilities of the prompt differ")
+        for index in range(asked.request.n):
+            report.answers += 1
+            if asked.choices.get(index) != expected[index]:
+                report.differing_answers += 1
+                report.note(name, f"choice {index} of {asked.request.n} differs")
+
+    def _check_told(self, asked: Asked) -> None:
+        """What a reply says of its prompt must be possible."""
+        told = asked.told
+        assert told is not None
+        n, cached = len(asked.request.prompt.tokens), told.cached_tokens
+        approximate = told.plan is not None and told.plan.fidelity is not Fidelity.EXACT
+        prefix = told.plan.prefix if told.plan is not None else cached
+        if prefix % TILE and (approximate or prefix < n):
+            self._report.note(asked.request.id, f"goes on behind token {prefix}, where no state is good for that")
+        if not asked.publishes and not approximate and (cached or told.written_tokens):
+            self._report.note(asked.request.id, f"took {cached} tokens and left {told.written_tokens}, wanted neither")

@@ -1,0 +1,216 @@
+"""Logits row by row: those of busy engines wait in a ledger until a plain engine computes the same ones.
+
+Requests may be answered in an order that is known only afterwards, so the busy engine goes first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hybrid_cache.bench.exactness.report import Report
+from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.device.runner import ModelRunner, StepHidden
+from hybrid_cache.engine.scheduler import Chunk, Step
+from hybrid_cache.engine.sequence import Prefill
+from hybrid_cache.kernels.layout import RowLayout
+from hybrid_cache.tokens import TokenArray
+
+# A digest of all tokens up to the row's own, and where the prompt ended for a row of decode; -1 for one of prefill.
+Key = tuple[bytes, int]
+Bits = npt.NDArray[np.int32]
+
+
+class Origin(NamedTuple):
+    """Where a row comes from."""
+
+    request: str
+    position: int
+    path: str  # prefill, decode, canonical pass
+
+    def __str__(self) -> str:
+        return f"token {self.position} in {self.path}"
+
+
+class Watcher(Protocol):
+    """Who sees the steps of an engine, and every row that has to be exact."""
+
+    def step(self, step: Step) -> None: ...
+
+    def row(self, key: Key, bits: Bits, origin: Origin) -> None: ...
+
+
+def recording_runner(watcher: Watcher) -> type[ModelRunner]:
+    """A `ModelRunner` that shows a watcher the logits of each token which an exact sequence computes."""
+
+    class RecordingRunner(ModelRunner):
+        _step: Step | None = None  # until its rows have been seen
+
+        def run(self, step: Step) -> StepHidden:
+            watcher.step(step)
+            self._step = step
+            hidden = super().run(step)
+            if self._step is not None:  # recorded launches were replayed, which knows of decode rows only
+                exact = [i for i, sequence in enumerate(step.decodes) if is_exact(sequence.prefill)]
+                self._show([(key, origin) for key, origin, _ in decode_rows(step, 0)], hidden.decodes[exact])
+            return hidden
+
+        def forward(self, batch: ForwardBatch) -> Tensor:
+            assert self._step is not None
+            step, self._step = self._step, None
+            found = list(exact_rows(step, batch.layout))
+            rows = torch.tensor([row for *_, row in found], dtype=torch.int64, device=batch.output_rows.device)
+            hidden = super().forward(replace(batch, output_rows=torch.cat([rows, batch.output_rows])))
+            self._show([(key, origin) for key, origin, _ in found], hidden[: len(found)])
+            return hidden[len(found) :]
+
+        def _show(self, rows: list[tuple[Key, Origin]], hidden: Tensor) -> None:
+            if rows:
+                bits = self.logits(hidden).cpu().numpy().view(np.int32)
+                for (key, origin), row in zip(rows, bits, strict=True):
+                    watcher.row(key, row, origin)
+
+    return RecordingRunner
+
+
+def is_exact(prefill: Prefill) -> bool:
+    """Neither an arranged prompt nor a message for the store."""
+    return prefill.arrangement is None and prefill.program is None
+
+
+def exact_rows(step: Step, layout: RowLayout) -> Iterator[tuple[Key, Origin, int]]:
+    """Every token of a step whose row has to be exact, and its place in the batch."""
+    for chunk, row in zip(step.chunks, layout.chunk_row.tolist(), strict=True):
+        if is_exact(chunk.prefill):
+            name, path = name_of(chunk)
+            digests = prefix_digests(chunk.prefill.tokens, chunk.start, chunk.end)
+            for place, digest in enumerate(digests, start=chunk.start):
+                yield (digest, -1), Origin(name, place, path), row + place - chunk.start
+    yield from decode_rows(step, layout.decode_row)
+
+
+def decode_rows(step: Step, first: int) -> Iterator[tuple[Key, Origin, int]]:
+    """The same for tokens that are decoded, whose rows begin with `first`."""
+    for row, sequence in enumerate(step.decodes, start=first):
+        if is_exact(sequence.prefill):
+            tokens = sequence.all_tokens()[: sequence.fed + 1]
+            origin = Origin(sequence.request.id, sequence.fed, "decode")
+            yield (digest_of(tokens), len(sequence.prefill.tokens)), origin, row
+
+
+def name_of(chunk: Chunk) -> tuple[str, str]:
+    """Whose tokens a chunk computes, and in which way."""
+    return (chunk.sequence.request.id, "prefill") if chunk.sequence else ("a finished turn", "canonical pass")
+
+
+def prefix_digests(tokens: TokenArray, start: int, end: int) -> Iterator[bytes]:
+    """Of all tokens up to each of [start, end), that one included."""
+    known = blake2b(np.ascontiguousarray(tokens[:start], np.int32).tobytes(), digest_size=16)
+    for token in np.ascontiguousarray(tokens[start:end], np.int32):
+        known.update(token.tobytes())
+        yield known.copy().digest()
+
+
+def digest_of(tokens: TokenArray) -> bytes:
+    """What `prefix_digests` has for the last token."""
+    return blake2b(np.ascontiguousarray(tokens, np.int32).tobytes(), digest_size=16).digest()
+
+
+@dataclass(slots=True)
+class Row:
+    """Equal logits that a busy engine computed for equal tokens."""
+
+    bits: Bits
+    origin: Origin  # of the first
+    count: int = 1
+
+
+class Ledger:
+    """Rows of busy engines, until a plain one computes the same ones; the report has what came of it."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._waiting: dict[Key, list[Row]] = {}
+
+    def busy(self, key: Key, bits: Bits, origin: Origin) -> None:
+        rows = self._waiting.setdefault(key, [])
+        for row in rows:
+            if np.array_equal(row.bits, bits):
+                row.count += 1
+                return
+        rows.append(Row(bits, origin))
+
+    def plain(self, key: Key, bits: Bits) -> None:
+        for row in self._waiting.pop(key, ()):
+            self._report.rows += row.count
+            if not np.array_equal(row.bits, bits):
+                self._differs(row, bits)
+
+    def waits(self, key: Key) -> bool:
+        return key in self._waiting
+
+    def end_round(self) -> None:
+        """What is left now has no plain row to be compared with."""
+        for row in (row for rows in self._waiting.values() for row in rows):
+            self._report.unknown_rows += row.count
+            self._report.note(row.origin.request, f"{row.origin}: tokens that the plain run did not come to")
+        self._waiting.clear()
+
+    def _differs(self, row: Row, expected: Bits) -> None:
+        report, num_bits = self._report, int(np.bitwise_count(row.bits ^ expected).sum())
+        report.differing_rows += row.count
+        report.differing_bits += num_bits * row.count
+        most = np.abs(row.bits.view(np.float32) - expected.view(np.float32)).max()
+        report.note(row.origin.request, f"{row.origin}: {num_bits} bits of its logits differ, by up to {most:.2g}")
+
+
+class PlainWatcher:
+    """Takes the rows of a plain engine to the ledger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def step(self, step: Step) -> None:
+        """Nothing about it is of interest."""
+
+    def row(self, key: Key, bits: Bits, origin: Origin) -> None:
+        self._ledger.plain(key, bits)
+
+
+class BusyWatcher:
+    """Takes the rows of a busy engine to the ledger, and remembers what it was really working on."""
+
+    def __init__(self, ledger: Ledger, report: Report) -> None:
+        self._ledger = ledger
+        self._mixed = report.mixed
+        self._pass: tuple[Prefill, int] | None = None  # the last canonical pass, and how far it has come
+        self.prompts: dict[str, TokenArray] = {}  # by request, those that were computed or decoded exactly
+        self.turns: dict[Key, TokenArray] = {}  # what canonical passes have come to, by the key of its last row
+
+    def step(self, step: Step) -> None:
+        current = next((c for c in step.chunks if c.sequence is None and is_exact(c.prefill)), None)
+        if self._pass is not None and (current is None or current.prefill is not self._pass[0]):
+            self._mixed["canonical passes broken off"] += self._pass[1] < len(self._pass[0].tokens)
+        self._pass = None if current is None else (current.prefill, current.end)
+        if current is not None:
+            self._mixed["canonical passes, tiles"] += 1
+            [*_, last] = prefix_digests(current.prefill.tokens, current.start, current.end)
+            self.turns[last, -1] = current.prefill.tokens[: current.end]
+        for chunk in step.chunks:
+            if not is_exact(chunk.prefill):
+                self._mixed["rows of approximate sequences"] += chunk.end - chunk.start
+            elif chunk.sequence is not None:
+                self.prompts.setdefault(chunk.sequence.request.id, chunk.prefill.tokens)
+        for sequence in step.decodes:
+            if is_exact(sequence.prefill):
+                self.prompts.setdefault(sequence.request.id, sequence.prefill.tokens)
+            else:
+                self._mixed["rows of approximate sequences"] += 1
+
+    def row(self, key: Key, bits: Bits, origin: Origin) -> None:
+        self._ledger.busy(key, bits, origin)

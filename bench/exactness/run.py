@@ -1,0 +1,102 @@
+"""Rounds of random requests to a busy engine, each followed by a plain engine that answers the same ones alone."""
+
+import random
+import time
+import traceback
+
+from rich.progress import Progress
+
+from hybrid_cache.bench.exactness.judge import Judge
+from hybrid_cache.bench.exactness.mix import MIXED, TIGHT, Phase
+from hybrid_cache.bench.exactness.report import Report
+from hybrid_cache.bench.exactness.rows import Ledger
+from hybrid_cache.bench.exactness.traffic import Stuck, Traffic
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.errors import HybridCacheError
+
+ROW_BYTES = 1 << 30  # of the logits of one round; bounds its requests where the vocabulary is large
+ROUNDS = 5  # of an engine, before the next one with another budget; between the first two of them comes a tight one
+MORE_ROUNDS = 12  # tight ones at most, for what a run has to meet and has not
+
+
+class Comparison:
+    """Rounds with one model, until enough rows have been compared."""
+
+    def __init__(self, model: HybridModel, report: Report, phase: Phase) -> None:
+        self.report = report
+        self._model, self._phase = model, phase
+        self._rng = random.Random(f"{report.seed} {report.model} {report.dtype}")
+        self._ledger = Ledger(report)
+        self._judge = Judge(model, max(p.most_tokens for p in (phase, TIGHT)), self._ledger, report)
+        self._traffic = self._open(phase)
+        if not model.cache_spec.page_bytes:
+            report.needed = ("evictions",)  # an answer takes no more room than its prompt: nobody is preempted
+
+    def round(self, num_requests: int | None) -> None:
+        """One more round, and a tight one now and then."""
+        number = self.report.rounds
+        if number % ROUNDS == 1:
+            self.tight_round(num_requests)
+            return
+        if number and number % ROUNDS == 0:
+            self._traffic.close()
+            self._traffic = self._open(self._phase)
+        self._run(self._traffic, self._phase, num_requests)
+
+    def tight_round(self, num_requests: int | None) -> None:
+        """One round of an engine of its own, which holds two states and the pages of one sequence."""
+        traffic = self._open(TIGHT)
+        self._run(traffic, TIGHT, num_requests)
+        traffic.close()
+
+    def _run(self, traffic: Traffic, phase: Phase, num_requests: int | None) -> None:
+        self.report.rounds += 1
+        most = max(4, ROW_BYTES // (4 * self._model.vocab_size * phase.longest))
+        self._judge.round(traffic.round(min(num_requests or phase.requests, most)), traffic)
+
+    def close(self) -> None:
+        self._traffic.close()
+
+    def _open(self, phase: Phase) -> Traffic:
+        return Traffic(self._model, phase, self._ledger, self.report, self._rng)
+
+
+def compare(
+    model: HybridModel,
+    report: Report,
+    num_rows: int,
+    progress: Progress | None = None,
+    requests_per_round: int | None = None,
+    phase: Phase = MIXED,
+) -> Report:
+    """Rounds until at least `num_rows` rows are compared, a tight one among them; fills in and returns the report.
+
+    More tight rounds follow while what the run has to meet has not been met.
+    """
+    started = time.perf_counter()
+    task = progress.add_task(f"{report.model} {report.dtype}", total=num_rows) if progress else None
+    comparison = Comparison(model, report, phase)
+    try:
+        while report.rounds < 2 or (report.rows < num_rows and report.rounds < 10 * num_rows):
+            comparison.round(requests_per_round)
+            if progress and task is not None:
+                progress.update(task, completed=report.rows)
+        comparison.close()
+        for _ in range(MORE_ROUNDS if report.untried else 0):
+            comparison.tight_round(requests_per_round)
+            if not report.untried:
+                break
+    except (HybridCacheError, AssertionError, Stuck) as error:
+        report.note("the engine", _described(error))
+    except Exception as error:
+        error.add_note(f"{report.model} {report.dtype} seed {report.seed} round {report.rounds}")
+        raise
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _described(error: Exception) -> str:
+    """What went wrong, and where."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{place.filename.rpartition('/')[2]}:{place.lineno}"
+    return f"{type(error).__name__} in {place.name} ({where}): {error or place.line}"

@@ -1,0 +1,166 @@
+"""A busy engine: random requests come to it, are answered beside each other, or are broken off."""
+
+import random
+
+from hybrid_cache.bench.exactness.asked import Asked, traits
+from hybrid_cache.bench.exactness.mix import Mix, Phase
+from hybrid_cache.bench.exactness.report import Report
+from hybrid_cache.bench.exactness.rows import BusyWatcher, Ledger, recording_runner
+from hybrid_cache.bench.exactness.tree import Given
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.policies.learned import Learned
+from hybrid_cache.cache.policies.registry import policy_names
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.request import Output, PromptOutput
+
+PATIENCE = 10  # steps without an output for each token of the longest sequence, before an engine counts as stuck
+
+
+class Stuck(Exception):
+    """An engine works, or should, and nothing comes of it."""
+
+
+class Clock:
+    """Moves on with the steps of an engine, so that a run can be repeated."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Traffic:
+    """One busy engine, and the requests that come to it, are answered, or are broken off."""
+
+    def __init__(self, model: HybridModel, phase: Phase, ledger: Ledger, report: Report, rng: random.Random) -> None:
+        self.watcher = BusyWatcher(ledger, report)
+        self.mix = Mix(model, phase, rng)
+        self.given = Given()
+        self._clock, self._phase, self._rng, self._report = Clock(), phase, rng, report
+        runner, config = recording_runner(self.watcher), _config(model, phase, rng)
+        self.engine = Engine(model, config, runner=runner, clock=self._clock)
+        self._asked: dict[str, Asked] = {}
+        self._aborts: dict[str, int] = {}  # steps that are left to requests which will be broken off
+        self._silent_steps = 0
+
+    def round(self, num_requests: int) -> list[Asked]:
+        """So many new requests -> they, when nobody waits any more."""
+        self._asked, self._aborts = {}, {}
+        for _ in range(num_requests):
+            self._submit()
+            self._pause(self._rng.choice(self._phase.arrivals))
+        while not self.engine.idle:
+            self._step()
+        if self._rng.random() < 0.6:  # else finished turns wait, and the next request comes when they have begun
+            while self.engine.has_work:
+                self._step()
+            self._check_idle()
+        self.engine.cache.check()
+        return list(self._asked.values())
+
+    def close(self) -> None:
+        """Adds what the engine has counted to the report. Turns that were not computed again never are."""
+        stats, mixed = self.engine.stats(), self._report.mixed
+        self._report.prompt_tokens += stats.prompt_tokens
+        self._report.cached_tokens += stats.cached_tokens
+        mixed["evictions"] += stats.cache.num_evictions
+        mixed["preemptions"] += stats.num_preemptions
+        mixed["messages stored"] += stats.cache.admissions.get("message", 0)
+        mixed["compactions"] += stats.cache.compactions
+        mixed["digests compared"] += self.engine.cache.memory.digests.num_compared
+
+    def _submit(self) -> None:
+        rng, asked, mixed = self._rng, self.mix.next(), self._report.mixed
+        request = asked.request
+        mixed.update(["requests", *traits(asked)])
+        if rng.random() < 0.02:
+            mixed["dropped caches"] += 1
+            self.engine.cache.drop(rng.choice((None, *self.mix.namespaces.values())))
+        if request.arrangement is not None and rng.random() < 0.1:
+            mixed["plans asked for"] += 1
+            self.engine.plan(request)
+        self._asked[request.id] = asked
+        self.engine.submit(request)
+        if rng.random() < 0.15:
+            self._aborts[request.id] = rng.choice((0, 1, 1, 2, 3, 5, 10, 25))
+        self._abort()
+
+    def _pause(self, steps: int) -> None:
+        if steps < 0:
+            while not self.engine.idle:
+                self._step()
+            steps = self._rng.choice((1, 1, 2, 3))
+        for _ in range(steps):
+            self._step()
+
+    def _step(self) -> None:
+        self._clock.now += self._rng.choice((0.01, 0.1, 1.0))
+        outputs = self.engine.step()
+        for name, output in outputs:
+            self._take(self._asked[name], output)
+        self._silent_steps = 0 if outputs or self.engine.idle else self._silent_steps + 1
+        if self._silent_steps > PATIENCE * self._phase.most_tokens:
+            raise Stuck(f"no output of {self._silent_steps} steps: {self.engine.stats()}")
+        self._abort()
+
+    def _take(self, asked: Asked, output: Output) -> None:
+        if isinstance(output, PromptOutput):
+            asked.told = output
+            return
+        asked.choices.setdefault(output.index, []).append(output)
+        if output.index == 0 and output.finish is not None:
+            self.mix.heard(asked)
+
+    def _abort(self) -> None:
+        for name, left in list(self._aborts.items()):
+            self._aborts[name] = left - 1
+            if left > 0:
+                continue
+            del self._aborts[name]
+            if self.engine.is_open(name):
+                self.engine.abort(name)
+                asked = self._asked[name]
+                asked.aborted = True
+                when = "while it is answered" if asked.told else "in its prompt" if self._has_begun(name) else "at once"
+                self._report.mixed[f"aborted {when}"] += 1
+
+    def _has_begun(self, name: str) -> bool:
+        return name in self.watcher.prompts
+
+    def _check_idle(self) -> None:
+        """Raises AssertionError if something is still in use though nothing runs."""
+        spare = Kind.SLOT if self.engine.model.device.type == "cuda" else None  # for recorded launches
+        allowed = 0 if spare is None else _geometry(self.engine.model).stride_bytes(spare)
+        working = self.engine.stats().cache.working_bytes
+        assert working <= allowed, f"{working} bytes are in use though nothing runs"
+
+
+def _geometry(model: HybridModel) -> Geometry:
+    return Geometry.of(model.cache_spec, 1 << 50)
+
+
+def room(model: HybridModel, tokens: int, sequences: int) -> int:
+    """Bytes that so many sequences of so many tokens take side by side."""
+    geometry = _geometry(model)
+    pages = -(-tokens // TILE) + 1
+    return sequences * (pages * geometry.stride_bytes(Kind.PAGE) + 2 * geometry.stride_bytes(Kind.SLOT))
+
+
+def _config(model: HybridModel, phase: Phase, rng: random.Random) -> EngineConfig:
+    """A busy engine for a phase."""
+    if not phase.budgets:
+        geometry, pages = _geometry(model), -(-phase.most_tokens // TILE)
+        tight = 2 * geometry.stride_bytes(Kind.SLOT) + pages * geometry.stride_bytes(Kind.PAGE)
+        return EngineConfig(budget_bytes=tight, verify=True)
+    return EngineConfig(
+        budget_bytes=room(model, phase.most_tokens, rng.choice(phase.budgets)),
+        max_running=rng.choice((2, 4, 12, 32)),
+        max_tiles=rng.choice((1, 2, 3, 7, 16)),
+        max_tiles_beside_decode=rng.choice((1, 2, 4)),
+        policy=rng.choice((*policy_names(), Learned.name, Learned.name)),
+        verify=True,
+    )

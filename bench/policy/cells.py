@@ -1,0 +1,202 @@
+"""One cell of `hybrid-cache bench policy`: a trace on a model, a policy, a capacity -> one row of numbers."""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid_cache.bench.policy.bound import Visits, bound
+from hybrid_cache.bench.policy.replay import Simulation
+from hybrid_cache.bench.policy.report import BOUND, INFINITE, Row
+from hybrid_cache.bench.traces.trace import Trace
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.policies.base import Policy
+from hybrid_cache.cache.policies.learned import Learned, new_model
+from hybrid_cache.cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
+from hybrid_cache.cache.policies.registry import make_policy
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.models.shapes import ModelShape, total_cost
+from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
+
+# Policies that only make sense here: two need hindsight, the other more of a model than a server tells.
+STATIC, ARTIFACT, HINDSIGHT = "marconi-static", "marconi-artifact", "learned-hindsight"
+ALL_LIVES = 1 << 18
+ANY_BUDGET = 1 << 50  # for sizes that do not depend on the budget
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Predicts the time to the first token: a constant, and the computed FLOPs at a constant rate."""
+
+    base_s: float
+    flops_per_s: float
+
+    def ttft_s(self, cost: PrefillCost, prompt: Ints, hit: Ints) -> Floats:
+        """[requests] For prompts of which so many tokens are not computed."""
+        new = prompt - hit
+        flops = cost.per_token * new + cost.per_token_per_position * new * (prompt + hit - 1) / 2
+        seconds: Floats = self.base_s + flops / self.flops_per_s
+        return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One trace on one model."""
+
+    trace: Trace
+    model: str
+    spec: CacheSpec
+    cost: PrefillCost
+    costs: KindCosts
+    speed: Speed
+    concurrency: int
+    seed: int
+    page_bytes: int  # of one page of the trace
+    slot_bytes: int  # of one state
+    unique_bytes: int  # KV of all distinct pages, answers included, and one state for each distinct prompt
+
+    @staticmethod
+    def of(trace: Trace, model: ModelShape, speed: Speed, *, concurrency: int = 1, seed: int = 0) -> "Setting":
+        geometry = Geometry.of(model.cache_spec, ANY_BUDGET)
+        page_bytes = geometry.stride_bytes(Kind.PAGE) * trace.page_tokens // TILE
+        slot_bytes = geometry.stride_bytes(Kind.SLOT)
+        num_pages = len(np.unique(np.concatenate([r.pages for r in trace.requests])))
+        num_prompts = len({r.whole for r in trace.requests})
+        return Setting(
+            trace=replace(trace, requests=tuple(replace(r, tokens=None) for r in trace.requests)),  # nobody reads them
+            model=model.name,
+            spec=model.cache_spec,
+            cost=model.prefill_cost,
+            costs=kind_costs(model),
+            speed=speed,
+            concurrency=concurrency,
+            seed=seed,
+            page_bytes=page_bytes,
+            slot_bytes=slot_bytes,
+            unique_bytes=num_pages * page_bytes + num_prompts * slot_bytes,
+        )
+
+
+def kind_costs(model: ModelShape) -> KindCosts:
+    attention = [layer.cost for layer in model.layers if isinstance(layer.cache, AttentionSpec)]
+    recurrent = [layer.cost for layer in model.layers if isinstance(layer.cache, StateSpec)]
+    others = [layer.cost for layer in model.layers if layer.cache is None]
+    return KindCosts(total_cost(attention), total_cost(recurrent), total_cost(others), len(attention), len(others))
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    setting: Setting
+    policy: str  # of the registry, or STATIC, ARTIFACT, BOUND, INFINITE
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a cell. A bound knows only totals; the rest is None."""
+
+    flops_saved: float
+    token_hit_rate: float
+    hit_tokens: Ints | None = None
+    kv_bytes: float | None = None
+    state_bytes: float | None = None
+    admissions: int | None = None
+    evictions: int | None = None
+    alpha: float | None = None
+
+
+def measured(cell: Cell) -> Row:
+    start, s = time.perf_counter(), cell.setting
+    outcome = outcome_of(cell)
+    p50 = p95 = None
+    if outcome.hit_tokens is not None:
+        prompt = np.array([r.num_prompt_tokens for r in s.trace.requests], np.int64)
+        p50, p95 = np.percentile(s.speed.ttft_s(s.cost, prompt, outcome.hit_tokens), (50, 95)).tolist()
+    return Row(
+        trace=s.trace.name,
+        model=s.model,
+        policy=cell.policy,
+        capacity_bytes=cell.capacity_bytes,
+        capacity_share=cell.capacity_bytes / s.unique_bytes,
+        token_hit_rate=outcome.token_hit_rate,
+        flops_saved=outcome.flops_saved,
+        ttft_p50_s=p50,
+        ttft_p95_s=p95,
+        kv_bytes=outcome.kv_bytes,
+        state_bytes=outcome.state_bytes,
+        admissions=outcome.admissions,
+        evictions=outcome.evictions,
+        gap_closed=None,
+        seconds=time.perf_counter() - start,
+        alpha=outcome.alpha,
+        seed=s.seed,
+        concurrency=s.concurrency,
+    )
+
+
+def outcome_of(cell: Cell) -> Outcome:
+    s = cell.setting
+    if cell.policy == BOUND:
+        limit = bound(s.trace, s.cost, s.page_bytes, s.slot_bytes, cell.capacity_bytes)
+        return Outcome(limit.flops_saved, limit.token_hit_rate)
+    if cell.policy == INFINITE:
+        return everything_kept(s)
+    if cell.policy == STATIC:
+        tried = [replace(replayed(cell, Marconi(alpha)), alpha=alpha) for alpha in ALPHAS]
+        return max(tried, key=lambda outcome: outcome.flops_saved)
+    if cell.policy == ARTIFACT:
+        return replayed(cell, MarconiArtifact(s.spec, s.costs, budget_bytes=cell.capacity_bytes))
+    if cell.policy == HINDSIGHT:
+        return informed(cell)
+    return replayed(cell, make_policy(cell.policy, s.spec, s.cost, cell.capacity_bytes))
+
+
+def informed(cell: Cell) -> Outcome:
+    """The default policy with what its features can teach about this very trace, known from the first request on."""
+    model = new_model(ALL_LIVES)
+    replayed(cell, Learned(model, learn=False))
+    for _ in range(5):
+        model.fit(cell.setting.trace.requests[-1].arrival_s)
+    return replayed(cell, Learned(model, learn=False))
+
+
+def replayed(cell: Cell, policy: Policy) -> Outcome:
+    s = cell.setting
+    run = Simulation(s.trace, s.spec, s.cost, cell.capacity_bytes, policy, s.concurrency).run()
+    return Outcome(
+        flops_saved=run.flops_saved_share,
+        token_hit_rate=float(run.hit_tokens.sum() / s.trace.num_prompt_tokens),
+        hit_tokens=run.hit_tokens,
+        kv_bytes=run.mean_bytes["kv"],
+        state_bytes=run.mean_bytes["states"],
+        admissions=sum(run.stats.admissions.values()),
+        evictions=run.stats.num_evictions - run.stats.evictions.get("page", 0),
+    )
+
+
+def everything_kept(s: Setting) -> Outcome:
+    visits = Visits.of(s.trace)
+    hits = np.zeros(len(s.trace.requests), np.int64)
+    hits[visits.request] = visits.depth * visits.page_tokens  # of several depths of a request, the last and deepest
+    return Outcome(visits.infinite(s.cost), float(hits.sum() / s.trace.num_prompt_tokens), hits)
+
+
+def all_measured(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[int, Row]]:
+    """Rows as they come, each with the number of its cell."""
+    if jobs == 1:
+        yield from enumerate(map(measured, cells))
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(measured, cell): i for i, cell in enumerate(cells)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,316 @@
+"""`hybrid-cache bench policy`: which cache policy saves how much, at which size, and what would be possible at all.
+
+Replays traces through the very objects that the server runs, over its tree and its byte accounting, on a simulated
+clock and without tensors. Two rows beside the policies say what there is to win:
+
+    bound      no policy saves more in so many bytes, not even one that knows the future
+    infinite   everything is kept, whatever it takes
+
+A trace's unique bytes, of which `--capacity 5%` is a share, are the KV bytes of all its distinct pages, answers
+included, and one state for each distinct prompt.
+
+The time to the first token is predicted as a constant plus the computed FLOPs at a constant rate. If not given, it
+fits what Marconi's authors published of Jamba-1.5-Mini on four A100 (Pan et al. 2024, arXiv 2411.19379): 17.8 ms, and
+0.0530 ms for each computed token. A model with half the FLOPs a token takes half as long for each.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from hybrid_cache.api.sizes import format_bytes, parse_bytes
+from hybrid_cache.bench.common.files import check_plot, target, write_whole
+from hybrid_cache.bench.common.http_client import server_url
+from hybrid_cache.bench.common.terminal import listed, progress_bar
+from hybrid_cache.bench.policy.cells import ARTIFACT, HINDSIGHT, STATIC, Cell, Setting, Speed, all_measured
+from hybrid_cache.bench.policy.live import Asked, compare
+from hybrid_cache.bench.policy.report import (
+    LIMITS,
+    Row,
+    by_trace,
+    conclusion,
+    plot_png,
+    rows_json,
+    table,
+    with_gaps,
+)
+from hybrid_cache.bench.traces.files import FORMATS, load_trace
+from hybrid_cache.bench.traces.trace import Trace
+from hybrid_cache.bench.traces.workloads import WORKLOADS, make_workload
+from hybrid_cache.cache.policies.learned import Learned
+from hybrid_cache.cache.policies.registry import ALIASES, policy_names
+from hybrid_cache.errors import ConfigError, HybridCacheError
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.models.shapes import ModelShape
+from hybrid_cache.models.tools.presets import PRESETS, model_shape
+
+# Without arguments: small enough for a minute on one core, large enough that something has to go.
+DEFAULT_SCALES = {"chat": 0.25, "agent": 0.15, "few-shot": 0.25}
+DEFAULT_MODEL = "jamba-1.5-mini"
+DEFAULT_CAPACITIES = "5%,10%,20%"
+ORDER = (
+    *("none", "lru", "vllm-block", "sglang-radix", "sglang-unified", "marconi", STATIC, ARTIFACT),
+    *("seglen", "gdsf", "flops-per-byte", Learned.name),
+)
+# In the order in which they are shown: what came first, and the default last.
+KNOWN = tuple(
+    sorted(
+        dict.fromkeys((*policy_names(), STATIC, ARTIFACT, HINDSIGHT)),
+        key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER),
+    )
+)
+FORMER_NAMES = {**ALIASES, "ours-hindsight": HINDSIGHT}
+ON_REQUEST = (STATIC, ARTIFACT, HINDSIGHT)  # not run unless named: two need hindsight, the other repeats errors
+FILE_WIDTH = 100  # at least, where nobody can widen a window
+REFERENCE_MODEL, REFERENCE_SPEED = "jamba-1.5-mini", "17.8:53.0"
+
+
+def policy(
+    trace: Annotated[
+        list[Path] | None, typer.Option(help="File or folder with a trace, gz and xz too; may be given several times.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help=f"Of the files: {', '.join(FORMATS)}; guessed if left out.")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Made-up traffic: {', '.join(WORKLOADS)}; may be given several times. "
+            f"Without any trace: {', '.join(DEFAULT_SCALES)}, shortened."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{', '.join(PRESETS)}, or a config.json; may be given several times. {DEFAULT_MODEL} if left out."
+        ),
+    ] = None,
+    capacity: Annotated[
+        str | None,
+        typer.Option(
+            help="Cache sizes, with commas: bytes such as 8GiB, or shares such as 5% of the trace's unique bytes, "
+            "which are the KV bytes of all distinct pages and one state for each distinct prompt. "
+            f"{DEFAULT_CAPACITIES} if left out."
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help=f"With commas, of {', '.join(KNOWN)}; if left out, all but {' and '.join(ON_REQUEST)}."),
+    ] = None,
+    with_bound: Annotated[
+        bool, typer.Option("--bound/--no-bound", help="Add what is possible in those bytes, and without a limit.")
+    ] = True,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests in progress at a time; each pins what it uses.")
+    ] = 1,
+    page_tokens: Annotated[
+        int | None, typer.Option(min=TILE, help="Larger pages, to be faster; the trace's own if left out.")
+    ] = None,
+    sessions: Annotated[int | None, typer.Option(min=1, help="Take so many sessions of a file, at random.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Starts of sessions a second, for a file without such times.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="So many times the usual sessions of made-up traffic.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many requests of each trace.")] = None,
+    ttft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE_MS:MS_PER_1K_TOKENS",
+            help="Time to the first token, for nothing and for 1,000 computed tokens. If left out: "
+            f"{REFERENCE_SPEED} as published for {REFERENCE_MODEL} on four A100, scaled to the model by FLOPs.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn at random.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw FLOPs saved by capacity to this PNG file.")] = None,
+    live: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send one trace to this server instead, and compare its hits with a replay, request by request; "
+            "--model, --policy and --capacity are then those of the server.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the API key for --live.", exists=True, dir_okay=False)
+    ] = None,
+) -> None:
+    """Replay traces through cache policies: what does each save, and what would be possible?
+
+    hit %         prompt tokens that were not computed
+    saved %       prefill FLOPs that were not computed
+    TTFT, p95     predicted time to the first token, median and 95th percentile
+    KV, states    mean bytes of pages and of states
+    admit, evict  states that came and went
+    gap %         closed of the way from lru to the bound, in FLOPs
+
+    The number beside marconi-static is its alpha, the best of 21 in hindsight.
+    """
+    try:
+        json_file, plot = json_file and target(json_file), plot and target(plot)
+        if plot is not None:
+            check_plot(plot)
+        traces = load_all(
+            trace or [],
+            workload or [],
+            format=format,
+            page_tokens=page_tokens,
+            sessions=sessions,
+            rate=rate,
+            scale=scale,
+            limit=limit,
+            seed=seed,
+        )
+        if live is not None:
+            if plot is not None:
+                raise ConfigError("--live draws nothing, leave out --plot")
+            asked = Asked(server_url(live), api_key_file, tuple(model or ()), policy, capacity, concurrency)
+            compare(asked, traces, json_file)
+            return
+        names = chosen_policies(policy, with_bound)
+        settings = [
+            Setting.of(t, m, speed(ttft, m), concurrency=concurrency, seed=seed)
+            for t in traces
+            for m in chosen_models(model or [DEFAULT_MODEL])
+        ]
+        wanted = listed("capacity", capacity or DEFAULT_CAPACITIES)
+        cells = [
+            Cell(setting, name, num_bytes)
+            for setting in settings
+            for num_bytes in sorted({capacity_bytes(text, setting) for text in wanted})
+            for name in names
+        ]
+        rows = watched(cells, jobs)
+        show(rows, settings)
+        files = [(json_file, rows_json), (plot, plot_png)]
+        for path, content in [(path, made(rows)) for path, made in files if path is not None]:
+            write_whole(path, content)
+    except HybridCacheError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from error
+
+
+def chosen_policies(text: str | None, with_bound: bool) -> tuple[str, ...]:
+    known = (*KNOWN, *LIMITS)
+    given = tuple(name for name in KNOWN if name not in ON_REQUEST) if text is None else listed("policy", text)
+    names = tuple(FORMER_NAMES.get(name, name) for name in given)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown policy {name!r}, must be one of {', '.join(known)}")
+    return tuple(dict.fromkeys((*names, *LIMITS) if with_bound else names))
+
+
+def chosen_models(given: Sequence[str]) -> list[ModelShape]:
+    shapes = [model_shape(name) for name in dict.fromkeys(given)]
+    names = named_apart([shape.name for shape in shapes], list(dict.fromkeys(given)))
+    return [replace(shape, name=name) for shape, name in zip(shapes, names, strict=True)]
+
+
+def named_apart(names: Sequence[str], given: Sequence[str]) -> list[str]:
+    """The names, but what was given wherever a name occurs twice."""
+    return [name if names.count(name) == 1 else long for name, long in zip(names, given, strict=True)]
+
+
+def capacity_bytes(text: str, setting: Setting) -> int:
+    """Bytes, or a share of the trace's unique bytes. Raises ConfigError if they hold no page with its state."""
+    if text.endswith("%"):
+        share = re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", text[:-1].strip(), re.ASCII)
+        if share is None or float(share[0]) == 0:
+            raise ConfigError(f"capacity {text!r} is not a share above 0 %, wanted one such as 5% or 0.5%")
+        num_bytes = int(setting.unique_bytes * float(share[0]) / 100)
+    else:
+        try:
+            num_bytes = parse_bytes(text)
+        except ConfigError as error:
+            raise ConfigError(f"capacity {error}; or a share such as 5%") from error
+    least = setting.page_bytes + setting.slot_bytes
+    if num_bytes < least:
+        raise ConfigError(
+            f"capacity {text} of {setting.trace.name} is {num_bytes} bytes; "
+            f"one checkpoint and one page of {setting.model} take {least}"
+        )
+    return num_bytes
+
+
+def speed(text: str | None, model: ModelShape) -> Speed:
+    """From `BASE_MS:MS_PER_1K_TOKENS` of this model, or from the published fit of REFERENCE_MODEL."""
+    measured = model if text is not None else model_shape(REFERENCE_MODEL)
+    match = re.fullmatch(r"([0-9.]+):([0-9.]+)", (text or REFERENCE_SPEED).strip(), re.ASCII)
+    try:
+        base_ms, ms_per_1k = map(float, match.groups()) if match else (0.0, 0.0)
+    except ValueError:
+        ms_per_1k = 0.0
+    if ms_per_1k <= 0:
+        raise ConfigError(f"ttft {text!r}: wanted BASE_MS:MS_PER_1K_TOKENS such as 17.8:53, the second above 0")
+    return Speed(base_ms / 1e3, measured.prefill_cost.per_token * 1e6 / ms_per_1k)
+
+
+def load_all(
+    paths: Sequence[Path],
+    workloads: Sequence[str],
+    *,
+    format: str | None,
+    page_tokens: int | None,
+    sessions: int | None,
+    rate: float | None,
+    scale: float | None,
+    limit: int | None,
+    seed: int,
+) -> list[Trace]:
+    """The traces of files and then of workloads; the usual ones if there are neither."""
+    if not paths and any(option is not None for option in (format, sessions, rate)):
+        raise ConfigError("format, sessions and rate are for files, name one with --trace")
+    if paths and not workloads and scale is not None:
+        raise ConfigError("scale is for made-up traffic, name some with --workload")
+    paths = list(dict.fromkeys(paths))
+    traces = [
+        load_trace(path, format, page_tokens=page_tokens, sessions=sessions, seed=seed, rate=rate) for path in paths
+    ]
+    usual = dict.fromkeys(workloads, 1.0) if paths or workloads else DEFAULT_SCALES
+    for name, share in usual.items():
+        factor = share if scale is None else share * scale
+        traces.append(make_workload(name, seed=seed, scale=factor, page_tokens=page_tokens or TILE))
+    names = named_apart([trace.name for trace in traces], [*map(str, paths), *usual])
+    traces = [replace(t, name=name, requests=t.requests[:limit]) for t, name in zip(traces, names, strict=True)]
+    for trace in traces:
+        if not trace.num_prompt_tokens:
+            raise ConfigError(f"{trace.name}: its prompts have no tokens")
+    return traces
+
+
+def watched(cells: Sequence[Cell], jobs: int) -> list[Row]:
+    """The rows of all cells in order, with a progress bar on the error stream."""
+    rows: dict[int, Row] = {}
+    with progress_bar() as progress:
+        task = progress.add_task("replay", total=len(cells))
+        for i, row in all_measured(cells, jobs):
+            rows[i] = row
+            progress.update(task, description=f"{row.trace}, {row.policy}", advance=1)
+    return with_gaps([rows[i] for i in range(len(cells))])
+
+
+def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
+    """Tables, then a sentence for each trace and model."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, FILE_WIDTH))
+    groups = by_trace(rows)
+    for setting, group in zip(settings, groups, strict=True):
+        trace = setting.trace
+        console.print(
+            table(
+                group,
+                f"{trace.name} on {setting.model}: {len(trace.requests):,} requests, "
+                f"{format_bytes(setting.unique_bytes)} unique",
+            )
+        )
+        if trace.name not in WORKLOADS and trace.note:
+            console.print(trace.note, style="dim")
+    for group in groups:
+        console.print(conclusion(group), highlight=False)

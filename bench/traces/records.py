@@ -1,0 +1,189 @@
+"""The lines of a trace file as JSON objects whose fields are checked when they are asked for.
+
+Plain, `.gz` and `.xz` files are read line by line. Everything that is wrong with a file is a TraceError of one line,
+`FILE:LINE: FIELD VALUE: expected ...`; lines count from one in the unpacked text.
+"""
+
+import gzip
+import json
+import lzma
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid_cache.bench.traces.trace import TraceRequest
+from hybrid_cache.errors import ConfigError
+
+IntArray = NDArray[np.int64]
+
+LARGEST = 2**31 - 1  # of token counts, block ids and token ids
+
+
+class TraceError(ConfigError):
+    """A trace file that cannot be used."""
+
+
+class Times(Enum):
+    """What `arrival_s` counts from."""
+
+    TRACE = "the start of the trace"
+    SESSION = "the start of its session"
+    NONE = "nothing: all are zero"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the files of a trace say."""
+
+    files: list[list[TraceRequest]]  # in the order of each file
+    page_tokens: int
+    times: Times
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A JSON object of a file."""
+
+    file: Path
+    line: int
+    fields: dict[str, object]
+    place: str = ""  # in the object of its line, e.g. "requests[3]."
+
+    def error(self, name: str, expected: str) -> TraceError:
+        value = brief(self.fields[name]) if name in self.fields else "missing"
+        return self.fault(f"{name} {value}: expected {expected}")
+
+    def fault(self, problem: str) -> TraceError:
+        return TraceError(f"{self.file}:{self.line}: {self.place}{problem}")
+
+    def has(self, name: str) -> bool:
+        return self.fields.get(name) is not None
+
+    def integer(self, name: str, least: int = 0) -> int:
+        value = self.fields.get(name)
+        if type(value) is not int or not least <= value <= LARGEST:
+            raise self.error(name, f"an integer from {least} to {LARGEST}")
+        return value
+
+    def time(self, name: str) -> float:
+        value = self.fields.get(name)
+        if type(value) not in (int, float) or not is_time(value):
+            raise self.error(name, "a finite number, not negative")
+        return float(cast(float, value))
+
+    def time_in_text(self, name: str) -> float:
+        value = self.fields.get(name)
+        if not isinstance(value, str) or not is_time(value):
+            raise self.error(name, "a finite number in quotes, not negative")
+        return float(value)
+
+    def text(self, name: str) -> str:
+        value = self.fields.get(name)
+        if not isinstance(value, str):
+            raise self.error(name, "a string")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.fields.get(name)
+        if not isinstance(value, bool):
+            raise self.error(name, "true or false")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        value = self.fields.get(name)
+        if not isinstance(value, list) or set(map(type, value)) - {str}:
+            raise self.error(name, "a list of strings")
+        return value
+
+    def integers(self, name: str) -> IntArray:
+        value = self.fields.get(name)
+        # There may be millions: these two lines must not become a loop.
+        if not isinstance(value, list) or set(map(type, value)) - {int}:
+            raise self.error(name, "a list of integers")
+        if value and not 0 <= min(value) <= max(value) <= LARGEST:
+            raise self.error(name, f"integers from 0 to {LARGEST}")
+        return np.array(value, np.int64)
+
+    def record(self, name: str) -> "Record":
+        value = self.fields.get(name)
+        if not isinstance(value, dict):
+            raise self.error(name, "an object")
+        return Record(self.file, self.line, value, f"{self.place}{name}.")
+
+    def records(self, name: str) -> "list[Record]":
+        value = self.fields.get(name)
+        if not isinstance(value, list) or set(map(type, value)) - {dict}:
+            raise self.error(name, "a list of objects")
+        return [Record(self.file, self.line, entry, f"{self.place}{name}[{i}].") for i, entry in enumerate(value)]
+
+
+def in_order(last: Record | None, record: Record, name: str) -> None:
+    """Within one file no time may be less than the one before."""
+    if last is not None and last.file == record.file and record.time(name) < last.time(name):
+        raise record.error(name, f"at least {brief(last.fields[name])}, the time before it")
+
+
+def read_records(file: Path) -> Iterator[Record]:
+    """The objects of a file, one a line; blank lines are passed over."""
+    line = 0
+    try:
+        with unpacked(file) as lines:
+            for line, text in enumerate(lines, 1):
+                if not text.isspace():
+                    yield parsed(file, line, text)
+    except EOFError as error:
+        raise TraceError(
+            f"{file}:{line + 1}: compressed data ends early: expected a whole {file.suffix} file"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        problem = f"compressed data broken ({error}): expected a {file.suffix} file"
+        raise TraceError(f"{file}:{line + 1}: {problem}") from error
+    except OSError as error:
+        raise TraceError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def unpacked(file: Path) -> BinaryIO:
+    match file.suffix:
+        case ".gz":
+            return cast(BinaryIO, gzip.open(file))
+        case ".xz":
+            return cast(BinaryIO, lzma.open(file))
+        case _:
+            return file.open("rb")
+
+
+def parsed(file: Path, line: int, text: bytes) -> Record:
+    try:
+        value: object = json.loads(text.decode().rstrip())
+    except json.JSONDecodeError as error:
+        raise TraceError(f"{file}:{line}: JSON broken at column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, an endless number, too deep
+        raise TraceError(f"{file}:{line}: JSON broken: {error}") from error
+    if not isinstance(value, dict):
+        raise TraceError(f"{file}:{line}: JSON {brief(value)}: expected an object")
+    return Record(file, line, value)
+
+
+def is_time(value: object) -> bool:
+    try:
+        return math.isfinite(number := float(cast(float, value))) and number >= 0
+    except (ValueError, OverflowError):
+        return False
+
+
+def brief(value: object) -> str:
+    """A value in one short line."""
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{len(value)} values]"
+    if isinstance(value, dict):
+        return "{object}"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,93 @@
+"""Requests as a cache sees them: when they come, which pages of tokens they share, how much they generate.
+
+A page is named by a number that stands for its tokens *and all tokens before it*: two requests share a prefix of k
+pages exactly when their first k numbers are equal. Traces that name blocks this way need no tokens at all.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybrid_cache.kernels.grid import TILE
+
+PageIds = NDArray[np.int32]  # [full pages]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A message ends after so many tokens of the prompt."""
+
+    position: int
+    role: str  # system, user, assistant, tool; "" when the trace does not say
+    explicit: bool = False  # the client asked for a checkpoint here
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One prompt and its answer.
+
+    [0, num_prompt_tokens)                  sent by the client
+    [num_prompt_tokens, num_known_tokens)   generated, if the trace knows what was generated; else nothing
+    """
+
+    arrival_s: float
+    session: str  # "" when the trace does not say
+    pages: PageIds  # one number for each full page of the known tokens
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_known_tokens: int
+    whole: int  # names the whole prompt, partial last page included: equal for exact repeats
+    marks: tuple[Mark, ...] = ()  # rising positions, none beyond the prompt
+    tokens: NDArray[np.int32] | None = None  # the prompt's tokens, if the trace has them
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests in order of arrival."""
+
+    name: str
+    page_tokens: int  # a multiple of TILE
+    requests: tuple[TraceRequest, ...]
+    note: str = ""  # what was assumed, e.g. a synthetic arrival process
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(r.num_prompt_tokens for r in self.requests)
+
+    def coarsened(self, page_tokens: int) -> "Trace":
+        """The same trace in larger pages, a multiple of its own: faster to replay, blind to what is smaller."""
+        factor, rest = divmod(page_tokens, self.page_tokens)
+        if factor < 1 or rest:
+            raise ValueError(f"pages of {page_tokens} tokens are no multiple of the trace's {self.page_tokens}")
+        requests = tuple(replace(r, pages=r.pages[factor - 1 :: factor].copy()) for r in self.requests)
+        return replace(self, page_tokens=page_tokens, requests=requests)
+
+
+@dataclass(slots=True)
+class PageNames:
+    """Gives equal numbers to equal prefixes."""
+
+    page_tokens: int = TILE
+    _names: dict[Hashable, int] = field(default_factory=dict)
+
+    def of(self, tokens: NDArray[np.int32]) -> tuple[PageIds, int]:
+        """The numbers of all full pages of a token sequence, and that of the whole sequence."""
+        data, step, parent, names = np.ascontiguousarray(tokens, np.int32).tobytes(), self.page_tokens * 4, -1, []
+        for start in range(0, len(data) - step + 1, step):
+            parent = self._name((parent, data[start : start + step]))
+            names.append(parent)
+        tail = data[len(names) * step :]
+        return np.array(names, np.int32), self._name((parent, tail)) if tail else parent
+
+    def of_blocks(self, blocks: Sequence[Hashable] | Iterable[Hashable]) -> PageIds:
+        """The numbers of pages given by any names of their own, unique only beside what comes before them."""
+        parent, names = -1, []
+        for block in blocks:
+            parent = self._name((parent, block))
+            names.append(parent)
+        return np.array(names, np.int32)
+
+    def _name(self, key: Hashable) -> int:
+        return self._names.setdefault(key, len(self._names))

@@ -1,0 +1,442 @@
+"""The books of the cache: what requests find in it, hold of it and leave in it. Integers only.
+
+Only `Books` changes the tree and the pool, on one thread. Who owns what of a running sequence:
+
+    [0, lease.shared)            pages of tree nodes on the lease's path, pinned; never written again
+    [lease.shared, written)      pages of the lease alone; `publish` gives full ones to the tree, or takes the tree's
+                                 page instead when someone was faster
+    [written, covered)           pages of the lease alone, reserved, not yet written
+    lease.slot                   the working state, always the lease's alone: states are copied in and out of it
+
+A lease that does not publish may hold anything, an approximation for one: it shares no page beyond the state that it
+starts from, and nothing of it enters the tree. Published bytes never change; see `device.digests` for the proof.
+
+A lease pins its pages: they are neither evicted nor moved. It does not pin states, since it has its own copy.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from hybrid_cache.cache.audit import check_books, stats_of
+from hybrid_cache.cache.commands import Emit, Item, KeepHidden, VerifySome, nowhere
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.lease import Lease, Match, Reservation
+from hybrid_cache.cache.messages import MessageStore
+from hybrid_cache.cache.policies.base import Outline, Policy, Wish, Worth
+from hybrid_cache.cache.pool import Pool, nearest_checkpoint
+from hybrid_cache.cache.tree import (
+    Checkpoint,
+    CheckpointKind,
+    Keys,
+    Node,
+    PrefixTree,
+    PromptEnd,
+    StoredMessage,
+    end_name,
+    keys_of,
+)
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.spec import CacheSpec, PrefillCost
+from hybrid_cache.stats import CacheStats
+from hybrid_cache.tokens import Boundary, TokenArray
+
+
+class Books:
+    """See the module docstring. No room is never an error: methods return None or False."""
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        cost: PrefillCost,
+        budget_bytes: int,
+        policy: Policy,
+        *,
+        emit: Emit = nowhere,
+        page_tokens: int = TILE,
+        clock: Callable[[], float] = time.monotonic,
+        verify: bool = False,
+    ) -> None:
+        """emit: takes what the memory of the cache has to do, in order; `nowhere` for books alone, which may have
+        larger pages (a multiple of TILE)   verify: tell the memory what is published, used and given up
+
+        Raises ConfigError for too small a budget.
+        """
+        self.budget_bytes = budget_bytes
+        self._cost = cost
+        self._clock = clock
+        self._stateless = spec.slot_bytes == 0  # attention alone: every page is a place to resume from
+        self._page_tokens = page_tokens
+        self.tree = PrefixTree(page_tokens)
+        geometry = Geometry.of(spec, budget_bytes)
+        self.pool = Pool(
+            *(geometry, cost, budget_bytes, policy, self.tree, clock, emit), stateless=self._stateless, verify=verify
+        )
+        self.messages = MessageStore(self.pool, cost, 4 * spec.effect_size)
+        self.leases: set[Lease] = set()
+        self.scratch: int | None = None
+        self.tokens: Counter[str] = Counter()  # of prompts: hit, kv_only, miss
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether one sequence of this length fits into an otherwise empty cache."""
+        return self.pool.geometry.fits(-(-num_tokens // TILE), 1 if self.scratch is None else 2)
+
+    def scratch_slot(self) -> int | None:
+        """A state slot that is nobody's, for rows that only fill a batch up; always the same one.
+
+        Taken at the first call. None where the budget holds one sequence only.
+        """
+        if self.scratch is None and self.pool.geometry.fits(1, 2):
+            taken = self.pool.take(num_slots=1, num_pages=0)
+            self.scratch = taken[0][0] if taken else None
+        return self.scratch
+
+    def match(self, namespace: str, prompt: TokenArray | Keys) -> Match:
+        """The longest usable part of a prompt. Changes nothing."""
+        keys, step = as_keys(prompt), self._page_tokens
+        path = self.tree.walk(namespace, keys.pages)
+        tip = path[-1] if path else self.tree.roots.get(namespace)
+        end = tip.ends.get(keys.tail) if tip is not None and len(path) == len(keys.pages) else None
+        if end is not None:
+            return Match(namespace, keys, path, keys.num_tokens, len(path) * step, None, end)
+        if self._stateless:
+            length = min(len(path), max(keys.num_tokens - 1, 0) // step) * step
+            return Match(namespace, keys, path, length, len(path) * step, None, None)
+        usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < keys.num_tokens)
+        checkpoint = next(usable, None)
+        length = checkpoint.num_tokens if checkpoint else 0
+        return Match(namespace, keys, path, length, len(path) * step, checkpoint, None)
+
+    def acquire(self, match: Match, prompt: TokenArray | Keys, *, publish: bool = True) -> Lease | None:
+        """Pins what was matched and takes a working state and pages for all of a prompt; all or nothing.
+
+        The working state holds the matched state, if there is one. What was evicted since is looked for again, as far
+        as the match did. With `publish=False` nothing of the lease enters the tree, and all pages beyond the state that
+        it starts from are its own: it may write there what the tree must never hold.
+        """
+        keys = as_keys(prompt)
+        match = self._renew(match)
+        if not publish:
+            match = match.up_to_its_state(self._page_tokens)
+        root = self.tree.root(match.namespace)
+        num_held = sum(not node.pins for node in match.path)
+        self._pin(root, match.path)
+        num_pages = -(-keys.num_tokens // self._page_tokens) - len(match.path)
+        taken = self._take_for(match, num_pages, num_held)
+        if taken is not None:
+            return self._open(match, keys, publish, *taken)
+        source = match.end or match.checkpoint
+        in_the_way = source is not None and self.pool.fits(num_pages, 1, num_held)
+        self._unpin(root, match.path)
+        if source is None or not in_the_way:
+            return None
+        self.pool.evict(source)
+        return self.acquire(self.match(match.namespace, match.keys), keys, publish=publish)
+
+    def plan(
+        self,
+        lease: Lease,
+        boundaries: Sequence[Boundary] = (),
+        *,
+        only_marked: bool = False,
+        generated: bool = False,
+        again: bool = False,
+    ) -> list[Wish]:
+        """Where the policy would like checkpoints of a prompt that was just acquired; see `Outline`."""
+        if not lease.publish:
+            return []
+        outline = Outline(
+            lease.namespace,
+            lease.keys,
+            lease.length,
+            lease.shared,
+            self._page_tokens,
+            tuple(boundaries),
+            only_marked,
+            generated,
+            again,
+        )
+        return list(self.pool.policy.plan(outline))
+
+    def extend(self, lease: Lease, num_tokens: int) -> bool:
+        """Takes pages until the lease covers `num_tokens`; False and unchanged when there is no room."""
+        missing = -(-num_tokens // self._page_tokens) - len(lease.pages)
+        taken = self.pool.take(num_slots=0, num_pages=max(missing, 0))
+        if taken is None:
+            return False
+        lease.pages += taken[1]
+        return True
+
+    def reserve_checkpoint(
+        self, lease: Lease, position: int, kind: CheckpointKind, *, ttl_s: float | None = None
+    ) -> int | None:
+        """A slot for the forward pass to fill with the state at `position`, a grid position not yet published.
+
+        None when the lease does not publish, the place is taken, or the policy would have to evict something better.
+        The state, once it is there, is kept for at least `ttl_s` after each use unless nothing else is left to evict.
+        """
+        if not lease.publish or self._stateless or position <= lease.length:
+            return None
+        index = position // self._page_tokens - 1
+        node = lease.nodes[index] if index < len(lease.nodes) else None
+        if any(r.position == position for r in lease.reserved) or (node and (node.checkpoint or node.awaited)):
+            return None
+        score = self._candidate_score(lease, position, kind)
+        taken = None if score is None else self.pool.take(num_slots=1, num_pages=0, ceiling=score)
+        if taken is None:
+            self._decline(lease, position, kind, score)
+            return None
+        if node is not None:
+            node.awaited = True
+        lease.reserved.append(Reservation(position, taken[0][0], kind, ttl_s or 0.0, node))
+        return taken[0][0]
+
+    def publish(self, lease: Lease, num_tokens: int) -> None:
+        """Publishes the pages of [0, num_tokens), a grid position, and the checkpoints reserved inside it.
+
+        Everything there must have been written completely, by the prefill path.
+        """
+        self._verify_some()
+        if not lease.publish:
+            return
+        for index in range(len(lease.nodes), num_tokens // self._page_tokens):
+            self._publish_page(lease, index)
+        filled = [r for r in lease.reserved if r.position <= num_tokens]
+        lease.reserved = [r for r in lease.reserved if r.position > num_tokens]
+        for r in filled:
+            if r.node is not None:
+                r.node.awaited = False
+            node = lease.nodes[r.position // self._page_tokens - 1]
+            if node.checkpoint is not None:
+                self.pool.give(Kind.SLOT, r.slot)
+                continue
+            node.checkpoint = Checkpoint(node, r.slot, r.kind, r.ttl_s)
+            self.pool.publish(node.checkpoint, lease.nodes)
+            self.pool.rescore_below(node)
+
+    def publish_end(self, lease: Lease, row: int) -> bool:
+        """Keeps the working state as the end of the lease's prompt, with its last hidden row.
+
+        row: which of the hidden rows that the latest forward pass gave
+        To be called between the prompt's last tile and the first decode step. False when it is there already, the lease
+        does not publish, or the policy declines.
+        """
+        tail, num_tokens = lease.keys.tail, lease.keys.num_tokens
+        if not lease.publish or len(lease.nodes) < len(lease.keys.pages) or tail in lease.tip.ends:
+            return False
+        kind, num_pages = CheckpointKind.PROMPT_END, 1 if tail and self.pool.geometry.page_bytes else 0
+        score = self._candidate_score(lease, num_tokens, kind)
+        taken = None if score is None else self.pool.take(num_slots=1, num_pages=num_pages, ceiling=score)
+        if taken is None:
+            self._decline(lease, num_tokens, kind, score)
+            return False
+        slots, pages = taken
+        end = PromptEnd(lease.tip, tail, num_tokens, slots[0], pages[0] if pages else None)
+        self.pool.copy(Kind.SLOT, lease.slot, end.slot)
+        if end.page is not None:
+            self.pool.copy(Kind.PAGE, lease.pages[len(lease.nodes)], end.page)
+        self.pool.emit(KeepHidden(end.slot, row))
+        lease.tip.ends[tail] = end
+        self.pool.publish(end, lease.nodes)
+        return True
+
+    def fork(self, lease: Lease, num_tokens: int) -> Lease | None:
+        """Another lease of the same sequence, whose state is the one after `num_tokens`.
+
+        It covers as much as the first: the tree's pages are shared, the others and the state are copied.
+        """
+        own = lease.pages[len(lease.nodes) :]
+        taken = self.pool.take(num_slots=1, num_pages=len(own))
+        if taken is None:
+            return None
+        slots, pages = taken
+        self._pin(lease.root, lease.nodes)
+        self.pool.copy(Kind.SLOT, lease.slot, slots[0])
+        num_written = max(-(-num_tokens // self._page_tokens) - len(lease.nodes), 0)
+        for source, target in zip(own[:num_written], pages, strict=False):
+            self.pool.copy(Kind.PAGE, source, target)
+        fork = Lease(
+            lease.namespace,
+            lease.keys,
+            lease.publish,
+            lease.root,
+            list(lease.nodes),
+            lease.pages[: len(lease.nodes)] + pages,
+            slots[0],
+            num_tokens,
+            lease.end,
+        )
+        self.leases.add(fork)
+        return fork
+
+    def release(self, lease: Lease, num_output_tokens: int | None = None) -> None:
+        """Gives back all that a lease holds; what it has published stays. Idempotent.
+
+        `num_output_tokens` tells the policy how long the answer was, if the request is done.
+        """
+        if lease.released:
+            return
+        lease.released = True
+        if num_output_tokens is not None and lease.keys.pages:
+            self.pool.policy.finished(lease.namespace, lease.keys.names[-1], num_output_tokens)
+        self._verify_some()
+        self.leases.remove(lease)
+        for page in lease.pages[len(lease.nodes) :]:
+            self.pool.give(Kind.PAGE, page)
+        for slot in [lease.slot, *(r.slot for r in lease.reserved)]:
+            self.pool.give(Kind.SLOT, slot)
+        for r in lease.reserved:
+            if r.node is not None:
+                r.node.awaited = False
+        self._unpin(lease.root, lease.nodes)
+
+    def drop(self, namespace: str | None = None) -> int:
+        """Drops everything that nobody is using, of one namespace or of all -> bytes freed."""
+        before = self.pool.allocator.free_bytes
+        for kept in [k for k in self.pool.slot_owner.values() if namespace in (None, k.node.namespace)]:
+            if not (isinstance(kept, StoredMessage) and kept.holders):
+                self.pool.evict(kept)
+        for node in [n for n in self.tree.nodes() if n.dead and namespace in (None, n.namespace)]:
+            while node.dead and node.parent is not None:
+                self.pool.evict_page(node)
+                node = node.parent
+        return self.pool.allocator.free_bytes - before
+
+    def _renew(self, match: Match) -> Match:
+        """The match itself, or a new one when something of it has been evicted since."""
+        source = match.end or match.checkpoint
+        whole = (not match.path or match.path[-1].attached) and (source is None or source.attached)
+        return match if whole else self.match(match.namespace, match.keys)
+
+    def _take_for(self, match: Match, num_pages: int, num_held: int) -> tuple[list[int], list[int]] | None:
+        """A slot that holds the matched state, and pages; the last one with the rows of a matched prompt end.
+
+        Without room for a copy of the state, the state itself is taken out of the tree.
+        """
+        source = match.end or match.checkpoint
+        if source is None:
+            return self.pool.take(num_slots=1, num_pages=num_pages, num_held=num_held)
+        tail = match.end.page if match.end else None
+        self.pool.verify(self.pool.items(source))
+        self.pool.guard(source)
+        taken = self.pool.take(num_slots=1, num_pages=num_pages, num_held=num_held)
+        if taken is not None:
+            self.pool.copy(Kind.SLOT, source.slot, taken[0][0])
+            if tail is not None:
+                self.pool.copy(Kind.PAGE, tail, taken[1][-1])
+            self.pool.stamp(source, match.path)
+            self.pool.unguard(source)
+            return taken
+        rest = self.pool.take(num_slots=0, num_pages=num_pages - (tail is not None), num_held=num_held)
+        if rest is None:
+            self.pool.unguard(source)
+            return None
+        self.pool.detach(source)
+        return [source.slot], rest[1] + ([tail] if tail is not None else [])
+
+    def _publish_page(self, lease: Lease, index: int) -> None:
+        """Gives the tree the lease's page of tokens [index * TILE, ...), or takes the page that the tree has."""
+        parent, key = lease.tip, lease.keys.pages[index]
+        node = parent.children.get(key)
+        if node is None:
+            node = self.tree.insert(parent, key, lease.keys.names[index], lease.pages[index], self._clock())
+            lease.written_tokens += self._page_tokens
+            self.pool.publish_page(node)
+        else:
+            self.pool.give(Kind.PAGE, lease.pages[index])
+            lease.pages[index] = node.page
+            self.pool.verify(((Kind.PAGE, node.page),))
+            self.pool.allocator.fix(Kind.PAGE, node.page)
+            self.pool.queues.withdraw_dead(node)
+        node.pins += 1
+        lease.nodes.append(node)
+
+    def _open(self, match: Match, keys: Keys, publish: bool, slots: list[int], pages: list[int]) -> Lease:
+        """A lease on a match that has been pinned."""
+        self.pool.verify((Kind.PAGE, node.page) for node in match.path)
+        for node in match.path:
+            self.pool.allocator.fix(Kind.PAGE, node.page)
+        lease = Lease(
+            match.namespace,
+            keys,
+            publish,
+            self.tree.root(match.namespace),
+            list(match.path),
+            [node.page for node in match.path] + pages,
+            slots[0],
+            match.length,
+            match.end,
+        )
+        self.leases.add(lease)
+        self._count_match(match, keys.num_tokens)
+        return lease
+
+    def _pin(self, root: Node, path: Sequence[Node]) -> None:
+        root.pins += 1
+        for node in path:
+            node.pins += 1
+            self.pool.queues.withdraw_dead(node)
+
+    def _unpin(self, root: Node, path: Sequence[Node]) -> None:
+        now = self._clock()
+        root.pins -= 1
+        for node in path:
+            node.pins -= 1
+            node.last_used = now
+            if not node.pins:
+                self.pool.allocator.unfix(Kind.PAGE, node.page)
+        self.pool.settle(path[-1] if path else root)
+
+    def _decline(self, lease: Lease, position: int, kind: CheckpointKind, score: float | None) -> None:
+        """To the policy it is as if the candidate had come and gone: else what is here would never grow old."""
+        self.pool.declines[kind.value] += 1
+        index = position // self._page_tokens - 1
+        above = (
+            nearest_checkpoint(lease.nodes[min(index, len(lease.nodes) - 1)]) if lease.nodes and index >= 0 else None
+        )
+        name = self._name(lease, position, kind)
+        self.pool.policy.lost(lease.namespace, name, -math.inf if score is None else score, above)
+
+    def _name(self, lease: Lease, position: int, kind: CheckpointKind) -> int:
+        """Names the prefix of a lease's prompt that a state at `position` would stand for."""
+        keys, index = lease.keys, position // self._page_tokens - 1
+        name = keys.names[index] if index >= 0 else 0
+        return end_name(name, keys.tail) if kind is CheckpointKind.PROMPT_END else name
+
+    def _candidate_score(self, lease: Lease, position: int, kind: CheckpointKind) -> float | None:
+        """The score that a state of a lease at `position` would have."""
+        above = max((r.position for r in lease.reserved if r.position < position), default=0)
+        nodes = (n for n in reversed(lease.nodes) if n.checkpoint and n.num_tokens < position)
+        if (node := next(nodes, None)) is not None:
+            above = max(above, node.num_tokens)
+        if self._stateless:
+            above = (position - 1) // self._page_tokens * self._page_tokens
+        num_pages = -(-(position - max(above, min(lease.shared, position))) // self._page_tokens)
+        worth = Worth(self._cost.flops(above, position), self.pool.bytes_of(1, num_pages))
+        return self.pool.policy.candidate(kind, lease.namespace, self._name(lease, position, kind), worth)
+
+    def _count_match(self, match: Match, num_tokens: int) -> None:
+        kv_only = max(match.shared - match.length, 0)
+        self.tokens.update(hit=match.length, kv_only=kv_only, miss=num_tokens - match.length - kv_only)
+
+    def stats(self) -> CacheStats:
+        return stats_of(self.pool, self.messages, self.tokens, self.budget_bytes)
+
+    def check(self) -> set[Item]:
+        """Proves that the books are in order -> all published items."""
+        published = check_books(self.pool, self.messages, self.leases, self.scratch)
+        stats = self.stats()
+        parts = [stats.free_bytes, stats.kv_bytes, stats.checkpoint_bytes, stats.prompt_end_bytes, stats.working_bytes]
+        parts.append(stats.message_bytes)
+        assert min(parts) >= 0
+        assert sum(parts) <= self.budget_bytes
+        return published
+
+    def _verify_some(self) -> None:
+        if self.pool.verifies:
+            self.pool.emit(VerifySome())
+
+
+def as_keys(prompt: TokenArray | Keys) -> Keys:
+    return prompt if isinstance(prompt, Keys) else keys_of(prompt)

@@ -1,0 +1,72 @@
+"""What the books ask of the memory of the cache, in order: integers only. `device.memory` carries it out.
+
+Whatever the books decide is true at once in the books. So commands are carried out in the order in which they arose,
+and all of them before the next forward pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hybrid_cache.cache.geometry import Kind
+
+Item = tuple[Kind, int]  # a page or a slot, by its number
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """All bytes of an item."""
+
+    kind: Kind
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Items of a kind, each (from, to), all at once; none is both. What was published goes on being published."""
+
+    kind: Kind
+    moves: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepHidden:
+    """One of the hidden rows that the latest forward pass gave, into a slot."""
+
+    slot: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """These items are published: no byte of them changes from now on. `what` is for error messages."""
+
+    items: tuple[Item, ...]
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unseal:
+    """These items are published no more: they belong to nobody, or to one request."""
+
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Somebody is about to read these published items."""
+
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySome:
+    """Time to compare a few published items that nobody has asked for."""
+
+
+Command = Copy | Move | KeepHidden | Seal | Unseal | Verify | VerifySome
+Emit = Callable[[Command], None]
+
+
+def nowhere(command: Command) -> None:
+    """For books without any memory, as simulations keep them."""

@@ -1,0 +1,99 @@
+"""What a request finds in the cache, and what it holds while it runs. Only `Books` makes or changes these."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Keys, Node, PromptEnd, Rows, rows_of
+from hybrid_cache.errors import OwnershipError
+from hybrid_cache.kernels.grid import TILE
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the cache holds of a prompt."""
+
+    namespace: str
+    keys: Keys  # of the tokens that were looked for
+    path: tuple[Node, ...]  # nodes of [0, shared)
+    length: int  # tokens the request may skip: a grid position below the prompt's end, or all of it with `end`
+    shared: int  # tokens whose pages are there; more than `length` marks a branch point
+    checkpoint: Checkpoint | None
+    end: PromptEnd | None  # the whole prompt was seen: nothing needs computing
+
+    def up_to_its_state(self, page_tokens: int) -> "Match":
+        """The same without pages that lie beyond the state it starts from."""
+        num_pages = self.length // page_tokens
+        return replace(self, path=self.path[:num_pages], shared=min(self.shared, num_pages * page_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A slot that the coming forward pass fills with the state at a grid position."""
+
+    position: int
+    slot: int
+    kind: CheckpointKind
+    ttl_s: float
+    node: Node | None  # marked as awaiting it, if the tree had the node already
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """What one running sequence holds, and so what may be written for it.
+
+    [0, shared)   pages of the tree, which nothing ever writes to; tokens there that have no state yet are computed
+                  again for their states alone, which only a lease that publishes does: its rows have the same bits
+    [shared, ..)  pages of its own
+
+    Every writer of rows asks `rows_to_fill` or `own_rows`.
+    """
+
+    namespace: str
+    keys: Keys  # the prompt
+    publish: bool
+    root: Node
+    nodes: list[Node]  # pinned path; its pages come first in `pages`
+    pages: list[int]  # page of each TILE tokens
+    slot: int  # working state
+    length: int  # tokens that the state held when it was acquired
+    end: PromptEnd | None
+    reserved: list[Reservation] = field(default_factory=list)
+    written_tokens: int = 0  # tokens whose pages this lease has added to the tree
+    released: bool = False
+
+    @property
+    def shared(self) -> int:
+        """Tokens whose pages belong to the tree."""
+        return self.tip.num_tokens
+
+    @property
+    def tip(self) -> Node:
+        """The last node of the path, or the root."""
+        return self.nodes[-1] if self.nodes else self.root
+
+    def rows(self, start: int, end: int) -> Rows:
+        """Where the rows of tokens [start, end) lie, to be read: page * TILE + offset."""
+        if self.released:
+            raise OwnershipError(f"rows [{start}, {end}) of a lease that was given back")
+        return rows_of(self.pages, start, end)
+
+    def own_rows(self, start: int, end: int) -> Rows:
+        """Where the rows of tokens [start, end) lie, to be written. Raises OwnershipError if the tree owns one."""
+        if start < min(self.shared, end):
+            raise OwnershipError(f"rows [{start}, {end}) would be written, the tree owns those below {self.shared}")
+        return self.rows(start, end)
+
+    def own_row(self, place: int) -> int:
+        """The same for one token."""
+        if place < self.shared or self.released:
+            raise OwnershipError(f"row {place} would be written, the tree owns those below {self.shared}")
+        return self.pages[place // TILE] * TILE + place % TILE
+
+    def rows_to_fill(self, start: int, end: int) -> Rows:
+        """Where K and V of the computed tokens [start, end) go; -1 for those whose page the tree holds already.
+
+        Raises OwnershipError for a lease that does not publish and has such pages: its rows may be other ones.
+        """
+        shared = min(max(self.shared, start), end) if self.publish else start
+        return np.concatenate([np.full(shared - start, -1, np.int64), self.own_rows(shared, end)])

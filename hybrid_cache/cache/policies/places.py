@@ -1,0 +1,145 @@
+"""What the policy remembers of prompts: places where a state could be kept, whether or not one was.
+
+A place is *returned to* by the next prompt that runs through it and through no deeper place that is known: that prompt
+would go on from there. Only names and small numbers are kept, and of the latest places only.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hybrid_cache.cache.policies.base import Outline, Wish
+from hybrid_cache.cache.policies.returns import ReturnModel
+from hybrid_cache.cache.tree import CheckpointKind, Kept
+
+MOST_PLACES = 1 << 17
+
+KINDS = list(CheckpointKind)
+ROLES = {"system": 1, "developer": 1, "user": 2, "assistant": 3, "tool": 4, "function": 4}
+FRESH, FRESH_INTERIOR, FRESH_PROMPT_END, ONCE, OFTEN = range(5)  # groups of lives
+ODDS = (1.0, 0.1, 0.3, 0.5, 3.0)  # of a return in each group, before anything is known
+GROUPS = {CheckpointKind.INTERIOR: FRESH_INTERIOR, CheckpointKind.PROMPT_END: FRESH_PROMPT_END}
+# What is known of a place, and how many values that has.
+SIZES = {
+    "kind": len(KINDS),
+    "role": 5,  # of the message that ends there
+    "from_end": 16,  # messages after it in the prompt that made it; 15: it is inside a message
+    "shared": 6,  # share of that prompt that was known already
+    "length": 12,  # log2 of tokens / 512
+    "output": 15,  # log2 of tokens generated from it, once known
+    "pace": 14,  # log2 of seconds since the place before it on the same path was made or returned to; 13: there is none
+    "turns": 8,  # known places on the path, one for each prompt that was longer than the one before
+}
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    key: tuple[str, int]  # namespace, and name of the prefix that ends here
+    features: list[int]  # in the order of SIZES
+    since: float  # when it was made or last returned to
+    uses: int = 0
+    life: int = 0
+    kept: Kept | None = None  # the state that is kept there
+
+    @property
+    def group(self) -> int:
+        if self.uses:
+            return ONCE if self.uses == 1 else OFTEN
+        return GROUPS.get(KINDS[self.features[0]], FRESH)
+
+    @property
+    def turns(self) -> int:
+        return self.features[-1]
+
+
+class PlaceMemory:
+    """Finds the place that a prompt returns to, makes new ones, and tells the model what it sees."""
+
+    def __init__(self, model: ReturnModel) -> None:
+        self._model = model
+        self._places: OrderedDict[tuple[str, int], Place] = OrderedDict()
+
+    def get(self, namespace: str, name: int) -> Place | None:
+        return self._places.get((namespace, name))
+
+    def visit(self, outline: Outline, wishes: Iterable[Wish], now: float) -> Place | None:
+        """Remembers a prompt and the places wished for in it -> the place that it returned to, if any."""
+        found = None if outline.generated or outline.again else self._deepest(outline)
+        pace, turns = 13, 0
+        if found is not None:
+            pace, turns = log2_bin(now - found.since, 12), min(found.turns + 1, 7)
+            self.returned_to(found, now)
+        if outline.start and not outline.generated and not outline.again:
+            whole = outline.start == outline.num_tokens
+            resumed = self.get(outline.namespace, outline.end_name if whole else outline.name(outline.start))
+            if resumed is not None and resumed is not found:
+                self.returned_to(resumed, now)
+        new = [(outline.name(w.position), w.position, w.kind) for w in wishes]
+        if not outline.generated:
+            new.append((outline.end_name, outline.num_tokens, CheckpointKind.PROMPT_END))
+        new = [place for place in new if (outline.namespace, place[0]) not in self._places]
+        if new:
+            known = outline.shared / outline.num_tokens
+            shared = 5 if known > 0.9 else math.ceil(min(known, 0.75) * 4)
+            ends = sorted({outline.floor(b.position) for b in outline.boundaries} | {outline.end}, reverse=True)
+            from_end = {position: min(i, 14) for i, position in enumerate(ends)}
+            roles = {outline.floor(b.position): ROLES.get(b.role, 0) for b in outline.boundaries}
+            if outline.generated:
+                roles[outline.end] = ROLES["assistant"]
+            for name, position, kind in new:
+                position_on_grid = outline.floor(position)
+                role, after = roles.get(position_on_grid, 0), from_end.get(position_on_grid, 15)
+                length = log2_bin(position / 512, 11)
+                self.add(outline.namespace, name, [KINDS.index(kind), role, after, shared, length, 0, pace, turns], now)
+        return found
+
+    def returned_to(self, place: Place, now: float) -> None:
+        """One life ends, the next begins."""
+        if place.key in self._places:
+            self._places.move_to_end(place.key)  # what is returned to is not forgotten
+        self._model.end(place.group, place.life, now)
+        place.uses += 1
+        place.features[6] = log2_bin(now - place.since, 12)
+        place.since = now
+        place.life = self._model.begin(place.group, place.features, now)
+
+    def add(self, namespace: str, name: int, features: list[int], now: float) -> Place:
+        place = self._places[namespace, name] = Place((namespace, name), features, now)
+        place.life = self._model.begin(place.group, features, now)
+        if len(self._places) > MOST_PLACES:
+            self._places.popitem(last=False)
+        return place
+
+    def place_of(self, kept: Kept, now: float) -> Place:
+        """The place of a state, made anew if it was forgotten."""
+        place = self.get(kept.node.namespace, kept.name)
+        if place is None:
+            place = self.add_unseen(kept.kind, kept.node.namespace, kept.name, kept.num_tokens, now)
+        return place
+
+    def add_unseen(self, kind: CheckpointKind, namespace: str, name: int, num_tokens: int, now: float) -> Place:
+        """A place that no prompt has shown: a forgotten one, or a message outside the tree."""
+        features = [KINDS.index(kind), 0, 0, 0, log2_bin(num_tokens / 512, 11), 0, 13, 0]
+        return self.add(namespace, name, features, now)
+
+    def answered(self, place: Place, num_output_tokens: int) -> None:
+        """The prompt that ends at a place got an answer of so many tokens."""
+        place.features[5] = 1 + log2_bin(num_output_tokens, 13)
+        self._model.change(place.group, place.life, place.features)
+
+    def _deepest(self, outline: Outline) -> Place | None:
+        """The whole prompt if it is known, otherwise the last known place that leaves something to compute."""
+        if (whole := self.get(outline.namespace, outline.end_name)) is not None:
+            return whole
+        names = outline.keys.names
+        last = len(names) - (outline.num_tokens % outline.page_tokens == 0)
+        for index in range(last - 1, -1, -1):
+            place = self._places.get((outline.namespace, names[index]))
+            if place is not None:
+                return place
+        return None
+
+
+def log2_bin(value: float, most: int) -> int:
+    return min(int(math.log2(value + 1.0)), most)

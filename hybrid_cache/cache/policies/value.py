@@ -1,0 +1,38 @@
+"""Value per byte without learning: GreedyDual-Size on replay FLOPs."""
+
+from hybrid_cache.cache.policies.base import ScoredPolicy, Worth
+from hybrid_cache.cache.tree import CheckpointKind, Kept
+
+# Prior odds that a boundary of a kind is returned to, relative to a message end.
+RATE = {
+    CheckpointKind.EXPLICIT: 2.0,
+    CheckpointKind.BRANCH: 1.5,
+    CheckpointKind.MESSAGE_END: 1.0,
+    CheckpointKind.TURN_END: 1.0,
+    CheckpointKind.PROMPT_END: 0.5,
+    CheckpointKind.INTERIOR: 0.25,
+}
+
+
+class FlopsPerByte(ScoredPolicy):
+    """GreedyDual-Size (Cao and Irani 1997) with replay FLOPs as the cost: score = L + rate * FLOPs saved / bytes.
+
+    L is the score of the last victim. It rises as things are evicted, so what is not used grows old without anybody
+    counting hits; counts would pin anchors that were popular once.
+    """
+
+    name = "flops-per-byte"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inflation = 0.0
+
+    @property
+    def clock(self) -> float:
+        return self._inflation
+
+    def score(self, base: float, kind: CheckpointKind, worth: Worth) -> float:
+        return base + RATE[kind] * worth.flops / worth.num_bytes
+
+    def lost(self, namespace: str, name: int, score: float, above: Kept | None) -> None:
+        self._inflation = max(self._inflation, score)

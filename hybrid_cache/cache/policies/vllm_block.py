@@ -1,0 +1,50 @@
+"""A state for every block of tokens, as vLLM does it."""
+
+from collections.abc import Iterable
+
+from hybrid_cache.cache.policies.base import Outline, Wish
+from hybrid_cache.cache.policies.sglang_radix import SGLangRadix
+from hybrid_cache.cache.tree import CheckpointKind
+from hybrid_cache.errors import ConfigError
+from hybrid_cache.spec import AttentionSpec, CacheSpec, StateSpec
+
+STEP = 16  # vLLM's attention blocks are multiples of so many tokens
+
+
+def equal_page_tokens(spec: CacheSpec) -> int:
+    """The shortest block whose KV in each attention layer takes at least the bytes of the largest layer's state.
+
+    A multiple of 16, which also is the answer when there is no attention or no state to compare with.
+    """
+    states = [layer.conv_bytes + layer.state_bytes for layer in spec.layers if isinstance(layer, StateSpec)]
+    rows = [layer.bytes_per_token for layer in spec.layers if isinstance(layer, AttentionSpec)]
+    if not (states and rows):
+        return STEP
+    return -(-max(states) // (STEP * min(rows))) * STEP
+
+
+class VLLMBlock(SGLangRadix):
+    """A state at the end of every block; least recently used, with all blocks of a prompt used together.
+
+    vLLM with a cache mode that keeps all boundaries (its "align" mode keeps the last one only) and, with longer blocks,
+    the baseline "vLLM+" of the Marconi paper (arXiv 2411.19379, section 5). vLLM makes attention blocks so long that a
+    block's KV in one layer takes as much as one layer's state, 528 tokens for Qwen3.5 (vllm-project/vllm issue 40696);
+    `equal_page_tokens` is that rule. Blocks are rounded up to whole pages here, and pages of an unfinished block stay
+    in the tree, though nobody can resume from them, until room is needed. A request frees its last block first, so of
+    two blocks used at one time the deeper goes. vLLM shares one pool of equal blocks; here bytes are shared.
+    """
+
+    name = "vllm-block"
+
+    def __init__(self, block_tokens: int) -> None:
+        if block_tokens < 1:
+            raise ConfigError(f"block_tokens is {block_tokens}, must be at least 1")
+        super().__init__()
+        self._block_tokens = block_tokens
+
+    def plan(self, outline: Outline) -> Iterable[Wish]:
+        if outline.only_marked:
+            return ()
+        block = -(-self._block_tokens // outline.page_tokens) * outline.page_tokens
+        first = outline.start // block + 1
+        return [Wish(i * block, CheckpointKind.INTERIOR) for i in range(first, outline.num_tokens // block + 1)]

@@ -1,0 +1,332 @@
+"""The prefix tree: one node for each full page of tokens that has been published. Integers only, no tensors.
+
+Every edge is exactly one page, so the key of a child is the page's tokens themselves and a walk is one dictionary
+look-up a page: no splitting, no hashes that could collide, and a cost that does not depend on how much the tree holds.
+"""
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from hybrid_cache.errors import OwnershipError
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.tokens import TokenArray
+
+Rows = npt.NDArray[np.int64]  # page * TILE + offset
+
+KEY_BYTES = TILE * 4  # a page's tokens as int32
+
+
+class CheckpointKind(Enum):
+    """Why a state was kept."""
+
+    MESSAGE_END = "message_end"
+    BRANCH = "branch"  # two requests were seen to part here
+    TURN_END = "turn_end"  # end of a generated answer
+    INTERIOR = "interior"  # a sparse point inside a long message
+    EXPLICIT = "explicit"  # the client marked it
+    PROMPT_END = "prompt_end"  # a whole prompt, for starting to decode at once
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One page of tokens after its parent's; a root stands for the empty prefix of its namespace and has no page."""
+
+    namespace: str
+    parent: "Node | None"
+    key: Hashable
+    num_tokens: int  # from the start of the sequence to the end of this page
+    page: int
+    last_used: float
+    name: int = 0  # of this page and all before it, see `Keys.names`
+    children: dict[Hashable, "Node"] = field(default_factory=dict)
+    checkpoint: "Checkpoint | None" = None
+    ends: dict[Hashable, "PromptEnd"] = field(default_factory=dict)
+    pins: int = 0  # leases whose path goes through here
+    awaited: bool = False  # a lease is about to fill a checkpoint here
+
+    @property
+    def attached(self) -> bool:
+        """False once this node has left the tree."""
+        return self.parent is None or self.parent.children.get(self.key) is self
+
+    @property
+    def dead(self) -> bool:
+        """True when nothing that could be resumed needs this node's page."""
+        return not (self.children or self.checkpoint or self.ends or self.pins)
+
+    def checkpoint_above(self) -> int:
+        """Tokens that a request could skip if this node's own checkpoint were gone."""
+        node = self.parent
+        while node is not None and node.checkpoint is None:
+            node = node.parent
+        return node.num_tokens if node else 0
+
+    def resume_point(self) -> int:
+        """Tokens that a request whose path ends here can skip."""
+        return self.num_tokens if self.checkpoint else self.checkpoint_above()
+
+    def pages_alone(self) -> int:
+        """Pages up to the next node that something else needs: they die with the only state kept here."""
+        node, count = self, 0
+        if node.children:
+            return 0
+        while node.parent is not None:
+            count += 1
+            node = node.parent
+            if len(node.children) > 1 or node.checkpoint or node.ends:
+                break
+        return count
+
+
+@dataclass(slots=True, eq=False)
+class Checkpoint:
+    """The recurrent state after a node's last token, in a slot that the tree owns."""
+
+    node: Node
+    slot: int
+    kind: CheckpointKind
+    ttl_s: float = 0.0  # minimum life after each use, if a client asked for one
+    keep_until: float = 0.0
+    base: float = 0.0  # the policy's clock when last used
+
+    @property
+    def attached(self) -> bool:
+        return self.node.checkpoint is self
+
+    @property
+    def num_tokens(self) -> int:
+        return self.node.num_tokens
+
+    @property
+    def name(self) -> int:
+        return self.node.name
+
+    @property
+    def label(self) -> str:
+        """What statistics count it as."""
+        return self.kind.value
+
+    @property
+    def title(self) -> str:
+        """For error messages."""
+        return f"{self.label} of {self.num_tokens} tokens of {self.node.namespace}"
+
+    def take_out(self) -> None:
+        self.node.checkpoint = None
+
+    def resume_without(self) -> int:
+        """Where a request would have to start if this were gone."""
+        return self.node.checkpoint_above()
+
+    def pages_freed(self) -> int:
+        """Pages that nothing needs any more once this is gone."""
+        return 0 if self.node.ends else self.node.pages_alone()
+
+
+@dataclass(slots=True, eq=False)
+class PromptEnd:
+    """The state at the end of a whole prompt, off the grid, with its last partial page and its last hidden row."""
+
+    node: Node
+    tail: Hashable  # the tokens after the node, less than a page
+    num_tokens: int
+    slot: int
+    page: int | None  # KV rows of the tail; None for an empty tail, or without attention
+    kind: CheckpointKind = CheckpointKind.PROMPT_END
+    keep_until: float = 0.0
+    base: float = 0.0
+
+    @property
+    def attached(self) -> bool:
+        return self.node.ends.get(self.tail) is self
+
+    @property
+    def name(self) -> int:
+        return end_name(self.node.name, self.tail)
+
+    @property
+    def label(self) -> str:
+        """What statistics count it as."""
+        return self.kind.value
+
+    @property
+    def title(self) -> str:
+        """For error messages."""
+        return f"{self.label} of {self.num_tokens} tokens of {self.node.namespace}"
+
+    def take_out(self) -> None:
+        del self.node.ends[self.tail]
+
+    def resume_without(self) -> int:
+        """Where the same prompt would have to start: at least one token has to be computed."""
+        return self.node.resume_point() if self.tail else self.node.checkpoint_above()
+
+    def pages_freed(self) -> int:
+        own = 0 if self.page is None else 1
+        return own if self.node.checkpoint or len(self.node.ends) > 1 else own + self.node.pages_alone()
+
+
+@dataclass(slots=True, eq=False)
+class StoredMessage:
+    """Some tokens as they were encoded in one context, kept outside the tree: KV rows, and what they do to states.
+
+    The slot holds what they leave in a state that was zero, and their last convolution windows; see `choreography`.
+    """
+
+    node: Node  # the root of its namespace, for policies; not in the tree
+    key: str
+    start: int  # tokens before it in the context it was encoded in
+    num_tokens: int  # and with it
+    position: int  # of its first row
+    slot: int
+    pages: list[int]  # its rows, from the first row of the first page on
+    extra: list[int]  # more pages (slots, without attention) for the transitions' bytes
+    store: "dict[str, StoredMessage]"  # where it can be found once it is published
+    holders: int = 0  # requests that are about to use it
+    kind: CheckpointKind = CheckpointKind.EXPLICIT
+    keep_until: float = 0.0
+    base: float = 0.0
+
+    @property
+    def attached(self) -> bool:
+        """It can be found: everything of it has been written."""
+        return self.store.get(self.key) is self
+
+    @property
+    def label(self) -> str:
+        """What statistics count it as."""
+        return "message"
+
+    @property
+    def title(self) -> str:
+        """For error messages."""
+        return f"message {self.key}"
+
+    @property
+    def length(self) -> int:
+        return self.num_tokens - self.start
+
+    @property
+    def name(self) -> int:
+        return hash(self.key)
+
+    def rows(self) -> Rows:
+        """Where its rows lie, to be read."""
+        return rows_of(self.pages, 0, self.length)
+
+    def own_rows(self) -> Rows:
+        """The same, to be written. Raises OwnershipError once it can be found."""
+        if self.attached:
+            raise OwnershipError(f"rows of message {self.key} are to be written, which was published")
+        return self.rows()
+
+    def take_out(self) -> None:
+        del self.store[self.key]
+
+    def resume_without(self) -> int:
+        """It would be computed again behind as many tokens."""
+        return self.start
+
+    def pages_freed(self) -> int:
+        return len(self.pages) + len(self.extra)
+
+
+Kept = Checkpoint | PromptEnd | StoredMessage
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A token sequence as the tree knows it: a key for each full page, and one for the tokens after them.
+
+    The server's keys are the tokens themselves; a simulation may use any names that are equal for equal tokens.
+    """
+
+    pages: Sequence[Hashable]
+    tail: Hashable  # empty when the last page is full
+    num_tokens: int
+
+    @cached_property
+    def names(self) -> Sequence[int]:
+        """A number for each page and all before it, to remember prefixes by."""
+        return list(accumulate(self.pages, lambda name, key: hash((name, key)), initial=0))[1:]
+
+
+def end_name(name: int, tail: Hashable) -> int:
+    """Names a whole prompt by its full pages and the tokens after them; never the name of the full pages alone."""
+    return hash((name, tail, "end"))
+
+
+def rows_of(pages: Sequence[int], start: int, end: int) -> Rows:
+    """Where the rows [start, end) of a sequence lie that has these pages of TILE rows."""
+    first = start // TILE
+    places = np.arange(start - first * TILE, end - first * TILE)
+    found: Rows = np.asarray(pages[first : -(-end // TILE)], np.int64)[places // TILE] * TILE + places % TILE
+    return found
+
+
+def keys_of(tokens: TokenArray) -> Keys:
+    data = token_bytes(tokens)
+    end = len(data) // KEY_BYTES * KEY_BYTES
+    pages = [data[start : start + KEY_BYTES] for start in range(0, end, KEY_BYTES)]
+    return Keys(pages, data[end:], len(tokens))
+
+
+class PrefixTree:
+    """The nodes of all namespaces."""
+
+    def __init__(self, page_tokens: int = TILE) -> None:
+        self.page_tokens = page_tokens
+        self.roots: dict[str, Node] = {}
+        self.num_nodes = 0  # roots not counted
+
+    def root(self, namespace: str) -> Node:
+        """The root of a namespace, made if it is new."""
+        root = self.roots.get(namespace)
+        if root is None:
+            root = self.roots[namespace] = Node(namespace, None, b"", 0, -1, 0.0)
+        return root
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, roots first in each namespace."""
+        stack = list(self.roots.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def walk(self, namespace: str, pages: Iterable[Hashable]) -> tuple[Node, ...]:
+        """The nodes of the longest known prefix."""
+        node, path = self.roots.get(namespace), []
+        if node is not None:
+            for key in pages:
+                node = node.children.get(key)
+                if node is None:
+                    break
+                path.append(node)
+        return tuple(path)
+
+    def insert(self, parent: Node, key: Hashable, name: int, page: int, now: float) -> Node:
+        node = Node(parent.namespace, parent, key, parent.num_tokens + self.page_tokens, page, now, name)
+        parent.children[key] = node
+        self.num_nodes += 1
+        return node
+
+    def remove(self, node: Node) -> None:
+        """Takes out a node that nothing needs, or an empty root."""
+        assert node.dead
+        if node.parent is None:
+            del self.roots[node.namespace]
+        else:
+            del node.parent.children[node.key]
+            self.num_nodes -= 1
+
+
+def token_bytes(tokens: TokenArray) -> bytes:
+    """Tokens as the bytes that keys are cut from."""
+    return np.ascontiguousarray(tokens, dtype=np.int32).tobytes()

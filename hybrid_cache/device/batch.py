@@ -1,0 +1,101 @@
+"""The contract between the engine and a model: what a forward pass is given, and what it must return."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.kernels.layout import RowLayout
+from hybrid_cache.kernels.ops import KVTensors, Ops, StateTensors
+from hybrid_cache.spec import CacheSpec, PrefillCost
+
+CacheTensors = tuple[KVTensors | StateTensors, ...]
+
+
+class EffectRecorder(Protocol):
+    """Who wants to know what runs of the batch do to recurrent states; see `device.effects`."""
+
+    def keys(self, kv: KVTensors, inv_freq: Tensor | None, first: int = 0) -> None: ...
+
+    def decay(self, state: Tensor, log_decay: Tensor) -> None:
+        """log_decay may be filled later, until another layer reports."""
+        ...
+
+    def channel_decay(self, state: Tensor, A: Tensor, dt: Tensor) -> None: ...
+
+    def matrix(self, state: Tensor, size: int, run: Callable[[slice, RowLayout, Tensor], object]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """R packed rows, laid out as `RowLayout` describes; padding rows hold token 0 at position 0."""
+
+    token_ids: Tensor  # [R] int64
+    positions: Tensor  # [R] int64
+    layout: RowLayout
+    output_rows: Tensor  # [L] int64, the rows whose hidden state is wanted
+    effects: EffectRecorder | None = None  # every layer that keeps something reports to it
+
+    def to(self, device: torch.device) -> "ForwardBatch":
+        rows = (t.to(device, non_blocking=True) for t in (self.token_ids, self.positions, self.output_rows))
+        token_ids, positions, output_rows = rows
+        layout = self.layout.to(device)
+        return replace(self, token_ids=token_ids, positions=positions, layout=layout, output_rows=output_rows)
+
+
+class HybridModel(Protocol):
+    """A loaded model. It owns its weights and nothing else."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of its weights, and of the tensors that it is given."""
+        ...
+
+    @property
+    def ops(self) -> Ops:
+        """The operations that it is built from."""
+        ...
+
+    @property
+    def packs(self) -> bool:
+        """Takes batches whose chunks follow each other without padding (`kernels.layout`)."""
+        ...
+
+    @property
+    def cache_spec(self) -> CacheSpec: ...
+
+    @property
+    def prefill_cost(self) -> PrefillCost: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_length(self) -> int:
+        """Longest context in tokens, prompt and answer together."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Names weights and dtype; nothing cached under one fingerprint is ever used under another."""
+        ...
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How messages may be put together beside exactly, see `choreography.arrangement.Fidelity`."""
+        ...
+
+    @property
+    def commutes(self) -> bool:
+        """What tokens do to the states may be averaged over all orders: no layer multiplies by matrices."""
+        ...
+
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        """Runs the batch, advancing pages and states in `cache` -> final-normed hidden rows [L, hidden]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [L, hidden] -> [L, V] float32; a row's bits do not depend on the other rows."""
+        ...

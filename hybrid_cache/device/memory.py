@@ -1,0 +1,123 @@
+"""The memory of one cache: carries out what the books ask for, in order."""
+
+from collections.abc import Callable
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.commands import (
+    Command,
+    Copy,
+    Item,
+    KeepHidden,
+    Move,
+    Seal,
+    Unseal,
+    Verify,
+    VerifySome,
+)
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.lease import Lease
+from hybrid_cache.cache.policies.base import Policy
+from hybrid_cache.cache.policies.learned import Learned
+from hybrid_cache.config import verify_by_default
+from hybrid_cache.device.arena import Arena
+from hybrid_cache.device.batch import CacheTensors
+from hybrid_cache.device.digests import Digests
+from hybrid_cache.spec import CacheSpec, PrefillCost
+
+
+class CacheMemory:
+    """Pages and slots of all layers.
+
+    rows  hidden rows [L, hidden] that the latest forward pass gave, for `KeepHidden`
+    """
+
+    def __init__(self, spec: CacheSpec, budget_bytes: int, device: str = "cpu", *, verify: bool = False) -> None:
+        """verify: the books tell what is published, used and given up"""
+        self._geometry = Geometry.of(spec, budget_bytes)
+        self._arena = Arena(spec, self._geometry, device)
+        self.digests = Digests(self._arena.digest)
+        self._verify = verify
+        self.rows = torch.empty(0)
+
+    @property
+    def tensors(self) -> CacheTensors:
+        """Views of all pages and slots by layer."""
+        return self._arena.tensors
+
+    @property
+    def numbers(self) -> Tensor:
+        """Of all items that messages note their effects in, [items, numbers in each] float32."""
+        return self._arena.numbers(Kind.PAGE if self._geometry.page_bytes else Kind.SLOT)
+
+    def hidden(self, slot: int) -> Tensor:
+        """The hidden row [hidden_size] that is kept in a slot: a copy."""
+        return self._arena.hidden[slot].clone()
+
+    def run(self, command: Command) -> None:
+        """Raises PublishedBytesChanged if an item that is verified or given up has changed since it was sealed."""
+        match command:
+            case Copy():
+                self._arena.copy(command.kind, command.source, command.target)
+            case Move():
+                self._arena.move(command.kind, command.moves)
+                if self._verify:
+                    self.digests.moved(command.kind, command.moves)
+            case KeepHidden():
+                self._arena.hidden[command.slot] = self.rows[command.row]
+            case Seal():
+                self.digests.seal(command.items, command.what)
+            case Unseal():
+                self.digests.unseal(command.items)
+            case Verify():
+                self.digests.verify(command.items)
+            case VerifySome():
+                self.digests.verify_some()
+
+    def check(self, published: set[Item]) -> None:
+        """Proves that what was sealed is what is published. Raises PublishedBytesChanged."""
+        if self._verify:
+            self.digests.check(published)
+
+
+class HybridCache(Books):
+    """Books with a memory that carries out each command at once."""
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        cost: PrefillCost,
+        budget_bytes: int,
+        policy: Policy | None = None,
+        *,
+        device: str = "cpu",
+        clock: Callable[[], float] | None = None,
+        verify: bool | None = None,
+    ) -> None:
+        """verify: compare what was published with its digest, again and again; None: if the environment asks for it
+
+        Raises ConfigError for too small a budget.
+        """
+        verify = verify_by_default() if verify is None else verify
+        self.memory = CacheMemory(spec, budget_bytes, device, verify=verify)
+        fit = spec, cost, budget_bytes, policy or Learned()
+        super().__init__(*fit, emit=self.memory.run, clock=clock or monotonic, verify=verify)
+
+    @property
+    def tensors(self) -> CacheTensors:
+        """Views of all pages and slots by layer."""
+        return self.memory.tensors
+
+    def hidden(self, lease: Lease) -> Tensor:
+        """The last hidden row [hidden_size] of the prompt end that a lease was acquired from."""
+        assert lease.end is not None
+        return self.memory.hidden(lease.slot)
+
+    def check(self) -> set[Item]:
+        """Proves that books and memory are in order -> all published items. Raises PublishedBytesChanged."""
+        published = super().check()
+        self.memory.check(published)
+        return published

@@ -1,0 +1,1 @@
+"""Requests in, tokens out: what runs in the next step."""

@@ -1,0 +1,204 @@
+"""The engine on a thread of its own: requests in from an event loop that never blocks, streams of outputs back."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.errors import EngineStopped, Overloaded, RequestError
+from hybrid_cache.request import Output, Request, TokenOutput
+from hybrid_cache.stats import EngineStats
+
+
+class Stream:
+    """The outputs of one request, as an async iterator. Closing it, or cancelling a wait on it, aborts the request."""
+
+    def __init__(self, engine: "AsyncEngine", request: Request) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self._open_choices = request.n
+        self.request = request
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._open_choices == 0:
+            raise StopAsyncIteration
+        try:
+            item = await self._queue.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if isinstance(item, Exception):
+            self._open_choices = 0
+            raise item
+        if isinstance(item, TokenOutput) and item.finish is not None:
+            self._open_choices -= 1
+        return item
+
+    async def aclose(self) -> None:
+        """Aborts the request if it is still running. Idempotent."""
+        if self._open_choices:
+            self._open_choices = 0
+            self._engine.abort(self.request.id)
+
+    def put(self, items: list[Output | Exception]) -> None:
+        """Hands items to the waiting reader; callable from any thread."""
+        self._loop.call_soon_threadsafe(self._put, items)
+
+    def _put(self, items: list[Output | Exception]) -> None:
+        for item in items:
+            self._queue.put_nowait(item)
+
+
+@dataclass(slots=True)
+class _Inbox:
+    """What other threads ask of the engine's thread."""
+
+    requests: deque[Request] = field(default_factory=deque)
+    aborts: deque[str] = field(default_factory=deque)
+
+
+class AsyncEngine:
+    """Runs an `Engine` on a thread of its own. `submit` and the streams belong to an event loop, which never blocks."""
+
+    def __init__(self, model: HybridModel, config: EngineConfig) -> None:
+        self._engine = Engine(model, config)
+        self._config = config
+        self._wake = threading.Condition()
+        self._inbox = _Inbox()
+        self._streams: dict[str, Stream] = {}
+        self._stats = self._engine.stats()
+        self._stopping = False
+        self._draining = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="hybrid-cache-engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """True while the engine's thread runs."""
+        return self._thread.is_alive() and self._failure is None
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def model(self) -> HybridModel:
+        return self._engine.model
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that the model's context and an empty cache both hold."""
+        return self._engine.longest_sequence
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """What runs in a slower way than it could on this device, and why."""
+        return self._engine.fallbacks
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stats(self) -> EngineStats:
+        """The state after the latest step."""
+        return self._stats
+
+    def submit(self, request: Request) -> Stream:
+        """Queues a request -> its outputs. Raises RequestError, Overloaded or EngineStopped at once."""
+        if self._draining or not self.alive:
+            raise EngineStopped("the engine is draining" if self._draining else "the engine has stopped")
+        self._engine.check_request(request)
+        stream = Stream(self, request)
+        with self._wake:
+            if request.id in self._streams:
+                raise RequestError(f"request id {request.id!r} is in use", param="id")
+            waiting = self._stats.waiting + len(self._inbox.requests)
+            if waiting >= self._config.max_waiting:
+                raise Overloaded(f"{waiting} requests wait, limit {self._config.max_waiting}")
+            self._streams[request.id] = stream
+            self._inbox.requests.append(request)
+            self._wake.notify()
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Frees what a request holds before the next step begins."""
+        with self._wake:
+            self._streams.pop(request_id, None)
+            self._inbox.aborts.append(request_id)
+            self._wake.notify()
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new requests, gives running ones `grace_s` seconds to finish, aborts the rest, ends the thread."""
+        self._draining = True
+        deadline = time.monotonic() + grace_s
+        while self._streams and self.alive and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        while self._thread.is_alive():
+            await asyncio.sleep(0.005)
+        self._fail_streams(EngineStopped("the engine has stopped"))
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                outputs = self._engine.step()
+                self._stats = self._engine.stats()
+                self._deliver(outputs)
+        except BaseException as failure:
+            self._failure = failure
+            self._fail_streams(EngineStopped(f"the engine has failed: {type(failure).__name__}: {failure}"))
+            raise
+
+    def _take_inbox(self) -> bool:
+        """Waits for work, then moves requests and aborts into the engine -> False to end the thread."""
+        with self._wake:
+            while not (self._engine.has_work or self._inbox.requests or self._inbox.aborts or self._stopping):
+                self._wake.wait()
+            requests, aborts = list(self._inbox.requests), list(self._inbox.aborts)
+            self._inbox = _Inbox()
+        for request in requests:
+            self._submit_now(request)
+        for request_id in aborts:
+            self._engine.abort(request_id)
+        if aborts:
+            self._stats = self._engine.stats()
+        return not self._stopping
+
+    def _submit_now(self, request: Request) -> None:
+        try:
+            self._engine.submit(request)
+        except (RequestError, Overloaded) as error:
+            stream = self._streams.pop(request.id, None)
+            if stream is not None:
+                stream.put([error])
+
+    def _deliver(self, outputs: Outputs) -> None:
+        """Hands each stream its outputs in one call, and forgets requests that have ended."""
+        by_request: dict[str, list[Output | Exception]] = {}
+        for request_id, output in outputs:
+            by_request.setdefault(request_id, []).append(output)
+        for request_id, items in by_request.items():
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                stream.put(items)
+        with self._wake:
+            for request_id in by_request:
+                if not self._engine.is_open(request_id):
+                    self._streams.pop(request_id, None)
+
+    def _fail_streams(self, error: EngineStopped) -> None:
+        with self._wake:
+            streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            stream.put([error])

@@ -1,0 +1,41 @@
+"""Is a loaded model exact on this machine? One prompt alone without a cache, and again in company with one.
+
+The kernels have their own probes; this one runs the very weights and shapes that will be served, in about the time of a
+prompt of a thousand tokens.
+"""
+
+import numpy as np
+
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.request import Request, SamplingParams, TokenOutput
+from hybrid_cache.tokens import Boundary, Prompt, TokenArray
+
+PROMPT_TOKENS = 2 * TILE + 21
+NEW_TOKENS = 6
+
+
+def check_model(model: HybridModel) -> list[str]:
+    """What differs in tokens or in bits of log-probabilities; empty if the model is exact."""
+    rng = np.random.default_rng(0)
+    prompt, *others = (rng.integers(0, model.vocab_size, PROMPT_TOKENS).astype(np.int32) for _ in range(4))
+    sibling = np.concatenate([prompt[: TILE + 40], others[0][:30]])
+    room = 8 * (2 * model.cache_spec.slot_bytes + 4 * model.cache_spec.page_bytes + (1 << 16))
+    plain = Engine(model, EngineConfig(budget_bytes=room, prefix_cache=False))
+    busy = Engine(model, EngineConfig(budget_bytes=room, max_tiles=1))
+    alone = _answer(plain, [("alone", prompt)])["alone"]
+    company = _answer(busy, [("sibling", sibling), ("resumed", prompt), *zip("xyz", others, strict=False)])
+    repeated = _answer(busy, [("repeated", prompt)])
+    found = {"resumed beside others": company["resumed"], "repeated from its kept end": repeated["repeated"]}
+    return [f"a prompt {how} differs from the prompt alone" for how, answer in found.items() if answer != alone]
+
+
+def _answer(engine: Engine, prompts: list[tuple[str, TokenArray]]) -> dict[str, list[TokenOutput]]:
+    """Greedy answers with log-probabilities to prompts that arrive together, by name."""
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=5)
+    for name, tokens in prompts:
+        engine.submit(Request(name, Prompt(tokens, (Boundary(TILE), Boundary(2 * TILE))), sampling))
+    outputs: Outputs = engine.run_until_idle()
+    return {name: [o for i, o in outputs if i == name and isinstance(o, TokenOutput)] for name, _ in prompts}

@@ -1,0 +1,152 @@
+"""A running request: what has been computed of it, and what is still to come."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from hybrid_cache.cache.lease import Lease
+from hybrid_cache.cache.policies.base import Wish
+from hybrid_cache.choreography.arrangement import Arrangement
+from hybrid_cache.choreography.stage import Program
+from hybrid_cache.device.sampler import TokenChooser
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper, TokenLogprob
+from hybrid_cache.tokens import Boundary, BoundaryKind, TokenArray
+
+
+def grid_floor(position: int) -> int:
+    """The last grid position at or before `position`."""
+    return position // TILE * TILE
+
+
+@dataclass(slots=True, eq=False)
+class Prefill:
+    """Tokens on their way through the canonical tiles; what comes of it may enter the cache.
+
+    [0, computed)            in the lease's state and pages
+    [computed, len(tokens))  still to compute, in chunks that start on the grid
+
+    An arranged prompt has a program: some of its tokens are not computed but put in place by the stage.
+    """
+
+    namespace: str
+    tokens: TokenArray
+    publish: bool
+    reuse: bool
+    boundaries: tuple[Boundary, ...] = ()
+    only_marked: bool = False  # states at explicit boundaries and nowhere else
+    generated: bool = False  # a canonical commit of a finished turn
+    planned: bool = False  # the policy has seen it
+    wishes: deque[Wish] = field(default_factory=deque)  # rising positions
+    lease: Lease | None = None
+    computed: int = 0
+    arrangement: Arrangement | None = None
+    program: Program | None = None
+    refused: set[str] = field(default_factory=set)  # messages that could not be stored for it
+
+    @property
+    def shift(self) -> int:
+        """Place of a token in the sequence less its position for the model."""
+        return self.program.shift if self.program else 0
+
+    @property
+    def alone(self) -> bool:
+        """Begins with states of zero, but not as the start of a text."""
+        return self.program is not None and self.program.alone
+
+    @property
+    def until(self) -> int:
+        """Where the next chunk ends at the latest."""
+        return self.program.until() if self.program else len(self.tokens)
+
+    @property
+    def done(self) -> bool:
+        return self.computed == len(self.tokens)
+
+    def wish(self, wish: Wish) -> None:
+        """Adds a wish, unless its place is taken or has been passed."""
+        if wish.position <= self.computed or any(w.position == wish.position for w in self.wishes):
+            return
+        self.wishes = deque(sorted([*self.wishes, wish], key=lambda w: w.position))
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One of the `n` continuations of a request. The scheduler owns it.
+
+    Decode feeds the token at `fed` and gets the logits of the one after it. A sequence that was preempted keeps its
+    `generated` tokens and is fed them again, so that its state takes the same path and has the same bits.
+    """
+
+    request: Request
+    index: int
+    arrival: int  # order of submission, and of service
+    prefill: Prefill
+    chooser: TokenChooser
+    stopper: Stopper | None
+    generated: list[int] = field(default_factory=list)
+    submitted_s: float = 0.0
+    started_s: float = 0.0  # first admission
+    fed: int = 0  # tokens in the state while decoding: the prompt and the first of `generated`
+    phase: Phase = Phase.WAITING
+    announced: bool = False  # PromptOutput has been sent
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Later ones make room for earlier ones. No two are equal, or they would make room for each other forever."""
+        return self.arrival, self.index
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefill.tokens) + len(self.generated)
+
+    @property
+    def replaying(self) -> bool:
+        """True while the logits of the coming row are not needed: its next token is known."""
+        return self.fed + 1 < self.num_tokens
+
+    def next_token(self) -> int:
+        """The token that the coming decode row holds."""
+        return self.generated[self.fed - len(self.prefill.tokens)]
+
+    def finish_reason(self, max_length: int) -> FinishReason | None:
+        """Whether the last generated token ends the sequence."""
+        token, sampling = self.generated[-1], self.request.sampling
+        stopped = self.stopper is not None and self.stopper(token)
+        if (stopped or token in sampling.stop_token_ids) and len(self.generated) >= sampling.min_tokens:
+            return FinishReason.STOP
+        if len(self.generated) >= sampling.max_tokens or self.num_tokens >= max_length:
+            return FinishReason.LENGTH
+        return None
+
+    def all_tokens(self) -> TokenArray:
+        return np.concatenate([self.prefill.tokens, np.asarray(self.generated, dtype=np.int32)])
+
+
+def namespace_of(request: Request, fingerprint: str) -> str:
+    """The model (weights and dtype) and the tenant's salt: no hit ever crosses either."""
+    return f"{fingerprint}/{request.namespace}"
+
+
+def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: bool = False) -> Prefill:
+    """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all."""
+    marked = tuple(b for b in request.prompt.boundaries if b.kind is BoundaryKind.EXPLICIT)
+    scored = request.sampling.prompt_logprobs is not None  # which takes all of the prompt
+    unmarked = request.cache_mode is CacheMode.EXPLICIT and not marked
+    off = not enabled or scored or unmarked or request.cache_mode is CacheMode.OFF
+    namespace = namespace_of(request, fingerprint)
+    if arranged:
+        return Prefill(namespace, request.prompt.tokens, False, not off, arrangement=request.arrangement)
+    only_marked = request.cache_mode is CacheMode.EXPLICIT
+    boundaries = marked if only_marked else request.prompt.boundaries
+    return Prefill(namespace, request.prompt.tokens, not off, not off, boundaries, only_marked)

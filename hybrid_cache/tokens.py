@@ -1,0 +1,34 @@
+"""Prompts as token ids."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+TokenArray = npt.NDArray[np.int32]
+
+
+class BoundaryKind(Enum):
+    """Why a place in a prompt may be worth a checkpoint."""
+
+    MESSAGE_END = "message_end"
+    EXPLICIT = "explicit"  # the client marked it
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """A place where other requests may part from this one."""
+
+    position: int  # tokens before it
+    kind: BoundaryKind = BoundaryKind.MESSAGE_END
+    ttl_s: float | None = None  # keep at least this long, if the budget allows
+    role: str = ""  # of the message that ends here, if that is known
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Tokens of one request as rendered, with the ends of its messages."""
+
+    tokens: TokenArray
+    boundaries: tuple[Boundary, ...] = ()

@@ -1,0 +1,269 @@
+"""The default policy: what it remembers, what it learns from it, and in which order states go."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from hybrid_cache.cache.policies.base import Outline, Wish
+from hybrid_cache.cache.policies.learned import Learned
+from hybrid_cache.cache.policies.places import ODDS, SIZES, PlaceMemory
+from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
+from hybrid_cache.cache.tree import CheckpointKind, Keys
+from hybrid_cache.device.memory import HybridCache
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.tokens import Boundary
+from tests.cache.driver import COST, SPECS, Clock, begin, fill, forward, new_cache, tokens_of
+
+END = CheckpointKind.MESSAGE_END
+
+
+def outline(pages: str, *, start: int = 0, shared: int = 0, **more: object) -> Outline:
+    """A prompt of one page for each letter, and one token more."""
+    return Outline("", Keys(pages, b"x", len(pages) * TILE + 1), start * TILE, shared * TILE, TILE, **more)  # type: ignore[arg-type]
+
+
+def memory() -> PlaceMemory:
+    return PlaceMemory(ReturnModel(ODDS, tuple(SIZES.values())))
+
+
+def ends(*positions: int) -> list[Wish]:
+    return [Wish(position * TILE, END) for position in positions]
+
+
+# Rates and indices
+
+
+def test_ages_fall_into_buckets_that_double() -> None:
+    ages = np.array([0.0, 0.99, 1.0, 1.5, 2.0, 63.0, 64.0, 1e9])
+    assert buckets(ages).tolist() == [0, 0, 1, 1, 2, 6, 7, NUM_BUCKETS - 1]
+    assert all(EDGES[b] <= a for a, b in zip(ages, buckets(ages), strict=True))
+
+
+def test_a_constant_rate_is_its_own_index() -> None:
+    assert np.allclose(gittins(np.full(NUM_BUCKETS, 0.01)), 0.01)
+
+
+def test_an_index_is_the_best_ratio_over_all_times_to_stop() -> None:
+    rates = np.random.default_rng(0).uniform(1e-4, 1e-1, NUM_BUCKETS) / (1 + EDGES[:-1])
+    index = gittins(rates)
+    for first in range(NUM_BUCKETS):
+        ratios = []
+        for stop in range(first + 1, NUM_BUCKETS + 1):
+            survival = np.exp(-np.concatenate([[0.0], np.cumsum(rates[first:stop] * WIDTHS[first:stop])]))
+            held = sum((a - b) / r for (a, b), r in zip(pairwise(survival), rates[first:stop], strict=True))
+            ratios.append((1 - survival[-1]) / held)
+        assert index[first] == pytest.approx(max(ratios))
+
+
+def test_what_is_about_to_return_is_worth_keeping_before_it_does() -> None:
+    rates = np.full(NUM_BUCKETS, 1e-6)
+    rates[6] = 0.1  # between 32 and 64 seconds
+    index = gittins(rates)
+    assert index[0] > 100 * rates[0]
+    assert (np.diff(index[:7]) > 0).all()
+    assert index[7] == pytest.approx(1e-6)
+
+
+def test_one_index_is_the_same_with_and_without_arrays() -> None:
+    model, rng = ReturnModel((1.0, 1.0), (3, 4)), np.random.default_rng(1)
+    for i in range(200):
+        life = model.begin(i % 2, [i % 3, i % 4], float(i))
+        if rng.random() < 0.5:
+            model.end(i % 2, life, i + rng.exponential(30.0))
+    model.fit(400.0)
+    groups, features = rng.integers(0, 2, 50), np.stack([rng.integers(0, 3, 50), rng.integers(0, 4, 50)], axis=1)
+    ages = rng.exponential(200.0, 50)
+    want = model.index(groups, model.level(groups, features), ages)
+    got = [model.index_of(int(g), f.tolist(), float(a)) for g, f, a in zip(groups, features, ages, strict=True)]
+    assert np.allclose(got, want, rtol=1e-12)
+
+
+def test_the_model_finds_the_rates_behind_what_it_sees() -> None:
+    """Two kinds of places return after 50 and after 500 seconds on average; some are still waiting at the end."""
+    model, rng, now = ReturnModel((1.0,), (2,)), np.random.default_rng(2), 0.0
+    open_lives = []
+    for i in range(3000):
+        now = i * 1.0
+        open_lives.append((now + rng.exponential(50.0 if i % 2 else 500.0), model.begin(0, [i % 2], now)))
+        for end, life in [o for o in open_lives if o[0] <= now]:
+            model.end(0, life, end)
+        open_lives = [o for o in open_lives if o[0] > now]
+    for _ in range(4):
+        model.fit(now)
+    slow, fast = model.index_of(0, [0], 16.0), model.index_of(0, [1], 16.0)
+    assert fast == pytest.approx(1 / 50, rel=0.3)
+    assert slow == pytest.approx(1 / 500, rel=0.4)
+
+
+def test_nobody_returns_and_the_model_says_so() -> None:
+    model = ReturnModel((1.0,), (1,))
+    before = model.index_of(0, [0], 0.0)
+    for i in range(500):
+        model.begin(0, [0], float(i))
+    model.fit(5000.0)
+    assert model.index_of(0, [0], 0.0) < before / 20
+
+
+def test_before_anything_is_known_the_older_is_worth_less() -> None:
+    model = ReturnModel((1.0,), (1,))
+    indices = [model.index_of(0, [0], age) for age in (0.0, 30.0, 100.0, 1000.0, 10000.0)]
+    assert indices == sorted(indices, reverse=True)
+
+
+# Places
+
+
+def test_a_prompt_returns_to_the_deepest_place_it_runs_through() -> None:
+    places = memory()
+    places.visit(outline("ab"), ends(1, 2), 0.0)
+    found = places.visit(outline("abc"), ends(3), 10.0)
+    assert found is places.get("", outline("ab").name(2 * TILE))
+    assert found is not None
+    assert (found.uses, found.since) == (1, 10.0)
+    assert places.visit(outline("ax"), [], 20.0) is places.get("", outline("a").name(TILE))
+
+
+def test_a_place_that_leaves_nothing_to_compute_is_not_returned_to() -> None:
+    places = memory()
+    places.visit(outline("ab"), ends(1, 2), 0.0)
+    whole = Outline("", Keys("ab", b"", 2 * TILE), 0, 0, TILE)  # another prompt: the first had one token more
+    assert places.visit(whole, [], 1.0) is places.get("", whole.name(TILE))
+
+
+@pytest.mark.parametrize("why", ["generated", "again"])
+def test_commits_and_preempted_prompts_are_not_returns(why: str) -> None:
+    places = memory()
+    places.visit(outline("ab"), ends(2), 0.0)
+    assert places.visit(outline("abc", **{why: True}), ends(3), 1.0) is None
+    assert places.get("", outline("abc").name(3 * TILE)) is not None
+
+
+def test_the_state_that_was_used_counts_as_returned_to_beside_the_deepest_place() -> None:
+    places = memory()
+    places.visit(outline("abcd"), ends(1, 4), 0.0)
+    places.visit(outline("abcde", start=1), ends(5), 5.0)
+    used, deepest = (places.get("", outline("abcd").name(p * TILE)) for p in (1, 4))
+    assert used is not None
+    assert deepest is not None
+    assert used.uses == deepest.uses == 1
+
+
+def test_places_of_one_tenant_are_not_returned_to_by_another() -> None:
+    places = memory()
+    places.visit(outline("ab"), ends(2), 0.0)
+    other = Outline("tenant", Keys("abc", b"x", 3 * TILE + 1), 0, 0, TILE)
+    assert places.visit(other, [], 1.0) is None
+
+
+def test_a_place_knows_its_message_and_how_far_from_the_end_it_is() -> None:
+    places = memory()
+    boundaries = tuple(Boundary(p * TILE, role=r) for p, r in ((1, "system"), (2, "user"), (3, "tool")))
+    places.visit(outline("abc", boundaries=boundaries), ends(1, 2, 3), 0.0)
+    names = list(SIZES)
+    seen = [places.get("", outline("abc").name(p * TILE)) for p in (1, 2, 3)]
+    rows = [dict(zip(names, place.features, strict=True)) for place in seen if place]
+    assert [(row["role"], row["from_end"]) for row in rows] == [(1, 2), (2, 1), (4, 0)]
+
+
+# Order
+
+
+def cache_with(policy: Learned, clock: Clock, slots: int, pages: int) -> HybridCache:
+    return new_cache(SPECS["slot of four pages"], slots=slots, pages=pages, policy=policy, clock=clock)
+
+
+def test_before_anything_is_learned_the_oldest_goes_first() -> None:
+    clock = Clock()
+    cache = cache_with(Learned(), clock, slots=4, pages=5)
+    for prompt in ("a", "b", "c", "d"):
+        run = begin(cache, tokens_of(prompt, 1))
+        cache.plan(run.lease)
+        cache.reserve_checkpoint(run.lease, TILE, END)
+        forward(cache, run, TILE + 1)
+        cache.publish(run.lease, TILE)
+        cache.release(run.lease)
+        cache.check()
+        clock.now += 60.0
+    kept = [p for p in "abcd" if cache.match("", tokens_of(p, 1)).length]
+    assert kept[-1] == "d"
+    assert "a" not in kept
+
+
+def test_the_state_above_takes_over_the_prospects_of_one_that_has_gone() -> None:
+    policy, clock = Learned(), Clock()
+    cache = cache_with(policy, clock, slots=20, pages=40)
+    fill(cache, tokens_of("abc", 1), TILE)
+    clock.now += 5000.0
+    admitted = begin(cache, tokens_of("x", 1))
+    cache.plan(admitted.lease)  # scores change when a prompt is admitted
+    cache.release(admitted.lease)
+    fill(cache, tokens_of("abcdef", 1), 6 * TILE)
+    path = cache.match("", tokens_of("abcdef", 1)).path
+    above, deep = path[0].checkpoint, path[5].checkpoint
+    assert above is not None
+    assert deep is not None
+    before = policy._score(policy._rows[above])
+    cache.pool.evict(deep)
+    cache.check()
+    assert policy._score(policy._rows[above]) > 2 * before
+
+
+def test_victims_come_in_order_whatever_changes_meanwhile() -> None:
+    """The shortlist against scores computed one by one, through random uses, lapses of time and evictions."""
+    rng, clock, policy = np.random.default_rng(3), Clock(), Learned()
+    cache = cache_with(policy, clock, slots=60, pages=300)
+    for step in range(250):
+        prompt = "".join(rng.choice(list("abcd"), rng.integers(1, 6)))
+        run = begin(cache, tokens_of(prompt, 1))
+        for wish in cache.plan(run.lease):
+            slot = cache.reserve_checkpoint(run.lease, wish.position, wish.kind)
+            if slot is not None:
+                run.reserved[wish.position] = slot
+        forward(cache, run, len(run.tokens))
+        cache.publish(run.lease, len(prompt) * TILE)
+        cache.release(run.lease, num_output_tokens=int(rng.integers(1, 300)))
+        clock.now += float(rng.exponential(20.0))
+        lowest = policy.lowest()
+        if lowest is None:
+            continue
+        score, kept = lowest
+        assert score == pytest.approx(policy._score(policy._rows[kept]))
+        n = len(policy._kept)
+        if n <= 64:  # the eight lowest are on the shortlist, and it is fresh
+            fresh = sorted(policy._score(row) for row in range(n))
+            assert score <= fresh[min(n - 1, 8)]
+        if step % 5 == 0:
+            cache.pool.evict(kept, score)
+        cache.check()
+
+
+def test_a_score_is_never_infinite_or_negative() -> None:
+    policy = Learned()
+    cache = cache_with(policy, Clock(), slots=20, pages=40)
+    fill(cache, tokens_of("abcdef", 1), TILE, 6 * TILE, end=True)
+    assert all(0 <= policy._score(row) < math.inf for row in range(len(policy._kept)))
+    assert COST.flops(0, TILE) > 0
+
+
+def test_a_place_that_is_returned_to_outlives_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid_cache.cache.policies.places.MOST_PLACES", 8)
+    places = memory()
+    places.visit(outline("s"), ends(1), 0.0)
+    system, idle = outline("s").name(TILE), outline("x").name(TILE)
+    places.visit(outline("x"), ends(1), 0.0)
+    for i, letter in enumerate("abcdefgh"):
+        places.visit(outline("s" + letter), ends(2), 1.0 + i)
+    place = places.get("", system)
+    assert place is not None
+    assert place.uses == 8
+    assert places.get("", idle) is None
+
+
+def test_an_exact_repeat_returns_to_the_end_of_the_prompt() -> None:
+    places = memory()
+    places.visit(outline("ab"), ends(2), 0.0)
+    assert places.visit(outline("ab"), [], 1.0) is places.get("", outline("ab").end_name)
+    other = Outline("", Keys("ab", b"y", 2 * TILE + 1), 0, 0, TILE)
+    assert places.visit(other, [], 2.0) is places.get("", outline("ab").name(2 * TILE))
