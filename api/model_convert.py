@@ -1,4 +1,4 @@
-"""`hybrid-cache model convert`: the work of `models/convert.py`, with a progress bar and a table of what it did."""
+"""`hybrid-cache model convert`: `models/tools/convert.py` with a progress bar and a table of what it did."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from hybrid_cache.api.sizes import format_bytes
-from hybrid_cache.models import convert, loading
+from hybrid_cache.models import loading
+from hybrid_cache.models.tools import convert
 
 WIDTH = 120  # characters, where no terminal says how many it has
 

@@ -6,7 +6,7 @@ Three habits keep the promises of `ops`:
   shapes and alignment wherever its prompt was cut.
 - What is elementwise uses only functions whose vector body and scalar tail round alike. `silu`, `sigmoid`, `softplus`,
   `gelu` and `rsqrt` do not (where the tail begins depends on the number of rows), so they are spelled out with `exp`,
-  `log1p`, `erf` and `sqrt`.
+  `log1p`, `erf` and `sqrt`, here and in `elementwise`.
 - Weights are packed for oneDNN, whose results were the same for each number of rows >= 2 that was tried (up to 1,300),
   but for long sums of bfloat16, which it may cut among threads: see `PackedLinear`.
 """
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_cache.kernels import runs, sampling
+from hybrid_cache.kernels.elementwise import add, sigmoid, silu, softplus
 from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import (
@@ -43,17 +44,6 @@ LONG_SUM = 1024  # inputs of a product of bfloat16, see `PackedLinear`
 P = ParamSpec("P")
 R = TypeVar("R")
 ScanTile = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # as `_scan_tile`
-
-
-def add(hidden: Tensor, y: Tensor, multiplier: float = 1.0) -> Tensor:
-    """hidden += multiplier * y, both of them in place.
-
-    Two exact steps: a fused multiply-add may round differently at the end of a tensor than inside it.
-    """
-    if multiplier != 1.0:
-        y *= multiplier
-    hidden += y
-    return hidden
 
 
 class PlainLinear:
@@ -431,18 +421,6 @@ class TorchOps:
             out[_decode_rows(layout)] = y
             conv[layout.decode_slot] = rows[:, 1:]
         return out
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1.0 + torch.exp(-x))
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    return 1.0 / (1.0 + torch.exp(-x))
-
-
-def softplus(x: Tensor) -> Tensor:
-    return torch.where(x > 20.0, x, torch.log1p(torch.exp(x.clamp(max=20.0))))
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import Concatenate
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from hybrid_cache.kernels.ops import Draws, Experts, KVTensors, Linear, Mamba1We
 from hybrid_cache.kernels.problems import some_draws
 from hybrid_cache.kernels.runs import Run, Runs, arrange
 from hybrid_cache.kernels.shared_prefix import plan_shared
-from hybrid_cache.kernels.torch_ops import LoopExperts, TorchOps
+from hybrid_cache.kernels.torch_ops import LoopExperts, P, TorchOps
 from hybrid_cache.kernels.triton_kernels import attention, conv, delta, matmul, rows, sample, scan, ssd
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 
@@ -51,6 +52,21 @@ _MIXERS = {
 
 Pairs = list[tuple[Tensor, Tensor]]
 """What a kernel says, and what torch does."""
+
+
+def with_kernel(
+    plain: Callable[Concatenate[TorchOps, P], Tensor], kernel: Callable[P, Tensor]
+) -> Callable[Concatenate["TritonOps", P], Tensor]:
+    """A method of `TorchOps` as one of `TritonOps`, with a kernel of the same signature for what it can reach.
+
+    Callers give tensors, weights, layout and cache by their places; only options may have names.
+    """
+
+    @functools.wraps(plain)
+    def run(self: "TritonOps", /, *args: P.args, **options: P.kwargs) -> Tensor:
+        return self._run(plain.__name__, kernel, functools.partial(plain, self), *args, **options)
+
+    return run
 
 
 class TritonOps(TorchOps):
@@ -82,8 +98,18 @@ class TritonOps(TorchOps):
             return super().experts(w_in, w_out, act)
         return matmul.TritonExperts(w_in, w_out, act or self.silu_mul)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._run("rms_norm", rows.rms_norm, super().rms_norm, x, weight, eps)
+    rms_norm = with_kernel(TorchOps.rms_norm, rows.rms_norm)
+    rotary = with_kernel(TorchOps.rotary, rows.rotary)
+    attention = with_kernel(TorchOps.attention, attention.attention)
+    mamba2 = with_kernel(TorchOps.mamba2, ssd.mamba2)
+    causal_conv = with_kernel(TorchOps.causal_conv, conv.causal_conv)
+    mamba1_scan = with_kernel(TorchOps.mamba1_scan, scan.mamba1_scan)
+    linear_attention = with_kernel(TorchOps.linear_attention, ssd.linear_attention)
+    rg_lru = with_kernel(TorchOps.rg_lru, scan.rg_lru)
+    gated_delta = with_kernel(TorchOps.gated_delta, delta.gated_delta)
+    kimi_delta = with_kernel(TorchOps.kimi_delta, delta.kimi_delta)
+    log_sum_exp = with_kernel(TorchOps.log_sum_exp, sample.log_sum_exp)
+    sample = with_kernel(TorchOps.sample, sample.sample)
 
     def silu_mul(self, x: Tensor) -> Tensor:
         return self._run("silu_mul", lambda x: rows.gated(x, "silu"), super().silu_mul, x)
@@ -93,9 +119,6 @@ class TritonOps(TorchOps):
 
     def gelu_tanh_mul(self, x: Tensor) -> Tensor:
         return self._run("gelu_tanh_mul", lambda x: rows.gated(x, "gelu_tanh"), super().gelu_tanh_mul, x)
-
-    def rotary(self, x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-        return self._run("rotary", rows.rotary, super().rotary, x, positions, inv_freq)
 
     def relocate_keys(
         self,
@@ -109,85 +132,19 @@ class TritonOps(TorchOps):
         move = rows.relocate_keys if _reachable(kv.k) else super().relocate_keys
         move(kv, source_rows, target_rows, delta, inv_freq, first)
 
-    def sample(self, logits: Tensor, draws: Draws) -> Tensor:
-        return self._run("sample", sample.sample, super().sample, logits, draws)
-
-    def log_sum_exp(self, logits: Tensor) -> Tensor:
-        return self._run("log_sum_exp", sample.log_sum_exp, super().log_sum_exp, logits)
-
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        layout: RowLayout,
-        kv: KVTensors,
-        window: int | None = None,
+    def _run(
+        self, name: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *args: object, **options: object
     ) -> Tensor:
-        return self._run("attention", attention.attention, super().attention, q, k, v, scale, layout, kv, window)
-
-    def mamba2(self, zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
-        return self._run("mamba2", ssd.mamba2, super().mamba2, zxbcdt, weights, layout, cache)
-
-    def causal_conv(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        layout: RowLayout,
-        conv_state: Tensor,
-        activation: bool = True,
-    ) -> Tensor:
-        plain = super().causal_conv
-        return self._run("causal_conv", conv.causal_conv, plain, x, weight, bias, layout, conv_state, activation)
-
-    def mamba1_scan(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        B: Tensor,
-        C: Tensor,
-        z: Tensor,
-        weights: Mamba1Weights,
-        layout: RowLayout,
-        state: Tensor,
-    ) -> Tensor:
-        plain = super().mamba1_scan
-        return self._run("mamba1_scan", scan.mamba1_scan, plain, x, dt, B, C, z, weights, layout, state)
-
-    def linear_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, slope: Tensor, layout: RowLayout, state: Tensor
-    ) -> Tensor:
-        plain = super().linear_attention
-        return self._run("linear_attention", ssd.linear_attention, plain, q, k, v, slope, layout, state)
-
-    def rg_lru(
-        self, x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: RowLayout, state: Tensor
-    ) -> Tensor:
-        return self._run("rg_lru", scan.rg_lru, super().rg_lru, x, input_gate, gate, decay, layout, state)
-
-    def gated_delta(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
-    ) -> Tensor:
-        return self._run("gated_delta", delta.gated_delta, super().gated_delta, q, k, v, g, beta, layout, state)
-
-    def kimi_delta(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor
-    ) -> Tensor:
-        return self._run("kimi_delta", delta.kimi_delta, super().kimi_delta, q, k, v, g, beta, layout, state)
-
-    def _run(self, name: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *args: object) -> Tensor:
-        """`kernel(*args)`, or `plain(*args)` where there is no kernel for them."""
+        """`kernel(*args, **options)`, or the same of `plain` where there is no kernel for them."""
         x = args[0]
         assert isinstance(x, Tensor)
         if not _reachable(x):
-            return plain(*args)
+            return plain(*args, **options)
         try:
-            return kernel(*args)
+            return kernel(*args, **options)
         except UnsupportedShape as error:  # raised before anything was changed
             self.reasons[name] = str(error)
-            return plain(*args)
+            return plain(*args, **options)
 
 
 class CheckedTritonOps(TritonOps):
@@ -254,22 +211,25 @@ class CheckedTritonOps(TritonOps):
         else:
             plain(self, kv, source_rows, target_rows, delta, inv_freq, first)
 
-    def _run(self, name: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *args: object) -> Tensor:
+    def _run(
+        self, name: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *args: object, **options: object
+    ) -> Tensor:
         x = args[0]
         assert isinstance(x, Tensor)
         if not _reachable(x):
-            return plain(*args)
+            return plain(*args, **options)
 
         def probe() -> Pairs:
+            both = functools.partial(kernel, **options), functools.partial(plain, **options)
             if name == "sample":
-                return _both_on_draws(kernel, plain, x)
+                return _both_on_draws(*both, x)
             if name in _MIXERS:
-                return _both_on_tokens(*_MIXERS[name], kernel, plain, args)
-            return _both_on_rows(kernel, plain, args)
+                return _both_on_tokens(*_MIXERS[name], *both, args)
+            return _both_on_rows(*both, args)
 
-        if not self._agrees(name, (name, *map(_kind, args)), probe):
-            return plain(*args)
-        return super()._run(name, kernel, plain, *args)
+        if not self._agrees(name, (name, *map(_kind, args), *map(_kind, options.values())), probe):
+            return plain(*args, **options)
+        return super()._run(name, kernel, plain, *args, **options)
 
     def _agrees(self, name: str, kind: Hashable, probe: Callable[[], Pairs]) -> bool:
         """Whether the kernel does what torch does, as found the first time."""

@@ -109,7 +109,10 @@ class Adapter:
         return self.factors[name] if name in self.factors else (self.replaced[name],)
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """The weight as it is with the adapter, in float32. Raises ModelError if shapes do not fit."""
+        """weight [out, in] -> what it is with the adapter, in float32; a replaced weight may have any shape.
+
+        Raises ModelError if shapes do not fit.
+        """
         if name in self.replaced:
             self._fit(name, self.replaced[name].shape, weight.shape)
             return self.replaced[name].float()
@@ -151,7 +154,10 @@ def load(path: str | Path) -> Adapter:
 
 
 def save(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Writes both files; `tensors` by module and parameter, as in `model.layers.0.mamba.in_proj.lora_A.weight`."""
+    """Writes both files.
+
+    tensors  by module and parameter, as in `model.layers.0.mamba.in_proj.lora_A.weight`: A [rank, in], B [out, rank]
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config.to_json())
     named = {PREFIX + name: tensor.detach().contiguous() for name, tensor in tensors.items()}

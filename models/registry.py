@@ -1,4 +1,4 @@
-"""Finds the architecture for a `model_type`: the file of that name in this folder, if it has `build`."""
+"""Finds the architecture for a `model_type`: the file of that name in `arch/`."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -36,16 +36,12 @@ def find(model_type: object) -> Build:
 
 
 def supported() -> list[str]:
-    return [name for name in _files() if _build(name) is not None]
-
-
-def _files() -> list[str]:
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+    return sorted(path.stem for path in (Path(__file__).parent / "arch").glob("*.py"))
 
 
 def _build(name: str) -> Build | None:
     name = ALIASES.get(name, name)
-    if name not in _files():
+    if name not in supported():
         return None
-    build: Build | None = getattr(import_module(f"hybrid_cache.models.{name}"), "build", None)
+    build: Build = import_module(f"hybrid_cache.models.arch.{name}").build
     return build

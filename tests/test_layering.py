@@ -102,7 +102,7 @@ def test_every_module_is_read() -> None:
     assert modules >= {
         "hybrid_cache.choreography.plan",
         "hybrid_cache.cache.policies.base",
-        "hybrid_cache.models.llama",
+        "hybrid_cache.models.arch.llama",
     }
 
 

@@ -13,7 +13,7 @@ from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.adapters import SHIPPED
 from hybrid_cache.models.loading import COMPUTE_DTYPES, embedded_path, load, resolve
-from hybrid_cache.models.published import CONFIGS
+from hybrid_cache.models.tools.published import CONFIGS
 
 # Attention alone, whose messages can be relocated, and states alone.
 PURE: Mapping[str, Mapping[str, object]] = {

@@ -15,8 +15,8 @@ from hybrid_cache.bench.gpu.timing import synchronize
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
-from hybrid_cache.models.published import CONFIGS
 from hybrid_cache.models.registry import ShapedModel
+from hybrid_cache.models.tools.published import CONFIGS
 from hybrid_cache.request import Request, SamplingParams
 from hybrid_cache.tokens import Prompt
 

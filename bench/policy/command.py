@@ -46,8 +46,8 @@ from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.registry import ALIASES, policy_names
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.models.presets import PRESETS, model_shape
 from hybrid_cache.models.shapes import ModelShape
+from hybrid_cache.models.tools.presets import PRESETS, model_shape
 
 # Without arguments: small enough for a minute on one core, large enough that something has to go.
 DEFAULT_SCALES = {"chat": 0.25, "agent": 0.15, "few-shot": 0.25}

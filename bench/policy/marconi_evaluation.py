@@ -41,7 +41,7 @@ from hybrid_cache.cache.policies.registry import ALIASES, make_policy
 from hybrid_cache.cache.policies.vllm_block import VLLMBlock
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.models.presets import nvidia_hybrid_as_published
+from hybrid_cache.models.tools.presets import nvidia_hybrid_as_published
 
 GB = 10**9
 SESSIONS = 30  # for which the cache sizes are

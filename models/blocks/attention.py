@@ -8,9 +8,9 @@ from torch import Tensor
 
 from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.errors import ModelError
+from hybrid_cache.kernels.elementwise import gated
 from hybrid_cache.kernels.ops import KVTensors, Linear, Ops
-from hybrid_cache.kernels.torch_ops import add
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, sigmoid
+from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape
 
@@ -39,7 +39,7 @@ class Rotary:
         return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], dim=-1)
 
 
-class Attention:
+class Attention(Mixer):
     """Causal attention with grouped queries.
 
     rotary          positions; None for none
@@ -48,6 +48,8 @@ class Attention:
     gated           `qkv` gives for each head a query and then a gate, whose sigmoid multiplies what the head returns
     head_gate       gives for each head one number, whose sigmoid multiplies what the head returns
     """
+
+    shape: AttentionShape
 
     def __init__(
         self,
@@ -98,14 +100,8 @@ class Attention:
         if self._head_gate is not None:
             gate = self._head_gate(x)[:, :, None]
         if gate is not None:
-            y = (y.float() * sigmoid(gate)).to(y.dtype)
+            y = gated(y, gate)
         return self._out(y.flatten(1))
-
-    def add_to(
-        self, hidden: Tensor, norm: Norm, batch: ForwardBatch, cache: CacheEntry, multiplier: float = 1.0
-    ) -> Tensor:
-        """hidden += multiplier * self(norm(hidden), batch, cache), in place."""
-        return add(hidden, self(norm(hidden), batch, cache), multiplier)
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:

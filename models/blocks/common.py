@@ -1,19 +1,20 @@
-"""Projections and norms: what the other parts of a model use.
+"""What the parts of a model have in common, and the projections and norms that they use.
 
 A part takes packed rows x [R, hidden] and gives [R, hidden] back. It holds packed weights; its `shape` says what it
 costs and what it keeps in the cache.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hybrid_cache.device.batch import ForwardBatch
-from hybrid_cache.kernels.grid import MIN_ROWS
+from hybrid_cache.kernels.elementwise import add
 from hybrid_cache.kernels.ops import KVTensors, Linear, NormWeights, Ops, StateTensors
-from hybrid_cache.models.shapes import LinearShape
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.shapes import LayerShape, LinearShape
 from hybrid_cache.models.weights import Weights
 
 CacheEntry = KVTensors | StateTensors
@@ -46,7 +47,13 @@ class Norm:
         self.weights = NormWeights(weight, eps)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [R, size] -> [R, size]."""
         return self._rms_norm(x, self.weights.weight, self.weights.eps)
+
+
+def hidden_norm(name: str, config: Config, weights: Weights, ops: Ops, eps: float) -> Norm:
+    """Of rows that are as wide as the model."""
+    return Norm(ops, weights, name, config.integer("hidden_size"), eps)
 
 
 class PlainNorm:
@@ -58,27 +65,40 @@ class PlainNorm:
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [R, size] -> [R, size]."""
         return self._rms_norm(x, self._ones, self._eps)
 
 
-def wanted_rows(hidden: Tensor, batch: ForwardBatch) -> Tensor:
-    """The output rows of the batch, first; padded to MIN_ROWS with copies of row 0."""
-    rows = batch.output_rows
-    missing = MIN_ROWS - rows.shape[0]
-    return hidden[F.pad(rows, (0, missing)) if missing > 0 else rows]
+class Mixer(ABC):
+    """A part through which tokens see earlier ones: attention or a recurrence. It has one entry in the cache."""
+
+    shape: LayerShape
+
+    @abstractmethod
+    def __call__(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> Tensor:
+        """x [R, in] -> [R, hidden]; advances the sequences of the batch in `cache`."""
+
+    def add_to(
+        self, hidden: Tensor, norm: Norm, batch: ForwardBatch, cache: CacheEntry, multiplier: float = 1.0
+    ) -> Tensor:
+        """hidden [R, hidden] += multiplier * self(norm(hidden), batch, cache), in place -> hidden."""
+        return add(hidden, self(norm(hidden), batch, cache), multiplier)
 
 
-def sigmoid(x: Tensor) -> Tensor:
-    """In float32; unlike torch's own it rounds alike in the middle and at the end of a tensor."""
-    return 1.0 / (1.0 + torch.exp(-x.float()))
+class FeedForward(ABC):
+    """A part that treats each token by itself."""
 
+    shape: LayerShape
 
-def tanh(x: Tensor) -> Tensor:
-    """In float32, with the same promise as `sigmoid`."""
-    return 1.0 - 2.0 / (1.0 + torch.exp(2.0 * x.float()))
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """More than one where a part is counted piece by piece."""
+        return (self.shape,)
 
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [R, hidden] -> [R, hidden]."""
 
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) in float32; rounds alike everywhere in a tensor."""
-    x = x.float()
-    return torch.where(x > 20.0, x, torch.log1p(torch.exp(x.clamp(max=20.0))))
+    def add_to(self, hidden: Tensor, norm: Norm, multiplier: float = 1.0) -> Tensor:
+        """hidden [R, hidden] += multiplier * self(norm(hidden)), in place -> hidden."""
+        return add(hidden, self(norm(hidden)), multiplier)

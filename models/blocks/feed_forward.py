@@ -5,17 +5,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hybrid_cache.kernels.elementwise import gated, sigmoid
 from hybrid_cache.kernels.ops import Experts, Linear, Ops
-from hybrid_cache.kernels.torch_ops import add
-from hybrid_cache.models.blocks.common import Norm, sigmoid
+from hybrid_cache.models.blocks.common import FeedForward, Norm, linear
 from hybrid_cache.models.shapes import MLPShape, MoEShape, SharedMoEShape
 from hybrid_cache.models.weights import Scope, Weights
 
 Router = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""logits [R, experts], k -> ids of the chosen experts [R, k] int64, and their weights [R, k] float32."""
 
 
-class MLP:
+class MLP(FeedForward):
     """Gated feed-forward layer; without `gate_mul`, `ops.silu_mul`."""
+
+    shape: MLPShape
 
     def __init__(
         self, ops: Ops, gate_up: Linear, down: Linear, gate_mul: Callable[[Tensor], Tensor] | None = None
@@ -30,15 +33,35 @@ class MLP:
         return self._down(self._gate_mul(self._gate_up(x)))
 
     def add_to(self, hidden: Tensor, norm: Norm, multiplier: float = 1.0) -> Tensor:
-        """hidden += multiplier * self(norm(hidden)), in place."""
         if self._add_at_once is None:
-            return add(hidden, self(norm(hidden)), multiplier)
+            return super().add_to(hidden, norm, multiplier)
         self._add_at_once(hidden, norm.weights, multiplier, self._gate_up, self._down)
         return hidden
 
 
-class PlainMLP:
+def gated_mlp(
+    hidden: int,
+    inner: int,
+    weights: Weights,
+    ops: Ops,
+    *,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    bias: bool = False,
+    gate_mul: Callable[[Tensor], Tensor] | None = None,
+) -> MLP:
+    """`names` of the matrices: gate and up [inner, hidden], down [hidden, inner].
+
+    gate_mul  [R, 2 * inner], gates first -> [R, inner]; None for `ops.silu_mul`
+    """
+    gate, up, down = names
+    gate_up = linear(ops, weights, {gate: inner, up: inner}, hidden, bias=bias)
+    return MLP(ops, gate_up, linear(ops, weights, {down: hidden}, inner, bias=bias), gate_mul)
+
+
+class PlainMLP(FeedForward):
     """Two matrices with an activation between them."""
+
+    shape: MLPShape
 
     def __init__(self, up: Linear, down: Linear, act: Callable[[Tensor], Tensor]) -> None:
         self._up = up
@@ -51,22 +74,23 @@ class PlainMLP:
 
 
 def relu2(x: Tensor) -> Tensor:
-    """Squared relu (So et al. 2021)."""
+    """Squared relu (So et al. 2021); any shape."""
     return x.relu().square()
 
 
 def silu(x: Tensor) -> Tensor:
-    return (x.float() * sigmoid(x)).to(x.dtype)
+    """x * sigmoid(x); any shape."""
+    return gated(x, x)
 
 
 def softmax_of_chosen(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Weights of the k chosen experts add up to one."""
+    """A `Router`: the weights of the k chosen experts add up to one."""
     chosen, ids = logits.float().topk(k, dim=-1)
     return ids, chosen.softmax(dim=-1)
 
 
 def chosen_of_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Weights of all experts add up to one; the k largest are used as they are."""
+    """A `Router`: the weights of all experts add up to one; the k largest are used as they are."""
     chosen, ids = logits.float().softmax(dim=-1).topk(k, dim=-1)
     return ids, chosen
 
@@ -89,6 +113,7 @@ class SigmoidRouter:
         self._top_groups = top_groups
 
     def __call__(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """logits [R, experts] -> ids [R, k] int64, weights [R, k] float32."""
         scores = sigmoid(logits)
         wanted = scores if self._bias is None else scores + self._bias
         if self._top_groups < self._num_groups:
@@ -109,8 +134,10 @@ def _in_best_groups(scores: Tensor, num_groups: int, top_groups: int) -> Tensor:
     return mask.repeat_interleave(num_experts // num_groups, dim=1)
 
 
-class MoE:
+class MoE(FeedForward):
     """A few experts for each row, chosen by a router."""
+
+    shape: MoEShape
 
     def __init__(self, shape: MoEShape, router: Linear, experts: Experts, route: Router) -> None:
         self.shape = shape
@@ -123,8 +150,10 @@ class MoE:
         return self._experts(x, ids, weights)
 
 
-class SharedMoE:
+class SharedMoE(FeedForward):
     """Experts, and beside them an MLP for all rows (DeepSeek)."""
+
+    shape: SharedMoEShape
 
     def __init__(self, experts: MoE, shared: MLP) -> None:
         self.shape = SharedMoEShape(experts.shape, shared.shape, gated=False)
@@ -145,14 +174,17 @@ class Float32Router:
         self._linear = ops.linear(weights.take_float32(f"{name}.weight", num_experts, hidden))
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [R, hidden] -> logits [R, experts] float32."""
         return self._linear(x.float())
 
 
-class GatedSharedMoE:
+class GatedSharedMoE(FeedForward):
     """Experts, and beside them an MLP for all rows, times the sigmoid of a gate (Qwen).
 
     `router` gives the experts' logits and, last, that of the gate.
     """
+
+    shape: SharedMoEShape
 
     def __init__(self, shape: MoEShape, router: Linear, experts: Experts, route: Router, shared: MLP) -> None:
         self.shape = SharedMoEShape(shape, shared.shape, gated=True)
@@ -167,7 +199,7 @@ class GatedSharedMoE:
         logits, gate = self._router(x).split_with_sizes(self._split, dim=1)
         ids, weights = self._route(logits, self._num_active)
         y = self._experts(x, ids, weights)
-        y += (self._shared(x).float() * sigmoid(gate)).to(y.dtype)
+        y += gated(self._shared(x), gate)
         return y
 
 

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.kernels.elementwise import gated, sigmoid, softplus
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Linear, Ops, StateTensors
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, sigmoid, softplus
+from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm
 from hybrid_cache.models.shapes import GatedDeltaShape, KimiDeltaShape
 from hybrid_cache.models.weights import Weights
 
 
-class GatedDelta:
+class GatedDelta(Mixer):
     """Convolution, gated delta rule, norm of each head and gate, between two projections (Yang et al. 2024).
 
     projection   gives queries, keys, values, the gate z, then b and a: see `GatedDeltaShape.projected`
@@ -19,6 +20,8 @@ class GatedDelta:
     norm         of each head, before the gate
     max_beta     2 where the state may also turn its sign along a key
     """
+
+    shape: GatedDeltaShape
 
     def __init__(
         self,
@@ -64,13 +67,15 @@ class GatedDelta:
         return self._out(self._ops.silu_mul(torch.cat([z, y], dim=1)))
 
 
-class KimiDelta:
+class KimiDelta(Mixer):
     """Convolution, delta rule with a decay for each column, norm of each head and gate (Kimi Team 2025).
 
     projection   gives queries, keys, values, then b, then what `decay` and `gate` are made of
     decay, gate  their second halves, where they have low rank
     lowest       the logarithm of a decay is between this and 0, by a sigmoid; None for -exp(A) softplus
     """
+
+    shape: KimiDeltaShape
 
     def __init__(
         self,
@@ -118,7 +123,7 @@ class KimiDelta:
         y = self._ops.kimi_delta(q, k, v, g, beta, batch.layout, cache.state)
         y = self._norm(y.view(-1, s.head_dim)).view(-1, s.inner)
         z = z if self._gate is None else self._gate(z.contiguous())
-        return self._out((y.float() * sigmoid(z)).to(y.dtype))
+        return self._out(gated(y, z))
 
     def _log_decay(self, f: Tensor) -> Tensor:
         f = f.float() + self._dt_bias.view(f.shape[1:])

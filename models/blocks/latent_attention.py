@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.kernels.elementwise import gated
 from hybrid_cache.kernels.ops import KVTensors, Linear, Ops
 from hybrid_cache.models.blocks.attention import Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, sigmoid
+from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm, linear
 from hybrid_cache.models.shapes import LatentAttentionShape
 from hybrid_cache.models.weights import Weights
 
 
-class LatentAttention:
+class LatentAttention(Mixer):
     """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434), with the matrices that make keys and values of
     a latent row moved to the other side of the products: what is cached is the latent row, and all heads share it.
 
@@ -20,6 +21,8 @@ class LatentAttention:
     rotary     positions, on the shared part of the keys and of each query; None for none
     head_gate  gives for each head one number, whose sigmoid multiplies what the head returns
     """
+
+    shape: LatentAttentionShape
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class LatentAttention:
         y = self._ops.attention(q, kv, kv, s.query_dim**-0.5, batch.layout, cache)
         y = _each_head(self._from_latent, y[:, :, : s.kv_rank])
         if self._head_gate is not None:
-            y = (y.float() * sigmoid(self._head_gate(x))[:, :, None]).to(y.dtype)
+            y = gated(y, self._head_gate(x)[:, :, None])
         return self._out(y.flatten(1))
 
     def _queries(self, weight: Tensor, rotary: Rotary | None) -> Linear:

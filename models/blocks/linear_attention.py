@@ -4,14 +4,17 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.kernels.elementwise import gated
 from hybrid_cache.kernels.ops import Ops, StateTensors
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, sigmoid
+from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm, linear
 from hybrid_cache.models.shapes import LinearAttentionShape
 from hybrid_cache.models.weights import Weights
 
 
-class LightningAttention:
+class LightningAttention(Mixer):
     """Attention without softmax and with a fixed decay for each head (Qin et al. 2024), then a norm and a gate."""
+
+    shape: LinearAttentionShape
 
     def __init__(self, ops: Ops, weights: Weights, shape: LinearAttentionShape, *, slope: Tensor, norm: Norm) -> None:
         """slope [heads] float32: how fast a head forgets."""
@@ -26,12 +29,12 @@ class LightningAttention:
         assert isinstance(cache, StateTensors)
         s = self.shape
         qkv, gate = self._in(x).split_with_sizes([3 * s.inner, s.inner], dim=1)
-        qkv = (qkv.float() * sigmoid(qkv)).to(x.dtype).view(len(x), s.num_heads, 3 * s.head_dim)
+        qkv = gated(qkv, qkv).view(len(x), s.num_heads, 3 * s.head_dim)
         q, k, v = qkv.chunk(3, dim=2)
         if batch.effects is not None:
             batch.effects.decay(cache.state, -self._slope.expand(len(x), -1))
         y = self._ops.linear_attention(q, k, v, self._slope, batch.layout, cache.state).flatten(1)
-        return self._out((sigmoid(gate) * self._norm(y).float()).to(x.dtype))
+        return self._out(gated(self._norm(y), gate))
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

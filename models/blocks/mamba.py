@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.kernels.elementwise import softplus
 from hybrid_cache.kernels.ops import Linear, Mamba1Weights, Mamba2Weights, Ops, StateTensors
-from hybrid_cache.kernels.torch_ops import add
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, RowNorm, linear, softplus
+from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm, RowNorm, linear
 from hybrid_cache.models.shapes import Mamba1Shape, Mamba2Shape
 from hybrid_cache.models.weights import Weights
 
 
-class Mamba2:
+class Mamba2(Mixer):
     """State-space mixer with one scalar decay per head. All checkpoints call its weights by the same names."""
+
+    shape: Mamba2Shape
 
     def __init__(
         self,
@@ -75,10 +77,9 @@ class Mamba2:
     def add_to(
         self, hidden: Tensor, norm: Norm, batch: ForwardBatch, cache: CacheEntry, multiplier: float = 1.0
     ) -> Tensor:
-        """hidden += multiplier * self(norm(hidden), batch, cache), in place."""
-        assert isinstance(cache, StateTensors)
         if self._multipliers is not None:
-            return add(hidden, self(norm(hidden), batch, cache), multiplier)
+            return super().add_to(hidden, norm, batch, cache, multiplier)
+        assert isinstance(cache, StateTensors)
         log_decay = None
         if batch.effects is not None:
             log_decay = hidden.new_empty(len(hidden), self.shape.num_heads, dtype=torch.float32)
@@ -88,11 +89,13 @@ class Mamba2:
         return hidden
 
 
-class Mamba1:
+class Mamba1(Mixer):
     """State-space mixer with one decay per channel and state.
 
     norm  given the name and size of one of dt, B and C (`dt_layernorm`, ...): what normalises it; None for no norms
     """
+
+    shape: Mamba1Shape
 
     def __init__(
         self,
@@ -128,8 +131,10 @@ class Mamba1:
         return self._out(self._scan(x, z, batch, cache.state))
 
 
-class Mamba1Heads:
+class Mamba1Heads(Mixer):
     """Mamba-1 in heads: each has projections of its own to dt, B and C, and its part of the channels (Zamba)."""
+
+    shape: Mamba1Shape
 
     def __init__(
         self, ops: Ops, weights: Weights, shape: Mamba1Shape, num_heads: int, *, conv_bias: bool, proj_bias: bool
@@ -170,6 +175,7 @@ class CausalConv:
         self._bias = weights.take("conv1d.bias", channels) if bias else None
 
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: StateTensors) -> Tensor:
+        """x [R, channels] -> [R, channels], with the silu."""
         return self._ops.causal_conv(x, self._weight, self._bias, batch.layout, cache.conv)
 
 

@@ -1,6 +1,5 @@
 """What models share around their layers."""
 
-from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Protocol
 
@@ -8,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.kernels.elementwise import tanh
 from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.blocks.common import Norm, tanh
+from hybrid_cache.models.blocks.common import Norm
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import Advance, LayerShape, ModelShape, ways_to_compose
 from hybrid_cache.models.weights import Checkpoint
@@ -19,12 +20,16 @@ UNBOUNDED = 1 << 20
 """Tokens of context where a model without positions names no bound of its own: what a state holds does not grow."""
 
 
-class ModelLayer(Protocol):
-    """A layer as the model's accounts see it."""
+class Stack(Protocol):
+    """The layers of a model, see `HybridStack`."""
 
     @property
     def shapes(self) -> tuple[LayerShape, ...]:
-        """Of its parts, in the order of use."""
+        """Of all parts, in the order of use."""
+        ...
+
+    def __call__(self, hidden: Tensor, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        """hidden [R, hidden], overwritten -> [L or more, hidden], the output rows of the batch first."""
         ...
 
 
@@ -38,12 +43,14 @@ class CausalModel:
         ops: Ops,
         dtype: torch.dtype,
         *,
-        layers: Sequence[ModelLayer],
+        stack: Stack,
         norm: Norm,
         tied: bool,
         logits_divisor: float = 1.0,
         logits_multiplier: float = 1.0,
         embedding: str = "model.embed_tokens.weight",
+        embedding_multiplier: float = 1.0,
+        residual: torch.dtype | None = None,
         max_length: int | None = None,
         logits_cap: float | None = None,
     ) -> None:
@@ -51,6 +58,7 @@ class CausalModel:
 
         tied        a file without a head uses the embedding
         embedding   its name in the file
+        residual    type of the rows between layers, where it is not `dtype`
         max_length  where the config says nothing
         logits_cap  bounds logits softly: cap * tanh(logits / cap)
         """
@@ -60,13 +68,16 @@ class CausalModel:
         self.packs = ops.packs
         self.vocab_size = config.integer("vocab_size")
         self.max_length = config.integer("max_position_embeddings", max_length)
-        shapes = tuple(shape for layer in layers for shape in layer.shapes)
-        self.shape = ModelShape(type(self).__name__, shapes, hidden, self.vocab_size, dtype)
+        self.shape = ModelShape(type(self).__name__, stack.shapes, hidden, self.vocab_size, dtype)
         self.ways = ways_to_compose(self.shape)
-        self.commutes = all(shape.advance is not Advance.MATRIX for shape in shapes)
+        self.commutes = all(shape.advance is not Advance.MATRIX for shape in stack.shapes)
         self.cache_spec = self.shape.cache_spec
         self.prefill_cost = self.shape.prefill_cost
+        self._dtype = dtype
+        self._residual = residual or dtype
         self._embedding = weights.take(embedding, self.vocab_size, hidden)
+        self._embedding_multiplier = embedding_multiplier
+        self._stack = stack
         shared = tied and not weights.has("lm_head.weight")
         self._head = ops.linear(self._embedding if shared else weights.take("lm_head.weight", self.vocab_size, hidden))
         self._norm = norm
@@ -76,7 +87,19 @@ class CausalModel:
         facts = f"{type(self).__name__} {weights.finish()} {config.used_json()} {dtype} {ops.name}"
         self.fingerprint = blake2b(facts.encode(), digest_size=16).hexdigest()
 
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        """Advances pages and states in `cache` -> normed hidden rows [L, hidden]."""
+        hidden = self._stack(self._embed(batch.token_ids), batch, cache)
+        return self._norm(hidden)[: batch.output_rows.shape[0]].to(self._dtype)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        hidden = F.embedding(token_ids, self._embedding).to(self._residual)
+        if self._embedding_multiplier != 1.0:
+            hidden *= self._embedding_multiplier
+        return hidden
+
     def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [L, hidden] -> [L, V] float32; a row's bits do not depend on the other rows."""
         rows = hidden.shape[0]
         if rows < MIN_ROWS:
             hidden = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows))

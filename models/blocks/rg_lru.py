@@ -5,16 +5,19 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.kernels.elementwise import sigmoid
 from hybrid_cache.kernels.ops import Linear, Ops, StateTensors
-from hybrid_cache.models.blocks.common import CacheEntry, linear, sigmoid
+from hybrid_cache.models.blocks.common import CacheEntry, Mixer, linear
 from hybrid_cache.models.shapes import RgLruShape
 from hybrid_cache.models.weights import Scope, Weights
 
 SHARPNESS = 8.0  # c in the paper
 
 
-class RgLru:
+class RgLru(Mixer):
     """A convolution and a real-gated linear recurrent unit (De et al. 2024), times the gelu of another branch."""
+
+    shape: RgLruShape
 
     def __init__(self, ops: Ops, weights: Weights, shape: RgLruShape) -> None:
         s = self.shape = shape

@@ -4,13 +4,15 @@ from torch import Tensor
 
 from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.kernels.ops import Ops, StateTensors
-from hybrid_cache.models.blocks.common import CacheEntry, linear
+from hybrid_cache.models.blocks.common import CacheEntry, Mixer, linear
 from hybrid_cache.models.shapes import ShortConvShape
 from hybrid_cache.models.weights import Weights
 
 
-class ShortConv:
+class ShortConv(Mixer):
     """C * conv(B * x), all three from one projection (LFM2). It keeps a window of rows, and no state beside it."""
+
+    shape: ShortConvShape
 
     def __init__(self, ops: Ops, weights: Weights, shape: ShortConvShape, *, bias: bool) -> None:
         s = self.shape = shape

@@ -120,6 +120,7 @@ class LoraLinear(nn.Module):
         self.scale, self.dropout = scale, dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
         change = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
         return self.base(x) + self.scale * change  # type: ignore[no-any-return]
 

@@ -119,6 +119,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., width] -> [..., width] float32."""
         return F.rms_norm(hidden.float(), hidden.shape[-1:], self.weight, self.eps)
 
 
@@ -129,6 +130,7 @@ class Mlp(nn.Module):
         self.output_linear = nn.Linear(shape.shared_intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [B, T, hidden] -> [B, T, hidden]."""
         gate, up = self.input_linear(hidden).chunk(2, dim=-1)
         return self.output_linear(F.silu(gate) * up)  # type: ignore[no-any-return]
 
@@ -146,6 +148,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """hidden [B, T, hidden] -> [B, T, hidden]."""
+
         def heads(x: Tensor) -> Tensor:
             return x.view(*x.shape[:2], -1, self.shape.head_dim).transpose(1, 2)
 
@@ -211,6 +215,7 @@ class Mamba2(nn.Module):
         return F.silu(out + self.conv1d.bias.to(x.dtype))  # type: ignore[union-attr]
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """hidden [B, T, hidden] -> [B, T, hidden]."""
         shape = self.shape
         inner, states, heads = shape.inner, shape.mamba_d_state, shape.mamba_n_heads
         gate, xBC, dt = torch.split(self.in_proj(hidden), [inner, inner + 2 * states, heads], dim=-1)
@@ -240,6 +245,7 @@ class Layer(nn.Module):
         self.kind = kind
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """hidden [B, T, hidden] -> [B, T, hidden]."""
         mixer = self.mamba if self.kind == "mamba" else self.self_attn
         mixed = mixer(self.input_layernorm(hidden), batch)
         hidden = hidden + self.residual_multiplier * mixed
@@ -282,10 +288,12 @@ class Network(nn.Module):
         return self.model.norm(hidden)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden] -> [..., V]."""
         weight = self.model.embed_tokens.weight
         return F.linear(hidden, weight) / self.shape.logits_scaling
 
     def forward(self, batch: Batch) -> Tensor:
+        """-> logits [B, T, V]."""
         return self.logits(self.hidden(batch))
 
 

@@ -132,7 +132,10 @@ def optimizers_for(network: net.Network, lr: float) -> list[torch.optim.Optimize
 
 
 def right(hits: Tensor, targets: rw.Targets) -> list[tuple[str, bool]]:
-    """For each branch its kind, and whether the whole answer is what greedy decoding would write."""
+    """For each branch its kind, and whether the whole answer is what greedy decoding would write.
+
+    hits  [targets] bool, for each target token
+    """
     wrong = set(targets.branch[~hits].tolist())
     return [(kind, i not in wrong) for i, kind in enumerate(targets.kinds)]
 

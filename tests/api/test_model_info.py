@@ -16,7 +16,7 @@ from hybrid_cache.api.model_info import (
     to_json,
 )
 from hybrid_cache.errors import ModelError
-from hybrid_cache.models.presets import PRESETS
+from hybrid_cache.models.tools.presets import PRESETS
 
 SMALL = {
     "vocab_size": 100,

@@ -8,6 +8,7 @@ import torch
 from hybrid_cache.choreography.arrangement import Encoding, Fidelity, Positions
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
+from hybrid_cache.models.blocks.stack import HybridStack
 from hybrid_cache.spec import AttentionSpec
 from tests.choreography.conductor import Conductor, exact_logits, message
 from tests.models.checkpoints import CASES, FIRST_CASES
@@ -58,14 +59,14 @@ def test_one_layer_composes_messages_in_any_order(model, order):
 
 def single_layers(model):
     """The model with one of its layers alone, for each kind that it has."""
-    layers, spec, seen = model._layers, model.cache_spec, set()
+    layers, spec, seen = model._stack.layers, model.cache_spec, set()
     if len(layers) != len(spec.layers):
         return
     for layer, kept in zip(layers, spec.layers, strict=True):
-        kind = type(kept), type(getattr(layer, "_mixer", layer))
+        kind = type(kept), type(getattr(layer, "mixer", layer))
         if kind not in seen:
             seen.add(kind)
-            model._layers = [layer]
+            model._stack = HybridStack([layer])
             model.cache_spec = replace(spec, layers=(kept,))
             model.ways = ("relocated", "composed") if isinstance(kept, AttentionSpec) else ("composed",)
             yield kind

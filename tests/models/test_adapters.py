@@ -18,7 +18,7 @@ from hybrid_cache.request import Request, SamplingParams
 from hybrid_cache.tokens import Prompt
 from tests.models import checkpoints
 from tests.models.driver import Driver
-from tests.models.test_convert import converted
+from tests.models.tools.test_convert import converted
 
 FIRST = {case.family: case for case in checkpoints.FIRST_CASES}
 GRANITE = FIRST["GraniteMoeHybrid"]

@@ -15,8 +15,6 @@ from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.models import loading
-from hybrid_cache.models.presets import PRESETS, model_shape, preset
-from hybrid_cache.models.published import CONFIGS
 from hybrid_cache.models.shapes import (
     AttentionShape,
     GatedDeltaShape,
@@ -32,6 +30,8 @@ from hybrid_cache.models.shapes import (
     SharedMoEShape,
     ShortConvShape,
 )
+from hybrid_cache.models.tools.presets import PRESETS, model_shape, preset
+from hybrid_cache.models.tools.published import CONFIGS
 from hybrid_cache.spec import AttentionSpec, PrefillCost, StateSpec
 from tests.models import checkpoints
 from tests.models.case import Case

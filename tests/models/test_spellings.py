@@ -146,7 +146,7 @@ def test_a_convolution_in_three_tensors_may_be_cut_anywhere_but_not_short(folder
     published = dict(zip(names, (x.clone() for x in joined.split([32, 32, 80])), strict=True))
     save_file(weights | published, tmp_path / "model.safetensors", metadata={"format": "pt"})
     one, other = (loading.load(f, ops=OPS) for f in (folder, tmp_path))
-    assert torch.equal(one._layers[0]._mixer._conv_weight, other._layers[0]._mixer._conv_weight)
+    assert torch.equal(*(model._stack.layers[0].mixer._conv_weight for model in (one, other)))
     save_file(weights | {names[2]: torch.ones(3, 1, 4)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"q_conv1d.weight, .* rows, expected 144"):
         loading.load(tmp_path, ops=OPS)

@@ -28,7 +28,7 @@ from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.loading import embedded_path, load
-from hybrid_cache.models.presets import preset
+from hybrid_cache.models.tools.presets import preset
 from tests.api.servers import over_the_wire
 
 TINY = ("--workload", "few-shot", "--scale", "0.04", "--model", "embedded", "--capacity", "5%,30%")

@@ -7,13 +7,18 @@ from hybrid_cache.kernels.ops import KVTensors, Mamba1Weights
 from hybrid_cache.kernels.problems import ConvProblem, Piece, Stream, run_batch, some_draws, token
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.torch_ops import LoopExperts, PackedLinear, PlainLinear, TorchOps
-from hybrid_cache.kernels.triton_kernels import conv, matmul, rows, sample, scan
-from hybrid_cache.kernels.triton_ops import CheckedTritonOps, TritonOps
+from hybrid_cache.kernels.triton_kernels import conv, matmul, rows, sample
+from hybrid_cache.kernels.triton_ops import CheckedTritonOps, TritonOps, with_kernel
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of these tests lie on the CPU")
 X = torch.randn(6, 40)
 GAIN = torch.rand(40)
+
+
+def use(monkeypatch, name, kernel):
+    """Gives an operation another kernel."""
+    monkeypatch.setattr(TritonOps, name, with_kernel(getattr(TorchOps, name), kernel))
 
 
 def counted(kernel):
@@ -29,7 +34,7 @@ def counted(kernel):
 
 def test_a_right_kernel_is_checked_once_for_each_kind_of_arguments(monkeypatch):
     kernel, calls = counted(rows.rms_norm)
-    monkeypatch.setattr(rows, "rms_norm", kernel)
+    use(monkeypatch, "rms_norm", kernel)
     ops = CheckedTritonOps()
     expected = TorchOps().rms_norm(X, GAIN, 1e-5)
     torch.testing.assert_close(ops.rms_norm(X, GAIN, 1e-5), expected)
@@ -53,7 +58,7 @@ def test_a_right_kernel_is_checked_once_for_each_kind_of_arguments(monkeypatch):
 )
 def test_a_wrong_kernel_is_replaced(monkeypatch, broken, reason):
     right = rows.rms_norm
-    monkeypatch.setattr(rows, "rms_norm", lambda *args: broken(right(*args)))
+    use(monkeypatch, "rms_norm", lambda *args: broken(right(*args)))
     ops = CheckedTritonOps()
     assert torch.equal(ops.rms_norm(X, GAIN, 1e-5), TorchOps().rms_norm(X, GAIN, 1e-5))
     assert ops.reasons["rms_norm"].startswith(reason)
@@ -77,7 +82,7 @@ def test_a_shape_without_code_goes_to_torch_checked_or_not(monkeypatch):
     def refuse(*args):
         raise UnsupportedShape("head_dim 40 is no power of 2")
 
-    monkeypatch.setattr(rows, "rotary", refuse)
+    use(monkeypatch, "rotary", refuse)
     x, positions, inv_freq = torch.randn(3, 2, 16), torch.arange(3), torch.rand(8)
     for ops in (TritonOps(), CheckedTritonOps()):
         assert torch.equal(ops.rotary(x, positions, inv_freq), TorchOps().rotary(x, positions, inv_freq))
@@ -96,7 +101,7 @@ def test_an_operation_on_tokens_is_checked_on_tensors_of_its_own(monkeypatch):
     """The real cache is not touched by a kernel that writes wrong states."""
     right = conv.causal_conv
 
-    def wrong(x, weight, bias, layout, conv_state, activation):
+    def wrong(x, weight, bias, layout, conv_state, activation=True):
         out = right(x, weight, bias, layout, conv_state, activation)
         conv_state[layout.chunk_slot] += 1.0
         return out
@@ -106,7 +111,7 @@ def test_an_operation_on_tokens_is_checked_on_tensors_of_its_own(monkeypatch):
     checked = CheckedTritonOps()
     torch.testing.assert_close(batches(checked, problem), expected, equal_nan=True)
     assert checked.reasons == {}
-    monkeypatch.setattr(conv, "causal_conv", wrong)
+    use(monkeypatch, "causal_conv", wrong)
     replaced = CheckedTritonOps()
     for found, right_one in zip(batches(replaced, problem), expected, strict=True):
         assert torch.equal(found.nan_to_num(), right_one.nan_to_num())
@@ -118,7 +123,7 @@ def test_weights_of_another_shape_are_checked_anew(monkeypatch):
         assert weights.A.shape == (8, 4)
         return TorchOps().mamba1_scan(x, dt, B, C, z, weights, layout, state)
 
-    monkeypatch.setattr(scan, "mamba1_scan", scan_16)
+    use(monkeypatch, "mamba1_scan", scan_16)
     ops = CheckedTritonOps()
     layout, _ = arrange([Run(0, 5, 0, 0, True, [0], [])], [])
     for d_state in (4, 7):
@@ -160,7 +165,7 @@ def test_fast_leaves_products_to_torch():
 def test_tensors_out_of_reach_go_to_torch(monkeypatch):
     backends = TritonOps(), CheckedTritonOps()
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
-    monkeypatch.setattr(rows, "rms_norm", None)
+    use(monkeypatch, "rms_norm", None)
     for ops in backends:
         assert torch.equal(ops.rms_norm(X, GAIN, 1e-5), TorchOps().rms_norm(X, GAIN, 1e-5))
         assert isinstance(ops.linear(X), PackedLinear | PlainLinear)
@@ -175,7 +180,7 @@ def test_wrong_tokens_are_replaced(monkeypatch):
     assert torch.equal(checked.sample(logits, draws), expected)
     assert checked.reasons == {}
     right = sample.sample
-    monkeypatch.setattr(sample, "sample", lambda logits, draws: (right(logits, draws) + 1) % 300)
+    use(monkeypatch, "sample", lambda logits, draws: (right(logits, draws) + 1) % 300)
     replaced = CheckedTritonOps()
     assert torch.equal(replaced.sample(logits, draws), expected)
     assert replaced.reasons["sample"].startswith("differs from torch by")

@@ -9,7 +9,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.torch_ops import TorchOps
 from hybrid_cache.kernels.triton_kernels import rows, sample
-from hybrid_cache.kernels.triton_ops import CheckedTritonOps
+from hybrid_cache.kernels.triton_ops import CheckedTritonOps, TritonOps, with_kernel
 from hybrid_cache.models import loading
 from hybrid_cache.request import SamplingParams
 from hybrid_cache.workflow import Workflow
@@ -71,9 +71,13 @@ def test_a_layer_needs_no_fallback(name, tmp_path):
 def test_a_server_chooses_tokens_and_moves_messages_with_kernels(tmp_path, monkeypatch):
     """The engine's own paths end in the backend, not in torch."""
     called = []
-    for module, name in ((sample, "sample"), (sample, "log_sum_exp"), (rows, "relocate_keys")):
-        kernel = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, n=name, k=kernel: (called.append(n), k(*args))[1])
+
+    def noted(name, kernel):
+        return lambda *args: (called.append(name), kernel(*args))[1]
+
+    for name, kernel in (("sample", sample.sample), ("log_sum_exp", sample.log_sum_exp)):
+        monkeypatch.setattr(TritonOps, name, with_kernel(getattr(TorchOps, name), noted(name, kernel)))
+    monkeypatch.setattr(rows, "relocate_keys", noted("relocate_keys", rows.relocate_keys))
     case = next(case for case in checkpoints.CASES if str(case) == "bamba of one attention layer")
     folder = checkpoints.save(checkpoints.reference(case), tmp_path, torch.float32)
     answers = []

@@ -3,21 +3,19 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
-from hybrid_cache.models.blocks.feed_forward import MLP, MoE
+from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear
+from hybrid_cache.models.blocks.feed_forward import MLP, MoE, gated_mlp
 from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.short_conv import ShortConv
+from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, ShortConvShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
-FeedForward = Callable[[int, Config, Weights, Ops], MLP | MoE]
+BuildFeedForward = Callable[[int, Config, Weights, Ops], MLP | MoE]
 
 
 def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Lfm2":
@@ -26,11 +24,11 @@ def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> 
 
 class Lfm2(CausalModel):
     def __init__(
-        self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype, feed_forward: FeedForward
+        self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype, feed_forward: BuildFeedForward
     ) -> None:
         """`feed_forward` builds what follows the mixer of the layer with a given number."""
-        self._layers = tuple(
-            Layer(i, kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype, feed_forward)
+        layers = (
+            _layer(i, kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype, feed_forward)
             for i, kind in enumerate(_kinds(config))
         )
         super().__init__(
@@ -38,47 +36,27 @@ class Lfm2(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("model.embedding_norm", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("model.embedding_norm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_embedding" if config.has("tie_embedding") else "tie_word_embeddings", True),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
-
-class Layer:
-    """A mixer, then a feed-forward part; both add to `hidden` in place."""
-
-    def __init__(
-        self,
-        index: int,
-        kind: str,
-        config: Config,
-        weights: Weights,
-        ops: Ops,
-        dtype: torch.dtype,
-        feed_forward: FeedForward,
-    ) -> None:
-        self._mixer = _MIXERS[kind](config, weights, ops, dtype)
-        self._mixer_norm = _norm("operator_norm", config, weights, ops)
-        self._feed_forward = feed_forward(index, config, Scope(weights, "feed_forward."), ops)
-        self._feed_forward_norm = _norm("ffn_norm", config, weights, ops)
-        self.shapes = (self._mixer.shape, self._feed_forward.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        hidden += self._mixer(self._mixer_norm(hidden), batch, tensors)
-        return hidden
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        hidden += self._feed_forward(self._feed_forward_norm(hidden))
-        return hidden
+def _layer(
+    index: int,
+    kind: str,
+    config: Config,
+    weights: Weights,
+    ops: Ops,
+    dtype: torch.dtype,
+    feed_forward: BuildFeedForward,
+) -> PreNormLayer:
+    return PreNormLayer(
+        _MIXERS[kind](config, weights, ops, dtype),
+        hidden_norm("operator_norm", config, weights, ops, _eps(config)),
+        feed_forward(index, config, Scope(weights, "feed_forward."), ops),
+        hidden_norm("ffn_norm", config, weights, ops, _eps(config)),
+    )
 
 
 def _kinds(config: Config) -> tuple[str, ...]:
@@ -125,8 +103,7 @@ def _mlp(index: int, config: Config, weights: Weights, ops: Ops) -> MLP:
 
 def swiglu(hidden: int, inner: int, weights: Weights, ops: Ops) -> MLP:
     """With the weight names that all LFM2 models use."""
-    gate_up = linear(ops, weights, {"w1": inner, "w3": inner}, hidden)
-    return MLP(ops, gate_up, linear(ops, weights, {"w2": hidden}, inner))
+    return gated_mlp(hidden, inner, weights, ops, names=("w1", "w3", "w2"))
 
 
 def _inner(config: Config) -> int:
@@ -137,10 +114,6 @@ def _inner(config: Config) -> int:
     inner = int(config.positive("block_ffn_dim_multiplier", 1.0) * int(2 * inner / 3))
     multiple = config.integer("block_multiple_of", 256)
     return -(-inner // multiple) * multiple
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
 
 
 def _eps(config: Config) -> float:

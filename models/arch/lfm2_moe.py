@@ -3,10 +3,10 @@
 import torch
 
 from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.arch.lfm2 import Lfm2, swiglu
 from hybrid_cache.models.blocks.common import linear
 from hybrid_cache.models.blocks.feed_forward import MLP, MoE, SigmoidRouter, expert_matrices
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.lfm2 import Lfm2, swiglu
 from hybrid_cache.models.shapes import MoEShape
 from hybrid_cache.models.weights import Checkpoint, Weights
 

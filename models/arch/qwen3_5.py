@@ -6,10 +6,10 @@ Its rotary positions have three sections, for time, height and width; of text al
 import torch
 
 from hybrid_cache.kernels.ops import Linear, Ops
+from hybrid_cache.models.arch.qwen3_next import Qwen3Next, mlp
 from hybrid_cache.models.blocks.common import linear
 from hybrid_cache.models.blocks.feed_forward import MLP
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.qwen3_next import Qwen3Next, mlp
 from hybrid_cache.models.shapes import GatedDeltaShape
 from hybrid_cache.models.weights import Checkpoint, Weights
 

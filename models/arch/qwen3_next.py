@@ -3,28 +3,27 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Linear, Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
+from hybrid_cache.models.blocks.common import Norm, linear
 from hybrid_cache.models.blocks.feed_forward import (
     MLP,
     GatedSharedMoE,
     chosen_of_softmax,
     expert_matrices,
+    gated_mlp,
     softmax_of_chosen,
 )
 from hybrid_cache.models.blocks.gated_delta import GatedDelta
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, GatedDeltaShape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
 Projection = Callable[[GatedDeltaShape, Weights, Ops], Linear]
-FeedForward = Callable[[int, Config, Weights, Ops], MLP | GatedSharedMoE]
+BuildFeedForward = Callable[[int, Config, Weights, Ops], MLP | GatedSharedMoE]
 
 
 def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Qwen3Next":
@@ -40,7 +39,7 @@ class Qwen3Next(CausalModel):
         dtype: torch.dtype,
         prefix: str,
         delta_projection: Projection,
-        feed_forward: FeedForward,
+        feed_forward: BuildFeedForward,
     ) -> None:
         """
         prefix            begins the names of all weights but the head
@@ -49,8 +48,8 @@ class Qwen3Next(CausalModel):
         """
         config.choice("hidden_act", "silu", ["silu"])
         weights.ignore(r"^mtp\.")  # guesses several tokens ahead
-        self._layers = tuple(
-            Layer(i, kind, config, Scope(weights, f"{prefix}layers.{i}."), ops, dtype, delta_projection, feed_forward)
+        layers = (
+            _layer(i, kind, config, Scope(weights, f"{prefix}layers.{i}."), ops, dtype, delta_projection, feed_forward)
             for i, kind in enumerate(_kinds(config))
         )
         super().__init__(
@@ -58,53 +57,34 @@ class Qwen3Next(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
+            stack=HybridStack(layers),
             norm=_norm(f"{prefix}norm", config, weights, ops),
             tied=config.flag("tie_word_embeddings", False),
             embedding=f"{prefix}embed_tokens.weight",
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
-
-class Layer:
-    """A mixer, then a feed-forward part; both add to `hidden` in place."""
-
-    def __init__(
-        self,
-        index: int,
-        kind: str,
-        config: Config,
-        weights: Weights,
-        ops: Ops,
-        dtype: torch.dtype,
-        delta_projection: Projection,
-        feed_forward: FeedForward,
-    ) -> None:
-        self._mixer: GatedDelta | Attention
-        if kind == "linear_attention":
-            self._mixer = _delta_net(config, Scope(weights, "linear_attn."), ops, dtype, delta_projection)
-        else:
-            self._mixer = _attention(config, Scope(weights, "self_attn."), ops, dtype)
-        self._mixer_norm = _norm("input_layernorm", config, weights, ops)
-        self._feed_forward = feed_forward(index, config, Scope(weights, "mlp."), ops)
-        self._feed_forward_norm = _norm("post_attention_layernorm", config, weights, ops)
-        self.shapes = (self._mixer.shape, self._feed_forward.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        hidden += self._mixer(self._mixer_norm(hidden), batch, tensors)
-        return hidden
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        hidden += self._feed_forward(self._feed_forward_norm(hidden))
-        return hidden
+def _layer(
+    index: int,
+    kind: str,
+    config: Config,
+    weights: Weights,
+    ops: Ops,
+    dtype: torch.dtype,
+    delta_projection: Projection,
+    feed_forward: BuildFeedForward,
+) -> PreNormLayer:
+    mixer: GatedDelta | Attention
+    if kind == "linear_attention":
+        mixer = _delta_net(config, Scope(weights, "linear_attn."), ops, dtype, delta_projection)
+    else:
+        mixer = _attention(config, Scope(weights, "self_attn."), ops, dtype)
+    return PreNormLayer(
+        mixer,
+        _norm("input_layernorm", config, weights, ops),
+        feed_forward(index, config, Scope(weights, "mlp."), ops),
+        _norm("post_attention_layernorm", config, weights, ops),
+    )
 
 
 def _kinds(config: Config) -> tuple[str, ...]:
@@ -201,8 +181,7 @@ def moe(
 def mlp(config: Config, width: str, default: int, weights: Weights, ops: Ops) -> MLP:
     """`width`: name of the field that says how wide it is."""
     hidden, inner = config.integer("hidden_size"), config.integer(width, default)
-    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner))
+    return gated_mlp(hidden, inner, weights, ops)
 
 
 def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:

@@ -3,20 +3,20 @@
 What goes into and comes out of each part has a multiplier of its own (maximal update parametrisation).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
-from hybrid_cache.models.blocks.feed_forward import MLP
+from hybrid_cache.models.blocks.common import CacheEntry, hidden_norm, linear
+from hybrid_cache.models.blocks.feed_forward import MLP, gated_mlp
 from hybrid_cache.models.blocks.mamba import Mamba2
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, Mamba2Shape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -31,8 +31,7 @@ class FalconH1(CausalModel):
 
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_act", "silu", ["silu"])
-        self._embedding_multiplier = config.number("embedding_multiplier", 1.0)
-        self._layers = tuple(
+        layers = (
             Layer(config, Scope(weights, f"model.layers.{i}."), ops, dtype)
             for i in range(config.integer("num_hidden_layers"))
         )
@@ -41,20 +40,12 @@ class FalconH1(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("model.final_layernorm", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("model.final_layernorm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", False),
+            embedding_multiplier=config.number("embedding_multiplier", 1.0),
             logits_multiplier=config.number("lm_head_multiplier", 1.0),
         )
-
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = _times(F.embedding(batch.token_ids, self._embedding), self._embedding_multiplier)
-        for layer, state, kv in zip(self._layers, cache[::2], cache[1::2], strict=True):
-            hidden = layer.mix(hidden, batch, state, kv)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
 
 class Layer:
@@ -67,16 +58,16 @@ class Layer:
         self._attention = _attention(config, Scope(weights, "self_attn."), ops, dtype)
         self._attention_in = config.number("attention_in_multiplier", 1.0)
         self._attention_out = config.number("attention_out_multiplier", 1.0)
-        self._mixer_norm = _norm("input_layernorm", config, weights, ops)
+        self._mixer_norm = hidden_norm("input_layernorm", config, weights, ops, _eps(config))
         gate_multiplier, self._mlp_out = config.numbers("mlp_multipliers", [1.0, 1.0])
         self._mlp = _mlp(config, Scope(weights, "feed_forward."), ops, gate_multiplier)
-        self._mlp_norm = _norm("pre_ff_layernorm", config, weights, ops)
+        self._mlp_norm = hidden_norm("pre_ff_layernorm", config, weights, ops, _eps(config))
         self.shapes = (self._mamba.shape, self._attention.shape, self._mlp.shape)
 
-    def mix(self, hidden: Tensor, batch: ForwardBatch, state: CacheEntry, kv: CacheEntry) -> Tensor:
+    def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
         x = self._mixer_norm(hidden)
-        y = _times(self._mamba(_times(x, self._mamba_in), batch, state), self._mamba_out)
-        y += _times(self._attention(_times(x, self._attention_in), batch, kv), self._attention_out)
+        y = _times(self._mamba(_times(x, self._mamba_in), batch, next(cache)), self._mamba_out)
+        y += _times(self._attention(_times(x, self._attention_in), batch, next(cache)), self._attention_out)
         hidden += y
         return hidden
 
@@ -151,25 +142,19 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
 def _mlp(config: Config, weights: Weights, ops: Ops, gate_multiplier: float) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
     bias = config.flag("mlp_bias", False)
-    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias)
-    down = linear(ops, weights, {"down_proj": hidden}, inner, bias=bias)
-    return MLP(ops, gate_up, down, _silu_mul(ops, gate_multiplier))
+    return gated_mlp(hidden, inner, weights, ops, bias=bias, gate_mul=_silu_mul(ops, gate_multiplier))
 
 
-def _silu_mul(ops: Ops, multiplier: float) -> Callable[[Tensor], Tensor]:
-    """silu(multiplier * gate) * up."""
+def _silu_mul(ops: Ops, multiplier: float) -> Callable[[Tensor], Tensor] | None:
+    """silu(multiplier * gate) * up; None where that is what an MLP does anyway."""
     if multiplier == 1.0:
-        return ops.silu_mul
+        return None
 
     def silu_mul(gate_up: Tensor) -> Tensor:
         gate_up[:, : gate_up.shape[1] // 2] *= multiplier
         return ops.silu_mul(gate_up)
 
     return silu_mul
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
 
 
 def _eps(config: Config) -> float:

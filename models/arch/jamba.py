@@ -1,16 +1,14 @@
 """Jamba: Mamba-1 and attention layers, each followed by an MLP or, every few layers, by experts. No positions."""
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
-from hybrid_cache.models.blocks.feed_forward import MLP, MoE, chosen_of_softmax
+from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear
+from hybrid_cache.models.blocks.feed_forward import MLP, MoE, chosen_of_softmax, gated_mlp
 from hybrid_cache.models.blocks.mamba import Mamba1
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, Mamba1Shape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -23,8 +21,8 @@ def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> 
 class Jamba(CausalModel):
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_act", "silu", ["silu"])
-        self._layers = tuple(
-            Layer(i, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
+        layers = (
+            _layer(i, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
             for i in range(config.integer("num_hidden_layers"))
         )
         super().__init__(
@@ -32,41 +30,22 @@ class Jamba(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("model.final_layernorm", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("model.final_layernorm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", False),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
-
-class Layer:
-    """A mixer, then a feed-forward part; both add to `hidden` in place."""
-
-    def __init__(self, index: int, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        mixer = _attention if _is_turn(index, "attn_layer", 8, 4, config) else _mamba
-        experts = config.integer("num_experts", 16) > 1 and _is_turn(index, "expert_layer", 2, 1, config)
-        feed_forward = _moe if experts else _mlp
-        self._mixer: Attention | Mamba1 = mixer(config, weights, ops, dtype)
-        self._mixer_norm = _norm("input_layernorm", config, weights, ops)
-        self._feed_forward: MLP | MoE = feed_forward(config, Scope(weights, "feed_forward."), ops)
-        self._feed_forward_norm = _norm("pre_ff_layernorm", config, weights, ops)
-        self.shapes = (self._mixer.shape, self._feed_forward.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        hidden += self._mixer(self._mixer_norm(hidden), batch, tensors)
-        return hidden
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        hidden += self._feed_forward(self._feed_forward_norm(hidden))
-        return hidden
+def _layer(index: int, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> PreNormLayer:
+    mixer = _attention if _is_turn(index, "attn_layer", 8, 4, config) else _mamba
+    experts = config.integer("num_experts", 16) > 1 and _is_turn(index, "expert_layer", 2, 1, config)
+    feed_forward = _moe if experts else _mlp
+    return PreNormLayer(
+        mixer(config, weights, ops, dtype),
+        hidden_norm("input_layernorm", config, weights, ops, _eps(config)),
+        feed_forward(config, Scope(weights, "feed_forward."), ops),
+        hidden_norm("pre_ff_layernorm", config, weights, ops, _eps(config)),
+    )
 
 
 def _is_turn(index: int, what: str, period: int, offset: int, config: Config) -> bool:
@@ -115,8 +94,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
 
 def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
-    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner))
+    return gated_mlp(hidden, inner, weights, ops)
 
 
 def _moe(config: Config, weights: Weights, ops: Ops) -> MoE:
@@ -135,10 +113,6 @@ def _moe(config: Config, weights: Weights, ops: Ops) -> MoE:
         experts=ops.experts(w_in, w_out),
         route=chosen_of_softmax,
     )
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
 
 
 def _eps(config: Config) -> float:

@@ -15,8 +15,9 @@ from hybrid_cache.api import cli
 from hybrid_cache.errors import ConfigError, ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.models import convert, loading
+from hybrid_cache.models import loading
 from hybrid_cache.models.quantized import FORMATS, dequantize, quantize
+from hybrid_cache.models.tools import convert
 from tests.models import checkpoints
 from tests.models.driver import Chunk, Driver
 

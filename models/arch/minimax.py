@@ -3,20 +3,20 @@
 A layer normalises the stream itself: what its parts read is also what they are added to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.errors import UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
+from hybrid_cache.models.blocks.common import CacheEntry, Norm, hidden_norm, linear
 from hybrid_cache.models.blocks.feed_forward import MoE, expert_matrices, softmax_of_chosen
 from hybrid_cache.models.blocks.linear_attention import LightningAttention, alibi_slopes
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, LinearAttentionShape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -33,7 +33,7 @@ class MiniMax(CausalModel):
         num_layers = config.integer("num_hidden_layers")
         usual = ["linear_attention" if i % 2 else "full_attention" for i in range(num_layers)]
         kinds = config.each_layer("layer_types", num_layers, list(_MIXERS), usual)
-        self._layers = tuple(
+        layers = (
             Layer(i, kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype) for i, kind in enumerate(kinds)
         )
         super().__init__(
@@ -41,19 +41,10 @@ class MiniMax(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("model.norm", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("model.norm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", False),
         )
-
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
 
 class Layer:
@@ -61,17 +52,17 @@ class Layer:
 
     def __init__(self, index: int, kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
         mixer, factors = _MIXERS[kind]
-        self._mixer = mixer(index, config, Scope(weights, "self_attn."), ops, dtype)
-        self._mixer_norm = _norm("input_layernorm", config, weights, ops)
+        self.mixer = mixer(index, config, Scope(weights, "self_attn."), ops, dtype)
+        self._mixer_norm = hidden_norm("input_layernorm", config, weights, ops, _eps(config))
         self._mixer_factors = _factors(factors, config)
         self._moe = _moe(config, Scope(weights, "block_sparse_moe."), ops)
-        self._moe_norm = _norm("post_attention_layernorm", config, weights, ops)
+        self._moe_norm = hidden_norm("post_attention_layernorm", config, weights, ops, _eps(config))
         self._moe_factors = _factors("mlp", config)
-        self.shapes = (self._mixer.shape, self._moe.shape)
+        self.shapes = (self.mixer.shape, self._moe.shape)
 
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
+    def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
         hidden = self._mixer_norm(hidden)
-        return _weighed(hidden, self._mixer(hidden, batch, tensors), self._mixer_factors)
+        return _weighed(hidden, self.mixer(hidden, batch, next(cache)), self._mixer_factors)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
         hidden = self._moe_norm(hidden)
@@ -124,8 +115,8 @@ def _full_attention(_: int, config: Config, weights: Weights, ops: Ops, dtype: t
     )
 
 
-Mixer = Callable[[int, Config, Weights, Ops, torch.dtype], Attention | LightningAttention]
-_MIXERS: dict[str, tuple[Mixer, str]] = {
+BuildMixer = Callable[[int, Config, Weights, Ops, torch.dtype], Attention | LightningAttention]
+_MIXERS: dict[str, tuple[BuildMixer, str]] = {
     "linear_attention": (_linear_attention, "linear_attn"),
     "full_attention": (_full_attention, "full_attn"),
 }
@@ -147,5 +138,5 @@ def _moe(config: Config, weights: Weights, ops: Ops) -> MoE:
     )
 
 
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), config.number("rms_norm_eps", 1e-5))
+def _eps(config: Config) -> float:
+    return config.number("rms_norm_eps", 1e-5)

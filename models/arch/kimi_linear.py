@@ -2,16 +2,23 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
-from hybrid_cache.models.blocks.feed_forward import MLP, Float32Router, MoE, SharedMoE, SigmoidRouter, expert_matrices
+from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear
+from hybrid_cache.models.blocks.feed_forward import (
+    MLP,
+    Float32Router,
+    MoE,
+    SharedMoE,
+    SigmoidRouter,
+    expert_matrices,
+    gated_mlp,
+)
 from hybrid_cache.models.blocks.gated_delta import KimiDelta
 from hybrid_cache.models.blocks.latent_attention import LatentAttention
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import KimiDeltaShape, LatentAttentionShape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -25,8 +32,8 @@ class KimiLinear(CausalModel):
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_act", "silu", ["silu"])
         config.refuse("tie_word_embeddings")
-        self._layers = tuple(
-            Layer(kind, mlp_kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
+        layers = (
+            _layer(kind, mlp_kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
             for i, (kind, mlp_kind) in enumerate(zip(_kinds(config), mlp_kinds(config, 1), strict=True))
         )
         super().__init__(
@@ -34,42 +41,21 @@ class KimiLinear(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("model.norm", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("model.norm", config, weights, ops, _eps(config)),
             tied=False,
             max_length=config.integer(config.either("max_position_embeddings", "model_max_length"), 1048576),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
-
-class Layer:
-    """A mixer, then a feed-forward part; both add to `hidden` in place."""
-
-    def __init__(
-        self, kind: str, mlp_kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype
-    ) -> None:
-        mixer = _delta if kind == "linear_attention" else _attention
-        self._mixer: KimiDelta | LatentAttention = mixer(config, Scope(weights, "self_attn."), ops, dtype)
-        self._mixer_norm = _norm("input_layernorm", config, weights, ops)
-        self._feed_forward = _feed_forward(mlp_kind, config, weights, ops)
-        self._feed_forward_norm = _norm("post_attention_layernorm", config, weights, ops)
-        self.shapes = (self._mixer.shape, self._feed_forward.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        hidden += self._mixer(self._mixer_norm(hidden), batch, tensors)
-        return hidden
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        hidden += self._feed_forward(self._feed_forward_norm(hidden))
-        return hidden
+def _layer(kind: str, mlp_kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> PreNormLayer:
+    mixer = _delta if kind == "linear_attention" else _attention
+    return PreNormLayer(
+        mixer(config, Scope(weights, "self_attn."), ops, dtype),
+        hidden_norm("input_layernorm", config, weights, ops, _eps(config)),
+        _feed_forward(mlp_kind, config, weights, ops),
+        hidden_norm("post_attention_layernorm", config, weights, ops, _eps(config)),
+    )
 
 
 def _kinds(config: Config) -> tuple[str, ...]:
@@ -201,12 +187,7 @@ def moe(
 
 def mlp(config: Config, inner: int, weights: Weights, ops: Ops) -> MLP:
     hidden = config.integer("hidden_size")
-    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner))
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
+    return gated_mlp(hidden, inner, weights, ops)
 
 
 def _eps(config: Config) -> float:

@@ -1,16 +1,17 @@
 """OLMo hybrid: gated delta nets with norms before each part, a few attention layers with norms behind each part."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
-from hybrid_cache.models.blocks.feed_forward import MLP
+from hybrid_cache.models.blocks.common import Norm, linear
+from hybrid_cache.models.blocks.feed_forward import MLP, gated_mlp
 from hybrid_cache.models.blocks.gated_delta import GatedDelta
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack, PostNormLayer, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, GatedDeltaShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -23,7 +24,7 @@ def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> 
 class OlmoHybrid(CausalModel):
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_act", "silu", ["silu"])
-        self._layers = tuple(
+        layers = (
             _LAYERS[kind](config, Scope(weights, f"model.layers.{i}."), ops, dtype)
             for i, kind in enumerate(_kinds(config))
         )
@@ -32,62 +33,34 @@ class OlmoHybrid(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
+            stack=HybridStack(layers),
             norm=_norm(["model.norm"], config, weights, ops),
             tied=config.flag("tie_word_embeddings", False),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
+
+def _delta_layer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> PreNormLayer:
+    return PreNormLayer(
+        _delta_net(config, Scope(weights, "linear_attn."), ops, dtype),
+        _norm(["attention_layer_norm", "input_layernorm"], config, weights, ops),
+        _mlp(config, Scope(weights, "mlp."), ops),
+        _norm(["feedforward_layer_norm", "post_attention_layernorm"], config, weights, ops),
+    )
 
 
-class DeltaLayer:
-    """A delta net, then an MLP, a norm before each; both add to `hidden` in place."""
-
-    def __init__(self, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._mixer = _delta_net(config, Scope(weights, "linear_attn."), ops, dtype)
-        self._mixer_norm = _norm(["attention_layer_norm", "input_layernorm"], config, weights, ops)
-        self._mlp = _mlp(config, Scope(weights, "mlp."), ops)
-        self._mlp_norm = _norm(["feedforward_layer_norm", "post_attention_layernorm"], config, weights, ops)
-        self.shapes = (self._mixer.shape, self._mlp.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        hidden += self._mixer(self._mixer_norm(hidden), batch, tensors)
-        return hidden
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        return self._mlp.add_to(hidden, self._mlp_norm)
-
-
-class AttentionLayer:
-    """Attention, then an MLP, a norm behind each; both add to `hidden` in place."""
-
-    def __init__(self, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._mixer = _attention(config, Scope(weights, "self_attn."), ops, dtype)
+def _attention_layer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> PostNormLayer:
+    return PostNormLayer(
+        _attention(config, Scope(weights, "self_attn."), ops, dtype),
         # transformers 5 writes this norm under the name that it reads for a delta layer's second norm.
-        self._mixer_norm = _norm(["post_attention_layernorm", "feedforward_layer_norm"], config, weights, ops)
-        self._mlp = _mlp(config, Scope(weights, "mlp."), ops)
-        self._mlp_norm = _norm(["post_feedforward_layernorm"], config, weights, ops)
-        self.shapes = (self._mixer.shape, self._mlp.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        hidden += self._mixer_norm(self._mixer(hidden, batch, tensors))
-        return hidden
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        hidden += self._mlp_norm(self._mlp(hidden))
-        return hidden
+        _norm(["post_attention_layernorm", "feedforward_layer_norm"], config, weights, ops),
+        _mlp(config, Scope(weights, "mlp."), ops),
+        _norm(["post_feedforward_layernorm"], config, weights, ops),
+    )
 
 
-_LAYERS: dict[str, type[DeltaLayer] | type[AttentionLayer]] = {
-    "linear_attention": DeltaLayer,
-    "full_attention": AttentionLayer,
+_LAYERS: dict[str, Callable[[Config, Weights, Ops, torch.dtype], PreNormLayer | PostNormLayer]] = {
+    "linear_attention": _delta_layer,
+    "full_attention": _attention_layer,
 }
 
 
@@ -154,8 +127,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
 
 def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 11008)
-    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner))
+    return gated_mlp(hidden, inner, weights, ops)
 
 
 def _norm(names: list[str], config: Config, weights: Weights, ops: Ops) -> Norm:

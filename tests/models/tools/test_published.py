@@ -8,8 +8,6 @@ import torch
 import transformers
 
 from hybrid_cache.models import loading
-from hybrid_cache.models.presets import preset
-from hybrid_cache.models.published import CONFIGS
 from hybrid_cache.models.shapes import (
     Advance,
     AttentionShape,
@@ -23,6 +21,8 @@ from hybrid_cache.models.shapes import (
     ShortConvShape,
     ways_to_compose,
 )
+from hybrid_cache.models.tools.presets import preset
+from hybrid_cache.models.tools.published import CONFIGS
 
 # Parameters, from model cards, papers, the sizes of the files on the hub and what llama.cpp counts in them. Of qwen3.5
 # and qwen3-next they are those of the text model, without the layers that guess several tokens ahead.

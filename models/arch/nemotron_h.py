@@ -1,19 +1,18 @@
 """Nemotron-H: each layer is one part only: Mamba-2, attention without positions, an MLP, or experts (Nemotron 3)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Linear, Ops
 from hybrid_cache.models.blocks.attention import Attention
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, linear_shape, wanted_rows
+from hybrid_cache.models.blocks.common import FeedForward, hidden_norm, linear, linear_shape
 from hybrid_cache.models.blocks.feed_forward import PlainMLP, SigmoidRouter, relu2, silu
 from hybrid_cache.models.blocks.mamba import Mamba2
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import FeedForwardLayer, HybridStack, MixerLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, LayerShape, Mamba2Shape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -39,58 +38,30 @@ class NemotronH(CausalModel):
         weights.ignore(r"^mtp\.")  # layers that guess further tokens
         top = "model." if weights.has("model.embeddings.weight") else "backbone."
         kinds = _kinds(config)
-        self._rows = dtype
-        self._residual = torch.float32 if config.flag("residual_in_fp32", False) else dtype
-        self._layers = tuple(
-            Layer(kind, config, Scope(weights, f"{top}layers.{i}."), ops, dtype) for i, kind in enumerate(kinds)
-        )
-        self._last_mixer = [layer for layer in self._layers if layer.mixes][-1]
+        layers = (_layer(kind, config, Scope(weights, f"{top}layers.{i}."), ops, dtype) for i, kind in enumerate(kinds))
         super().__init__(
             config,
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm(f"{top}norm_f", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm(f"{top}norm_f", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", False),
             embedding=f"{top}embeddings.weight",
+            residual=torch.float32 if config.flag("residual_in_fp32", False) else dtype,
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding).to(self._residual)
-        tensors = iter(cache)
-        for layer in self._layers:
-            hidden = layer(hidden, batch, tensors)
-            if layer is self._last_mixer:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-        return self._norm(hidden)[: batch.output_rows.shape[0]].to(self._rows)
+
+def _layer(kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> MixerLayer | FeedForwardLayer:
+    inside = Scope(weights, "mixer.")
+    if kind in _MIXERS:
+        mixer = _MIXERS[kind](config, inside, ops, dtype)
+        return MixerLayer(mixer, hidden_norm("norm", config, weights, ops, _eps(config)), dtype)
+    feed_forward = _moe(config, inside, ops) if kind == "moe" else _mlp(config, inside, ops)
+    return FeedForwardLayer(feed_forward, hidden_norm("norm", config, weights, ops, _eps(config)), dtype)
 
 
-class Layer:
-    """Adds to `hidden` in place; `hidden` may be float32 where rows are not. A layer that mixes has a cache entry."""
-
-    def __init__(self, kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        inside = Scope(weights, "mixer.")
-        self.mixes = kind in _MIXERS
-        self._part: Callable[[Tensor, ForwardBatch, Iterator[CacheEntry]], Tensor]
-        self.shapes: tuple[LayerShape, ...]
-        if self.mixes:
-            mixer = _MIXERS[kind](config, inside, ops, dtype)
-            self._part = lambda x, batch, tensors: mixer(x, batch, next(tensors))
-            self.shapes = (mixer.shape,)
-        else:
-            feed_forward = _moe(config, inside, ops) if kind == "moe" else _mlp(config, inside, ops)
-            self._part = lambda x, batch, tensors: feed_forward(x)
-            self.shapes = feed_forward.shapes if isinstance(feed_forward, Experts) else (feed_forward.shape,)
-        self._norm = _norm("norm", config, weights, ops)
-        self._rows = dtype
-
-    def __call__(self, hidden: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
-        hidden += self._part(self._norm(hidden.to(self._rows)), batch, tensors)
-        return hidden
-
-
-class Experts:
+class Experts(FeedForward):
     """A few experts for each row, perhaps in a narrower space, and beside them an MLP for all rows."""
 
     def __init__(
@@ -102,16 +73,19 @@ class Experts:
         latent: tuple[Linear, Linear] | None,
         shared: PlainMLP,
     ) -> None:
-        self._num_active = shape.num_active
+        self._shape = shape
         self._router = router
         self._route = route
         self._experts = experts
         self._latent = latent
         self._shared = shared
-        self.shapes: tuple[LayerShape, ...] = (shape, *map(linear_shape, latent or ()), shared.shape)
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        return (self._shape, *map(linear_shape, self._latent or ()), self._shared.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        ids, weights = self._route(self._router(x.float()), self._num_active)
+        ids, weights = self._route(self._router(x.float()), self._shape.num_active)
         if self._latent is None:
             y = self._experts(x, ids, weights)
         else:
@@ -238,10 +212,6 @@ def _activation(config: Config) -> Callable[[Tensor], Tensor]:
     name = config.choice("mlp_hidden_act", "relu2", list(ACTIVATIONS))
     assert name is not None
     return ACTIVATIONS[name]
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
 
 
 def _eps(config: Config) -> float:

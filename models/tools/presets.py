@@ -13,8 +13,8 @@ import torch
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.models import loading
-from hybrid_cache.models.published import CONFIGS
 from hybrid_cache.models.shapes import Advance, AttentionShape, LayerShape, Mamba2Shape, MLPShape, ModelShape
+from hybrid_cache.models.tools.published import CONFIGS
 from hybrid_cache.spec import AttentionSpec, PrefillCost, StateSpec
 
 BF16 = torch.bfloat16

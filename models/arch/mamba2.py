@@ -1,15 +1,13 @@
 """Mamba-2: state-space layers and nothing else. No attention, so no pages: what is cached of a prefix is a state."""
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, wanted_rows
+from hybrid_cache.models.blocks.common import hidden_norm
 from hybrid_cache.models.blocks.mamba import Mamba2 as Mixer
 from hybrid_cache.models.blocks.model import UNBOUNDED, CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack, MixerLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import Mamba2Shape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -23,10 +21,8 @@ class Mamba2(CausalModel):
     """Where the config names no longest context, it is `UNBOUNDED`."""
 
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
-        self._residual = torch.float32 if config.flag("residual_in_fp32", True) else dtype
-        self._rows = dtype
-        self._layers = tuple(
-            Layer(config, Scope(weights, f"backbone.layers.{i}."), ops, dtype)
+        layers = (
+            _layer(config, Scope(weights, f"backbone.layers.{i}."), ops, dtype)
             for i in range(config.integer("num_hidden_layers"))
         )
         old = weights.has("backbone.embedding.weight")  # as in the first conversions of the authors' own format
@@ -35,32 +31,18 @@ class Mamba2(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("backbone.norm_f", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("backbone.norm_f", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", False),
             embedding="backbone.embedding.weight" if old else "backbone.embeddings.weight",
+            residual=torch.float32 if config.flag("residual_in_fp32", True) else dtype,
             max_length=UNBOUNDED,
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding).to(self._residual)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer(hidden, batch, tensors)
-        return self._norm(wanted_rows(hidden, batch))[: batch.output_rows.shape[0]].to(self._rows)
 
-
-class Layer:
-    """Adds to `hidden` in place; `hidden` may be float32 where rows are not."""
-
-    def __init__(self, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._mixer = _mixer(config, Scope(weights, "mixer."), ops, dtype)
-        self._norm = _norm("norm", config, weights, ops)
-        self._rows = dtype
-        self.shapes = (self._mixer.shape,)
-
-    def __call__(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        hidden += self._mixer(self._norm(hidden.to(self._rows)), batch, tensors)
-        return hidden
+def _layer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> MixerLayer:
+    mixer = _mixer(config, Scope(weights, "mixer."), ops, dtype)
+    return MixerLayer(mixer, hidden_norm("norm", config, weights, ops, _eps(config)), dtype)
 
 
 def _mixer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Mixer:
@@ -90,10 +72,6 @@ def _mixer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Mi
         dt_min=dt_min,
         dt_max=dt_max,
     )
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
 
 
 def _eps(config: Config) -> float:

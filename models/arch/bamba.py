@@ -1,17 +1,15 @@
 """Bamba: Mamba-2 and, in a few places, attention, each followed by an MLP. Half of each head is turned by positions."""
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
-from hybrid_cache.models.blocks.feed_forward import MLP
+from hybrid_cache.models.blocks.common import hidden_norm, linear
+from hybrid_cache.models.blocks.feed_forward import MLP, gated_mlp
 from hybrid_cache.models.blocks.mamba import Mamba2
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, Mamba2Shape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -26,45 +24,28 @@ class Bamba(CausalModel):
         config.choice("hidden_act", "silu", ["silu"])
         num_layers = config.integer("num_hidden_layers")
         attention = _attention_layers(config, num_layers)
-        self._layers = tuple(
-            Layer(i in attention, config, Scope(weights, f"model.layers.{i}."), ops, dtype) for i in range(num_layers)
+        layers = (
+            _layer(i in attention, config, Scope(weights, f"model.layers.{i}."), ops, dtype) for i in range(num_layers)
         )
         super().__init__(
             config,
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("model.final_layernorm", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("model.final_layernorm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", False),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
-
-class Layer:
-    """A mixer, then an MLP; both add to `hidden` in place."""
-
-    def __init__(self, attention: bool, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        mixer = _attention if attention else _mamba
-        self._mixer: Attention | Mamba2 = mixer(config, weights, ops, dtype)
-        self._mixer_norm = _norm("input_layernorm", config, weights, ops)
-        self._mlp = _mlp(config, Scope(weights, "feed_forward."), ops)
-        self._mlp_norm = _norm("pre_ff_layernorm", config, weights, ops)
-        self.shapes = (self._mixer.shape, self._mlp.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        return self._mixer.add_to(hidden, self._mixer_norm, batch, tensors)
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        return self._mlp.add_to(hidden, self._mlp_norm)
+def _layer(attention: bool, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> PreNormLayer:
+    mixer = _attention if attention else _mamba
+    return PreNormLayer(
+        mixer(config, weights, ops, dtype),
+        hidden_norm("input_layernorm", config, weights, ops, _eps(config)),
+        _mlp(config, Scope(weights, "feed_forward."), ops),
+        hidden_norm("pre_ff_layernorm", config, weights, ops, _eps(config)),
+    )
 
 
 def _attention_layers(config: Config, num_layers: int) -> tuple[int, ...]:
@@ -126,13 +107,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
 
 def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
-    bias = config.flag("mlp_bias", False)
-    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias)
-    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner, bias=bias))
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
+    return gated_mlp(hidden, inner, weights, ops, bias=config.flag("mlp_bias", False))
 
 
 def _eps(config: Config) -> float:

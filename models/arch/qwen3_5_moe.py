@@ -3,10 +3,10 @@
 import torch
 
 from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.arch.qwen3_5 import delta_projection, text_prefix
+from hybrid_cache.models.arch.qwen3_next import Qwen3Next, moe
 from hybrid_cache.models.blocks.feed_forward import GatedSharedMoE
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.qwen3_5 import delta_projection, text_prefix
-from hybrid_cache.models.qwen3_next import Qwen3Next, moe
 from hybrid_cache.models.weights import Checkpoint, Weights
 
 

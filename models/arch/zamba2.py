@@ -4,24 +4,23 @@ A shared block reads the stream beside the original embedding. Each use has its 
 adapters on the shared weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Linear, Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, linear_shape
+from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear, linear_shape
 from hybrid_cache.models.blocks.feed_forward import MLP
 from hybrid_cache.models.blocks.mamba import Mamba2
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.shared_block import HybridLayer, MambaLayer, SharedBlock, SharedBlockStack
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.shapes import AttentionShape, LayerShape, Mamba2Shape
+from hybrid_cache.models.shapes import AttentionShape, Mamba2Shape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
 
@@ -33,81 +32,60 @@ class Zamba2(CausalModel):
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
         config.refuse("use_long_context")
         num_blocks = config.integer("num_mem_blocks", 1)
-        blocks: list[SharedBlock] = []
+        blocks: list[BlockWeights] = []
         layers: list[MambaLayer | HybridLayer] = []
         for i, kind in enumerate(_kinds(config)):
             layer_weights = Scope(weights, f"model.layers.{i}.")
             if kind == "mamba":
-                layers.append(MambaLayer(config, layer_weights, ops, dtype))
+                layers.append(_mamba_layer(config, layer_weights, ops, dtype))
                 continue
             use = len(blocks)
             if use < num_blocks or weights.has(f"model.layers.{i}.shared_transformer.input_layernorm.weight"):
-                blocks.append(SharedBlock(config, Scope(layer_weights, "shared_transformer."), ops))
+                blocks.append(BlockWeights(config, Scope(layer_weights, "shared_transformer."), ops))
             else:
                 blocks.append(blocks[use - num_blocks])
-            layers.append(HybridLayer(BlockUse(blocks[use], use, ops, dtype), config, layer_weights, ops, dtype))
+            layers.append(_hybrid_layer(_block(blocks[use], use, ops, dtype), config, layer_weights, ops, dtype))
         if len(set(blocks)) > num_blocks:
             # The file repeats a block at each use. Each copy has all adapters of the block, but uses only its own.
             weights.ignore(r"shared_transformer\..*_adapter_list\.")
-        self._layers = tuple(layers)
         super().__init__(
             config,
             weights,
             ops,
             dtype,
-            layers=layers,
-            norm=_norm("model.final_layernorm", config, weights, ops),
+            stack=SharedBlockStack(layers),
+            norm=hidden_norm("model.final_layernorm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", True),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        embedded = F.embedding(batch.token_ids, self._embedding)
-        hidden = embedded.clone()
-        tensors = iter(cache)
-        for layer in self._layers:
-            hidden = layer(hidden, embedded, batch, tensors)
-        return self._norm(hidden[batch.output_rows])
+
+def _mamba_layer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> MambaLayer:
+    norm = hidden_norm("input_layernorm", config, weights, ops, _eps(config))
+    return MambaLayer(norm, _mamba(config, weights, ops, dtype))
 
 
-class MambaLayer:
-    def __init__(self, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._norm = _norm("input_layernorm", config, weights, ops)
-        self._mamba = Mamba2(
-            ops,
-            Scope(weights, "mamba."),
-            _mamba_shape(config, dtype),
-            conv_bias=True,
-            proj_bias=config.flag("add_bias_linear", False),
-            norm_eps=1e-5,
-            dt_min=config.number("time_step_min", 0.001),
-            dt_max=inf,
-        )
-        self.shapes = (self._mamba.shape,)
-
-    def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
-        """Overwrites `hidden`."""
-        return self._mamba.add_to(hidden, self._norm, batch, next(tensors))
-
-    def mix(self, x: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        return self._mamba(self._norm(x), batch, tensors)
+def _hybrid_layer(block: SharedBlock, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> HybridLayer:
+    hidden = config.integer("hidden_size")
+    inside = Scope(weights, "mamba_decoder.")
+    return HybridLayer(
+        block,
+        linear(ops, weights, {"linear": hidden}, hidden),
+        hidden_norm("input_layernorm", config, inside, ops, _eps(config)),
+        _mamba(config, inside, ops, dtype),
+    )
 
 
-class HybridLayer:
-    """A shared block's output goes into the mixer beside the stream, but not into the stream itself."""
-
-    def __init__(self, block: "BlockUse", config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        hidden = config.integer("hidden_size")
-        self._block = block
-        self._linear = linear(ops, weights, {"linear": hidden}, hidden)
-        self._mamba = MambaLayer(config, Scope(weights, "mamba_decoder."), ops, dtype)
-        self.shapes: tuple[LayerShape, ...] = (*block.shapes, linear_shape(self._linear), *self._mamba.shapes)
-
-    def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
-        """Overwrites `hidden`."""
-        injected = self._linear(self._block(hidden, embedded, batch, next(tensors)))
-        injected += hidden
-        hidden += self._mamba.mix(injected, batch, next(tensors))
-        return hidden
+def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Mamba2:
+    return Mamba2(
+        ops,
+        Scope(weights, "mamba."),
+        _mamba_shape(config, dtype),
+        conv_bias=True,
+        proj_bias=config.flag("add_bias_linear", False),
+        norm_eps=1e-5,
+        dt_min=config.number("time_step_min", 0.001),
+        dt_max=inf,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +108,8 @@ class BlockShape:
         }
 
 
-class SharedBlock:
-    """Weights of a transformer block that several layers use: attention over [stream; embedding], then an MLP."""
+class BlockWeights:
+    """Of a transformer block that several layers use."""
 
     def __init__(self, config: Config, weights: Weights, ops: Ops) -> None:
         s = self.shape = _block_shape(config)
@@ -144,36 +122,32 @@ class SharedBlock:
         self.down = linear(ops, self.mlp_weights, {"down_proj": s.hidden}, s.inner, bias=s.bias)
         self.rotary = Rotary(ops, config, s.head_dim) if config.flag("use_mem_rope", False) else None
         self.attention_norm = Norm(ops, weights, "input_layernorm", 2 * s.hidden, _eps(config))
-        self.mlp_norm = _norm("pre_ff_layernorm", config, weights, ops)
+        self.mlp_norm = hidden_norm("pre_ff_layernorm", config, weights, ops, _eps(config))
 
 
-class BlockUse:
-    """A shared block with the adapters and the KV rows of one layer. No residual inside the block."""
-
-    def __init__(self, block: SharedBlock, index: int, ops: Ops, dtype: torch.dtype) -> None:
-        s = block.shape
-        qkv = _adapted_qkv(block, index, ops) if s.adapted_attention else block.qkv
-        gate_up = AdaptedLinear(
-            block.gate_up, [Adapter(ops, block.mlp_weights, "gate_up_proj", index, s.hidden, s.rank, 0, 2 * s.inner)]
-        )
-        self._attention_norm = block.attention_norm
-        self._attention = Attention(
-            ops,
-            AttentionShape(2 * s.hidden, s.hidden, s.num_heads, s.num_kv_heads, s.head_dim, dtype),
-            qkv,
-            block.out,
-            scale=(s.head_dim / 2) ** -0.5,
-            rotary=block.rotary,
-        )
-        self._mlp_norm = block.mlp_norm
-        self._mlp = MLP(ops, gate_up, block.down, ops.gelu_mul)
-        adapters = [*gate_up.adapters, *(qkv.adapters if isinstance(qkv, AdaptedLinear) else [])]
-        adapter_shapes = (shape for adapter in adapters for shape in adapter.shapes)
-        self.shapes: tuple[LayerShape, ...] = (self._attention.shape, self._mlp.shape, *adapter_shapes)
-
-    def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        x = self._attention_norm(torch.cat([hidden, embedded], dim=1))
-        return self._mlp(self._mlp_norm(self._attention(x, batch, tensors)))
+def _block(block: BlockWeights, index: int, ops: Ops, dtype: torch.dtype) -> SharedBlock:
+    """A shared block with the adapters of one layer."""
+    s = block.shape
+    qkv = _adapted_qkv(block, index, ops) if s.adapted_attention else block.qkv
+    gate_up = AdaptedLinear(
+        block.gate_up, [Adapter(ops, block.mlp_weights, "gate_up_proj", index, s.hidden, s.rank, 0, 2 * s.inner)]
+    )
+    attention = Attention(
+        ops,
+        AttentionShape(2 * s.hidden, s.hidden, s.num_heads, s.num_kv_heads, s.head_dim, dtype),
+        qkv,
+        block.out,
+        scale=(s.head_dim / 2) ** -0.5,
+        rotary=block.rotary,
+    )
+    adapters = [*gate_up.adapters, *(qkv.adapters if isinstance(qkv, AdaptedLinear) else [])]
+    return SharedBlock(
+        attention,
+        block.attention_norm,
+        MLP(ops, gate_up, block.down, ops.gelu_mul),
+        block.mlp_norm,
+        [shape for adapter in adapters for shape in adapter.shapes],
+    )
 
 
 class Adapter:
@@ -190,6 +164,7 @@ class Adapter:
         self.shapes = (linear_shape(self._down), linear_shape(self._up))
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        """x [R, in_features]   y [R, features], of which `size` are added to in place."""
         y.narrow(1, self._first, self._size).add_(self._up(self._down(x)))
 
 
@@ -203,13 +178,14 @@ class AdaptedLinear:
         self._base = base
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x [R, in_features] -> [R, out_features]."""
         y = self._base(x)
         for adapter in self.adapters:
             adapter.add(x, y)
         return y
 
 
-def _adapted_qkv(block: SharedBlock, index: int, ops: Ops) -> AdaptedLinear:
+def _adapted_qkv(block: BlockWeights, index: int, ops: Ops) -> AdaptedLinear:
     s = block.shape
     adapters, first = [], 0
     for name, size in s.qkv.items():
@@ -260,10 +236,6 @@ def _mamba_shape(config: Config, dtype: torch.dtype) -> Mamba2Shape:
         conv_width=config.integer("mamba_d_conv", 4, at_least=2),
         dtype=dtype,
     )
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
 
 
 def _eps(config: Config) -> float:

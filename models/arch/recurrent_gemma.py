@@ -3,16 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
-from hybrid_cache.models.blocks.feed_forward import MLP
+from hybrid_cache.models.blocks.common import Norm, linear
+from hybrid_cache.models.blocks.feed_forward import MLP, gated_mlp
 from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.rg_lru import RgLru
+from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, RgLruShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -28,9 +26,8 @@ class RecurrentGemma(CausalModel):
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_activation", "gelu_pytorch_tanh", ["gelu_pytorch_tanh"])
         root = torch.tensor(config.integer("hidden_size") ** 0.5, dtype=torch.bfloat16)
-        self._embedding_multiplier = root.item()  # rounded for every dtype of the rows
-        self._layers = tuple(
-            Layer(kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
+        layers = (
+            _layer(kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
             for i, kind in enumerate(_kinds(config))
         )
         super().__init__(
@@ -38,40 +35,22 @@ class RecurrentGemma(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
+            stack=HybridStack(layers),
             norm=_norm("model.final_norm", config, weights, ops),
             tied=config.flag("tie_word_embeddings", True),
+            embedding_multiplier=root.item(),  # rounded for every dtype of the rows
             max_length=TRAINED_LENGTH,
             logits_cap=config.positive("logits_soft_cap", 30.0),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        hidden *= self._embedding_multiplier
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
-
-class Layer:
-    """A mixer, then an MLP; both add to `hidden` in place."""
-
-    def __init__(self, kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._mixer = _MIXERS[kind](config, Scope(weights, "temporal_block."), ops, dtype)
-        self._mixer_norm = _norm("temporal_pre_norm", config, weights, ops)
-        self._mlp = _mlp(config, Scope(weights, "mlp_block."), ops)
-        self._mlp_norm = _norm("channel_pre_norm", config, weights, ops)
-        self.shapes = (self._mixer.shape, self._mlp.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        hidden += self._mixer(self._mixer_norm(hidden), batch, tensors)
-        return hidden
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        return self._mlp.add_to(hidden, self._mlp_norm)
+def _layer(kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> PreNormLayer:
+    return PreNormLayer(
+        _MIXERS[kind](config, Scope(weights, "temporal_block."), ops, dtype),
+        _norm("temporal_pre_norm", config, weights, ops),
+        _mlp(config, Scope(weights, "mlp_block."), ops),
+        _norm("channel_pre_norm", config, weights, ops),
+    )
 
 
 def _kinds(config: Config) -> list[str]:
@@ -112,14 +91,13 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
     )
 
 
-Mixer = Callable[[Config, Weights, Ops, torch.dtype], Attention | RgLru]
-_MIXERS: dict[str, Mixer] = {"recurrent": _recurrent, "attention": _attention}
+BuildMixer = Callable[[Config, Weights, Ops, torch.dtype], Attention | RgLru]
+_MIXERS: dict[str, BuildMixer] = {"recurrent": _recurrent, "attention": _attention}
 
 
 def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 7680, at_least=2) // 2
-    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=True)
-    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner, bias=True), ops.gelu_tanh_mul)
+    return gated_mlp(hidden, inner, weights, ops, bias=True, gate_mul=ops.gelu_tanh_mul)
 
 
 def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:

@@ -3,17 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.arch.lfm2 import short_conv, swiglu
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
+from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear
 from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.short_conv import ShortConv
+from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer, SandwichLayer
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.lfm2 import short_conv, swiglu
 from hybrid_cache.models.shapes import AttentionShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
@@ -32,52 +30,31 @@ class Lfm3(CausalModel):
         num_layers = config.integer("num_hidden_layers")
         default = [_default_kind(i) for i in range(num_layers)]
         kinds = config.each_layer("layer_types", num_layers, list(_MIXERS), default)
-        self._layers = tuple(
-            Layer(kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype) for i, kind in enumerate(kinds)
+        layers = (
+            _layer(kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype) for i, kind in enumerate(kinds)
         )
         super().__init__(
             config,
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("model.embedding_norm", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("model.embedding_norm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", True),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
+def _layer(kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> PreNormLayer | SandwichLayer:
+    def norm(name: str) -> Norm:
+        return hidden_norm(name, config, weights, ops, _eps(config))
 
-class Layer:
-    """A mixer, then an MLP, each between two norms or behind one; both add to `hidden` in place."""
-
-    def __init__(self, kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 7680)
-        both = config.flag("use_sandwich_norm", True)
-        self._mixer = _MIXERS[kind](config, weights, ops, dtype)
-        self._mixer_norm = _norm("operator_norm", config, weights, ops)
-        self._mixed_norm = _norm("post_operator_norm", config, weights, ops) if both else None
-        self._mlp = swiglu(hidden, inner, Scope(weights, "feed_forward."), ops)
-        self._mlp_norm = _norm("ffn_norm", config, weights, ops)
-        self._fed_norm = _norm("post_ffn_norm", config, weights, ops) if both else None
-        self.shapes = (self._mixer.shape, self._mlp.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        y = self._mixer(self._mixer_norm(hidden), batch, tensors)
-        hidden += y if self._mixed_norm is None else self._mixed_norm(y)
-        return hidden
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        y = self._mlp(self._mlp_norm(hidden))
-        hidden += y if self._fed_norm is None else self._fed_norm(y)
-        return hidden
+    mixer, mixer_norm = _MIXERS[kind](config, weights, ops, dtype), norm("operator_norm")
+    mixed_norm = norm("post_operator_norm") if config.flag("use_sandwich_norm", True) else None
+    hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 7680)
+    mlp, mlp_norm = swiglu(hidden, inner, Scope(weights, "feed_forward."), ops), norm("ffn_norm")
+    if mixed_norm is None:
+        return PreNormLayer(mixer, mixer_norm, mlp, mlp_norm)
+    return SandwichLayer(mixer, mixer_norm, mixed_norm, mlp, mlp_norm, norm("post_ffn_norm"))
 
 
 def _default_kind(index: int) -> str:
@@ -125,10 +102,6 @@ _MIXERS: dict[str, Callable[[Config, Weights, Ops, torch.dtype], ShortConv | Att
     "full_attention": _full_attention,
     "sliding_attention": _sliding_attention,
 }
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
 
 
 def _eps(config: Config) -> float:

@@ -4,19 +4,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.kernels.torch_ops import add
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
+from hybrid_cache.models.blocks.common import FeedForward, hidden_norm, linear
 from hybrid_cache.models.blocks.feed_forward import MLP, MoE, softmax_of_chosen
 from hybrid_cache.models.blocks.mamba import Mamba2
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.shapes import AttentionShape, Mamba2Shape, MoEShape
+from hybrid_cache.models.shapes import AttentionShape, LayerShape, Mamba2Shape, MoEShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
 
@@ -28,55 +26,30 @@ class GraniteMoeHybrid(CausalModel):
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
         num_layers = config.integer("num_hidden_layers")
         kinds = config.layer_kinds(num_layers, default=["mamba"] * num_layers)
-        self._embedding_multiplier = config.number("embedding_multiplier", 1.0)
-        self._layers = tuple(
-            Layer(kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype) for i, kind in enumerate(kinds)
+        layers = (
+            _layer(kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype) for i, kind in enumerate(kinds)
         )
         super().__init__(
             config,
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("model.norm", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("model.norm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", False),
+            embedding_multiplier=config.number("embedding_multiplier", 1.0),
             logits_divisor=config.number("logits_scaling", 1.0),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        if self._embedding_multiplier != 1.0:
-            hidden *= self._embedding_multiplier
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
-
-class Layer:
-    """A mixer, then a feed-forward part; both add to `hidden` in place, times the residual multiplier."""
-
-    def __init__(self, kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._mixer = _MIXERS[kind](config, weights, ops, dtype)
-        self._mixer_norm = _norm("input_layernorm", config, weights, ops)
-        self._mlp = _shared_mlp(config, Scope(weights, "shared_mlp."), ops)
-        self._mlp_norm = _norm("post_attention_layernorm", config, weights, ops)
-        self._moe = _moe(config, Scope(weights, "block_sparse_moe."), ops)
-        self._multiplier = config.number("residual_multiplier", 1.0)
-        self.shapes = (self._mixer.shape, self._mlp.shape, *([self._moe.shape] if self._moe else []))
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        return self._mixer.add_to(hidden, self._mixer_norm, batch, tensors, self._multiplier)
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        if self._moe is None:
-            return self._mlp.add_to(hidden, self._mlp_norm, self._multiplier)
-        x = self._mlp_norm(hidden)
-        y = self._mlp(x)
-        y += self._moe(x)
-        return add(hidden, y, self._multiplier)
+def _layer(kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> PreNormLayer:
+    mixer = _MIXERS[kind](config, weights, ops, dtype)
+    mixer_norm = hidden_norm("input_layernorm", config, weights, ops, _eps(config))
+    mlp = _shared_mlp(config, Scope(weights, "shared_mlp."), ops)
+    mlp_norm = hidden_norm("post_attention_layernorm", config, weights, ops, _eps(config))
+    experts = _moe(config, Scope(weights, "block_sparse_moe."), ops)
+    feed_forward = mlp if experts is None else MLPWithExperts(mlp, experts)
+    return PreNormLayer(mixer, mixer_norm, feed_forward, mlp_norm, config.number("residual_multiplier", 1.0))
 
 
 def _mamba(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Mamba2:
@@ -134,6 +107,23 @@ _MIXERS: dict[str, Callable[[Config, Weights, Ops, torch.dtype], Mamba2 | Attent
 }
 
 
+class MLPWithExperts(FeedForward):
+    """An MLP for all rows and a few experts for each; their sum."""
+
+    def __init__(self, mlp: MLP, experts: MoE) -> None:
+        self._mlp = mlp
+        self._experts = experts
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        return self._mlp.shape, self._experts.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._mlp(x)
+        y += self._experts(x)
+        return y
+
+
 def _shared_mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("shared_intermediate_size", 1024)
     gate_up = linear(ops, weights, {"input_linear": 2 * inner}, hidden)
@@ -155,10 +145,6 @@ def _moe(config: Config, weights: Weights, ops: Ops) -> MoE | None:
         ),
         route=softmax_of_chosen,
     )
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
 
 
 def _eps(config: Config) -> float:

@@ -1,15 +1,13 @@
 """Qwen3: attention with norms on queries and keys, in some layers with a window; a gated MLP; no state."""
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, wanted_rows
-from hybrid_cache.models.blocks.feed_forward import MLP
+from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear
+from hybrid_cache.models.blocks.feed_forward import MLP, gated_mlp
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
@@ -22,8 +20,8 @@ def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> 
 class Qwen3(CausalModel):
     def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_act", "silu", ["silu"])
-        self._layers = tuple(
-            Layer(window, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
+        layers = (
+            _layer(window, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
             for i, window in enumerate(_windows(config))
         )
         super().__init__(
@@ -31,36 +29,19 @@ class Qwen3(CausalModel):
             weights,
             ops,
             dtype,
-            layers=self._layers,
-            norm=_norm("model.norm", config, weights, ops),
+            stack=HybridStack(layers),
+            norm=hidden_norm("model.norm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", False),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        hidden = F.embedding(batch.token_ids, self._embedding)
-        for layer, tensors in zip(self._layers, cache, strict=True):
-            hidden = layer.mix(hidden, batch, tensors)
-            if layer is self._layers[-1]:
-                hidden = wanted_rows(hidden, batch)  # from here on, rows no longer depend on each other
-            hidden = layer.feed_forward(hidden)
-        return self._norm(hidden)[: batch.output_rows.shape[0]]
 
-
-class Layer:
-    """Attention, then an MLP; both add to `hidden` in place."""
-
-    def __init__(self, window: int | None, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._attention = _attention(window, config, Scope(weights, "self_attn."), ops, dtype)
-        self._attention_norm = _norm("input_layernorm", config, weights, ops)
-        self._mlp = _mlp(config, Scope(weights, "mlp."), ops)
-        self._mlp_norm = _norm("post_attention_layernorm", config, weights, ops)
-        self.shapes = (self._attention.shape, self._mlp.shape)
-
-    def mix(self, hidden: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        return self._attention.add_to(hidden, self._attention_norm, batch, tensors)
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        return self._mlp.add_to(hidden, self._mlp_norm)
+def _layer(window: int | None, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> PreNormLayer:
+    return PreNormLayer(
+        _attention(window, config, Scope(weights, "self_attn."), ops, dtype),
+        hidden_norm("input_layernorm", config, weights, ops, _eps(config)),
+        _mlp(config, Scope(weights, "mlp."), ops),
+        hidden_norm("post_attention_layernorm", config, weights, ops, _eps(config)),
+    )
 
 
 def _windows(config: Config) -> list[int | None]:
@@ -96,12 +77,7 @@ def _attention(window: int | None, config: Config, weights: Weights, ops: Ops, d
 
 def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
-    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner))
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
+    return gated_mlp(hidden, inner, weights, ops)
 
 
 def _eps(config: Config) -> float:

@@ -3,22 +3,18 @@
 The shared block reads the stream beside the original embedding. Each use has its own KV rows. No positions.
 """
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention
-from hybrid_cache.models.blocks.common import CacheEntry, Norm, linear, linear_shape
-from hybrid_cache.models.blocks.feed_forward import MLP
+from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear
+from hybrid_cache.models.blocks.feed_forward import MLP, gated_mlp
 from hybrid_cache.models.blocks.mamba import Mamba1Heads
 from hybrid_cache.models.blocks.model import CausalModel
+from hybrid_cache.models.blocks.shared_block import HybridLayer, MambaLayer, SharedBlock, SharedBlockStack
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.shapes import AttentionShape, LayerShape, Mamba1Shape
+from hybrid_cache.models.shapes import AttentionShape, Mamba1Shape
 from hybrid_cache.models.weights import Checkpoint, Scope, Weights
 
 
@@ -34,77 +30,45 @@ class Zamba(CausalModel):
             name = f"model.layers.{i}."
             layer_weights = Scope(weights, name)
             if kind == "mamba":
-                layers.append(MambaLayer(config, layer_weights, ops, dtype))
+                layers.append(_mamba_layer(config, layer_weights, ops, dtype))
                 continue
             if block is None or weights.has(f"{name}shared_transf.input_layernorm.weight"):  # a file may repeat it
-                block = SharedBlock(config, Scope(layer_weights, "shared_transf."), ops, dtype)
-            layers.append(HybridLayer(block, config, layer_weights, ops, dtype))
-        self._layers = tuple(layers)
+                block = _block(config, Scope(layer_weights, "shared_transf."), ops, dtype)
+            layers.append(_hybrid_layer(block, config, layer_weights, ops, dtype))
         super().__init__(
             config,
             weights,
             ops,
             dtype,
-            layers=layers,
-            norm=_norm("model.final_layernorm", config, weights, ops),
+            stack=SharedBlockStack(layers),
+            norm=hidden_norm("model.final_layernorm", config, weights, ops, _eps(config)),
             tied=config.flag("tie_word_embeddings", True),
         )
 
-    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
-        embedded = F.embedding(batch.token_ids, self._embedding)
-        hidden = embedded.clone()
-        tensors = iter(cache)
-        for layer in self._layers:
-            hidden = layer(hidden, embedded, batch, tensors)
-        return self._norm(hidden[batch.output_rows])
+
+def _mamba_layer(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> MambaLayer:
+    norm = hidden_norm("input_layernorm", config, weights, ops, _eps(config))
+    return MambaLayer(norm, _mamba(config, Scope(weights, "mamba."), ops, dtype))
 
 
-class MambaLayer:
-    def __init__(self, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._norm = _norm("input_layernorm", config, weights, ops)
-        self._mamba = _mamba(config, Scope(weights, "mamba."), ops, dtype)
-        self.shapes = (self._mamba.shape,)
-
-    def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
-        """Overwrites `hidden`."""
-        hidden += self.mix(hidden, batch, next(tensors))
-        return hidden
-
-    def mix(self, x: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        return self._mamba(self._norm(x), batch, tensors)
+def _hybrid_layer(block: SharedBlock, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> HybridLayer:
+    hidden = config.integer("hidden_size")
+    inside = Scope(weights, "mamba_decoder.")
+    return HybridLayer(
+        block,
+        linear(ops, weights, {"linear": hidden}, hidden),
+        hidden_norm("input_layernorm", config, inside, ops, _eps(config)),
+        _mamba(config, Scope(inside, "mamba."), ops, dtype),
+    )
 
 
-class HybridLayer:
-    """The shared block's output goes into the mixer beside the stream, but not into the stream itself."""
-
-    def __init__(self, block: "SharedBlock", config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        hidden = config.integer("hidden_size")
-        self._block = block
-        self._linear = linear(ops, weights, {"linear": hidden}, hidden)
-        self._mamba = MambaLayer(config, Scope(weights, "mamba_decoder."), ops, dtype)
-        self.shapes: tuple[LayerShape, ...] = (*block.shapes, linear_shape(self._linear), *self._mamba.shapes)
-
-    def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: Iterator[CacheEntry]) -> Tensor:
-        """Overwrites `hidden`."""
-        injected = self._linear(self._block(hidden, embedded, batch, next(tensors)))
-        injected += hidden
-        hidden += self._mamba.mix(injected, batch, next(tensors))
-        return hidden
-
-
-class SharedBlock:
-    """Attention over [stream; embedding], then an MLP; no residual inside the block."""
-
-    def __init__(self, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
-        self._attention = _attention(config, Scope(weights, "self_attn."), ops, dtype)
-        self._attention_norm = Norm(ops, weights, "input_layernorm", 2 * config.integer("hidden_size"), _eps(config))
-        self._mlp = _mlp(config, Scope(weights, "feed_forward."), ops)
-        self._mlp_norm = _norm("pre_ff_layernorm", config, weights, ops)
-        self.shapes: tuple[LayerShape, ...] = (self._attention.shape, self._mlp.shape)
-
-    def __call__(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, tensors: CacheEntry) -> Tensor:
-        x = self._attention_norm(torch.cat([hidden, embedded], dim=1))
-        return self._mlp(self._mlp_norm(self._attention(x, batch, tensors)))
+def _block(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> SharedBlock:
+    return SharedBlock(
+        _attention(config, Scope(weights, "self_attn."), ops, dtype),
+        Norm(ops, weights, "input_layernorm", 2 * config.integer("hidden_size"), _eps(config)),
+        _mlp(config, Scope(weights, "feed_forward."), ops),
+        hidden_norm("pre_ff_layernorm", config, weights, ops, _eps(config)),
+    )
 
 
 def _kinds(config: Config) -> tuple[str, ...]:
@@ -162,12 +126,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
 def _mlp(config: Config, weights: Weights, ops: Ops) -> MLP:
     config.choice("hidden_act", "gelu", ["gelu"])
     hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size", 14848)
-    gate_up = linear(ops, weights, {"gate_proj": inner, "up_proj": inner}, hidden)
-    return MLP(ops, gate_up, linear(ops, weights, {"down_proj": hidden}, inner), ops.gelu_mul)
-
-
-def _norm(name: str, config: Config, weights: Weights, ops: Ops) -> Norm:
-    return Norm(ops, weights, name, config.integer("hidden_size"), _eps(config))
+    return gated_mlp(hidden, inner, weights, ops, gate_mul=ops.gelu_mul)
 
 
 def _eps(config: Config) -> float:

@@ -1,0 +1,163 @@
+"""The layers of a model, from the embedded tokens to the last norm."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.kernels.grid import MIN_ROWS
+from hybrid_cache.models.blocks.common import CacheEntry, FeedForward, Mixer, Norm
+from hybrid_cache.models.shapes import LayerShape
+
+
+class Layer(Protocol):
+    """One step of a stack: what mixes tokens, then what treats each by itself. Both may overwrite `hidden`."""
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """Of its parts, in the order of use."""
+        ...
+
+    def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
+        """hidden [R, hidden] -> [R, hidden]; takes the entries of its mixers from `cache`."""
+        ...
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] -> [R, hidden]; rows do not depend on each other."""
+        ...
+
+
+class HybridStack:
+    """Layers one after the other. Once the last of them has mixed, only the rows that somebody wants are computed."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self.layers = tuple(layers)
+        self.shapes = tuple(shape for layer in self.layers for shape in layer.shapes)
+        self._last_mixer = [layer for layer in self.layers if any(shape.cache for shape in layer.shapes)][-1]
+
+    def __call__(self, hidden: Tensor, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        """hidden [R, hidden], overwritten -> [L or more, hidden], the output rows of the batch first."""
+        entries = iter(cache)
+        for layer in self.layers:
+            hidden = layer.mix(hidden, batch, entries)
+            if layer is self._last_mixer:
+                hidden = wanted_rows(hidden, batch)
+            hidden = layer.feed_forward(hidden)
+        return hidden
+
+
+def wanted_rows(hidden: Tensor, batch: ForwardBatch) -> Tensor:
+    """hidden [R, hidden] -> the output rows of the batch, padded to MIN_ROWS with copies of row 0."""
+    rows = batch.output_rows
+    missing = MIN_ROWS - rows.shape[0]
+    return hidden[F.pad(rows, (0, missing)) if missing > 0 else rows]
+
+
+class PreNormLayer:
+    """hidden += multiplier * mixer(norm(hidden)), then the same with a feed-forward part."""
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        mixer_norm: Norm,
+        feed_forward: FeedForward,
+        feed_forward_norm: Norm,
+        multiplier: float = 1.0,
+    ) -> None:
+        self.mixer = mixer
+        self._mixer_norm = mixer_norm
+        self._feed_forward = feed_forward
+        self._feed_forward_norm = feed_forward_norm
+        self._multiplier = multiplier
+        self.shapes: tuple[LayerShape, ...] = (mixer.shape, *feed_forward.shapes)
+
+    def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
+        return self.mixer.add_to(hidden, self._mixer_norm, batch, next(cache), self._multiplier)
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        return self._feed_forward.add_to(hidden, self._feed_forward_norm, self._multiplier)
+
+
+class PostNormLayer:
+    """hidden += norm(mixer(hidden)), then the same with a feed-forward part."""
+
+    def __init__(self, mixer: Mixer, mixer_norm: Norm, feed_forward: FeedForward, feed_forward_norm: Norm) -> None:
+        self.mixer = mixer
+        self._mixer_norm = mixer_norm
+        self._feed_forward = feed_forward
+        self._feed_forward_norm = feed_forward_norm
+        self.shapes: tuple[LayerShape, ...] = (mixer.shape, *feed_forward.shapes)
+
+    def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
+        hidden += self._mixer_norm(self.mixer(hidden, batch, next(cache)))
+        return hidden
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        hidden += self._feed_forward_norm(self._feed_forward(hidden))
+        return hidden
+
+
+class SandwichLayer:
+    """hidden += norm(mixer(norm(hidden))), then the same with a feed-forward part."""
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        mixer_norm: Norm,
+        mixed_norm: Norm,
+        feed_forward: FeedForward,
+        feed_forward_norm: Norm,
+        fed_norm: Norm,
+    ) -> None:
+        self.mixer = mixer
+        self._mixer_norm = mixer_norm
+        self._mixed_norm = mixed_norm
+        self._feed_forward = feed_forward
+        self._feed_forward_norm = feed_forward_norm
+        self._fed_norm = fed_norm
+        self.shapes: tuple[LayerShape, ...] = (mixer.shape, *feed_forward.shapes)
+
+    def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
+        hidden += self._mixed_norm(self.mixer(self._mixer_norm(hidden), batch, next(cache)))
+        return hidden
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        hidden += self._fed_norm(self._feed_forward(self._feed_forward_norm(hidden)))
+        return hidden
+
+
+class MixerLayer:
+    """hidden += mixer(norm(hidden)), and nothing after it; `hidden` may be float32 where rows are not."""
+
+    def __init__(self, mixer: Mixer, norm: Norm, dtype: torch.dtype) -> None:
+        self.mixer = mixer
+        self._norm = norm
+        self._dtype = dtype
+        self.shapes: tuple[LayerShape, ...] = (mixer.shape,)
+
+    def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
+        hidden += self.mixer(self._norm(hidden.to(self._dtype)), batch, next(cache))
+        return hidden
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class FeedForwardLayer:
+    """hidden += feed_forward(norm(hidden)), with no mixer before it; `hidden` as in `MixerLayer`."""
+
+    def __init__(self, feed_forward: FeedForward, norm: Norm, dtype: torch.dtype) -> None:
+        self._feed_forward = feed_forward
+        self._norm = norm
+        self._dtype = dtype
+        self.shapes = feed_forward.shapes
+
+    def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
+        return hidden
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        hidden += self._feed_forward(self._norm(hidden.to(self._dtype)))
+        return hidden
