@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import hybrid_cache
+
 ROOT = Path(__file__).parent.parent
 LINKED = ("kernels", "models", "api", "bench")
 # A folder imports itself and those named here. `api` reaches `bench` only by name, when a bench command is run.
@@ -154,3 +156,13 @@ def test_linked_folders_are_relative_links_without_an_init_file(folder: str) -> 
     assert link.is_symlink()
     assert str(link.readlink()) == f"../{folder}"
     assert not list((ROOT / folder).rglob("__init__.py"))
+
+
+def test_what_users_import_is_at_the_top() -> None:
+    assert {"Engine", "EngineConfig", "Prompt", "Request", "SamplingParams", "Workflow", "errors"} <= set(
+        dir(hybrid_cache)
+    )
+    for name in hybrid_cache.__all__:
+        assert getattr(hybrid_cache, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Motor'"):
+        _ = hybrid_cache.Motor  # type: ignore[attr-defined]

@@ -14,19 +14,19 @@ starts from, and nothing of it enters the tree. Published bytes never change; se
 A lease pins its pages: they are neither evicted nor moved. It does not pin states, since it has its own copy.
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from hybrid_cache.cache.audit import check_books, stats_of
+from hybrid_cache.cache.candidates import Candidates
 from hybrid_cache.cache.commands import Emit, Item, KeepHidden, VerifySome, nowhere
 from hybrid_cache.cache.geometry import Geometry, Kind
-from hybrid_cache.cache.keys import Keys, Name, keys_of
+from hybrid_cache.cache.keys import Keys, keys_of
 from hybrid_cache.cache.lease import Lease, Match, Reservation
 from hybrid_cache.cache.messages import MessageStore
-from hybrid_cache.cache.policies.base import Outline, Policy, Wish, Worth
-from hybrid_cache.cache.pool import Pool, nearest_checkpoint
+from hybrid_cache.cache.policies.base import Outline, Policy, Wish
+from hybrid_cache.cache.pool import Pool
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Node, PrefixTree, PromptEnd, StoredMessage
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import CacheSpec, PrefillCost
@@ -55,7 +55,6 @@ class Books:
         Raises ConfigError for too small a budget.
         """
         self.budget_bytes = budget_bytes
-        self._cost = cost
         self._clock = clock
         self._stateless = spec.slot_bytes == 0  # attention alone: every page is a place to resume from
         self._page_tokens = page_tokens
@@ -64,6 +63,7 @@ class Books:
         self.pool = Pool(
             *(geometry, cost, budget_bytes, policy, self.tree, clock, emit), stateless=self._stateless, verify=verify
         )
+        self._candidates = Candidates(self.pool, cost, stateless=self._stateless)
         self.messages = MessageStore(self.pool, cost, 4 * spec.effect_size)
         self.leases: set[Lease] = set()
         self.scratch: int | None = None
@@ -172,15 +172,14 @@ class Books:
         node = lease.nodes[index] if index < len(lease.nodes) else None
         if any(r.position == position for r in lease.reserved) or (node and (node.checkpoint or node.awaited)):
             return None
-        score = self._candidate_score(lease, position, kind)
-        taken = None if score is None else self.pool.take(num_slots=1, num_pages=0, ceiling=score)
+        taken = self._candidates.take(lease, position, kind)
         if taken is None:
-            self._decline(lease, position, kind, score)
             return None
         if node is not None:
             node.awaited = True
-        lease.reserved.append(Reservation(position, taken[0][0], kind, ttl_s or 0.0, node))
-        return taken[0][0]
+        slot, _ = taken
+        lease.reserved.append(Reservation(position, slot, kind, ttl_s or 0.0, node))
+        return slot
 
     def publish(self, lease: Lease, num_tokens: int) -> None:
         """Publishes the pages of [0, num_tokens), a grid position, and the checkpoints reserved inside it.
@@ -215,14 +214,12 @@ class Books:
         tail, num_tokens = lease.keys.tail, lease.keys.num_tokens
         if not lease.publish or len(lease.nodes) < len(lease.keys.pages) or tail in lease.tip.ends:
             return False
-        kind, num_pages = CheckpointKind.PROMPT_END, 1 if tail and self.pool.geometry.page_bytes else 0
-        score = self._candidate_score(lease, num_tokens, kind)
-        taken = None if score is None else self.pool.take(num_slots=1, num_pages=num_pages, ceiling=score)
+        num_pages = 1 if tail and self.pool.geometry.page_bytes else 0
+        taken = self._candidates.take(lease, num_tokens, CheckpointKind.PROMPT_END, num_pages)
         if taken is None:
-            self._decline(lease, num_tokens, kind, score)
             return False
-        slots, pages = taken
-        end = PromptEnd(lease.tip, lease.keys.end_name, tail, num_tokens, slots[0], pages[0] if pages else None)
+        slot, pages = taken
+        end = PromptEnd(lease.tip, lease.keys.end_name, tail, num_tokens, slot, pages[0] if pages else None)
         self.pool.copy(Kind.SLOT, lease.slot, end.slot)
         if end.page is not None:
             self.pool.copy(Kind.PAGE, lease.pages[len(lease.nodes)], end.page)
@@ -377,33 +374,6 @@ class Books:
             if not node.pins:
                 self.pool.allocator.unfix(Kind.PAGE, node.page)
         self.pool.settle(path[-1] if path else root)
-
-    def _decline(self, lease: Lease, position: int, kind: CheckpointKind, score: float | None) -> None:
-        """To the policy it is as if the candidate had come and gone: else what is here would never grow old."""
-        self.pool.declines[kind.value] += 1
-        index = position // self._page_tokens - 1
-        above = (
-            nearest_checkpoint(lease.nodes[min(index, len(lease.nodes) - 1)]) if lease.nodes and index >= 0 else None
-        )
-        name = self._name(lease, position, kind)
-        self.pool.policy.lost(name, -math.inf if score is None else score, above)
-
-    def _name(self, lease: Lease, position: int, kind: CheckpointKind) -> Name:
-        """Names the prefix of a lease's prompt that a state at `position` would stand for."""
-        keys = lease.keys
-        return keys.end_name if kind is CheckpointKind.PROMPT_END else keys.names[position // self._page_tokens]
-
-    def _candidate_score(self, lease: Lease, position: int, kind: CheckpointKind) -> float | None:
-        """The score that a state of a lease at `position` would have."""
-        above = max((r.position for r in lease.reserved if r.position < position), default=0)
-        nodes = (n for n in reversed(lease.nodes) if n.checkpoint and n.num_tokens < position)
-        if (node := next(nodes, None)) is not None:
-            above = max(above, node.num_tokens)
-        if self._stateless:
-            above = (position - 1) // self._page_tokens * self._page_tokens
-        num_pages = -(-(position - max(above, min(lease.shared, position))) // self._page_tokens)
-        worth = Worth(self._cost.flops(above, position), self.pool.bytes_of(1, num_pages))
-        return self.pool.policy.candidate(kind, self._name(lease, position, kind), worth)
 
     def _count_match(self, match: Match, num_tokens: int) -> None:
         kv_only = max(match.shared - match.length, 0)

@@ -7,7 +7,7 @@ from collections import deque
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.engine.prefills import Chunk, Prefills
-from hybrid_cache.engine.sequence import Prefill
+from hybrid_cache.engine.sequence import Prefill, Sequence, grid_floor
 
 MAX_COMMITS = 64  # finished turns that wait; the oldest is dropped
 
@@ -23,7 +23,12 @@ class CommitQueue:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def add(self, commit: Prefill) -> None:
+    def add_turn(self, sequence: Sequence) -> None:
+        """Has the generated tokens of a finished sequence computed again, if any of them fill a page."""
+        end = grid_floor(sequence.num_tokens)
+        if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):
+            return
+        commit = Prefill(sequence.prefill.namespace, sequence.all_tokens()[:end], True, True, generated=True)
         if len(self._queue) == MAX_COMMITS:
             self.give_room()
             self._queue.popleft()

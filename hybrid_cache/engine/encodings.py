@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from hybrid_cache.cache.books import Books
-from hybrid_cache.choreography.arrangement import Arrangement
+from hybrid_cache.choreography.arrangement import Arrangement, closed, message_id
 from hybrid_cache.choreography.compiler import Compiler, key_of
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.engine.prefills import Prefills
-from hybrid_cache.engine.sequence import Prefill
+from hybrid_cache.engine.sequence import Prefill, Sequence
 
 
 class Encodings:
@@ -33,9 +33,21 @@ class Encodings:
     def __contains__(self, prefill: Prefill) -> bool:
         return prefill in self._messages
 
-    def add(self, message: Prefill) -> None:
-        """Takes in tokens that are to become a message in the store."""
-        self._messages.append(message)
+    def keep_answer(self, sequence: Sequence) -> None:
+        """Has the last tokens of an arranged answer computed, and the answer stored as a message."""
+        prefill, arrangement = sequence.prefill, sequence.prefill.arrangement
+        lease, program = prefill.lease, prefill.program
+        if arrangement is None or arrangement.closing is None or program is None or lease is None:
+            return
+        tokens = closed(sequence.all_tokens(), arrangement.closing)
+        name = message_id(prefill.namespace, tokens[arrangement.answer_start :], arrangement.context)
+        if len(tokens) - arrangement.answer_start <= arrangement.seam or not self._cache.extend(lease, len(tokens)):
+            return
+        last = self._stage.answer(program, key_of(name, arrangement.seam), len(tokens), sequence.fed)
+        if last is not None:
+            message = Prefill(prefill.namespace, tokens, False, False, lease=lease, computed=sequence.fed, program=last)
+            prefill.lease = None
+            self._messages.append(message)
 
     def end(self, message: Prefill) -> None:
         self._messages.remove(message)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.policies.registry import make_policy
-from hybrid_cache.choreography.arrangement import closed, message_id
 from hybrid_cache.choreography.compiler import Compiler, Traits, key_of
 from hybrid_cache.choreography.plan import Action, Plan
 from hybrid_cache.choreography.stage import Stage
@@ -21,7 +20,7 @@ from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.intake import Intake
 from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Scheduler, Step
-from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
+from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
 from hybrid_cache.errors import Overloaded, RequestError
 from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, TokenLogprob, TokenOutput
 from hybrid_cache.stats import Counters, EngineStats
@@ -353,9 +352,9 @@ class Engine:
         self._counters.generated_tokens += 1
         finish = sequence.finish_reason(self.model.max_length)
         if finish is not None:
-            self._keep_answer(sequence)
+            self._scheduler.messages.keep_answer(sequence)
             self._finish(sequence)
-            self._commit_later(sequence)
+            self._scheduler.commits.add_turn(sequence)
         return TokenOutput(sequence.index, token, logprob, finish)
 
     def _finish(self, sequence: Sequence) -> None:
@@ -368,27 +367,3 @@ class Engine:
         prefill = sequence.prefill
         if prefill.program is not None and prefill.lease is not None and sequence.request.n == 1:
             self._stage.decoded(prefill.program, prefill.lease, sequence.fed)
-
-    def _keep_answer(self, sequence: Sequence) -> None:
-        """Has the last tokens of an arranged answer computed, and the answer stored as a message."""
-        prefill, arrangement = sequence.prefill, sequence.prefill.arrangement
-        lease, program = prefill.lease, prefill.program
-        if arrangement is None or arrangement.closing is None or program is None or lease is None:
-            return
-        tokens = closed(sequence.all_tokens(), arrangement.closing)
-        name = message_id(prefill.namespace, tokens[arrangement.answer_start :], arrangement.context)
-        if len(tokens) - arrangement.answer_start <= arrangement.seam or not self.cache.extend(lease, len(tokens)):
-            return
-        last = self._stage.answer(program, key_of(name, arrangement.seam), len(tokens), sequence.fed)
-        if last is not None:
-            message = Prefill(prefill.namespace, tokens, False, False, lease=lease, computed=sequence.fed, program=last)
-            prefill.lease = None
-            self._scheduler.messages.add(message)
-
-    def _commit_later(self, sequence: Sequence) -> None:
-        """Has the generated tokens of a finished turn computed again by the prefill path, when nobody waits."""
-        end = grid_floor(sequence.num_tokens)
-        if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):
-            return
-        commit = Prefill(sequence.prefill.namespace, sequence.all_tokens()[:end], True, True, generated=True)
-        self._scheduler.commits.add(commit)

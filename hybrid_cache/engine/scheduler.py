@@ -31,6 +31,7 @@ from hybrid_cache.work import Command, Work
 
 logger = logging.getLogger("hybrid_cache")
 
+DECODE_STEPS_A_TILE = 320  # steps that only decode, for each tile of a finished turn that is computed beside them
 MOST_EARLIER = 16  # prompts that an order of messages is chosen by
 
 
@@ -53,7 +54,7 @@ class Step:
 
 
 class Scheduler:
-    """The queues: waiting, running (in order of arrival), messages to store, and finished turns to commit when idle."""
+    """The queues: waiting, running (in order of arrival), messages to store, and finished turns to commit."""
 
     def __init__(self, cache: Books, config: EngineConfig, compiler: Compiler, stage: Stage) -> None:
         self._cache = cache
@@ -66,6 +67,7 @@ class Scheduler:
         self._prefills = Prefills(cache, compiler, stage)
         self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
         self.commits = CommitQueue(cache, self._prefills)
+        self._decode_steps = 0  # since the last tile of a finished turn
         self.num_preemptions = 0
         self.num_out_of_memory = 0
 
@@ -119,7 +121,7 @@ class Scheduler:
         decodes = self._extend_decodes()
         resumed = self._admit()
         tiles = self._max_tiles_beside_decode if decodes else self._max_tiles
-        return Step(self._cut_chunks(tiles), decodes, resumed)
+        return Step(self._cut_chunks(tiles) or self._spare_tile(), decodes, resumed)
 
     def _num_waiting_for(self, name: str) -> int:
         """Waiting prompts with a message of this id."""
@@ -234,6 +236,17 @@ class Scheduler:
             chunks.append(self._prefills.cut(prefill, sequence, tiles))
             tiles -= chunks[-1].num_tiles
         return tuple(chunks)
+
+    def _spare_tile(self) -> tuple[Chunk, ...]:
+        """Now and then a tile of a finished turn, where all others decode: it would wait for ever beside streams that
+        have no end.
+        """
+        self._decode_steps += 1
+        if self._decode_steps < DECODE_STEPS_A_TILE or not self.commits:
+            return ()
+        self._decode_steps = 0
+        chunk = self.commits.next_chunk()
+        return () if chunk is None else (chunk,)
 
     # Device memory
 

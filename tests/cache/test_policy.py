@@ -204,9 +204,9 @@ def test_a_policy_that_asks_for_it_is_told_of_states_that_may_be_worth_more() ->
 def test_a_candidate_is_worth_less_once_a_place_above_it_is_reserved() -> None:
     cache = new_cache(HYBRID, slots=20, pages=40)
     run = begin(cache, tokens_of("abcdefgh", 1))
-    before = cache._candidate_score(run.lease, 8 * TILE, END)
+    before = cache._candidates._score(run.lease, 8 * TILE, END)
     assert reserve(cache, run, 7 * TILE, END)
-    after = cache._candidate_score(run.lease, 8 * TILE, END)
+    after = cache._candidates._score(run.lease, 8 * TILE, END)
     assert before is not None
     assert after is not None
     assert after < before

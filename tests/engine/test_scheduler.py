@@ -1,6 +1,7 @@
 """Whose turn it is, who waits for whom, who gives up its room, and what is computed in which step."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.engine import sequence
 from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.scheduler import DECODE_STEPS_A_TILE
 from hybrid_cache.engine.sequence import new_prefill
 from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, SamplingParams, TokenOutput
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
@@ -155,6 +157,26 @@ def test_a_finished_answer_is_computed_again_one_tile_a_step() -> None:
         rows.append(model.rows_computed)
     assert engine.cache.stats().working_bytes == 0
     assert np.diff(rows).tolist() == [64, 64, 64]  # from the prompt's last full tile to that of prompt and answer
+
+
+def test_a_finished_answer_is_computed_again_beside_streams_that_have_no_end() -> None:
+    """A tile each so many steps: within a bounded time, and hardly ever."""
+    (engine, _), tiles = new_engine(), list[int]()
+    engine.submit(make_request("turn", tokens_of(0, 70), 130))
+    while not engine.idle:
+        engine.step()
+    stream = tokens_of(1, 20)
+    engine.submit(make_request("stream", stream, 3 * DECODE_STEPS_A_TILE + 9))
+    outputs: Outputs = []
+    while not engine.idle:
+        before = engine.stats().commit_tokens
+        outputs += engine.step()
+        if engine.stats().commit_tokens > before:
+            tiles.append(engine.stats().generated_tokens)
+    assert [b - a for a, b in pairwise(tiles)] == [DECODE_STEPS_A_TILE]
+    assert engine.stats().commit_tokens == 128  # all of the turn that fills pages, and the prompt did not
+    assert answers(outputs, "stream") == sum_model_answer(stream, 3 * DECODE_STEPS_A_TILE + 9)
+    engine.check()
 
 
 def test_what_the_cache_has_already_is_not_computed_again() -> None:

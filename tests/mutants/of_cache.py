@@ -17,6 +17,7 @@ PRIVATE = (BESIDE + "test_a_lease_that_does_not_publish_shares_no_page_beyond_it
 WRITES = (BESIDE + "test_a_write_to_a_page_of_the_tree_is_an_error",)
 
 books = partial(Mutant, "hybrid_cache/cache/books.py")
+candidates = partial(Mutant, "hybrid_cache/cache/candidates.py")
 pool = partial(Mutant, "hybrid_cache/cache/pool.py")
 messages = partial(Mutant, "hybrid_cache/cache/messages.py")
 allocator = partial(Mutant, "hybrid_cache/cache/allocator.py")
@@ -130,11 +131,11 @@ PUBLISHING = [
         "if self._stateless or",
         CACHE,
     ),
-    books(
+    candidates(
         "a new state takes the room of better ones",
-        "self.pool.take(num_slots=1, num_pages=0, ceiling=score)",
-        "self.pool.take(num_slots=1, num_pages=0)",
-        CACHE + POLICY,
+        "num_pages=num_pages, ceiling=score)",
+        "num_pages=num_pages)",
+        CACHE + RANKED,
     ),
     books(
         "a private lease publishes its pages",
@@ -166,11 +167,11 @@ PUBLISHING = [
         "if len(lease.nodes) < len(lease.keys.pages)",
         CACHE,
     ),
-    books(
-        "an end takes the room of better states",
-        "num_slots=1, num_pages=num_pages, ceiling=score)\n        if taken is None:\n            self._decline(",
-        "num_slots=1, num_pages=num_pages)\n        if taken is None:\n            self._decline(",
-        CACHE + RANKED,
+    candidates(
+        "what is declined lets nothing grow old",
+        "            self._decline(lease, position, kind, score)\n",
+        "",
+        RANKED,
     ),
     books(
         "the last rows of a prompt's end are not kept",
@@ -371,7 +372,7 @@ EVICTING = [
         "",
         POLICY,
     ),
-    books(
+    candidates(
         "a candidate's worth overlooks the places reserved above it",
         "max((r.position for r in lease.reserved if r.position < position), default=0)",
         "0",

@@ -253,13 +253,13 @@ STEPPING = [
         "yield slice(first, first + noted.end - rows.start), noted",
         stage_test("messages_of_one_chunk_are_what_they_are_in_several"),
     ),
-    engine(
+    commits(
         "the answer to a request that publishes nothing is published",
         "if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):",
         "if end <= grid_floor(len(sequence.prefill.tokens)):",
         SCHEDULER,
     ),
-    engine(
+    commits(
         "the last token of an answer is not fed, but committed",
         "sequence.all_tokens()[:end], True, True, generated=True)",
         "sequence.all_tokens(), True, True, generated=True)",
@@ -321,17 +321,17 @@ STEPPING = [
     ),
     engine(
         "no answer becomes a message",
-        "            self._keep_answer(sequence)\n            self._finish",
-        "            self._finish",
+        "            self._scheduler.messages.keep_answer(sequence)\n",
+        "            pass\n",
         stage_test("an_answer_becomes_a_message"),
     ),
-    engine(
+    encodings(
         "a message takes over a lease that is given back",
-        "            prefill.lease = None\n            self._scheduler.messages.add",
-        "            self._scheduler.messages.add",
+        "            prefill.lease = None\n            self._messages.append(message)",
+        "            self._messages.append(message)",
         stage_test("an_answer_becomes_a_message"),
     ),
-    engine(
+    encodings(
         "an answer begins with its first token, not with its header",
         "tokens[arrangement.answer_start :], arrangement.context)",
         "tokens[arrangement.answer_start + 1 :], arrangement.context)",

@@ -1,0 +1,56 @@
+"""States that a running request could leave behind: what they would be worth, and whether they get room."""
+
+import math
+
+from hybrid_cache.cache.keys import Name
+from hybrid_cache.cache.lease import Lease
+from hybrid_cache.cache.policies.base import Worth
+from hybrid_cache.cache.pool import Pool, nearest_checkpoint
+from hybrid_cache.cache.tree import CheckpointKind
+from hybrid_cache.spec import PrefillCost
+
+
+class Candidates:
+    """Checkpoints and prompt ends before there are any."""
+
+    def __init__(self, pool: Pool, cost: PrefillCost, *, stateless: bool) -> None:
+        """stateless: a model of attention alone, for which every page is a place to resume from"""
+        self._pool = pool
+        self._cost = cost
+        self._page_tokens = pool.tree.page_tokens
+        self._stateless = stateless
+
+    def take(
+        self, lease: Lease, position: int, kind: CheckpointKind, num_pages: int = 0
+    ) -> tuple[int, list[int]] | None:
+        """A slot and pages for the state of a lease at `position`; None if something better would have to go."""
+        score = self._score(lease, position, kind)
+        taken = None if score is None else self._pool.take(num_slots=1, num_pages=num_pages, ceiling=score)
+        if taken is None:
+            self._decline(lease, position, kind, score)
+            return None
+        return taken[0][0], taken[1]
+
+    def _decline(self, lease: Lease, position: int, kind: CheckpointKind, score: float | None) -> None:
+        """To the policy it is as if the candidate had come and gone: else what is here would never grow old."""
+        self._pool.declines[kind.value] += 1
+        last = min(position // self._page_tokens, len(lease.nodes)) - 1
+        above = nearest_checkpoint(lease.nodes[last]) if last >= 0 else None
+        self._pool.policy.lost(self._name(lease, position, kind), -math.inf if score is None else score, above)
+
+    def _name(self, lease: Lease, position: int, kind: CheckpointKind) -> Name:
+        """Names the prefix of a lease's prompt that a state at `position` would stand for."""
+        keys = lease.keys
+        return keys.end_name if kind is CheckpointKind.PROMPT_END else keys.names[position // self._page_tokens]
+
+    def _score(self, lease: Lease, position: int, kind: CheckpointKind) -> float | None:
+        """The score that a state of a lease at `position` would have."""
+        above = max((r.position for r in lease.reserved if r.position < position), default=0)
+        nodes = (n for n in reversed(lease.nodes) if n.checkpoint and n.num_tokens < position)
+        if (node := next(nodes, None)) is not None:
+            above = max(above, node.num_tokens)
+        if self._stateless:
+            above = (position - 1) // self._page_tokens * self._page_tokens
+        num_pages = -(-(position - max(above, min(lease.shared, position))) // self._page_tokens)
+        worth = Worth(self._cost.flops(above, position), self._pool.bytes_of(1, num_pages))
+        return self._pool.policy.candidate(kind, self._name(lease, position, kind), worth)
