@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hybrid_cache.api.chat import PROBE, ChatEncoder, Message, Part, Rendering
-from hybrid_cache.api.launch import LoadOptions, load
-from hybrid_cache.api.sizes import parse_bytes
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.server.launch import LoadOptions, load
+from hybrid_cache.api.text.chat import PROBE, ChatEncoder, Message, Part, Rendering
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.choreography.arrangement import Fidelity, Style
 from hybrid_cache.choreography.workflow import Workflow
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ModelError
+from hybrid_cache.sizes import parse_bytes
 from hybrid_cache.tokens import TokenArray
 
 

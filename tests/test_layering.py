@@ -23,6 +23,13 @@ MAY_IMPORT = {
 # The same for the rooms of `hybrid_cache`.
 ROOMS = {"cache": {"cache"}}
 OTHERS = {"cache", "device", "engine", "choreography"}
+# And for those of `api`, beside which stands one file for programs that import it.
+API_ROOMS = {
+    "text": {"text"},
+    "server": {"server", "text"},
+    "cli": {"cli", "server", "text"},
+    "workflow": {"workflow", "server", "text"},
+}
 
 
 def python_files(folder: str) -> Iterator[Path]:
@@ -118,6 +125,24 @@ def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
         if (other := module.split(".")[1:2]) and other[0] in OTHERS and other[0] not in ROOMS[room]
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("room", API_ROOMS)
+def test_a_room_of_the_api_imports_only_what_lies_below_it(room: str) -> None:
+    prefix = f"hybrid_cache.api.{room}"
+    names = {name: found for name, found in imports_of_files().items() if f"{name}.".startswith(f"{prefix}.")}
+    assert names
+    wrong = [
+        f"{name} imports {module}"
+        for name, found in names.items()
+        for module in found
+        if module.startswith("hybrid_cache.api.") and module.split(".")[2] not in API_ROOMS[room]
+    ]
+    assert not wrong
+
+
+def test_every_file_of_the_api_stands_in_a_room() -> None:
+    assert {module_of(path).split(".")[2] for path in python_files("api")} == set(API_ROOMS)
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)

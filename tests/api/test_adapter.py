@@ -11,10 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hybrid_cache.api import cli, launch
-from hybrid_cache.api.launch import LoadOptions
-from hybrid_cache.api.server import ServeOptions
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.cli import main as cli
+from hybrid_cache.api.server import launch
+from hybrid_cache.api.server.launch import LoadOptions
+from hybrid_cache.api.server.process import ServeOptions
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.models import adapters
 from hybrid_cache.models.adapters import LoraConfig
 from hybrid_cache.models.training.lora import Settings
@@ -32,15 +33,15 @@ def adapter(tmp_path: Path) -> Path:
 
 def test_serve_hands_the_adapter_over(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[ServeOptions] = []
-    monkeypatch.setattr("hybrid_cache.api.server.serve", told.append)
+    monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
     assert CliRunner().invoke(cli.app, ["serve", "--adapter", "somewhere"]).exit_code == 0
     assert told[0].load == LoadOptions(adapter="somewhere")
 
 
 def test_chat_hands_the_adapter_over(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[LoadOptions] = []
-    monkeypatch.setattr("hybrid_cache.api.local_chat.EnginePartner", lambda options, *_: told.append(options))
-    monkeypatch.setattr("hybrid_cache.api.terminal.run", lambda *_: 0)
+    monkeypatch.setattr("hybrid_cache.api.cli.local_chat.EnginePartner", lambda options, *_: told.append(options))
+    monkeypatch.setattr("hybrid_cache.api.cli.terminal.run", lambda *_: 0)
     assert CliRunner().invoke(cli.app, ["chat", "--adapter", "somewhere"]).exit_code == 0
     assert told == [LoadOptions(adapter="somewhere")]
 
@@ -77,7 +78,7 @@ def test_model_info_tells_about_the_adapter(adapter: Path) -> None:
 
 def test_train_lora_hands_its_options_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[tuple[object, ...]] = []
-    monkeypatch.setattr("hybrid_cache.api.train_lora.run", lambda *args, **kw: told.append((*args, kw)))
+    monkeypatch.setattr("hybrid_cache.api.cli.train_lora.run", lambda *args, **kw: told.append((*args, kw)))
     line = (
         f"train-lora some/model --out {tmp_path} --rank 4 --alpha 8 --lr 0.1 --steps 5 --batch-size 3 --dropout 0.2 "
         "--target q_proj --save-module conv1d --reuse alone --in-place 0.3 --seam 6 --distill 0.4 --seed 7 --every 9 "

@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from hybrid_cache.api.app import create_app
-from hybrid_cache.api.settings import ServerSettings
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.server.app import create_app
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.kernels import dispatch

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.text.tokenizer import TextModel
 from tests.api.servers import SCRIPT, TEXT, events_of, script_ids, script_messages
 
 

@@ -11,15 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid_cache import __version__
-from hybrid_cache.api import cli
-from hybrid_cache.api.launch import LoadOptions
-from hybrid_cache.api.server import ServeOptions
+from hybrid_cache.api.cli import main as cli
+from hybrid_cache.api.server.launch import LoadOptions
+from hybrid_cache.api.server.process import ServeOptions
 from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
 
 HEAVY = ("torch", "transformers", "fastapi", "httpx", "numpy")
-PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli import main; main()")
+PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli.main import main; main()")
 
 
 def exit_code(*args: str) -> int:
@@ -39,13 +39,13 @@ def error_line(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
-    code = f"import sys, hybrid_cache.api.cli; print([m for m in {HEAVY} if m in sys.modules])"
+    code = f"import sys, hybrid_cache.api.cli.main; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_talking_to_a_server_needs_no_torch() -> None:
-    code = "import sys, hybrid_cache.api.terminal; print('torch' in sys.modules)"
+    code = "import sys, hybrid_cache.api.cli.terminal; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -83,14 +83,14 @@ def test_the_version_is_printed() -> None:
 
 def test_the_defaults_of_serve_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[ServeOptions] = []
-    monkeypatch.setattr("hybrid_cache.api.server.serve", told.append)
+    monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
     assert exit_code("serve") == 0
     assert told[0].engine == EngineConfig()
 
 
 def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[ServeOptions] = []
-    monkeypatch.setattr("hybrid_cache.api.server.serve", told.append)
+    monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
     keys = tmp_path / "keys"
     keys.write_text("# mine\nsecret\n\nother \n")
     line = (

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from hybrid_cache.api.responses import EventStream
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.server.responses import EventStream
+from hybrid_cache.api.text.tokenizer import TextModel
 from tests.api.servers import GatedModel, in_process, new_app, new_engine, over_the_wire, prompt_for, until_free
 
 PROMPT = list(range(300, 500))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hybrid_cache.api import launch
-from hybrid_cache.api.launch import LoadOptions
+from hybrid_cache.api.server import launch
+from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.torch_ops import TorchOps

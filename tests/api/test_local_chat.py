@@ -5,9 +5,9 @@ import json
 import shutil
 from pathlib import Path
 
-from hybrid_cache.api.launch import LoadOptions
-from hybrid_cache.api.local_chat import EnginePartner
-from hybrid_cache.api.terminal import Asked, Turn, Usage
+from hybrid_cache.api.cli.local_chat import EnginePartner
+from hybrid_cache.api.cli.terminal import Asked, Turn, Usage
+from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.models import registry
 

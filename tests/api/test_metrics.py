@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hybrid_cache.api.metrics import Metrics
-from hybrid_cache.api.records import RequestRecord
-from hybrid_cache.api.settings import ServerSettings
+from hybrid_cache.api.server.metrics import Metrics
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.request import Request, SamplingParams

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_cache.api.model_info import (
+from hybrid_cache.api.cli.model_info import (
     CONVERSATION_TOKENS,
     Facts,
     examine,

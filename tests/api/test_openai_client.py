@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.text.tokenizer import TextModel
 from tests.api.servers import TEXT, GatedModel, new_app, new_engine, over_the_wire, script_messages, script_prompt
 
 

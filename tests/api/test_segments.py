@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.api import chat
-from hybrid_cache.api.chat import ChatEncoder, Message, Part, Rendering, limited, prompt_of_tokens
-from hybrid_cache.api.template import ChatTemplate
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.text import chat
+from hybrid_cache.api.text.chat import ChatEncoder, Message, Part, Rendering, limited, prompt_of_tokens
+from hybrid_cache.api.text.template import ChatTemplate
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.models.loading import embedded_path
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt

@@ -17,9 +17,9 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from prometheus_client.parser import text_string_to_metric_families
 
-from hybrid_cache.api import cli
+from hybrid_cache.api.cli import main as cli
 
-PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli import main; main()")
+PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli.main import main; main()")
 KEY = "a-secret-key"
 START_TIMEOUT_S = 60
 LONG_SYSTEM = "You are a careful friend who remembers what people say. " * 12
@@ -133,8 +133,8 @@ def test_the_greeting_names_what_is_not_as_it_should_be(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("hybrid_cache.kernels.native_library.reason_missing", lambda: "no C compiler found")
-    monkeypatch.setattr("hybrid_cache.api.server.inexact_reasons", lambda loaded: ["linear 3 -> 4"])
-    monkeypatch.setattr("hybrid_cache.api.server.run_server", lambda server, bound: None)
+    monkeypatch.setattr("hybrid_cache.api.server.process.inexact_reasons", lambda loaded: ["linear 3 -> 4"])
+    monkeypatch.setattr("hybrid_cache.api.server.process.run_server", lambda server, bound: None)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("HYBRID_CACHE_BACKEND", raising=False)
     with pytest.raises(SystemExit) as caught:

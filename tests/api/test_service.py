@@ -7,7 +7,7 @@ import httpx
 import pytest
 from torch import Tensor
 
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from tests.api.servers import GatedModel, events_of, in_process, new_app, new_engine, prompt_for, until_free
 from tests.fakes import SumModel

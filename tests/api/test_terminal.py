@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator, Sequence
 import pytest
 from rich.console import Console
 
-from hybrid_cache.api import cli
-from hybrid_cache.api.terminal import Asked, Chat, ServerFailed, ServerPartner, Turn, Usage, run
+from hybrid_cache.api.cli import main as cli
+from hybrid_cache.api.cli.terminal import Asked, Chat, ServerFailed, ServerPartner, Turn, Usage, run
 from hybrid_cache.errors import HybridCacheError
 
 

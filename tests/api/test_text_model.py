@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_cache.api import template
-from hybrid_cache.api.template import MAX_RENDERED, ChatTemplate, Clock
-from hybrid_cache.api.tokenizer import LONG_TEXT, TextModel
+from hybrid_cache.api.text import template
+from hybrid_cache.api.text.template import MAX_RENDERED, ChatTemplate, Clock
+from hybrid_cache.api.text.tokenizer import LONG_TEXT, TextModel
 from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
 from tests.api.servers import BOS, IM_END, TEMPLATE
 

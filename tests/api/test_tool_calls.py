@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.text.tokenizer import TextModel
 from tests.api.servers import Script, events_of, new_app, new_engine, over_the_wire, script_messages, write_text_model
 
 SCRIPT: Script = (

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.api.tools import ToolCall, ToolCallParser
+from hybrid_cache.api.text.tools import ToolCall, ToolCallParser
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a":  1}}\n</tool_call>'
 ADD = ToolCall("add", '{"a":  1}')

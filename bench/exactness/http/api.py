@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import httpx
 from pydantic import BaseModel
 
-from hybrid_cache.api import schemas
+from hybrid_cache.api.server import schemas
 from hybrid_cache.bench.common.http_client import Details, refused, unreachable
 from hybrid_cache.bench.exactness.http.report import Json
 

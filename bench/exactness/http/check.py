@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from hybrid_cache.api import schemas
+from hybrid_cache.api.server import schemas
 from hybrid_cache.bench.common.http_client import ServerFailed, open_client
 from hybrid_cache.bench.exactness.http.api import TEXT, Asked, Reply, ask, hang_up
 from hybrid_cache.bench.exactness.http.mix import Mix

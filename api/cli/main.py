@@ -136,13 +136,13 @@ def serve(
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that SIGTERM gives running requests.")] = 30,
 ) -> None:
     """Answer OpenAI's API over HTTP."""
-    from hybrid_cache.api import server
-    from hybrid_cache.api.launch import LoadOptions
-    from hybrid_cache.api.sizes import parse_bytes
+    from hybrid_cache.api.server import process
+    from hybrid_cache.api.server.launch import LoadOptions
     from hybrid_cache.config import EngineConfig, verify_by_default
+    from hybrid_cache.sizes import parse_bytes
 
-    server.serve(
-        server.ServeOptions(
+    process.serve(
+        process.ServeOptions(
             load=LoadOptions(model, backend, fast, dtype, threads, adapter),
             engine=EngineConfig(
                 budget_bytes=parse_bytes(budget),
@@ -180,17 +180,17 @@ def chat(
     adapter: Adapter = None,
 ) -> None:
     """Talk to a model in the terminal. With --url, MODEL is the name that the server knows."""
-    from hybrid_cache.api import terminal
+    from hybrid_cache.api.cli import terminal
 
     asked = terminal.Asked(temperature=temperature, max_tokens=max_tokens, seed=seed)
     if url is not None:
         key = read_api_keys(api_key_file)[0] if api_key_file else None
         num_failed = terminal.run(terminal.ServerPartner(url, model, key, asked), system)
     else:
-        from hybrid_cache.api.launch import LoadOptions
-        from hybrid_cache.api.local_chat import EnginePartner
-        from hybrid_cache.api.sizes import parse_bytes
+        from hybrid_cache.api.cli.local_chat import EnginePartner
+        from hybrid_cache.api.server.launch import LoadOptions
         from hybrid_cache.config import EngineConfig
+        from hybrid_cache.sizes import parse_bytes
 
         options = LoadOptions(model, backend, fast, adapter=adapter)
         config = EngineConfig(budget_bytes=parse_bytes(budget))
@@ -214,8 +214,8 @@ def info(
     as_json: Json = False,
 ) -> None:
     """What a model keeps in the cache, from its config alone. Exit code 1 if it is not supported."""
-    from hybrid_cache.api import model_info
-    from hybrid_cache.api.sizes import parse_bytes
+    from hybrid_cache.api.cli import model_info
+    from hybrid_cache.sizes import parse_bytes
 
     report = model_info.examine(model, parse_bytes(budget), dtype, adapter)
     typer.echo(model_info.to_json(report)) if as_json else model_info.print_table(report)
@@ -225,8 +225,8 @@ def info(
 @model_app.command("list")
 def list_models(budget: Budget = "2GiB", as_json: Json = False) -> None:
     """Published models whose shapes are known: parameters, KV, checkpoints. With --json all that `model info` says."""
-    from hybrid_cache.api import model_info
-    from hybrid_cache.api.sizes import parse_bytes
+    from hybrid_cache.api.cli import model_info
+    from hybrid_cache.sizes import parse_bytes
 
     reports = model_info.examine_presets(parse_bytes(budget))
     typer.echo(model_info.to_json(reports)) if as_json else model_info.print_list(reports)
@@ -257,8 +257,8 @@ def convert(
 
     Weights that the text model does not use are left out. OUT appears when all of it is written.
     """
-    from hybrid_cache.api import model_convert
-    from hybrid_cache.api.sizes import parse_bytes
+    from hybrid_cache.api.cli import model_convert
+    from hybrid_cache.sizes import parse_bytes
 
     model_convert.run(source, out, dtype=dtype, quantize=quantize, shard_bytes=parse_bytes(shard_size))
 
@@ -304,7 +304,7 @@ def train_lora(
 
     For models like the embedded one: GraniteMoeHybrid without experts, with the embedded tokenizer.
     """
-    from hybrid_cache.api import train_lora as command
+    from hybrid_cache.api.cli import train_lora as command
     from hybrid_cache.models.training.lora import LINEAR, Settings
 
     settings = Settings(

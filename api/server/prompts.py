@@ -5,10 +5,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from hybrid_cache.api import schemas
-from hybrid_cache.api.chat import Conversation, Message, Part, Rendering, prompt_of_tokens
-from hybrid_cache.api.serving import Serving
-from hybrid_cache.api.tokenizer import LONG_TEXT
+from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.text.chat import Conversation, Message, Part, Rendering, prompt_of_tokens
+from hybrid_cache.api.text.tokenizer import LONG_TEXT
 from hybrid_cache.tokens import Prompt
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from hybrid_cache.api.template import ChatTemplate
+from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
 
 LONG_TEXT = 4000  # characters; to tokenise more takes ten milliseconds, too long for an event loop

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from hybrid_cache.api.tokenizer import Tokenizer
+from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.request import FinishReason, Stopper, TokenOutput
 
 CONTEXT_TOKENS = 8  # tokens of the prompt that the first tokens of an answer are decoded after

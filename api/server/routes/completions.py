@@ -7,14 +7,14 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from hybrid_cache.api import schemas
-from hybrid_cache.api.generation import Generation, Generations, Wanted
-from hybrid_cache.api.logprobs import completion_logprobs, prompt_offsets
-from hybrid_cache.api.openapi import ERRORS, EVENTS
-from hybrid_cache.api.prompts import text_prompt
-from hybrid_cache.api.responses import EventStream, unless_gone
-from hybrid_cache.api.serving import Serving
-from hybrid_cache.api.stream import DONE, Piece, event
+from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.generation import Generation, Generations, Wanted
+from hybrid_cache.api.server.logprobs import completion_logprobs, prompt_offsets
+from hybrid_cache.api.server.openapi import ERRORS, EVENTS
+from hybrid_cache.api.server.prompts import text_prompt
+from hybrid_cache.api.server.responses import EventStream, unless_gone
+from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.text.stream import DONE, Piece, event
 from hybrid_cache.errors import RequestError
 from hybrid_cache.request import FinishReason, PromptOutput
 

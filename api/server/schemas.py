@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
-from hybrid_cache.api.errors import quoted
+from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.errors import RequestError
 
 MAX_MESSAGES = 4096

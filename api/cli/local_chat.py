@@ -4,12 +4,12 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from hybrid_cache.api.chat import ChatEncoder, Message, Part, Rendering
-from hybrid_cache.api.generation import Limit, known_tokens
-from hybrid_cache.api.launch import LoadOptions, load
-from hybrid_cache.api.stream import ChoiceText, Detokenizer
-from hybrid_cache.api.terminal import Asked, Turn, Usage
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.cli.terminal import Asked, Turn, Usage
+from hybrid_cache.api.server.generation import Limit, known_tokens
+from hybrid_cache.api.server.launch import LoadOptions, load
+from hybrid_cache.api.text.chat import ChatEncoder, Message, Part, Rendering
+from hybrid_cache.api.text.stream import ChoiceText, Detokenizer
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.request import PromptOutput, Request, SamplingParams

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_cache.api import schemas
-from hybrid_cache.api.chat import check_length, limited
-from hybrid_cache.api.prompts import conversation, rendering_of
-from hybrid_cache.api.serving import Serving
+from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.prompts import conversation, rendering_of
+from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.text.chat import check_length, limited
 from hybrid_cache.choreography import assembly
 from hybrid_cache.choreography.arrangement import (
     Arrangement,

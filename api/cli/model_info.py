@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_cache.api.sizes import format_bytes, format_count
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import adapters, loading
 from hybrid_cache.models.presets import PRESETS, preset
 from hybrid_cache.models.published import CONFIGS
 from hybrid_cache.models.shapes import ModelShape
+from hybrid_cache.sizes import format_bytes, format_count
 
 CONVERSATION_TOKENS = 2000
 LIST_WIDTH = 120  # characters, where no terminal says how many it has

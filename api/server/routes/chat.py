@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from hybrid_cache.api import schemas
-from hybrid_cache.api.choreography import Arranged, arranged_prompt, is_arranged
-from hybrid_cache.api.generation import Generations, Wanted
-from hybrid_cache.api.logprobs import chat_logprob
-from hybrid_cache.api.openapi import ERRORS, EVENTS
-from hybrid_cache.api.prompts import conversation, rendering_of
-from hybrid_cache.api.responses import EventStream, unless_gone
-from hybrid_cache.api.serving import Serving
-from hybrid_cache.api.stream import DONE, Piece, event
-from hybrid_cache.api.tools import CLOSE, OPEN, ToolCall, ToolCallParser
+from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.choreography import Arranged, arranged_prompt, is_arranged
+from hybrid_cache.api.server.generation import Generations, Wanted
+from hybrid_cache.api.server.logprobs import chat_logprob
+from hybrid_cache.api.server.openapi import ERRORS, EVENTS
+from hybrid_cache.api.server.prompts import conversation, rendering_of
+from hybrid_cache.api.server.responses import EventStream, unless_gone
+from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.text.stream import DONE, Piece, event
+from hybrid_cache.api.text.tools import CLOSE, OPEN, ToolCall, ToolCallParser
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import RequestError
 from hybrid_cache.request import FinishReason, PromptOutput

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hybrid_cache.api.sizes import MAX_BYTES, format_bytes, format_count, parse_bytes
 from hybrid_cache.errors import ConfigError
+from hybrid_cache.sizes import MAX_BYTES, format_bytes, format_count, parse_bytes
 
 GOOD = [
     ("2GiB", 2 << 30),

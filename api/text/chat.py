@@ -19,8 +19,8 @@ from threading import Lock
 
 import numpy as np
 
-from hybrid_cache.api.template import RESERVED, ChatTemplate, Clock
-from hybrid_cache.api.tokenizer import Tokenizer
+from hybrid_cache.api.text.template import RESERVED, ChatTemplate, Clock
+from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.choreography.assembly import Piece, joined
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.kernels.grid import TILE

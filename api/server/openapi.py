@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hybrid_cache.api.errors import ErrorBody
+from hybrid_cache.api.server.errors import ErrorBody
 
 Responses = dict[int | str, dict[str, Any]]
 

@@ -14,15 +14,15 @@ from rich.panel import Panel
 from rich.table import Table
 
 from hybrid_cache import __version__
-from hybrid_cache.api.app import create_app
-from hybrid_cache.api.launch import Loaded, LoadOptions, inexact_reasons, load
-from hybrid_cache.api.settings import ServerSettings
-from hybrid_cache.api.sizes import format_bytes, format_count
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.server.app import create_app
+from hybrid_cache.api.server.launch import Loaded, LoadOptions, inexact_reasons, load
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels import dispatch
+from hybrid_cache.sizes import format_bytes, format_count
 
 FLUSH_TIMEOUT_S = 5  # for clients that read slowly, once the engine has finished
 

@@ -14,8 +14,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from hybrid_cache import __version__
-from hybrid_cache.api.records import RequestRecord
-from hybrid_cache.api.settings import ServerSettings
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.stats import CacheStats, EngineStats
 
 PREFIX = "hybrid_cache_"

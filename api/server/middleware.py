@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid_cache.api.errors import body_too_large, problem_of, unauthorized
+from hybrid_cache.api.server.errors import body_too_large, problem_of, unauthorized
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # no key needed
 DRAINED = 4  # this many times the limit is read and dropped, so that the client gets to read our answer

@@ -2,10 +2,10 @@
 
 from fastapi import APIRouter
 
-from hybrid_cache.api import schemas
-from hybrid_cache.api.openapi import ERRORS
-from hybrid_cache.api.prompts import conversation, rendering_of, text_prompt
-from hybrid_cache.api.serving import Serving
+from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.openapi import ERRORS
+from hybrid_cache.api.server.prompts import conversation, rendering_of, text_prompt
+from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.errors import RequestError
 
 

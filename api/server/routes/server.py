@@ -6,9 +6,9 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from hybrid_cache import __version__
-from hybrid_cache.api import schemas
-from hybrid_cache.api.openapi import LOOKUP_ERRORS, UNAVAILABLE
-from hybrid_cache.api.serving import Serving
+from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.openapi import LOOKUP_ERRORS, UNAVAILABLE
+from hybrid_cache.api.server.serving import Serving
 
 
 def router(serving: Serving) -> APIRouter:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from hybrid_cache import __version__
-from hybrid_cache.api.chat import ChatEncoder
-from hybrid_cache.api.errors import ModelNotFound, quoted
-from hybrid_cache.api.metrics import Metrics
-from hybrid_cache.api.settings import ServerSettings
-from hybrid_cache.api.tokenizer import GenerationDefaults, TextModel, Tokenizer
+from hybrid_cache.api.server.errors import ModelNotFound, quoted
+from hybrid_cache.api.server.metrics import Metrics
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.chat import ChatEncoder
+from hybrid_cache.api.text.tokenizer import GenerationDefaults, TextModel, Tokenizer
 from hybrid_cache.choreography.book import MessageBook
 from hybrid_cache.engine.async_engine import AsyncEngine
 

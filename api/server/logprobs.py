@@ -3,9 +3,9 @@
 import math
 from collections.abc import Container, Sequence
 
-from hybrid_cache.api import schemas
-from hybrid_cache.api.stream import Detokenizer
-from hybrid_cache.api.tokenizer import Tokenizer
+from hybrid_cache.api.server import schemas
+from hybrid_cache.api.text.stream import Detokenizer
+from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.request import TokenLogprob
 
 IMPOSSIBLE = -9999.0  # JSON has no infinities

@@ -6,12 +6,12 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from hybrid_cache import __version__
-from hybrid_cache.api import routes_chat, routes_completions, routes_server, routes_text
-from hybrid_cache.api.errors import install_error_handlers
-from hybrid_cache.api.middleware import ApiKeys, BodyLimit, RequestIds
-from hybrid_cache.api.serving import new_serving
-from hybrid_cache.api.settings import ServerSettings
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.server.errors import install_error_handlers
+from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, RequestIds
+from hybrid_cache.api.server.routes import chat, completions, server, tokens
+from hybrid_cache.api.server.serving import new_serving
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.engine.async_engine import AsyncEngine
 
 
@@ -27,7 +27,7 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
 
     # No documentation pages: they load their scripts from elsewhere. /openapi.json is ours.
     app = FastAPI(title="hybrid-cache", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for routes in (routes_chat, routes_completions, routes_text, routes_server):
+    for routes in (chat, completions, tokens, server):
         app.include_router(routes.router(serving))
     install_error_handlers(app)
     # The last one added is the outermost.

@@ -8,8 +8,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from hybrid_cache.api.errors import logger, problem_of
-from hybrid_cache.api.stream import KEEP_ALIVE, event
+from hybrid_cache.api.server.errors import logger, problem_of
+from hybrid_cache.api.text.stream import KEEP_ALIVE, event
 from hybrid_cache.errors import HybridCacheError
 
 T = TypeVar("T")

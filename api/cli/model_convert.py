@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hybrid_cache.api.sizes import format_bytes
 from hybrid_cache.models import convert, loading
+from hybrid_cache.sizes import format_bytes
 
 WIDTH = 120  # characters, where no terminal says how many it has
 

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from hybrid_cache.api import schemas
-from hybrid_cache.api.records import RequestRecord
-from hybrid_cache.api.serving import Serving
-from hybrid_cache.api.stream import ChoiceText, Detokenizer, Piece, make_stopper
+from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.text.records import RequestRecord
+from hybrid_cache.api.text.stream import ChoiceText, Detokenizer, Piece, make_stopper
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import BadSampling, ContextTooLong
 from hybrid_cache.request import CacheMode, PromptOutput, Request, SamplingParams, TokenOutput
