@@ -7,7 +7,8 @@ from contextlib import aclosing
 from hybrid_cache.api.cli.terminal import Asked, Turn, Usage
 from hybrid_cache.api.server.generation import Limit, known_tokens
 from hybrid_cache.api.server.launch import LoadOptions, load
-from hybrid_cache.api.text.chat import ChatEncoder, Message, Part, Rendering
+from hybrid_cache.api.text.chat import ChatEncoder
+from hybrid_cache.api.text.messages import Message, Part, Rendering
 from hybrid_cache.api.text.stream import ChoiceText, Detokenizer
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_cache.api.server import schemas
 from hybrid_cache.api.server.prompts import conversation, rendering_of
+from hybrid_cache.api.server.schemas.chat import ChatRequest
+from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport, PlanItem, PlanReport
+from hybrid_cache.api.server.schemas.messages import ChatMessage
 from hybrid_cache.api.server.serving import Serving
-from hybrid_cache.api.text.chat import check_length, limited
+from hybrid_cache.api.text.boundaries import check_length, limited
 from hybrid_cache.choreography import assembly
 from hybrid_cache.choreography.arrangement import (
     Arrangement,
@@ -44,13 +46,13 @@ class Arranged:
         if self.arrangement.closing is None:
             return None
         whole = closed(np.concatenate([self.opening, np.asarray(tokens, np.int32)]), self.arrangement.closing)
-        sent = schemas.ChatMessage(role="assistant", content=text)
+        sent = ChatMessage(role="assistant", content=text)
         context = self.arrangement.context
         return serving.book.add(self.namespace, "assistant", whole, context, text=text, sent=sent, is_answer=True).id
 
-    def report(self, plan: Plan, answer: str | None) -> schemas.ChoreographyReport:
+    def report(self, plan: Plan, answer: str | None) -> ChoreographyReport:
         items = [
-            schemas.PlanItem(
+            PlanItem(
                 message=item.id or None,
                 action=item.action.value,
                 tokens=item.end - item.start,
@@ -60,13 +62,13 @@ class Arranged:
             )
             for item in plan.items
         ]
-        return schemas.ChoreographyReport(
+        return ChoreographyReport(
             fidelity=plan.fidelity.value,
             asked=plan.asked.value,
             why=plan.why,
             messages=self.ids,
             answer=answer,
-            plan=schemas.PlanReport(
+            plan=PlanReport(
                 items=items,
                 prefix_tokens=plan.prefix,
                 computed_tokens=plan.computed,
@@ -76,18 +78,18 @@ class Arranged:
         )
 
 
-def is_arranged(asked: schemas.ChatRequest) -> bool:
+def is_arranged(asked: ChatRequest) -> bool:
     return asked.choreography is not None or any(m.ref is not None for m in asked.messages)
 
 
-async def arranged_prompt(serving: Serving, asked: schemas.ChatRequest) -> Arranged:
+async def arranged_prompt(serving: Serving, asked: ChatRequest) -> Arranged:
     """Looks references up, renders and tokenises. Raises UnknownMessage, MessageGone and other RequestErrors."""
     _refuse_unsupported(asked)
     namespace = f"{serving.engine.model.fingerprint}/{asked.cache_salt or ''}"
     known = [serving.book.find(namespace, m.ref) if m.ref is not None else None for m in asked.messages]
     sent = [_as_sent(message, found) for message, found in zip(asked.messages, known, strict=True)]
     encoded = await conversation(serving, sent, rendering_of(asked))
-    style = _style(asked.choreography or schemas.Choreography())
+    style = _style(asked.choreography or Choreography())
     pieces = list[Piece]()
     ids: list[str | None] = [None] * len(sent)
     for piece, index in zip(encoded.pieces, encoded.messages, strict=True):
@@ -102,7 +104,7 @@ async def arranged_prompt(serving: Serving, asked: schemas.ChatRequest) -> Arran
     return Arranged(namespace, limited(prompt), arrangement, ids, encoded.opening.tokens)
 
 
-def _style(asked: schemas.Choreography) -> Style:
+def _style(asked: Choreography) -> Style:
     return Style(
         Fidelity(asked.fidelity),
         asked.seam,
@@ -113,7 +115,7 @@ def _style(asked: schemas.Choreography) -> Style:
     )
 
 
-def _refuse_unsupported(asked: schemas.ChatRequest) -> None:
+def _refuse_unsupported(asked: ChatRequest) -> None:
     if len(asked.messages) > MOST_MESSAGES:
         raise RequestError(
             f"{len(asked.messages)} messages, a choreography has at most {MOST_MESSAGES}", param="messages"
@@ -122,18 +124,18 @@ def _refuse_unsupported(asked: schemas.ChatRequest) -> None:
         raise RequestError("continue_final_message cannot be used in a choreography", param="continue_final_message")
 
 
-def _as_sent(message: schemas.ChatMessage, found: Message | None) -> schemas.ChatMessage:
+def _as_sent(message: ChatMessage, found: Message | None) -> ChatMessage:
     """What a reference stands for."""
     if found is None:
         return message
-    assert isinstance(found.sent, schemas.ChatMessage)
+    assert isinstance(found.sent, ChatMessage)
     return found.sent
 
 
 def _message(
     serving: Serving,
     namespace: str,
-    sent: schemas.ChatMessage,
+    sent: ChatMessage,
     tokens: TokenArray,
     found: Message | None,
     context: tuple[str, ...],

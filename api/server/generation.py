@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.schemas.common import GenerationRequest, PromptTokensDetails, Usage
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.api.text.stream import ChoiceText, Detokenizer, Piece, make_stopper
@@ -36,7 +36,7 @@ class Wanted:
 class Generation:
     """One request in the engine. Iterate over its events; leaving the `async with` block aborts what still runs."""
 
-    def __init__(self, serving: Serving, asked: schemas.Generation, wanted: Wanted) -> None:
+    def __init__(self, serving: Serving, asked: GenerationRequest, wanted: Wanted) -> None:
         """Queues the request. Raises RequestError, Overloaded or EngineStopped."""
         self.id = uuid.uuid4().hex
         self.prompt_tokens = wanted.prompt.tokens.tolist()
@@ -153,7 +153,7 @@ class Generations:
         self.all: list[Generation] = []
 
     @classmethod
-    async def submit(cls, serving: Serving, asked: schemas.Generation, wanted: Sequence[Wanted]) -> "Generations":
+    async def submit(cls, serving: Serving, asked: GenerationRequest, wanted: Sequence[Wanted]) -> "Generations":
         """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped."""
         generations = cls()
         try:
@@ -208,22 +208,22 @@ class Generations:
         for generation in self.all:
             await generation.aclose()
 
-    def usage(self) -> schemas.Usage:
+    def usage(self) -> Usage:
         """What has been used so far."""
         prompt = sum(len(g.prompt_tokens) for g in self.all)
         completion = sum(g.completion_tokens for g in self.all)
-        return schemas.Usage(
+        return Usage(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            prompt_tokens_details=schemas.PromptTokensDetails(
+            prompt_tokens_details=PromptTokensDetails(
                 cached_tokens=sum(g.prompt_output.cached_tokens for g in self.all),
                 cache_write_tokens=sum(g.prompt_output.written_tokens for g in self.all),
             ),
         )
 
 
-def sampling_params(serving: Serving, asked: schemas.Generation, wanted: Wanted) -> SamplingParams:
+def sampling_params(serving: Serving, asked: GenerationRequest, wanted: Wanted) -> SamplingParams:
     """What the request asks for, else what the model's generation_config.json says, else OpenAI's defaults."""
     defaults = serving.defaults
     _check_tokens(serving, asked)
@@ -283,7 +283,7 @@ def known_tokens(tokens: Iterable[int], vocab_size: int) -> tuple[int, ...]:
     return tuple(token for token in tokens if token < vocab_size)
 
 
-def cache_mode(asked: schemas.Generation, wanted: Wanted) -> CacheMode:
+def cache_mode(asked: GenerationRequest, wanted: Wanted) -> CacheMode:
     """Log-probabilities of a prompt need all of it computed, so they leave the cache alone."""
     if wanted.prompt_logprobs is not None:
         return CacheMode.OFF
@@ -291,7 +291,7 @@ def cache_mode(asked: schemas.Generation, wanted: Wanted) -> CacheMode:
     return CacheMode.EXPLICIT if options and options.mode == "explicit" else CacheMode.IMPLICIT
 
 
-def _check_tokens(serving: Serving, asked: schemas.Generation) -> None:
+def _check_tokens(serving: Serving, asked: GenerationRequest) -> None:
     size = serving.model.vocab_size
     for name, tokens in (("logit_bias", asked.logit_bias), ("stop_token_ids", asked.stop_token_ids)):
         for token in tokens or ():

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Container, Sequence
 
-from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.schemas.chat import ChatLogprob, TopLogprob
+from hybrid_cache.api.server.schemas.completions import CompletionLogprobs
 from hybrid_cache.api.text.stream import Detokenizer
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.request import TokenLogprob
@@ -20,22 +21,22 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def chat_logprob(tokenizer: Tokenizer, logprob: TokenLogprob) -> schemas.ChatLogprob:
-    def entry(token: int, value: float) -> schemas.TopLogprob:
+def chat_logprob(tokenizer: Tokenizer, logprob: TokenLogprob) -> ChatLogprob:
+    def entry(token: int, value: float) -> TopLogprob:
         data = list(tokenizer.token_bytes(token))
-        return schemas.TopLogprob(token=token_name(tokenizer, token), logprob=_finite(value), bytes=data)
+        return TopLogprob(token=token_name(tokenizer, token), logprob=_finite(value), bytes=data)
 
     own = entry(logprob.token, logprob.logprob)
     top = [entry(token, value) for token, value in logprob.top]
-    return schemas.ChatLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=top)
+    return ChatLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=top)
 
 
 def completion_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], offsets: Sequence[int]
-) -> schemas.CompletionLogprobs:
+) -> CompletionLogprobs:
     """One entry a token; nothing predicts the first token of a prompt. A token itself is always in its top."""
     assert len(tokens) == len(logprobs) == len(offsets)
-    return schemas.CompletionLogprobs(
+    return CompletionLogprobs(
         tokens=[token_name(tokenizer, token) for token in tokens],
         token_logprobs=[None if logprob is None else _finite(logprob.logprob) for logprob in logprobs],
         top_logprobs=[None if logprob is None else _top(tokenizer, logprob) for logprob in logprobs],

@@ -5,9 +5,14 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from hybrid_cache.api.server import schemas
+from hybrid_cache.api.server.schemas.chat import ChatRequest
+from hybrid_cache.api.server.schemas.common import ttl_seconds
+from hybrid_cache.api.server.schemas.messages import ChatMessage, ContentPart, ToolCall
+from hybrid_cache.api.server.schemas.tokens import TokenizeRequest
 from hybrid_cache.api.server.serving import Serving
-from hybrid_cache.api.text.chat import Conversation, Message, Part, Rendering, prompt_of_tokens
+from hybrid_cache.api.text.boundaries import prompt_of_tokens
+from hybrid_cache.api.text.chat import Conversation
+from hybrid_cache.api.text.messages import Message, Part, Rendering
 from hybrid_cache.api.text.tokenizer import LONG_TEXT
 from hybrid_cache.tokens import Prompt
 
@@ -15,20 +20,20 @@ T = TypeVar("T")
 MESSAGE_WORK = 128  # in characters: the end of each message is found by rendering the messages before it
 
 
-def rendering_of(asked: schemas.ChatRequest | schemas.TokenizeRequest) -> Rendering:
+def rendering_of(asked: ChatRequest | TokenizeRequest) -> Rendering:
     """The fields of a request that decide how its messages are rendered."""
     continues = bool(asked.continue_final_message)
-    options = asked.prompt_cache_options if isinstance(asked, schemas.ChatRequest) else None
+    options = asked.prompt_cache_options if isinstance(asked, ChatRequest) else None
     return Rendering(
         tools=[tool.model_dump() for tool in asked.tools] if asked.tools else None,
         add_generation_prompt=not continues if asked.add_generation_prompt is None else asked.add_generation_prompt,
         continue_final_message=continues,
         kwargs=asked.chat_template_kwargs or {},
-        default_ttl_s=schemas.ttl_seconds(options.ttl) if options and options.ttl else None,
+        default_ttl_s=ttl_seconds(options.ttl) if options and options.ttl else None,
     )
 
 
-async def conversation(serving: Serving, sent: Sequence[schemas.ChatMessage], rendering: Rendering) -> Conversation:
+async def conversation(serving: Serving, sent: Sequence[ChatMessage], rendering: Rendering) -> Conversation:
     """Renders and tokenises messages. Raises RequestError, and ContextTooLong when the context does not hold them."""
     as_text = serving.chat.takes_argument_text(rendering)
     messages = [_message(m, as_text) for m in sent]
@@ -50,7 +55,7 @@ async def off_the_loop_if_long(size: int, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if size > LONG_TEXT else work()
 
 
-def _message(sent: schemas.ChatMessage, as_text: bool) -> Message:
+def _message(sent: ChatMessage, as_text: bool) -> Message:
     fields: dict[str, object] = {
         "name": sent.name,
         "tool_call_id": sent.tool_call_id,
@@ -60,19 +65,19 @@ def _message(sent: schemas.ChatMessage, as_text: bool) -> Message:
     return Message(sent.role, _parts(sent.content), {k: v for k, v in fields.items() if v is not None})
 
 
-def _parts(content: str | list[schemas.ContentPart] | None) -> tuple[Part, ...] | None:
+def _parts(content: str | list[ContentPart] | None) -> tuple[Part, ...] | None:
     if content is None or isinstance(content, str):
         return None if content is None else (Part(content),)
     return tuple(_part(part) for part in content)
 
 
-def _part(sent: schemas.ContentPart) -> Part:
+def _part(sent: ContentPart) -> Part:
     mark = sent.prompt_cache_breakpoint
-    ttl = schemas.ttl_seconds(mark.ttl) if mark and mark.ttl else None
+    ttl = ttl_seconds(mark.ttl) if mark and mark.ttl else None
     return Part(sent.content or "", mark is not None, ttl)
 
 
-def _tool_call(call: schemas.ToolCall, as_text: bool) -> dict[str, object]:
+def _tool_call(call: ToolCall, as_text: bool) -> dict[str, object]:
     """Templates that do not ask whether arguments are text expect an object."""
     arguments: object = call.function.arguments
     if not as_text:

@@ -1,7 +1,8 @@
 """Responses that notice when the client goes away, so that its work in the engine ends within a step."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -9,11 +10,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hybrid_cache.api.server.errors import logger, problem_of
-from hybrid_cache.api.text.stream import KEEP_ALIVE, event
 from hybrid_cache.errors import HybridCacheError
 
 T = TypeVar("T")
 KEEP_ALIVE_S = 15.0
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def event(data: Mapping[str, object]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T:

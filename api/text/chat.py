@@ -13,81 +13,26 @@ As in Hugging Face's own code, special tokens that a client writes into a messag
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from threading import Lock
 
 import numpy as np
 
+from hybrid_cache.api.text.boundaries import check_length, limited
+from hybrid_cache.api.text.messages import Message, Part, Rendering
 from hybrid_cache.api.text.template import RESERVED, ChatTemplate, Clock
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.choreography.assembly import Piece, joined
-from hybrid_cache.errors import ContextTooLong, RequestError
-from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt
 
-MAX_BOUNDARIES = 64
-FIRST_BOUNDARIES = 16  # when there are more, this many from the front are kept, the rest from the end
 DENSE_MESSAGES = 256  # beyond these, a conversation is split after every `SPARSE` messages only
 SPARSE = 64
 MAX_REMEMBERED = 1 << 14
-PART_SEPARATOR = "\n"
 PROBE = "x"
 # Unicode noncharacters, never part of a text. One that the text does not hold marks places in it.
 MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A piece of text in a message; `marked` if the client set a cache breakpoint at its end."""
-
-    text: str
-    marked: bool = False
-    ttl_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What the client sent. `parts` is None for an assistant's message that only calls tools."""
-
-    role: str
-    parts: tuple[Part, ...] | None
-    fields: Mapping[str, object] = field(default_factory=dict)  # name, tool_calls, tool_call_id ...
-
-    def content(self, mark: str = "", *, tight: bool = False) -> str | None:
-        """The text as templates see it, with `mark` at the end of each part that was marked or that another follows.
-
-        `tight` puts the last mark before the spaces that a template may trim.
-        """
-        if self.parts is None:
-            return None
-        last = len(self.parts) - 1
-        pieces = [p.text + (mark if p.marked or i < last else "") for i, p in enumerate(self.parts)]
-        if mark and tight and self.parts[last].marked:
-            text = self.parts[last].text
-            pieces[last] = text.rstrip() + mark + text[len(text.rstrip()) :]
-        return PART_SEPARATOR.join(pieces)
-
-    def for_template(self, mark: str = "", *, tight: bool = False) -> dict[str, object]:
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content(mark, tight=tight), **self.fields}
-
-    @property
-    def marks(self) -> list[Part]:
-        """The parts whose ends `content` marks."""
-        parts = self.parts or ()
-        return [p for i, p in enumerate(parts) if p.marked or i < len(parts) - 1]
-
-
-@dataclass(frozen=True, slots=True)
-class Rendering:
-    """How a conversation is to be rendered."""
-
-    tools: Sequence[Mapping[str, object]] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    kwargs: Mapping[str, object] = field(default_factory=dict)
-    default_ttl_s: float | None = None  # for marked parts without a lifetime of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,38 +259,6 @@ class ChatEncoder:
 
 def _piece(tokens: Sequence[int], boundaries: Sequence[Boundary]) -> Piece:
     return Piece(np.asarray(tokens, dtype=np.int32), tuple(boundaries))
-
-
-def check_length(num_tokens: int, max_tokens: int) -> None:
-    """Raises ContextTooLong."""
-    if num_tokens > max_tokens:
-        raise ContextTooLong(
-            f"the messages are {num_tokens} tokens, this model's context leaves room for {max_tokens}",
-            param="messages",
-        )
-
-
-def prompt_of_tokens(tokens: Sequence[int], tokenizer: Tokenizer) -> Prompt:
-    """A prompt of raw tokens, with a boundary after each run of special tokens other than BOS."""
-    ids = np.asarray(tokens, dtype=np.int32)
-    closing = np.isin(ids, [i for i in tokenizer.special_ids if i != tokenizer.bos_id])
-    ends = np.flatnonzero(closing & ~np.append(closing[1:], False)) + 1
-    return limited(Prompt(ids, tuple(Boundary(int(e)) for e in ends)))
-
-
-def limited(prompt: Prompt) -> Prompt:
-    """With at most `MAX_BOUNDARIES`: all marked ones before others, and of those the first and the most recent."""
-    boundaries = prompt.boundaries
-    if len(boundaries) <= MAX_BOUNDARIES:
-        return prompt
-    marked = [b for b in boundaries if b.kind is BoundaryKind.EXPLICIT][-MAX_BOUNDARIES:]
-    # A tile has room for one checkpoint.
-    plain = list({b.position // TILE: b for b in boundaries if b.kind is not BoundaryKind.EXPLICIT}.values())
-    room = MAX_BOUNDARIES - len(marked)
-    if len(plain) > room:
-        first = min(FIRST_BOUNDARIES, room)
-        plain = plain[:first] + plain[len(plain) - (room - first) :]
-    return replace(prompt, boundaries=tuple(sorted([*marked, *plain], key=lambda b: b.position)))
 
 
 def _cuts_after(pieces: Sequence[str], same: int, parts: Sequence[Part], default_ttl_s: float | None) -> Iterator[_Cut]:

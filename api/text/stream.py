@@ -1,11 +1,10 @@
-"""Tokens to text, as they come: whole characters only, stop strings cut off, framed as server-sent events.
+"""Tokens to text, as they come: whole characters only, stop strings cut off.
 
 Streaming and non-streaming replies, and the stoppers on the engine's thread, all use the classes of this file, so
 they agree on every character.
 """
 
-import json
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from hybrid_cache.api.text.tokenizer import Tokenizer
@@ -172,12 +171,3 @@ class ChoiceText:
         text, self._held = self._held + new, ""
         self._seen += len(new)
         return text
-
-
-DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
-
-
-def event(data: Mapping[str, object]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

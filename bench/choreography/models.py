@@ -7,8 +7,8 @@ from functools import cache
 import torch
 
 from hybrid_cache.api.server.launch import LoadOptions, load
+from hybrid_cache.api.text.renderer import ChatRenderer
 from hybrid_cache.api.text.tokenizer import TextModel
-from hybrid_cache.api.workflow import ChatRenderer
 from hybrid_cache.bench.common.random_model import random_model
 from hybrid_cache.choreography.workflow import Renderer
 from hybrid_cache.device.batch import HybridModel

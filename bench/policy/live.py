@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hybrid_cache.api.text.chat import prompt_of_tokens
+from hybrid_cache.api.text.boundaries import prompt_of_tokens
 from hybrid_cache.api.text.tokenizer import Tokenizer, load_tokenizer
 from hybrid_cache.bench.common.files import write_whole
 from hybrid_cache.bench.common.http_client import ServerFailed, Usage, open_client, refused, unreachable

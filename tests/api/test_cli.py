@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hybrid_cache import __version__
 from hybrid_cache.api.cli import main as cli
+from hybrid_cache.api.cli.options import read_api_keys
 from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.api.server.process import ServeOptions
 from hybrid_cache.cache.policies.registry import policy_names
@@ -145,7 +146,7 @@ def test_an_empty_file_of_keys_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# nothing\n\n")
     with pytest.raises(ConfigError, match="no API key"):
-        cli.read_api_keys(path)
+        read_api_keys(path)
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.api.text.chat import ChatEncoder, Message, Part, Rendering
+from hybrid_cache.api.text.chat import ChatEncoder
+from hybrid_cache.api.text.messages import Message, Part, Rendering
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Prompt

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_cache.api.text import chat
-from hybrid_cache.api.text.chat import ChatEncoder, Message, Part, Rendering, limited, prompt_of_tokens
+from hybrid_cache.api.text.boundaries import limited, prompt_of_tokens
+from hybrid_cache.api.text.chat import ChatEncoder
+from hybrid_cache.api.text.messages import Message, Part, Rendering
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.errors import ContextTooLong, RequestError

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.api.text.stream import ChoiceText, Detokenizer, StopMatcher, event, make_stopper
+from hybrid_cache.api.server.responses import event
+from hybrid_cache.api.text.stream import ChoiceText, Detokenizer, StopMatcher, make_stopper
 from hybrid_cache.api.text.tokenizer import TextModel, Tokenizer
 from hybrid_cache.request import FinishReason, TokenOutput
 from tests.api.small_text import CONTROL, NUM_TOKENS, small_text

@@ -8,15 +8,26 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from hybrid_cache.api.server import schemas
 from hybrid_cache.api.server.choreography import Arranged, arranged_prompt, is_arranged
 from hybrid_cache.api.server.generation import Generations, Wanted
 from hybrid_cache.api.server.logprobs import chat_logprob
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS
 from hybrid_cache.api.server.prompts import conversation, rendering_of
-from hybrid_cache.api.server.responses import EventStream, unless_gone
+from hybrid_cache.api.server.responses import DONE, EventStream, event, unless_gone
+from hybrid_cache.api.server.schemas.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatRequest,
+    ChatResponse,
+    Finish,
+    FunctionOut,
+    ToolCallOut,
+)
+from hybrid_cache.api.server.schemas.choreography import ChoreographyReport
 from hybrid_cache.api.server.serving import Serving
-from hybrid_cache.api.text.stream import DONE, Piece, event
+from hybrid_cache.api.text.stream import Piece
 from hybrid_cache.api.text.tools import CLOSE, OPEN, ToolCall, ToolCallParser
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import RequestError
@@ -28,8 +39,8 @@ def router(serving: Serving) -> APIRouter:
     """The route, bound to what it serves."""
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post("/v1/chat/completions", response_model=schemas.ChatResponse, responses={**ERRORS, **EVENTS})
-    async def chat_completions(asked: schemas.ChatRequest, request: Request) -> Response:
+    @routes.post("/v1/chat/completions", response_model=ChatResponse, responses={**ERRORS, **EVENTS})
+    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
         _refuse_unsupported(asked)
         arranged = await arranged_prompt(serving, asked) if is_arranged(asked) else None
@@ -48,7 +59,7 @@ def router(serving: Serving) -> APIRouter:
     return routes
 
 
-def _refuse_unsupported(asked: schemas.ChatRequest) -> None:
+def _refuse_unsupported(asked: ChatRequest) -> None:
     """What would need constrained decoding is refused, not ignored: the caller counts on the form of the answer."""
     if asked.response_format is not None and asked.response_format.type != "text":
         raise RequestError(
@@ -61,11 +72,11 @@ def _refuse_unsupported(asked: schemas.ChatRequest) -> None:
         raise RequestError(f"tool_choice is {shown}, only 'auto' and 'none' are supported", param="tool_choice")
 
 
-def _calls_tools(asked: schemas.ChatRequest) -> bool:
+def _calls_tools(asked: ChatRequest) -> bool:
     return bool(asked.tools) and asked.tool_choice != "none"
 
 
-def _wanted(serving: Serving, asked: schemas.ChatRequest, prompt: Prompt, arrangement: Arrangement | None) -> Wanted:
+def _wanted(serving: Serving, asked: ChatRequest, prompt: Prompt, arrangement: Arrangement | None) -> Wanted:
     tags = [serving.tokenizer.id_of(tag) for tag in (OPEN, CLOSE)] if _calls_tools(asked) else []
     return Wanted(
         endpoint="chat",
@@ -85,9 +96,9 @@ class _Choice:
     parser: ToolCallParser | None  # None when no tools may be called
     texts: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
-    logprobs: list[schemas.ChatLogprob] = field(default_factory=list)
+    logprobs: list[ChatLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    finish: schemas.Finish | None = None
+    finish: Finish | None = None
     stop: str | int | None = None
 
     def take(self, piece: Piece) -> list[str | ToolCall]:
@@ -114,7 +125,7 @@ class _Reply:
     def __init__(
         self,
         serving: Serving,
-        asked: schemas.ChatRequest,
+        asked: ChatRequest,
         generations: Generations,
         arranged: Arranged | None = None,
     ) -> None:
@@ -128,7 +139,7 @@ class _Reply:
         calls_tools = _calls_tools(asked)
         self._choices = [_Choice(ToolCallParser() if calls_tools else None) for _ in range(asked.n or 1)]
 
-    async def whole(self) -> schemas.ChatResponse:
+    async def whole(self) -> ChatResponse:
         """Runs to the end."""
         async for _, output in self._generations.events():
             if isinstance(output, Piece):
@@ -136,7 +147,7 @@ class _Reply:
                 choice.take(output)
                 if output.output.logprob is not None:
                     choice.logprobs.append(chat_logprob(self._serving.tokenizer, output.output.logprob))
-        body = schemas.ChatResponse(
+        body = ChatResponse(
             id=self._id,
             object="chat.completion",
             created=self._created,
@@ -151,7 +162,7 @@ class _Reply:
             body.prompt_token_ids = self._generations.all[0].prompt_tokens
         return body
 
-    def _report(self) -> schemas.ChoreographyReport | None:
+    def _report(self) -> ChoreographyReport | None:
         """What became of an arranged request, once it has been answered."""
         plan = self._generations.all[0].prompt_output.plan
         if self._arranged is None or plan is None:
@@ -160,17 +171,17 @@ class _Reply:
         text = "".join(choice.texts)
         return self._arranged.report(plan, self._arranged.answer_id(self._serving, choice.token_ids, text))
 
-    def _whole_choice(self, index: int, choice: _Choice) -> schemas.ChatChoice:
+    def _whole_choice(self, index: int, choice: _Choice) -> ChatChoice:
         assert choice.finish is not None
         text = "".join(choice.texts)
         content = None if choice.calls and not text else text
-        message = schemas.AssistantMessage(role="assistant", content=content, refusal=None)
+        message = AssistantMessage(role="assistant", content=content, refusal=None)
         if choice.calls:
             message.tool_calls = [_call_out(call) for call in choice.calls]
-        whole = schemas.ChatChoice(
+        whole = ChatChoice(
             index=index,
             message=message,
-            logprobs=schemas.ChatLogprobs(content=choice.logprobs, refusal=None) if self._asked.logprobs else None,
+            logprobs=ChatLogprobs(content=choice.logprobs, refusal=None) if self._asked.logprobs else None,
             finish_reason=choice.finish,
             stop_reason=choice.stop,
         )
@@ -252,6 +263,6 @@ class _Reply:
         }
 
 
-def _call_out(call: ToolCall) -> schemas.ToolCallOut:
-    function = schemas.FunctionOut(name=call.name, arguments=call.arguments)
-    return schemas.ToolCallOut(id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=function)
+def _call_out(call: ToolCall) -> ToolCallOut:
+    function = FunctionOut(name=call.name, arguments=call.arguments)
+    return ToolCallOut(id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=function)

@@ -7,14 +7,19 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from hybrid_cache.api.server import schemas
 from hybrid_cache.api.server.generation import Generation, Generations, Wanted
 from hybrid_cache.api.server.logprobs import completion_logprobs, prompt_offsets
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS
 from hybrid_cache.api.server.prompts import text_prompt
-from hybrid_cache.api.server.responses import EventStream, unless_gone
+from hybrid_cache.api.server.responses import DONE, EventStream, event, unless_gone
+from hybrid_cache.api.server.schemas.completions import (
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    CompletionResponse,
+)
 from hybrid_cache.api.server.serving import Serving
-from hybrid_cache.api.text.stream import DONE, Piece, event
+from hybrid_cache.api.text.stream import Piece
 from hybrid_cache.errors import RequestError
 from hybrid_cache.request import FinishReason, PromptOutput
 
@@ -25,8 +30,8 @@ def router(serving: Serving) -> APIRouter:
     """The route, bound to what it serves."""
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post("/v1/completions", response_model=schemas.CompletionResponse, responses={**ERRORS, **EVENTS})
-    async def completions(asked: schemas.CompletionRequest, request: Request) -> Response:
+    @routes.post("/v1/completions", response_model=CompletionResponse, responses={**ERRORS, **EVENTS})
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
         """Continues texts, or tokens as they are: nothing is added to them."""
         serving.model.check_name(asked.model)
         _refuse_unsupported(asked)
@@ -52,7 +57,7 @@ def router(serving: Serving) -> APIRouter:
     return routes
 
 
-def _refuse_unsupported(asked: schemas.CompletionRequest) -> None:
+def _refuse_unsupported(asked: CompletionRequest) -> None:
     if asked.best_of is not None and asked.best_of != (asked.n or 1):
         raise RequestError(
             f"best_of is {asked.best_of}, only the value of n ({asked.n or 1}) is supported", param="best_of"
@@ -64,7 +69,7 @@ def _refuse_unsupported(asked: schemas.CompletionRequest) -> None:
 class _Choice:
     """One continuation of one prompt, the prompt included if it is to be echoed."""
 
-    def __init__(self, serving: Serving, asked: schemas.CompletionRequest, prompt: str | list[int], index: int) -> None:
+    def __init__(self, serving: Serving, asked: CompletionRequest, prompt: str | list[int], index: int) -> None:
         self._tokenizer = serving.tokenizer
         self._asked = asked
         self._sent = prompt
@@ -97,9 +102,9 @@ class _Choice:
         shows_tokens = self._asked.logprobs is not None or bool(self._asked.return_token_ids)
         return bool(piece.text) or self._finish is not None or shows_tokens
 
-    def take(self) -> schemas.CompletionChoice:
+    def take(self) -> CompletionChoice:
         """What has come since the last call."""
-        choice = schemas.CompletionChoice(
+        choice = CompletionChoice(
             index=self._index,
             text="".join(self._text),
             logprobs=self._logprobs() if self._asked.logprobs is not None else None,
@@ -111,7 +116,7 @@ class _Choice:
         self._text, self._token_ids, self._new_entries, self._prompt = [], [], [], None
         return choice
 
-    def _logprobs(self) -> schemas.CompletionLogprobs:
+    def _logprobs(self) -> CompletionLogprobs:
         pieces = self._new_entries
         tokens = [p.output.token for p in pieces if p.output.token is not None]
         entries = [p.output.logprob for p in pieces]
@@ -135,7 +140,7 @@ class _Choice:
 class _Reply:
     """The answer to one request, whole or as events. Choice `p * n + i` is the i-th of prompt p."""
 
-    def __init__(self, serving: Serving, asked: schemas.CompletionRequest, generations: Generations) -> None:
+    def __init__(self, serving: Serving, asked: CompletionRequest, generations: Generations) -> None:
         self._asked = asked
         self._generations = generations
         self._n = asked.n or 1
@@ -154,7 +159,7 @@ class _Reply:
         choice = self._choices[number * self._n + item.output.index]
         return [choice] if choice.push(item) else []
 
-    async def whole(self) -> schemas.CompletionResponse:
+    async def whole(self) -> CompletionResponse:
         """Waits for the end of all choices."""
         async for number, item in self._generations.events():
             self._ready(number, item)
@@ -162,7 +167,7 @@ class _Reply:
         if self._asked.return_token_ids:
             for choice in choices:
                 choice.prompt_token_ids = self._generations.all[choice.index // self._n].prompt_tokens
-        return schemas.CompletionResponse(
+        return CompletionResponse(
             id=self._id,
             object="text_completion",
             created=self._created,
@@ -182,7 +187,7 @@ class _Reply:
             yield event({**self._head(), "choices": [], "usage": self._generations.usage().model_dump()})
         yield DONE
 
-    def _chunk(self, choice: schemas.CompletionChoice) -> bytes:
+    def _chunk(self, choice: CompletionChoice) -> bytes:
         chunk: dict[str, object] = {**self._head(), "choices": [choice.model_dump(exclude_unset=True)]}
         options = self._asked.stream_options
         if options and options.include_usage:

@@ -6,8 +6,8 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from hybrid_cache import __version__
-from hybrid_cache.api.server import schemas
 from hybrid_cache.api.server.openapi import LOOKUP_ERRORS, UNAVAILABLE
+from hybrid_cache.api.server.schemas.server import Health, ModelCard, ModelList, Readiness, Ready, Version
 from hybrid_cache.api.server.serving import Serving
 
 
@@ -16,9 +16,9 @@ def router(serving: Serving) -> APIRouter:
     routes = APIRouter(tags=["Server"])
     engine, settings, model = serving.engine, serving.settings, serving.model
 
-    def card(name: str) -> schemas.ModelCard:
+    def card(name: str) -> ModelCard:
         root = PurePath(settings.model_path).name or model.name
-        return schemas.ModelCard(
+        return ModelCard(
             id=name,
             object="model",
             created=settings.created,
@@ -28,18 +28,18 @@ def router(serving: Serving) -> APIRouter:
         )
 
     @routes.get("/v1/models", responses=LOOKUP_ERRORS)
-    async def models() -> schemas.ModelList:
-        return schemas.ModelList(object="list", data=[card(name) for name in model.names])
+    async def models() -> ModelList:
+        return ModelList(object="list", data=[card(name) for name in model.names])
 
     @routes.get("/v1/models/{name:path}", responses=LOOKUP_ERRORS)
-    async def one_model(name: str) -> schemas.ModelCard:
+    async def one_model(name: str) -> ModelCard:
         model.check_name(name)
         return card(name)
 
-    @routes.get("/health", response_model=schemas.Health, responses={503: {"model": schemas.Health}})
+    @routes.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         """Whether the engine runs; a draining engine still does."""
-        body = schemas.Health(
+        body = Health(
             status="ok" if engine.alive else "failed",
             exact=settings.exact,
             inexact=list(settings.inexact),
@@ -52,19 +52,19 @@ def router(serving: Serving) -> APIRouter:
         )
         return JSONResponse(body.model_dump(), 200 if engine.alive else UNAVAILABLE)
 
-    @routes.get("/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Ready}})
+    @routes.get("/ready", response_model=Ready, responses={503: {"model": Ready}})
     async def ready() -> Response:
         """Whether new requests are welcome."""
-        status: schemas.Readiness = "failed" if not engine.alive else "draining" if engine.draining else "ready"
-        return JSONResponse(schemas.Ready(status=status).model_dump(), 200 if status == "ready" else UNAVAILABLE)
+        status: Readiness = "failed" if not engine.alive else "draining" if engine.draining else "ready"
+        return JSONResponse(Ready(status=status).model_dump(), 200 if status == "ready" else UNAVAILABLE)
 
     @routes.get("/ping", response_class=Response, responses={503: {"description": "The engine has failed."}})
     async def ping() -> Response:
         return Response(status_code=200 if engine.alive else UNAVAILABLE)
 
     @routes.get("/version")
-    async def version() -> schemas.Version:
-        return schemas.Version(version=__version__)
+    async def version() -> Version:
+        return Version(version=__version__)
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:

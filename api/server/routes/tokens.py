@@ -2,9 +2,15 @@
 
 from fastapi import APIRouter
 
-from hybrid_cache.api.server import schemas
 from hybrid_cache.api.server.openapi import ERRORS
 from hybrid_cache.api.server.prompts import conversation, rendering_of, text_prompt
+from hybrid_cache.api.server.schemas.tokens import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.errors import RequestError
 
@@ -15,7 +21,7 @@ def router(serving: Serving) -> APIRouter:
     tokenizer = serving.tokenizer
 
     @routes.post("/tokenize", response_model_exclude_unset=True)
-    async def tokenize(asked: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
+    async def tokenize(asked: TokenizeRequest) -> TokenizeResponse:
         """The tokens that the same prompt or messages would have in a completion."""
         serving.model.check_name(asked.model)
         if asked.messages is not None:
@@ -24,25 +30,25 @@ def router(serving: Serving) -> APIRouter:
             special = asked.add_special_tokens is not False
             prompt = await text_prompt(serving, asked.prompt or "", add_special_tokens=special)
         tokens = prompt.tokens.tolist()
-        reply = schemas.TokenizeResponse(count=len(tokens), max_model_len=serving.model.max_length, tokens=tokens)
+        reply = TokenizeResponse(count=len(tokens), max_model_len=serving.model.max_length, tokens=tokens)
         if asked.return_token_strs:
             reply.token_strs = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
         return reply
 
     @routes.post("/detokenize")
-    async def detokenize(asked: schemas.DetokenizeRequest) -> schemas.DetokenizeResponse:
+    async def detokenize(asked: DetokenizeRequest) -> DetokenizeResponse:
         """The text of some tokens, special ones included."""
         serving.model.check_name(asked.model)
         size = serving.model.vocab_size
         wrong = next((token for token in asked.tokens if token >= size), None)
         if wrong is not None:
             raise RequestError(f"token {wrong} is outside the vocabulary [0, {size})", param="tokens")
-        return schemas.DetokenizeResponse(prompt=tokenizer.decode(asked.tokens))
+        return DetokenizeResponse(prompt=tokenizer.decode(asked.tokens))
 
     @routes.get("/tokenizer_info")
-    async def tokenizer_info() -> schemas.TokenizerInfo:
+    async def tokenizer_info() -> TokenizerInfo:
         named = tokenizer.named_tokens
-        return schemas.TokenizerInfo(
+        return TokenizerInfo(
             tokenizer_class="PreTrainedTokenizerFast",
             vocab_size=tokenizer.vocab_size,
             bos_token=named.get("bos_token"),
