@@ -3,13 +3,15 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from hybrid_cache.api.server.errors import logger, problem_of
+from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.errors import HybridCacheError
 
 T = TypeVar("T")
@@ -21,6 +23,27 @@ KEEP_ALIVE = b": keep-alive\n\n"
 def event(data: Mapping[str, object]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class Reply(Protocol):
+    """An answer in the JSON of one dialect. Either of these is used, and once."""
+
+    async def whole(self) -> BaseModel:
+        """Waits for the end."""
+        ...
+
+    def events(self) -> AsyncGenerator[bytes]:
+        """Server-sent events, as the answer comes."""
+        ...
+
+
+async def respond(request: Request, answer: Answer, reply: Reply, *, stream: bool) -> Response:
+    """The reply, whole or as a stream. What still runs of `answer` is aborted when the client goes away."""
+    if stream:
+        return EventStream(reply.events(), answer.aclose)
+    async with answer:
+        body = await unless_gone(request, reply.whole())
+    return JSONResponse(body.model_dump(exclude_unset=True))
 
 
 async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T:

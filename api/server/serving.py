@@ -1,13 +1,16 @@
-"""What the routes share: an engine, the text side of its model, and facts about both."""
+"""What the routes share: a model that is talked to in text, and facts about it and its server."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hybrid_cache import __version__
 from hybrid_cache.api.server.errors import ModelNotFound, quoted
 from hybrid_cache.api.server.metrics import Metrics
 from hybrid_cache.api.server.settings import ServerSettings
-from hybrid_cache.api.text.chat import ChatEncoder
-from hybrid_cache.api.text.tokenizer import GenerationDefaults, TextModel, Tokenizer
+from hybrid_cache.api.text.answer import Answer
+from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.choreography.book import MessageBook
 from hybrid_cache.engine.async_engine import AsyncEngine
 
@@ -17,9 +20,6 @@ class ServedModel:
     """Facts about the model that runs in an engine."""
 
     names: tuple[str, ...]  # what clients call it, the first is what replies say
-    max_length: int  # tokens of a prompt and its answer, by the model's context
-    budget_length: int  # the same, by what an empty cache has room for; at most `max_length`
-    vocab_size: int
     dtype: str
     system_fingerprint: str  # what a seed's promise holds for: server, weights, dtype and kernels
 
@@ -38,24 +38,22 @@ class ServedModel:
 class Serving:
     """Everything that a request needs, made once."""
 
-    engine: AsyncEngine
+    text: TextEngine
     settings: ServerSettings
     model: ServedModel
-    tokenizer: Tokenizer
-    chat: ChatEncoder
-    defaults: GenerationDefaults
     metrics: Metrics
     book: MessageBook  # messages that requests may refer to
+
+    async def answer(self, specs: Iterable[GenerationSpec]) -> Answer:
+        """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped."""
+        return await Answer.to(self.text, specs, self.metrics.observe)
 
 
 def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> Serving:
     return Serving(
-        engine=engine,
+        text=TextEngine.of(engine, text),
         settings=settings,
         model=_served_model(engine, settings),
-        tokenizer=text.tokenizer,
-        chat=ChatEncoder(text.tokenizer, text.chat_templates),
-        defaults=text.defaults,
         metrics=Metrics(engine, settings),
         book=MessageBook(),
     )
@@ -66,9 +64,6 @@ def _served_model(engine: AsyncEngine, settings: ServerSettings) -> ServedModel:
     dtype = str(model.cache_spec.hidden_dtype).removeprefix("torch.")
     return ServedModel(
         names=settings.served_names,
-        max_length=model.max_length,
-        budget_length=engine.longest_sequence,
-        vocab_size=model.vocab_size,
         dtype=dtype,
         system_fingerprint=f"hybrid-cache-{__version__}-{model.fingerprint[:12]}-{dtype}-{settings.backend}",
     )

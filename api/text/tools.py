@@ -9,7 +9,7 @@ _ARGUMENTS = re.compile(r'"(?:arguments|parameters)"\s*:\s*')
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
+class ParsedCall:
     name: str
     arguments: str  # JSON as the model wrote it, so that the next turn renders to the same tokens
 
@@ -21,10 +21,10 @@ class ToolCallParser:
         self._held = ""  # may be the beginning of a call
         self._calls = 0
 
-    def push(self, text: str) -> list[str | ToolCall]:
+    def push(self, text: str) -> list[str | ParsedCall]:
         """Takes text -> what is now certain, in order."""
         self._held += text
-        found: list[str | ToolCall] = []
+        found: list[str | ParsedCall] = []
         while (start := self._held.find(OPEN)) >= 0 and (end := self._held.find(CLOSE, start)) >= 0:
             self._say(self._held[:start], found)
             call = parse_call(self._held[start + len(OPEN) : end])
@@ -37,14 +37,14 @@ class ToolCallParser:
         self._held = self._held[certain:]
         return found
 
-    def finish(self) -> list[str | ToolCall]:
+    def finish(self) -> list[str | ParsedCall]:
         """What was held back: a call that was never closed is text."""
-        found: list[str | ToolCall] = []
+        found: list[str | ParsedCall] = []
         self._say(self._held, found)
         self._held = ""
         return found
 
-    def _say(self, text: str, found: list[str | ToolCall]) -> None:
+    def _say(self, text: str, found: list[str | ParsedCall]) -> None:
         """Space around calls is layout, not an answer."""
         if text and not (self._calls and text.isspace()):
             found.append(text)
@@ -54,7 +54,7 @@ class ToolCallParser:
         return next((n for n in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:n])), 0)
 
 
-def parse_call(text: str) -> ToolCall | None:
+def parse_call(text: str) -> ParsedCall | None:
     """The call in the text between the tags; None if there is none."""
     try:
         call = json.loads(text)
@@ -64,9 +64,9 @@ def parse_call(text: str) -> ToolCall | None:
         return None
     arguments = call.get("arguments", call.get("parameters", {}))
     if isinstance(arguments, str):
-        return ToolCall(call["name"], arguments)
+        return ParsedCall(call["name"], arguments)
     for match in _ARGUMENTS.finditer(text):
         value, end = json.JSONDecoder().raw_decode(text, match.end())
         if value == arguments:
-            return ToolCall(call["name"], text[match.end() : end])
-    return ToolCall(call["name"], json.dumps(arguments, ensure_ascii=False))
+            return ParsedCall(call["name"], text[match.end() : end])
+    return ParsedCall(call["name"], json.dumps(arguments, ensure_ascii=False))

@@ -17,7 +17,6 @@ from tests.fakes import SumModel, tokens_of
 
 SETTINGS = ServerSettings(served_names=("tiny", "other"), backend="torch", model_path="somewhere")
 RECORD = RequestRecord(
-    endpoint="chat",
     finish_reasons=("stop", "length"),
     prompt_tokens=10,
     cached_tokens=4,

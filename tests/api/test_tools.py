@@ -4,18 +4,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.api.text.tools import ToolCall, ToolCallParser
+from hybrid_cache.api.text.tools import ParsedCall, ToolCallParser
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a":  1}}\n</tool_call>'
-ADD = ToolCall("add", '{"a":  1}')
+ADD = ParsedCall("add", '{"a":  1}')
 
 
-def parse(pieces: list[str]) -> list[str | ToolCall]:
+def parse(pieces: list[str]) -> list[str | ParsedCall]:
     parser, found = ToolCallParser(), []
     for piece in pieces:
         found += parser.push(piece)
     found += parser.finish()
-    joined: list[str | ToolCall] = []
+    joined: list[str | ParsedCall] = []
     for item in found:
         if isinstance(item, str) and joined and isinstance(joined[-1], str):
             joined[-1] += item
@@ -31,12 +31,12 @@ CASES = {
     "never closed": ("a <tool_call>{", ["a <tool_call>{"]),
     "not json": ("<tool_call>add(1)</tool_call>", ["<tool_call>add(1)</tool_call>"]),
     "no name": ('<tool_call>{"arguments": {}}</tool_call>', ['<tool_call>{"arguments": {}}</tool_call>']),
-    "text arguments": ('<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', [ToolCall("f", "{}")]),
-    "no arguments": ('<tool_call>{"name": "f"}</tool_call>', [ToolCall("f", "{}")]),
+    "text arguments": ('<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', [ParsedCall("f", "{}")]),
+    "no arguments": ('<tool_call>{"name": "f"}</tool_call>', [ParsedCall("f", "{}")]),
     "nearly": ("a <tool_cal b", ["a <tool_cal b"]),
     "nested name": (
         '<tool_call>{"name": "f", "arguments": {"arguments": 1}}</tool_call>',
-        [ToolCall("f", '{"arguments": 1}')],
+        [ParsedCall("f", '{"arguments": 1}')],
     ),
     "deep": ("<tool_call>" + "[" * 100_000 + "</tool_call>", ["<tool_call>" + "[" * 100_000 + "</tool_call>"]),
 }

@@ -14,7 +14,7 @@ from hybrid_cache.api.server.serving import Serving
 def router(serving: Serving) -> APIRouter:
     """The routes, bound to the server they speak for."""
     routes = APIRouter(tags=["Server"])
-    engine, settings, model = serving.engine, serving.settings, serving.model
+    engine, settings, model = serving.text.engine, serving.settings, serving.model
 
     def card(name: str) -> ModelCard:
         root = PurePath(settings.model_path).name or model.name
@@ -24,7 +24,7 @@ def router(serving: Serving) -> APIRouter:
             created=settings.created,
             owned_by="hybrid-cache",
             root=root,
-            max_model_len=model.max_length,
+            max_model_len=serving.text.max_length,
         )
 
     @routes.get("/v1/models", responses=LOOKUP_ERRORS)

@@ -1,26 +1,30 @@
-"""From the JSON of a request to the prompt that the engine is given."""
+"""From the JSON of messages to tokens."""
 
-import asyncio
 import json
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.common import ttl_seconds
 from hybrid_cache.api.server.schemas.messages import ChatMessage, ContentPart, ToolCall
 from hybrid_cache.api.server.schemas.tokens import TokenizeRequest
-from hybrid_cache.api.server.serving import Serving
-from hybrid_cache.api.text.boundaries import prompt_of_tokens
 from hybrid_cache.api.text.chat import Conversation
 from hybrid_cache.api.text.messages import Message, Part, Rendering
-from hybrid_cache.api.text.tokenizer import LONG_TEXT
-from hybrid_cache.tokens import Prompt
-
-T = TypeVar("T")
-MESSAGE_WORK = 128  # in characters: the end of each message is found by rendering the messages before it
+from hybrid_cache.api.text.text_engine import TextEngine
 
 
-def rendering_of(asked: ChatRequest | TokenizeRequest) -> Rendering:
+async def conversation_of(
+    text: TextEngine, asked: ChatRequest | TokenizeRequest, sent: Sequence[ChatMessage]
+) -> Conversation:
+    """Messages, as tokens, in the rendering that a request asks for.
+
+    Raises RequestError, and ContextTooLong when the context does not hold them.
+    """
+    rendering = _rendering(asked)
+    as_text = text.chat.takes_argument_text(rendering)
+    return await text.conversation([_message(m, as_text) for m in sent], rendering)
+
+
+def _rendering(asked: ChatRequest | TokenizeRequest) -> Rendering:
     """The fields of a request that decide how its messages are rendered."""
     continues = bool(asked.continue_final_message)
     options = asked.prompt_cache_options if isinstance(asked, ChatRequest) else None
@@ -31,28 +35,6 @@ def rendering_of(asked: ChatRequest | TokenizeRequest) -> Rendering:
         kwargs=asked.chat_template_kwargs or {},
         default_ttl_s=ttl_seconds(options.ttl) if options and options.ttl else None,
     )
-
-
-async def conversation(serving: Serving, sent: Sequence[ChatMessage], rendering: Rendering) -> Conversation:
-    """Renders and tokenises messages. Raises RequestError, and ContextTooLong when the context does not hold them."""
-    as_text = serving.chat.takes_argument_text(rendering)
-    messages = [_message(m, as_text) for m in sent]
-    size = sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_WORK * len(messages)
-    room = serving.model.max_length
-    return await off_the_loop_if_long(size, lambda: serving.chat.conversation(messages, rendering, room))
-
-
-async def text_prompt(serving: Serving, prompt: str | list[int], *, add_special_tokens: bool) -> Prompt:
-    """A text, or tokens as they are."""
-    if not isinstance(prompt, str):
-        return prompt_of_tokens(prompt, serving.tokenizer)
-    serving.tokenizer.check_size(prompt, serving.model.max_length, "prompt")
-    encode = serving.tokenizer.encode_prompt if add_special_tokens else serving.tokenizer.encode
-    return await off_the_loop_if_long(len(prompt), lambda: prompt_of_tokens(encode(prompt), serving.tokenizer))
-
-
-async def off_the_loop_if_long(size: int, work: Callable[[], T]) -> T:
-    return await asyncio.to_thread(work) if size > LONG_TEXT else work()
 
 
 def _message(sent: ChatMessage, as_text: bool) -> Message:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_cache.api.server.prompts import conversation, rendering_of
+from hybrid_cache.api.server.openai.messages import conversation_of
 from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport, PlanItem, PlanReport
 from hybrid_cache.api.server.schemas.messages import ChatMessage
@@ -85,10 +85,10 @@ def is_arranged(asked: ChatRequest) -> bool:
 async def arranged_prompt(serving: Serving, asked: ChatRequest) -> Arranged:
     """Looks references up, renders and tokenises. Raises UnknownMessage, MessageGone and other RequestErrors."""
     _refuse_unsupported(asked)
-    namespace = f"{serving.engine.model.fingerprint}/{asked.cache_salt or ''}"
+    namespace = f"{serving.text.engine.model.fingerprint}/{asked.cache_salt or ''}"
     known = [serving.book.find(namespace, m.ref) if m.ref is not None else None for m in asked.messages]
     sent = [_as_sent(message, found) for message, found in zip(asked.messages, known, strict=True)]
-    encoded = await conversation(serving, sent, rendering_of(asked))
+    encoded = await conversation_of(serving.text, asked, sent)
     style = _style(asked.choreography or Choreography())
     pieces = list[Piece]()
     ids: list[str | None] = [None] * len(sent)
@@ -98,9 +98,9 @@ async def arranged_prompt(serving: Serving, asked: ChatRequest) -> Arranged:
             message = _message(serving, namespace, sent[index], piece.tokens, known[index], before)
             ids[index], piece = message.id, piece.standing_for(message)
         pieces.append(piece)
-    closing = serving.chat.answer_end() if (asked.n or 1) == 1 and len(encoded.opening.tokens) else None
+    closing = serving.text.chat.answer_end() if (asked.n or 1) == 1 and len(encoded.opening.tokens) else None
     prompt, arrangement = assembly.arranged(pieces, encoded.opening, style, closing)
-    check_length(len(prompt.tokens), serving.model.max_length)
+    check_length(len(prompt.tokens), serving.text.max_length)
     return Arranged(namespace, limited(prompt), arrangement, ids, encoded.opening.tokens)
 
 
