@@ -1,12 +1,12 @@
 """Chat completions: an answer in their JSON."""
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrid_cache.api.server.openai.choreography import Arranged
 from hybrid_cache.api.server.openai.logprobs import chat_logprob
-from hybrid_cache.api.server.openai.reply import Reply
+from hybrid_cache.api.server.openai.reply import OpenAIReply
 from hybrid_cache.api.server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -56,7 +56,7 @@ class _Choice:
         return "".join(self.texts)
 
 
-class ChatReply(Reply):
+class ChatReply(OpenAIReply):
     """The choices of one conversation."""
 
     chunk = "chat.completion.chunk"
@@ -67,19 +67,19 @@ class ChatReply(Reply):
         self._asked = asked
         self._arranged = arranged
         self._plan: Plan | None = None
-        self._prompt_ids: list[int] = []
+        self._prompt_ids: Sequence[int] = ()
         self._choices = [_Choice() for _ in range(asked.n or 1)]
 
     def _take(self, step: Step) -> None:
         for event in step:
-            self._take_one(event)
+            self._take_event(event)
             if isinstance(event, Text | ToolCall) and (entry := self._logprob(event.token)):
                 self._choices[event.choice].logprobs.append(entry)
 
-    def _take_one(self, event: Event) -> None:
+    def _take_event(self, event: Event) -> None:
         match event:
             case Begin():
-                self._prompt_ids = list(event.tokens)
+                self._prompt_ids = event.tokens
                 return
             case End():
                 self._plan = event.plan
@@ -98,7 +98,7 @@ class ChatReply(Reply):
         if (report := self._report()) is not None:
             body.choreography = report
         if self._asked.return_token_ids:
-            body.prompt_token_ids = self._prompt_ids
+            body.prompt_token_ids = list(self._prompt_ids)
         return body
 
     def _whole_choice(self, index: int, choice: _Choice) -> ChatChoice:
@@ -127,7 +127,7 @@ class ChatReply(Reply):
 
     def _chunks(self, step: Step) -> Iterator[dict[str, object]]:
         for event in step:
-            self._take_one(event)
+            self._take_event(event)
             match event:
                 case Begin():
                     yield from map(self._opening, range(len(self._choices)))
@@ -138,19 +138,19 @@ class ChatReply(Reply):
 
     def _opening(self, index: int) -> dict[str, object]:
         shows_prompt = self._asked.return_token_ids and index == 0
-        extra = {"prompt_token_ids": self._prompt_ids} if shows_prompt else None
-        return self._chunk(_choice(index, {"role": "assistant", "content": ""}), extra)
+        extra = {"prompt_token_ids": list(self._prompt_ids)} if shows_prompt else None
+        return self._chunk(_shown(index, {"role": "assistant", "content": ""}), extra)
 
     def _delta(self, event: Text | ToolCall) -> Iterator[dict[str, object]]:
         """What an event adds. The log-probability of a token goes with the first thing that the token lets out."""
         detail = self._detail(event.token)
         if isinstance(event, Text):
             if event.text or detail:
-                yield self._chunk(_choice(event.choice, {"content": event.text}, detail))
+                yield self._chunk(_shown(event.choice, {"content": event.text}, detail))
             return
         calls = self._choices[event.choice].calls
         call = {"index": len(calls) - 1, **calls[-1].model_dump()}
-        yield self._chunk(_choice(event.choice, {"tool_calls": [call]}, detail))
+        yield self._chunk(_shown(event.choice, {"tool_calls": [call]}, detail))
 
     def _detail(self, token: Token | None) -> dict[str, object]:
         detail: dict[str, object] = {}
@@ -163,7 +163,7 @@ class ChatReply(Reply):
     def _ending(self, index: int) -> dict[str, object]:
         choice, report = self._choices[index], self._report()
         ended = {"finish_reason": choice.finish, "stop_reason": choice.stop}
-        return self._chunk(_choice(index, {}, ended), {"choreography": report.model_dump()} if report else None)
+        return self._chunk(_shown(index, {}, ended), {"choreography": report.model_dump()} if report else None)
 
     def _logprob(self, token: Token | None) -> ChatLogprob | None:
         if token is None or token.logprob is None:
@@ -171,7 +171,7 @@ class ChatReply(Reply):
         return chat_logprob(self._serving.text.tokenizer, token.logprob)
 
 
-def _choice(index: int, delta: Mapping[str, object], detail: Mapping[str, object] | None = None) -> dict[str, object]:
+def _shown(index: int, delta: Mapping[str, object], detail: Mapping[str, object] | None = None) -> dict[str, object]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(detail or {})}
 
 

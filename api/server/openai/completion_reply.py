@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from hybrid_cache.api.server.openai.logprobs import completion_logprobs, prompt_offsets
-from hybrid_cache.api.server.openai.reply import Reply
+from hybrid_cache.api.server.openai.reply import OpenAIReply
 from hybrid_cache.api.server.schemas.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -80,7 +80,7 @@ class _Choice:
         return frozenset() if self._asked.skip_special_tokens is False else self._tokenizer.special_ids
 
 
-class CompletionReply(Reply):
+class CompletionReply(OpenAIReply):
     """The choices of one prompt or several."""
 
     chunk = "text_completion"

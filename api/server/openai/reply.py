@@ -11,7 +11,7 @@ from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.text.answer import Answer, Step
 
 
-class Reply(ABC):
+class OpenAIReply(ABC):
     """The reply to one request, either whole or as server-sent events."""
 
     chunk: str  # the kind of object that an event holds
