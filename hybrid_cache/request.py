@@ -85,6 +85,11 @@ class Request:
     arrangement: Arrangement | None = None  # messages reused in this order; approximate, and labelled
 
 
+def namespace_of(salt: str, fingerprint: str) -> str:
+    """The tenant's salt and the model (weights and dtype): no hit ever crosses either."""
+    return f"{fingerprint}/{salt}"
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log-probability of a token under the model's own distribution (temperature 1, no penalties)."""

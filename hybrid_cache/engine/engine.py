@@ -23,7 +23,7 @@ from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.device.runner import ModelRunner, StepHidden
 from hybrid_cache.device.sampler import TokenChooser, choose_tokens, log_probabilities
 from hybrid_cache.engine.scheduler import Chunk, Scheduler, Step
-from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor, namespace_of, new_prefill
+from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor, new_prefill
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
 from hybrid_cache.request import (
     CacheMode,
@@ -33,6 +33,7 @@ from hybrid_cache.request import (
     Request,
     TokenLogprob,
     TokenOutput,
+    namespace_of,
 )
 from hybrid_cache.stats import Counters, EngineStats
 
@@ -213,7 +214,7 @@ class Engine:
         asked = request.arrangement
         arranged = asked is not None and not self._why_exact(request)
         if index == 0 and asked is not None and asked.order is Order.ANY and not arranged:  # forks have its prompt
-            namespace = namespace_of(request, self.model.fingerprint)
+            namespace = namespace_of(request.namespace, self.model.fingerprint)
             known = partial(self._scheduler.known, namespace)
             prompt, asked = best_order(request.prompt, asked, known)
             request = replace(request, prompt=prompt, arrangement=asked)

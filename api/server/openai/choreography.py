@@ -26,6 +26,7 @@ from hybrid_cache.choreography.assembly import Piece, context_of
 from hybrid_cache.choreography.book import Message
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.errors import RequestError
+from hybrid_cache.request import namespace_of
 from hybrid_cache.tokens import Prompt, TokenArray
 
 MOST_MESSAGES = 256  # of an arranged request: the end of each is found by rendering all before it
@@ -85,7 +86,7 @@ def is_arranged(asked: ChatRequest) -> bool:
 async def arranged_prompt(serving: Serving, asked: ChatRequest) -> Arranged:
     """Looks references up, renders and tokenises. Raises UnknownMessage, MessageGone and other RequestErrors."""
     _refuse_unsupported(asked)
-    namespace = f"{serving.text.engine.model.fingerprint}/{asked.cache_salt or ''}"
+    namespace = namespace_of(asked.cache_salt or "", serving.text.engine.model.fingerprint)
     known = [serving.book.find(namespace, m.ref) if m.ref is not None else None for m in asked.messages]
     sent = [_as_sent(message, found) for message, found in zip(asked.messages, known, strict=True)]
     encoded = await conversation_of(serving.text, asked, sent)
