@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import aclosing
 from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
@@ -11,7 +12,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from hybrid_cache.api.server.errors import logger, problem_of
-from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.errors import HybridCacheError
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ def event(data: Mapping[str, object]) -> bytes:
 
 
 class Reply(Protocol):
-    """An answer in the JSON of one dialect. Either of these is used, and once."""
+    """An answer in the JSON of one dialect: either whole or as events, and once."""
 
     async def whole(self) -> BaseModel:
         """Waits for the end."""
@@ -36,12 +36,16 @@ class Reply(Protocol):
         """Server-sent events, as the answer comes."""
         ...
 
+    async def aclose(self) -> None:
+        """Aborts what still runs. Idempotent."""
+        ...
 
-async def respond(request: Request, answer: Answer, reply: Reply, *, stream: bool) -> Response:
-    """The reply, whole or as a stream. What still runs of `answer` is aborted when the client goes away."""
+
+async def respond(request: Request, reply: Reply, *, stream: bool) -> Response:
+    """The reply, whole or as a stream. What still runs is aborted when the client goes away."""
     if stream:
-        return EventStream(reply.events(), answer.aclose)
-    async with answer:
+        return EventStream(reply.events(), reply.aclose)
+    async with aclosing(reply):
         body = await unless_gone(request, reply.whole())
     return JSONResponse(body.model_dump(exclude_unset=True))
 

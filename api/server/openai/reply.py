@@ -42,6 +42,10 @@ class OpenAIReply(ABC):
             yield event({**self._head(), "choices": [], "usage": self._usage().model_dump()})
         yield DONE
 
+    async def aclose(self) -> None:
+        """Aborts what still runs. Idempotent."""
+        await self._answer.aclose()
+
     @abstractmethod
     def _take(self, step: Step) -> None:
         """Adds a step to what is known of the answer."""

@@ -28,7 +28,7 @@ def router(serving: Serving) -> APIRouter:
         _refuse_unsupported(asked)
         spec, arranged = await _parse(serving, asked)
         answer = await serving.answer([spec])
-        return await respond(request, answer, ChatReply(serving, asked, answer, arranged), stream=bool(asked.stream))
+        return await respond(request, ChatReply(serving, asked, answer, arranged), stream=bool(asked.stream))
 
     return routes
 

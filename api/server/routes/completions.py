@@ -29,7 +29,7 @@ def router(serving: Serving) -> APIRouter:
         special = asked.add_special_tokens is not False
         prompts = [await serving.text.prompt(prompt, add_special_tokens=special) for prompt in asked.prompt]
         answer = await serving.answer(_spec(serving.text, asked, prompt) for prompt in prompts)
-        return await respond(request, answer, CompletionReply(serving, asked, answer), stream=bool(asked.stream))
+        return await respond(request, CompletionReply(serving, asked, answer), stream=bool(asked.stream))
 
     return routes
 

@@ -20,7 +20,7 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.loading import load
 from tests.api.servers import over_the_wire
 
-MODEL = Path(__file__).parents[2] / "models" / "embedded"
+MODEL = Path(__file__).parents[3] / "models" / "embedded"
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant. You remember what people tell you. " * 12}
 Messages = list[dict[str, str]]
