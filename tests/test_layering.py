@@ -127,18 +127,27 @@ def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
     assert not wrong
 
 
+def wrong_in_api(room: str, imports: dict[str, set[str]]) -> list[str]:
+    """What a room of `api` imports of `api`, but may not."""
+    files = {name: found for name, found in imports.items() if name.split(".")[1:3] == ["api", room]}
+    assert files
+    return [
+        f"{name} imports {module}"
+        for name, found in files.items()
+        for module in found
+        if (parts := module.split("."))[1:2] == ["api"] and parts[2] not in API_ROOMS[room]
+    ]
+
+
 @pytest.mark.parametrize("room", API_ROOMS)
 def test_a_room_of_the_api_imports_only_what_lies_below_it(room: str) -> None:
-    prefix = f"hybrid_cache.api.{room}"
-    names = {name: found for name, found in imports_of_files().items() if f"{name}.".startswith(f"{prefix}.")}
-    assert names
-    wrong = [
-        f"{name} imports {module}"
-        for name, found in names.items()
-        for module in found
-        if module.startswith("hybrid_cache.api.") and module.split(".")[2] not in API_ROOMS[room]
-    ]
-    assert not wrong
+    assert wrong_in_api(room, imports_of_files()) == []
+
+
+def test_a_planted_import_of_a_room_above_is_seen() -> None:
+    imports = imports_of_files()
+    imports["hybrid_cache.api.text.answer"].add("hybrid_cache.api.server.serving")
+    assert wrong_in_api("text", imports) == ["hybrid_cache.api.text.answer imports hybrid_cache.api.server.serving"]
 
 
 def test_every_file_of_the_api_stands_in_a_room() -> None:

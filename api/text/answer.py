@@ -3,7 +3,6 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
-from itertools import chain, repeat
 from types import TracebackType
 
 from hybrid_cache.api.text.generation import Begin, End, Event, GenerationSpec, Text, Token, ToolCall, Usage
@@ -172,21 +171,19 @@ class _Choice:
         )
         self._parser = ToolCallParser() if spec.tools else None
 
-    def push(self, output: TokenOutput) -> tuple[tuple[Text | ToolCall, ...], str | int | None]:
+    def push(self, output: TokenOutput) -> tuple[Step, str | int | None]:
         """Takes the next output of this choice -> what it adds, and what the client named that has ended it."""
         piece = self._text.push(output)
-        found = self._found(piece)
-        if output.token is None:
-            return tuple(self._event(item, None) for item in found), piece.stop
-        token = Token(output.token, piece.offset, output.logprob)
-        events = zip(found or [""], chain([token], repeat(None)), strict=False)
-        return tuple(self._event(item, cause) for item, cause in events), piece.stop
-
-    def _found(self, piece: Piece) -> list[str | ParsedCall]:
+        token = None if output.token is None else Token(output.token, piece.offset, output.logprob)
         if self._parser is None:
-            return [piece.text] if piece.text else []
-        found = self._parser.push(piece.text)
-        return found if piece.output.finish is None else found + self._parser.finish()
+            return (Text(self.number, piece.text, token),), piece.stop
+        first, *others = self._parsed(self._parser, piece) or [""]
+        return (self._event(first, token), *(self._event(item, None) for item in others)), piece.stop
+
+    @staticmethod
+    def _parsed(parser: ToolCallParser, piece: Piece) -> list[str | ParsedCall]:
+        found = parser.push(piece.text)
+        return found if piece.output.finish is None else found + parser.finish()
 
     def _event(self, item: str | ParsedCall, token: Token | None) -> Text | ToolCall:
         if isinstance(item, str):

@@ -67,7 +67,7 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """More text of a choice. A token that lets nothing out, yet, comes with an empty text."""
+    """More text of a choice; empty if there is nothing to let out yet."""
 
     choice: int
     text: str
