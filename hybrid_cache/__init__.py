@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hybrid_cache.config import EngineConfig as EngineConfig
     from hybrid_cache.engine.engine import Engine as Engine
     from hybrid_cache.request import Request as Request
-    from hybrid_cache.request import SamplingParams as SamplingParams
+    from hybrid_cache.sampling import SamplingParams as SamplingParams
     from hybrid_cache.tokens import Prompt as Prompt
     from hybrid_cache.workflow import Workflow as Workflow
 
@@ -29,7 +29,7 @@ _HOMES = {
     "EngineConfig": "config",
     "Prompt": "tokens",
     "Request": "request",
-    "SamplingParams": "request",
+    "SamplingParams": "sampling",
     "Workflow": "workflow",
 }
 __all__ = ["Engine", "EngineConfig", "Prompt", "Request", "SamplingParams", "Workflow", "__version__", "errors"]

@@ -1,12 +1,67 @@
-"""What one continuation asks of its tokens, and what it has had so far: numbers only, see `device.sampler`."""
+"""How tokens are chosen: what a request asks, and what one continuation has had so far. See `device.sampler`."""
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_cache.request import SamplingParams
+from hybrid_cache.errors import BadSampling
 from hybrid_cache.tokens import TokenArray
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Checked when made; an error names the value and the bound."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # number of alternatives returned with each token; None returns none
+    prompt_logprobs: int | None = None  # the same for the prompt's own tokens
+
+    def __post_init__(self) -> None:
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _within("top_k", self.top_k, 0, 2**31)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _within("max_tokens", self.max_tokens, 0, 2**31)
+        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**63 - 1)
+        for bias in self.logit_bias.values():
+            _within("logit_bias", bias, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if not (low < value if open_low else low <= value) or not value <= high:
+        raise BadSampling(f"{name} is {value}, must be in {'(' if open_low else '['}{low}, {high}]", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of a token under the model's own distribution (temperature 1, no penalties)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # best first; includes `token` when it is among them
 
 
 class TokenChooser:

@@ -19,10 +19,10 @@ from hybrid_cache.choreography.assembly import Piece, arranged
 from hybrid_cache.choreography.book import Message, MessageBook
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.engine.engine import Engine, Outputs
-from hybrid_cache.engine.sequence import namespace_of
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import FinishReason, PromptOutput, Request, SamplingParams, TokenLogprob, TokenOutput
-from hybrid_cache.tokens import Boundary, Prompt, TokenArray
+from hybrid_cache.request import FinishReason, PromptOutput, Request, TokenOutput, namespace_of
+from hybrid_cache.sampling import SamplingParams, TokenLogprob
+from hybrid_cache.tokens import Boundary, TokenArray
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -208,8 +208,7 @@ class Workflow:
 
     @property
     def _namespace(self) -> str:
-        request = Request("", Prompt(np.zeros(1, np.int32)), self.sampling, namespace=self._tenant)
-        return namespace_of(request, self.engine.model.fingerprint)
+        return namespace_of(self._tenant, self.engine.model.fingerprint)
 
     def _known(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Raises UnknownMessage for a message of another namespace or model."""

@@ -30,6 +30,13 @@ ROOMS = {
     "engine": {"cache", "choreography", "device", "engine", "work"},
 }
 OTHERS = {*ROOMS, "work", "workflow"}
+# And for those of `api`, beside which stands one file for programs that import it.
+API_ROOMS = {
+    "text": {"text"},
+    "server": {"server", "text"},
+    "cli": {"cli", "server", "text"},
+    "workflow": {"workflow", "server", "text"},
+}
 
 
 def python_files(folder: str) -> Iterator[Path]:
@@ -126,6 +133,33 @@ def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
         if (other := module.split(".")[1:2]) and other[0] in OTHERS and other[0] not in ROOMS[room]
     ]
     assert not wrong
+
+
+def wrong_in_api(room: str, imports: dict[str, set[str]]) -> list[str]:
+    """What a room of `api` imports of `api`, but may not."""
+    files = {name: found for name, found in imports.items() if name.split(".")[1:3] == ["api", room]}
+    assert files
+    return [
+        f"{name} imports {module}"
+        for name, found in files.items()
+        for module in found
+        if (parts := module.split("."))[1:2] == ["api"] and parts[2] not in API_ROOMS[room]
+    ]
+
+
+@pytest.mark.parametrize("room", API_ROOMS)
+def test_a_room_of_the_api_imports_only_what_lies_below_it(room: str) -> None:
+    assert wrong_in_api(room, imports_of_files()) == []
+
+
+def test_a_planted_import_of_a_room_above_is_seen() -> None:
+    imports = imports_of_files()
+    imports["hybrid_cache.api.text.answer"].add("hybrid_cache.api.server.serving")
+    assert wrong_in_api("text", imports) == ["hybrid_cache.api.text.answer imports hybrid_cache.api.server.serving"]
+
+
+def test_every_file_of_the_api_stands_in_a_room() -> None:
+    assert {module_of(path).split(".")[2] for path in python_files("api")} == set(API_ROOMS)
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)

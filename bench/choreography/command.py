@@ -30,8 +30,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from hybrid_cache.api.launch import LoadOptions
-from hybrid_cache.api.sizes import parse_bytes
+from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.bench.choreography.models import GRANITE_150M, Subject, attention_only, open_subject
 from hybrid_cache.bench.choreography.players import (
     ANY_ORDER,
@@ -54,6 +53,7 @@ from hybrid_cache.bench.common.terminal import progress_bar
 from hybrid_cache.choreography.arrangement import SEAMS, Composition, Fidelity
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.models.training.dialogues import KINDS
+from hybrid_cache.sizes import parse_bytes
 
 DATA = Path("data")  # read without being asked for, if it is there
 TOP = 5  # alternatives whose log-probabilities are compared

@@ -6,9 +6,9 @@ from functools import cache
 
 import torch
 
-from hybrid_cache.api.launch import LoadOptions, load
-from hybrid_cache.api.tokenizer import TextModel
-from hybrid_cache.api.workflow import ChatRenderer
+from hybrid_cache.api.server.launch import LoadOptions, load
+from hybrid_cache.api.text.renderer import ChatRenderer
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.bench.common.random_model import random_model
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.ops import Ops

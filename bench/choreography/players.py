@@ -22,8 +22,8 @@ from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.scheduler import Step
-from hybrid_cache.request import PromptOutput, Request, SamplingParams
-from hybrid_cache.sampling import TokenChooser
+from hybrid_cache.request import PromptOutput, Request
+from hybrid_cache.sampling import SamplingParams, TokenChooser
 from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 from hybrid_cache.work import Command
 from hybrid_cache.workflow import Call, Workflow

@@ -28,7 +28,7 @@ from hybrid_cache.choreography.book import Message
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.models.training.composed import Case, cases, context_of
 from hybrid_cache.models.training.dialogues import Turn
-from hybrid_cache.request import SamplingParams
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.workflow import Call, Workflow
 
 MOST_NEW = 24

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from hybrid_cache.api.sizes import format_bytes
 from hybrid_cache.bench.choreography.players import Performance
 from hybrid_cache.bench.choreography.quality import Score
 from hybrid_cache.bench.choreography.workflows import REORDERING
 from hybrid_cache.choreography.plan import Action
+from hybrid_cache.sizes import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

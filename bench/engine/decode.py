@@ -33,7 +33,8 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.native_ops import NativeOps
 from hybrid_cache.models.loading import describe, embedded_path, load, load_config
-from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.request import Request
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 
 QUESTION = 33  # tokens of each request's own

@@ -14,7 +14,8 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.engine import Outputs
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import Request, SamplingParams, TokenOutput
+from hybrid_cache.request import Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt, TokenArray
 
 

@@ -21,9 +21,9 @@ from hybrid_cache.choreography.arrangement import (
     message_id,
 )
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.engine.sequence import namespace_of
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import CacheMode, Request, SamplingParams
+from hybrid_cache.request import CacheMode, Request, namespace_of
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ class Mix:
         self._compositions = list(Composition)
         self._longest = min(phase.longest, model.max_length - max(phase.answers) - 1)
         self._phase = phase
-        self._namespaces = {salt: _namespace(model, salt) for salt in SALTS}
+        self._namespaces = {salt: namespace_of(salt, model.fingerprint) for salt in SALTS}
         self._openings = {role: self._tokens(OPENING) for role in ("assistant", "critic")}
         self._closing = tuple(self._tokens(CLOSING).tolist())
         self._systems = [Said(self._tokens(length), "system") for length in phase.systems]
@@ -288,11 +288,6 @@ class Mix:
             logprobs=rng.choice((None, 0, 3)),
             prompt_logprobs=rng.choice((0, 2)) if rng.random() < 0.1 else None,
         )
-
-
-def _namespace(model: HybridModel, salt: str) -> str:
-    nothing = Prompt(np.zeros(1, np.int32))
-    return namespace_of(Request("", nothing, SamplingParams(), namespace=salt), model.fingerprint)
 
 
 def _keep(kept: list[T], new: T) -> None:

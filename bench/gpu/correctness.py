@@ -30,7 +30,8 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors, Ops
 from hybrid_cache.kernels.parity import BATCHES, SHAPES, TOLERANCE, difference, play
 from hybrid_cache.kernels.problems import RULES, move, some_draws
-from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.request import Request
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)

@@ -17,7 +17,8 @@ from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.models.registry import ShapedModel
 from hybrid_cache.models.tools.published import CONFIGS
-from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.request import Request
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 
 BF16 = torch.bfloat16

@@ -23,7 +23,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hybrid_cache.api.sizes import format_bytes, parse_bytes
 from hybrid_cache.bench.common.files import check_plot, target, write_whole
 from hybrid_cache.bench.common.http_client import server_url
 from hybrid_cache.bench.common.terminal import listed, progress_bar
@@ -48,6 +47,7 @@ from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.tools.presets import PRESETS, model_shape
+from hybrid_cache.sizes import format_bytes, parse_bytes
 
 # Without arguments: small enough for a minute on one core, large enough that something has to go.
 DEFAULT_SCALES = {"chat": 0.25, "agent": 0.15, "few-shot": 0.25}

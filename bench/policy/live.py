@@ -25,9 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hybrid_cache.api.chat import prompt_of_tokens
-from hybrid_cache.api.sizes import format_bytes, parse_bytes
-from hybrid_cache.api.tokenizer import Tokenizer, load_tokenizer
+from hybrid_cache.api.text.boundaries import prompt_of_tokens
+from hybrid_cache.api.text.tokenizer import Tokenizer, load_tokenizer
 from hybrid_cache.bench.common.files import write_whole
 from hybrid_cache.bench.common.http_client import ServerFailed, Usage, open_client, refused, unreachable
 from hybrid_cache.bench.policy.replay import Replay, Simulation
@@ -38,6 +37,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
+from hybrid_cache.sizes import format_bytes, parse_bytes
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 SHOWN = 12  # differing requests in the report

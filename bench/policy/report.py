@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 from rich import box
 from rich.table import Table
 
-from hybrid_cache.api.sizes import format_bytes, format_count
 from hybrid_cache.cache.policies.learned import Learned
+from hybrid_cache.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.ops import Draws, Ops
-from hybrid_cache.request import TokenLogprob
-from hybrid_cache.sampling import TokenChooser
+from hybrid_cache.sampling import TokenChooser, TokenLogprob
 
 LEAST = 1e-6  # temperature or top_p: below, single precision has nothing but the most likely token left
 

@@ -16,8 +16,7 @@ from hybrid_cache.device.sampler import choose_tokens, log_probabilities
 from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
 from hybrid_cache.kernels.shared_prefix import with_plan
-from hybrid_cache.request import TokenLogprob
-from hybrid_cache.sampling import TokenChooser
+from hybrid_cache.sampling import TokenChooser, TokenLogprob
 from hybrid_cache.work import Command, Noted, OutOfDeviceMemory, Work
 
 

@@ -22,7 +22,8 @@ from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
 from hybrid_cache.errors import Overloaded, RequestError
-from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, TokenLogprob, TokenOutput
+from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, TokenOutput
+from hybrid_cache.sampling import TokenLogprob
 from hybrid_cache.stats import Counters, EngineStats
 from hybrid_cache.work import Command, OutOfDeviceMemory
 

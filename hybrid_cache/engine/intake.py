@@ -12,9 +12,9 @@ from hybrid_cache.choreography.order import best_order
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.scheduler import Scheduler
-from hybrid_cache.engine.sequence import Sequence, namespace_of, new_prefill
+from hybrid_cache.engine.sequence import Sequence, new_prefill
 from hybrid_cache.errors import BadSampling, ContextTooLong, RequestError
-from hybrid_cache.request import CacheMode, Request
+from hybrid_cache.request import CacheMode, Request, namespace_of
 from hybrid_cache.sampling import TokenChooser
 
 
@@ -76,7 +76,7 @@ class Intake:
         asked = request.arrangement
         arranged = asked is not None and not self.why_exact(request)
         if index == 0 and asked is not None and asked.order is Order.ANY and not arranged:  # forks have its prompt
-            known = partial(self._scheduler.known, namespace_of(request, self._fingerprint))
+            known = partial(self._scheduler.known, namespace_of(request.namespace, self._fingerprint))
             prompt, asked = best_order(request.prompt, asked, known)
             request = replace(request, prompt=prompt, arrangement=asked)
         prefill = new_prefill(request, self._fingerprint, enabled=self._config.prefix_cache, arranged=arranged)

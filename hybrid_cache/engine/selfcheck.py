@@ -10,7 +10,8 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.engine import Engine, Outputs
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import Request, SamplingParams, TokenOutput
+from hybrid_cache.request import Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 
 PROMPT_TOKENS = 2 * TILE + 21

@@ -13,8 +13,8 @@ from hybrid_cache.cache.policies.base import Wish
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.program import Program
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper, TokenLogprob
-from hybrid_cache.sampling import TokenChooser
+from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper, namespace_of
+from hybrid_cache.sampling import TokenChooser, TokenLogprob
 from hybrid_cache.tokens import Boundary, BoundaryKind, TokenArray
 
 
@@ -141,21 +141,13 @@ class Sequence:
         return np.concatenate([self.prefill.tokens, np.asarray(self.generated, dtype=np.int32)])
 
 
-def namespace_of(request: Request, fingerprint: str) -> str:
-    """The model (weights with the adapter, dtype) and the tenant's salt: no hit ever crosses either.
-
-    A fingerprint has no slash, so no two pairs have one namespace.
-    """
-    return f"{fingerprint}/{request.namespace}"
-
-
 def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: bool = False) -> Prefill:
     """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all."""
     marked = tuple(b for b in request.prompt.boundaries if b.kind is BoundaryKind.EXPLICIT)
     scored = request.sampling.prompt_logprobs is not None  # which takes all of the prompt
     unmarked = request.cache_mode is CacheMode.EXPLICIT and not marked
     off = not enabled or scored or unmarked or request.cache_mode is CacheMode.OFF
-    namespace = namespace_of(request, fingerprint)
+    namespace = namespace_of(request.namespace, fingerprint)
     if arranged:
         return Prefill(namespace, request.prompt.tokens, False, not off, arrangement=request.arrangement)
     only_marked = request.cache_mode is CacheMode.EXPLICIT

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.engine.async_engine import AsyncEngine
 from tests.api.servers import new_app, new_engine, over_the_wire, write_text_model
 

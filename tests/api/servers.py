@@ -20,9 +20,9 @@ from fastapi import FastAPI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from hybrid_cache.api.app import create_app
-from hybrid_cache.api.settings import ServerSettings
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.server.app import create_app
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch, HybridModel
 from hybrid_cache.engine.async_engine import AsyncEngine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.text.tokenizer import TextModel
 
 CONTROL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 TOOL_MARKS = ["<tool_call>", "</tool_call>"]  # one token each, but text

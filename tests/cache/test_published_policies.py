@@ -28,7 +28,8 @@ from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import Request, SamplingParams, TokenOutput
+from hybrid_cache.request import Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 from hybrid_cache.tokens import Prompt
 from tests.cache.driver import COST, KV, SPECS, begin, cache_spec, fill, new_cache, state_spec, tokens_of

@@ -11,7 +11,8 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
-from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import PromptOutput, Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt, TokenArray
 
 VOCAB = 199

@@ -9,7 +9,8 @@ from hybrid_cache.api.workflow import open_workflow
 from hybrid_cache.choreography.arrangement import SEAMS, Composition, Encoding, Fidelity, Order, Positions, Style
 from hybrid_cache.choreography.plan import Action
 from hybrid_cache.errors import RequestError, UnknownMessage
-from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.request import Request
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 from hybrid_cache.workflow import Call
 

@@ -11,7 +11,8 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.engine.async_engine import AsyncEngine, Stream
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError
-from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import PromptOutput, Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 

@@ -8,7 +8,8 @@ import pytest
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine, Outputs
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
-from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 

@@ -14,7 +14,8 @@ from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
-from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.request import Request
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 from hybrid_cache.work import Command, OutOfDeviceMemory
 from tests.engine.test_engine import answers, make_request

@@ -9,8 +9,7 @@ import torch
 from hybrid_cache.device.sampler import adjust, choose_tokens, log_probabilities
 from hybrid_cache.errors import BadSampling
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.request import SamplingParams
-from hybrid_cache.sampling import TokenChooser
+from hybrid_cache.sampling import SamplingParams, TokenChooser
 
 PROMPT = np.array([1, 2], np.int32)
 

@@ -15,7 +15,8 @@ from hybrid_cache.engine import sequence
 from hybrid_cache.engine.engine import Engine, Outputs
 from hybrid_cache.engine.scheduler import DECODE_STEPS_A_TILE
 from hybrid_cache.engine.sequence import new_prefill
-from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from tests.engine.test_engine import BUDGET, answers, make_request, new_engine, prompt_output, run
 from tests.engine.test_out_of_memory import SmallDevice, SmallStage, arranged

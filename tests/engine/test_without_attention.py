@@ -10,7 +10,8 @@ from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
-from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import PromptOutput, Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 from tests.models import checkpoints
 from tests.models.cases.mamba2 import CASES

@@ -14,7 +14,8 @@ from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import adapters, loading
 from hybrid_cache.models.adapters import LoraConfig
-from hybrid_cache.request import Request, SamplingParams
+from hybrid_cache.request import Request
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 from tests.models import checkpoints
 from tests.models.driver import Driver

@@ -9,7 +9,8 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
-from hybrid_cache.request import PromptOutput, Request, SamplingParams, TokenOutput
+from hybrid_cache.request import PromptOutput, Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, Prompt
 from tests.models.checkpoints import FIRST_CASES
 

@@ -25,6 +25,7 @@ worker = partial(Mutant, "hybrid_cache/device/worker.py")
 scheduler = partial(Mutant, "hybrid_cache/engine/scheduler.py")
 engine = partial(Mutant, "hybrid_cache/engine/engine.py")
 sequence = partial(Mutant, "hybrid_cache/engine/sequence.py")
+request = partial(Mutant, "hybrid_cache/request.py")
 sampler = partial(Mutant, "hybrid_cache/device/sampler.py")
 
 SCHEDULING = [
@@ -364,16 +365,16 @@ ASKING = [
         "return self.arrival, 0",
         ("tests/engine/test_progress.py",),
     ),
-    sequence(
+    request(
         "tenants share what is cached",
-        'return f"{fingerprint}/{request.namespace}"',
+        'return f"{fingerprint}/{salt}"',
         'return f"{fingerprint}/"',
         BOTH,
     ),
-    sequence(
+    request(
         "models share what is cached",
-        'return f"{fingerprint}/{request.namespace}"',
-        'return f"/{request.namespace}"',
+        'return f"{fingerprint}/{salt}"',
+        'return f"/{salt}"',
         SCHEDULER,
     ),
     sequence(

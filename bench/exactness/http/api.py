@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import httpx
 from pydantic import BaseModel
 
-from hybrid_cache.api import schemas
+from hybrid_cache.api.server.schemas.chat import ChatLogprob, FunctionOut
+from hybrid_cache.api.server.schemas.choreography import ChoreographyReport
 from hybrid_cache.bench.common.http_client import Details, refused, unreachable
 from hybrid_cache.bench.exactness.http.report import Json
 
@@ -47,7 +48,7 @@ class Asked:
 
 
 class Call(BaseModel):
-    function: schemas.FunctionOut
+    function: FunctionOut
 
 
 class Said(BaseModel):
@@ -60,7 +61,7 @@ class Said(BaseModel):
 class Logprobs(BaseModel):
     """In the form of chat, or that of text completions."""
 
-    content: list[schemas.ChatLogprob] = []
+    content: list[ChatLogprob] = []
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
@@ -96,7 +97,7 @@ class Event(BaseModel):
 
     choices: list[Piece] = []
     usage: Usage | None = None
-    choreography: schemas.ChoreographyReport | None = None
+    choreography: ChoreographyReport | None = None
     prompt_token_ids: list[int] | None = None
     error: object = None
 
@@ -136,7 +137,7 @@ class Reply:
     status: int
     error: str = ""
     choices: dict[int, Choice] = field(default_factory=dict)
-    told: schemas.ChoreographyReport | None = None
+    told: ChoreographyReport | None = None
     prompts: list[list[int]] = field(default_factory=list)  # tokens, where the server tells
     prompt_tokens: int = 0
     cached_tokens: int = 0

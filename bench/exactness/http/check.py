@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from hybrid_cache.api import schemas
+from hybrid_cache.api.server.schemas.choreography import ChoreographyReport
 from hybrid_cache.bench.common.http_client import ServerFailed, open_client
 from hybrid_cache.bench.exactness.http.api import TEXT, Asked, Reply, ask, hang_up
 from hybrid_cache.bench.exactness.http.mix import Mix
@@ -65,7 +65,7 @@ class Comparison:
         self.tally.mixed["choreography, exact" if got.told else "plain"] += 1
         self._compare(number, asked, asked.path, body, got.json(), want.json())
 
-    def _check_label(self, number: int, asked: Asked, told: schemas.ChoreographyReport) -> None:
+    def _check_label(self, number: int, asked: Asked, told: ChoreographyReport) -> None:
         self.tally.mixed[f"labelled {told.fidelity}"] += 1
         style = asked.body.get("choreography")
         wanted = style.get("fidelity") if isinstance(style, dict) else None

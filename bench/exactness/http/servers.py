@@ -23,7 +23,7 @@ TAIL_LINES = 20
 PROGRAM = """
 import os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-from hybrid_cache.api.cli import main
+from hybrid_cache.api.cli.main import main
 main()
 """
 

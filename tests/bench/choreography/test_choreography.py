@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hybrid_cache.api.cli import app
-from hybrid_cache.api.launch import LoadOptions
+from hybrid_cache.api.cli.main import app
+from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.bench.choreography import command
 from hybrid_cache.bench.choreography.models import attention_only, open_subject
 from hybrid_cache.bench.choreography.players import (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hybrid_cache.api.cli import app
+from hybrid_cache.api.cli.main import app
 
 
 def run(*args: str) -> str:

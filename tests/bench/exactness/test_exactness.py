@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from hybrid_cache.api import cli
+from hybrid_cache.api.cli import main as cli
 from hybrid_cache.bench.exactness import command
 from hybrid_cache.bench.exactness import run as rounds
 from hybrid_cache.bench.exactness.models import named

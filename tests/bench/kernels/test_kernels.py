@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hybrid_cache.api.cli import app
+from hybrid_cache.api.cli.main import app
 from hybrid_cache.bench.common import ceilings, timing
 from tests.kernels.compiler import compiler_needed
 

@@ -13,10 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hybrid_cache.api.app import create_app
-from hybrid_cache.api.cli import main
-from hybrid_cache.api.settings import ServerSettings
-from hybrid_cache.api.tokenizer import TextModel
+from hybrid_cache.api.cli.main import main
+from hybrid_cache.api.server.app import create_app
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.bench.common.files import write_whole
 from hybrid_cache.bench.policy.command import KNOWN, policy, speed
 from hybrid_cache.bench.policy.live import Server, check_sizes

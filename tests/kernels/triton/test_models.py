@@ -11,7 +11,7 @@ from hybrid_cache.kernels.torch_ops import TorchOps
 from hybrid_cache.kernels.triton_kernels import rows, sample
 from hybrid_cache.kernels.triton_ops import CheckedTritonOps, TritonOps, with_kernel
 from hybrid_cache.models import loading
-from hybrid_cache.request import SamplingParams
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.workflow import Workflow
 from tests.models import checkpoints
 from tests.models.driver import Driver

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from hybrid_cache.api import cli
+from hybrid_cache.api.cli import main as cli
 from hybrid_cache.errors import ConfigError, ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_cache.api import train_lora
+from hybrid_cache.api.cli import train_lora
 from hybrid_cache.errors import ConfigError, UnsupportedModel
 from hybrid_cache.models import adapters
 from hybrid_cache.models.training import composed, lora

@@ -1,0 +1,45 @@
+"""The commands that measure. Each is imported when it runs."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import typer
+
+app = typer.Typer(help="Measurements.", no_args_is_help=True)
+
+
+def _bench(name: str, module: str, summary: str) -> None:
+    """Mounts `hybrid_cache.bench.MODULE:NAME`, which is imported when the command runs or is asked for help."""
+
+    def run(context: typer.Context) -> None:
+        command: Callable[..., None] = getattr(import_module(f"hybrid_cache.bench.{module}"), name)
+        inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        inner.command()(command)
+        raise typer.Exit(inner(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
+
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(name, help=summary, add_help_option=False, context_settings=settings)(run)
+
+
+_bench("serve", "serving.command", "Measure an OpenAI-compatible server on the prompts that a prefix cache meets.")
+_bench("exactness", "exactness.command", "Count the bits in which cache on and cache off differ.")
+_bench(
+    "policy", "policy.command", "Replay traces through cache policies: what does each save, and what would be possible?"
+)
+_bench(
+    "published",
+    "policy.marconi_evaluation",
+    "Repeat Marconi's evaluation on made-up trajectories, beside the published hit rates.",
+)
+_bench(
+    "kernels", "kernels.command", "Time every operation against the roofline, the portable backend and other libraries."
+)
+_bench(
+    "choreography",
+    "choreography.command",
+    "Time workflows whose agents read each other's messages, and count what reuse costs in answers.",
+)
+_bench(
+    "decode", "engine.decode", "Time whole steps of a model, with shared prefixes, beside the rates of this machine."
+)
+_bench("bookkeeping", "engine.bookkeeping", "Time the cache's own work in large trees.")

@@ -1,0 +1,58 @@
+"""Chat with a model in this process, without a server in between."""
+
+from collections.abc import AsyncGenerator, Sequence
+
+from hybrid_cache.api.cli.terminal import Asked, Turn, Usage
+from hybrid_cache.api.server.launch import LoadOptions, load
+from hybrid_cache.api.text.answer import Answer
+from hybrid_cache.api.text.generation import End, GenerationSpec, Text
+from hybrid_cache.api.text.messages import Message, Part, Rendering
+from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.api.text.tokenizer import TextModel
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine.async_engine import AsyncEngine
+from hybrid_cache.sampling import SamplingParams
+from hybrid_cache.tokens import Prompt
+
+
+class EnginePartner:
+    """An engine of our own."""
+
+    def __init__(self, options: LoadOptions, config: EngineConfig, asked: Asked) -> None:
+        """Loads the model. Raises HybridCacheError."""
+        loaded = load(options)
+        self.name = loaded.name
+        text = TextModel.load(loaded.path)
+        self._text = TextEngine.of(AsyncEngine(loaded.model, config), text)
+        self._asked = asked
+
+    async def open(self) -> None:
+        self._text.engine.start()
+
+    async def close(self) -> None:
+        await self._text.engine.stop(0)
+
+    async def reply(self, turns: Sequence[Turn]) -> AsyncGenerator[str | Usage, None]:
+        messages = [Message(turn.role, (Part(turn.content),)) for turn in turns]
+        prompt = (await self._text.conversation(messages, Rendering())).prompt
+        async with await Answer.to(self._text, [GenerationSpec(prompt, self._sampling(prompt))]) as answer:
+            async for step in answer:
+                for event in step:
+                    match event:
+                        case Text(text=text) if text:
+                            yield text
+                        case End(usage=used):
+                            yield Usage(used.prompt, used.cached, used.completion)
+
+    def _sampling(self, prompt: Prompt) -> SamplingParams:
+        defaults, asked = self._text.defaults, self._asked
+        longest = defaults.max_new_tokens or self._text.max_length
+        return SamplingParams(
+            temperature=defaults.temperature if asked.temperature is None else asked.temperature,
+            top_p=defaults.top_p,
+            top_k=defaults.top_k,
+            repetition_penalty=defaults.repetition_penalty,
+            seed=asked.seed,
+            max_tokens=self._text.answer_length(prompt, asked.max_tokens, longest, "messages"),
+            stop_token_ids=self._text.eos_ids,
+        )

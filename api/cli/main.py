@@ -1,0 +1,160 @@
+"""The command line. Nothing heavy is imported before a command runs, so that help comes at once."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from hybrid_cache import __version__
+from hybrid_cache.api.cli import bench, models
+from hybrid_cache.api.cli.options import Adapter, Backend, Budget, Dtype, Fast, KeyFile, Model, Threads, read_api_keys
+from hybrid_cache.api.cli.train import train_lora
+from hybrid_cache.errors import HybridCacheError
+
+app = typer.Typer(
+    name="hybrid-cache",
+    help="Serve attention + state-space language models behind one exact prefix cache.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(models.app, name="model")
+app.add_typer(bench.app, name="bench")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs one command line, by default the process's own. Always ends in SystemExit."""
+    try:
+        app(args, prog_name="hybrid-cache")
+    except HybridCacheError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hybrid-cache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+class _NamesPolicies(TyperCommand):
+    """A command whose help names the policies, which are imported when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from hybrid_cache.cache.policies.registry import policy_names
+
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.name == "policy":
+                option.help = f"What the cache keeps: {', '.join(policy_names())}."
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_NamesPolicies)
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key_file: KeyFile = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
+    ] = None,
+    budget: Budget = "2GiB",
+    policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
+    backend: Backend = "auto",
+    fast: Fast = False,
+    dtype: Dtype = "auto",
+    adapter: Adapter = None,
+    threads: Threads = 0,
+    max_running: Annotated[int, typer.Option(help="Sequences in one batch.")] = 32,
+    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 503.")] = 256,
+    max_tiles: Annotated[int, typer.Option(help="Prefill tiles in a step with nobody decoding.")] = 16,
+    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same beside decoding sequences.")] = 4,
+    max_body: Annotated[str, typer.Option(help="Largest request body.")] = "10MiB",
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse what earlier requests computed.")
+    ] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare cached pages and states with digests at each use; end if one has changed. For tests, slow.",
+        ),
+    ] = False,
+    vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that SIGTERM gives running requests.")] = 30,
+) -> None:
+    """Answer OpenAI's API over HTTP."""
+    from hybrid_cache.api.server import process
+    from hybrid_cache.api.server.launch import LoadOptions
+    from hybrid_cache.config import EngineConfig, verify_by_default
+    from hybrid_cache.sizes import parse_bytes
+
+    process.serve(
+        process.ServeOptions(
+            load=LoadOptions(model, backend, fast, dtype, threads, adapter),
+            engine=EngineConfig(
+                budget_bytes=parse_bytes(budget),
+                max_running=max_running,
+                max_waiting=max_waiting,
+                policy=policy,
+                prefix_cache=prefix_cache,
+                max_tiles=max_tiles,
+                max_tiles_beside_decode=max_tiles_beside_decode,
+                verify=verify or verify_by_default(),
+            ),
+            host=host,
+            port=port,
+            served_names=tuple(served_model_name or ()),
+            api_keys=read_api_keys(api_key_file) if api_key_file else (),
+            max_body_bytes=parse_bytes(max_body),
+            vllm_metrics=vllm_metrics,
+            drain_timeout_s=drain_timeout,
+        )
+    )
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    url: Annotated[str | None, typer.Option(help="Talk to this server, such as http://127.0.0.1:8000.")] = None,
+    api_key_file: KeyFile = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own default if left out.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    budget: Budget = "2GiB",
+    backend: Backend = "auto",
+    fast: Fast = False,
+    adapter: Adapter = None,
+) -> None:
+    """Talk to a model in the terminal. With --url, MODEL is the name that the server knows."""
+    from hybrid_cache.api.cli import terminal
+
+    asked = terminal.Asked(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    if url is not None:
+        key = read_api_keys(api_key_file)[0] if api_key_file else None
+        num_failed = terminal.run(terminal.ServerPartner(url, model, key, asked), system)
+    else:
+        from hybrid_cache.api.cli.local_chat import EnginePartner
+        from hybrid_cache.api.server.launch import LoadOptions
+        from hybrid_cache.config import EngineConfig
+        from hybrid_cache.sizes import parse_bytes
+
+        options = LoadOptions(model, backend, fast, adapter=adapter)
+        config = EngineConfig(budget_bytes=parse_bytes(budget))
+        num_failed = terminal.run(EnginePartner(options, config, asked), system)
+    # A person has seen it; a script looks at the exit code.
+    raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
+
+
+app.command("train-lora")(train_lora)

@@ -1,0 +1,203 @@
+"""`hybrid-cache model info` and `model list`: what models keep in the cache, from their configs alone."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.models import adapters, loading
+from hybrid_cache.models.shapes import ModelShape
+from hybrid_cache.models.tools.presets import PRESETS, preset
+from hybrid_cache.models.tools.published import CONFIGS
+from hybrid_cache.sizes import format_bytes, format_count
+
+CONVERSATION_TOKENS = 2000
+LIST_WIDTH = 120  # characters, where no terminal says how many it has
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Facts about a model. A preset that is a shape and no config has no number of parameters and no context."""
+
+    dtype: str  # what rows are computed and cached in
+    layers: dict[str, int]  # what the cache holds something for, by kind
+    num_parameters: int | None
+    vocab_size: int
+    max_length: int | None
+    kv_bytes_per_token: int
+    checkpoint_bytes: int
+    break_even_tokens: int | None  # from this length on a checkpoint is smaller than the KV; None if one is missing
+    budget_bytes: int
+    conversation_tokens: int
+    conversations_in_budget: int  # each with its KV and one checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """Facts about a LoRA adapter. Once merged, it takes no memory of its own."""
+
+    name: str
+    base: str | None  # what it was made for, as it says itself
+    rank: int
+    scale: float
+    num_weights: int  # that it changes
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What there is to say about one model."""
+
+    path: str  # or the name of a preset
+    model_type: str | None
+    supported: bool
+    reason: str | None  # why it is not supported
+    facts: Facts | None
+    adapter: AdapterFacts | None = None
+
+
+def examine(
+    model: str | Path | None, budget_bytes: int, dtype: str = "auto", adapter: str | Path | None = None
+) -> Report:
+    """Of a preset, of the config of a folder or of a config.json; None is the embedded model.
+
+    A preset's name comes first. Raises ModelError for a broken config or a broken adapter.
+    """
+    report = _examine_model(model, budget_bytes, dtype)
+    return report if adapter is None else replace(report, adapter=_adapter_facts(adapter))
+
+
+def _adapter_facts(path: str | Path) -> AdapterFacts:
+    adapter = adapters.load(path)
+    config = adapter.config
+    num_weights = len(adapter.weights)
+    return AdapterFacts(adapter.name, config.base, config.rank, config.scale, num_weights, adapter.num_parameters)
+
+
+def _examine_model(model: str | Path | None, budget_bytes: int, dtype: str) -> Report:
+    name = "the embedded model" if model is None else str(model)
+    if model in PRESETS and model != "embedded" and model not in CONFIGS:
+        shape_only = "it is known by its shape, its config is not one that we load"
+        return Report(name, None, False, shape_only, _facts(preset(str(model)), None, budget_bytes))
+    model_type = None
+    try:
+        config = _config("embedded" if model is None else str(model))
+        kind = config.get("model_type")
+        model_type = kind if isinstance(kind, str) else None
+        info = loading.describe(config, dtype=dtype)
+    except UnsupportedModel as error:
+        return Report(name, model_type, False, " ".join(str(error).split()), None)
+    return Report(name, model_type, True, None, _facts(info.shape, info, budget_bytes))
+
+
+def examine_presets(budget_bytes: int) -> list[Report]:
+    return [examine(name, budget_bytes) for name in PRESETS]
+
+
+def _config(model: str) -> Mapping[str, object]:
+    if model in CONFIGS:
+        return CONFIGS[model]
+    path = loading.embedded_path() if model == "embedded" else Path(model)
+    if not path.exists():
+        raise ModelError(f"{model!r} is no folder, no config.json and no preset; `hybrid-cache model list` names those")
+    return loading.load_config(path) if path.is_dir() else loading.read_config(path)
+
+
+def _facts(shape: ModelShape, info: loading.ModelInfo | None, budget_bytes: int) -> Facts:
+    kv_bytes, checkpoint_bytes = shape.cache_spec.kv_bytes_per_token, shape.cache_spec.slot_bytes
+    pages = -(-CONVERSATION_TOKENS // TILE)
+    return Facts(
+        dtype=str(shape.dtype).removeprefix("torch."),
+        layers=dict(Counter(layer.kind for layer in shape.layers if layer.cache is not None)),
+        num_parameters=info.num_parameters if info else None,
+        vocab_size=shape.vocab_size,
+        max_length=info.max_length if info else None,
+        kv_bytes_per_token=kv_bytes,
+        checkpoint_bytes=checkpoint_bytes,
+        break_even_tokens=checkpoint_bytes // kv_bytes + 1 if kv_bytes and checkpoint_bytes else None,
+        budget_bytes=budget_bytes,
+        conversation_tokens=CONVERSATION_TOKENS,
+        conversations_in_budget=budget_bytes // (pages * TILE * kv_bytes + checkpoint_bytes),
+    )
+
+
+def to_json(reports: Report | Sequence[Report]) -> str:
+    """An object, or an array of such objects."""
+    values = asdict(reports) if isinstance(reports, Report) else [asdict(report) for report in reports]
+    return json.dumps(values, indent=2)
+
+
+def print_table(report: Report) -> None:
+    """Writes a report for people to the standard output."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(report):
+        table.add_row(name, value)
+    Console(highlight=False, markup=False).print(table)
+
+
+def print_list(reports: Sequence[Report]) -> None:
+    """Writes a line for each report to the standard output."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("model", no_wrap=True)
+    table.add_column("type", no_wrap=True)
+    for name in ("parameters", "KV a token", "checkpoint", "break-even"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for report in reports:
+        table.add_row(report.path, report.model_type or "-", *_cells(report.facts))
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = LIST_WIDTH
+    console.print(table)
+
+
+def _cells(facts: Facts | None) -> tuple[str, ...]:
+    if facts is None:
+        return ("-",) * 4
+    return (
+        "-" if facts.num_parameters is None else format_count(facts.num_parameters),
+        format_bytes(facts.kv_bytes_per_token) if facts.kv_bytes_per_token else "-",
+        format_bytes(facts.checkpoint_bytes) if facts.checkpoint_bytes else "-",
+        "-" if facts.break_even_tokens is None else f"{facts.break_even_tokens:,} tokens",
+    )
+
+
+def _rows(report: Report) -> list[tuple[str, str]]:
+    named = [("model", report.path), ("type", report.model_type or "not named")]
+    if (adapter := report.adapter) is not None:
+        size = f"rank {adapter.rank}, {adapter.num_weights} weights, {format_count(adapter.num_parameters)} parameters"
+        named.append(("adapter", f"{adapter.name} for {adapter.base or 'a model it does not name'}: {size}"))
+    rows = [*named, ("supported", "yes" if report.supported else f"no: {report.reason}")]
+    facts = report.facts
+    if facts is None:
+        return rows
+    rows.append(("layers", "; ".join(f"{count} {kind}" for kind, count in sorted(facts.layers.items()))))
+    if facts.num_parameters is not None:
+        rows.append(("parameters", f"{format_count(facts.num_parameters)} ({facts.num_parameters:,})"))
+    rows.append(("dtype", facts.dtype))
+    if facts.max_length is not None:
+        rows.append(("context", f"{facts.max_length:,} tokens"))
+    conversations = f"{facts.conversations_in_budget:,} of {facts.conversation_tokens:,} tokens with a checkpoint each"
+    return [
+        *rows,
+        ("vocabulary", f"{facts.vocab_size:,} tokens"),
+        ("KV", f"{format_bytes(facts.kv_bytes_per_token)} a token"),
+        ("checkpoint", format_bytes(facts.checkpoint_bytes)),
+        ("break-even", _break_even(facts)),
+        (f"in {format_bytes(facts.budget_bytes)}", f"conversations: {conversations}"),
+    ]
+
+
+def _break_even(facts: Facts) -> str:
+    if not facts.kv_bytes_per_token:
+        return "this model has no KV"
+    if facts.break_even_tokens is None:
+        return "this model has no state, and a checkpoint takes nothing"
+    return f"a checkpoint is smaller than the KV from {facts.break_even_tokens:,} tokens on"

@@ -1,0 +1,48 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hybrid_cache.errors import ConfigError
+
+Model = Annotated[
+    str | None, typer.Argument(help="A folder in Hugging Face format or a hub name; the embedded model if left out.")
+]
+Budget = Annotated[str, typer.Option(help="Memory for KV pages and states together, such as 2GiB.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="auto, native, torch, torch-compile (starts a minute later), triton (needs a GPU; new) or mamba_ssm "
+        "(needs a GPU; to compare)."
+    ),
+]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast/--exact",
+        help="Let bits depend on the batch where that is faster: cuBLAS with --backend triton, so far. "
+        "The CPU backends have nothing of the kind.",
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="LoRA adapter to merge: a folder in PEFT's layout, or embedded-choreo, which ships."),
+]
+Threads = Annotated[int, typer.Option(min=0, help="Threads that compute; 0 leaves it to torch.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+KeyFile = Annotated[Path | None, typer.Option(help="File with API keys, one a line.")]
+
+
+def read_api_keys(path: Path) -> tuple[str, ...]:
+    """One key a line; empty lines and lines that begin with # are left out. Raises ConfigError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"API keys in {path} cannot be read: {error}") from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"{path} holds no API key, wanted one a line")
+    return keys

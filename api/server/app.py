@@ -1,0 +1,38 @@
+"""The HTTP application: routes, what wraps them, and the engine's life."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from hybrid_cache import __version__
+from hybrid_cache.api.server.errors import install_error_handlers
+from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, RequestIds
+from hybrid_cache.api.server.routes import chat, completions, server, tokens
+from hybrid_cache.api.server.serving import new_serving
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.tokenizer import TextModel
+from hybrid_cache.engine.async_engine import AsyncEngine
+
+
+def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> FastAPI:
+    """An application that starts the engine with itself, and drains and stops it at its end."""
+    serving = new_serving(engine, text, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await engine.stop(settings.drain_timeout_s)
+
+    # No documentation pages: they load their scripts from elsewhere. /openapi.json is ours.
+    app = FastAPI(title="hybrid-cache", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    for routes in (chat, completions, tokens, server):
+        app.include_router(routes.router(serving))
+    install_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    if settings.api_keys:
+        app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(RequestIds)
+    return app

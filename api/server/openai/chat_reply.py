@@ -1,0 +1,180 @@
+"""Chat completions: an answer in their JSON."""
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hybrid_cache.api.server.openai.choreography import Arranged
+from hybrid_cache.api.server.openai.logprobs import chat_logprob
+from hybrid_cache.api.server.openai.reply import OpenAIReply
+from hybrid_cache.api.server.schemas.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatRequest,
+    ChatResponse,
+    Finish,
+    FunctionOut,
+    ToolCallOut,
+)
+from hybrid_cache.api.server.schemas.choreography import ChoreographyReport
+from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.text.answer import Answer, Step
+from hybrid_cache.api.text.generation import Begin, End, Event, Text, Token, ToolCall
+from hybrid_cache.choreography.plan import Plan
+from hybrid_cache.request import FinishReason
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One answer as it grows."""
+
+    texts: list[str] = field(default_factory=list)
+    calls: list[ToolCallOut] = field(default_factory=list)
+    logprobs: list[ChatLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+    stop: str | int | None = None
+
+    def take(self, event: Text | ToolCall | End) -> None:
+        match event:
+            case End():
+                stopped = event.finish is FinishReason.STOP
+                self.finish = ("tool_calls" if self.calls else "stop") if stopped else "length"
+                self.stop = event.stop
+                return
+            case Text():
+                self.texts.append(event.text)
+            case ToolCall():
+                self.calls.append(_call_out(event))
+        if event.token is not None:
+            self.token_ids.append(event.token.id)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+class ChatReply(OpenAIReply):
+    """The choices of one conversation."""
+
+    chunk = "chat.completion.chunk"
+
+    def __init__(self, serving: Serving, asked: ChatRequest, answer: Answer, arranged: Arranged | None = None) -> None:
+        super().__init__(serving, asked, answer, "chatcmpl")
+        self._serving = serving
+        self._asked = asked
+        self._arranged = arranged
+        self._plan: Plan | None = None
+        self._prompt_ids: Sequence[int] = ()
+        self._choices = [_Choice() for _ in range(asked.n or 1)]
+
+    def _take(self, step: Step) -> None:
+        for event in step:
+            self._take_event(event)
+            if isinstance(event, Text | ToolCall) and (entry := self._logprob(event.token)):
+                self._choices[event.choice].logprobs.append(entry)
+
+    def _take_event(self, event: Event) -> None:
+        match event:
+            case Begin():
+                self._prompt_ids = event.tokens
+                return
+            case End():
+                self._plan = event.plan
+        self._choices[event.choice].take(event)
+
+    def _whole(self) -> ChatResponse:
+        body = ChatResponse(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._model,
+            system_fingerprint=self._fingerprint,
+            choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
+            usage=self._usage(),
+        )
+        if (report := self._report()) is not None:
+            body.choreography = report
+        if self._asked.return_token_ids:
+            body.prompt_token_ids = list(self._prompt_ids)
+        return body
+
+    def _whole_choice(self, index: int, choice: _Choice) -> ChatChoice:
+        assert choice.finish is not None
+        content = None if choice.calls and not choice.text else choice.text
+        message = AssistantMessage(role="assistant", content=content, refusal=None)
+        if choice.calls:
+            message.tool_calls = choice.calls
+        whole = ChatChoice(
+            index=index,
+            message=message,
+            logprobs=ChatLogprobs(content=choice.logprobs, refusal=None) if self._asked.logprobs else None,
+            finish_reason=choice.finish,
+            stop_reason=choice.stop,
+        )
+        if self._asked.return_token_ids:
+            whole.token_ids = choice.token_ids
+        return whole
+
+    def _report(self) -> ChoreographyReport | None:
+        """What became of an arranged request, once it has been answered."""
+        if self._arranged is None or self._plan is None:
+            return None
+        choice = self._choices[0]
+        return self._arranged.report(self._plan, self._arranged.answer_id(self._serving, choice.token_ids, choice.text))
+
+    def _chunks(self, step: Step) -> Iterator[dict[str, object]]:
+        for event in step:
+            self._take_event(event)
+            match event:
+                case Begin():
+                    yield from map(self._opening, range(len(self._choices)))
+                case End():
+                    yield self._ending(event.choice)
+                case _:
+                    yield from self._delta(event)
+
+    def _opening(self, index: int) -> dict[str, object]:
+        shows_prompt = self._asked.return_token_ids and index == 0
+        extra = {"prompt_token_ids": list(self._prompt_ids)} if shows_prompt else None
+        return self._chunk(_shown(index, {"role": "assistant", "content": ""}), extra)
+
+    def _delta(self, event: Text | ToolCall) -> Iterator[dict[str, object]]:
+        """What an event adds. The log-probability of a token goes with the first thing that the token lets out."""
+        detail = self._detail(event.token)
+        if isinstance(event, Text):
+            if event.text or detail:
+                yield self._chunk(_shown(event.choice, {"content": event.text}, detail))
+            return
+        calls = self._choices[event.choice].calls
+        call = {"index": len(calls) - 1, **calls[-1].model_dump()}
+        yield self._chunk(_shown(event.choice, {"tool_calls": [call]}, detail))
+
+    def _detail(self, token: Token | None) -> dict[str, object]:
+        detail: dict[str, object] = {}
+        if (entry := self._logprob(token)) is not None:
+            detail["logprobs"] = {"content": [entry.model_dump()], "refusal": None}
+        if self._asked.return_token_ids and token is not None:
+            detail["token_ids"] = [token.id]
+        return detail
+
+    def _ending(self, index: int) -> dict[str, object]:
+        choice, report = self._choices[index], self._report()
+        ended = {"finish_reason": choice.finish, "stop_reason": choice.stop}
+        return self._chunk(_shown(index, {}, ended), {"choreography": report.model_dump()} if report else None)
+
+    def _logprob(self, token: Token | None) -> ChatLogprob | None:
+        if token is None or token.logprob is None:
+            return None
+        return chat_logprob(self._serving.text.tokenizer, token.logprob)
+
+
+def _shown(index: int, delta: Mapping[str, object], detail: Mapping[str, object] | None = None) -> dict[str, object]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(detail or {})}
+
+
+def _call_out(call: ToolCall) -> ToolCallOut:
+    function = FunctionOut(name=call.name, arguments=call.arguments)
+    return ToolCallOut(id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=function)

@@ -1,0 +1,64 @@
+"""Log-probabilities in the two forms that clients know."""
+
+import math
+from collections.abc import Container, Sequence
+
+from hybrid_cache.api.server.schemas.chat import ChatLogprob, TopLogprob
+from hybrid_cache.api.server.schemas.completions import CompletionLogprobs
+from hybrid_cache.api.text.stream import Detokenizer
+from hybrid_cache.api.text.tokenizer import Tokenizer
+from hybrid_cache.sampling import TokenLogprob
+
+IMPOSSIBLE = -9999.0  # JSON has no infinities
+
+
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text; `bytes:\\xe2\\x82` for one that is not whole characters."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def chat_logprob(tokenizer: Tokenizer, logprob: TokenLogprob) -> ChatLogprob:
+    def entry(token: int, value: float) -> TopLogprob:
+        data = list(tokenizer.token_bytes(token))
+        return TopLogprob(token=token_name(tokenizer, token), logprob=_finite(value), bytes=data)
+
+    own = entry(logprob.token, logprob.logprob)
+    top = [entry(token, value) for token, value in logprob.top]
+    return ChatLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=top)
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], offsets: Sequence[int]
+) -> CompletionLogprobs:
+    """One entry a token; nothing predicts the first token of a prompt. A token itself is always in its top."""
+    assert len(tokens) == len(logprobs) == len(offsets)
+    return CompletionLogprobs(
+        tokens=[token_name(tokenizer, token) for token in tokens],
+        token_logprobs=[None if logprob is None else _finite(logprob.logprob) for logprob in logprobs],
+        top_logprobs=[None if logprob is None else _top(tokenizer, logprob) for logprob in logprobs],
+        text_offset=list(offsets),
+    )
+
+
+def prompt_offsets(tokenizer: Tokenizer, tokens: Sequence[int], hidden: Container[int]) -> list[int]:
+    """Where the text of each token of a prompt begins, in characters. `hidden` tokens have no text."""
+    detokenizer, offsets, length = Detokenizer(tokenizer, [], hidden), [], 0
+    for token in tokens:
+        offsets.append(length)
+        length += len(detokenizer.push(token))
+    return offsets
+
+
+def _top(tokenizer: Tokenizer, logprob: TokenLogprob) -> dict[str, float]:
+    top: dict[str, float] = {}
+    for token, value in (*logprob.top, (logprob.token, logprob.logprob)):
+        top.setdefault(token_name(tokenizer, token), _finite(value))  # of two that read alike, the likelier one
+    return top
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else IMPOSSIBLE

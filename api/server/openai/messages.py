@@ -1,0 +1,70 @@
+"""From the JSON of messages to tokens."""
+
+import json
+from collections.abc import Sequence
+
+from hybrid_cache.api.server.schemas.chat import ChatRequest
+from hybrid_cache.api.server.schemas.common import ttl_seconds
+from hybrid_cache.api.server.schemas.messages import ChatMessage, ContentPart, ToolCall
+from hybrid_cache.api.server.schemas.tokens import TokenizeRequest
+from hybrid_cache.api.text.chat import Conversation
+from hybrid_cache.api.text.messages import Message, Part, Rendering
+from hybrid_cache.api.text.text_engine import TextEngine
+
+
+async def conversation_of(
+    text: TextEngine, asked: ChatRequest | TokenizeRequest, sent: Sequence[ChatMessage]
+) -> Conversation:
+    """Messages, as tokens, in the rendering that a request asks for.
+
+    Raises RequestError, and ContextTooLong when the context does not hold them.
+    """
+    rendering = _rendering(asked)
+    as_text = text.chat.takes_argument_text(rendering)
+    return await text.conversation([_message(m, as_text) for m in sent], rendering)
+
+
+def _rendering(asked: ChatRequest | TokenizeRequest) -> Rendering:
+    """The fields of a request that decide how its messages are rendered."""
+    continues = bool(asked.continue_final_message)
+    options = asked.prompt_cache_options if isinstance(asked, ChatRequest) else None
+    return Rendering(
+        tools=[tool.model_dump() for tool in asked.tools] if asked.tools else None,
+        add_generation_prompt=not continues if asked.add_generation_prompt is None else asked.add_generation_prompt,
+        continue_final_message=continues,
+        kwargs=asked.chat_template_kwargs or {},
+        default_ttl_s=ttl_seconds(options.ttl) if options and options.ttl else None,
+    )
+
+
+def _message(sent: ChatMessage, as_text: bool) -> Message:
+    fields: dict[str, object] = {
+        "name": sent.name,
+        "tool_call_id": sent.tool_call_id,
+        "reasoning_content": sent.reasoning_content,
+        "tool_calls": [_tool_call(call, as_text) for call in sent.tool_calls or ()] or None,
+    }
+    return Message(sent.role, _parts(sent.content), {k: v for k, v in fields.items() if v is not None})
+
+
+def _parts(content: str | list[ContentPart] | None) -> tuple[Part, ...] | None:
+    if content is None or isinstance(content, str):
+        return None if content is None else (Part(content),)
+    return tuple(_part(part) for part in content)
+
+
+def _part(sent: ContentPart) -> Part:
+    mark = sent.prompt_cache_breakpoint
+    ttl = ttl_seconds(mark.ttl) if mark and mark.ttl else None
+    return Part(sent.content or "", mark is not None, ttl)
+
+
+def _tool_call(call: ToolCall, as_text: bool) -> dict[str, object]:
+    """Templates that do not ask whether arguments are text expect an object."""
+    arguments: object = call.function.arguments
+    if not as_text:
+        try:
+            arguments = json.loads(call.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = call.function.arguments
+    return {"id": call.id or "", "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

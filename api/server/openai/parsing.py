@@ -1,0 +1,88 @@
+"""What requests for chat and text completions share, from their JSON to a `GenerationSpec`."""
+
+from collections.abc import Sequence
+
+from hybrid_cache.api.server.schemas.common import GenerationRequest
+from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.choreography.arrangement import Arrangement
+from hybrid_cache.errors import BadSampling
+from hybrid_cache.request import CacheMode
+from hybrid_cache.sampling import SamplingParams
+from hybrid_cache.tokens import Prompt
+
+
+def spec_of(
+    asked: GenerationRequest,
+    prompt: Prompt,
+    sampling: SamplingParams,
+    *,
+    tools: bool = False,
+    arrangement: Arrangement | None = None,
+) -> GenerationSpec:
+    return GenerationSpec(
+        prompt,
+        sampling,
+        n=asked.n or 1,
+        stops=tuple(asked.stop or ()),
+        named_stop_ids=tuple(asked.stop_token_ids or ()),
+        include_stop=bool(asked.include_stop_str_in_output),
+        show_special=asked.skip_special_tokens is False,
+        tools=tools,
+        namespace=asked.cache_salt or "",
+        cache_mode=_cache_mode(asked, sampling),
+        arrangement=arrangement,
+    )
+
+
+def sampling_params(
+    text: TextEngine,
+    asked: GenerationRequest,
+    max_tokens: int,
+    *,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """What the request asks for, else what the model's generation_config.json says, else OpenAI's defaults."""
+    defaults = text.defaults
+    eos = () if asked.ignore_eos else text.eos_ids
+    return SamplingParams(
+        temperature=_or(asked.temperature, defaults.temperature),
+        top_p=_or(asked.top_p, defaults.top_p),
+        top_k=max(0, defaults.top_k if asked.top_k is None else asked.top_k),
+        min_p=_or(asked.min_p, 0.0),
+        presence_penalty=_or(asked.presence_penalty, 0.0),
+        frequency_penalty=_or(asked.frequency_penalty, 0.0),
+        repetition_penalty=_or(asked.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=asked.logit_bias or {},
+        seed=asked.seed,
+        max_tokens=max_tokens,
+        min_tokens=asked.min_tokens or 0,
+        stop_token_ids=(*eos, *(i for i in asked.stop_token_ids or () if i not in eos)),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def check_tokens(text: TextEngine, asked: GenerationRequest) -> None:
+    """Raises BadSampling for tokens that the model does not have."""
+    named: Sequence[tuple[str, Sequence[int]]] = (
+        ("logit_bias", tuple(asked.logit_bias or ())),
+        ("stop_token_ids", tuple(asked.stop_token_ids or ())),
+    )
+    for name, tokens in named:
+        for token in tokens:
+            if not 0 <= token < text.vocab_size:
+                raise BadSampling(f"{name} names token {token}, the vocabulary is [0, {text.vocab_size})", param=name)
+
+
+def _cache_mode(asked: GenerationRequest, sampling: SamplingParams) -> CacheMode:
+    """Log-probabilities of a prompt need all of it computed, so they leave the cache alone."""
+    if sampling.prompt_logprobs is not None:
+        return CacheMode.OFF
+    options = asked.prompt_cache_options
+    return CacheMode.EXPLICIT if options and options.mode == "explicit" else CacheMode.IMPLICIT
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

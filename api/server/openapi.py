@@ -1,0 +1,23 @@
+"""What the routes say about their failures and streams in /openapi.json."""
+
+from typing import Any
+
+from hybrid_cache.api.server.errors import ErrorBody
+
+Responses = dict[int | str, dict[str, Any]]
+
+UNAVAILABLE = 503  # what a probe of a server that cannot serve is told
+LOOKUP_ERRORS: Responses = {
+    401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
+    404: {"model": ErrorBody, "description": "No such model, or no such message."},
+}
+ERRORS: Responses = {
+    **LOOKUP_ERRORS,
+    400: {"model": ErrorBody, "description": "The request cannot be served as it stands."},
+    409: {"model": ErrorBody, "description": "A message that is referred to is no longer kept."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+    503: {"model": ErrorBody, "description": "The queue is full or the server is draining; see Retry-After."},
+}
+EVENTS: Responses = {
+    200: {"content": {"text/event-stream": {}}, "description": "With `stream`, server-sent events that end in [DONE]."}
+}

@@ -1,0 +1,194 @@
+"""A server process: load, check, say hello, serve, drain."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import uvicorn
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from hybrid_cache import __version__
+from hybrid_cache.api.server.app import create_app
+from hybrid_cache.api.server.launch import Loaded, LoadOptions, inexact_reasons, load
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.tokenizer import TextModel
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine.async_engine import AsyncEngine
+from hybrid_cache.errors import ConfigError, HybridCacheError
+from hybrid_cache.kernels import dispatch
+from hybrid_cache.sizes import format_bytes, format_count
+
+FLUSH_TIMEOUT_S = 5  # for clients that read slowly, once the engine has finished
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Everything that `serve` is told."""
+
+    load: LoadOptions
+    engine: EngineConfig
+    host: str
+    port: int
+    served_names: tuple[str, ...]  # empty: the folder's name
+    api_keys: tuple[str, ...]
+    max_body_bytes: int
+    vllm_metrics: bool
+    drain_timeout_s: float
+
+    def settings(self, loaded: Loaded, inexact: list[str]) -> ServerSettings:
+        return ServerSettings(
+            served_names=self.served_names or (loaded.name,),
+            inexact=tuple(inexact),
+            backend=loaded.ops.name,
+            model_path=str(loaded.path),
+            adapter=loaded.adapter,
+            fallbacks=getattr(loaded.ops, "reasons", {}),
+            api_keys=self.api_keys,
+            max_body_bytes=self.max_body_bytes,
+            vllm_metrics=self.vllm_metrics,
+            drain_timeout_s=self.drain_timeout_s,
+        )
+
+
+def serve(options: ServeOptions) -> None:
+    """Loads, greets and serves until a signal. Raises HybridCacheError when it cannot start."""
+    console = Console(stderr=True)
+    with closing(bind(options.host, options.port)) as bound:
+        with console.status("loading the model"):
+            loaded = load(options.load)
+            text = TextModel.load(loaded.path)
+            engine = AsyncEngine(loaded.model, options.engine)
+        with console.status("checking that cached and computed answers agree bit for bit"):
+            inexact = inexact_reasons(loaded)
+        settings = options.settings(loaded, inexact)
+        app = create_app(engine, text, settings)
+        url = url_of(bound)
+        console.print(hello(loaded, inexact, options.engine, url, settings.served_names[0]))
+        console.print(curl_line(url, with_key=bool(options.api_keys)), soft_wrap=True, highlight=False)
+        config = uvicorn.Config(
+            app,
+            access_log=False,
+            log_level="warning",
+            lifespan="on",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+        )
+        run_server(DrainingServer(config, engine, options.drain_timeout_s, console.print), bound)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with an address of its own, that does not listen yet. Raises ConfigError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}: {error.strerror or error}") from error
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, url: str, name: str) -> Panel:
+    """The panel that greets whoever started the server."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    info, spec = loaded.info, loaded.model.cache_spec
+    layers = ", ".join(f"{count} {kind}" for kind, count in sorted(info.layers.items()))
+    facts.add_row("url", f"{url}/v1")
+    facts.add_row("model", f"{name}, {info.model_type}, {layers}, context {info.max_length:,}")
+    facts.add_row("size", f"{format_count(info.num_parameters)} parameters in {loaded.dtype_name}")
+    facts.add_row("backend", _backend_line(loaded.ops.name))
+    facts.add_row("exact", f"NO: {inexact[0]} ({len(inexact)} reasons)" if inexact else "yes, checked just now")
+    facts.add_row("cache", _cache_line(config, spec.kv_bytes_per_token, spec.slot_bytes))
+    return Panel(facts, title=f"hybrid-cache {__version__}", title_align="left", expand=False)
+
+
+def curl_line(url: str, *, with_key: bool) -> str:
+    """What to type in another terminal."""
+    key = " -H 'Authorization: Bearer KEY'" if with_key else ""
+    body = '{"messages": [{"role": "user", "content": "Hello!"}]}'
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+
+
+def _backend_line(name: str) -> str:
+    reason = dispatch.available()["native"]
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{name}, {threads}" if reason is None else f"{name}, {threads} (native is missing: {reason})"
+
+
+def _cache_line(config: EngineConfig, kv_bytes_per_token: int, slot_bytes: int) -> str:
+    room = [format_bytes(config.budget_bytes)]
+    if kv_bytes_per_token:
+        room.append(f"{format_count(config.budget_bytes // kv_bytes_per_token)} tokens of KV")
+    if slot_bytes:
+        room.append(f"{format_count(config.budget_bytes // slot_bytes)} checkpoints")
+    line = room[0] + (f", room for {' or '.join(room[1:])}" if room[1:] else "")
+    return line if config.prefix_cache else f"{line}; prefix cache OFF"
+
+
+class DrainingServer(uvicorn.Server):
+    """On SIGTERM or SIGINT it still answers, with 503 to new requests, until the running ones have finished.
+
+    A second signal aborts them.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, grace_s: float, say: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._grace_s = grace_s
+        self._say = say
+        self._num_signals = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by Python between any two instructions of the main thread."""
+        self._num_signals += 1
+        if self._loop is None or not self.started:
+            raise KeyboardInterrupt
+        self._loop.call_soon_threadsafe(self._stop, self._num_signals == 1)
+
+    def _stop(self, first: bool) -> None:
+        if self._drain is not None:
+            self._drain.cancel()
+        self._say("finishing running requests, once more to abort" if first else "aborting")
+        self._drain = asyncio.ensure_future(self._stop_engine(self._grace_s if first else 0))
+
+    async def _stop_engine(self, grace_s: float) -> None:
+        await self._engine.stop(grace_s)
+        self.should_exit = True
+
+
+def run_server(server: DrainingServer, bound: socket.socket) -> None:
+    """Serves until a signal. Raises HybridCacheError when it cannot start."""
+    try:
+        bound.listen(server.config.backlog)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {url_of(bound)}: {error.strerror or error}") from error
+    try:
+        server.run(sockets=[bound])
+    except SystemExit as error:  # what uvicorn raises after it has logged why
+        raise HybridCacheError("the server could not start") from error

@@ -1,0 +1,132 @@
+"""Responses that notice when the client goes away, so that its work in the engine ends within a step."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Protocol, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from hybrid_cache.api.server.errors import logger, problem_of
+from hybrid_cache.errors import HybridCacheError
+
+T = TypeVar("T")
+KEEP_ALIVE_S = 15.0
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def event(data: Mapping[str, object]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class Reply(Protocol):
+    """An answer in the JSON of one dialect: either whole or as events, and once."""
+
+    async def whole(self) -> BaseModel:
+        """Waits for the end."""
+        ...
+
+    def events(self) -> AsyncGenerator[bytes]:
+        """Server-sent events, as the answer comes."""
+        ...
+
+    async def aclose(self) -> None:
+        """Aborts what still runs. Idempotent."""
+        ...
+
+
+async def respond(request: Request, reply: Reply, *, stream: bool) -> Response:
+    """The reply, whole or as a stream. What still runs is aborted when the client goes away."""
+    if stream:
+        return EventStream(reply.events(), reply.aclose)
+    async with aclosing(reply):
+        body = await unless_gone(request, reply.whole())
+    return JSONResponse(body.model_dump(exclude_unset=True))
+
+
+async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T:
+    """The result of `work`. If the client goes away first, cancels it and raises ClientDisconnect."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(request.receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return await task
+    finally:
+        await _cancel(task)
+        await _cancel(gone)
+
+
+class EventStream(Response):
+    """Server-sent events as they come, with a comment now and then so that nobody takes silence for death."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        close: Callable[[], Awaitable[None]],
+        *,
+        keep_alive_s: float = KEEP_ALIVE_S,
+    ) -> None:
+        """`close` is called at the end, whatever the end is, and even if no event was ever asked for."""
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._close = close
+        self._keep_alive_s = keep_alive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(_until_gone(receive))
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            if await self._send_events(send, gone):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await _cancel(gone)
+            await self._close()
+            await self._events.aclose()
+
+    async def _send_events(self, send: Send, gone: asyncio.Future[None]) -> bool:
+        """False if the client went away before the last event."""
+        following = asyncio.ensure_future(self._next())
+        try:
+            while True:
+                await asyncio.wait((following, gone), timeout=self._keep_alive_s, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    return False
+                body = following.result() if following.done() else KEEP_ALIVE
+                if body is None:
+                    return True
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                if following.done():
+                    following = asyncio.ensure_future(self._next())
+        finally:
+            await _cancel(following)
+
+    async def _next(self) -> bytes | None:
+        """The next event, None after the last one. The headers are out, so a failure becomes an event, too."""
+        try:
+            return await anext(self._events, None)
+        except HybridCacheError as error:
+            return event(problem_of(error).body())
+        except Exception as error:
+            logger.exception("a stream failed")
+            return event(problem_of(error).body())
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(task: asyncio.Future[T]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

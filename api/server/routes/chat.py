@@ -1,0 +1,67 @@
+"""POST /v1/chat/completions"""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from hybrid_cache.api.server.openai.chat_reply import ChatReply
+from hybrid_cache.api.server.openai.choreography import Arranged, arranged_prompt, is_arranged
+from hybrid_cache.api.server.openai.messages import conversation_of
+from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, spec_of
+from hybrid_cache.api.server.openapi import ERRORS, EVENTS
+from hybrid_cache.api.server.responses import respond
+from hybrid_cache.api.server.schemas.chat import ChatRequest, ChatResponse
+from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.choreography.arrangement import Arrangement
+from hybrid_cache.errors import RequestError
+from hybrid_cache.tokens import Prompt
+
+
+def router(serving: Serving) -> APIRouter:
+    """The route, bound to what it serves."""
+    routes = APIRouter(tags=["OpenAI"])
+
+    @routes.post("/v1/chat/completions", response_model=ChatResponse, responses={**ERRORS, **EVENTS})
+    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+        serving.model.check_name(asked.model)
+        _refuse_unsupported(asked)
+        spec, arranged = await _parse(serving, asked)
+        answer = await serving.answer([spec])
+        return await respond(request, ChatReply(serving, asked, answer, arranged), stream=bool(asked.stream))
+
+    return routes
+
+
+def _refuse_unsupported(asked: ChatRequest) -> None:
+    """What would need constrained decoding is refused, not ignored: the caller counts on the form of the answer."""
+    if asked.response_format is not None and asked.response_format.type != "text":
+        raise RequestError(
+            f"response_format is '{asked.response_format.type}', only 'text' is supported", param="response_format"
+        )
+    if asked.structured_outputs:
+        raise RequestError("structured_outputs is not supported", param="structured_outputs")
+    if asked.tool_choice not in (None, "none", "auto"):
+        shown = asked.tool_choice if isinstance(asked.tool_choice, str) else "a function"
+        raise RequestError(f"tool_choice is {shown}, only 'auto' and 'none' are supported", param="tool_choice")
+
+
+async def _parse(serving: Serving, asked: ChatRequest) -> tuple[GenerationSpec, Arranged | None]:
+    """What is wanted, and of a choreography what its reply needs."""
+    if is_arranged(asked):
+        arranged = await arranged_prompt(serving, asked)
+        return _spec(serving.text, asked, arranged.prompt, arranged.arrangement), arranged
+    conversation = await conversation_of(serving.text, asked, asked.messages)
+    return _spec(serving.text, asked, conversation.prompt), None
+
+
+def _spec(
+    text: TextEngine, asked: ChatRequest, prompt: Prompt, arrangement: Arrangement | None = None
+) -> GenerationSpec:
+    check_tokens(text, asked)
+    wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    max_tokens = text.answer_length(prompt, wanted, text.max_length, "messages")
+    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    sampling = sampling_params(text, asked, max_tokens, logprobs=logprobs)
+    tools = bool(asked.tools) and asked.tool_choice != "none"
+    return spec_of(asked, prompt, sampling, tools=tools, arrangement=arrangement)

@@ -1,0 +1,51 @@
+"""POST /v1/completions"""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from hybrid_cache.api.server.openai.completion_reply import CompletionReply
+from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, spec_of
+from hybrid_cache.api.server.openapi import ERRORS, EVENTS
+from hybrid_cache.api.server.responses import respond
+from hybrid_cache.api.server.schemas.completions import CompletionRequest, CompletionResponse
+from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.errors import RequestError
+from hybrid_cache.tokens import Prompt
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+def router(serving: Serving) -> APIRouter:
+    """The route, bound to what it serves."""
+    routes = APIRouter(tags=["OpenAI"])
+
+    @routes.post("/v1/completions", response_model=CompletionResponse, responses={**ERRORS, **EVENTS})
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        """Continues texts, or tokens as they are: nothing is added to them."""
+        serving.model.check_name(asked.model)
+        _refuse_unsupported(asked)
+        special = asked.add_special_tokens is not False
+        prompts = [await serving.text.prompt(prompt, add_special_tokens=special) for prompt in asked.prompt]
+        answer = await serving.answer(_spec(serving.text, asked, prompt) for prompt in prompts)
+        return await respond(request, CompletionReply(serving, asked, answer), stream=bool(asked.stream))
+
+    return routes
+
+
+def _refuse_unsupported(asked: CompletionRequest) -> None:
+    if asked.best_of is not None and asked.best_of != (asked.n or 1):
+        raise RequestError(
+            f"best_of is {asked.best_of}, only the value of n ({asked.n or 1}) is supported", param="best_of"
+        )
+    if asked.suffix:
+        raise RequestError("suffix is not supported: this model continues text, it does not fill gaps", param="suffix")
+
+
+def _spec(text: TextEngine, asked: CompletionRequest, prompt: Prompt) -> GenerationSpec:
+    check_tokens(text, asked)
+    max_tokens = text.answer_length(prompt, asked.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
+    scored = asked.logprobs if asked.echo else None
+    sampling = sampling_params(text, asked, max_tokens, logprobs=asked.logprobs, prompt_logprobs=scored)
+    return spec_of(asked, prompt, sampling)

@@ -1,0 +1,75 @@
+"""The server about itself: its models, its health, its version, its metrics."""
+
+from pathlib import PurePath
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+from hybrid_cache import __version__
+from hybrid_cache.api.server.openapi import LOOKUP_ERRORS, UNAVAILABLE
+from hybrid_cache.api.server.schemas.server import Health, ModelCard, ModelList, Readiness, Ready, Version
+from hybrid_cache.api.server.serving import Serving
+
+
+def router(serving: Serving) -> APIRouter:
+    """The routes, bound to the server they speak for."""
+    routes = APIRouter(tags=["Server"])
+    engine, settings, model = serving.text.engine, serving.settings, serving.model
+
+    def card(name: str) -> ModelCard:
+        root = PurePath(settings.model_path).name or model.name
+        return ModelCard(
+            id=name,
+            object="model",
+            created=settings.created,
+            owned_by="hybrid-cache",
+            root=root,
+            max_model_len=serving.text.max_length,
+        )
+
+    @routes.get("/v1/models", responses=LOOKUP_ERRORS)
+    async def models() -> ModelList:
+        return ModelList(object="list", data=[card(name) for name in model.names])
+
+    @routes.get("/v1/models/{name:path}", responses=LOOKUP_ERRORS)
+    async def one_model(name: str) -> ModelCard:
+        model.check_name(name)
+        return card(name)
+
+    @routes.get("/health", response_model=Health, responses={503: {"model": Health}})
+    async def health() -> Response:
+        """Whether the engine runs; a draining engine still does."""
+        body = Health(
+            status="ok" if engine.alive else "failed",
+            exact=settings.exact,
+            inexact=list(settings.inexact),
+            backend=settings.backend,
+            fallbacks={**settings.fallbacks, **engine.fallbacks},
+            model=model.name,
+            adapter=settings.adapter,
+            dtype=model.dtype,
+            version=__version__,
+        )
+        return JSONResponse(body.model_dump(), 200 if engine.alive else UNAVAILABLE)
+
+    @routes.get("/ready", response_model=Ready, responses={503: {"model": Ready}})
+    async def ready() -> Response:
+        """Whether new requests are welcome."""
+        status: Readiness = "failed" if not engine.alive else "draining" if engine.draining else "ready"
+        return JSONResponse(Ready(status=status).model_dump(), 200 if status == "ready" else UNAVAILABLE)
+
+    @routes.get("/ping", response_class=Response, responses={503: {"description": "The engine has failed."}})
+    async def ping() -> Response:
+        return Response(status_code=200 if engine.alive else UNAVAILABLE)
+
+    @routes.get("/version")
+    async def version() -> Version:
+        return Version(version=__version__)
+
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus text."""
+        body, content_type = serving.metrics.render()
+        return Response(body, headers={"Content-Type": content_type})
+
+    return routes

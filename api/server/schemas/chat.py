@@ -1,0 +1,105 @@
+"""The JSON of chat completions."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport
+from hybrid_cache.api.server.schemas.common import MAX_TOP_LOGPROBS, Count, GenerationRequest, Request, Response, Usage
+from hybrid_cache.api.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool, check_one_of_them
+from hybrid_cache.errors import RequestError
+
+
+class NamedFunction(Request):
+    name: str
+
+
+class NamedTool(Request):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ResponseFormat(Request):
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    structured_outputs: dict[str, object] | None = None
+    choreography: Choreography | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        check_one_of_them(self.continue_final_message, self.add_generation_prompt)
+        return self
+
+
+class TopLogprob(Response):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Response):
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class FunctionOut(Response):
+    name: str
+    arguments: str
+
+
+class ToolCallOut(Response):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionOut
+
+
+class AssistantMessage(Response):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ToolCallOut] | None = None
+
+
+Finish = Literal["stop", "length", "tool_calls"]
+
+
+class ChatChoice(Response):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatResponse(Response):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    choreography: ChoreographyReport | None = None
+    prompt_token_ids: list[int] | None = None

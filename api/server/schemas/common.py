@@ -1,0 +1,190 @@
+"""What the JSON of several requests and replies shares.
+
+Unknown fields are ignored; every bound is named in the error it causes.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+
+from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.errors import RequestError
+
+MAX_N = 16
+MAX_STOPS = 16  # OpenAI takes 4
+MAX_STOP_LENGTH = 256
+MAX_STOP_IDS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_SALT = 1024
+MAX_TTL_S = 24 * 3600.0
+MAX_INT = 2**31 - 1
+_TTL = re.compile(r"([1-9]\d{0,5})([smh])")
+
+
+class Request(BaseModel):
+    """Base of all requests."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class Response(BaseModel):
+    """Base of all responses."""
+
+
+def _stops(value: object) -> list[str] | None:
+    if value is None:
+        return None
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"{len(stops)} stop strings, at most {MAX_STOPS} are allowed")
+    for stop in stops:
+        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
+            raise ValueError(f"a stop string has {len(stop)} characters, must have 1 to {MAX_STOP_LENGTH}")
+        check_utf8(stop)
+    return list(stops)
+
+
+def _logit_bias(value: object) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids and biases")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"{len(value)} entries, at most {MAX_LOGIT_BIAS} are allowed")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not re.fullmatch(r"\d{1,10}", str(key)):
+            raise ValueError(f"{quoted(key)} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of token {key} is {quoted(bias)}, must be in [-100, 100]")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def check_utf8(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds characters that UTF-8 cannot carry (lone surrogates)") from None
+
+
+def _ttl(value: str) -> str:
+    match = _TTL.fullmatch(value)
+    if match is None or ttl_seconds(value) > MAX_TTL_S:
+        raise ValueError("must be a duration such as '30m' or '12h', at most '24h'")
+    return value
+
+
+def ttl_seconds(text: str) -> float:
+    """`30m` -> 1800."""
+    return float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
+
+
+Stops = Annotated[
+    list[str] | None,
+    PlainValidator(_stops),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH},
+                {
+                    "type": "array",
+                    "maxItems": MAX_STOPS,
+                    "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH},
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+LogitBias = Annotated[
+    dict[int, float] | None,
+    PlainValidator(_logit_bias),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "maxProperties": MAX_LOGIT_BIAS,
+                    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+Ttl = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}[smh]$"), AfterValidator(_ttl)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+
+
+class StreamOptions(Request):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class CacheBreakpoint(Request):
+    """Marks the exact end of a reusable prefix."""
+
+    mode: Literal["explicit"]
+    ttl: Ttl | None = None
+
+
+class CacheOptions(Request):
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Ttl | None = None
+
+
+class GenerationRequest(Request):
+    """What chat and text completions share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: Stops = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: LogitBias = None
+    user: str | None = None
+    # As in vLLM
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT, description="0 and -1 keep all")] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    min_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    # The cache
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT)] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: CacheOptions | None = None
+
+    @model_validator(mode="after")
+    def _streams_if_it_has_options(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
+        return self
+
+
+class PromptTokensDetails(Response):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class Usage(Response):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails

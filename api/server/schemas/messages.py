@@ -1,0 +1,122 @@
+"""The JSON of messages and tools."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, PlainValidator, model_validator
+
+from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.server.schemas.common import CacheBreakpoint, Request, check_utf8
+from hybrid_cache.errors import RequestError
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096  # content parts of one message
+MAX_TOOLS = 128
+MAX_REF = 64
+
+
+class ContentPart(Request):
+    """Only text; pictures, sound and files are refused with a message of their own."""
+
+    type: Literal["text", "input_text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind not in ("text", "input_text", "refusal"):
+            raise ValueError(f"content parts of type {quoted(kind)} are not supported, only 'text'")
+        return value
+
+    @model_validator(mode="after")
+    def _has_text(self) -> "ContentPart":
+        if self.content is None:
+            raise ValueError(f"a part of type '{self.type}' needs a text")
+        return self
+
+    @property
+    def content(self) -> str | None:
+        return self.refusal if self.type == "refusal" else self.text
+
+
+class FunctionCall(Request):
+    name: Annotated[str, Field(max_length=256)]
+    arguments: str
+
+
+class ToolCall(Request):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+def _content(value: object) -> str | list[ContentPart] | None:
+    """Read by hand so that an error tells about the form that the client chose, not about all of them."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        check_utf8(value)
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string, a list of content parts, or null")
+    if not 1 <= len(value) <= MAX_PARTS:
+        raise ValueError(f"{len(value)} content parts, must be 1 to {MAX_PARTS}")
+    parts = [part if isinstance(part, ContentPart) else ContentPart.model_validate(part) for part in value]
+    for part in parts:
+        check_utf8(part.content or "")
+    return parts
+
+
+Content = Annotated[
+    str | list[ContentPart] | None,
+    PlainValidator(_content, json_schema_input_type=str | list[ContentPart] | None),
+]
+
+
+class ChatMessage(Request):
+    """A message, or `{"ref": id}` for one that an earlier choreography has named."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    ref: Annotated[str, Field(min_length=1, max_length=MAX_REF)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stands_for_another(cls, value: object) -> object:
+        """A reference needs nothing else: role and content are those of the message it names."""
+        if isinstance(value, dict) and value.get("ref") is not None:
+            others = sorted(value.keys() - {"ref", "role"})
+            if others:
+                raise ValueError(f"a message with a ref has nothing else, here '{others[0]}'")
+            return {"role": "user", "content": "", **value}
+        return value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "ChatMessage":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a message with role '{self.role}' needs content")
+        return self
+
+
+class FunctionDefinition(Request):
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Tool(Request):
+    model_config = ConfigDict(extra="allow", strict=True)
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+def check_one_of_them(continues: bool | None, opens: bool | None) -> None:
+    if continues and opens:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt cannot both be true", param="continue_final_message"
+        )

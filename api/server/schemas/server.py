@@ -1,0 +1,42 @@
+"""The JSON of what a server says about itself."""
+
+from typing import Literal
+
+from hybrid_cache.api.server.schemas.common import Response
+
+
+class ModelCard(Response):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "hybrid-cache"
+    root: str
+    max_model_len: int
+
+
+class ModelList(Response):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(Response):
+    status: Literal["ok", "failed"]
+    exact: bool
+    inexact: list[str]  # why not
+    backend: str
+    fallbacks: dict[str, str]  # what runs slower than it could, and why: operations left to torch, no CUDA graphs
+    model: str
+    adapter: str | None
+    dtype: str
+    version: str
+
+
+Readiness = Literal["ready", "draining", "failed"]
+
+
+class Ready(Response):
+    status: Readiness
+
+
+class Version(Response):
+    version: str

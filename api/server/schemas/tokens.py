@@ -1,0 +1,61 @@
+"""The JSON of what the tokenizer is asked."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from hybrid_cache.api.server.schemas.common import Request, Response, TokenId
+from hybrid_cache.api.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool, check_one_of_them
+from hybrid_cache.errors import RequestError
+
+MAX_DETOKENIZED = 2**20  # tokens of one /detokenize request
+
+
+class TokenizeRequest(Request):
+    """POST /tokenize: a prompt, or messages as in /v1/chat/completions."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either a prompt or messages", param="prompt")
+        check_one_of_them(self.continue_final_message, self.add_generation_prompt)
+        return self
+
+
+class DetokenizeRequest(Request):
+    """POST /detokenize"""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_DETOKENIZED)]
+
+
+class TokenizeResponse(Response):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(Response):
+    prompt: str
+
+
+class TokenizerInfo(Response):
+    tokenizer_class: str
+    vocab_size: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    eos_token_id: int | None
+    chat_template: str | None

@@ -1,0 +1,69 @@
+"""What the routes share: a model that is talked to in text, and facts about it and its server."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hybrid_cache import __version__
+from hybrid_cache.api.server.errors import ModelNotFound, quoted
+from hybrid_cache.api.server.metrics import Metrics
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.answer import Answer
+from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.api.text.tokenizer import TextModel
+from hybrid_cache.choreography.book import MessageBook
+from hybrid_cache.engine.async_engine import AsyncEngine
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """Facts about the model that runs in an engine."""
+
+    names: tuple[str, ...]  # what clients call it, the first is what replies say
+    dtype: str
+    system_fingerprint: str  # what a seed's promise holds for: server, weights, dtype and kernels
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def check_name(self, asked: str | None) -> None:
+        """Raises ModelNotFound for a model that is not this one; no name means this one."""
+        if asked and asked not in self.names:
+            served = ", ".join(self.names)
+            raise ModelNotFound(f"the model {quoted(asked)} is not served here, only {served}", param="model")
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Everything that a request needs, made once."""
+
+    text: TextEngine
+    settings: ServerSettings
+    model: ServedModel
+    metrics: Metrics
+    book: MessageBook  # messages that requests may refer to
+
+    async def answer(self, specs: Iterable[GenerationSpec]) -> Answer:
+        """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped."""
+        return await Answer.to(self.text, specs, self.metrics.observe)
+
+
+def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> Serving:
+    return Serving(
+        text=TextEngine.of(engine, text),
+        settings=settings,
+        model=_served_model(engine, settings),
+        metrics=Metrics(engine, settings),
+        book=MessageBook(),
+    )
+
+
+def _served_model(engine: AsyncEngine, settings: ServerSettings) -> ServedModel:
+    model = engine.model
+    dtype = str(model.cache_spec.hidden_dtype).removeprefix("torch.")
+    return ServedModel(
+        names=settings.served_names,
+        dtype=dtype,
+        system_fingerprint=f"hybrid-cache-{__version__}-{model.fingerprint[:12]}-{dtype}-{settings.backend}",
+    )

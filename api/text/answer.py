@@ -1,0 +1,209 @@
+"""From a `GenerationSpec` to events in text, by way of the engine. Every dialect, whole or as a stream, shares this."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from types import TracebackType
+
+from hybrid_cache.api.text.generation import Begin, End, Event, GenerationSpec, Text, Token, ToolCall, Usage
+from hybrid_cache.api.text.records import RequestRecord, Stopwatch
+from hybrid_cache.api.text.stream import ChoiceText, Detokenizer, Piece, make_stopper
+from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.api.text.tokenizer import Tokenizer
+from hybrid_cache.api.text.tools import CLOSE, OPEN, ParsedCall, ToolCallParser
+from hybrid_cache.request import PromptOutput, Request, TokenOutput
+
+Step = tuple[Event, ...]  # what one output of the engine causes, in order
+Observe = Callable[[RequestRecord], None]
+
+
+class Answer:
+    """What a model says to one prompt or several. Leaving the `async with` block aborts what still runs.
+
+    Iterate over it, once, for the steps of all prompts as they come. Choices are counted through: with `n` choices a
+    prompt, choice `p * n + i` is the i-th of prompt p.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[_Run] = []
+
+    @classmethod
+    async def to(cls, text: TextEngine, specs: Iterable[GenerationSpec], observe: Observe | None = None) -> "Answer":
+        """Queues all of them or none; `observe` is told of each when it has ended.
+
+        Raises RequestError, Overloaded or EngineStopped.
+        """
+        answer, first = cls(), 0
+        try:
+            for number, spec in enumerate(specs):
+                answer._runs.append(_Run(text, spec, number, first, observe))
+                first += spec.n
+        except BaseException:
+            await answer.aclose()
+            raise
+        return answer
+
+    @property
+    def usage(self) -> Usage:
+        """Of all prompts so far."""
+        return sum((run.usage for run in self._runs), Usage())
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        if len(self._runs) == 1:
+            async for step in self._runs[0]:
+                yield step
+            return
+        queue: asyncio.Queue[Step | Exception | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(_pump(run, queue)) for run in self._runs]
+        try:
+            running = len(tasks)
+            while running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def __aenter__(self) -> "Answer":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Aborts what still runs. Idempotent."""
+        for run in self._runs:
+            await run.aclose()
+
+
+class _Run:
+    """One spec in the engine."""
+
+    def __init__(
+        self, text: TextEngine, spec: GenerationSpec, number: int, first_choice: int, observe: Observe | None
+    ) -> None:
+        """Queues the request. Raises RequestError, Overloaded or EngineStopped."""
+        self._number = number
+        self._tokens: list[int] = spec.prompt.tokens.tolist()
+        self._output = PromptOutput(cached_tokens=0, written_tokens=0)
+        self._num_generated = 0
+        hidden = _hidden(text.tokenizer, spec)
+
+        def detokenizer() -> Detokenizer:
+            return Detokenizer(text.tokenizer, self._tokens, hidden)
+
+        self._choices = [_Choice(first_choice + i, spec, detokenizer()) for i in range(spec.n)]
+        self._stream = text.engine.submit(
+            Request(
+                id=uuid.uuid4().hex,
+                prompt=spec.prompt,
+                sampling=spec.sampling,
+                n=spec.n,
+                namespace=spec.namespace,
+                cache_mode=spec.cache_mode,
+                make_stopper=make_stopper(detokenizer, spec.stops) if spec.stops else None,
+                arrangement=spec.arrangement,
+            )
+        )
+        self._watch = Stopwatch(spec.n)
+        self._observe = observe
+
+    @property
+    def usage(self) -> Usage:
+        output = self._output
+        return Usage(len(self._tokens), self._num_generated, output.cached_tokens, output.written_tokens)
+
+    def __aiter__(self) -> "_Run":
+        return self
+
+    async def __anext__(self) -> Step:
+        try:
+            output = await anext(self._stream)
+        except StopAsyncIteration:
+            self._record()
+            raise
+        if isinstance(output, TokenOutput):
+            return self._step(output)
+        self._output = output
+        return (Begin(self._number, self._tokens, output.logprobs),)
+
+    def _step(self, output: TokenOutput) -> Step:
+        if output.token is not None:
+            self._num_generated += 1
+            self._watch.token(output.index)
+        choice = self._choices[output.index]
+        said, stop = choice.push(output)
+        if output.finish is None:
+            return said
+        self._watch.end(output.index, output.finish.value)
+        return (*said, End(choice.number, output.finish, stop, self.usage, self._output.plan))
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+        self._record()
+
+    def _record(self) -> None:
+        """Tells about this request, once."""
+        observe, self._observe = self._observe, None
+        if observe is not None:
+            observe(self._watch.record(self.usage, self._output.queued_s))
+
+
+class _Choice:
+    """One continuation as it grows."""
+
+    def __init__(self, number: int, spec: GenerationSpec, detokenizer: Detokenizer) -> None:
+        self.number = number
+        self._text = ChoiceText(
+            detokenizer,
+            spec.stops,
+            spec.sampling.stop_token_ids,
+            spec.named_stop_ids,
+            include_stop=spec.include_stop,
+        )
+        self._parser = ToolCallParser() if spec.tools else None
+
+    def push(self, output: TokenOutput) -> tuple[Step, str | int | None]:
+        """Takes the next output of this choice -> what it adds, and what the client named that has ended it."""
+        piece = self._text.push(output)
+        token = None if output.token is None else Token(output.token, piece.offset, output.logprob)
+        if self._parser is None:
+            return (Text(self.number, piece.text, token),), piece.stop
+        first, *others = self._parsed(self._parser, piece) or [""]
+        return (self._event(first, token), *(self._event(item, None) for item in others)), piece.stop
+
+    @staticmethod
+    def _parsed(parser: ToolCallParser, piece: Piece) -> list[str | ParsedCall]:
+        found = parser.push(piece.text)
+        return found if piece.output.finish is None else found + parser.finish()
+
+    def _event(self, item: str | ParsedCall, token: Token | None) -> Text | ToolCall:
+        if isinstance(item, str):
+            return Text(self.number, item, token)
+        return ToolCall(self.number, item.name, item.arguments, token)
+
+
+async def _pump(run: _Run, queue: "asyncio.Queue[Step | Exception | None]") -> None:
+    """Puts the steps of a run into a queue, then None or what ended it."""
+    try:
+        async for step in run:
+            queue.put_nowait(step)
+        queue.put_nowait(None)
+    except Exception as error:
+        queue.put_nowait(error)
+
+
+def _hidden(tokenizer: Tokenizer, spec: GenerationSpec) -> frozenset[int]:
+    """Tokens that have no text: special ones, but not those that tool calls are told by."""
+    if spec.show_special:
+        return frozenset()
+    tags = [tokenizer.id_of(tag) for tag in (OPEN, CLOSE)] if spec.tools else []
+    return tokenizer.special_ids.difference(tags)

@@ -1,0 +1,99 @@
+"""What is wanted of a model in text, and what it says: the seam between a client's dialect and the engine.
+
+A dialect parses a request into a `GenerationSpec`, and renders the events of the `Answer` to it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybrid_cache.choreography.arrangement import Arrangement
+from hybrid_cache.choreography.plan import Plan
+from hybrid_cache.request import CacheMode, FinishReason
+from hybrid_cache.sampling import SamplingParams, TokenLogprob
+from hybrid_cache.tokens import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """One prompt, and how it is to be continued."""
+
+    prompt: Prompt
+    sampling: SamplingParams
+    n: int = 1  # continuations, each of which is a choice
+    stops: tuple[str, ...] = ()  # strings that end a choice
+    named_stop_ids: tuple[int, ...] = ()  # of the stop tokens, those that `End.stop` may name
+    include_stop: bool = False  # what ends a choice is part of its text
+    show_special: bool = False  # special tokens have text
+    tools: bool = False  # tool calls are told from text
+    namespace: str = ""
+    cache_mode: CacheMode = CacheMode.IMPLICIT
+    arrangement: Arrangement | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of a choice."""
+
+    id: int
+    offset: int  # characters of the choice's text before it
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What has been used so far, in tokens."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0  # of the prompt, not computed
+    written: int = 0  # of the prompt, new in the cache
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt + other.prompt,
+            self.completion + other.completion,
+            self.cached + other.cached,
+            self.written + other.written,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A prompt has been read; its choices follow."""
+
+    prompt: int  # which of the answer's prompts
+    tokens: Sequence[int]
+    logprobs: Sequence[TokenLogprob | None] | None  # one a token, if they were wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """More text of a choice; empty if there is nothing to let out yet."""
+
+    choice: int
+    text: str
+    token: Token | None  # what let this out; comes once, with the first event that it causes
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A whole tool call in a choice."""
+
+    choice: int
+    name: str
+    arguments: str  # JSON as the model wrote it
+    token: Token | None  # as in `Text`
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of a choice."""
+
+    choice: int
+    finish: FinishReason
+    stop: str | int | None  # the stop string or stop token that was the reason, if the client named it
+    usage: Usage  # of its prompt and of all choices of that
+    plan: Plan | None  # of an arranged prompt: what was really done
+
+
+Event = Begin | Text | ToolCall | End

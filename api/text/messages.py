@@ -1,0 +1,59 @@
+"""What a client sends to be answered, as templates see it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+PART_SEPARATOR = "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of text in a message; `marked` if the client set a cache breakpoint at its end."""
+
+    text: str
+    marked: bool = False
+    ttl_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What the client sent. `parts` is None for an assistant's message that only calls tools."""
+
+    role: str
+    parts: tuple[Part, ...] | None
+    fields: Mapping[str, object] = field(default_factory=dict)  # name, tool_calls, tool_call_id ...
+
+    def content(self, mark: str = "", *, tight: bool = False) -> str | None:
+        """The text as templates see it, with `mark` at the end of each part that was marked or that another follows.
+
+        `tight` puts the last mark before the spaces that a template may trim.
+        """
+        if self.parts is None:
+            return None
+        last = len(self.parts) - 1
+        pieces = [p.text + (mark if p.marked or i < last else "") for i, p in enumerate(self.parts)]
+        if mark and tight and self.parts[last].marked:
+            text = self.parts[last].text
+            pieces[last] = text.rstrip() + mark + text[len(text.rstrip()) :]
+        return PART_SEPARATOR.join(pieces)
+
+    def for_template(self, mark: str = "", *, tight: bool = False) -> dict[str, object]:
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content(mark, tight=tight), **self.fields}
+
+    @property
+    def marks(self) -> list[Part]:
+        """The parts whose ends `content` marks."""
+        parts = self.parts or ()
+        return [p for i, p in enumerate(parts) if p.marked or i < len(parts) - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """How a conversation is to be rendered."""
+
+    tools: Sequence[Mapping[str, object]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+    default_ttl_s: float | None = None  # for marked parts without a lifetime of their own

@@ -1,0 +1,81 @@
+"""A model that is talked to in text: an engine, what turns text into tokens, and the room for both sides."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hybrid_cache.api.text.boundaries import prompt_of_tokens
+from hybrid_cache.api.text.chat import ChatEncoder, Conversation
+from hybrid_cache.api.text.messages import Message, Rendering
+from hybrid_cache.api.text.tokenizer import LONG_TEXT, GenerationDefaults, TextModel, Tokenizer
+from hybrid_cache.engine.async_engine import AsyncEngine
+from hybrid_cache.errors import ContextTooLong
+from hybrid_cache.tokens import Prompt
+
+T = TypeVar("T")
+MESSAGE_WORK = 128  # in characters: the end of each message is found by rendering the messages before it
+
+
+@dataclass(frozen=True, slots=True)
+class TextEngine:
+    """Made once for a model; all requests share it."""
+
+    engine: AsyncEngine
+    tokenizer: Tokenizer
+    chat: ChatEncoder
+    defaults: GenerationDefaults
+
+    @classmethod
+    def of(cls, engine: AsyncEngine, text: TextModel) -> "TextEngine":
+        return cls(engine, text.tokenizer, ChatEncoder(text.tokenizer, text.chat_templates), text.defaults)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.model.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a prompt and its answer, by the model's context."""
+        return self.engine.model.max_length
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer and that the model can choose: a generation_config.json may name others."""
+        return tuple(token for token in self.defaults.eos_ids if token < self.vocab_size)
+
+    def answer_length(self, prompt: Prompt, max_tokens: int | None, otherwise: int, param: str) -> int:
+        """Tokens that an answer may have: at most `max_tokens`, or `otherwise` where that was left open.
+
+        It ends where the context does; one whose length was left open, where the cache does as well.
+        Raises ContextTooLong about `param` if there is room for none.
+        """
+        room, bound = self.max_length, "this model's context"
+        if max_tokens is None and self.engine.longest_sequence < room:
+            room, bound = self.engine.longest_sequence, "the cache budget"
+        longest = otherwise if max_tokens is None else max_tokens
+        num_tokens = len(prompt.tokens)
+        # A prompt that fills the context may still be scored: that takes no answer.
+        if num_tokens + min(longest, 1) > room:
+            raise ContextTooLong(
+                f"the prompt has {num_tokens} tokens and {bound} {room}, which must hold the prompt and its answer",
+                param=param,
+            )
+        return min(longest, room - num_tokens)
+
+    async def conversation(self, messages: Sequence[Message], rendering: Rendering) -> Conversation:
+        """Renders and tokenises. Raises RequestError, and ContextTooLong when the context does not hold them."""
+        size = sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_WORK * len(messages)
+        return await _off_the_loop_if_long(size, lambda: self.chat.conversation(messages, rendering, self.max_length))
+
+    async def prompt(self, prompt: str | list[int], *, add_special_tokens: bool) -> Prompt:
+        """A text, or tokens as they are. Raises RequestError, and ContextTooLong for text that cannot fit."""
+        if not isinstance(prompt, str):
+            return prompt_of_tokens(prompt, self.tokenizer)
+        self.tokenizer.check_size(prompt, self.max_length, "prompt")
+        encode = self.tokenizer.encode_prompt if add_special_tokens else self.tokenizer.encode
+        return await _off_the_loop_if_long(len(prompt), lambda: prompt_of_tokens(encode(prompt), self.tokenizer))
+
+
+async def _off_the_loop_if_long(size: int, work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work) if size > LONG_TEXT else work()

@@ -1,0 +1,248 @@
+"""Text to tokens and back, from the files of a model folder. No code of the folder is ever run."""
+
+import json
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from hybrid_cache.api.text.template import ChatTemplate
+from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
+
+LONG_TEXT = 4000  # characters; to tokenise more takes ten milliseconds, too long for an event loop
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What generation_config.json asks for when a request leaves a value out."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+
+class Tokenizer:
+    """The tokenizer of one model. Safe to use from several threads."""
+
+    def __init__(self, backend: Backend, config: Mapping[str, object]) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._byte_level = _is_byte_level(backend)
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self._longest = max(map(len, vocab), default=1)  # characters of one token
+        self.last_token = max(vocab.items(), key=lambda item: item[1], default=("", -1))  # and its id
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        self.named_tokens = {name: token for name in names if (token := _token_content(config.get(name))) is not None}
+        self.bos_id = self.id_of(self.named_tokens.get("bos_token"))
+        self.eos_id = self.id_of(self.named_tokens.get("eos_token"))
+        flag = config.get("add_bos_token")
+        self._adds_bos = flag if isinstance(flag, bool) else None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a piece of text; special tokens written in it are recognised, none is added."""
+        try:
+            if len(text) <= LONG_TEXT:
+                return self._backend.encode(text, add_special_tokens=False).ids
+            # As a batch, because only those let other threads run meanwhile.
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except (UnicodeEncodeError, TypeError) as e:  # TypeError: how the library reports lone surrogates
+            raise RequestError("the text holds characters that UTF-8 cannot carry (lone surrogates)") from e
+
+    def check_size(self, text: str, max_tokens: int, param: str) -> None:
+        """Raises ContextTooLong for text that cannot fit, without taking the time to tokenise it."""
+        most = max_tokens * self._longest
+        if len(text) > max(most, LONG_TEXT):
+            raise ContextTooLong(
+                f"the text has {len(text)} characters, a context of {max_tokens} tokens holds at most {most}",
+                param=param,
+            )
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a whole prompt, with the BOS token that this model's prompts begin with, if any."""
+        ids = self.encode(text)
+        if self._adds_bos is None:
+            prefix = self._backend.encode("", add_special_tokens=True).ids
+            begins = self.bos_id is not None and self.bos_id in prefix
+        else:
+            begins = self._adds_bos
+        if not begins or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
+
+    def decode(self, ids: Sequence[int], skip: Container[int] = ()) -> str:
+        """Text of some tokens, leaving out those in `skip`. Unfinished characters become U+FFFD."""
+        kept = [i for i in ids if i not in skip]
+        return self._backend.decode(kept, skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; special tokens stand for their names, unknown ones for nothing."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            return b"".join(_BYTE_OF.get(c, c.encode()) for c in token)
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(match[1])
+        return token.replace("▁", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """GPT-2's printable stand-ins for the 256 bytes."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): bytes([b]) for b in plain} | {chr(256 + i): bytes([b]) for i, b in enumerate(rest)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """What a model folder says about text: its tokenizer, its chat templates, its way of choosing tokens."""
+
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    chat_templates: Mapping[str, ChatTemplate]  # by name: "default", at times "tool_use"; empty for a base model
+
+    @staticmethod
+    def load(path: Path) -> "TextModel":
+        """Reads the text files of a model folder. Raises ModelError with one line that names the file."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ModelError(f"{folder} is not a folder")
+        tokenizer = load_tokenizer(folder)
+        _check_vocabulary(folder, tokenizer)
+        sources = load_chat_templates(folder)
+        try:
+            templates = {name: ChatTemplate(source, tokenizer.named_tokens) for name, source in sources.items()}
+        except ModelError as e:
+            raise ModelError(f"{folder}: {_first_line(e)}") from e
+        return TextModel(tokenizer, load_defaults(folder, tokenizer), templates)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Reads tokenizer.json, or has transformers convert an older format. Raises ModelError."""
+    config = read_json(folder / "tokenizer_config.json")
+    special = read_json(folder / "special_tokens_map.json")
+    path = folder / "tokenizer.json"
+    try:
+        backend = Backend.from_file(str(path)) if path.is_file() else _converted(folder)
+    except ModelError:
+        raise
+    except Exception as e:  # the library raises plain Exception
+        raise ModelError(f"{folder}: the tokenizer cannot be read: {_first_line(e)}") from e
+    tokenizer = Tokenizer(backend, {**special, **config})
+    for name, token in tokenizer.named_tokens.items():
+        if tokenizer.id_of(token) is None:
+            file = "tokenizer_config.json" if config.get(name) is not None else "special_tokens_map.json"
+            raise ModelError(f"{folder}: {file}: {name} is {token!r}, which the tokenizer's vocabulary lacks")
+    return tokenizer
+
+
+def load_defaults(folder: Path, tokenizer: Tokenizer) -> GenerationDefaults:
+    """Reads generation_config.json, falling back to config.json for the end tokens. Raises ModelError."""
+    generation, model = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
+    eos = generation.get("eos_token_id", model.get("eos_token_id"))
+    listed = eos if isinstance(eos, list) else [eos]
+    eos_ids = {i for i in (*listed, tokenizer.eos_id) if isinstance(i, int) and not isinstance(i, bool) and i >= 0}
+    greedy = generation.get("do_sample") is False and "temperature" not in generation
+    most = generation.get("max_new_tokens")
+    return GenerationDefaults(
+        temperature=0.0 if greedy else _number(generation, "temperature", 1.0),
+        top_p=_number(generation, "top_p", 1.0),
+        top_k=int(_number(generation, "top_k", 0)),
+        repetition_penalty=_number(generation, "repetition_penalty", 1.0),
+        max_new_tokens=most if isinstance(most, int) and most > 0 else None,
+        eos_ids=tuple(sorted(eos_ids)),
+    )
+
+
+def load_chat_templates(folder: Path) -> dict[str, str]:
+    """Named chat templates of a folder, "default" among them if there is one. Raises ModelError."""
+    field = read_json(folder / "tokenizer_config.json").get("chat_template")
+    templates: dict[str, str] = {}
+    if isinstance(field, str):
+        templates["default"] = field
+    elif isinstance(field, list):
+        templates |= {str(t["name"]): str(t["template"]) for t in field if isinstance(t, dict) and "template" in t}
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            templates["default"] = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
+            raise ModelError(f"{path} cannot be read: {_first_line(e)}") from e
+    return templates
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object; {} when there is no such file. Raises ModelError for a file that is broken."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{path} cannot be read: {_first_line(e)}") from e
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return values
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """Every token has a row in the model's embedding. Rows without a token are fine: many models have some."""
+    config = read_json(folder / "config.json")
+    nested = config.get("text_config")
+    size = (nested if isinstance(nested, dict) else config).get("vocab_size")
+    token, last = tokenizer.last_token
+    if isinstance(size, int) and last >= size:
+        raise ModelError(f"{folder}: the tokenizer's token {token!r} has id {last}, config.json: vocab_size is {size}")
+
+
+def _converted(folder: Path) -> Backend:
+    if not any(folder.glob("*.model")) and not (folder / "vocab.json").is_file():
+        raise ModelError(f"{folder}: tokenizer.json is not there")
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, Backend):
+        raise ModelError(f"{folder}: this kind of tokenizer has no tokenizer.json form")
+    return backend
+
+
+def _is_byte_level(backend: Backend) -> bool:
+    decoder = backend.decoder
+    return decoder is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
+
+
+def _token_content(value: object) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _number(values: Mapping[str, object], name: str, default: float) -> float:
+    value = values.get(name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,187 @@
+"""The command line, without a server."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hybrid_cache import __version__
+from hybrid_cache.api.cli import main as cli
+from hybrid_cache.api.cli.options import read_api_keys
+from hybrid_cache.api.server.launch import LoadOptions
+from hybrid_cache.api.server.process import ServeOptions
+from hybrid_cache.cache.policies.registry import policy_names
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.errors import ConfigError
+
+HEAVY = ("torch", "transformers", "fastapi", "httpx", "numpy")
+PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli.main import main; main()")
+
+
+def exit_code(*args: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(args))
+    return int(caught.value.code or 0)
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line that a failing command leaves."""
+    assert exit_code(*args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = f"import sys, hybrid_cache.api.cli.main; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_talking_to_a_server_needs_no_torch() -> None:
+    code = "import sys, hybrid_cache.api.cli.terminal; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["serve", "chat", "model", "bench"]),
+        (
+            ["serve"],
+            ["--host", "--port", "--api-key-file", "--budget", "--policy", "--backend", "--fast", "--drain-timeout"],
+        ),
+        (["serve"], [*policy_names()]),
+        (["chat"], ["--url", "--system", "--temperature", "--max-tokens", "--seed", "--backend", "--fast"]),
+        (["model", "info"], ["--budget", "--json"]),
+        (["model", "list"], ["--budget", "--json"]),
+        (["model", "convert"], ["--dtype", "--quantize", "--shard-size"]),
+        (["bench"], ["serve", "exactness", "bookkeeping"]),
+        (["bench", "serve"], ["--url", "--scenarios"]),
+        (["bench", "exactness"], ["--rows", "--seed"]),
+        (["bench", "bookkeeping"], ["--nodes", "--seed"]),
+    ],
+)
+def test_help_names_the_options(args: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    done = CliRunner().invoke(cli.app, [*args, "--help"])
+    assert done.exit_code == 0
+    assert [word for word in words if word not in done.output] == []
+
+
+def test_the_version_is_printed() -> None:
+    done = CliRunner().invoke(cli.app, ["--version"])
+    assert done.output == f"hybrid-cache {__version__}\n"
+
+
+def test_the_defaults_of_serve_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[ServeOptions] = []
+    monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
+    assert exit_code("serve") == 0
+    assert told[0].engine == EngineConfig()
+
+
+def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[ServeOptions] = []
+    monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
+    keys = tmp_path / "keys"
+    keys.write_text("# mine\nsecret\n\nother \n")
+    line = (
+        f"serve some/model --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
+        "--budget 64MiB --policy lru --backend torch --dtype float32 --threads 1 --max-running 3 --max-waiting 4 "
+        "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics "
+        "--drain-timeout 1.5 --fast"
+    )
+    assert exit_code(*line.split()) == 0
+    options = told[0]
+    assert options.engine == EngineConfig(64 << 20, 3, 4, "lru", False, 5, 2)
+    assert options.load == LoadOptions("some/model", "torch", fast=True, dtype="float32", threads=1)
+    rest = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("engine", "load")}
+    assert rest == {
+        "host": "0.0.0.0",
+        "port": 0,
+        "served_names": ("a", "b"),
+        "api_keys": ("secret", "other"),
+        "max_body_bytes": 1 << 20,
+        "vllm_metrics": True,
+        "drain_timeout_s": 1.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["serve", "--budget", "lots"], "'lots'"),
+        (["serve", "--budget", "1KiB"], "1024"),
+        (["serve", "--policy", "magic"], "'magic'"),
+        (["serve", "--backend", "abacus"], "'abacus'"),
+        (["serve", "--dtype", "int3"], "'int3'"),
+        (["serve", "--max-running", "0"], "max_running"),
+        (["serve", "--served-model-name", ""], "served_names"),
+        (["serve", "--host", "256.0.0.1"], "256.0.0.1"),
+        (["serve", "--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
+        (["serve", "/nowhere/model"], "/nowhere/model"),
+        (["model", "info", "/nowhere/model"], "/nowhere/model"),
+        (["chat", "--url", "ftp://host"], "ftp://host"),
+        (["chat", "--url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+        (["chat", "/nowhere/model"], "/nowhere/model"),
+    ],
+)
+def test_what_cannot_work_ends_in_one_line_and_exit_code_2(
+    args: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = ["--port", "0"] if args[0] == "serve" else []
+    assert word in error_line(capsys, *args, *port)
+
+
+def test_an_empty_file_of_keys_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# nothing\n\n")
+    with pytest.raises(ConfigError, match="no API key"):
+        read_api_keys(path)
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    done = CliRunner().invoke(cli.app, ["serve", "--no-such-option"])
+    assert done.exit_code == 2
+    assert "--no-such-option" in done.output
+
+
+def test_a_bench_command_checks_its_own_options() -> None:
+    done = CliRunner().invoke(cli.app, ["bench", "exactness", "--rows", "many"])
+    assert done.exit_code == 2
+    assert "--rows" in done.output
+
+
+def test_model_info_exits_with_1_for_a_model_that_is_not_supported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert exit_code("model", "info", str(tmp_path), "--json") == 1
+    assert json.loads(capsys.readouterr().out)["supported"] is False
+
+
+def test_the_budget_of_model_info_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = []
+    for budget in ("256MiB", "512MiB"):
+        assert exit_code("model", "info", "--budget", budget, "--json") == 0
+        counts.append(json.loads(capsys.readouterr().out)["facts"]["conversations_in_budget"])
+    assert 0 <= counts[1] - 2 * counts[0] <= 1
+
+
+def test_a_broken_model_folder_leaves_one_line_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{ this is not JSON")
+    done = subprocess.run(
+        [*PROGRAM, "serve", str(tmp_path), "--port", "0"], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert "config.json cannot be read" in done.stderr

@@ -1,0 +1,89 @@
+"""Tool calls through /v1/chat/completions, from a model that always makes two."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from hybrid_cache.api.text.tokenizer import TextModel
+from tests.api.servers import Script, events_of, new_app, new_engine, over_the_wire, script_messages, write_text_model
+
+SCRIPT: Script = (
+    *("Let me", " see.", " <tool", "_call>", '{"name": "f", "argu', 'ments": {"x": [1]}}', "</tool_call>"),
+    *("\n", '<tool_call>{"name": "g"}</tool_call>'),
+)
+PLAIN = "Let me see. "
+WHOLE = "".join(str(piece) for piece in SCRIPT)
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
+    folder: Path = tmp_path_factory.mktemp("tools")
+    write_text_model(folder, SCRIPT)
+    return TextModel.load(folder)
+
+
+@pytest.fixture(scope="module")
+def url(text: TextModel) -> Iterator[str]:
+    with over_the_wire(new_app(new_engine(), text)) as address:
+        yield address
+
+
+def asked(text: TextModel, **fields: object) -> dict[str, object]:
+    return {"messages": script_messages(text, SCRIPT), "tools": TOOLS, **fields}
+
+
+def test_calls_are_taken_out_of_the_text(client: httpx.Client, text: TextModel) -> None:
+    choice = client.post("/v1/chat/completions", json=asked(text)).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == PLAIN
+    calls = choice["message"]["tool_calls"]
+    assert [call["function"] for call in calls] == [
+        {"name": "f", "arguments": '{"x": [1]}'},
+        {"name": "g", "arguments": "{}"},
+    ]
+    assert len({call["id"] for call in calls}) == 2
+
+
+@pytest.mark.parametrize("fields", [{"tools": None}, {"tool_choice": "none"}])
+def test_without_tools_calls_are_text(client: httpx.Client, text: TextModel, fields: dict[str, object]) -> None:
+    choice = client.post("/v1/chat/completions", json=asked(text, **fields)).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == WHOLE
+    assert "tool_calls" not in choice["message"]
+
+
+def test_a_call_that_is_cut_off_stays_text(client: httpx.Client, text: TextModel) -> None:
+    choice = client.post("/v1/chat/completions", json=asked(text, max_tokens=5)).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"] == 'Let me see. <tool_call>{"name": "f", "argu'
+
+
+def test_a_stream_shows_each_call_when_it_is_complete(client: httpx.Client, text: TextModel) -> None:
+    events = events_of(client.post("/v1/chat/completions", json=asked(text, stream=True)).text)
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert [delta["content"] for delta in deltas if delta.get("content")] == ["Let me", " see.", " "]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [(call["index"], call["function"]["name"]) for call in calls] == [(0, "f"), (1, "g")]
+    assert json.loads(calls[0]["function"]["arguments"]) == {"x": [1]}
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_the_openai_client_collects_the_calls(url: str, text: TextModel) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        messages = script_messages(text, SCRIPT)
+        with client.chat.completions.stream(model="sum", messages=messages, tools=TOOLS) as stream:
+            message = stream.get_final_completion().choices[0].message
+        assert [call.function.name for call in message.tool_calls] == ["f", "g"]
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "2"} for call in message.tool_calls]
+        turn = {
+            "role": "assistant",
+            "content": message.content,
+            "tool_calls": [c.to_dict() for c in message.tool_calls],
+        }
+        follow_up = client.chat.completions.create(model="sum", messages=[*messages, turn, *results], max_tokens=1)
+        assert follow_up.usage.completion_tokens == 1
