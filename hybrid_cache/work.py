@@ -11,6 +11,7 @@ it comes first.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hybrid_cache.cache import commands as books
 from hybrid_cache.cache.tree import KVRows
@@ -34,9 +35,8 @@ class Noted:
     first: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """A run of tokens of one sequence in one pass."""
+class Rows(NamedTuple):
+    """A run of tokens of one sequence in one pass. Each decoding sequence has one a step, so it is made cheaply."""
 
     tokens: TokenArray | tuple[int, ...]
     start: int  # place of the first token in its sequence

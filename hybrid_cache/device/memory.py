@@ -54,8 +54,8 @@ class CacheMemory:
         return self._arena.numbers(Kind.PAGE if self._geometry.page_bytes else Kind.SLOT)
 
     def hidden(self, slots: Sequence[int]) -> Tensor:
-        """The hidden rows [slots, hidden_size] that are kept in some slots: copies."""
-        return self._arena.hidden[list(slots)]
+        """The hidden rows [slots, hidden_size] that are kept in some slots, one at least: copies."""
+        return torch.stack([self._arena.hidden[slot] for slot in slots])
 
     def run(self, command: Command) -> None:
         """Raises PublishedBytesChanged if an item that is verified or given up has changed since it was sealed."""

@@ -41,17 +41,17 @@ class Worker:
         self.composer = Composer(memory, model.ops, model.cache_spec.effect_sums)
         self.graphs = DecodeGraphs(model, memory, spare_slot()) if model.device.type == "cuda" else None
 
-    @torch.inference_mode()
     def run(self, work: Work) -> Hidden:
         """Raises OutOfDeviceMemory, or PublishedBytesChanged if the memory compares what was published."""
-        self.carry_out(work.commands)
-        try:
-            return self._pass(work)
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemory(str(error)) from error
+        with torch.inference_mode():
+            if work.commands:
+                self._carry_out(work.commands)
+            try:
+                return self._pass(work)
+            except torch.OutOfMemoryError as error:
+                raise OutOfDeviceMemory(str(error)) from error
 
-    @torch.inference_mode()
-    def carry_out(self, commands: Iterable[Command]) -> None:
+    def _carry_out(self, commands: Iterable[Command]) -> None:
         """All of them, in order. Raises OutOfDeviceMemory once the others are done if some could not be."""
         lost, why = list[Command](), ""
         for command in commands:
@@ -70,11 +70,14 @@ class Worker:
             self.memory.run(command)
 
     def _pass(self, work: Work) -> Hidden:
-        hidden, counts = self.memory.rows[:0], [rows.num_wanted for rows in work.chunks]
+        hidden = nothing = self.memory.rows[:0]
         if work.chunks or work.decodes:
             hidden = self.memory.rows = self._forward(work)
-        *chunks, decodes = torch.split(hidden, [*counts, len(work.decodes)])
-        return Hidden(tuple(chunks), decodes, self.memory.hidden(work.kept))
+        kept = self.memory.hidden(work.kept) if work.kept else nothing
+        if not work.chunks:
+            return Hidden((), hidden, kept)
+        *chunks, decodes = torch.split(hidden, [*(rows.num_wanted for rows in work.chunks), len(work.decodes)])
+        return Hidden(tuple(chunks), decodes, kept)
 
     def _forward(self, work: Work) -> Tensor:
         batch = build_batch(work, packed=self.model.packs)
@@ -106,7 +109,6 @@ class Worker:
 
     # Tokens
 
-    @torch.inference_mode()
     def choose(
         self, rows: Sequence[Tensor], choosers: Sequence[TokenChooser], num_top: Sequence[int | None]
     ) -> list[tuple[int, TokenLogprob | None]]:
@@ -114,16 +116,17 @@ class Worker:
 
         num_top: how many most likely tokens to tell beside the chosen one; None for no log-probabilities
         """
-        logits = self.logits(torch.stack(list(rows)))
-        tokens = self.pick(logits, choosers)
-        scored = [i for i, n in enumerate(num_top) if n is not None]
-        if not scored:
-            return [(token, None) for token in tokens]
-        some = logits if len(scored) == len(tokens) else logits[scored]
-        wanted = [n for n in num_top if n is not None]
-        scores = log_probabilities(some, [tokens[i] for i in scored], wanted, self.model.ops)
-        known = dict(zip(scored, scores, strict=True))
-        return [(token, known.get(i)) for i, token in enumerate(tokens)]
+        with torch.inference_mode():
+            logits = self.logits(torch.stack(list(rows)))
+            tokens = self.pick(logits, choosers)
+            scored = [i for i, n in enumerate(num_top) if n is not None]
+            if not scored:
+                return [(token, None) for token in tokens]
+            some = logits if len(scored) == len(tokens) else logits[scored]
+            wanted = [n for n in num_top if n is not None]
+            scores = log_probabilities(some, [tokens[i] for i in scored], wanted, self.model.ops)
+            known = dict(zip(scored, scores, strict=True))
+            return [(token, known.get(i)) for i, token in enumerate(tokens)]
 
     def pick(self, logits: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
         """The next token of each row of logits [S, V]."""

@@ -140,16 +140,10 @@ def decode_rows(sequence: Sequence) -> Rows:
     prefill, lease = sequence.prefill, sequence.prefill.lease
     assert lease is not None
     place, program = sequence.fed, prefill.program
-    noted = () if program is None or program.span is None else (_noted(program.span, place, place + 1),)
-    return Rows(
-        tokens=(sequence.next_token(),),
-        start=place,
-        shift=prefill.shift,
-        slot=lease.slot,
-        pages=tuple(lease.pages),
-        kv_rows=(lease.own_row(place),),
-        noted=noted,
-    )
+    rows = Rows((sequence.next_token(),), place, prefill.shift, lease.slot, tuple(lease.pages), (lease.own_row(place),))
+    if program is None or program.span is None:
+        return rows
+    return rows._replace(noted=(_noted(program.span, place, place + 1),))
 
 
 def _noted(span: Span, start: int, end: int) -> Noted:
