@@ -25,6 +25,7 @@ class EngineConfig:
     prefix_cache: bool = True  # off: nothing is reused between requests
     max_tiles: int = 16  # prefill tiles in a step with nobody decoding
     max_tiles_beside_decode: int = 4  # bounds the pause that a long prompt puts between a neighbour's tokens
+    max_step_ms: float | None = None  # a step's prefill is bounded by measured rates so that it takes no longer
     # Published pages and states are compared with their digests at each use and at random, for tests; slow. An engine
     # that finds one changed ends. HYBRID_CACHE_VERIFY=1 makes it the default.
     verify: bool = field(default_factory=verify_by_default)
@@ -33,4 +34,6 @@ class EngineConfig:
         for name in ("budget_bytes", "max_running", "max_waiting", "max_tiles", "max_tiles_beside_decode"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.max_step_ms is not None and not self.max_step_ms > 0:
+            raise ConfigError(f"max_step_ms is {self.max_step_ms}, must be more than 0")
         canonical_name(self.policy)  # raises ConfigError if there is none

@@ -36,6 +36,7 @@ class Request:
     sampling: SamplingParams
     n: int = 1
     namespace: str = ""  # tenant salt; no cache entry crosses it
+    tenant: str = ""  # whose share of the engine it takes
     cache_mode: CacheMode = CacheMode.IMPLICIT
     make_stopper: Callable[[], Stopper] | None = None  # one per choice, e.g. for stop strings
     arrangement: Arrangement | None = None  # messages reused in this order; approximate, and labelled

@@ -66,7 +66,7 @@ class Engine:
         traits = Traits(model.ways, model.commutes, model.packs, recurrent=spec.slot_bytes > 0)
         self._compiler = Compiler(self.cache, self._cost, traits)
         self._stage = Stage(self.cache, self._compiler, emit)
-        self._scheduler = Scheduler(self.cache, config, self._compiler, self._stage)
+        self._scheduler = Scheduler(self.cache, self._cost, config, self._compiler, self._stage)
         limits = model.fingerprint, model.vocab_size, model.max_length
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler)
         self._open: dict[str, int] = {}  # request id -> choices that have not finished
@@ -148,6 +148,7 @@ class Engine:
             return []
         self._counters.steps += 1
         self.watch(step)
+        started_s = time.perf_counter()
         hidden = self._run(step)
         if hidden is None:
             return []
@@ -160,7 +161,10 @@ class Engine:
         ready += self._end_decodes(step.decodes, hidden.decodes)
         for sequence, row in zip(step.resumed, hidden.kept, strict=True):
             ready += self._begin_decode(sequence, row)
-        return outputs + self._choose(ready)
+        outputs += self._choose(ready)
+        flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
+        self._scheduler.pace.note(time.perf_counter() - started_s, flops, decodes=bool(step.decodes))
+        return outputs
 
     def _run(self, step: Step) -> Hidden | None:
         """None where the device had no memory: then the step is taken back, and smaller ones follow."""

@@ -6,7 +6,7 @@ beside them. Without room the newest sequence gives its pages back and is comput
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -23,15 +23,19 @@ from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.commits import CommitQueue
 from hybrid_cache.engine.encodings import Encodings
+from hybrid_cache.engine.pace import Pace
 from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
 from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
+from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
 from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.spec import PrefillCost
 from hybrid_cache.tokens import TokenArray
 from hybrid_cache.work import Command, Work
 
 logger = logging.getLogger("hybrid_cache")
 
 DECODE_STEPS_A_TILE = 320  # steps that only decode, for each tile of a finished turn that is computed beside them
+MOST_PASSED_OVER = 8  # steps in which a prompt may see others computed that came later, or are shorter
 MOST_EARLIER = 16  # prompts that an order of messages is chosen by
 
 
@@ -56,7 +60,7 @@ class Step:
 class Scheduler:
     """The queues: waiting, running (in order of arrival), messages to store, and finished turns to commit."""
 
-    def __init__(self, cache: Books, config: EngineConfig, compiler: Compiler, stage: Stage) -> None:
+    def __init__(self, cache: Books, cost: PrefillCost, config: EngineConfig, compiler: Compiler, stage: Stage) -> None:
         self._cache = cache
         self._stage = stage
         self._max_running = config.max_running
@@ -67,6 +71,8 @@ class Scheduler:
         self._prefills = Prefills(cache, compiler, stage)
         self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
         self.commits = CommitQueue(cache, self._prefills)
+        self._shares = Shares()
+        self.pace = Pace(cost, None if config.max_step_ms is None else config.max_step_ms / 1e3)
         self._decode_steps = 0  # since the last tile of a finished turn
         self.num_preemptions = 0
         self.num_out_of_memory = 0
@@ -99,11 +105,13 @@ class Scheduler:
         yield from self._waiting
 
     def add(self, sequence: Sequence) -> None:
+        self._shares.enter(sequence.request.tenant)
         self._waiting.append(sequence)
 
     def adopt(self, sequence: Sequence) -> None:
         """Takes in a sequence that already has a lease: a fork of a running one."""
         sequence.phase = Phase.DECODE
+        self._shares.enter(sequence.request.tenant)
         self._running.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -111,6 +119,7 @@ class Scheduler:
         queue = self._waiting if sequence.phase is Phase.WAITING else self._running
         queue.remove(sequence)
         sequence.phase = Phase.FINISHED
+        self._shares.leave(sequence.request.tenant)
         self._prefills.release(sequence.prefill, len(sequence.generated))
 
     def schedule(self) -> Step:
@@ -120,8 +129,11 @@ class Scheduler:
             return Step() if commit is None else Step((commit,))
         decodes = self._extend_decodes()
         resumed = self._admit()
-        tiles = self._max_tiles_beside_decode if decodes else self._max_tiles
-        return Step(self._cut_chunks(tiles) or self._spare_tile(), decodes, resumed)
+        decodes = tuple(s for s in decodes if s.phase is Phase.DECODE)  # but for those who gave way
+        chunks = self._cut_chunks(self._max_tiles_beside_decode if decodes else self._max_tiles, bool(decodes))
+        for sequence in decodes:
+            self._shares.charge(sequence.request.tenant, DECODE_WEIGHT)
+        return Step(chunks or self._spare_tile(), decodes, resumed)
 
     def _num_waiting_for(self, name: str) -> int:
         """Waiting prompts with a message of this id."""
@@ -169,8 +181,11 @@ class Scheduler:
     def _admit(self) -> tuple[Sequence, ...]:
         """Moves waiting sequences to running while there is room -> those whose whole prompt was kept."""
         resumed, passed_over = [], list[Sequence]()
-        while self._waiting and self.has_room:
-            sequence = self._waiting.popleft()
+        while self._waiting:
+            sequence = self._next_waiting()
+            if not (self.has_room or self._make_room(sequence)):
+                passed_over.append(sequence)
+                break
             if self.messages.wanted(sequence.prefill):
                 passed_over.append(sequence)
                 continue
@@ -189,6 +204,38 @@ class Scheduler:
                 resumed.append(sequence)
         self._waiting.extendleft(reversed(passed_over))
         return tuple(resumed)
+
+    def _next_waiting(self) -> Sequence:
+        """Takes the first sequence of the tenant for whom least is computed and under way."""
+        if self._shares.num_present == 1:
+            return self._waiting.popleft()
+        under_way = {s.request.tenant: self._shares.served(s.request.tenant) for s in self._waiting}
+        for running in self._running:
+            if running.request.tenant in under_way and running.phase is Phase.PREFILL:
+                under_way[running.request.tenant] += len(running.prefill.tokens) - running.prefill.computed
+        sequence = min(self._waiting, key=lambda s: under_way[s.request.tenant])  # the first of equal ones
+        self._waiting.remove(sequence)
+        return sequence
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Takes a place from the tenant who holds most for one who holds less than its share -> whether it did.
+
+        The sequence that gives way is one for which least was computed; not for one that would wait all the same.
+        """
+        if self._shares.num_present == 1:
+            return False
+        held = Counter(s.request.tenant for s in self._running)
+        share = self._max_running // self._shares.num_present
+        most, count = held.most_common(1)[0]
+        if held[sequence.request.tenant] >= share or count <= share:
+            return False
+        if self.messages.wanted(sequence.prefill):
+            return False
+        if self._someone_computes_more(sequence.prefill, self._prefills.match(sequence.prefill)):
+            return False
+        candidates = [s for s in self._running if s.request.tenant == most]
+        self._preempt(min(candidates, key=lambda s: (s.phase is Phase.DECODE, s.prefill.computed + len(s.generated))))
+        return True
 
     def prefix_of(self, prefill: Prefill) -> int:
         """Tokens of a prompt that the cache has a state for."""
@@ -227,15 +274,39 @@ class Scheduler:
 
     # Prefill
 
-    def _cut_chunks(self, tiles: int) -> tuple[Chunk, ...]:
-        prefilling = ((s.prefill, s) for s in self._running if s.phase is Phase.PREFILL)
-        chunks = list[Chunk]()
-        for prefill, sequence in [*((message, None) for message in self.messages), *prefilling]:
-            if tiles <= 0:
-                break
-            chunks.append(self._prefills.cut(prefill, sequence, tiles))
-            tiles -= chunks[-1].num_tiles
+    def _cut_chunks(self, tiles: int, decodes: bool) -> tuple[Chunk, ...]:
+        """Messages first, then prompts in turn. Behind one that ends in the first quarter of a step come only others
+        that end in it: more would delay its first token several times.
+        """
+        chunks, room, ends, quarter = list[Chunk](), self.pace.room(decodes=decodes), False, tiles - tiles // 4
+        prompts = self._prompts_in_turn()
+        for prefill, sequence in [*((message, None) for message in self.messages), *((s.prefill, s) for s in prompts)]:
+            most = min(room.tiles(prefill.computed, tiles), tiles)
+            if most <= 0 or (ends and prefill.tiles_left > most):
+                prefill.passed_over += 1
+                continue
+            chunk = self._prefills.cut(prefill, sequence, most)
+            chunks.append(chunk)
+            room.take(chunk.start, chunk.end)
+            tiles -= chunk.num_tiles
+            prefill.passed_over = 0
+            if sequence is not None:
+                self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)
+                ends = ends or (chunk.end == len(prefill.tokens) and tiles >= quarter)
         return tuple(chunks)
+
+    def _prompts_in_turn(self) -> list[Sequence]:
+        """Running prompts: of the tenant for whom least was computed first, and of these the shortest.
+
+        One that was passed over too often comes before all others.
+        """
+        prompts = [s for s in self._running if s.phase is Phase.PREFILL]
+
+        def turn(sequence: Sequence) -> tuple[bool, float, int]:
+            prefill, served = sequence.prefill, self._shares.served(sequence.request.tenant)
+            return prefill.passed_over < MOST_PASSED_OVER, served, prefill.tiles_left
+
+        return sorted(prompts, key=turn)
 
     def _spare_tile(self) -> tuple[Chunk, ...]:
         """Now and then a tile of a finished turn, where all others decode: it would wait for ever beside streams that

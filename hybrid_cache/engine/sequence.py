@@ -47,6 +47,7 @@ class Prefill:
     arrangement: Arrangement | None = None
     program: Program | None = None
     refused: set[str] = field(default_factory=set)  # messages that could not be stored for it
+    passed_over: int = 0  # steps in a row in which others were computed and this was not
     in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
 
     @cached_property
@@ -68,6 +69,10 @@ class Prefill:
     def until(self) -> int:
         """Where the next chunk ends at the latest."""
         return self.program.until() if self.program else len(self.tokens)
+
+    @property
+    def tiles_left(self) -> int:
+        return -(-(len(self.tokens) - self.computed) // TILE)
 
     @property
     def done(self) -> bool:
