@@ -296,15 +296,16 @@ class Scheduler:
         return tuple(chunks)
 
     def _prompts_in_turn(self) -> list[Sequence]:
-        """Running prompts: of the tenant for whom least was computed first, and of these the shortest.
+        """Running prompts: those of the tenant for whom least was computed, and of these the shortest.
 
-        One that was passed over too often comes before all others.
+        Of one tenant's, those that were passed over too often come first, in the order of their arrival.
         """
         prompts = [s for s in self._running if s.phase is Phase.PREFILL]
 
-        def turn(sequence: Sequence) -> tuple[bool, float, int]:
-            prefill, served = sequence.prefill, self._shares.served(sequence.request.tenant)
-            return prefill.passed_over < MOST_PASSED_OVER, served, prefill.tiles_left
+        def turn(sequence: Sequence) -> tuple[float, str, bool, int]:
+            prefill, tenant = sequence.prefill, sequence.request.tenant
+            aged = prefill.passed_over >= MOST_PASSED_OVER
+            return self._shares.served(tenant), tenant, not aged, sequence.arrival if aged else prefill.tiles_left
 
         return sorted(prompts, key=turn)
 
