@@ -121,7 +121,7 @@ class Ops(Protocol):
     inexact: str  # why it does not promise exact results; empty if it does
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """Packs weight [out, in] (+ bias [out]); the caller may drop its copy."""
+        """Packs weight [out, in] (+ bias [out]) -> y = x @ weight.T + bias; the caller may drop its copy."""
         ...
 
     def experts(
@@ -166,7 +166,7 @@ class Ops(Protocol):
         """Writes k, v into the pages at `layout.kv_rows`, then causal attention over each row's sequence.
 
         q [R, heads, d]   k, v [R, kv_heads, d], heads a multiple of kv_heads -> [R, heads, d]
-        window: how many tokens a token sees, itself included; None for all
+        window: each token attends to the last `window` tokens, itself included; None for all
         """
         ...
 
@@ -293,10 +293,10 @@ class Ops(Protocol):
         inv_freq: Tensor | None,
         first: int = 0,
     ) -> None:
-        """Copies KV rows to other rows, for tokens that stand `delta` positions further on there.
+        """Copies KV rows to other rows, for tokens whose positions there are `delta` higher.
 
         source_rows, target_rows [N] int64, page * TILE + offset; a row may not be in both
-        delta [N] int64   inv_freq [d / 2] float32: the values [first, first + d) of a head are turned; None for none
+        delta [N] int64   inv_freq [d / 2] float32: the values [first, first + d) of a head are rotated; None for none
         """
         ...
 

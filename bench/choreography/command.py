@@ -79,9 +79,9 @@ class Run:
     def contenders(self, subject: Subject) -> list[Contender]:
         """In the order in which they take turns."""
         found = [NO_CACHE, PREFIX_CACHE, EXACT, ANY_ORDER]
-        if "relocated" in subject.model.ways:
+        if "relocated" in subject.model.fidelities:
             found += moved(Fidelity.RELOCATED, self.seams, [])
-        elif "composed" in subject.model.ways:
+        elif "composed" in subject.model.fidelities:
             ways = [w for w in self.compositions if subject.model.commutes or w is not Composition.PERMUTATIONS]
             found += moved(Fidelity.COMPOSED, self.seams, ways)
         return [contender for contender in found if not self.only or contender.name in self.only]

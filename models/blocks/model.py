@@ -69,7 +69,7 @@ class CausalModel:
         self.vocab_size = config.integer("vocab_size")
         self.max_length = config.integer("max_position_embeddings", max_length)
         self.shape = ModelShape(type(self).__name__, stack.shapes, hidden, self.vocab_size, dtype)
-        self.ways = ways_to_compose(self.shape)
+        self.fidelities = ways_to_compose(self.shape)
         self.commutes = all(shape.advance is not Advance.MATRIX for shape in stack.shapes)
         self.cache_spec = self.shape.cache_spec
         self.prefill_cost = self.shape.prefill_cost

@@ -166,4 +166,6 @@ def test_styles_side_by_side_leave_exact_answers_as_they_are(folder, case, seque
             assert answer == expected[2]
             compared += 1
     assert compared >= 10
-    assert kinds == {"plain", *Fidelity} - ({Fidelity.RELOCATED} if Fidelity.RELOCATED not in model.ways else set())
+    assert kinds == {"plain", *Fidelity} - (
+        {Fidelity.RELOCATED} if Fidelity.RELOCATED not in model.fidelities else set()
+    )

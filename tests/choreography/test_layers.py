@@ -21,7 +21,7 @@ ONE_LAYER = [case for case in CASES if "of one layer" in case.name]
 
 
 def fidelity_of(model):
-    return Fidelity.RELOCATED if "relocated" in model.ways else Fidelity.COMPOSED
+    return Fidelity.RELOCATED if "relocated" in model.fidelities else Fidelity.COMPOSED
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def model(case, folder, ops):
 @pytest.mark.parametrize("case", FIRST_CASES, ids=str)
 def test_messages_put_back_where_they_were_encoded_give_what_encoding_gave(model):
     """Effects are taken apart and put together again at every depth: nothing is approximate but float32."""
-    if not model.ways:
+    if not model.fidelities:
         pytest.skip("the model has layers that cannot be put together")
     conductor = Conductor(model)
     arrangement = conductor.arrangement(MESSAGES, Encoding.IN_PLACE, fidelity_of(model))
@@ -68,7 +68,7 @@ def single_layers(model):
             seen.add(kind)
             model._stack = HybridStack([layer])
             model.cache_spec = replace(spec, layers=(kept,))
-            model.ways = ("relocated", "composed") if isinstance(kept, AttentionSpec) else ("composed",)
+            model.fidelities = ("relocated", "composed") if isinstance(kept, AttentionSpec) else ("composed",)
             yield kind
 
 

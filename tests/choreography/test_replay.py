@@ -49,9 +49,9 @@ def test_a_second_worker_gives_the_same_bits(case, seed, folder) -> None:
         traffic.round(14)
     kinds = {type(command) for work, _ in done for command in work.commands}
     assert kinds >= ({Copy, KeepHidden} if seed else {Copy})  # one of the two policies keeps the ends of prompts
-    if model.cache_spec.slot_bytes and model.ways:
+    if model.cache_spec.slot_bytes and model.fidelities:
         assert kinds >= {Compose, KeepEffect}
-    if model.cache_spec.page_bytes and model.ways:
+    if model.cache_spec.page_bytes and model.fidelities:
         assert Relocate in kinds
 
     config = traffic.engine._config

@@ -80,7 +80,7 @@ def test_drawn_tokens_are_those_of_the_reference(ops, vocab, scale):
     logits = scale * torch.randn(5 * len(RULES), vocab, generator=rng)
     draws = some_draws(len(logits))
     found, expected = ops.sample(logits, draws), reference.sample(logits, draws)
-    apart = sampling.places(logits, draws, found) - sampling.places(logits, draws, expected)
+    apart = sampling.points(logits, draws, found) - sampling.points(logits, draws, expected)
     assert apart.abs().max() < 1e-6
     assert (found == expected).float().mean() > 0.95
     torch.testing.assert_close(ops.log_sum_exp(logits), reference.log_sum_exp(logits), rtol=1e-5, atol=1e-5)

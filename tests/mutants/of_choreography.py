@@ -36,7 +36,7 @@ MOVING = [
         LLAMA,
     ),
     stage(
-        "keys are not turned",
+        "keys are not rotated",
         "s.position - s.stored.position)",
         "0)",
         LLAMA,
@@ -196,7 +196,7 @@ MOVING = [
     ),
     compiler(
         "what a model cannot give is done",
-        "        if arrangement.fidelity not in self.traits.ways:\n",
+        "        if arrangement.fidelity not in self.traits.fidelities:\n",
         "        if not arrangement:\n",
         stage_test("what_a_model_cannot_give_is_exact_and_says_so"),
     ),
@@ -232,8 +232,8 @@ COMPOSING = [
     ),
     effects(
         "what was before a message is added once more",
-        "h.addcmul_(before, _beside(p.exp(), h), value=-1)",
-        "h.addcmul_(before, _beside(p.exp(), h), value=1)",
+        "h.addcmul_(before, _spread(p.exp(), h), value=-1)",
+        "h.addcmul_(before, _spread(p.exp(), h), value=1)",
         COMPOSE,
     ),
     effects(
@@ -394,7 +394,7 @@ PLANNING = [
     ),
     plan(
         "siblings at one place go on from a prefix",
-        "        prefix = 0  # in the cache a message stands behind the one before it\n",
+        "        prefix = 0  # in the cache a message stands after the one before it\n",
         "        pass\n",
         PLAN,
     ),

@@ -181,7 +181,7 @@ def test_exact_has_the_bits_of_re_encoding_and_composed_has_not(subject, stages)
 
 def test_the_control_has_attention_alone_and_about_the_same_cost(subject):
     control = attention_only(subject)
-    assert "relocated" in control.model.ways
+    assert "relocated" in control.model.fidelities
     assert control.model.prefill_cost.per_token == pytest.approx(subject.model.prefill_cost.per_token, rel=0.1)
     assert control.model.vocab_size == subject.model.vocab_size
 

@@ -84,7 +84,7 @@ def test_a_server_chooses_tokens_and_moves_messages_with_kernels(tmp_path, monke
     for ops in (CheckedTritonOps(), TorchOps()):
         engine = Engine(loading.load(folder, dtype="float32", ops=ops), EngineConfig(budget_bytes=1 << 22))
         sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=3, max_tokens=3, logprobs=2, stop_token_ids=(0,))
-        flow = Workflow(engine, Letters(), style=Style(engine.model.ways[0]), sampling=sampling)
+        flow = Workflow(engine, Letters(), style=Style(engine.model.fidelities[0]), sampling=sampling)
         first, second = flow.encode_all(["tea", "and a biscuit"])
         answers.append(flow.generate(attend=[second, first, "now?"]).tokens)
     assert answers[0] == answers[1]

@@ -38,7 +38,7 @@ def test_draws_are_those_of_the_reference(vocab, rule):
     tokens = sample.sample(logits.to(DEVICE), some_draws(3, DEVICE, [rule])).cpu()
     expected = reference.sample(logits, draws)
     torch.testing.assert_close(
-        sampling.places(logits, draws, tokens), sampling.places(logits, draws, expected), rtol=0, atol=1e-6
+        sampling.points(logits, draws, tokens), sampling.points(logits, draws, expected), rtol=0, atol=1e-6
     )
 
 
