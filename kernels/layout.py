@@ -53,7 +53,7 @@ class RowLayout:
 
     tile_start: Tensor  # [num_tiles] tokens of the chunk before the tile, which ends where the next one starts, if any
 
-    # The state after the first `capture_tiles` tiles of a chunk also goes to `capture_slot`: one slot for each place.
+    # The state after the first `capture_tiles` tiles of a chunk also goes to `capture_slot`.
     capture_chunk: Tensor  # [X]
     capture_tiles: Tensor  # [X] between 1 and chunk_tiles; where nothing packs, chunk_len // TILE
     capture_slot: Tensor  # [X]

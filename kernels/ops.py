@@ -303,10 +303,10 @@ class Ops(Protocol):
     def sample(self, logits: Tensor, draws: Draws) -> Tensor:
         """logits [S, V] float32 -> one token a row, [S] int64.
 
-        Of exp(logit / temperature), the `top_k` largest stay, and what is as large as the last of them; of these those
-        that less than `top_p` of their sum is larger than, and that are at least `min_p` of the largest. The token is
-        the first at which the sum over what is left exceeds `point` of it. NaN counts as infinity; of equal logits the
-        first is the largest.
+        Weights are exp(logit / temperature). First the `top_k` largest are kept, and any equal to the last of them. Of
+        these, a weight is kept if the larger ones add up to less than `top_p` of the sum, and if it is at least `min_p`
+        times the largest. The token is the first at which the running sum of what is kept exceeds `point` times the
+        whole. NaN counts as infinity; of equal logits the first is the largest.
         """
         ...
 

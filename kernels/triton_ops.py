@@ -2,8 +2,8 @@
 
 The same arguments and the same grid as every backend (see `ops`). Block sizes are fixed and nothing is autotuned, so an
 order of summation never depends on the batch, the state of the GPU, or the process. Without a GPU the kernels run in
-Triton's interpreter (`TRITON_INTERPRET=1`), for tests; tensors that no kernel can reach go to `TorchOps`, and so does
-what a kernel has no code for.
+Triton's interpreter (`TRITON_INTERPRET=1`), for tests; tensors on other devices go to `TorchOps`, and so does
+what no kernel has code for.
 """
 
 import functools

@@ -102,9 +102,9 @@ class Books:
     def acquire(self, match: Match, prompt: TokenArray | Keys, *, publish: bool = True) -> Lease | None:
         """Pins what was matched and takes a working state and pages for all of a prompt; all or nothing.
 
-        The working state holds the matched state, if there is one. What was evicted since is looked for again, as far
-        as the match did. With `publish=False` nothing of the lease enters the tree, and all pages beyond the state that
-        it starts from are its own: it may write there what the tree must never hold.
+        The working state holds the matched state, if there is one. If part of the match was evicted since, the prompt
+        is matched again, to the same extent. With `publish=False` nothing of the lease enters the tree, and all pages
+        beyond the state that it starts from are its own: it may write there what the tree must never hold.
         """
         keys = as_keys(match.namespace, prompt)
         match = self._renew(match)

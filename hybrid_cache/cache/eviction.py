@@ -4,7 +4,7 @@ Three queues, emptied in this order:
 
     dead         pages that no kept state needs, least recently used first
     scored       states, in the policy's order
-    guaranteed   states within the minimum life that a client asked for, the first to run out first
+    guaranteed   states within the minimum life that a client asked for, those that run out first go first
 """
 
 import heapq

@@ -35,8 +35,8 @@ ROOT, PAGE, END, MESSAGE = (
 class Keys:
     """A token sequence as the cache knows it: a key for each full page, and one for the tokens after them.
 
-    Keys are the tokens themselves, see `keys_of`, or names of whole prefixes, see `named_keys`. Names are made when
-    they are asked for, and once.
+    Keys are the tokens themselves, see `keys_of`, or names of whole prefixes, see `named_keys`. Names are computed on
+    first use, and kept.
     """
 
     namespace: str

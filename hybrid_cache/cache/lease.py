@@ -90,11 +90,11 @@ class Lease:
             raise OwnershipError(f"rows [{start}, {end}) would be written, the tree owns those below {self.shared}")
         return self.rows(start, end)
 
-    def own_row(self, place: int) -> int:
+    def own_row(self, index: int) -> int:
         """`own_rows` of one token. Raises OwnershipError likewise."""
-        if place < self.shared or self.released:
-            raise OwnershipError(f"row {place} would be written, the tree owns those below {self.shared}")
-        return self.pages[place // TILE] * TILE + place % TILE
+        if index < self.shared or self.released:
+            raise OwnershipError(f"row {index} would be written, the tree owns those below {self.shared}")
+        return self.pages[index // TILE] * TILE + index % TILE
 
     def rows_to_fill(self, start: int, end: int) -> KVRows:
         """Where K and V of the computed tokens [start, end) go; -1 for those whose page the tree holds already.

@@ -268,7 +268,7 @@ class Pool:
         self.settle(kept.node)
 
     def settle(self, node: Node) -> None:
-        """To be called when something that needed a node has gone."""
+        """To be called when something that needed a node was removed."""
         if node.dead:
             if node.parent is None:
                 self.tree.remove(node)

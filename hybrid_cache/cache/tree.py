@@ -169,7 +169,8 @@ class PromptEnd:
 class StoredMessage:
     """Some tokens as they were encoded in one context, kept outside the tree: KV rows, and what they do to states.
 
-    The slot holds what they leave in a state that was zero, and their last convolution windows; see `choreography`.
+    The slot holds the states that they leave when started from zero, and their last convolution windows; see
+    `choreography`.
     """
 
     node: Node  # the root of its namespace, for policies; not in the tree

@@ -44,7 +44,7 @@ class Positions(StrEnum):
 
 
 class Order(StrEnum):
-    """Whether neighbouring messages may change places, where that finds a longer prefix in the cache."""
+    """Whether adjacent messages may be reordered, where that finds a longer prefix in the cache."""
 
     GIVEN = "given"
     ANY = "any"
@@ -74,7 +74,7 @@ class Part:
     """Consecutive tokens of a prompt. Without an id they are computed in place, and not kept as a message.
 
     keep: whether they may be stored under the id when they are computed in place
-    role: only messages of one role change places, see `Arrangement.order`
+    role: only messages of one role are reordered, see `Arrangement.order`
     """
 
     num_tokens: int

@@ -98,4 +98,4 @@ class Stretch:
     @property
     def cuts(self) -> tuple[int, ...]:
         """Indices at which a tile ends."""
-        return tuple(place for place, _ in self.captures)
+        return tuple(index for index, _ in self.captures)

@@ -89,19 +89,19 @@ class Stage:
         noted = ((span, min(ends.get(span.start, end), end)) for span in (*spans, *program.later))
         return Stretch(end, tuple(captures), tuple((max(s.start, start), stop, s) for s, stop in noted))
 
-    def before_decode(self, program: Program, lease: Lease, place: int) -> None:
-        """To be called before the token with index `place` of an answer is computed."""
-        if place == program.answer_at and program.span is None:
-            self._open(program, lease, "", place, place + TILE)  # its length is not known yet
+    def before_decode(self, program: Program, lease: Lease, index: int) -> None:
+        """To be called before the token with index `index` of an answer is computed."""
+        if index == program.answer_at and program.span is None:
+            self._open(program, lease, "", index, index + TILE)  # its length is not known yet
 
-    def answer(self, program: Program, key: str, end: int, place: int) -> Program | None:
-        """The steps that complete an answer's message: tokens [place, end) are not computed yet. None: not possible."""
+    def answer(self, program: Program, key: str, end: int, index: int) -> Program | None:
+        """The steps that complete an answer's message: tokens [index, end) are not computed yet. None: not possible."""
         if program.span is None or self._compiler.is_stored(key) or self._compiler.is_making(key):
             return None
         span, program.span = program.span, None
         span.key = key
         self._making.add(key)
-        step = Compute(place, end, place - program.shift, keep=key)
+        step = Compute(index, end, index - program.shift, keep=key)
         states, program.states = program.states, {}
         rest = program.fork()
         rest.steps.append(step)
@@ -168,8 +168,8 @@ class Stage:
 
     def _give_back(self, program: Program, keep: Span | None) -> None:
         """Gives back slots that a program needs no more, except those of one span."""
-        for place in [place for place in program.states if keep is None or place != keep.start]:
-            self._cache.messages.return_slot(program.states.pop(place))
+        for index in [index for index in program.states if keep is None or index != keep.start]:
+            self._cache.messages.return_slot(program.states.pop(index))
 
     # Messages
 

@@ -36,7 +36,7 @@ Outputs = list[tuple[str, Output]]  # (request id, output), in the order in whic
 class Engine:
     """Requests in, outputs out, one step at a time. Not thread-safe.
 
-    Tensors pass through it from the worker to the worker; it looks at none.
+    It hands tensors from the worker back to the worker, and looks at none.
 
     watch: called with each step before its work is done
     """

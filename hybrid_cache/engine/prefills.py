@@ -139,11 +139,11 @@ def decode_rows(sequence: Sequence) -> Rows:
     """The token that a decoding sequence is fed. Raises OwnershipError if its row may not be written."""
     prefill, lease = sequence.prefill, sequence.prefill.lease
     assert lease is not None
-    place, program = sequence.fed, prefill.program
-    rows = Rows((sequence.next_token(),), place, prefill.shift, lease.slot, tuple(lease.pages), (lease.own_row(place),))
+    index, program = sequence.fed, prefill.program
+    rows = Rows((sequence.next_token(),), index, prefill.shift, lease.slot, tuple(lease.pages), (lease.own_row(index),))
     if program is None or program.span is None:
         return rows
-    return rows._replace(noted=(_noted(program.span, place, place + 1),))
+    return rows._replace(noted=(_noted(program.span, index, index + 1),))
 
 
 def _noted(span: Span, start: int, end: int) -> Noted:

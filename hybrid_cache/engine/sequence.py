@@ -30,7 +30,7 @@ class Prefill:
     [0, computed)            in the lease's state and pages
     [computed, len(tokens))  still to compute, in chunks that start on the grid
 
-    An arranged prompt has a program: some of its tokens are not computed but put in place.
+    An arranged prompt has a program: some of its tokens are not computed but attached.
     """
 
     namespace: str

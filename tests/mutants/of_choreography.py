@@ -115,8 +115,8 @@ MOVING = [
     ),
     stage(
         "an answer whose beginning was not recorded is kept",
-        "if place == program.answer_at and program.span is None:",
-        "if place >= program.answer_at >= 0 and program.span is None:",
+        "if index == program.answer_at and program.span is None:",
+        "if index >= program.answer_at >= 0 and program.span is None:",
         stored("an_answer_whose_beginning_was_not_recorded_is_not_kept"),
     ),
     compiler(
@@ -163,8 +163,8 @@ MOVING = [
     ),
     stage(
         "slots between messages are not given back",
-        "            self._cache.messages.return_slot(program.states.pop(place))",
-        "            program.states.pop(place)",
+        "            self._cache.messages.return_slot(program.states.pop(index))",
+        "            program.states.pop(index)",
         stored("nothing_is_lent_when_all_is_done"),
     ),
     compiler(
@@ -183,7 +183,7 @@ MOVING = [
         (WORKFLOW + "test_a_short_last_message_is_stored_if_others_wait_for_it",),
     ),
     compiler(
-        "the first message is encoded apart from its place",
+        "the first message is encoded by itself before its prompt",
         "            if i >= first\n",
         "            if i >= 0\n",
         stage_test("messages_are_stored_once_whoever_asks"),
