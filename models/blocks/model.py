@@ -14,7 +14,7 @@ from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.common import Norm
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import Advance, LayerShape, ModelShape, ways_to_compose
-from hybrid_cache.models.weights import Checkpoint
+from hybrid_cache.models.weights import ModelWeights
 
 UNBOUNDED = 1 << 20
 """Tokens of context where a model without positions names no bound of its own: what a state holds does not grow."""
@@ -39,7 +39,7 @@ class CausalModel:
     def __init__(
         self,
         config: Config,
-        weights: Checkpoint,
+        weights: ModelWeights,
         ops: Ops,
         dtype: torch.dtype,
         *,
