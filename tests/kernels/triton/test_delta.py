@@ -10,6 +10,9 @@ from hybrid_cache.kernels.triton_kernels import delta
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 from tests.kernels.test_against_reference import assert_close, play
 
+# A prompt is always resumed from a captured state too.
+CUTS = [(), pytest.param(((1, 2),), marks=pytest.mark.slow)]
+
 # Share of the output's root mean square. Triton's interpreter cuts off what does not fit into bfloat16.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
@@ -73,10 +76,11 @@ def test_half_precision_rows_are_taken(kind):
     compare(kind(torch.float16, **ONE_HEAD[kind]), SHORT)
 
 
+@pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("kind", ONE_HEAD)
-def test_no_bit_depends_on_cuts_company_places_or_unused_memory(kind, monkeypatch):
+def test_no_bit_depends_on_cuts_company_places_or_unused_memory(kind, cuts, monkeypatch):
     monkeypatch.setattr(selfcheck, "PROMPT", 2 * TILE + 6)
-    monkeypatch.setattr(selfcheck, "CUTS", ((1, 2),))
+    monkeypatch.setattr(selfcheck, "CUTS", cuts)
     monkeypatch.setattr(selfcheck, "NUM_DECODES", 1)
     assert selfcheck.mismatches(DeltaOps, kind(torch.bfloat16, **ONE_HEAD[kind])) == []
 
