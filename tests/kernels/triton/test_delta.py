@@ -8,6 +8,7 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.problems import GatedDeltaProblem, KimiDeltaProblem, Piece, Stream, run_batch, token
 from hybrid_cache.kernels.triton_kernels import delta
 from hybrid_cache.kernels.unsupported import UnsupportedShape
+from tests.kernels.quick import in_both_dtypes
 from tests.kernels.test_against_reference import assert_close, play
 
 # A prompt is always resumed from a captured state too.
@@ -57,15 +58,13 @@ def compare(problem, calls):
         assert_close(found, right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", GATED)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_dtypes(GATED), ids=str)
 def test_gated_delta_agrees_with_the_reference(shape, dtype):
     sizes, calls = GATED[shape]
     compare(GatedDeltaProblem(dtype, **sizes), calls)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", KIMI)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_dtypes(KIMI), ids=str)
 def test_kimi_delta_agrees_with_the_reference(shape, dtype):
     sizes, calls = KIMI[shape]
     compare(KimiDeltaProblem(dtype, **sizes), calls)

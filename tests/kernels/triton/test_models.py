@@ -46,10 +46,10 @@ class Letters:
 
 
 def hidden_rows(folder, ops):
-    """Of a prompt of two tiles and of two tokens behind it."""
+    """Of a prompt of two tiles and of a token behind it."""
     model = loading.load(folder, dtype="float32", ops=ops)
     driver = Driver(model)
-    tokens = torch.randint(0, model.vocab_size, (68,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(0, model.vocab_size, (67,), generator=torch.Generator().manual_seed(0)).tolist()
     sequence, rows = driver.prefill(tokens[:66])
     steps = []
     for token in tokens[66:]:

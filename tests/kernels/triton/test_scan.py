@@ -11,6 +11,7 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.problems import Mamba1Problem, Piece, RgLruProblem, Stream, run_batch, token
 from hybrid_cache.kernels.triton_kernels import scan
 from hybrid_cache.kernels.unsupported import UnsupportedShape
+from tests.kernels.quick import in_both_dtypes
 from tests.kernels.test_against_reference import assert_close, play
 
 # A prompt is always resumed from a captured state too.
@@ -57,15 +58,13 @@ def compare(problem, calls):
         assert_close(found, right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", MAMBA1)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_dtypes(MAMBA1), ids=str)
 def test_mamba1_agrees_with_the_reference(shape, dtype):
     sizes, calls = MAMBA1[shape]
     compare(Mamba1Problem(dtype, random(), **sizes), calls)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", RG_LRU)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_dtypes(RG_LRU), ids=str)
 def test_rg_lru_agrees_with_the_reference(shape, dtype):
     sizes, calls = RG_LRU[shape]
     compare(RgLruProblem(dtype, random(), **sizes), calls)

@@ -12,6 +12,7 @@ from hybrid_cache.kernels.problems import LinearAttentionProblem, Mamba2Problem,
 from hybrid_cache.kernels.runs import arrange
 from hybrid_cache.kernels.triton_kernels import ssd
 from hybrid_cache.kernels.unsupported import UnsupportedShape
+from tests.kernels.quick import in_both_dtypes
 from tests.kernels.test_against_reference import assert_close, play
 
 # A prompt is always resumed from a captured state too.
@@ -75,8 +76,7 @@ def test_mamba2_agrees_with_the_reference(case):
     compare(Mamba2Problem(dtype, random(), **sizes), calls)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", LINEAR_ATTENTION)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_dtypes(LINEAR_ATTENTION), ids=str)
 def test_linear_attention_agrees_with_the_reference(shape, dtype):
     sizes, calls = LINEAR_ATTENTION[shape]
     compare(LinearAttentionProblem(dtype, random(), **sizes), calls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -162,6 +163,7 @@ def test_the_embedded_model_has_the_size_its_package_allows() -> None:
     assert 1_000_000 <= net.num_parameters(net.load(EMBEDDED)) <= 10_000_000
 
 
+@cache
 def accuracy(codec: Codec, kind: str, keep_state: bool) -> float:
     """Share of whole answers that greedy decoding writes word for word, over 40 fresh dialogues."""
     rng = Random(f"test {kind}")
