@@ -76,7 +76,8 @@ def test_half_precision_rows_are_taken(kind):
 
 
 @pytest.mark.parametrize("cuts", CUTS)
-@pytest.mark.parametrize("kind", ONE_HEAD)
+# In the interpreter Kimi's kernel takes four times as long; its programs see as little of each other.
+@pytest.mark.parametrize("kind", [GatedDeltaProblem, pytest.param(KimiDeltaProblem, marks=pytest.mark.slow)])
 def test_no_bit_depends_on_cuts_company_places_or_unused_memory(kind, cuts, monkeypatch):
     monkeypatch.setattr(selfcheck, "PROMPT", 2 * TILE + 6)
     monkeypatch.setattr(selfcheck, "CUTS", cuts)
