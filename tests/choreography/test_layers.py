@@ -11,7 +11,7 @@ from hybrid_cache.models import loading
 from hybrid_cache.models.blocks.stack import HybridStack
 from hybrid_cache.spec import AttentionSpec
 from tests.choreography.conductor import Conductor, exact_logits, message
-from tests.models.checkpoints import CASES, FIRST_CASES
+from tests.models.checkpoints import CASES, FIRST_CASES, ONE_OF_A_KIND
 
 LENGTHS = (37, 21, 70, 40)
 MESSAGES = [message(length, seed) for seed, length in enumerate(LENGTHS)]
@@ -73,7 +73,9 @@ def single_layers(model):
 
 
 @pytest.mark.parametrize("ops", [USUAL, *(pytest.param(ops, marks=pytest.mark.slow) for ops in OTHERS)], indirect=True)
-@pytest.mark.parametrize("case", FIRST_CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in ONE_OF_A_KIND else pytest.mark.slow) for c in FIRST_CASES], ids=str
+)
 def test_every_kind_of_layer_composes_messages_in_any_order(model):
     """As above, with each kind of layer taken out of its model."""
     for kind in single_layers(model):

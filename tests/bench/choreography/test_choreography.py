@@ -152,7 +152,10 @@ def test_real_texts_are_taken_from_the_files_that_are_there(tmp_path):
 CONTENDERS = [NO_CACHE, PREFIX_CACHE, ANY_ORDER, *moved(Fidelity.COMPOSED, (0, 16), [])]
 
 
-@pytest.mark.parametrize("name", ["tree of thought", "parallel debate", "two questions", "retrieval"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("tree of thought", marks=pytest.mark.slow), "parallel debate", "two questions", "retrieval"],
+)
 def test_all_contenders_read_and_write_the_same_tokens(name, subject, engines):
     script = script_of(name, writer=Writer(generated(0), subject.num_tokens))
     tokens = tokenized(script, subject)

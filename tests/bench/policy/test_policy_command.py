@@ -286,7 +286,7 @@ def embedded_server(policy: str) -> Iterator[str]:
 
 
 # Their decisions follow from the order of requests alone, not from milliseconds: the replay can be held to every token.
-@pytest.mark.parametrize("name", ["lru", "flops-per-byte", "marconi"])
+@pytest.mark.parametrize("name", ["lru", pytest.param("flops-per-byte", marks=pytest.mark.slow), "marconi"])
 def test_a_replay_hits_what_the_server_hits(name: str, tmp_path: Path) -> None:
     trace = written(tmp_path / "talks.jsonl", talks(random.Random(1), 8, 6))
     file = tmp_path / "live.json"

@@ -18,6 +18,9 @@ from hybrid_cache.kernels.unsupported import UnsupportedShape
 from tests.kernels.test_against_reference import BATCHES, assert_close, play
 from tests.kernels.test_off_the_grid import pieces_of
 
+# A prompt is always resumed from a captured state too.
+CUTS = [(), pytest.param(((1, 2),), marks=pytest.mark.slow)]
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPAN = PAGES_PER_SPLIT * TILE
 
@@ -72,10 +75,11 @@ def test_a_token_sees_the_window_that_ends_with_itself(window):
         assert_close(found, right)
 
 
+@pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize(("dtype", "window"), [(torch.float32, None), (torch.bfloat16, 70)], ids=str)
-def test_no_bit_depends_on_cuts_company_places_or_unused_memory(monkeypatch, dtype, window):
+def test_no_bit_depends_on_cuts_company_places_or_unused_memory(monkeypatch, dtype, window, cuts):
     monkeypatch.setattr(selfcheck, "PROMPT", 2 * TILE + 9)
-    monkeypatch.setattr(selfcheck, "CUTS", ((1, 2),))
+    monkeypatch.setattr(selfcheck, "CUTS", cuts)
     monkeypatch.setattr(selfcheck, "NUM_DECODES", 1)
     problem = AttentionProblem(dtype, num_heads=2, num_kv_heads=1, head_dim=16, window=window)
     assert selfcheck.mismatches(TritonAttention(), problem) == []
