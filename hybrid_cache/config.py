@@ -16,7 +16,7 @@ def verify_by_default() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Checked when made, read by the engine and its scheduler."""
+    """Read by the engine and its scheduler. Raises ConfigError, when made, for a setting that cannot work."""
 
     budget_bytes: int = 2 << 30  # KV pages, states and prompt ends together
     max_running: int = 32
@@ -24,7 +24,7 @@ class EngineConfig:
     policy: str = "learned"
     prefix_cache: bool = True  # off: nothing is reused between requests
     max_tiles: int = 16  # prefill tiles in a step with nobody decoding
-    max_tiles_beside_decode: int = 4  # bounds the pause that a long prompt puts between a neighbour's tokens
+    max_tiles_beside_decode: int = 4  # bounds the pause that a long prompt causes between the tokens of other requests
     max_step_ms: float | None = None  # a step's prefill is bounded by measured rates so that it takes no longer
     # Published pages and states are compared with their digests at each use and at random, for tests; slow. An engine
     # that finds one changed ends. HYBRID_CACHE_VERIFY=1 makes it the default.

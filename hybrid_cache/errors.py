@@ -9,7 +9,7 @@ HybridCacheError
 │   ├── BadSampling
 │   ├── UnknownMessage         a reference to a message of another tenant or model, or to none
 │   └── MessageGone            a reference to a message whose text has been dropped
-├── OwnershipError             our own bug: rows or states would be written or read that belong to somebody else
+├── OwnershipError             our own bug: rows or states would be written or read that belong to another owner
 ├── PublishedBytesChanged      the same, found by a checking mode after the fact
 ├── Overloaded                 the queue is full, try again later
 └── EngineStopped              the engine is draining or has failed
@@ -72,7 +72,7 @@ class MessageGone(RequestError):
 
 
 class OwnershipError(HybridCacheError):
-    """Somebody is about to write rows or states that are not its own. Only a bug of ours can cause it."""
+    """Rows or states were about to be written or read by what does not own them. Only a bug of ours can cause it."""
 
 
 class PublishedBytesChanged(HybridCacheError):

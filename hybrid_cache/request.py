@@ -13,8 +13,8 @@ from hybrid_cache.tokens import Prompt
 class CacheMode(Enum):
     """What a request lets the cache do (OpenAI's `prompt_cache_options.mode`)."""
 
-    IMPLICIT = "implicit"  # our policy, and the marked places
-    EXPLICIT = "explicit"  # the marked places only; none marked, nothing kept
+    IMPLICIT = "implicit"  # our policy, and the marked positions
+    EXPLICIT = "explicit"  # the marked positions only; none marked, nothing kept
     OFF = "off"  # neither read nor write; for measurements and for prompt log-probabilities
 
 

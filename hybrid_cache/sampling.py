@@ -13,7 +13,7 @@ from hybrid_cache.tokens import TokenArray
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. Checked when made; an error names the value and the bound."""
+    """How tokens are chosen. Raises BadSampling, when made, with the value and the bound."""
 
     temperature: float = 1.0
     top_p: float = 1.0

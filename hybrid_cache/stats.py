@@ -42,7 +42,7 @@ class Counters:
     computed_tokens: int = 0  # prompt tokens, including what preemption repeats
     generated_tokens: int = 0
     replayed_tokens: int = 0  # generated tokens fed again after a preemption
-    commit_tokens: int = 0  # generated tokens run through the prefill path while idle
+    commit_tokens: int = 0  # generated tokens computed again by canonical passes
     flops_saved: float = 0.0
     flops_computed: float = 0.0
 

@@ -10,7 +10,7 @@ TokenArray = npt.NDArray[np.int32]
 
 
 class BoundaryKind(Enum):
-    """Why a place in a prompt may be worth a checkpoint."""
+    """Why a position in a prompt may be worth a checkpoint."""
 
     MESSAGE_END = "message_end"
     EXPLICIT = "explicit"  # the client marked it
@@ -18,7 +18,7 @@ class BoundaryKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """A place where other requests may part from this one."""
+    """A position at which other requests may diverge from this one."""
 
     position: int  # tokens before it
     kind: BoundaryKind = BoundaryKind.MESSAGE_END

@@ -24,7 +24,7 @@ Command = books.Command | choreography.Command
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """Tokens at the places [start, end) of some rows: what they do to the states is added to what `items` hold.
+    """Tokens [start, end) of some rows, by index in their sequence: what they do to the states is added to `items`.
 
     first: it begins with these
     """
@@ -39,16 +39,16 @@ class Rows(NamedTuple):
     """A run of tokens of one sequence in one pass. Each decoding sequence has one a step, so it is made cheaply."""
 
     tokens: TokenArray | tuple[int, ...]
-    start: int  # place of the first token in its sequence
-    shift: int  # place of a token less its position for the model
+    start: int  # index of the first token in its sequence
+    shift: int  # index of a token in its sequence minus its position for the model
     slot: int  # working state
     pages: Sequence[int]  # of the whole sequence
     kv_rows: KVRows | tuple[int, ...]  # where K and V of each token go; -1 for those that are there already
     fresh: bool = False  # a text begins here: the model starts from no state at all
-    captures: tuple[tuple[int, int], ...] = ()  # place where a tile ends, slot that gets the states there
-    cuts: tuple[int, ...] = ()  # places where a tile ends and the grid starts afresh, rising
+    captures: tuple[tuple[int, int], ...] = ()  # index at which a tile ends, slot that gets the states there
+    cuts: tuple[int, ...] = ()  # indices at which a tile ends and the grid starts again, rising
     noted: tuple[Noted, ...] = ()
-    num_wanted: int = 0  # of the last rows, how many hidden rows somebody reads
+    num_wanted: int = 0  # of the last rows, how many hidden rows are read
 
     @property
     def end(self) -> int:

@@ -101,7 +101,7 @@ class Workflow:
     ) -> None:
         """style, sampling: of calls that name none; namespace: no message is ever used in two of them
 
-        `others` gets what the engine answers to requests that are not the workflow's, for who submitted them.
+        `others` gets the engine's outputs for requests that are not the workflow's, for whoever submitted them.
         """
         self.engine = engine
         self.renderer = renderer
@@ -116,7 +116,10 @@ class Workflow:
     # Messages
 
     def message(self, text: str, parents: Sequence[Message] = (), role: str = "user") -> Message:
-        """A message that others may attend to, alone or behind its parents. Nothing is computed yet."""
+        """A message that others may attend to, to be encoded from zero or after its parents. Nothing is computed yet.
+
+        Raises UnknownMessage or MessageGone for a parent that cannot be found.
+        """
         context = tuple(parent.id for parent in self._known(parents))
         tokens = self.renderer.message(role, text)
         return self._book.add(self._namespace, role, tokens, context, text=text)
@@ -124,13 +127,16 @@ class Workflow:
     def encode(
         self, text: str, parents: Sequence[Message] = (), role: str = "user", style: Style | None = None
     ) -> Message:
-        """Computes a message now: alone, or behind its parents."""
+        """Computes a message now: from zero, or after its parents. Raises what `encode_all` raises."""
         return self.encode_all([text], parents, role, style)[0]
 
     def encode_all(
         self, texts: Sequence[str], parents: Sequence[Message] = (), role: str = "user", style: Style | None = None
     ) -> list[Message]:
-        """Computes several messages side by side, none of which sees another."""
+        """Computes several messages in one batch, none of which sees another.
+
+        Raises RequestError for one that can never be computed, UnknownMessage or MessageGone for a parent.
+        """
         style = style or self.style
         messages = [self.message(text, parents, role) for text in texts]
         call = Call([], style=style, keep=False, sampling=SamplingParams(max_tokens=0))
@@ -143,13 +149,13 @@ class Workflow:
         return self._book.find(self._namespace, name)
 
     def is_stored(self, message: Message, style: Style | None = None) -> bool:
-        """Whether rows and effect of a message are in the cache for use at another place."""
+        """Whether rows and effect of a message are in the cache for use at another position."""
         return self.engine.is_stored(message.id, (style or self.style).seam)
 
     def effects(self, message: Message, style: Style | None = None) -> "list[tuple[Tensor, Tensor]]":
         """(P, S) of a stored message for each state of the model, in the order of its layers; copies.
 
-        P as its `Transition` writes it down, S [*state_shape]. Raises RequestError if it is not stored.
+        P as its `Transition` writes it down, S [*state_shape], both float32. Raises RequestError if it is not stored.
         """
         effects = self.engine.effects(message.id, (style or self.style).seam)
         if effects is None:
@@ -169,19 +175,24 @@ class Workflow:
     ) -> Answer:
         """One answer of `role` to what it attends to. `fidelity` in place of that of the style; options: see `Call`.
 
-        A last message of a few words, which nobody else waits for, is computed with the answer and not stored.
+        A last message of a few words, which no other call waits for, is computed with the answer and not stored.
+        Raises what `parallel` raises.
         """
         call = Call(attend, role, style=self._style(style, fidelity))
         return self.parallel([replace(call, **options)])[0]  # type: ignore[arg-type]
 
     def parallel(self, calls: Sequence[Call]) -> list[Answer]:
-        """Answers of calls that run side by side in one batch."""
+        """Answers of calls that run in one batch.
+
+        Raises RequestError if one can never be answered, UnknownMessage or MessageGone for what it attends to; then
+        none has begun.
+        """
         asked = [self._new(call, self._messages_of(call), self.renderer.opening(call.role)) for call in calls]
         self._run(asked)
         return [self._answer(request.id) for request, _ in asked]
 
     def settle(self) -> None:
-        """Computes answers again by the way of prompts, so that later exact calls find them: for when nobody waits."""
+        """Runs the canonical passes of answers, so that later exact calls find them: for when nobody waits."""
         self.engine.run_until_idle()
 
     def plan(
@@ -192,7 +203,7 @@ class Workflow:
         style: Style | None = None,
         fidelity: Fidelity | str | None = None,
     ) -> Plan:
-        """What `generate` would do now."""
+        """What `generate` would do now. Raises what `generate` raises."""
         call = Call(attend, role, style=self._style(style, fidelity))
         messages = self._messages_of(call)
         return self.engine.plan(self._request("plan", call, messages, self.renderer.opening(role)))
@@ -217,14 +228,14 @@ class Workflow:
         return messages
 
     def _messages_of(self, call: Call) -> list[Message]:
-        """What a call attends to. Texts become messages, encoded alone or behind all before them."""
+        """What a call attends to. Texts become messages, encoded from zero or after all before them."""
         if not 1 <= len(call.attend) <= MOST_MESSAGES:
             raise RequestError(f"a call attends to {len(call.attend)} messages, must be in [1, {MOST_MESSAGES}]")
         style, messages = call.style or self.style, list[Message]()
         for item in call.attend:
             if isinstance(item, str):
-                behind = messages if style.encoding is Encoding.IN_PLACE else ()
-                messages.append(self.message(item, behind, call.asker))
+                context = messages if style.encoding is Encoding.IN_PLACE else ()
+                messages.append(self.message(item, context, call.asker))
             else:
                 messages += self._known([item])
         return messages

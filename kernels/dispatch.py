@@ -45,9 +45,11 @@ def exact_backends() -> list[str]:
 def select(name: str = "auto", *, fast: bool = False) -> Ops:
     """The named backend; "auto" is `$HYBRID_CACHE_BACKEND`, else native, else torch.
 
-    Triton is asked for by name as long as its kernels have been compiled and interpreted, but not run on a card.
+    Triton has to be asked for by name while its kernels have been compiled and interpreted, but not run on a GPU.
 
     fast: bits may depend on the batch where that is faster; so far in products of the Triton backend
+
+    Raises BackendUnavailable for a name that is unknown or cannot be used here.
     """
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -71,7 +73,7 @@ def select(name: str = "auto", *, fast: bool = False) -> Ops:
 
 
 def _gpu_reason(packages: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why these packages cannot be used on a card here."""
+    """Why these packages cannot be used on a GPU here."""
     missing = [f"{name} not installed" for name in packages if not find_spec(name)]
     device = _device_reason()
     if missing or device:

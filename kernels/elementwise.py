@@ -1,7 +1,8 @@
-"""Elementwise functions whose vector body and scalar tail round alike: a value's bits do not depend on its place.
+"""Elementwise functions whose vector body and scalar tail round alike: a value's bits do not depend on where it
+lies in a tensor.
 
 torch's own `silu`, `sigmoid` and `softplus` have no such promise; where the tail begins depends on the number of rows.
-All shapes are free; float32 comes out, whatever goes in.
+Tensors have any shape [...]; the result is float32 unless said otherwise.
 """
 
 import torch
@@ -9,26 +10,29 @@ from torch import Tensor
 
 
 def silu(x: Tensor) -> Tensor:
+    """x [...] -> x * sigmoid(x), [...] float32."""
     x = x.float()
     return x / (1.0 + torch.exp(-x))
 
 
 def sigmoid(x: Tensor) -> Tensor:
+    """x [...] -> 1 / (1 + exp(-x)), [...] float32."""
     return 1.0 / (1.0 + torch.exp(-x.float()))
 
 
 def tanh(x: Tensor) -> Tensor:
+    """x [...] -> tanh(x), [...] float32."""
     return 1.0 - 2.0 / (1.0 + torch.exp(2.0 * x.float()))
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x))."""
+    """x [...] -> log(1 + exp(x)), [...] float32."""
     x = x.float()
     return torch.where(x > 20.0, x, torch.log1p(torch.exp(x.clamp(max=20.0))))
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
-    """x * sigmoid(gate), in the type of x; the shapes broadcast."""
+    """x [...], gate [...], which broadcast -> x * sigmoid(gate) in the dtype of x."""
     return (x.float() * sigmoid(gate)).to(x.dtype)
 
 

@@ -8,17 +8,17 @@ A batch has R rows of tokens and no batch axis:
 
 A *chunk* is a run of consecutive tiles of one sequence. Where results must be exact it starts at a multiple of TILE in
 that sequence, so a token sits in the same row of the same tile whether or not earlier tokens came from the cache: this
-grid is what makes reuse bit-exact. (A choreography starts chunks anywhere.) Every kernel must give a row the same bits
+grid is what makes reuse bit-exact. (Choreography starts chunks anywhere.) Every kernel must give a row the same bits
 whatever else is in the batch, and must not let padding rows change a state.
 
-A chunk may have *cuts*: at each a tile ends, and the grid starts afresh. So it has the tiles, and gets the bits, of the
-chunks that it would be if it were taken apart there.
+A chunk may have *cuts*: at each a tile ends, and the grid starts again. So it has the same tiles, and gets the same
+bits, as the chunks that it would be if it were split there.
 
     200 tokens, no cut     0..64  64..128  128..192  192..200
     200 tokens, cut 100    0..64  64..100  100..164  164..200
 
-A tile may hold fewer than TILE tokens: the last of a chunk, or one that ends at a cut. On a CPU, where a row less is
-time saved, the next one follows at once (*packed*). Elsewhere a chunk's last tile is padded, so that tile i starts in
+A tile may hold fewer than TILE tokens: the last of a chunk, or one that ends at a cut. On a CPU, where each row
+costs time, the next one follows at once (*packed*). Elsewhere a chunk's last tile is padded, so that tile i starts in
 row TILE * i. A backend that does not pack never sees a cut: tile i of a chunk starts at its token TILE * i.
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.decode_plan import DecodePlan
+from hybrid_cache.kernels.decode_schedule import DecodeSchedule
 from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 
 
@@ -53,7 +53,7 @@ class RowLayout:
 
     tile_start: Tensor  # [num_tiles] tokens of the chunk before the tile, which ends where the next one starts, if any
 
-    # The state after the first `capture_tiles` tiles of a chunk also goes to `capture_slot`: one slot for each place.
+    # The state after the first `capture_tiles` tiles of a chunk also goes to `capture_slot`.
     capture_chunk: Tensor  # [X]
     capture_tiles: Tensor  # [X] between 1 and chunk_tiles; where nothing packs, chunk_len // TILE
     capture_slot: Tensor  # [X]
@@ -64,7 +64,9 @@ class RowLayout:
     page_table: Tensor  # [C + D, max_pages] page of each TILE tokens: chunks first, then decode rows; 0 past the end
     kv_rows: Tensor  # [R] where the row's K and V go, page * TILE + offset; -1 writes nothing
 
-    decode_plan: DecodePlan | None = None  # for devices that must not be asked for page tables: who shares pages
+    decode_schedule: DecodeSchedule | None = (
+        None  # rows that share pages, made on the host: reading page tables back from a device is slow
+    )
 
     def to(self, device: torch.device) -> "RowLayout":
         """The same layout with its tensors on a device."""

@@ -37,12 +37,13 @@ def _mapping(num_bytes: int) -> mmap.mmap:
 
 
 class Pool:
-    """Tensors next to each other in blocks of large pages, for many that stay. Each keeps its block alive."""
+    """Tensors next to each other in blocks of large pages, for many that live long."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """[*shape], with arbitrary contents; it keeps its block alive."""
         num_bytes = prod(shape) * dtype.itemsize
         if num_bytes > BLOCK:
             return large_pages(num_bytes).view(dtype).view(shape)

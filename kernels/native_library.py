@@ -59,6 +59,7 @@ def reason_missing() -> str | None:
 
 
 def find_compiler() -> str:
+    """Path of `$CC` or the system's C compiler. Raises BuildError if there is none."""
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         path = shutil.which(name) if name else None
         if path:
@@ -67,6 +68,7 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
+    """Where libraries are kept; made if needed. Raises BuildError if it cannot be."""
     root = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = (Path(root) if root else Path.home() / ".cache") / "hybrid-cache" / "native"
@@ -77,6 +79,7 @@ def cache_folder() -> Path:
 
 
 def build(compiler: str, flags: tuple[str, ...], folder: Path) -> Path:
+    """The library for these flags in a folder, compiled unless it is there. Raises BuildError if that fails."""
     target = folder / f"{fingerprint(compiler, flags)}.so"
     if target.exists():
         return target

@@ -102,7 +102,7 @@ class NativeOps(TorchOps):
         self._weights: dict[int, _Prepared] = {}
         self._scans: dict[int, tuple[Mamba1Weights, list[Tensor]]] = {}
         self._convs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # weight, taps, bias
-        self._turned: tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]] | None = None
+        self._latest_rotations: tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]] | None = None
         self._memory = Pool()
         self._scratch = threading.local()
         self._has_products = bool(self._c.linear_supported())
@@ -168,7 +168,7 @@ class NativeOps(TorchOps):
         pages = [native_calls.Pages(x.data_ptr(), x.stride(0), x[0, 0].numel()) for x in (kv.k, kv.v)]
         half, cos, sin = 0, None, None
         if inv_freq is not None:
-            half, (cos, sin) = len(inv_freq), self._turns(delta, inv_freq)
+            half, (cos, sin) = len(inv_freq), self._rotations(delta, inv_freq)
         self._c.relocate_keys(
             *(ctypes.addressof(page) for page in pages),
             *(source_rows.data_ptr(), target_rows.data_ptr(), len(source_rows), delta.data_ptr()),
@@ -400,13 +400,13 @@ class NativeOps(TorchOps):
             prepared = self._convs[id(weight)] = (weight, taps, offset)
         return prepared[1:]
 
-    def _turns(self, delta: Tensor, inv_freq: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """cos, sin [N, d / 2] of positions [N], nothing where all are 0. Layers ask for the same in turn."""
-        last = self._turned
+    def _rotations(self, delta: Tensor, inv_freq: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """cos, sin [N, d / 2] of positions [N], nothing where all are 0. All layers ask for the same ones."""
+        last = self._latest_rotations
         if last is None or last[0] is not delta or not torch.equal(last[1], inv_freq):
             angle = delta.float()[:, None] * inv_freq
-            turned = (angle.cos(), angle.sin()) if bool(delta.any()) else (None, None)
-            last = self._turned = (delta, inv_freq, turned)
+            rotations = (angle.cos(), angle.sin()) if bool(delta.any()) else (None, None)
+            last = self._latest_rotations = (delta, inv_freq, rotations)
         return last[2]
 
     def _scan_tensors(self, weights: Mamba1Weights) -> list[Tensor]:
@@ -441,7 +441,7 @@ def _residual(hidden: Tensor, norm: NormWeights, multiplier: float) -> native_ca
 
 
 def _with_rows(x: Tensor, width: int) -> Tensor:
-    """x [R, ...] as rows of `width` contiguous values, any distance apart."""
+    """x [R, ...] as rows of `width` contiguous values, with any stride."""
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if size != 1 and stride != expected:

@@ -33,6 +33,7 @@ class NativeLinear:
     """A bfloat16 weight in the panels of linear.c. Each output sums in one order, whatever the number of rows."""
 
     def __init__(self, library: ctypes.CDLL, memory: Pool, weight: Tensor, bias: Tensor | None) -> None:
+        """weight [out, in] bfloat16   bias [out]; packed into `memory`, so the caller may drop its copy"""
         self.out_features, self.in_features = weight.shape
         self._weight = pack([weight], memory)
         self._bias = None if bias is None else bias.float().contiguous()
@@ -67,6 +68,7 @@ class NativeExperts:
         w_in: Sequence[Tensor],
         w_out: Sequence[Tensor],
     ) -> None:
+        """For each expert w_in [2 * inner, hidden], w_out [hidden, inner], bfloat16; the caller may drop its copies."""
         self._c = library
         self._scratch_memory = scratch
         self._w_in, self._w_out = pack(w_in, memory), pack(w_out, memory)

@@ -121,7 +121,7 @@ class Ops(Protocol):
     inexact: str  # why it does not promise exact results; empty if it does
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """Packs weight [out, in] (+ bias [out]); the caller may drop its copy."""
+        """Packs weight [out, in] (+ bias [out]) -> y = x @ weight.T + bias; the caller may drop its copy."""
         ...
 
     def experts(
@@ -166,7 +166,7 @@ class Ops(Protocol):
         """Writes k, v into the pages at `layout.kv_rows`, then causal attention over each row's sequence.
 
         q [R, heads, d]   k, v [R, kv_heads, d], heads a multiple of kv_heads -> [R, heads, d]
-        window: how many tokens a token sees, itself included; None for all
+        window: each token attends to the last `window` tokens, itself included; None for all
         """
         ...
 
@@ -293,20 +293,20 @@ class Ops(Protocol):
         inv_freq: Tensor | None,
         first: int = 0,
     ) -> None:
-        """Copies KV rows to other rows, for tokens that stand `delta` positions further on there.
+        """Copies KV rows to other rows, for tokens whose positions there are `delta` higher.
 
         source_rows, target_rows [N] int64, page * TILE + offset; a row may not be in both
-        delta [N] int64   inv_freq [d / 2] float32: the values [first, first + d) of a head are turned; None for none
+        delta [N] int64   inv_freq [d / 2] float32: the values [first, first + d) of a head are rotated; None for none
         """
         ...
 
     def sample(self, logits: Tensor, draws: Draws) -> Tensor:
         """logits [S, V] float32 -> one token a row, [S] int64.
 
-        Of exp(logit / temperature), the `top_k` largest stay, and what is as large as the last of them; of these those
-        that less than `top_p` of their sum is larger than, and that are at least `min_p` of the largest. The token is
-        the first at which the sum over what is left exceeds `point` of it. NaN counts as infinity; of equal logits the
-        first is the largest.
+        Weights are exp(logit / temperature). First the `top_k` largest are kept, and any equal to the last of them. Of
+        these, a weight is kept if the larger ones add up to less than `top_p` of the sum, and if it is at least `min_p`
+        times the largest. The token is the first at which the running sum of what is kept exceeds `point` times the
+        whole. NaN counts as infinity; of equal logits the first is the largest.
         """
         ...
 

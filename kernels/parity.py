@@ -1,4 +1,4 @@
-"""Each operation against `reference`, over tables of shapes and of batches: for tests, and for the check of a card."""
+"""Each operation against `reference`, over tables of shapes and of batches: for tests, and for the check of a GPU."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -96,7 +96,7 @@ BATCHES: Mapping[str, Calls] = {
 
 
 def play(ops: Ops, problem: Problem, calls: Calls, device: torch.device = CPU) -> tuple[list[Tensor], list[Tensor]]:
-    """-> the output of each piece of each call, and the cache at the end. What nobody wrote stays NaN.
+    """-> the output [tokens, ...] of each piece of each call, and the cache [20, ...] at the end; NaN if unwritten.
 
     The problem's weights are on `device`, and so is what comes back.
     """
@@ -116,7 +116,7 @@ def _streams(problem: Problem) -> list[Stream]:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference as a share of that of `expected`, to hold against TOLERANCE.
+    """Root mean square of found - expected, each [...], as a share of that of `expected`, to compare with TOLERANCE.
 
     Infinite for another type or shape, and where only one of them is NaN.
     """

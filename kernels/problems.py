@@ -15,7 +15,7 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Draws, KVTensors, Mamba1Weights, Mamba2Weights, Ops, StateTensors
 from hybrid_cache.kernels.runs import Run, arrange
-from hybrid_cache.kernels.shared_prefix import with_plan
+from hybrid_cache.kernels.shared_prefix import with_schedule
 
 CPU = torch.device("cpu")
 
@@ -30,10 +30,12 @@ class Problem(Protocol):
         ...
 
     def cache(self, size: int, filler: float) -> list[Tensor]:
-        """`size` slots or pages, all `filler`; strided in dimension 0, as a pool would hand them out."""
+        """Tensors [size, ...] of slots or pages, all `filler`; strided in dimension 0, as those of a real cache."""
         ...
 
-    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor: ...
+    def apply(self, ops: Ops, inputs: Sequence[Tensor], layout: RowLayout, cache: Sequence[Tensor]) -> Tensor:
+        """inputs [R, ...] each, cache as of `cache` -> [R, ...]; advances the cache."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +80,16 @@ def run_batch(
     decodes: Sequence[Piece] = (),
     padding: float = 0.0,
 ) -> list[Tensor]:
-    """One call; -> the output rows of each piece, chunks first. Rows of no piece are filled with `padding`.
+    """One call -> the output rows [tokens, ...] of each piece, chunks first. Padding rows are filled with `padding`.
 
-    Everything is on the device of `cache`, but for the inputs of streams, which may be anywhere.
+    Everything is on the device of `cache`, except the inputs of streams, which may be on any.
     """
     device = cache[0].device
     runs_of = ([piece.run(False) for piece in chunks], [piece.run(True) for piece in decodes])
     layout, runs = arrange(*runs_of, packed=ops.packs)
     pieces = [*chunks, *decodes]
     if device != CPU:
-        layout = with_plan(layout).to(device)
+        layout = with_schedule(layout).to(device)
     shapes = [((layout.num_rows, *x.shape[1:]), x.dtype) for x in pieces[0].stream.inputs]
     inputs = [torch.full(shape, padding, dtype=dtype, device=device) for shape, dtype in shapes]
     for piece, run in zip(pieces, runs, strict=True):
@@ -98,7 +100,7 @@ def run_batch(
 
 
 def pool(size: int, shape: Sequence[int], dtype: torch.dtype, filler: float) -> Tensor:
-    """[size, *shape], with a gap of 64 bytes and more behind each entry."""
+    """[size, *shape], with a gap of 64 bytes and more after each entry."""
     numel = int(torch.tensor(shape).prod())
     gap = 64 // dtype.itemsize
     stride = -(-numel // gap) * gap + gap
@@ -124,7 +126,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def cache_on(device: torch.device, problem: Problem, size: int, filler: float) -> list[Tensor]:
-    """The problem's cache on a device, as far apart as on the host."""
+    """The problem's cache, tensors [size, ...], on a device with the strides that it has on the host."""
     found = []
     for entries in problem.cache(size, filler):
         storage = torch.full((size, entries.stride(0)), filler, dtype=entries.dtype, device=device)
@@ -393,7 +395,7 @@ RULES = (  # temperature, top_k, top_p, min_p
 def some_draws(
     num_rows: int, device: torch.device = CPU, rules: Sequence[tuple[float, int, float, float]] = RULES
 ) -> Draws:
-    """Rows follow the rules in turn; the same points each time."""
+    """Draws for [num_rows] rows, which take the rules one after the other; the same points each time."""
     taken = [rules[i % len(rules)] for i in range(num_rows)]
     temperature, top_k, top_p, min_p = zip(*taken, strict=True)
     points = torch.rand(num_rows, generator=torch.Generator(CPU).manual_seed(0), dtype=torch.float64, device=CPU)

@@ -1,6 +1,6 @@
 """Each operation of `Ops` as the papers write it: float32, one sequence and one token at a time.
 
-These functions say what is right; they are not meant to be fast. Shapes and side effects are those of `ops.Ops`.
+These functions say what is right; they are not meant to be fast. Letters, dtypes and side effects are those of `ops`.
 Rows that belong to no sequence come back as zeros.
 """
 
@@ -19,6 +19,7 @@ packs = True  # as in `ops.Ops`
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [R, in], weight [out, in], bias [out] -> x @ weight.T + bias, [R, out]."""
     y = x.float() @ weight.float().T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -31,7 +32,11 @@ def experts(
     w_out: Sequence[Tensor],
     act: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """A token goes to its k experts, one after the other (Shazeer et al. 2017)."""
+    """A token goes to its k experts, one after the other (Shazeer et al. 2017).
+
+    x [R, hidden]   expert_ids [R, k] int64   expert_weights [R, k] float32
+    for each expert: w_in [2 * inner, hidden], w_out [hidden, inner] -> [R, hidden]
+    """
     act = act or silu_mul
     out = torch.zeros(x.shape, dtype=torch.float32)
     for row in range(len(x)):
@@ -41,28 +46,33 @@ def experts(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Zhang and Sennrich 2019."""
+    """x [R, d], weight [d] -> x / sqrt(mean(x^2) + eps) * weight, [R, d] (Zhang and Sennrich 2019)."""
     return _normalised(x.float(), weight, eps).to(x.dtype)
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """SwiGLU's activation (Shazeer 2020)."""
+    """x [R, 2 * d] -> silu(x[:, :d]) * x[:, d:], SwiGLU's activation (Shazeer 2020)."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
 
 
 def gelu_mul(x: Tensor) -> Tensor:
+    """x [R, 2 * d] -> gelu(x[:, :d]) * x[:, d:], with erf."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.gelu(gate) * up).to(x.dtype)
 
 
 def gelu_tanh_mul(x: Tensor) -> Tensor:
+    """x [R, 2 * d] -> gelu(x[:, :d]) * x[:, d:], with tanh in place of erf."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
 
 def rotary(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """Pairs (i, i + d / 2) turn by the angle position * inv_freq[i] (Su et al. 2021)."""
+    """Pairs (i, i + d / 2) are rotated by the angle position * inv_freq[i] (Su et al. 2021).
+
+    x [R, heads, d]   positions [R] int64   inv_freq [d / 2] float32 -> [R, heads, d]
+    """
     angle = positions.float()[:, None, None] * inv_freq
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = angle.cos(), angle.sin()
@@ -72,13 +82,13 @@ def rotary(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
 def relocate_keys(
     kv: KVTensors, source_rows: Tensor, target_rows: Tensor, delta: Tensor, inv_freq: Tensor | None, first: int = 0
 ) -> None:
-    """Copies KV rows to other rows, for tokens that stand `delta` positions further on there.
+    """Copies KV rows to other rows, for tokens whose positions there are `delta` higher.
 
-    A key turned to position p and then by delta more is the key of position p + delta. Values and keys without
-    positions are copied as they are, and so is what `delta` = 0 leaves alone.
+    A key rotated to position p and then by delta more is the key of position p + delta. Values, keys without positions
+    and rows with delta = 0 are copied as they are.
 
     source_rows, target_rows [N] int64, page * TILE + offset; a row may not be in both, a negative target is skipped
-    delta [N] int64   inv_freq [d / 2] float32: the values [first, first + d) of a head are turned; None for none
+    delta [N] int64   inv_freq [d / 2] float32: the values [first, first + d) of a head are rotated; None for none
     """
     for source, target, shift in zip(source_rows.tolist(), target_rows.tolist(), delta.tolist(), strict=True):
         if target < 0:
@@ -91,7 +101,10 @@ def relocate_keys(
 
 
 def sample(logits: Tensor, draws: Draws) -> Tensor:
-    """One token a row: the temperature, then top_k, top_p and min_p, then the inverse of the cumulated distribution."""
+    """One token a row: the temperature, then top_k, top_p and min_p, then the inverse of the cumulated distribution.
+
+    logits [S, V] -> [S] int64
+    """
     columns = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.point)
     tokens = []
     for row, *values in zip(logits.double(), *(column.tolist() for column in columns), strict=True):
@@ -110,13 +123,17 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
+    """logits [S, V] -> log(sum(exp(logits))) of each row, [S] float32."""
     return torch.logsumexp(logits.double(), 1).float()
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors, window: int | None = None
 ) -> Tensor:
-    """A token attends to itself and all earlier tokens of its sequence, or the latest of them, read from the pages."""
+    """A token attends to itself and all earlier tokens of its sequence, or to the last `window` of these.
+
+    q [R, heads, d]   k, v [R, kv_heads, d], first written to the pages -> [R, heads, d]
+    """
     for row, target in enumerate(layout.kv_rows.tolist()):
         if target >= 0:
             kv.k[target // TILE, target % TILE] = k[row]
@@ -137,7 +154,10 @@ def attention(
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor, activation: bool = True
 ) -> Tensor:
-    """y[t] = silu(bias + sum_k weight[:, k] * x[t - K + 1 + k]), or the sum as it is."""
+    """y[t] = silu(bias + sum_k weight[:, k] * x[t - K + 1 + k]), or the sum as it is.
+
+    x [R, channels]   weight [channels, K]   bias [channels]   conv [slots, K - 1, channels] -> [R, channels]
+    """
     out = torch.zeros_like(x)
     width = weight.shape[1]
     for run in runs.read(layout):
@@ -156,6 +176,8 @@ def mamba2(zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: Sta
     """h = exp(dt A) h + dt x B^T, y = h C + D x for each head, then norm(y * silu(z)) (Dao and Gu 2024).
 
     Or norm(y) * silu(z), or y * silu(z) without a norm (Falcon-H1).
+
+    zxbcdt [R, 2 * H * P + 2 * G * N + H]: z, then x, B, C, then dt   h [H, P, N] -> [R, H * P]
     """
     w = weights
     inner, bc = w.num_heads * w.head_dim, w.num_groups * w.d_state
@@ -196,7 +218,10 @@ def mamba1_scan(
     layout: RowLayout,
     state: Tensor,
 ) -> Tensor:
-    """h = exp(dt A) h + dt B x, y = (C h + D x) * silu(z) for each channel (Gu and Dao 2023)."""
+    """h = exp(dt A) h + dt B x, y = (C h + D x) * silu(z) for each channel (Gu and Dao 2023).
+
+    x, dt, z [R, channels]   B, C [R, N]   state [slots, channels, N] float32 -> [R, channels]
+    """
     u, B, C = x.float(), B.float(), C.float()
     dt = F.softplus(dt.float() + weights.dt_bias)
     y = torch.zeros_like(u)
@@ -214,7 +239,10 @@ def mamba1_scan(
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
-    """h = exp(-slope) h + v k^T, y = h q for each head (Qin et al. 2024)."""
+    """h = exp(-slope) h + v k^T, y = h q for each head (Qin et al. 2024).
+
+    q, k [R, H, N]   v [R, H, P]   slope [H] float32   state [slots, H, P, N] float32 -> [R, H, P]
+    """
     y = torch.zeros_like(v)
     for run in runs.read(layout):
         h = torch.zeros_like(state[run.slot]) if run.fresh else state[run.slot].clone()
@@ -230,7 +258,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, layout: Row
 
 
 def rg_lru(x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
-    """h = a h + sqrt(1 - a^2) sigmoid(input_gate) x, a = exp(decay sigmoid(gate)) (De et al. 2024)."""
+    """h = a h + sqrt(1 - a^2) sigmoid(input_gate) x, a = exp(decay sigmoid(gate)) (De et al. 2024).
+
+    x, input_gate, gate [R, channels]   decay [channels] float32   state [slots, channels] float32 -> [R, channels]
+    """
     y = torch.zeros_like(x)
     for run in runs.read(layout):
         h = torch.zeros_like(state[run.slot]) if run.fresh else state[run.slot].clone()
@@ -248,13 +279,20 @@ def rg_lru(x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: R
 
 
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
-    """One decay for all columns of a head's state, queries and keys shared by some heads (Yang et al. 2024)."""
+    """`kimi_delta` with one decay for all columns of a head's state, and q, k shared by heads (Yang et al. 2024).
+
+    q, k [R, G, N]   v [R, H, P]   g, beta [R, H] float32   state [slots, H, P, N] float32 -> [R, H, P]
+    """
     q, k = (x.repeat_interleave(v.shape[1] // k.shape[1], dim=1) for x in (q, k))
     return kimi_delta(q, k, v, g[:, :, None].expand(k.shape), beta, layout, state)
 
 
 def kimi_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
-    """A state forgets, then moves what it says at k towards v (Kimi Team 2025)."""
+    """h = h exp(g), h += beta (v - h k) k^T, y = h q, with unit keys and scaled unit queries (Kimi Team 2025).
+
+    q, k [R, H, N]   v [R, H, P]   g [R, H, N] float32   beta [R, H] float32   state [slots, H, P, N] float32
+    -> [R, H, P]
+    """
     q, k = (x.float() * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     y = torch.zeros_like(v)
     for run in runs.read(layout):

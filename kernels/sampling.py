@@ -7,6 +7,7 @@ from hybrid_cache.kernels.ops import Draws
 
 
 def sample(logits: Tensor, draws: Draws) -> Tensor:
+    """logits [S, V] -> [S] int64, see `Ops.sample`."""
     tokens = logits.argmax(1)
     columns = (draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.point)
     for row, values in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
@@ -19,13 +20,15 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
+    """logits [S, V] -> [S]."""
     return torch.stack([row.logsumexp(0) for row in logits]) if len(logits) else logits.new_empty(0)
 
 
-def places(logits: Tensor, draws: Draws, tokens: Tensor) -> Tensor:
-    """The points nearest to those of `draws` [S] at which these tokens would be drawn, to see how wrong they are.
+def points(logits: Tensor, draws: Draws, tokens: Tensor) -> Tensor:
+    """The points nearest to those of `draws` at which these tokens would be drawn, to see how wrong they are.
 
-    Of a row without a temperature: 0, or 1 for a token that is not the most likely one.
+    For a row without a temperature: 0, or 1 for a token that is not the most likely one.
+    logits [S, V], tokens [S] int64 -> [S] float32
     """
     found = []
     columns = (tokens, draws.temperature, draws.top_k, draws.top_p, draws.min_p, draws.point)

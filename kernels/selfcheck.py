@@ -1,6 +1,6 @@
 """Does a backend keep the two promises of `ops` here: on this CPU, with these libraries, for these shapes?
 
-Each probe computes the same rows twice, alone and in other company, and compares bits.
+Each probe computes the same rows twice, by themselves and in another batch, and compares bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +56,10 @@ def check_exact(
 
 
 def rows_agree(probe: Callable[[slice], Tensor]) -> bool:
-    """Are rows the same whatever the number of rows in the call? `probe(rows)` computes a slice of 5 TILE rows."""
+    """Are rows the same whatever the number of rows in the call?
+
+    probe(rows) -> [len(rows), ...], for a slice of 5 TILE rows.
+    """
     total = NUM_ROWS[-1]
     expected = torch.cat([probe(slice(start, start + TILE)) for start in range(0, total, TILE)])
     slices = [slice(start, start + n) for n in NUM_ROWS for start in {0, total - n}]
@@ -64,7 +67,7 @@ def rows_agree(probe: Callable[[slice], Tensor]) -> bool:
 
 
 def mismatches(ops: Ops, problem: Problem, device: torch.device = CPU) -> list[str]:
-    """One sequence alone in one call, against the same one in other calls, places and company.
+    """What differs between one sequence by itself in one call, and the same in several calls, other slots and batches.
 
     The problem's weights are on `device`.
     """

@@ -1,9 +1,9 @@
 """Which decode rows share pages: attention over a shared prefix is computed once for all of them.
 
 Decode attention is cut into splits of PAGES_PER_SPLIT pages at absolute positions, and a split's part of a row's result
-depends on the row's query and on the split's pages alone. So a split may be computed for all rows that hold the same
+depends only on the row's query and on the split's pages. So a split may be computed for all rows that hold the same
 pages there, in one piece of work that reads K and V once (Hydragen, Juravsky et al. 2024, arXiv 2402.05099). Rows are
-grouped anew for each split, which gives a hierarchy of any depth and shape:
+grouped again for each split, which gives a hierarchy of any depth and shape:
 
     split        0    1    2    3    4
     row 0        A    B    C    D    -        items: (0, rows 0-3), (1, rows 0-2), (1, row 3), (2, rows 0-1),
@@ -11,7 +11,7 @@ grouped anew for each split, which gives a hierarchy of any depth and shape:
     row 2        A    B    G    -    -
     row 3        A    H    I    -    -
 
-Plans are made on the host, once for all layers of a step.
+Schedules are made on the host, once for all layers of a step.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from hybrid_cache.kernels.decode_plan import PAGES_PER_SPLIT, DecodePlan, Ints
+from hybrid_cache.kernels.decode_schedule import PAGES_PER_SPLIT, DecodeSchedule, Ints
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.layout import RowLayout
 
@@ -28,11 +28,11 @@ Bools = npt.NDArray[np.bool_]
 MIN_SHARED_ROWS = 2  # an item costs the same time with one row as with as many as fit into its block
 
 
-def plan_shared(page_table: Ints, lengths: Ints, min_rows: int = MIN_SHARED_ROWS) -> DecodePlan:
+def schedule_shared(page_table: Ints, lengths: Ints, min_rows: int = MIN_SHARED_ROWS) -> DecodeSchedule:
     """page_table [D, pages], lengths [D] tokens of each decode row, its own included.
 
     A split is shared when it lies before the last page of each row and at least `min_rows` rows hold the same pages
-    there: such pages are full, and nobody writes to them in this step. O(D * pages), with one sort of D * splits keys.
+    there: such pages are full, and not written to in this step. O(D * pages), with one sort of D * splits keys.
     """
     num_rows, num_pages = page_table.shape
     num_splits = -(-num_pages // PAGES_PER_SPLIT)
@@ -54,15 +54,15 @@ def plan_shared(page_table: Ints, lengths: Ints, min_rows: int = MIN_SHARED_ROWS
     joins[pairs] = (held[0] == held[1]).all(axis=1)
     joins = _without_small_items(joins, min_rows)
     starts = (~joins).nonzero()[0]
-    return DecodePlan(split[starts], np.append(starts, len(split)), row)
+    return DecodeSchedule(split[starts], np.append(starts, len(split)), row)
 
 
-def with_plan(layout: RowLayout) -> RowLayout:
-    """A layout on the host with the plan of its decode rows, for devices that must not be asked for page tables."""
+def with_schedule(layout: RowLayout) -> RowLayout:
+    """A layout on the host with the schedule of its decode rows, for devices where reading page tables is slow."""
     if not layout.num_decode:
         return layout
     tables = layout.page_table[len(layout.chunk_tile) :]
-    return replace(layout, decode_plan=plan_shared(tables.numpy(), layout.decode_len.numpy()))
+    return replace(layout, decode_schedule=schedule_shared(tables.numpy(), layout.decode_len.numpy()))
 
 
 def _sort_key(pages: Ints, sharable: Bools, split: Ints, row: Ints) -> npt.NDArray[np.uint64]:
@@ -76,7 +76,7 @@ def _sort_key(pages: Ints, sharable: Bools, split: Ints, row: Ints) -> npt.NDArr
 
 
 def _without_small_items(joins: Bools, min_rows: int) -> Bools:
-    """Takes items of fewer than `min_rows` entries apart."""
+    """Splits items of fewer than `min_rows` entries."""
     if min_rows <= 2:
         return joins
     starts = (~joins).nonzero()[0]

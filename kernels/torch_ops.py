@@ -50,6 +50,7 @@ class PlainLinear:
     """`F.linear`, where oneDNN has no kernel for the weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight [out, in]   bias [out]"""
         self.out_features, self.in_features = weight.shape
         self._weight = weight
         self._bias = bias
@@ -66,6 +67,7 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight [out, in] contiguous   bias [out]"""
         self.out_features, self.in_features = weight.shape
         self._in_one_thread = weight.dtype == torch.bfloat16 and self.in_features >= LONG_SUM
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -84,6 +86,7 @@ class PackedLinear:
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """weight [out, in], bias [out] -> the product with it, in oneDNN's order where oneDNN has a kernel."""
     if _packable(weight):
         return PackedLinear(weight.contiguous(), bias)
     return PlainLinear(weight, bias)
@@ -103,6 +106,7 @@ class LoopExperts:
     """Sorts the (row, choice) pairs by expert and runs each expert once on its rows."""
 
     def __init__(self, w_in: Sequence[Linear], w_out: Sequence[Linear], act: Callable[[Tensor], Tensor]) -> None:
+        """act: [R, rows of w_in] -> [R, inner], each row by itself"""
         self._w_in = w_in
         self._w_out = w_out
         self._act = act
@@ -210,8 +214,8 @@ class TorchOps:
         source, target = (source_rows // TILE, source_rows % TILE), (target_rows // TILE, target_rows % TILE)
         keys = kv.k[source]
         if inv_freq is not None and bool(delta.any()):
-            turned = slice(first, first + 2 * len(inv_freq))
-            keys[:, :, turned] = _rotary(keys[:, :, turned], delta, inv_freq)
+            rotated = slice(first, first + 2 * len(inv_freq))
+            keys[:, :, rotated] = _rotary(keys[:, :, rotated], delta, inv_freq)
         kv.k[target] = keys
         kv.v[target] = kv.v[source]
 
@@ -233,13 +237,13 @@ class TorchOps:
     ) -> Tensor:
         _write_rows(k, v, layout, kv)
         out = torch.zeros_like(q)
-        plan = self._runs(layout)
-        for run in plan.chunks:
+        runs = self._runs(layout)
+        for run in runs.chunks:
             for first, end in run.tiles:
                 rows, last = slice(run.row + first, run.row + end), run.start + first + TILE
                 keys, values = _gather(kv, run.pages[: -(-last // TILE)], run.start + end, last)
                 out[rows] = _attend_tile(_padded(q[rows]), keys, values, scale, window)[: rows.stop - rows.start]
-        for run in plan.decodes:
+        for run in runs.decodes:
             keys, values = _gather(kv, run.pages, run.end, TILE * len(run.pages))
             first = 0 if window is None else max(0, run.end - window)
             out[run.row] = _attend_last(q[run.row], keys[:, first : run.end], values[:, first : run.end], scale)
@@ -266,10 +270,10 @@ class TorchOps:
         B, C = (part.reshape(-1, w.num_groups, w.d_state) for part in conv_out[:, inner:].chunk(2, dim=1))
         dt = self._fused(_time_steps)(dt_in, w.dt_bias).clamp(w.dt_min, w.dt_max)
         y = torch.zeros_like(x)
-        plan = self._runs(layout)
-        for run in plan.chunks:
+        runs = self._runs(layout)
+        for run in runs.chunks:
             _scan_chunk(self._fused(_scan_tile), run, x, dt, B, C, w.A, cache.state, y)
-        if plan.decodes:
+        if runs.decodes:
             _scan_step(_decode_rows(layout), layout.decode_slot, x, dt, B, C, w.A, cache.state, y)
         y += w.D[:, None] * x
         return self._fused(_gated_norm)(y.flatten(1), z, w.norm_weight, w.norm_eps, w.norm_group, w.norm_first)
@@ -288,8 +292,8 @@ class TorchOps:
         u, B, C = x.float(), B.float(), C.float()
         dt = self._fused(_time_steps)(dt, weights.dt_bias)
         y = torch.zeros_like(u)
-        plan = self._runs(layout)
-        for run in plan.chunks:
+        runs = self._runs(layout)
+        for run in runs.chunks:
             points = dict(run.captures)
             h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
             for first, end in run.tiles:
@@ -298,7 +302,7 @@ class TorchOps:
                 if end in points:
                     state[points[end]] = h
             state[run.slot] = h
-        if plan.decodes:
+        if runs.decodes:
             rows = _decode_rows(layout)
             h = (dt[rows, :, None] * weights.A).exp() * state[layout.decode_slot]
             h += (dt[rows] * u[rows])[:, :, None] * B[rows, None, :]
@@ -311,10 +315,10 @@ class TorchOps:
     ) -> Tensor:
         B, C, x = k.float(), q.float(), v.float()
         y, one = torch.zeros_like(x), x.new_ones(x.shape[:2])
-        plan = self._runs(layout)
-        for run in plan.chunks:
+        runs = self._runs(layout)
+        for run in runs.chunks:
             _scan_chunk(self._fused(_scan_tile), run, x, one, B, C, -slope, state, y)
-        if plan.decodes:
+        if runs.decodes:
             _scan_step(_decode_rows(layout), layout.decode_slot, x, one, B, C, -slope, state, y)
         return y.to(v.dtype)
 
@@ -325,8 +329,8 @@ class TorchOps:
         a = (decay * sigmoid(gate.float())).exp()
         share = (1.0 - a * a).sqrt()
         y = gated * share
-        plan = self._runs(layout)
-        for run in plan.chunks:
+        runs = self._runs(layout)
+        for run in runs.chunks:
             points = dict(run.captures)
             h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
             if run.fresh:
@@ -337,7 +341,7 @@ class TorchOps:
                 if i + 1 in points:
                     state[points[i + 1]] = h
             state[run.slot] = h
-        if plan.decodes:
+        if runs.decodes:
             rows = _decode_rows(layout)
             y[rows] += a[rows] * state[layout.decode_slot]
             state[layout.decode_slot] = y[rows]
@@ -367,8 +371,8 @@ class TorchOps:
         """g [R, H, 1 or N]."""
         q, k, v_wide = _unit(q) * q.shape[-1] ** -0.5, _unit(k), v.float()
         y = torch.zeros_like(v_wide)
-        plan = self._runs(layout)
-        for run in plan.chunks:
+        runs = self._runs(layout)
+        for run in runs.chunks:
             points = dict(run.captures)
             h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
             for first, end in run.tiles:
@@ -378,7 +382,7 @@ class TorchOps:
                 if end in points:
                     state[points[end]] = h
             state[run.slot] = h
-        if plan.decodes:
+        if runs.decodes:
             rows = _decode_rows(layout)
             heads_per_group = v.shape[1] // k.shape[1]
             q, k = (x[rows].repeat_interleave(heads_per_group, dim=1)[:, :, None] for x in (q, k))  # [D, H, 1, N]
@@ -406,14 +410,14 @@ class TorchOps:
         taps = weight.float().T.contiguous()
         offset = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float()
         out = torch.zeros_like(x, dtype=torch.float32)
-        plan = self._runs(layout)
-        for run in plan.chunks:
+        runs = self._runs(layout)
+        for run in runs.chunks:
             window = torch.zeros_like(conv[0]) if run.fresh else conv[run.slot]
             rows = torch.cat([window, x[run.row : run.row + run.length]])
             out[run.row : run.row + run.length] = self._fused(_convolve)(rows, taps, offset)
             for num_tokens, slot in [*run.captures, (run.length, run.slot)]:
                 conv[slot] = rows[num_tokens : num_tokens + width - 1]
-        if plan.decodes:
+        if runs.decodes:
             rows = torch.cat([conv[layout.decode_slot], x[_decode_rows(layout), None]], dim=1)
             y = offset.expand(len(rows), -1)
             for i in range(width):
@@ -654,7 +658,7 @@ def _kimi_delta_tile(h: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta
 
 
 def _sums_after(g: Tensor) -> Tensor:
-    """g [H, T, *] -> for each row the sum of all rows behind it."""
+    """g [H, T, *] -> for each row the sum of all rows after it."""
     sums = torch.zeros_like(g)
     sums[:, :-1] = g[:, 1:].flip(1).cumsum(1).flip(1)
     return sums

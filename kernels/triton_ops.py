@@ -1,9 +1,9 @@
 """The GPU backend: Triton kernels for what torch has no operation for, and for what has to be exact.
 
 The same arguments and the same grid as every backend (see `ops`). Block sizes are fixed and nothing is autotuned, so an
-order of summation never depends on the batch, the card's mood, or the process. Without a GPU the kernels run in
-Triton's interpreter (`TRITON_INTERPRET=1`), for tests; tensors that no kernel can reach go to `TorchOps`, and so does
-what a kernel has no code for.
+order of summation never depends on the batch, the state of the GPU, or the process. Without a GPU the kernels run in
+Triton's interpreter (`TRITON_INTERPRET=1`), for tests; tensors on other devices go to `TorchOps`, and so does
+what no kernel has code for.
 """
 
 import functools
@@ -22,12 +22,12 @@ from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Draws, Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
 from hybrid_cache.kernels.problems import some_draws
 from hybrid_cache.kernels.runs import Run, Runs, arrange
-from hybrid_cache.kernels.shared_prefix import plan_shared
+from hybrid_cache.kernels.shared_prefix import schedule_shared
 from hybrid_cache.kernels.torch_ops import LoopExperts, P, TorchOps
 from hybrid_cache.kernels.triton_kernels import attention, conv, delta, matmul, rows, sample, scan, ssd
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 
-# Triton 3.9 warns unless somebody says whether a * b + c may be one instruction; 3.10 will say no.
+# Triton 3.9 warns unless it is set whether a * b + c may be one instruction; 3.10 will say no.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 FAST = "fast mode: products are cuBLAS's, whose bits depend on the number of rows"
@@ -57,9 +57,10 @@ Pairs = list[tuple[Tensor, Tensor]]
 def with_kernel(
     plain: Callable[Concatenate[TorchOps, P], Tensor], kernel: Callable[P, Tensor]
 ) -> Callable[Concatenate["TritonOps", P], Tensor]:
-    """A method of `TorchOps` as one of `TritonOps`, with a kernel of the same signature for what it can reach.
+    """A method of `TorchOps` as one of `TritonOps`: a kernel of the same signature for the tensors it can reach.
 
-    Callers give tensors, weights, layout and cache by their places; only options may have names.
+    Shapes are those of the method in `Ops` ([R, ...] and so on). Callers pass tensors, weights, layout and cache by
+    position; only options by name.
     """
 
     @functools.wraps(plain)
@@ -199,10 +200,10 @@ class CheckedTritonOps(TritonOps):
 
         def probe() -> Pairs:
             places = (torch.arange(3, 9), torch.arange(TILE - 2, TILE + 4), torch.tensor([0, 7, -300, TILE, 1, -1]))
-            sources, targets, turns = (x.to(kv.k.device) for x in places)
+            sources, targets, delta = (x.to(kv.k.device) for x in places)
             found, expected = (KVTensors(_slots_like(kv.k), _slots_like(kv.v)) for _ in range(2))
-            made(found, sources, targets, turns, inv_freq, first)
-            plain(self, expected, sources, targets, turns, inv_freq, first)
+            made(found, sources, targets, delta, inv_freq, first)
+            plain(self, expected, sources, targets, delta, inv_freq, first)
             return [(found.k, expected.k), (found.v, expected.v)]
 
         kind = ("relocate_keys", _kind(kv), None if inv_freq is None else len(inv_freq), first)
@@ -280,10 +281,10 @@ def _both_on_rows(kernel: Callable[..., Tensor], plain: Callable[..., Tensor], a
 
 
 def _both_on_draws(kernel: Callable[..., Tensor], plain: Callable[..., Tensor], logits: Tensor) -> Pairs:
-    """Where in the distribution the drawn tokens are: rounding may decide between neighbours."""
+    """Where in the distribution the drawn tokens are: rounding may decide between adjacent ones."""
     small, draws = _random(logits, CHECK_DRAWS, logits.shape[1]), some_draws(CHECK_DRAWS, logits.device)
     drawn = kernel(small, draws), plain(small, draws)
-    said, expected = (sampling.places(small, draws, tokens) for tokens in drawn)
+    said, expected = (sampling.points(small, draws, tokens) for tokens in drawn)
     return [(said, expected)]
 
 
@@ -320,8 +321,8 @@ def _small_layout(device: torch.device) -> tuple[RowLayout, Runs]:
     decode = Run(0, 1, TILE + 1, 2, False, [4, 5], [])
     with CPU:  # whatever the default
         layout, runs = arrange([prompt, resumed], [decode])
-        plan = plan_shared(layout.page_table[2:].numpy(), layout.decode_len.numpy())
-    return replace(layout, decode_plan=plan).to(device), runs
+        schedule = schedule_shared(layout.page_table[2:].numpy(), layout.decode_len.numpy())
+    return replace(layout, decode_schedule=schedule).to(device), runs
 
 
 def _small_cache(cache: object) -> tuple[list[Tensor], object]:
@@ -339,7 +340,7 @@ def _small_cache(cache: object) -> tuple[list[Tensor], object]:
 
 
 def _slots_like(cache: Tensor) -> Tensor:
-    """Some way apart, as in a pool."""
+    """With gaps between the slots, as in a pool."""
     numel = cache[0].numel()
     return _random(cache, NUM_SLOTS, numel + 64)[:, :numel].view(NUM_SLOTS, *cache.shape[1:])
 

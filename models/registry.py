@@ -12,7 +12,7 @@ from hybrid_cache.errors import UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import ModelShape
-from hybrid_cache.models.weights import Checkpoint
+from hybrid_cache.models.weights import ModelWeights
 
 
 class ShapedModel(HybridModel, Protocol):
@@ -22,7 +22,7 @@ class ShapedModel(HybridModel, Protocol):
     def shape(self) -> ModelShape: ...
 
 
-Build = Callable[[Config, Checkpoint, Ops, torch.dtype], ShapedModel]
+Build = Callable[[Config, ModelWeights, Ops, torch.dtype], ShapedModel]
 
 
 ALIASES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}  # text models by themselves

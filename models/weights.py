@@ -42,7 +42,7 @@ class Weights(Protocol):
     def has(self, name: str) -> bool: ...
 
 
-class Checkpoint(Weights, Protocol):
+class ModelWeights(Weights, Protocol):
     """All weights of one model."""
 
     def ignore(self, pattern: str) -> None:

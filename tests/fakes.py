@@ -47,7 +47,7 @@ class SumModel:
     device = torch.device("cpu")
     ops = TorchOps()
     packs = True
-    ways = ()
+    fidelities = ()
     commutes = True
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from hybrid_cache.api.cli.terminal import Asked, Turn, Usage
 from hybrid_cache.api.server.launch import LoadOptions, load
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import End, GenerationSpec, Text
-from hybrid_cache.api.text.messages import Message, Part, Rendering
+from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
@@ -33,7 +33,7 @@ class EnginePartner:
         await self._text.engine.stop(0)
 
     async def reply(self, turns: Sequence[Turn]) -> AsyncGenerator[str | Usage, None]:
-        messages = [Message(turn.role, (Part(turn.content),)) for turn in turns]
+        messages = [TemplateMessage(turn.role, (TextPart(turn.content),)) for turn in turns]
         prompt = (await self._text.conversation(messages, Rendering())).prompt
         async with await Answer.to(self._text, [GenerationSpec(prompt, self._sampling(prompt))]) as answer:
             async for step in answer:

@@ -29,18 +29,18 @@ class Kind:
 
 def run(source: str, out: Path, *, dtype: str | None, quantize: str | None, shard_bytes: int) -> None:
     """Makes the folder `out`. Raises HybridCacheError, and then there is no `out`."""
-    plan = convert.plan(loading.resolve(source), dtype=dtype, quantize=quantize)
+    conversion = convert.prepare(loading.resolve(source), dtype=dtype, quantize=quantize)
     kinds: dict[str, Kind] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"writing {out.name}", total=plan.num_bytes)
+        task = progress.add_task(f"writing {out.name}", total=conversion.num_bytes)
 
         def done(change: convert.Change, error: float) -> None:
             _count(kinds, change, error)
             progress.advance(task, change.num_bytes)
 
-        num_shards = convert.write(plan, out, shard_bytes=shard_bytes, done=done)
-    _print(plan, kinds, out, num_shards)
+        num_shards = convert.write(conversion, out, shard_bytes=shard_bytes, done=done)
+    _print(conversion, kinds, out, num_shards)
 
 
 def _count(kinds: dict[str, Kind], change: convert.Change, error: float) -> None:
@@ -60,7 +60,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _print(plan: convert.Plan, kinds: dict[str, Kind], out: Path, num_shards: int) -> None:
+def _print(conversion: convert.Conversion, kinds: dict[str, Kind], out: Path, num_shards: int) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("weights", overflow="fold")
     table.add_column("stored as", no_wrap=True)
@@ -74,8 +74,10 @@ def _print(plan: convert.Plan, kinds: dict[str, Kind], out: Path, num_shards: in
         console.width = WIDTH
     console.print(table)
     files = "1 file" if num_shards == 1 else f"{num_shards} files"
-    before, after = format_bytes(plan.num_bytes), format_bytes(plan.new_bytes)
+    before, after = format_bytes(conversion.num_bytes), format_bytes(conversion.new_bytes)
     console.print(f"{out}: {before} are now {after} in {files}; errors are norms of changes by norms of weights")
-    if plan.left_out:
-        names = ", ".join(plan.left_out[:3]) + (" ..." if len(plan.left_out) > 3 else "")
-        console.print(f"left out, because the text model does not use them: {len(plan.left_out)} weights, {names}")
+    if conversion.left_out:
+        names = ", ".join(conversion.left_out[:3]) + (" ..." if len(conversion.left_out) > 3 else "")
+        console.print(
+            f"left out, because the text model does not use them: {len(conversion.left_out)} weights, {names}"
+        )

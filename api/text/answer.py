@@ -13,19 +13,19 @@ from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.api.text.tools import CLOSE, OPEN, ParsedCall, ToolCallParser
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 
-Step = tuple[Event, ...]  # what one output of the engine causes, in order
+Events = tuple[Event, ...]  # what one output of the engine causes, in order
 Observe = Callable[[RequestRecord], None]
 
 
 class Answer:
     """What a model says to one prompt or several. Leaving the `async with` block aborts what still runs.
 
-    Iterate over it, once, for the steps of all prompts as they come. Choices are counted through: with `n` choices a
+    Iterate over it, once, for the events of all prompts as they come. Choices are counted through: with `n` choices a
     prompt, choice `p * n + i` is the i-th of prompt p.
     """
 
     def __init__(self) -> None:
-        self._runs: list[_Run] = []
+        self._generations: list[_Generation] = []
 
     @classmethod
     async def to(cls, text: TextEngine, specs: Iterable[GenerationSpec], observe: Observe | None = None) -> "Answer":
@@ -36,7 +36,7 @@ class Answer:
         answer, first = cls(), 0
         try:
             for number, spec in enumerate(specs):
-                answer._runs.append(_Run(text, spec, number, first, observe))
+                answer._generations.append(_Generation(text, spec, number, first, observe))
                 first += spec.n
         except BaseException:
             await answer.aclose()
@@ -46,15 +46,15 @@ class Answer:
     @property
     def usage(self) -> Usage:
         """Of all prompts so far."""
-        return sum((run.usage for run in self._runs), Usage())
+        return sum((generation.usage for generation in self._generations), Usage())
 
-    async def __aiter__(self) -> AsyncIterator[Step]:
-        if len(self._runs) == 1:
-            async for step in self._runs[0]:
-                yield step
+    async def __aiter__(self) -> AsyncIterator[Events]:
+        if len(self._generations) == 1:
+            async for events in self._generations[0]:
+                yield events
             return
-        queue: asyncio.Queue[Step | Exception | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(_pump(run, queue)) for run in self._runs]
+        queue: asyncio.Queue[Events | Exception | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(_pump(generation, queue)) for generation in self._generations]
         try:
             running = len(tasks)
             while running:
@@ -80,11 +80,11 @@ class Answer:
 
     async def aclose(self) -> None:
         """Aborts what still runs. Idempotent."""
-        for run in self._runs:
-            await run.aclose()
+        for generation in self._generations:
+            await generation.aclose()
 
 
-class _Run:
+class _Generation:
     """One spec in the engine."""
 
     def __init__(
@@ -121,21 +121,21 @@ class _Run:
         output = self._output
         return Usage(len(self._tokens), self._num_generated, output.cached_tokens, output.written_tokens)
 
-    def __aiter__(self) -> "_Run":
+    def __aiter__(self) -> "_Generation":
         return self
 
-    async def __anext__(self) -> Step:
+    async def __anext__(self) -> Events:
         try:
             output = await anext(self._stream)
         except StopAsyncIteration:
             self._record()
             raise
         if isinstance(output, TokenOutput):
-            return self._step(output)
+            return self._events(output)
         self._output = output
         return (Begin(self._number, self._tokens, output.logprobs),)
 
-    def _step(self, output: TokenOutput) -> Step:
+    def _events(self, output: TokenOutput) -> Events:
         if output.token is not None:
             self._num_generated += 1
             self._watch.token(output.index)
@@ -171,7 +171,7 @@ class _Choice:
         )
         self._parser = ToolCallParser() if spec.tools else None
 
-    def push(self, output: TokenOutput) -> tuple[Step, str | int | None]:
+    def push(self, output: TokenOutput) -> tuple[Events, str | int | None]:
         """Takes the next output of this choice -> what it adds, and what the client named that has ended it."""
         piece = self._text.push(output)
         token = None if output.token is None else Token(output.token, piece.offset, output.logprob)
@@ -191,11 +191,11 @@ class _Choice:
         return ToolCall(self.number, item.name, item.arguments, token)
 
 
-async def _pump(run: _Run, queue: "asyncio.Queue[Step | Exception | None]") -> None:
-    """Puts the steps of a run into a queue, then None or what ended it."""
+async def _pump(generation: _Generation, queue: "asyncio.Queue[Events | Exception | None]") -> None:
+    """Puts the events of a generation into a queue, then None or what ended it."""
     try:
-        async for step in run:
-            queue.put_nowait(step)
+        async for events in generation:
+            queue.put_nowait(events)
         queue.put_nowait(None)
     except Exception as error:
         queue.put_nowait(error)

@@ -20,7 +20,7 @@ from threading import Lock
 import numpy as np
 
 from hybrid_cache.api.text.boundaries import check_length, limited
-from hybrid_cache.api.text.messages import Message, Part, Rendering
+from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.template import RESERVED, ChatTemplate, Clock
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.choreography.assembly import Piece, joined
@@ -81,11 +81,11 @@ class ChatEncoder:
         self._lock = Lock()
         self._answer_end: tuple[int, ...] | None = None
 
-    def encode(self, messages: Sequence[Message], rendering: Rendering, max_tokens: int) -> Prompt:
+    def encode(self, messages: Sequence[TemplateMessage], rendering: Rendering, max_tokens: int) -> Prompt:
         """-> the prompt. Raises as `conversation`."""
         return self.conversation(messages, rendering, max_tokens).prompt
 
-    def conversation(self, messages: Sequence[Message], rendering: Rendering, max_tokens: int) -> Conversation:
+    def conversation(self, messages: Sequence[TemplateMessage], rendering: Rendering, max_tokens: int) -> Conversation:
         """Raises RequestError, and ContextTooLong for more than `max_tokens` tokens."""
         template, clock = self._template(rendering), Clock()
         text = self.render(messages, rendering, clock)
@@ -103,7 +103,7 @@ class ChatEncoder:
     def answer_end(self) -> tuple[int, ...] | None:
         """The tokens that end an answer in the rendering of a longer conversation; None where there are none."""
         if self._answer_end is None:
-            said = [Message("user", (Part(PROBE),)), Message("assistant", (Part(PROBE),))]
+            said = [TemplateMessage("user", (TextPart(PROBE),)), TemplateMessage("assistant", (TextPart(PROBE),))]
             try:
                 text = self.render(said, Rendering(add_generation_prompt=False))
             except RequestError:
@@ -111,7 +111,7 @@ class ChatEncoder:
             self._answer_end = tuple(self._tokenizer.encode(text[text.rfind(PROBE) + len(PROBE) :])) if text else ()
         return self._answer_end or None
 
-    def render(self, messages: Sequence[Message], rendering: Rendering, clock: Clock | None = None) -> str:
+    def render(self, messages: Sequence[TemplateMessage], rendering: Rendering, clock: Clock | None = None) -> str:
         """The text of a whole conversation, with the opening of the answer if `rendering` asks for it."""
         template, clock = self._template(rendering), clock or Clock()
         text = self._render(template, messages, rendering, clock, opening=rendering.add_generation_prompt)
@@ -133,7 +133,7 @@ class ChatEncoder:
     def _render(
         self,
         template: ChatTemplate,
-        messages: Sequence[Message],
+        messages: Sequence[TemplateMessage],
         rendering: Rendering,
         clock: Clock,
         *,
@@ -156,7 +156,7 @@ class ChatEncoder:
     def _message_cuts(
         self,
         template: ChatTemplate,
-        messages: Sequence[Message],
+        messages: Sequence[TemplateMessage],
         rendering: Rendering,
         text: str,
         clock: Clock,
@@ -187,7 +187,7 @@ class ChatEncoder:
     def _end(
         self,
         template: ChatTemplate,
-        messages: Sequence[Message],
+        messages: Sequence[TemplateMessage],
         rendering: Rendering,
         clock: Clock,
         key: tuple[bytes, bool],
@@ -211,7 +211,7 @@ class ChatEncoder:
     def _part_cuts(
         self,
         template: ChatTemplate,
-        messages: Sequence[Message],
+        messages: Sequence[TemplateMessage],
         rendering: Rendering,
         text: str,
         clock: Clock,
@@ -261,7 +261,9 @@ def _piece(tokens: Sequence[int], boundaries: Sequence[Boundary]) -> Piece:
     return Piece(np.asarray(tokens, dtype=np.int32), tuple(boundaries))
 
 
-def _cuts_after(pieces: Sequence[str], same: int, parts: Sequence[Part], default_ttl_s: float | None) -> Iterator[_Cut]:
+def _cuts_after(
+    pieces: Sequence[str], same: int, parts: Sequence[TextPart], default_ttl_s: float | None
+) -> Iterator[_Cut]:
     position = 0
     for part, piece in zip(parts, pieces, strict=False):
         position += len(piece)
@@ -271,7 +273,7 @@ def _cuts_after(pieces: Sequence[str], same: int, parts: Sequence[Part], default
         yield _Cut(position, Boundary(0, BoundaryKind.EXPLICIT, ttl) if part.marked else None)
 
 
-def _wanted_ends(messages: Sequence[Message], closed: int) -> Iterator[tuple[int, bool]]:
+def _wanted_ends(messages: Sequence[TemplateMessage], closed: int) -> Iterator[tuple[int, bool]]:
     """Which ends are sought, in the order in which they are in the text: (messages before it, after an opening)."""
     for count in range(1, len(messages) + 1):
         if count > DENSE_MESSAGES and count % SPARSE:
@@ -283,7 +285,7 @@ def _wanted_ends(messages: Sequence[Message], closed: int) -> Iterator[tuple[int
 
 
 def _prefix_keys(
-    template: ChatTemplate, messages: Sequence[Message], rendering: Rendering, clock: Clock
+    template: ChatTemplate, messages: Sequence[TemplateMessage], rendering: Rendering, clock: Clock
 ) -> list[bytes]:
     """A digest for each prefix of the messages, of everything that its rendering may depend on."""
     head = [template.name, sorted(clock.printed), rendering.tools, sorted(rendering.kwargs.items())]
@@ -298,7 +300,7 @@ def _canonical(value: object) -> bytes:
     return json.dumps(value, default=str).encode() + b"\0"
 
 
-def _cut_after_final(text: str, message: Message) -> str:
+def _cut_after_final(text: str, message: TemplateMessage) -> str:
     """Drops what the template writes after the content of the last message, so that the answer continues it."""
     content = (message.content() or "").strip()
     place = text.rfind(content) if content else -1

@@ -7,7 +7,7 @@ PART_SEPARATOR = "\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TextPart:
     """A piece of text in a message; `marked` if the client set a cache breakpoint at its end."""
 
     text: str
@@ -16,11 +16,11 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class TemplateMessage:
     """What the client sent. `parts` is None for an assistant's message that only calls tools."""
 
     role: str
-    parts: tuple[Part, ...] | None
+    parts: tuple[TextPart, ...] | None
     fields: Mapping[str, object] = field(default_factory=dict)  # name, tool_calls, tool_call_id ...
 
     def content(self, mark: str = "", *, tight: bool = False) -> str | None:
@@ -42,7 +42,7 @@ class Message:
         return {"role": role, "content": self.content(mark, tight=tight), **self.fields}
 
     @property
-    def marks(self) -> list[Part]:
+    def marks(self) -> list[TextPart]:
         """The parts whose ends `content` marks."""
         parts = self.parts or ()
         return [p for i, p in enumerate(parts) if p.marked or i < len(parts) - 1]

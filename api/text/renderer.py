@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hybrid_cache.api.text.chat import PROBE, ChatEncoder
-from hybrid_cache.api.text.messages import Message, Part, Rendering
+from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.errors import ModelError
 from hybrid_cache.tokens import TokenArray
@@ -53,7 +53,7 @@ class ChatRenderer:
 
     def _render(self, messages: Sequence[tuple[str, str]], *, opening: bool = False) -> str:
         rendering = Rendering(add_generation_prompt=opening)
-        return self._encoder.render([Message(role, (Part(text),)) for role, text in messages], rendering)
+        return self._encoder.render([TemplateMessage(role, (TextPart(text),)) for role, text in messages], rendering)
 
     def _tokens(self, text: str) -> TokenArray:
         return np.asarray(self._tokenizer.encode(text), np.int32)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from hybrid_cache.api.text.boundaries import prompt_of_tokens
 from hybrid_cache.api.text.chat import ChatEncoder, Conversation
-from hybrid_cache.api.text.messages import Message, Rendering
+from hybrid_cache.api.text.messages import Rendering, TemplateMessage
 from hybrid_cache.api.text.tokenizer import LONG_TEXT, GenerationDefaults, TextModel, Tokenizer
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong
@@ -63,7 +63,7 @@ class TextEngine:
             )
         return min(longest, room - num_tokens)
 
-    async def conversation(self, messages: Sequence[Message], rendering: Rendering) -> Conversation:
+    async def conversation(self, messages: Sequence[TemplateMessage], rendering: Rendering) -> Conversation:
         """Renders and tokenises. Raises RequestError, and ContextTooLong when the context does not hold them."""
         size = sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_WORK * len(messages)
         return await _off_the_loop_if_long(size, lambda: self.chat.conversation(messages, rendering, self.max_length))

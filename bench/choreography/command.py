@@ -39,13 +39,22 @@ from hybrid_cache.bench.choreography.players import (
     PREFIX_CACHE,
     Clock,
     Contender,
+    EnginePair,
     Performance,
-    Stages,
     moved,
-    parts_of,
+    tokenized,
 )
 from hybrid_cache.bench.choreography.quality import Examiner, Score, readings
-from hybrid_cache.bench.choreography.report import Aim, Check, Row, aims, plot_png, quality_table, rows_of, speed_table
+from hybrid_cache.bench.choreography.report import (
+    Aim,
+    Check,
+    WorkflowRow,
+    aims,
+    plot_png,
+    quality_table,
+    rows_of,
+    speed_table,
+)
 from hybrid_cache.bench.choreography.texts import FILES, GENERATED, Writer, texts_from
 from hybrid_cache.bench.choreography.workflows import WORKFLOWS, Script, Size, make_script
 from hybrid_cache.bench.common.files import check_plot, target, write_whole
@@ -63,7 +72,7 @@ CLOCKS: dict[str, Clock] = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BenchOptions:
     """What was asked for."""
 
     size: Size
@@ -79,9 +88,9 @@ class Run:
     def contenders(self, subject: Subject) -> list[Contender]:
         """In the order in which they take turns."""
         found = [NO_CACHE, PREFIX_CACHE, EXACT, ANY_ORDER]
-        if "relocated" in subject.model.ways:
+        if "relocated" in subject.model.fidelities:
             found += moved(Fidelity.RELOCATED, self.seams, [])
-        elif "composed" in subject.model.ways:
+        elif "composed" in subject.model.fidelities:
             ways = [w for w in self.compositions if subject.model.commutes or w is not Composition.PERMUTATIONS]
             found += moved(Fidelity.COMPOSED, self.seams, ways)
         return [contender for contender in found if not self.only or contender.name in self.only]
@@ -89,7 +98,7 @@ class Run:
 
 def show(
     console: Console,
-    rows: Sequence[Row],
+    rows: Sequence[WorkflowRow],
     checks: Sequence[Check],
     scores: Sequence[Score],
     reached: Sequence[Aim],
@@ -108,24 +117,24 @@ def show(
     console.print(facts, style="dim")
 
 
-def measure(run: Run, subject: Subject, progress: Progress) -> tuple[list[Row], list[Check]]:
+def measure(options: BenchOptions, subject: Subject, progress: Progress) -> tuple[list[WorkflowRow], list[Check]]:
     """Each workflow: the exact contenders with log-probabilities, then all contenders in turn."""
-    stages, rows, checks = Stages(subject, run.budget_bytes, run.clock), list[Row](), list[Check]()
-    contenders = run.contenders(subject)
-    task = progress.add_task(subject.name, total=len(run.scripts) * len(contenders) * run.repeat)
+    engines, rows, checks = EnginePair(subject, options.budget_bytes, options.clock), list[WorkflowRow](), list[Check]()
+    contenders = options.contenders(subject)
+    task = progress.add_task(subject.name, total=len(options.scripts) * len(contenders) * options.repeat)
     for contender in contenders:
-        stages.perform(run.warm_up, parts_of(run.warm_up, subject), contender)
-    for script in run.scripts:
-        parts = parts_of(script, subject)
+        engines.perform(options.warm_up, tokenized(options.warm_up, subject), contender)
+    for script in options.scripts:
+        tokens = tokenized(script, subject)
         progress.update(task, description=f"{subject.name}, {script.name}")
-        against = stages.perform(script, parts, NO_CACHE, TOP)
+        against = engines.perform(script, tokens, NO_CACHE, TOP)
         for contender in [c for c in contenders if c.is_exact and c is not NO_CACHE]:
-            shown = stages.perform(script, parts, contender, TOP)
+            shown = engines.perform(script, tokens, contender, TOP)
             checks.append(check(script.name, subject.name, contender.name, shown, against))
         played: dict[str, list[Performance]] = {contender.name: [] for contender in contenders}
-        for _ in range(run.repeat):
+        for _ in range(options.repeat):
             for contender in contenders:
-                played[contender.name].append(stages.perform(script, parts, contender))
+                played[contender.name].append(engines.perform(script, tokens, contender))
                 progress.update(task, advance=1)
         rows += rows_of(script.name, subject.name, played)
     return rows, checks
@@ -138,11 +147,11 @@ def check(workflow: str, model: str, contender: str, shown: Performance, against
     return Check(workflow, model, contender, len(ours), differing)
 
 
-def examine(run: Run, subject: Subject, seed: int, each: int, progress: Progress) -> list[Score]:
-    examiner, scores = Examiner(subject, run.budget_bytes), list[Score]()
-    plans = {anew: readings(run.seams, tuple(Composition), anew=anew) for anew in (False, True)}
-    task = progress.add_task("answers", total=sum(map(len, plans.values())) * len(KINDS) * EXAM_SEEDS)
-    for anew, own in plans.items():
+def examine(options: BenchOptions, subject: Subject, seed: int, each: int, progress: Progress) -> list[Score]:
+    examiner, scores = Examiner(subject, options.budget_bytes), list[Score]()
+    asked = {anew: readings(options.seams, tuple(Composition), anew=anew) for anew in (False, True)}
+    task = progress.add_task("answers", total=sum(map(len, asked.values())) * len(KINDS) * EXAM_SEEDS)
+    for anew, own in asked.items():
         for kind in KINDS:
             for number in range(seed, seed + EXAM_SEEDS):
                 scores += examiner.scores(
@@ -211,7 +220,7 @@ def choreography(
         if data is not None and texts.note == GENERATED:
             raise ConfigError(f"{data}: there is no file {', '.join(FILES)} below it")
         writer = Writer(texts, subject.num_tokens)
-        run = Run(
+        options = BenchOptions(
             size,
             tuple(make_script(name, writer, size, seed) for name in chosen("--workflows", workflows, WORKFLOWS)),
             make_script("two questions", writer, Size(branches=2, message_tokens=8, answer_tokens=2), seed),
@@ -223,19 +232,21 @@ def choreography(
             CLOCKS[clock],
         )
         subjects = [subject, *([attention_only(subject)] if control and subject.has_states else [])]
-        chosen("--contenders", contenders, [c.name for one in subjects for c in replace(run, only=()).contenders(one)])
+        chosen(
+            "--contenders", contenders, [c.name for one in subjects for c in replace(options, only=()).contenders(one)]
+        )
         files = [target(path) for path in (as_json, plot) if path is not None]
     except HybridCacheError as error:
         raise typer.BadParameter(str(error)) from error
     each = questions if questions is not None else 5 if model is None else 0
-    rows, checks, scores = list[Row](), list[Check](), list[Score]()
+    rows, checks, scores = list[WorkflowRow](), list[Check](), list[Score]()
     with progress_bar() as progress:
         for one in subjects if speed else ():
-            found = measure(run, one, progress)
+            found = measure(options, one, progress)
             rows += found[0]
             checks += found[1]
         if each and subject.has_states:
-            scores = examine(run, subject, question_seed, each, progress)
+            scores = examine(options, subject, question_seed, each, progress)
     reached = aims(rows, checks, branches=branches, voters=voters, agents=agents)
     facts = f"texts: {writer.texts.note}; seed {seed}; {clock} clock, {threads} thread{'s' * (threads > 1)}"
     show(console, rows, checks, scores, reached, facts)

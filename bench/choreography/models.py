@@ -60,7 +60,7 @@ class Subject:
     @property
     def has_states(self) -> bool:
         """Whether messages can be composed, and not just moved."""
-        return self.model.ways == ("composed",)
+        return self.model.fidelities == ("composed",)
 
     def num_tokens(self, text: str) -> int:
         return len(self.text.tokenizer.encode(text))

@@ -160,7 +160,7 @@ class Performance:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class TokenizedScript:
     """A script in tokens."""
 
     pieces: tuple[TokenArray, ...]
@@ -168,13 +168,13 @@ class Parts:
     opening: TokenArray
 
 
-def parts_of(script: Script, subject: Subject) -> Parts:
+def tokenized(script: Script, subject: Subject) -> TokenizedScript:
     renderer = subject.renderer
     opening, closing = renderer.opening("assistant"), renderer.closing
     pieces = tuple(renderer.message(piece.role, piece.text) for piece in script.pieces)
     answers = [ask.answer for asks in script.rounds for ask in asks]
     lines = {i: tuple(pieces[i][len(opening) : len(pieces[i]) - len(closing)].tolist()) for i in answers}
-    return Parts(pieces, lines, opening)
+    return TokenizedScript(pieces, lines, opening)
 
 
 def sampling_of(line: Sequence[int], number: int, top: int | None) -> SamplingParams:
@@ -185,8 +185,8 @@ def sampling_of(line: Sequence[int], number: int, top: int | None) -> SamplingPa
 class PromptPlayer:
     """Sends whole prompts."""
 
-    def __init__(self, script: Script, parts: Parts, engine: PromptedEngine, top: int | None) -> None:
-        self._script, self._parts, self._engine, self._top = script, parts, engine, top
+    def __init__(self, script: Script, tokens: TokenizedScript, engine: PromptedEngine, top: int | None) -> None:
+        self._script, self._tokens, self._engine, self._top = script, tokens, engine, top
 
     def play(self, asks: Sequence[Ask]) -> list[Reply]:
         engine, requests = self._engine, {str(ask.answer): self._request(ask) for ask in asks}
@@ -203,12 +203,12 @@ class PromptPlayer:
         return [Reply(engine.first_s[seed_of(r)], tokens[n], tuple(scores[n])) for n, r in requests.items()]
 
     def _request(self, ask: Ask) -> Request:
-        pieces = [self._parts.pieces[i] for i in ask.reads]
+        pieces = [self._tokens.pieces[i] for i in ask.reads]
         ends = np.cumsum([len(tokens) for tokens in pieces]).tolist()
         roles = [self._script.pieces[i].role for i in ask.reads]
         boundaries = tuple(Boundary(end, role=role) for end, role in zip(ends, roles, strict=True))
-        prompt = Prompt(np.concatenate([*pieces, self._parts.opening]), boundaries)
-        sampling = sampling_of(self._parts.lines[ask.answer], ask.answer, self._top)
+        prompt = Prompt(np.concatenate([*pieces, self._tokens.opening]), boundaries)
+        sampling = sampling_of(self._tokens.lines[ask.answer], ask.answer, self._top)
         return Request(str(ask.answer), prompt, sampling)
 
 
@@ -220,9 +220,15 @@ class WorkflowPlayer:
     """
 
     def __init__(
-        self, script: Script, parts: Parts, subject: Subject, engine: PromptedEngine, style: Style, top: int | None
+        self,
+        script: Script,
+        tokens: TokenizedScript,
+        subject: Subject,
+        engine: PromptedEngine,
+        style: Style,
+        top: int | None,
     ) -> None:
-        self._script, self._parts, self._top = script, parts, top
+        self._script, self._tokens, self._top = script, tokens, top
         self._engine, self._workflow = engine, Workflow(engine, subject.renderer, style=style)
         self._alone = style.encoding is Encoding.ALONE
         self._messages: dict[int, Message] = {}
@@ -243,7 +249,7 @@ class WorkflowPlayer:
                 self._messages[i] = self._workflow.message(piece.text, before, piece.role)
             reads.append(self._messages[i])
         keep = ask.answer in self._script.read and not self._alone
-        sampling = sampling_of(self._parts.lines[ask.answer], ask.answer, self._top)
+        sampling = sampling_of(self._tokens.lines[ask.answer], ask.answer, self._top)
         return Call(reads, sampling=sampling, keep=keep)
 
 
@@ -261,7 +267,7 @@ def undisturbed() -> Iterator[None]:
         gc.enable()
 
 
-class Stages:
+class EnginePair:
     """The engines that contenders for one subject play on, one with a cache and one without."""
 
     def __init__(self, subject: Subject, budget_bytes: int, clock: Clock) -> None:
@@ -272,16 +278,18 @@ class Stages:
             for cached in (True, False)
         }
 
-    def perform(self, script: Script, parts: Parts, contender: Contender, top: int | None = None) -> Performance:
+    def perform(
+        self, script: Script, tokens: TokenizedScript, contender: Contender, top: int | None = None
+    ) -> Performance:
         """Plays a script once, from an empty cache. Between rounds the engine may do what it does when nobody waits."""
         engine, shown = self._engines[contender.prefix_cache], Performance()
         engine.cache.drop()
-        engine.prompter.lines, engine.stored = parts.lines, 0
+        engine.prompter.lines, engine.stored = tokens.lines, 0
         player: PromptPlayer | WorkflowPlayer
         if contender.style is None:
-            player = PromptPlayer(script, parts, engine, top)
+            player = PromptPlayer(script, tokens, engine, top)
         else:
-            player = WorkflowPlayer(script, parts, self.subject, engine, contender.style, top)
+            player = WorkflowPlayer(script, tokens, self.subject, engine, contender.style, top)
         for asks in script.rounds:
             flops = engine.stats().flops_computed
             with undisturbed():

@@ -100,21 +100,21 @@ class Examiner:
         self._engine.prompter.watches = True
 
     def scores(
-        self, kind: str, seed: int, each: int, plans: Sequence[Reading], *, anew: bool, tell: Callable[[], None]
+        self, kind: str, seed: int, each: int, readings: Sequence[Reading], *, anew: bool, tell: Callable[[], None]
     ) -> Iterator[Score]:
-        """One for each plan. The first plan is what the others are compared with."""
+        """One for each reading. The first reading is what the others are compared with."""
         asked = cases(kind, seed, each, anew)
         against: list[Said] = []
-        for plan in plans if asked else ():
+        for reading in readings if asked else ():
             rng, said = Random(f"context {seed} {kind}"), list[Said]()
             for first in range(0, len(asked), TOGETHER):
                 self._engine.cache.drop()
-                said += self._answers(asked[first : first + TOGETHER], plan, rng)
+                said += self._answers(asked[first : first + TOGETHER], reading, rng)
             against = against or said
             pairs = list(zip(said, against, strict=True))
             apart = [divergences(ours, theirs) for ours, theirs in pairs]
             yield Score(
-                *(kind, seed, anew, plan.name, len(asked)),
+                *(kind, seed, anew, reading.name, len(asked)),
                 right=fmean(one.right for one in said),
                 same=fmean(ours.tokens == theirs.tokens for ours, theirs in pairs),
                 kl_first=fmean(kl[0] for kl in apart),
@@ -123,16 +123,16 @@ class Examiner:
             )
             tell()
 
-    def _answers(self, asked: Sequence[Case], plan: Reading, rng: Random) -> Iterator[Said]:
+    def _answers(self, asked: Sequence[Case], reading: Reading, rng: Random) -> Iterator[Said]:
         engine, renderer = self._engine, self._subject.renderer
-        workflow = Workflow(engine, renderer, style=plan.style)
+        workflow = Workflow(engine, renderer, style=reading.style)
         stop, calls = renderer.closing[:1], list[Call]()
         for number, case in enumerate(asked):
-            messages = self._messages(workflow, case, plan, rng)
+            messages = self._messages(workflow, case, reading, rng)
             sampling = SamplingParams(temperature=0.0, max_tokens=MOST_NEW, seed=number, stop_token_ids=stop)
             calls.append(Call([*messages, case.read.questions[0].ask], sampling=sampling, keep=False))
         engine.prompter.logits_of.clear()
-        engine.prompter.forgets = plan.zeroed
+        engine.prompter.forgets = reading.zeroed
         answers = workflow.parallel(calls)
         engine.prompter.forgets = False
         for number, (case, answer) in enumerate(zip(asked, answers, strict=True)):
@@ -140,17 +140,17 @@ class Examiner:
             computed = answer.plan.computed / answer.plan.num_tokens
             yield Said(answer.tokens, right, torch.stack(engine.prompter.logits_of[number]), computed)
 
-    def _messages(self, workflow: Workflow, case: Case, plan: Reading, rng: Random) -> list[Message]:
-        """The messages in the order of the reader, stored as the plan says."""
+    def _messages(self, workflow: Workflow, case: Case, reading: Reading, rng: Random) -> list[Message]:
+        """The messages in the order of the reader, stored as the reading says."""
         told = case.dialogue.turns
-        if plan.stored == "as told":
+        if reading.stored == "as told":
             stored = chain(workflow, told)
             workflow.encode_all([told[-1].text], stored[:-1], told[-1].role)
             return [stored[i] for i in case.order]
         messages = []
         for i in case.order:
             others = [turn for j, turn in enumerate(told) if j != i] + list(case.others)
-            before = chain(workflow, context_of(rng, others)) if plan.stored == "in context" else []
+            before = chain(workflow, context_of(rng, others)) if reading.stored == "in context" else []
             if before:
                 messages += workflow.encode_all([told[i].text], before, told[i].role)
             else:

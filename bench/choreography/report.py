@@ -26,7 +26,7 @@ MOVING = ("composed", "relocated")  # the contenders that the aims speak of
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class WorkflowRow:
     """One contender in one workflow: medians over repetitions. TTFT of a repetition is that over its calls.
 
     Ratios say how many times less it takes than each of `AGAINST`: the median over repetitions, each against its own.
@@ -71,7 +71,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, ceil(share * len(values)) - 1)]
 
 
-def rows_of(workflow: str, model: str, played: Mapping[str, Sequence[Performance]]) -> list[Row]:
+def rows_of(workflow: str, model: str, played: Mapping[str, Sequence[Performance]]) -> list[WorkflowRow]:
     """played: the performances of each contender, in the order of the repetitions."""
     ttfts = {name: [median(r.first_s for r in p.replies) for p in shown] for name, shown in played.items()}
     totals = {name: [p.seconds for p in shown] for name, shown in played.items()}
@@ -85,7 +85,7 @@ def rows_of(workflow: str, model: str, played: Mapping[str, Sequence[Performance
         last = shown[-1]
         tokens = {action.value: last.tokens[action] for action in Action} | {"stored": last.stored}
         rows.append(
-            Row(
+            WorkflowRow(
                 *(workflow, model, name, len(last.replies)),
                 ttft_s=median(ttfts[name]),
                 ttft_p90_s=median(percentile([r.first_s for r in p.replies], 0.9) for p in shown),
@@ -102,7 +102,7 @@ def rows_of(workflow: str, model: str, played: Mapping[str, Sequence[Performance
     return rows
 
 
-def aims(rows: Sequence[Row], checks: Sequence[Check], *, branches: int, voters: int, agents: int) -> list[Aim]:
+def aims(rows: Sequence[WorkflowRow], checks: Sequence[Check], *, branches: int, voters: int, agents: int) -> list[Aim]:
     """What was to be reached, as far as it was measured."""
     found = []
     if checks:
@@ -138,7 +138,7 @@ def aims(rows: Sequence[Row], checks: Sequence[Check], *, branches: int, voters:
     return found
 
 
-def _least(text: str, rows: Sequence[Row], against: str, wanted: float) -> Aim:
+def _least(text: str, rows: Sequence[WorkflowRow], against: str, wanted: float) -> Aim:
     ratios = {row.workflow: row.ttft_ratio[against] for row in rows}
     said = ", ".join(f"{workflow} {ratio:.2f}" for workflow, ratio in ratios.items())
     return Aim(text, said, min(ratios.values()) >= wanted)
@@ -147,7 +147,7 @@ def _least(text: str, rows: Sequence[Row], against: str, wanted: float) -> Aim:
 # For people
 
 
-def speed_table(rows: Sequence[Row], title: str) -> Table:
+def speed_table(rows: Sequence[WorkflowRow], title: str) -> Table:
     """Rows of one model."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
@@ -201,7 +201,7 @@ def weighted(scores: Sequence[Score], field: str) -> float:
 # Picture
 
 
-def plot_png(rows: Sequence[Row], scores: Sequence[Score]) -> bytes:
+def plot_png(rows: Sequence[WorkflowRow], scores: Sequence[Score]) -> bytes:
     """How much sooner the first token comes, a panel for each model; then what is right, by kind."""
     from matplotlib.figure import Figure
 

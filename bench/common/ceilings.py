@@ -6,7 +6,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from hybrid_cache.bench.common.timing import Call, timed_in_turn
+from hybrid_cache.bench.common.timing import Timed, timed_in_turn
 from hybrid_cache.kernels.memory import large_pages
 from hybrid_cache.kernels.torch_ops import TorchOps
 
@@ -54,7 +54,7 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device, sizes: Sizes | No
     return Ceilings(sizes.buffer_bytes / read / 1e9, fastest / 1e9)
 
 
-def _square_product(a: Tensor, b: Tensor) -> Call:
+def _square_product(a: Tensor, b: Tensor) -> Timed:
     """The fastest product that torch has: with a packed weight on a CPU."""
     if a.device.type == "cpu":
         linear = TorchOps().linear(b)

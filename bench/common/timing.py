@@ -7,12 +7,12 @@ import torch
 
 SHORT_S = 2e-3  # calls are repeated until a timing takes at least this long
 
-Call = Callable[[], object]
+Timed = Callable[[], object]
 
 
-def timed_in_turn(contenders: Sequence[Call], device: torch.device, rounds: int) -> list[list[float]]:
+def timed_in_turn(contenders: Sequence[Timed], device: torch.device, rounds: int) -> list[list[float]]:
     """Seconds of one call of each contender, `rounds` times in turn."""
-    clock: Callable[[Call, int], float] = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    clock: Callable[[Timed, int], float] = _cuda_seconds if device.type == "cuda" else _cpu_seconds
     repeats = []
     for call in contenders:
         call()
@@ -24,14 +24,14 @@ def timed_in_turn(contenders: Sequence[Call], device: torch.device, rounds: int)
     return times
 
 
-def _cpu_seconds(call: Call, count: int) -> float:
+def _cpu_seconds(call: Timed, count: int) -> float:
     begin = time.perf_counter()
     for _ in range(count):
         call()
     return time.perf_counter() - begin
 
 
-def _cuda_seconds(call: Call, count: int) -> float:
+def _cuda_seconds(call: Timed, count: int) -> float:
     torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(count):

@@ -195,7 +195,7 @@ def serve(cache: Books, tokens: TokenArray) -> tuple[float, float, float, float,
     lease = cache.acquire(match, keys)
     assert lease is not None
     times.append(time.perf_counter())
-    wishes = cache.plan(lease, [Boundary(NUM_TOKENS // 2, role="system"), Boundary(NUM_TOKENS, role="user")])
+    wishes = cache.propose(lease, [Boundary(NUM_TOKENS // 2, role="system"), Boundary(NUM_TOKENS, role="user")])
     times.append(time.perf_counter())
     for wish in wishes:
         cache.reserve_checkpoint(lease, wish.position, wish.kind)

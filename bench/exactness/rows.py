@@ -136,7 +136,7 @@ def digest_of(tokens: TokenArray) -> bytes:
 
 
 @dataclass(slots=True)
-class Row:
+class BusyRow:
     """Equal logits that a busy engine computed for equal tokens."""
 
     bits: Bits
@@ -149,7 +149,7 @@ class Ledger:
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._waiting: dict[Key, list[Row]] = {}
+        self._waiting: dict[Key, list[BusyRow]] = {}
 
     def busy(self, key: Key, bits: Bits, origin: Origin) -> None:
         rows = self._waiting.setdefault(key, [])
@@ -157,7 +157,7 @@ class Ledger:
             if np.array_equal(row.bits, bits):
                 row.count += 1
                 return
-        rows.append(Row(bits, origin))
+        rows.append(BusyRow(bits, origin))
 
     def plain(self, key: Key, bits: Bits) -> None:
         for row in self._waiting.pop(key, ()):
@@ -175,7 +175,7 @@ class Ledger:
             self._report.note(row.origin.request, f"{row.origin}: tokens that the plain run did not come to")
         self._waiting.clear()
 
-    def _differs(self, row: Row, expected: Bits) -> None:
+    def _differs(self, row: BusyRow, expected: Bits) -> None:
         report, num_bits = self._report, int(np.bitwise_count(row.bits ^ expected).sum())
         report.differing_rows += row.count
         report.differing_bits += num_bits * row.count

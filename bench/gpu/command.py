@@ -39,7 +39,7 @@ NVIDIA_SMI = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.me
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ReportPart:
     """`decides`: without it, or with failures in it, the check fails."""
 
     run: Callable[[Setting, Section], None]
@@ -68,14 +68,14 @@ def environment(setting: Setting, section: Section) -> None:
     section.notes.append(kernel_speed.ceilings_note(setting.ceilings()))
 
 
-PARTS: Mapping[str, Part] = {
-    "environment": Part(environment, 20, decides=False),
-    "parity": Part(correctness.parity, 120, decides=True),
-    "exactness": Part(correctness.exactness, 60, decides=True),
-    "models": Part(correctness.models, 60, decides=True),
-    "model speed": Part(model_speed.whole_model, 110, decides=False),
-    "sharing": Part(kernel_speed.sharing, 45, decides=False),
-    "kernels": Part(kernel_speed.kernels, 70, decides=False),
+PARTS: Mapping[str, ReportPart] = {
+    "environment": ReportPart(environment, 20, decides=False),
+    "parity": ReportPart(correctness.parity, 120, decides=True),
+    "exactness": ReportPart(correctness.exactness, 60, decides=True),
+    "models": ReportPart(correctness.models, 60, decides=True),
+    "model speed": ReportPart(model_speed.whole_model, 110, decides=False),
+    "sharing": ReportPart(kernel_speed.sharing, 45, decides=False),
+    "kernels": ReportPart(kernel_speed.kernels, 70, decides=False),
 }
 
 

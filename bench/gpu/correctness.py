@@ -175,7 +175,7 @@ def _row_pairs(ops: Ops, device: torch.device, dtype: torch.dtype) -> Iterator[t
     tokens = ops.sample(here(logits), some_draws(len(logits), device)).cpu()
     expected = reference.sample(logits, draws)
     # Rounding may move a choice to a neighbour.
-    yield sampling.places(logits, draws, tokens), sampling.places(logits, draws, expected)
+    yield sampling.points(logits, draws, tokens), sampling.points(logits, draws, expected)
     yield ops.log_sum_exp(here(logits)), reference.log_sum_exp(logits)
 
 

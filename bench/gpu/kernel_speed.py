@@ -18,7 +18,7 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import KVTensors, Ops
 from hybrid_cache.kernels.runs import Run, arrange
-from hybrid_cache.kernels.shared_prefix import plan_shared
+from hybrid_cache.kernels.shared_prefix import schedule_shared
 from hybrid_cache.kernels.torch_ops import TorchOps
 
 BF16 = torch.bfloat16
@@ -115,8 +115,8 @@ def _decode_over_prefix(
 
     def run(min_rows: int) -> Tensor:
         if min_rows not in layouts:
-            plan = plan_shared(tables, lengths, min_rows=min_rows)
-            layouts[min_rows] = replace(host, decode_plan=plan).to(setting.device)
+            schedule = schedule_shared(tables, lengths, min_rows=min_rows)
+            layouts[min_rows] = replace(host, decode_schedule=schedule).to(setting.device)
         return ops.attention(q, k, v, size**-0.5, layouts[min_rows], kv)
 
     return run

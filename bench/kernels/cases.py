@@ -32,7 +32,7 @@ from hybrid_cache.kernels.problems import (
     some_draws,
 )
 from hybrid_cache.kernels.runs import Run, arrange
-from hybrid_cache.kernels.shared_prefix import with_plan
+from hybrid_cache.kernels.shared_prefix import with_schedule
 
 Timed = Callable[[], object]
 Build = Callable[[Ops], Timed]
@@ -285,7 +285,7 @@ class _Sizes:
 
     def _layout(self, chunks: list[Run], decodes: list[Run]) -> RowLayout:
         layout, _ = arrange(chunks, decodes)
-        return layout if self.device.type == "cpu" else with_plan(layout).to(self.device)
+        return layout if self.device.type == "cpu" else with_schedule(layout).to(self.device)
 
     def _padded(self, x: Tensor, layout: RowLayout) -> Tensor:
         return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, layout.num_rows - len(x)))

@@ -25,13 +25,13 @@ from hybrid_cache.kernels.problems import (
     Problem,
 )
 
-Call = Callable[[], Tensor]
+Timed = Callable[[], Tensor]
 SSD_CHUNK = 256  # as in their configs
 
 
-def transformers_peers(problem: Problem, inputs: Sequence[Tensor], decode: bool) -> dict[str, Call]:
+def transformers_peers(problem: Problem, inputs: Sequence[Tensor], decode: bool) -> dict[str, Timed]:
     """A call by the name of the library, or nothing. Inputs [R, ...] are one prompt, or one row of each sequence."""
-    call: Call | None = None
+    call: Timed | None = None
     try:
         match problem:
             case ConvProblem():
@@ -53,7 +53,7 @@ def _model(name: str) -> Any:
     return import_module(f"transformers.models.{name}.modeling_{name}")
 
 
-def _conv(problem: ConvProblem, x: Tensor, decode: bool) -> Call:
+def _conv(problem: ConvProblem, x: Tensor, decode: bool) -> Timed:
     model, weight, bias = _model("mamba2"), problem.weight, problem.bias
     if not decode:
         prompt = model.causal_conv1d_fn
@@ -66,7 +66,7 @@ def _window(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_zeros(len(x), weight.shape[0], weight.shape[1] - 1)
 
 
-def _mamba2_prompt(problem: Mamba2Problem, zxbcdt: Tensor) -> Call:
+def _mamba2_prompt(problem: Mamba2Problem, zxbcdt: Tensor) -> Timed:
     model, w = _model("mamba2"), problem.weights
     inner, bc = w.num_heads * w.head_dim, w.num_groups * w.d_state
     conv, scan, norm = model.causal_conv1d_fn, model.mamba2_chunk_scan, _mamba2_norm(problem)
@@ -92,7 +92,7 @@ def _mamba2_prompt(problem: Mamba2Problem, zxbcdt: Tensor) -> Call:
     return call
 
 
-def _mamba2_steps(problem: Mamba2Problem, zxbcdt: Tensor) -> Call:
+def _mamba2_steps(problem: Mamba2Problem, zxbcdt: Tensor) -> Timed:
     model, w = _model("mamba2"), problem.weights
     heads = (w.num_heads, w.head_dim)
     inner, bc = w.num_heads * w.head_dim, w.num_groups * w.d_state
@@ -128,7 +128,7 @@ def _mamba2_norm(problem: Mamba2Problem) -> Callable[[Tensor, Tensor], Tensor]:
     return call
 
 
-def _mamba1(problem: Mamba1Problem, inputs: Sequence[Tensor], decode: bool) -> Call:
+def _mamba1(problem: Mamba1Problem, inputs: Sequence[Tensor], decode: bool) -> Timed:
     model, w = _model("mamba"), problem.weights
     x, dt, B, C, z = inputs
     if decode:
@@ -147,7 +147,7 @@ def _mamba1(problem: Mamba1Problem, inputs: Sequence[Tensor], decode: bool) -> C
     return call
 
 
-def _delta(model: str, function: str, inputs: Sequence[Tensor], decode: bool) -> Call:
+def _delta(model: str, function: str, inputs: Sequence[Tensor], decode: bool) -> Timed:
     _, k, v, *_ = inputs
     delta = getattr(_model(model), function.format("recurrent" if decode else "chunk"))
     rows = [x[:, None] if decode else x[None] for x in inputs]

@@ -7,8 +7,8 @@ benefit less rent is largest. Then, whatever the prices are (Lagrangian duality)
 
     best saving  <=  sum of prices * capacity  +  sum over requests of max(0, max over depths of benefit - rent)
 
-because a plan that fits pays at most prices * capacity in rent. The search for good prices only makes the bound lower;
-it can never make it wrong.
+because a choice that fits pays at most prices * capacity in rent. The search for good prices only makes the bound
+lower; it can never make it wrong.
 
 The bound grants a policy two things that it does not have: a request may resume half for half the room, and a visitor
 leaves all its states, also those above the depth at which it resumed itself.
@@ -34,10 +34,10 @@ SOFTEST, HARDEST = 0.3, 0.01  # how sharply requests choose, in mean benefits
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Shares of all prefill, 0 to 1. The best policy saves from `planned_flops_saved` to `flops_saved`."""
+    """Shares of all prefill, 0 to 1. The best policy saves from `reached_flops_saved` to `flops_saved`."""
 
     flops_saved: float
-    planned_flops_saved: float  # by one plan that knows the future, is allowed and fits
+    reached_flops_saved: float  # by one choice of options that is allowed and fits, made with knowledge of the future
     infinite_flops_saved: float  # if everything is kept
     token_hit_rate: float  # of a policy that only cares for tokens
     infinite_token_hit_rate: float
@@ -46,7 +46,7 @@ class Bound:
     @property
     def gap(self) -> float:
         """The best saving is known up to this."""
-        return self.flops_saved - self.planned_flops_saved
+        return self.flops_saved - self.reached_flops_saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class Market:
             log_prices = log_prices - STEP * (1 - done) * mean / (np.sqrt(square * (1 - 0.9 ** (i + 1))) + 1e-300)
         return best
 
-    def plan(self, prices: Floats) -> float:
+    def saved_at_least(self, prices: Floats) -> float:
         """What is saved if requests take their options one by one, the most worthy first, while there is room."""
         worth = self.worth(prices)
         favourite = worth == self._best(worth)[self.owner]
@@ -262,7 +262,7 @@ def bound(
     infinite, infinite_tokens = visits.infinite(cost), visits.infinite(TOKENS)
     return Bound(
         flops_saved=min(infinite, flops.saved_at_most(prices)),
-        planned_flops_saved=flops.plan(prices),
+        reached_flops_saved=flops.saved_at_least(prices),
         infinite_flops_saved=infinite,
         token_hit_rate=min(infinite_tokens, tokens.saved_at_most(tokens.clear(iterations))),
         infinite_token_hit_rate=infinite_tokens,

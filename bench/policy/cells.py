@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hybrid_cache.bench.policy.bound import Visits, bound
 from hybrid_cache.bench.policy.replay import Simulation
-from hybrid_cache.bench.policy.report import BOUND, INFINITE, Row
+from hybrid_cache.bench.policy.report import BOUND, INFINITE, PolicyRow
 from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.base import Policy
@@ -112,14 +112,14 @@ class Outcome:
     alpha: float | None = None
 
 
-def measured(cell: Cell) -> Row:
+def measured(cell: Cell) -> PolicyRow:
     start, s = time.perf_counter(), cell.setting
     outcome = outcome_of(cell)
     p50 = p95 = None
     if outcome.hit_tokens is not None:
         prompt = np.array([r.num_prompt_tokens for r in s.trace.requests], np.int64)
         p50, p95 = np.percentile(s.speed.ttft_s(s.cost, prompt, outcome.hit_tokens), (50, 95)).tolist()
-    return Row(
+    return PolicyRow(
         trace=s.trace.name,
         model=s.model,
         policy=cell.policy,
@@ -188,7 +188,7 @@ def everything_kept(s: Setting) -> Outcome:
     return Outcome(visits.infinite(s.cost), float(hits.sum() / s.trace.num_prompt_tokens), hits)
 
 
-def all_measured(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[int, Row]]:
+def all_measured(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[int, PolicyRow]]:
     """Rows as they come, each with the number of its cell."""
     if jobs == 1:
         yield from enumerate(map(measured, cells))

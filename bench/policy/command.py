@@ -30,7 +30,7 @@ from hybrid_cache.bench.policy.cells import ARTIFACT, HINDSIGHT, STATIC, Cell, S
 from hybrid_cache.bench.policy.live import Asked, compare
 from hybrid_cache.bench.policy.report import (
     LIMITS,
-    Row,
+    PolicyRow,
     by_trace,
     conclusion,
     plot_png,
@@ -284,9 +284,9 @@ def load_all(
     return traces
 
 
-def watched(cells: Sequence[Cell], jobs: int) -> list[Row]:
+def watched(cells: Sequence[Cell], jobs: int) -> list[PolicyRow]:
     """The rows of all cells in order, with a progress bar on the error stream."""
-    rows: dict[int, Row] = {}
+    rows: dict[int, PolicyRow] = {}
     with progress_bar() as progress:
         task = progress.add_task("replay", total=len(cells))
         for i, row in all_measured(cells, jobs):
@@ -295,7 +295,7 @@ def watched(cells: Sequence[Cell], jobs: int) -> list[Row]:
     return with_gaps([rows[i] for i in range(len(cells))])
 
 
-def show(rows: Sequence[Row], settings: Sequence[Setting]) -> None:
+def show(rows: Sequence[PolicyRow], settings: Sequence[Setting]) -> None:
     """Tables, then a sentence for each trace and model."""
     console = Console()
     if not console.is_terminal:

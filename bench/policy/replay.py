@@ -119,7 +119,7 @@ class Simulation:
             Boundary(m.position, BoundaryKind.EXPLICIT if m.explicit else BoundaryKind.MESSAGE_END, role=m.role)
             for m in marks
         ]
-        wishes, page = self.cache.plan(lease, boundaries, generated=generated), self.trace.page_tokens
+        wishes, page = self.cache.propose(lease, boundaries, generated=generated), self.trace.page_tokens
         publish(self.cache, lease, wishes, page, page if generated else self.chunk_tokens)
 
     def _finish(self) -> None:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PolicyRow:
     """One policy on one trace and model at one capacity. Shares are fractions; None is unknown."""
 
     trace: str
@@ -48,11 +48,11 @@ class Row:
     concurrency: int
 
 
-def with_gaps(rows: Sequence[Row]) -> list[Row]:
+def with_gaps(rows: Sequence[PolicyRow]) -> list[PolicyRow]:
     """The rows, with the share of the gap that each closes, where both ends are among them and differ."""
     saved = {(r.trace, r.model, r.capacity_bytes, r.policy): r.flops_saved for r in rows}
 
-    def gap_closed(row: Row) -> float | None:
+    def gap_closed(row: PolicyRow) -> float | None:
         at = row.trace, row.model, row.capacity_bytes
         low, high = saved.get((*at, BASELINE)), saved.get((*at, BOUND))
         if row.policy in LIMITS or low is None or high is None or high - low < SAME:
@@ -62,7 +62,7 @@ def with_gaps(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, gap_closed=gap_closed(row)) for row in rows]
 
 
-def by_trace(rows: Iterable[Row]) -> list[list[Row]]:
+def by_trace(rows: Iterable[PolicyRow]) -> list[list[PolicyRow]]:
     """The rows of each trace and model, which follow each other."""
     return [list(group) for _, group in groupby(rows, key=lambda row: (row.trace, row.model))]
 
@@ -70,7 +70,7 @@ def by_trace(rows: Iterable[Row]) -> list[list[Row]]:
 # For people
 
 
-def table(rows: Sequence[Row], title: str) -> Table:
+def table(rows: Sequence[PolicyRow], title: str) -> Table:
     """The rows of one trace and model."""
     report = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     report.add_column("", no_wrap=True)
@@ -87,7 +87,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     return report
 
 
-def texts(row: Row) -> list[str]:
+def texts(row: PolicyRow) -> list[str]:
     return [
         f" {row.policy}" + ("" if row.alpha is None else f" {row.alpha:g}"),
         f"{100 * row.token_hit_rate:.1f}",
@@ -117,7 +117,7 @@ def best_of(saved: Mapping[str, float]) -> list[str]:
     return [policy for policy, share in policies.items() if most >= SAME and share > most - SAME]
 
 
-def conclusion(rows: Sequence[Row]) -> str:
+def conclusion(rows: Sequence[PolicyRow]) -> str:
     """What the rows of one trace and model say, in one sentence."""
     sizes = sorted({row.capacity_bytes for row in rows})
     means = {
@@ -144,7 +144,7 @@ def conclusion(rows: Sequence[Row]) -> str:
 # Files
 
 
-def rows_json(rows: Sequence[Row]) -> bytes:
+def rows_json(rows: Sequence[PolicyRow]) -> bytes:
     return (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode()
 
 
@@ -156,7 +156,7 @@ PANELS_A_ROW = 3
 MOST_TICKS = 8
 
 
-def plot_png(rows: Sequence[Row]) -> bytes:
+def plot_png(rows: Sequence[PolicyRow]) -> bytes:
     """FLOPs saved by capacity, a panel for each trace and model, a line for each policy."""
     from matplotlib.figure import Figure
 
@@ -180,7 +180,7 @@ def plot_png(rows: Sequence[Row]) -> bytes:
     return image.getvalue()
 
 
-def draw(axes: "Axes", rows: Sequence[Row]) -> None:
+def draw(axes: "Axes", rows: Sequence[PolicyRow]) -> None:
     lines = {policy: points(rows, policy) for policy in dict.fromkeys(row.policy for row in rows)}
     sizes = sorted({100 * row.capacity_share for row in rows})
     axes.set_xscale("log")
@@ -210,6 +210,6 @@ def draw(axes: "Axes", rows: Sequence[Row]) -> None:
     axes.tick_params(labelsize=9)
 
 
-def points(rows: Sequence[Row], policy: str) -> tuple[list[float], list[float]]:
+def points(rows: Sequence[PolicyRow], policy: str) -> tuple[list[float], list[float]]:
     mine = sorted((100 * row.capacity_share, 100 * row.flops_saved) for row in rows if row.policy == policy)
     return [x for x, _ in mine], [y for _, y in mine]

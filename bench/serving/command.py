@@ -197,7 +197,7 @@ async def first_model(http: httpx.AsyncClient) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScenarioRow:
     """One scenario. Token counts are one number a request, in the order of sending; `None` was not reported."""
 
     contender: str
@@ -214,13 +214,13 @@ class Row:
     seed: int
 
 
-def summarise(contender: str, scenario: str, rounds: Sequence[Sequence[Reply]], seed: int) -> Row:
+def summarise(contender: str, scenario: str, rounds: Sequence[Sequence[Reply]], seed: int) -> ScenarioRow:
     replies = [reply for replies in rounds for reply in replies]
     ttft = [reply.ttft * 1e3 for reply in replies]
     tpot = [reply.tpot * 1e3 for reply in replies if reply.tpot is not None]
     walls = [max(r.done for r in replies) - min(r.sent for r in replies) for replies in rounds]
     tokens = [sum(reply.completion_tokens for reply in replies) for replies in rounds]
-    return Row(
+    return ScenarioRow(
         contender=contender,
         scenario=scenario,
         requests=len(replies),
@@ -242,13 +242,13 @@ def p95(values: Iterable[float]) -> float:
     return ordered[math.ceil(0.95 * len(ordered)) - 1]
 
 
-def share(row: Row) -> str:
+def share(row: ScenarioRow) -> str:
     """How much of the prompts came from the cache, over the requests for which the server said it."""
     known = [(c, p) for c, p in zip(row.cached_tokens, row.prompt_tokens, strict=True) if c is not None and p]
     return f"{sum(c for c, _ in known) / sum(p for _, p in known):.0%}" if known else "-"
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[ScenarioRow]) -> Table:
     out = Table(title=f"{rows[0].contender}, seed {rows[0].seed}", box=box.SIMPLE_HEAD, pad_edge=False)
     out.add_column("scenario", no_wrap=True)
     for heading in ("n", "TTFT ms", "p95", "ms/tok", "p95", "cached", "wall s", "tok/s"):
@@ -269,7 +269,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TrafficOptions:
     """Everything that decides what is sent."""
 
     url: str
@@ -286,17 +286,17 @@ class Run:
     timeout: float = 600.0
 
 
-async def measure(run: Run, announce: Callable[[str], None] = lambda what: None) -> list[Row]:
+async def measure(options: TrafficOptions, announce: Callable[[str], None] = lambda what: None) -> list[ScenarioRow]:
     """Drives the server and returns one row a scenario; `announce` hears the name of each part as it begins."""
-    async with open_client(run.url, run.key, run.timeout) as http:
-        client = Client(http, DIALECTS[run.api], run.model or await first_model(http), run.ignore_eos)
-        vocabulary = await calibrate(client.ask, run.words, str(run.seed))
+    async with open_client(options.url, options.key, options.timeout) as http:
+        client = Client(http, DIALECTS[options.api], options.model or await first_model(http), options.ignore_eos)
+        vocabulary = await calibrate(client.ask, options.words, str(options.seed))
         rounds: dict[str, list[list[Reply]]] = {}
-        for number in range(run.repeat):
-            traffic = Traffic(client.ask, vocabulary, run.shape, f"{run.seed} {number}")
-            async for scenario, replies in play(traffic, run.scenarios, announce):
+        for number in range(options.repeat):
+            traffic = Traffic(client.ask, vocabulary, options.shape, f"{options.seed} {number}")
+            async for scenario, replies in play(traffic, options.scenarios, announce):
                 rounds.setdefault(scenario, []).append(replies)
-    return [summarise(run.label, scenario, replies, run.seed) for scenario, replies in rounds.items()]
+    return [summarise(options.label, scenario, replies, options.seed) for scenario, replies in rounds.items()]
 
 
 def chosen_scenarios(names: str) -> tuple[str, ...]:
@@ -319,16 +319,16 @@ def stream_counts(counts: str) -> tuple[int, ...]:
     return chosen
 
 
-def watched(run: Run) -> list[Row]:
+def watched(options: TrafficOptions) -> list[ScenarioRow]:
     """`measure` with a progress bar on the error stream."""
-    num_parts = len(set(run.scenarios) | {NEEDS[name] for name in run.scenarios if name in NEEDS})
+    num_parts = len(set(options.scenarios) | {NEEDS[name] for name in options.scenarios if name in NEEDS})
     with progress_bar() as progress:
-        task = progress.add_task("calibrate", total=num_parts * run.repeat + 1)
+        task = progress.add_task("calibrate", total=num_parts * options.repeat + 1)
 
         def announce(scenario: str) -> None:
             progress.update(task, description=scenario, advance=1)
 
-        return asyncio.run(measure(run, announce))
+        return asyncio.run(measure(options, announce))
 
 
 def serve(
@@ -383,7 +383,7 @@ def serve(
         streams=stream_counts(streams),
     )
     try:
-        run = Run(
+        options = TrafficOptions(
             url=server_url(url),
             label=label or url,
             api=api,
@@ -397,7 +397,7 @@ def serve(
             ignore_eos=ignore_eos,
             timeout=timeout,
         )
-        rows = watched(run)
+        rows = watched(options)
     except HybridCacheError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -47,12 +47,12 @@ week west wheel white wind window winter wood word work world write year yellow 
 ENGLISH = tuple(PLAIN_ENGLISH.split())
 
 
-class Message(NamedTuple):
+class SentMessage(NamedTuple):
     role: str
     content: str
 
 
-Conversation = tuple[Message, ...]
+Conversation = tuple[SentMessage, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def one_token_words(folder: Path) -> tuple[str, ...]:
 async def calibrate(ask: Ask, words: tuple[str, ...], seed: str) -> Vocabulary:
     """Tokens per word as the server counts them, from two prompts of different length; 1 if it does not count."""
     rng, raw = random.Random(f"{seed} calibrate"), Vocabulary(words)
-    few, many = [await ask((Message("user", raw.text(rng, n)),), 1) for n in CALIBRATION_WORDS]
+    few, many = [await ask((SentMessage("user", raw.text(rng, n)),), 1) for n in CALIBRATION_WORDS]
     if few.prompt_tokens is None or many.prompt_tokens is None:
         return raw
     more_words = CALIBRATION_WORDS[1] - CALIBRATION_WORDS[0]
@@ -195,7 +195,7 @@ class Traffic:
     async def decode(self) -> dict[str, list[Reply]]:
         rng, measured = self._rng("decode"), dict[str, list[Reply]]()
         for streams in self.shape.streams:
-            prompts = [(Message("user", self.vocabulary.text(rng, DECODE_PROMPT_TOKENS)),) for _ in range(streams)]
+            prompts = [(SentMessage("user", self.vocabulary.text(rng, DECODE_PROMPT_TOKENS)),) for _ in range(streams)]
             measured[f"decode x{streams}"] = await self._at_once(prompts, self.shape.decode)
         return measured
 
@@ -203,10 +203,10 @@ class Traffic:
         return random.Random(f"{self.seed} {scenario}")
 
     def _system(self, rng: random.Random) -> Conversation:
-        return (Message("system", self.vocabulary.text(rng, self.shape.system)),)
+        return (SentMessage("system", self.vocabulary.text(rng, self.shape.system)),)
 
-    def _user(self, rng: random.Random) -> Message:
-        return Message("user", self.vocabulary.text(rng, self.shape.turn))
+    def _user(self, rng: random.Random) -> SentMessage:
+        return SentMessage("user", self.vocabulary.text(rng, self.shape.turn))
 
     async def _one_by_one(self, prompts: Iterable[Conversation]) -> list[Reply]:
         return [await self.ask(prompt, self.shape.reply) for prompt in prompts]
@@ -230,7 +230,7 @@ NEEDS = {"repeat": "cold", "regenerate": "grow", "edit": "grow", "burst": "share
 
 
 def answered(prompt: Conversation, reply: Reply) -> Conversation:
-    return (*prompt, Message("assistant", reply.text))
+    return (*prompt, SentMessage("assistant", reply.text))
 
 
 async def play(

@@ -55,7 +55,7 @@ def mooncake_request(record: Record, blocks: IntArray, wholes: Wholes) -> TraceR
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class SessionRequest:
     """One request of a kv-cache-tester session."""
 
     record: Record
@@ -65,13 +65,13 @@ class Call:
 
 def read_kv_cache_tester(files: Sequence[Path], page_tokens: int) -> Reading:
     """In pages of `page_tokens` at once: the blocks of a large trace, all together, would fill the memory."""
-    sessions = Sessions(page_tokens)
+    sessions = SessionNumbering(page_tokens)
     requests = [[r for record in read_records(file) for r in sessions.read(record)] for file in files]
     note = "prompts of one session with equal blocks and equal length count as repeats"
     return Reading(requests, page_tokens, Times.SESSION, (note,))
 
 
-class Sessions:
+class SessionNumbering:
     """Numbers the pages and the prompts of one session after the other."""
 
     def __init__(self, page_tokens: int) -> None:
@@ -85,31 +85,31 @@ class Sessions:
         if session in self._places:
             raise record.error("id", f"another than on {self._places[session]}")
         self._places[session] = f"{record.file.name}:{record.line}"
-        calls = sorted(session_calls(record), key=lambda call: call.time_s)
-        prompts, num_blocks = numbered_blocks([(call.record, session_blocks(call.record)) for call in calls])
+        sent = sorted(session_requests(record), key=lambda request: request.time_s)
+        prompts, num_blocks = numbered_blocks([(r.record, session_blocks(r.record)) for r in sent])
         wholes: Wholes = {}
-        requests = [self._request(session, *prompt, wholes) for prompt in zip(calls, prompts, strict=True)]
+        requests = [self._request(session, *prompt, wholes) for prompt in zip(sent, prompts, strict=True)]
         self._num_blocks += num_blocks
         self._num_prompts += len(wholes)
         return requests
 
-    def _request(self, session: str, call: Call, blocks: IntArray, wholes: Wholes) -> TraceRequest:
-        num_tokens = call.record.integer("in", least=1)
+    def _request(self, session: str, request: SessionRequest, blocks: IntArray, wholes: Wholes) -> TraceRequest:
+        num_tokens = request.record.integer("in", least=1)
         full = blocks[: num_tokens // TILE][self._page_blocks - 1 :: self._page_blocks]
         last = int(blocks[-1]) if len(blocks) else -1
         return TraceRequest(
-            arrival_s=call.time_s,
+            arrival_s=request.time_s,
             session=session,
             pages=(full + self._num_blocks).astype(np.int32),
             num_prompt_tokens=num_tokens,
-            num_output_tokens=call.record.integer("out"),
+            num_output_tokens=request.record.integer("out"),
             num_known_tokens=num_tokens,
             whole=self._num_prompts + wholes.setdefault((last, num_tokens), len(wholes)),
-            marks=call_marks(call, num_tokens),
+            marks=request_marks(request, num_tokens),
         )
 
 
-def session_calls(owner: Record, start_s: float = 0.0) -> Iterator[Call]:
+def session_requests(owner: Record, start_s: float = 0.0) -> Iterator[SessionRequest]:
     """The requests of a session, or of a subagent that starts so late in it."""
     if owner.has("block_size") and owner.integer("block_size") != TILE:
         raise owner.error("block_size", str(TILE))
@@ -118,9 +118,9 @@ def session_calls(owner: Record, start_s: float = 0.0) -> Iterator[Call]:
         in_order(last, entry, "t")
         last = entry
         if entry.fields.get("type") == "subagent":
-            yield from session_calls(entry, start_s + entry.time("t"))
+            yield from session_requests(entry, start_s + entry.time("t"))
         else:
-            yield Call(entry, start_s + entry.time("t"), num_system_tokens)
+            yield SessionRequest(entry, start_s + entry.time("t"), num_system_tokens)
 
 
 def session_blocks(record: Record) -> IntArray:
@@ -130,10 +130,10 @@ def session_blocks(record: Record) -> IntArray:
     return blocks
 
 
-def call_marks(call: Call, num_tokens: int) -> tuple[Mark, ...]:
-    inputs = call.record.texts("input_types")
+def request_marks(request: SessionRequest, num_tokens: int) -> tuple[Mark, ...]:
+    inputs = request.record.texts("input_types")
     end = Mark(num_tokens, "tool" if inputs == ["tool_result"] else "user" if "text" in inputs else "")
-    system = Mark(call.num_system_tokens, "system")
+    system = Mark(request.num_system_tokens, "system")
     return (system, end) if 0 < system.position < num_tokens else (end,)
 
 

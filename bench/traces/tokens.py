@@ -13,14 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hybrid_cache.bench.traces.records import LARGEST, Reading, Record, Times, TraceError, brief, in_order, read_records
-from hybrid_cache.bench.traces.trace import Mark, PageNames, TraceRequest
+from hybrid_cache.bench.traces.trace import Mark, PageNames, Tokens, TraceMessage, TraceRequest
 from hybrid_cache.kernels.grid import TILE
 
 Encoder = Callable[[str], Sequence[int]]
-Tokens = NDArray[np.int32]
 
 # The parts of a ragpulse prompt in their order: field of `hash_ids`, table of lengths, field of the id there, speaker.
 SEGMENTS = (
@@ -206,29 +204,21 @@ def num_output_tokens(record: Record) -> int:
     return next((record.integer(name) for name in ("output_tokens", "max_tokens") if record.has(name)), 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A message in tokens."""
-
-    role: str
-    tokens: Tokens
-
-
 @dataclass(slots=True)
-class Script:
+class RequestMaker:
     """Makes requests of text. A message has the same tokens wherever it stands and whatever follows."""
 
     encode: Encoder
     names: PageNames = field(default_factory=PageNames)
     _encoded: dict[str, Tokens] = field(default_factory=dict)
 
-    def turn(self, role: str, content: str) -> Turn:
+    def message(self, role: str, content: str) -> TraceMessage:
         text = f"{role}\n{content}\n"
         if text not in self._encoded:
             self._encoded[text] = np.array(self.encode(text), np.int32)
-        return Turn(role, self._encoded[text])
+        return TraceMessage(role, self._encoded[text])
 
-    def message(self, record: Record) -> Turn:
+    def parsed(self, record: Record) -> TraceMessage:
         """An OpenAI message."""
         content = record.text("content") if record.has("content") else ""
         if record.has("tool_calls"):
@@ -236,22 +226,22 @@ class Script:
             content = f"{content}\n{calls}" if content else calls
         elif not record.has("content"):
             raise record.error("content", "a string")
-        return self.turn(record.text("role"), content)
+        return self.message(record.text("role"), content)
 
     def request(
         self,
-        turns: Sequence[Turn],
-        answer: Turn | None,
+        messages: Sequence[TraceMessage],
+        answer: TraceMessage | None,
         session: str,
         arrival_s: float = 0.0,
         num_output_tokens: int = 0,
     ) -> TraceRequest:
-        prompt = np.concatenate([turn.tokens for turn in turns])
-        ends = np.cumsum([len(turn.tokens) for turn in turns]).tolist()
+        prompt = np.concatenate([message.tokens for message in messages])
+        ends = np.cumsum([len(message.tokens) for message in messages]).tolist()
         return token_request(
             self.names,
             prompt,
-            marks=tuple(Mark(end, turn.role) for end, turn in zip(ends, turns, strict=True)),
+            marks=tuple(Mark(end, message.role) for end, message in zip(ends, messages, strict=True)),
             num_output_tokens=num_output_tokens,
             arrival_s=arrival_s,
             session=session,
@@ -266,58 +256,58 @@ def read_messages(files: Sequence[Path], encode: Encoder) -> Reading:
     shape = next((shape for name, shape in SHAPES.items() if first.has(name)), None)
     if shape is None:
         raise first.fault(f"fields {brief(', '.join(first.fields))}: expected one of {', '.join(SHAPES)}")
-    return shape(files, Script(encode))
+    return shape(files, RequestMaker(encode))
 
 
-def read_chats(files: Sequence[Path], script: Script) -> Reading:
+def read_chats(files: Sequence[Path], maker: RequestMaker) -> Reading:
     clock = Clock(first_record(files))
-    requests = [[chat_request(record, clock, script) for record in read_records(file)] for file in files]
+    requests = [[chat_request(record, clock, maker) for record in read_records(file)] for file in files]
     return Reading(clock.started(requests), TILE, clock.times)
 
 
-def chat_request(record: Record, clock: Clock, script: Script) -> TraceRequest:
-    turns = [script.message(message) for message in record.records("messages")]
-    if not turns:
+def chat_request(record: Record, clock: Clock, maker: RequestMaker) -> TraceRequest:
+    messages = [maker.parsed(sent) for sent in record.records("messages")]
+    if not messages:
         raise record.error("messages", "at least one message")
-    answer = script.turn("assistant", record.text("output")) if record.has("output") else None
+    answer = maker.message("assistant", record.text("output")) if record.has("output") else None
     session = record.text("session") if record.has("session") else ""
-    return script.request(turns, answer, session, clock.read(record), num_output_tokens(record))
+    return maker.request(messages, answer, session, clock.read(record), num_output_tokens(record))
 
 
-def read_trajectories(files: Sequence[Path], script: Script) -> Reading:
+def read_trajectories(files: Sequence[Path], maker: RequestMaker) -> Reading:
     """tau-bench: each message of the assistant answers those before it; a trajectory is a session."""
-    requests = [[r for record in read_records(file) for r in trajectory(record, script)] for file in files]
+    requests = [[r for record in read_records(file) for r in trajectory(record, maker)] for file in files]
     return Reading(requests, TILE, Times.NONE)
 
 
-def trajectory(record: Record, script: Script) -> Iterator[TraceRequest]:
-    turns: list[Turn] = []
-    for message in record.records("traj"):
-        turn = script.message(message)
-        if turn.role == "assistant":
-            if not turns:
-                raise message.error("role", "a message of somebody else first")
-            yield script.request(turns, turn, f"{record.file.name}:{record.line}")
-        turns.append(turn)
+def trajectory(record: Record, maker: RequestMaker) -> Iterator[TraceRequest]:
+    messages: list[TraceMessage] = []
+    for sent in record.records("traj"):
+        message = maker.parsed(sent)
+        if message.role == "assistant":
+            if not messages:
+                raise sent.error("role", "a message of somebody else first")
+            yield maker.request(messages, message, f"{record.file.name}:{record.line}")
+        messages.append(message)
 
 
-def read_few_shots(files: Sequence[Path], script: Script) -> Reading:
+def read_few_shots(files: Sequence[Path], maker: RequestMaker) -> Reading:
     """BIG-Bench Hard: each of the `outputs` is a request of one message."""
     return Reading(
-        [[few_shot(o, script) for record in read_records(file) for o in record.records("outputs")] for file in files],
+        [[few_shot(o, maker) for record in read_records(file) for o in record.records("outputs")] for file in files],
         TILE,
         Times.NONE,
     )
 
 
-def few_shot(record: Record, script: Script) -> TraceRequest:
-    prompt, answer = script.turn("user", record.text("input")), script.turn("assistant", record.text("prediction"))
-    return script.request([prompt], answer, session="")
+def few_shot(record: Record, maker: RequestMaker) -> TraceRequest:
+    prompt, answer = maker.message("user", record.text("input")), maker.message("assistant", record.text("prediction"))
+    return maker.request([prompt], answer, session="")
 
 
-def read_agent_logs(files: Sequence[Path], script: Script) -> Reading:
+def read_agent_logs(files: Sequence[Path], maker: RequestMaker) -> Reading:
     """lmcache-agent-trace: an `input` extends the one before it in its session but omits what was answered."""
-    requests = [list(agent_requests(file, script)) for file in files]
+    requests = [list(agent_requests(file, maker)) for file in files]
     notes = (
         "outputs put back into the prompts that follow",
         "first input taken for the user's, what it grows by for a tool's",
@@ -325,22 +315,22 @@ def read_agent_logs(files: Sequence[Path], script: Script) -> Reading:
     return Reading(from_zero(requests), TILE, Times.TRACE, notes)
 
 
-def agent_requests(file: Path, script: Script) -> Iterator[TraceRequest]:
-    logged: dict[str, tuple[str, list[Turn]]] = {}  # by session: the last input, the messages up to its answer
+def agent_requests(file: Path, maker: RequestMaker) -> Iterator[TraceRequest]:
+    logged: dict[str, tuple[str, list[TraceMessage]]] = {}  # by session: the last input, the messages up to its answer
     for record in sorted(read_records(file), key=lambda record: record.time("timestamp")):
         session, text = record.text("session_id"), record.text("input")
-        before, turns = logged.get(session, ("", []))
-        if turns and text.startswith(before):
-            turns = [*turns, script.turn("tool", text[len(before) :])]
+        before, messages = logged.get(session, ("", []))
+        if messages and text.startswith(before):
+            messages = [*messages, maker.message("tool", text[len(before) :])]
         else:  # the context was started anew
-            turns = [script.turn("user", text)]
-        answer = script.turn("assistant", record.text("output"))
-        logged[session] = text, [*turns, answer]
-        yield script.request(turns, answer, session, record.time("timestamp") / 1e6)
+            messages = [maker.message("user", text)]
+        answer = maker.message("assistant", record.text("output"))
+        logged[session] = text, [*messages, answer]
+        yield maker.request(messages, answer, session, record.time("timestamp") / 1e6)
 
 
 # By the field that gives a record away.
-SHAPES: dict[str, Callable[[Sequence[Path], Script], Reading]] = {
+SHAPES: dict[str, Callable[[Sequence[Path], RequestMaker], Reading]] = {
     "messages": read_chats,
     "traj": read_trajectories,
     "outputs": read_few_shots,

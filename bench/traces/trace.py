@@ -6,6 +6,7 @@ pages exactly when their first k numbers are equal. Traces that name blocks this
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,14 @@ from numpy.typing import NDArray
 from hybrid_cache.kernels.grid import TILE
 
 PageIds = NDArray[np.int32]  # [full pages]
+Tokens = NDArray[np.int32]
+
+
+class TraceMessage(NamedTuple):
+    """One message of a prompt; its tokens stand for the words and whatever a template puts around them."""
+
+    role: str
+    tokens: Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +49,7 @@ class TraceRequest:
     num_known_tokens: int
     whole: int  # names the whole prompt, partial last page included: equal for exact repeats
     marks: tuple[Mark, ...] = ()  # rising positions, none beyond the prompt
-    tokens: NDArray[np.int32] | None = None  # the prompt's tokens, if the trace has them
+    tokens: Tokens | None = None  # the prompt's tokens, if the trace has them
 
 
 @dataclass(frozen=True, slots=True)

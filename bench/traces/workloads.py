@@ -25,9 +25,8 @@ from itertools import accumulate, count, islice, repeat, takewhile
 from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hybrid_cache.bench.traces.trace import Mark, PageNames, Trace, TraceRequest
+from hybrid_cache.bench.traces.trace import Mark, PageNames, Tokens, Trace, TraceMessage, TraceRequest
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 
@@ -39,7 +38,6 @@ READ_WORDS_PER_S = 375 / 60
 TYPED_WORDS_PER_S = 90 / 60
 MOST_TYPED_WORDS = 200  # the rest of a longer message was pasted
 
-Tokens = NDArray[np.int32]
 T = TypeVar("T")
 
 
@@ -93,22 +91,15 @@ class Lognormal:
 Length = Uniform | Lognormal
 
 
-class Message(NamedTuple):
-    """One message of a prompt; its tokens stand for the words and whatever a template puts around them."""
-
-    role: str
-    tokens: Tokens
+Messages = tuple[TraceMessage, ...]
 
 
-Prompt = tuple[Message, ...]
-
-
-class Call(NamedTuple):
+class DraftRequest(NamedTuple):
     """A request before its pages have names."""
 
     arrival_s: float
     session: str
-    prompt: Prompt
+    prompt: Messages
     answer: Tokens
 
 
@@ -136,7 +127,7 @@ class Workload(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def calls(self, seed: int, scale: float) -> Iterator[Call]:
+    def drafts(self, seed: int, scale: float) -> Iterator[DraftRequest]:
         """All requests, each session in its own order."""
 
     def trace(self, *, seed: int = 0, scale: float = 1.0, page_tokens: int = TILE) -> Trace:
@@ -145,9 +136,9 @@ class Workload(ABC):
         if page_tokens < TILE or page_tokens % TILE:
             raise ConfigError(f"page_tokens {page_tokens} is not a multiple of {TILE}")
         names = PageNames(page_tokens)
-        calls = sorted(self.calls(seed, scale), key=lambda call: call.arrival_s)
+        drafts = sorted(self.drafts(seed, scale), key=lambda draft: draft.arrival_s)
         note = f"synthetic in every respect: text, lengths, sharing and times; seed {seed}, scale {scale:g}, {self!r}"
-        return Trace(self.name, page_tokens, tuple(_request(call, names) for call in calls), note)
+        return Trace(self.name, page_tokens, tuple(_request(draft, names) for draft in drafts), note)
 
 
 @dataclass(frozen=True)
@@ -202,23 +193,23 @@ class Chat(Sessions):
     def arrivals(self, rng: random.Random) -> Iterator[float]:
         return gamma_bursts(rng, self.rate, self.burstiness)
 
-    def calls(self, seed: int, scale: float) -> Iterator[Call]:
+    def drafts(self, seed: int, scale: float) -> Iterator[DraftRequest]:
         shared = self._shared(seed)
-        systems = [Message("system", text(shared, self.system.draw(shared))) for _ in range(self.systems)]
+        systems = [TraceMessage("system", text(shared, self.system.draw(shared))) for _ in range(self.systems)]
         for start in self._starts(seed, scale):
             yield from self._session(start, popular(start.rng, systems))
 
-    def _session(self, start: Start, system: Message) -> Iterator[Call]:
+    def _session(self, start: Start, system: TraceMessage) -> Iterator[DraftRequest]:
         rng, session, now = start
         turns = self._turns(rng)
-        prompt: Prompt = (system, self._question(rng))
+        prompt: Messages = (system, self._question(rng))
         while turns > 0 and _length(prompt) <= CONTEXT:
             answer = text(rng, self.answer.draw(rng))
-            yield Call(now, session, prompt, answer)
+            yield DraftRequest(now, session, prompt, answer)
             if rng.random() < self.revises:
                 prompt = self._revised(rng, prompt)
             else:
-                prompt, turns = (*prompt, Message("assistant", answer), self._question(rng)), turns - 1
+                prompt, turns = (*prompt, TraceMessage("assistant", answer), self._question(rng)), turns - 1
             now += _writing_s(answer) + _reading_s(rng, self.pace_sigma, answer, prompt[-1].tokens)
 
     def _turns(self, rng: random.Random) -> int:
@@ -227,10 +218,10 @@ class Chat(Sessions):
         more = (self.mean_turns - 1) / (1 - self.leaves_at_once)  # turns after the first, of those who stay
         return next(n for n in count(2) if n >= self.most_turns or rng.random() * more < 1)
 
-    def _question(self, rng: random.Random) -> Message:
-        return Message("user", text(rng, self.user.draw(rng)))
+    def _question(self, rng: random.Random) -> TraceMessage:
+        return TraceMessage("user", text(rng, self.user.draw(rng)))
 
-    def _revised(self, rng: random.Random, prompt: Prompt) -> Prompt:
+    def _revised(self, rng: random.Random, prompt: Messages) -> Messages:
         if rng.random() < 0.5:
             return prompt
         edited = rng.choice([i for i, message in enumerate(prompt) if message.role == "user"])
@@ -272,27 +263,27 @@ class Agent(Sessions):
     def arrivals(self, rng: random.Random) -> Iterator[float]:
         return even(self.rate)
 
-    def calls(self, seed: int, scale: float) -> Iterator[Call]:
+    def drafts(self, seed: int, scale: float) -> Iterator[DraftRequest]:
         shared = self._shared(seed)
-        systems = [Message("system", text(shared, self.system.draw(shared))) for _ in range(self.systems)]
+        systems = [TraceMessage("system", text(shared, self.system.draw(shared))) for _ in range(self.systems)]
         for start in self._starts(seed, scale):
             yield from self._session(start, popular(start.rng, systems))
 
-    def _session(self, start: Start, system: Message) -> Iterator[Call]:
+    def _session(self, start: Start, system: TraceMessage) -> Iterator[DraftRequest]:
         rng, session, now = start
-        task = Message("user", text(rng, self.task.draw(rng)))
-        done: list[tuple[Message, Message]] = []
+        task = TraceMessage("user", text(rng, self.task.draw(rng)))
+        done: list[tuple[TraceMessage, TraceMessage]] = []
         for _ in range(self.turns.draw(rng)):
             prompt = (system, task, *self._history(done))
             if _length(prompt) > CONTEXT:
                 return
             action, observation = text(rng, self.action.draw(rng)), text(rng, self.observation.draw(rng))
-            yield Call(now, session, prompt, action)
-            done.append((Message("assistant", action), Message("tool", observation)))
+            yield DraftRequest(now, session, prompt, action)
+            done.append((TraceMessage("assistant", action), TraceMessage("tool", observation)))
             num_seconds = sum(1 for _ in takewhile(lambda time: time <= 1, poisson(rng, self.tool_s)))
             now += _writing_s(action) + num_seconds
 
-    def _history(self, done: Sequence[tuple[Message, Message]]) -> Iterator[Message]:
+    def _history(self, done: Sequence[tuple[TraceMessage, TraceMessage]]) -> Iterator[TraceMessage]:
         first_kept = len(done) - self.kept if self.collapse else 0
         for i, (action, observation) in enumerate(done):
             yield action
@@ -317,12 +308,12 @@ class FewShot(Sessions):
     question: Length = Uniform(50, 200)
     answer: Length = Lognormal(15, 0.8, 1, 100)
 
-    def calls(self, seed: int, scale: float) -> Iterator[Call]:
+    def drafts(self, seed: int, scale: float) -> Iterator[DraftRequest]:
         shared = self._shared(seed)
-        templates = [Message("system", text(shared, self.template.draw(shared))) for _ in range(self.tasks)]
+        templates = [TraceMessage("system", text(shared, self.template.draw(shared))) for _ in range(self.tasks)]
         for rng, session, now in self._starts(seed, scale):
-            question = Message("user", text(rng, self.question.draw(rng)))
-            yield Call(now, session, (popular(rng, templates), question), text(rng, self.answer.draw(rng)))
+            question = TraceMessage("user", text(rng, self.question.draw(rng)))
+            yield DraftRequest(now, session, (popular(rng, templates), question), text(rng, self.answer.draw(rng)))
 
 
 @dataclass(frozen=True)
@@ -347,32 +338,32 @@ class Retrieval(Sessions):
     goes_on: float = 0.25
     pace_sigma: float = 0.8
 
-    def calls(self, seed: int, scale: float) -> Iterator[Call]:
+    def drafts(self, seed: int, scale: float) -> Iterator[DraftRequest]:
         shared = self._shared(seed)
-        system = Message("system", text(shared, self.system))
-        library = [Message("tool", text(shared, self.passage.draw(shared))) for _ in range(self.library)]
+        system = TraceMessage("system", text(shared, self.system))
+        library = [TraceMessage("tool", text(shared, self.passage.draw(shared))) for _ in range(self.library)]
         weights = _zipf(self.library)
         for start in self._starts(seed, scale):
-            found: dict[int, Message] = {}
+            found: dict[int, TraceMessage] = {}
             wanted = self.passages.draw(start.rng)
             while len(found) < wanted:
                 i = start.rng.choices(range(self.library), cum_weights=weights)[0]
                 found.setdefault(i, library[i])
             yield from self._session(start, (system, *found.values()))
 
-    def _session(self, start: Start, passages: Prompt) -> Iterator[Call]:
+    def _session(self, start: Start, passages: Messages) -> Iterator[DraftRequest]:
         rng, session, now = start
         prompt = (*passages, self._question(rng))
         while _length(prompt) <= CONTEXT:
             answer = text(rng, self.answer.draw(rng))
-            yield Call(now, session, prompt, answer)
+            yield DraftRequest(now, session, prompt, answer)
             if rng.random() >= self.goes_on:
                 return
-            prompt = (*prompt, Message("assistant", answer), self._question(rng))
+            prompt = (*prompt, TraceMessage("assistant", answer), self._question(rng))
             now += _writing_s(answer) + _reading_s(rng, self.pace_sigma, answer, prompt[-1].tokens)
 
-    def _question(self, rng: random.Random) -> Message:
-        return Message("user", text(rng, self.question.draw(rng)))
+    def _question(self, rng: random.Random) -> TraceMessage:
+        return TraceMessage("user", text(rng, self.question.draw(rng)))
 
 
 @dataclass(frozen=True)
@@ -396,25 +387,25 @@ class TreeSearch(Sessions):
     kept: int = 5
     scoring_s: float = 1.0
 
-    def calls(self, seed: int, scale: float) -> Iterator[Call]:
+    def drafts(self, seed: int, scale: float) -> Iterator[DraftRequest]:
         shared = self._shared(seed)
-        methods = [Message("system", text(shared, self.method.draw(shared))) for _ in range(self.methods)]
+        methods = [TraceMessage("system", text(shared, self.method.draw(shared))) for _ in range(self.methods)]
         for start in self._starts(seed, scale):
             yield from self._session(start, popular(start.rng, methods))
 
-    def _session(self, start: Start, method: Message) -> Iterator[Call]:
+    def _session(self, start: Start, method: TraceMessage) -> Iterator[DraftRequest]:
         rng, session, now = start
-        paths: list[Prompt] = [(method, Message("user", text(rng, self.problem.draw(rng))))]
+        paths: list[Messages] = [(method, TraceMessage("user", text(rng, self.problem.draw(rng))))]
         for _ in range(self.depth):
             level = [
-                Call(now, session, path, text(rng, self.thought.draw(rng)))
+                DraftRequest(now, session, path, text(rng, self.thought.draw(rng)))
                 for path in paths
                 for _ in range(self.branching)
             ]
             yield from level
-            now += max(_writing_s(call.answer) for call in level) + self.scoring_s
+            now += max(_writing_s(draft.answer) for draft in level) + self.scoring_s
             best = rng.sample(level, min(self.kept, len(level)))
-            paths = [(*call.prompt, Message("assistant", call.answer)) for call in best]
+            paths = [(*draft.prompt, TraceMessage("assistant", draft.answer)) for draft in best]
 
 
 @dataclass(frozen=True)
@@ -426,10 +417,10 @@ class Mixed(Workload):
     share: float = 0.3
     span_s: float = 900.0
 
-    def calls(self, seed: int, scale: float) -> Iterator[Call]:
+    def drafts(self, seed: int, scale: float) -> Iterator[DraftRequest]:
         for part in self.parts:
             stretched = replace(part, rate=part.sessions * self.share / self.span_s)
-            yield from stretched.calls(seed, scale * self.share)
+            yield from stretched.drafts(seed, scale * self.share)
 
 
 WORKLOADS: dict[str, Callable[..., Trace]] = {
@@ -444,26 +435,26 @@ def make_workload(name: str, *, seed: int = 0, scale: float = 1.0, page_tokens: 
     return WORKLOADS[name](seed=seed, scale=scale, page_tokens=page_tokens)
 
 
-def _request(call: Call, names: PageNames) -> TraceRequest:
-    tokens = np.concatenate([message.tokens for message in call.prompt])
-    known = np.concatenate([tokens, call.answer])
+def _request(draft: DraftRequest, names: PageNames) -> TraceRequest:
+    tokens = np.concatenate([message.tokens for message in draft.prompt])
+    known = np.concatenate([tokens, draft.answer])
     _, whole = names.of(tokens)
     pages, _ = names.of(known)
-    ends = accumulate(len(message.tokens) for message in call.prompt)
+    ends = accumulate(len(message.tokens) for message in draft.prompt)
     return TraceRequest(
-        arrival_s=round(call.arrival_s, 6),
-        session=call.session,
+        arrival_s=round(draft.arrival_s, 6),
+        session=draft.session,
         pages=pages,
         num_prompt_tokens=len(tokens),
-        num_output_tokens=len(call.answer),
+        num_output_tokens=len(draft.answer),
         num_known_tokens=len(known),
         whole=whole,
-        marks=tuple(Mark(end, message.role) for end, message in zip(ends, call.prompt, strict=True)),
+        marks=tuple(Mark(end, message.role) for end, message in zip(ends, draft.prompt, strict=True)),
         tokens=tokens,
     )
 
 
-def _length(prompt: Prompt) -> int:
+def _length(prompt: Messages) -> int:
     return sum(len(message.tokens) for message in prompt)
 
 

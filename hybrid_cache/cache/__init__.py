@@ -1,1 +1,1 @@
-"""The books of the cache: which pages and states are kept, for whom, and what goes. Integers only."""
+"""The books of the cache: which pages and states are kept, for whom, and what is evicted. Integers only."""

@@ -1,7 +1,7 @@
 """Which pages and slots of a budget are taken. Integers only; `geometry` shows how the budget is cut.
 
-Small items fill the fullest open slab first; when units are free but scattered, `compact` plans moves
-that empty a slab.
+Small items fill the fullest open slab first; when units are free but scattered, `compact` lists the moves that empty
+a slab.
 
 A *fixed* item is in use by a running sequence: it stays where it is. A *loose* item may be moved or evicted.
 """
@@ -58,7 +58,7 @@ class Units:
             self._list(self.num_slabs)
 
     def fits(self, num_small: int, num_large: int) -> bool:
-        """Whether so many items fit beside the fixed ones once every loose one has gone."""
+        """Whether these numbers of items fit next to the fixed ones once every loose one has gone."""
         units = num_small + num_large * self.span
         return num_large <= self.num_loose_slabs and units <= self.num_units - self.fixed_units
 
@@ -183,7 +183,7 @@ class Allocator:
         return self._large
 
     def fits(self, num_pages: int, num_slots: int) -> bool:
-        """Whether so many items fit beside the fixed ones once every loose one has gone."""
+        """Whether these numbers of items fit next to the fixed ones once every loose one has gone."""
         if self._pages is not self._slots:
             return self._pages.fits(num_pages, 0) and self._slots.fits(num_slots, 0)
         if self._large is Kind.PAGE:
@@ -247,7 +247,7 @@ class Allocator:
 
 
 class Ledger:
-    """Counts bytes where no tensors are: items have no place, so there are no gaps. Takes `Allocator`'s place."""
+    """Stands in for `Allocator` where there are no tensors: it counts bytes only, so there are no gaps."""
 
     large = None
 

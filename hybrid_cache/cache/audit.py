@@ -88,7 +88,7 @@ def check_books(pool: Pool, messages: MessageStore, leases: Iterable[Lease], scr
 
 
 def _working_items(pool: Pool, messages: MessageStore, leases: Iterable[Lease], scratch: int | None) -> list[Item]:
-    """What leases, loans and messages in the making hold alone."""
+    """Items that leases, loans and messages in the making hold and nothing else does."""
     items = list(messages.loans)
     items += [each for message in messages.unwritten for each in pool.items(message)]
     for lease in leases:

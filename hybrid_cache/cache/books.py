@@ -3,12 +3,12 @@
 Only `Books` changes the tree and the pool, on one thread. Who owns what of a running sequence:
 
     [0, lease.shared)            pages of tree nodes on the lease's path, pinned; never written again
-    [lease.shared, written)      pages of the lease alone; `publish` gives full ones to the tree, or takes the tree's
+    [lease.shared, written)      pages of the lease's own; `publish` gives full ones to the tree, or takes the tree's
                                  page instead when someone was faster
-    [written, covered)           pages of the lease alone, reserved, not yet written
-    lease.slot                   the working state, always the lease's alone: states are copied in and out of it
+    [written, covered)           pages of the lease's own, reserved, not yet written
+    lease.slot                   the working state, never shared: states are copied in and out of it
 
-A lease that does not publish may hold anything, an approximation for one: it shares no page beyond the state that it
+A lease that does not publish may hold anything, such as an approximation: it shares no page beyond the state that it
 starts from, and nothing of it enters the tree. Published bytes never change; see `device.digests` for the proof.
 
 A lease pins its pages: they are neither evicted nor moved. It does not pin states, since it has its own copy.
@@ -49,14 +49,14 @@ class Books:
         clock: Callable[[], float] = time.monotonic,
         verify: bool = False,
     ) -> None:
-        """emit: takes what the memory of the cache has to do, in order; `nowhere` for books alone, which may have
-        larger pages (a multiple of TILE)   verify: tell the memory what is published, used and given up
+        """emit: takes the commands for the memory of the cache, in order; `nowhere` for books without a memory, whose
+        pages may be larger (a multiple of TILE)   verify: report to the memory what is published, used and given up
 
         Raises ConfigError for too small a budget.
         """
         self.budget_bytes = budget_bytes
         self._clock = clock
-        self._stateless = spec.slot_bytes == 0  # attention alone: every page is a place to resume from
+        self._stateless = spec.slot_bytes == 0  # attention only: a request may resume from any page
         self._page_tokens = page_tokens
         self.tree = PrefixTree(page_tokens)
         geometry = Geometry.of(spec, budget_bytes)
@@ -74,9 +74,9 @@ class Books:
         return self.pool.geometry.fits(-(-num_tokens // TILE), 1 if self.scratch is None else 2)
 
     def scratch_slot(self) -> int | None:
-        """A state slot that is nobody's, for rows that only fill a batch up; always the same one.
+        """A state slot that no sequence owns, for rows that pad a batch; always the same one.
 
-        Taken at the first call. None where the budget holds one sequence only.
+        Taken at the first call. None where the budget holds only one sequence.
         """
         if self.scratch is None and self.pool.geometry.fits(1, 2):
             taken = self.pool.take(num_slots=1, num_pages=0)
@@ -102,9 +102,9 @@ class Books:
     def acquire(self, match: Match, prompt: TokenArray | Keys, *, publish: bool = True) -> Lease | None:
         """Pins what was matched and takes a working state and pages for all of a prompt; all or nothing.
 
-        The working state holds the matched state, if there is one. What was evicted since is looked for again, as far
-        as the match did. With `publish=False` nothing of the lease enters the tree, and all pages beyond the state that
-        it starts from are its own: it may write there what the tree must never hold.
+        The working state holds the matched state, if there is one. If part of the match was evicted since, the prompt
+        is matched again, to the same extent. With `publish=False` nothing of the lease enters the tree, and all pages
+        beyond the state that it starts from are its own: it may write there what the tree must never hold.
         """
         keys = as_keys(match.namespace, prompt)
         match = self._renew(match)
@@ -125,7 +125,7 @@ class Books:
         self.pool.evict(source)
         return self.acquire(self.match(match.namespace, match.keys), keys, publish=publish)
 
-    def plan(
+    def propose(
         self,
         lease: Lease,
         boundaries: Sequence[Boundary] = (),
@@ -134,7 +134,7 @@ class Books:
         generated: bool = False,
         again: bool = False,
     ) -> list[Wish]:
-        """Where the policy would like checkpoints of a prompt that was just acquired; see `Outline`."""
+        """The checkpoints that the policy proposes for a prompt that was just acquired; see `Outline`."""
         if not lease.publish:
             return []
         outline = Outline(
@@ -147,7 +147,7 @@ class Books:
             generated,
             again,
         )
-        return list(self.pool.policy.plan(outline))
+        return list(self.pool.policy.propose(outline))
 
     def extend(self, lease: Lease, num_tokens: int) -> bool:
         """Takes pages until the lease covers `num_tokens`; False and unchanged when there is no room."""
@@ -163,7 +163,7 @@ class Books:
     ) -> int | None:
         """A slot for the forward pass to fill with the state at `position`, a grid position not yet published.
 
-        None when the lease does not publish, the place is taken, or the policy would have to evict something better.
+        None when the lease does not publish, the position has one, or the policy would have to evict something better.
         The state, once it is there, is kept for at least `ttl_s` after each use unless nothing else is left to evict.
         """
         if not lease.publish or self._stateless or position <= lease.length:
@@ -207,7 +207,7 @@ class Books:
     def publish_end(self, lease: Lease, row: int) -> bool:
         """Keeps the working state as the end of the lease's prompt, with its last hidden row.
 
-        row: which of the hidden rows that the latest forward pass gave
+        row: its index among the hidden rows of the latest forward pass
         To be called between the prompt's last tile and the first decode step. False when it is there already, the lease
         does not publish, or the policy declines.
         """
@@ -259,7 +259,7 @@ class Books:
     def release(self, lease: Lease, num_output_tokens: int | None = None) -> None:
         """Gives back all that a lease holds; what it has published stays. Idempotent.
 
-        `num_output_tokens` tells the policy how long the answer was, if the request is done.
+        num_output_tokens: length of the answer, for the policy, if the request is done
         """
         if lease.released:
             return
@@ -278,7 +278,7 @@ class Books:
         self._unpin(lease.root, lease.nodes)
 
     def drop(self, namespace: str | None = None) -> int:
-        """Drops everything that nobody is using, of one namespace or of all -> bytes freed."""
+        """Drops everything that is not in use, of one namespace or of all -> bytes freed."""
         before = self.pool.allocator.free_bytes
         for kept in [k for k in self.pool.slot_owner.values() if namespace in (None, k.node.namespace)]:
             if not (isinstance(kept, StoredMessage) and kept.holders):

@@ -14,7 +14,7 @@ class Candidates:
     """Checkpoints and prompt ends before there are any."""
 
     def __init__(self, pool: Pool, cost: PrefillCost, *, stateless: bool) -> None:
-        """stateless: a model of attention alone, for which every page is a place to resume from"""
+        """stateless: a model of attention layers only, which may resume from any page"""
         self._pool = pool
         self._cost = cost
         self._page_tokens = pool.tree.page_tokens
@@ -32,7 +32,7 @@ class Candidates:
         return taken[0][0], taken[1]
 
     def _decline(self, lease: Lease, position: int, kind: CheckpointKind, score: float | None) -> None:
-        """To the policy it is as if the candidate had come and gone: else what is here would never grow old."""
+        """The policy sees the candidate come and go; otherwise the scores of what is kept would never age."""
         self._pool.declines[kind.value] += 1
         last = min(position // self._page_tokens, len(lease.nodes)) - 1
         above = nearest_checkpoint(lease.nodes[last]) if last >= 0 else None

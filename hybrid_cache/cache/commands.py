@@ -23,7 +23,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Items of a kind, each (from, to), all at once; none is both. What was published goes on being published."""
+    """Items of a kind, each (from, to), all at once; none is both. What was published stays published."""
 
     kind: Kind
     moves: tuple[tuple[int, int], ...]
@@ -47,21 +47,21 @@ class Seal:
 
 @dataclass(frozen=True, slots=True)
 class Unseal:
-    """These items are published no more: they belong to nobody, or to one request."""
+    """These items are no longer published: they are free, or belong to one request."""
 
     items: tuple[Item, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Somebody is about to read these published items."""
+    """These published items are about to be read."""
 
     items: tuple[Item, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class VerifySome:
-    """Time to compare a few published items that nobody has asked for."""
+    """Compares a few published items at random."""
 
 
 Command = Copy | Move | KeepHidden | Seal | Unseal | Verify | VerifySome

@@ -1,10 +1,10 @@
-"""What goes next when room is needed, without walking the tree.
+"""What is evicted next when room is needed, without walking the tree.
 
 Three queues, emptied in this order:
 
     dead         pages that no kept state needs, least recently used first
     scored       states, in the policy's order
-    guaranteed   states within the minimum life that a client asked for, the first to run out first
+    guaranteed   states within the minimum life that a client asked for, those that run out first go first
 """
 
 import heapq
@@ -18,7 +18,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 class LazyHeap(Generic[T]):
-    """Lowest score first, O(log n). A score that rises is noticed when its item's turn comes: nobody need report it."""
+    """Lowest score first, O(log n). A risen score need not be reported: it is noticed once its item is lowest."""
 
     def __init__(self) -> None:
         self._tickets = itertools.count()
@@ -30,7 +30,7 @@ class LazyHeap(Generic[T]):
         return item in self._valid
 
     def push(self, item: T, score: float) -> None:
-        """Files an item, anew if it was there."""
+        """Files an item under a score, in place of its earlier one."""
         ticket = self._valid[item] = next(self._tickets)
         heapq.heappush(self._entries, (score, ticket, item))
         if len(self._entries) > self._limit:
@@ -112,7 +112,7 @@ class EvictionQueues:
         return entry[1] if entry else None
 
     def next_scored(self) -> tuple[float, Kept] | None:
-        """The state that goes next by the policy, and its score."""
+        """The state that the policy evicts next, and its score."""
         while (first := self.next_guaranteed()) and first.keep_until <= self._clock():
             self.add(first)
         return self._scored.lowest()

@@ -69,6 +69,6 @@ class Geometry:
         return self.num_units // units if units else max(MIN_FREE_PAGES, 64 * self.num_units)
 
     def fits(self, num_pages: int, num_slots: int) -> bool:
-        """Whether so many items fit into the whole budget."""
+        """Whether these numbers of items fit into the whole budget."""
         units = num_pages * self.units(Kind.PAGE) + num_slots * self.units(Kind.SLOT)
         return units <= self.num_units and num_pages <= self.count(Kind.PAGE) and num_slots <= self.count(Kind.SLOT)

@@ -1,6 +1,6 @@
 """What the cache knows a token sequence by: keys of its pages, and names of its prefixes.
 
-A key is what the tree looks a page up by, behind the pages before it. A name stands for a prefix by itself, and is the
+A key is what the tree looks a page up by, after the pages before it. A name stands for a prefix by itself, and is the
 same in every process and on every machine:
 
     root      of a namespace, which says the model with its adapter and the tenant's salt
@@ -35,8 +35,8 @@ ROOT, PAGE, END, MESSAGE = (
 class Keys:
     """A token sequence as the cache knows it: a key for each full page, and one for the tokens after them.
 
-    Keys are the tokens themselves, see `keys_of`, or names of whole prefixes, see `named_keys`. Names are made when
-    they are asked for, and once.
+    Keys are the tokens themselves, see `keys_of`, or names of whole prefixes, see `named_keys`. Names are computed on
+    first use, and kept.
     """
 
     namespace: str
@@ -64,7 +64,7 @@ class Keys:
         return self._end_name
 
     def learn(self, names: list[Name]) -> None:
-        """Takes the first names from where they are known already."""
+        """Takes over the first names, which are known from another sequence."""
         if len(names) > len(self._names):
             self._names = names
 

@@ -46,8 +46,8 @@ class Reservation:
 class Lease:
     """What one running sequence holds, and so what may be written for it.
 
-    [0, shared)   pages of the tree, which nothing ever writes to; tokens there that have no state yet are computed
-                  again for their states alone, which only a lease that publishes does: its rows have the same bits
+    [0, shared)   pages of the tree, which nothing ever writes to; a lease that publishes computes tokens there again
+                  where only their state is missing: its rows would have the same bits
     [shared, ..)  pages of its own
 
     Every writer of rows asks `rows_to_fill` or `own_rows`.
@@ -76,27 +76,30 @@ class Lease:
         return self.nodes[-1] if self.nodes else self.root
 
     def rows(self, start: int, end: int) -> KVRows:
-        """Where the rows of tokens [start, end) lie, to be read: page * TILE + offset."""
+        """Where the rows of tokens [start, end) lie, to be read: [end - start], page * TILE + offset.
+
+        Raises OwnershipError once the lease is released.
+        """
         if self.released:
             raise OwnershipError(f"rows [{start}, {end}) of a lease that was given back")
         return rows_of(self.pages, start, end)
 
     def own_rows(self, start: int, end: int) -> KVRows:
-        """Where the rows of tokens [start, end) lie, to be written. Raises OwnershipError if the tree owns one."""
+        """`rows`, to be written. Raises OwnershipError if the tree owns one, or the lease is released."""
         if start < min(self.shared, end):
             raise OwnershipError(f"rows [{start}, {end}) would be written, the tree owns those below {self.shared}")
         return self.rows(start, end)
 
-    def own_row(self, place: int) -> int:
-        """The same for one token."""
-        if place < self.shared or self.released:
-            raise OwnershipError(f"row {place} would be written, the tree owns those below {self.shared}")
-        return self.pages[place // TILE] * TILE + place % TILE
+    def own_row(self, index: int) -> int:
+        """`own_rows` of one token. Raises OwnershipError likewise."""
+        if index < self.shared or self.released:
+            raise OwnershipError(f"row {index} would be written, the tree owns those below {self.shared}")
+        return self.pages[index // TILE] * TILE + index % TILE
 
     def rows_to_fill(self, start: int, end: int) -> KVRows:
         """Where K and V of the computed tokens [start, end) go; -1 for those whose page the tree holds already.
 
-        Raises OwnershipError for a lease that does not publish and has such pages: its rows may be other ones.
+        Raises OwnershipError for a lease that does not publish and has such pages, as its rows may differ.
         """
         shared = min(max(self.shared, start), end) if self.publish else start
         return np.concatenate([np.full(shared - start, -1, np.int64), self.own_rows(shared, end)])

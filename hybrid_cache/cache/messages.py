@@ -1,4 +1,4 @@
-"""What a choreography keeps: encoded messages outside the tree, and items that it uses for a while.
+"""What choreography keeps: encoded messages outside the tree, and items that it borrows.
 
 A message holds KV rows of its tokens and what they do to recurrent states, in items of the same budget.
 """
@@ -18,12 +18,12 @@ class MessageStore:
     """Messages by key, and loans. No room is never an error: methods return None."""
 
     def __init__(self, pool: Pool, cost: PrefillCost, effect_bytes: int) -> None:
-        """effect_bytes: of what the tokens of a message do to all states"""
+        """effect_bytes: size of what the tokens of a message do to all states"""
         self._pool = pool
         self._cost = cost
         self._num_extra = -(-effect_bytes // pool.item_bytes[pool.extra_kind])
         self.stored: dict[str, StoredMessage] = {}
-        self.loans: set[tuple[Kind, int]] = set()  # what somebody uses for a while
+        self.loans: set[tuple[Kind, int]] = set()  # items that are lent, each to one user
         self.unwritten: set[StoredMessage] = set()
 
     def get(self, key: str) -> StoredMessage | None:
@@ -93,7 +93,7 @@ class MessageStore:
         self._pool.publish(message, [])
 
     def forget(self, items: Iterable[Item]) -> None:
-        """Drops the messages that own some of these items, which could not be written. Nobody may hold one."""
+        """Drops the messages that own some of these items, which could not be written. None of them may be held."""
         pool = self._pool
         owners = (pool.page_owner.get(item) if kind is Kind.PAGE else pool.slot_owner.get(item) for kind, item in items)
         for message in {owner for owner in owners if isinstance(owner, StoredMessage)}:
@@ -108,7 +108,7 @@ class MessageStore:
         stored.holders += 1
 
     def let_go(self, stored: StoredMessage, *, used: bool) -> None:
-        """Ends one `hold`; `used` tells the policy that it was good for something."""
+        """Ends one `hold`; used: whether it was, for the policy."""
         stored.holders -= 1
         if used:
             self._pool.verify(self._pool.items(stored))
@@ -117,7 +117,7 @@ class MessageStore:
             self._pool.unguard(stored)
 
     def lend_slot(self) -> int | None:
-        """A slot for a while; None when there is no room."""
+        """A slot until `return_slot`; None when there is no room."""
         taken = self._pool.take(num_slots=1, num_pages=0)
         if taken is None:
             return None

@@ -35,7 +35,7 @@ class Pool:
         stateless: bool,
         verify: bool,
     ) -> None:
-        """stateless: a model of attention alone   verify: tell the memory what is published, used and given up"""
+        """stateless: a model of attention layers only   verify: report what is published, used and given up"""
         self.geometry = geometry
         self.tree = tree
         self.policy = policy
@@ -80,19 +80,19 @@ class Pool:
         return ((Kind.SLOT, kept.slot), *([(Kind.PAGE, tail)] if tail is not None else []))
 
     def _others(self, kept: Kept, kind: Kind) -> list[int]:
-        """Its items of a kind beside the slot with its state."""
+        """Its items of a kind, without the slot that holds its state."""
         return [item for each, item in self.items(kept)[1:] if each is kind]
 
     # Room
 
     def fits(self, num_pages: int, num_slots: int, num_held: int = 0) -> bool:
-        """Whether there would be room if all went that may go. Held: pages that must stay, but may still be moved."""
+        """Whether there is room once all that may go is evicted. num_held: pages that must stay, but may be moved."""
         return self.allocator.fits(num_pages + num_held, num_slots)
 
     def take(
         self, *, num_slots: int = 0, num_pages: int = 0, num_held: int = 0, ceiling: float | None = None
     ) -> tuple[list[int], list[int]] | None:
-        """So many slots and pages, now fixed, or None. Evicts what scores up to `ceiling`, or anything when it is None.
+        """num_slots slots and num_pages pages, now fixed, or None. Evicts what scores up to `ceiling`; None: anything.
 
         Nothing is evicted when even an empty tree would not leave enough room.
         """
@@ -152,7 +152,7 @@ class Pool:
         return True
 
     def _rename(self, kind: Kind, source: int, target: int) -> None:
-        """Tells the owner of a small item where it is now."""
+        """Notes with the owner of a small item that the item has moved."""
         if kind is Kind.SLOT:
             kept = self.slot_owner[target] = self.slot_owner.pop(source)
             kept.slot = target
@@ -185,7 +185,7 @@ class Pool:
         self.unguard(kept)
 
     def verify(self, items: Iterable[Item]) -> None:
-        """To be called with published items that somebody is about to read."""
+        """To be called with published items that are about to be read."""
         if self.verifies:
             self.emit(Verify(tuple(items)))
 
@@ -268,7 +268,7 @@ class Pool:
         self.settle(kept.node)
 
     def settle(self, node: Node) -> None:
-        """To be called when something that needed a node has gone."""
+        """To be called when something that needed a node was removed."""
         if node.dead:
             if node.parent is None:
                 self.tree.remove(node)
@@ -297,7 +297,7 @@ class Pool:
                 nodes += below.children.values()
 
     def _rescore(self, kept: Kept) -> None:
-        """Queues a state again whose score may have fallen. One that has risen is noticed when its turn comes."""
+        """Queues a state again whose score may have fallen. One that has risen is noticed when it is the lowest."""
         if kept in self.queues:
             self.queues.add(kept)
 

@@ -22,7 +22,7 @@ class CheckpointKind(Enum):
     """Why a state was kept."""
 
     MESSAGE_END = "message_end"
-    BRANCH = "branch"  # two requests were seen to part here
+    BRANCH = "branch"  # two requests were seen to diverge here
     TURN_END = "turn_end"  # end of a generated answer
     INTERIOR = "interior"  # a sparse point inside a long message
     EXPLICIT = "explicit"  # the client marked it
@@ -68,7 +68,7 @@ class Node:
         return self.num_tokens if self.checkpoint else self.checkpoint_above()
 
     def pages_alone(self) -> int:
-        """Pages up to the next node that something else needs: they die with the only state kept here."""
+        """Pages up to the next node that something else needs: they go with the only state kept here."""
         node, count = self, 0
         if node.children:
             return 0
@@ -169,7 +169,8 @@ class PromptEnd:
 class StoredMessage:
     """Some tokens as they were encoded in one context, kept outside the tree: KV rows, and what they do to states.
 
-    The slot holds what they leave in a state that was zero, and their last convolution windows; see `choreography`.
+    The slot holds the states that they leave when started from zero, and their last convolution windows; see
+    `choreography`.
     """
 
     node: Node  # the root of its namespace, for policies; not in the tree
@@ -189,7 +190,7 @@ class StoredMessage:
 
     @property
     def attached(self) -> bool:
-        """It can be found: everything of it has been written."""
+        """It is published: everything of it has been written, and it can be found."""
         return self.store.get(self.key) is self
 
     @property
@@ -207,11 +208,11 @@ class StoredMessage:
         return self.num_tokens - self.start
 
     def rows(self) -> KVRows:
-        """Where its rows lie, to be read."""
+        """Where its rows lie, to be read: [length], page * TILE + offset."""
         return rows_of(self.pages, 0, self.length)
 
     def own_rows(self) -> KVRows:
-        """The same, to be written. Raises OwnershipError once it can be found."""
+        """`rows`, to be written. Raises OwnershipError once the message is published."""
         if self.attached:
             raise OwnershipError(f"rows of message {self.key} are to be written, which was published")
         return self.rows()
@@ -220,7 +221,7 @@ class StoredMessage:
         del self.store[self.key]
 
     def resume_without(self) -> int:
-        """It would be computed again behind as many tokens."""
+        """It would be computed again after as many tokens."""
         return self.start
 
     def pages_freed(self) -> int:
@@ -231,7 +232,7 @@ Kept = Checkpoint | PromptEnd | StoredMessage
 
 
 def rows_of(pages: Sequence[int], start: int, end: int) -> KVRows:
-    """Where the rows [start, end) of a sequence lie that has these pages of TILE rows."""
+    """Where rows [start, end) of a sequence with these pages lie: [end - start], page * TILE + offset."""
     first = start // TILE
     places = np.arange(start - first * TILE, end - first * TILE)
     found: KVRows = np.asarray(pages[first : -(-end // TILE)], np.int64)[places // TILE] * TILE + places % TILE

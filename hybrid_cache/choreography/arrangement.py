@@ -17,7 +17,7 @@ class Fidelity(StrEnum):
     """What an answer may be made from.
 
     EXACT      the bits of encoding everything again: only checkpointed prefixes are reused
-    RELOCATED  keys and values of messages are moved to other places; for models of attention alone
+    RELOCATED  keys and values of messages are moved to other positions; for models of attention layers only
     COMPOSED   and what messages do to recurrent states is composed in the order asked for
     """
 
@@ -37,21 +37,21 @@ class Composition(StrEnum):
 
 
 class Positions(StrEnum):
-    """Where messages stand that are reused: one after the other, or siblings all at the same place."""
+    """Positions of reused messages: one after the other, or siblings all from the same position on."""
 
     CONSECUTIVE = "consecutive"
     LEFTMOST = "leftmost"
 
 
 class Order(StrEnum):
-    """Whether neighbouring messages may change places, where that finds a longer prefix in the cache."""
+    """Whether adjacent messages may be reordered, where that finds a longer prefix in the cache."""
 
     GIVEN = "given"
     ANY = "any"
 
 
 class Encoding(StrEnum):
-    """What a message that is not stored yet is to see: nothing before it, or all that the request places there."""
+    """The context in which a new message is encoded: none (from zero), or all that the request places before it."""
 
     ALONE = "alone"
     IN_PLACE = "in_place"
@@ -74,7 +74,7 @@ class Part:
     """Consecutive tokens of a prompt. Without an id they are computed in place, and not kept as a message.
 
     keep: whether they may be stored under the id when they are computed in place
-    role: only messages of one role change places, see `Arrangement.order`
+    role: only messages of one role are reordered, see `Arrangement.order`
     """
 
     num_tokens: int
@@ -88,13 +88,15 @@ class Part:
 class Arrangement:
     """How the tokens of a prompt fall into parts, in the order in which the model shall see them.
 
-    order         ANY: messages of one role that stand side by side are unordered, but for the last one, which asks
-                  something of the others; used where the fidelity is exact
-    seam          tokens at the start of each reused message that are computed again in their new place
+    order         ANY: adjacent messages of one role are unordered, except the last one, which asks something
+                  of the others; used where the fidelity is exact
+    seam          tokens at the start of each reused message that are computed again at their new position
     closing       tokens that end the answer's message, which is kept after the request if this is not None
     answer_start  token of the prompt with which the answer's message begins (its header)
     context       ids that the answer's id is made from
     reordered     the order is not the one asked for, see `order`
+
+    Raises RequestError, when made, for a seam that is not offered.
     """
 
     parts: tuple[Part, ...]
@@ -117,7 +119,7 @@ class Arrangement:
         return frozenset(part.id for part in self.parts if part.id)
 
     def check(self, num_tokens: int) -> None:
-        """Raises RequestError if the parts do not make up a prompt of so many tokens."""
+        """Raises RequestError if the parts do not add up to a prompt of `num_tokens`."""
         total = sum(part.num_tokens for part in self.parts)
         if total != num_tokens:
             raise RequestError(f"the parts have {total} tokens, the prompt {num_tokens}", param="choreography")
@@ -132,7 +134,7 @@ def closed(tokens: TokenArray, closing: tuple[int, ...]) -> TokenArray:
 
 
 def message_id(namespace: str, tokens: TokenArray, context: tuple[str, ...] = ()) -> str:
-    """Names a message by its tokens and the messages before which it was encoded; equal for equal ones.
+    """Names a message by its tokens and the messages after which it was encoded; equal for equal ones.
 
     A namespace is one model's, one adapter's and one tenant's, so no id is ever valid in two of them.
     """

@@ -20,7 +20,7 @@ class Piece:
     message: Message | None = None
 
     def standing_for(self, message: Message) -> "Piece":
-        """The tokens of `message` in the place of these, with boundaries as far from its end."""
+        """The tokens of `message` instead of these, with boundaries at the same distance from its end."""
         more = len(message.tokens) - len(self.tokens)
         moved = tuple(replace(b, position=b.position + more) for b in self.boundaries)
         return Piece(message.tokens, moved, message)
@@ -64,13 +64,13 @@ def arranged(
 
 
 def context_of(before: Sequence[Piece]) -> tuple[str, ...]:
-    """The ids of the messages before a place; none if some of it is no message."""
+    """The ids of the messages in `before`; none if some piece is no message."""
     ids = tuple(piece.message.id for piece in before if piece.message)
     return ids if len(ids) == len(before) else ()
 
 
 def _part(piece: Piece, before: Sequence[Piece]) -> Part:
-    """A message that belongs behind others is stored only where it stands behind them."""
+    """A message with a context is stored only where it follows that context."""
     message = piece.message
     if message is None:
         return Part(len(piece.tokens))

@@ -16,10 +16,10 @@ MOST_FORGOTTEN = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Tokens as rendered, and the ids of the messages before which they are encoded; none if they are encoded alone.
+    """Tokens as rendered, and the ids of the messages after which they are encoded; none if from zero.
 
-    An answer is told by its tokens, anything else by what the client sent: how a template renders that may depend on
-    its place.
+    Two answers are equal if their tokens are, other messages if the client sent the same: how a template renders that
+    may depend on where it stands.
     """
 
     id: str
@@ -32,7 +32,7 @@ class Message:
 
 
 class MessageBook:
-    """Messages by id, of all namespaces. What was not used for the longest time goes when there are too many.
+    """Messages by id, of all namespaces. The least recently used ones are dropped when there are too many.
 
     Messages whose rows and states have left the cache can be encoded again from here. Safe to use from several threads.
     """
@@ -58,7 +58,7 @@ class MessageBook:
         sent: object = None,
         is_answer: bool = False,
     ) -> Message:
-        """Enters a message, or finds the one that is equal."""
+        """Enters a message, or finds the equal one that is there."""
         name = message_id(namespace, tokens, context)
         message = Message(name, role, np.asarray(tokens, np.int32), context, text, sent, is_answer)
         with self._lock:

@@ -1,4 +1,4 @@
-"""What choreography asks of the device, beside what the books ask (`cache.commands`): integers only.
+"""What choreography asks of the device, in addition to what the books ask (`cache.commands`): integers only.
 
 Both kinds are carried out in the order in which they arose; `device.composition` does these.
 """
@@ -25,7 +25,7 @@ class Clear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Relocation:
-    """Rows of K and V to copy, with keys rotated on by so many positions."""
+    """Rows of K and V to copy, with keys rotated on by a number of positions."""
 
     sources: KVRows
     targets: KVRows

@@ -10,39 +10,39 @@ from dataclasses import dataclass
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.choreography.arrangement import Arrangement, Composition, Encoding, Fidelity, Positions
-from hybrid_cache.choreography.plan import Action, Plan, exact_plan, make_plan, plan_behind
+from hybrid_cache.choreography.plan import Action, Plan, exact_plan, make_plan, plan_after
 from hybrid_cache.choreography.program import Attach, Compute, Program, Step
 from hybrid_cache.spec import PrefillCost
 
 SHORT = 32  # tokens of a message that is not worth a step of its own
-STEP_TOKENS = 16  # a step costs about as much as so many tokens in a step that is made anyway
+STEP_TOKENS = 16  # fixed cost of one more step, in tokens of a step that runs anyway
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
     """What a model allows.
 
-    ways      how messages may be put together beside exactly, see `Fidelity`
-    commutes  what tokens do to the states may be averaged over all orders
-    packs     chunks follow each other without padding, so that one may hold several messages
-    recurrent it has states
+    fidelities  those that it supports besides `exact`, see `Fidelity`
+    commutes    effects on the states may be averaged over all orders
+    packs       chunks follow each other without padding, so that one may hold several messages
+    recurrent   it has states
     """
 
-    ways: tuple[str, ...]
+    fidelities: tuple[str, ...]
     commutes: bool
     packs: bool
     recurrent: bool
 
 
 def key_of(name: str, seam: int) -> str:
-    """What a message of an id is stored under. One whose first tokens are computed again is stored without them."""
+    """The key that a message is stored under. Its first `seam` tokens, which are computed again, are not stored."""
     return f"{name}/{seam}"
 
 
 class Compiler:
     """Knows what is stored and in the making. Takes room only for the effects of messages.
 
-    making: keys of messages that somebody is computing
+    making: keys of messages that are being computed
     """
 
     def __init__(self, cache: Books, cost: PrefillCost, traits: Traits) -> None:
@@ -52,19 +52,19 @@ class Compiler:
         self._cost = cost
 
     def why_exact(self, arrangement: Arrangement) -> str:
-        """Why a prompt is computed exactly and not arranged in this way; empty if it can be arranged."""
+        """Why a prompt can only be computed exactly; empty if it can be arranged as asked."""
         if arrangement.fidelity is Fidelity.EXACT:
             return "as asked"
-        if arrangement.fidelity not in self.traits.ways:
+        if arrangement.fidelity not in self.traits.fidelities:
             states = "recurrent states, which cannot be moved"
-            has = states if self.traits.ways else "layers that cannot be put together"
+            has = states if self.traits.fidelities else "layers that cannot be put together"
             return f"{arrangement.fidelity} is not possible: the model has {has}"
         if arrangement.composition is Composition.PERMUTATIONS and not self.traits.commutes:
             return "permutations are not possible: the model's transitions are matrices, which do not commute"
         return ""
 
     def exact_plan(self, arrangement: Arrangement, prefix: int, why: str) -> Plan:
-        """Everything behind a prefix is computed; why, if something else was asked for."""
+        """Everything after a prefix is computed; why, if something else was asked for."""
         ids, lengths = [p.id for p in arrangement.parts], [p.num_tokens for p in arrangement.parts]
         why = "" if arrangement.fidelity is Fidelity.EXACT else why
         if arrangement.reordered:
@@ -83,13 +83,14 @@ class Compiler:
         return self._messages.get(key) is not None
 
     def is_making(self, key: str) -> bool:
-        """Somebody is computing it."""
+        """Whether it is being computed."""
         return key in self.making
 
     def missing(self, arrangement: Arrangement) -> list[int]:
-        """Indices of parts that have to be encoded apart before a prompt begins; all of them can be encoded at once.
+        """Indices of parts that have to be encoded from zero before a prompt begins; all of them at once.
 
-        The first part is apart in its place, too; but where messages are averaged, each has to be encoded so.
+        The first part starts from zero in the prompt, too, and is stored from there; but not where messages are
+        averaged.
         """
         first = int(arrangement.composition is Composition.ORDERED)
         return [
@@ -117,11 +118,11 @@ class Compiler:
     ) -> Program:
         """The steps of a prompt that has just got its pages; holds the stored messages that it uses.
 
-        num_others: how many waiting prompts have a message with this id   in_place: everything is computed, and
-        nothing of it stored
+        num_others: number of waiting prompts that have a message with this id   in_place: everything is computed,
+        and nothing of it stored
         """
         has = self._has(arrangement, in_place=in_place)
-        plan = plan_behind(arrangement, prefix, has, self._cost, states=self.traits.recurrent)
+        plan = plan_after(arrangement, prefix, has, self._cost, states=self.traits.recurrent)
         assert plan.prefix == prefix
         steps = self._steps(arrangement, plan, prefix, num_others, keeps=not in_place)
         answer_at = -1
@@ -130,14 +131,14 @@ class Compiler:
         if 0 <= answer_at < plan.num_tokens:
             _open_answer(steps, answer_at)
         first = steps[0]
-        apart = arrangement.parts[0].encoding is Encoding.ALONE and isinstance(first, Compute) and bool(first.keep)
+        from_zero = arrangement.parts[0].encoding is Encoding.ALONE and isinstance(first, Compute) and bool(first.keep)
         return Program(
             namespace,
             steps,
             plan,
             arrangement.composition,
             joins=self.traits.packs,
-            apart=apart and first.start == 0,
+            from_zero=from_zero and first.start == 0,
             answer_at=answer_at,
         )
 
@@ -168,7 +169,7 @@ class Compiler:
     def _add_computed(
         self, steps: deque[Step], arrangement: Arrangement, start: int, end: int, position: int, name: str
     ) -> None:
-        """name: id of a message that is stored, unless somebody else sees to it"""
+        """name: id under which the message is stored, unless it is stored or being computed already"""
         key = key_of(name, arrangement.seam) if name and end - start > arrangement.seam else ""
         if key and not self.is_stored(key) and not self.is_making(key):
             steps += self._kept_steps(start, end, position, arrangement.seam, key)
@@ -187,9 +188,9 @@ class Compiler:
 
     @staticmethod
     def _passes(plan: Plan, arrangement: Arrangement, num_others: Callable[[str], int]) -> bool:
-        """Whether the last message is new and too short for a step of its own: it is computed, but not stored.
+        """Whether the last message is new and too short for a step of its own: then it is computed, but not stored.
 
-        Whoever waits for a message needs one more step, and so does its prompt where a chunk holds one message.
+        Storing it costs one more step in each prompt that waits for it, and in its own where a chunk holds one message.
         """
         if len(arrangement.parts) < 2 or arrangement.parts[-1].id:
             return False
@@ -199,7 +200,7 @@ class Compiler:
         return part.num_tokens * num_others(part.id) <= STEP_TOKENS
 
     def encoding(self, namespace: str, arrangement: Arrangement, index: int) -> Program | None:
-        """The steps that encode one part apart, in a sequence that starts with states of zero. None without room."""
+        """The steps that encode one part from zero, in a sequence of its own. None without room."""
         part, seam = arrangement.parts[index], arrangement.seam
         key = key_of(part.id, arrangement.seam)
         items = self._messages.lend_extra(namespace, key, seam, part.num_tokens)
@@ -207,7 +208,7 @@ class Compiler:
             return None
         steps = deque[Step](self._kept_steps(0, part.num_tokens, 0, seam, key))
         plan = exact_plan(arrangement.fidelity, [part.id], [part.num_tokens], 0, self._cost)
-        return Program(namespace, steps, plan, joins=self.traits.packs, apart=True, spare=tuple(items))
+        return Program(namespace, steps, plan, joins=self.traits.packs, from_zero=True, spare=tuple(items))
 
     def _kept_steps(self, start: int, end: int, position: int, seam: int, key: str) -> list[Step]:
         self.making.add(key)

@@ -1,4 +1,4 @@
-"""The order of unordered messages that finds the longest prefix in the cache, or in what is on its way there.
+"""The order of unordered messages that finds the longest prefix in the cache, or in what will soon be there.
 
 Pages are known from the first one on. So what is known of the first messages of an order is known of all orders that
 begin with them, and where it ends before their last full page, no order that begins with them has more:
@@ -21,9 +21,9 @@ from hybrid_cache.tokens import Prompt, TokenArray
 Known = tuple[int, int]
 """Tokens of a prefix that will not be computed again, and those that the cache has rows of."""
 
-ALL_TRIED = 5  # siblings of which all orders are compared; of more, as long as that brings something
-MOST_IN_VAIN = 64  # beginnings of orders, one after the other, that are no better than another
-MOST_ASKED = 1000  # calls of `known` for one group of siblings, where nearly each of them brings something
+ALL_TRIED = 5  # siblings of which all orders are compared; of more, as long as that helps
+MOST_IN_VAIN = 64  # beginnings of orders in a row that are no better than the best one
+MOST_ASKED = 1000  # calls of `known` for one group of siblings, where nearly all of them help
 
 
 def best_order(
@@ -54,7 +54,7 @@ def best_order(
 
 @dataclass(frozen=True, slots=True)
 class _Beginning:
-    """The first siblings of some orders, behind all that comes before siblings."""
+    """The first siblings of some orders, after all that comes before siblings."""
 
     order: tuple[int, ...]
     num_tokens: int

@@ -2,7 +2,7 @@
 
 Of the ways that a fidelity allows, the one with the fewest FLOPs is taken:
 
-    from the longest prefix    that the cache has a state for, and stored messages behind it
+    from the longest prefix    that the cache has a state for, and stored messages after it
     from stored messages only  when that prefix ends inside a message that is stored as a whole
 """
 
@@ -19,7 +19,7 @@ class Action(StrEnum):
     """What becomes of a part."""
 
     REUSED = "reused"  # inside the prefix that the cache has a state for
-    RELOCATED = "relocated"  # keys and values are copied to their new place
+    RELOCATED = "relocated"  # keys and values are copied to their new position
     COMPOSED = "composed"  # and what it does to the states is composed with what came before
     COMPUTED = "computed"
 
@@ -29,14 +29,13 @@ MOVED = (Action.RELOCATED, Action.COMPOSED)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One part of a plan: tokens [start, end) of the prompt, of which so many are computed: the seam of a part that is
-    moved, what the prefix does not hold of another."""
+    """One part of a plan: tokens [start, end) of the prompt."""
 
     id: str
     action: Action
     start: int
     end: int
-    computed: int
+    computed: int  # tokens: the seam of a part that is moved; of another, what the prefix does not hold
     flops: float
     why: str
 
@@ -67,7 +66,7 @@ class Plan:
         return sum(item.computed for item in self.items)
 
     def tokens(self, action: Action) -> int:
-        """Tokens that meet with this. Of a part that the prefix holds the start of, that start is reused."""
+        """Tokens with this action. Where the prefix holds the start of a part, that start counts as reused."""
         moved = {a: sum(item.taken for item in self.items if item.action is a) for a in MOVED}
         if action is Action.COMPUTED:
             return self.computed
@@ -86,7 +85,7 @@ class Plan:
 def exact_plan(
     asked: Fidelity, ids: Sequence[str], lengths: Sequence[int], prefix: int, cost: PrefillCost, why: str = ""
 ) -> Plan:
-    """Everything behind the prefix is computed."""
+    """Everything after the prefix is computed."""
     items = []
     for name, start, end in _places(ids, lengths):
         first = min(max(start, prefix), end)
@@ -105,17 +104,17 @@ def make_plan(
 
     prefix: tokens of the longest prefix of the prompt that the cache has a state for
     """
-    plans = [plan_behind(arrangement, start, is_stored, cost, states=states) for start in sorted({0, prefix})]
+    plans = [plan_after(arrangement, start, is_stored, cost, states=states) for start in sorted({0, prefix})]
     return min(plans, key=lambda plan: plan.flops)
 
 
-def plan_behind(
+def plan_after(
     arrangement: Arrangement, prefix: int, is_stored: Callable[[str], bool], cost: PrefillCost, *, states: bool
 ) -> Plan:
-    """What `make_plan` finds for one prefix: nothing but what lies behind it is moved."""
+    """What `make_plan` finds for one prefix: only what follows it is moved."""
     moved = Action.COMPOSED if states else Action.RELOCATED
     if prefix and arrangement.positions is Positions.LEFTMOST:
-        prefix = 0  # in the cache a message stands behind the one before it
+        prefix = 0  # in the cache a message stands after the one before it
     items = []
     ids, lengths = [p.id for p in arrangement.parts], [p.num_tokens for p in arrangement.parts]
     num_tokens = sum(lengths)

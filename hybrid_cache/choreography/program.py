@@ -1,6 +1,6 @@
 """A prompt as steps: what is attached, what is computed, and what of that is kept.
 
-What the cache holds of a prompt's beginning is restored when its room is taken; the steps begin behind that.
+What the cache holds of a prompt's beginning is restored when its room is taken; the steps begin after that.
 """
 
 from collections import deque
@@ -33,7 +33,7 @@ class Compute:
 
     @property
     def shift(self) -> int:
-        """Place of a row less its position."""
+        """Index of a row in the sequence minus its position."""
         return self.start - self.position
 
 
@@ -59,12 +59,14 @@ class Program:
     plan: Plan
     composition: Composition = Composition.ORDERED
     joins: bool = False  # one chunk may compute several steps
-    apart: bool = False  # begins with a message that is stored from its first token, as if no text began there
+    from_zero: bool = False  # begins with a message that is encoded from zero, not as the start of a text
     span: Span | None = None  # of the first step
-    later: deque[Span] = field(default_factory=deque)  # of other steps that the chunk on its way computes
-    states: dict[int, int] = field(default_factory=dict)  # place -> a slot with the states there, lent by the cache
-    shift: int = 0  # place of a row less its position, for what is being computed
-    answer_at: int = -1  # the answer's message is kept from this place on
+    later: deque[Span] = field(default_factory=deque)  # of other steps that the chunk in progress computes
+    states: dict[int, int] = field(
+        default_factory=dict
+    )  # index in the sequence -> a slot with the states before it, lent by the cache
+    shift: int = 0  # index of a row in the sequence minus its position, for what is being computed
+    answer_at: int = -1  # index from which on the answer's message is kept
     spare: tuple[int, ...] | None = None  # items for the first message
 
     def fork(self) -> "Program":
@@ -87,13 +89,13 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """What a chunk of an arranged prompt computes: tokens up to `end`, with its messages apart."""
+    """What a chunk of an arranged prompt computes: tokens up to `end`, each message as a span of its own."""
 
     end: int
-    captures: tuple[tuple[int, int], ...]  # place between messages, slot that gets the states there
+    captures: tuple[tuple[int, int], ...]  # index between messages, slot that gets the states there
     spans: tuple[tuple[int, int, Span], ...]  # start and end of the tokens of a span that are computed
 
     @property
     def cuts(self) -> tuple[int, ...]:
-        """Places where a tile ends."""
-        return tuple(place for place, _ in self.captures)
+        """Indices at which a tile ends."""
+        return tuple(index for index, _ in self.captures)

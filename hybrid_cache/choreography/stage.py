@@ -3,8 +3,8 @@
     [ attach a ][ attach b ][ compute c, keep it ][ attach d ][ compute e, keep it ][ compute the rest ]
       KV rows copied, keys rotated; states composed             one chunk: states are captured between its messages
 
-All that touches memory is said in commands, which the device carries out before its next pass. What is stored for one
-place is copied to another, never written to.
+All that touches memory is a command, which the device carries out before its next pass. Stored rows are copied to where
+they are used, and never written to.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ class Stage:
     """The programs of one engine. Holds integers only."""
 
     def __init__(self, cache: Books, compiler: Compiler, emit: Callable[[Command], None]) -> None:
-        """emit: takes commands, in one order with those of the books"""
+        """emit: takes commands, in one sequence with those of the books"""
         self._cache = cache
         self._making = compiler.making
         self._compiler = compiler
@@ -39,7 +39,7 @@ class Stage:
         self._emit = emit
 
     def clear(self, lease: Lease) -> None:
-        """Gives a lease states of zero."""
+        """Zeroes the states of a lease."""
         if self._recurrent:
             self._emit(Clear(lease.slot))
 
@@ -89,19 +89,19 @@ class Stage:
         noted = ((span, min(ends.get(span.start, end), end)) for span in (*spans, *program.later))
         return Stretch(end, tuple(captures), tuple((max(s.start, start), stop, s) for s, stop in noted))
 
-    def decoded(self, program: Program, lease: Lease, place: int) -> None:
-        """To be called before the token at `place` of an answer is computed."""
-        if place == program.answer_at and program.span is None:
-            self._open(program, lease, "", place, place + TILE)  # how long it will be, nobody knows
+    def before_decode(self, program: Program, lease: Lease, index: int) -> None:
+        """To be called before the token with index `index` of an answer is computed."""
+        if index == program.answer_at and program.span is None:
+            self._open(program, lease, "", index, index + TILE)  # its length is not known yet
 
-    def answer(self, program: Program, key: str, end: int, place: int) -> Program | None:
-        """The steps that complete an answer's message: tokens [place, end) are not computed yet. None: not possible."""
+    def answer(self, program: Program, key: str, end: int, index: int) -> Program | None:
+        """The steps that complete an answer's message: tokens [index, end) are not computed yet. None: not possible."""
         if program.span is None or self._compiler.is_stored(key) or self._compiler.is_making(key):
             return None
         span, program.span = program.span, None
         span.key = key
         self._making.add(key)
-        step = Compute(place, end, place - program.shift, keep=key)
+        step = Compute(index, end, index - program.shift, keep=key)
         states, program.states = program.states, {}
         rest = program.fork()
         rest.steps.append(step)
@@ -126,7 +126,7 @@ class Stage:
         self._give_back(program, keep=None)
 
     def forgo(self, program: Program) -> bool:
-        """Lets go of what would make an answer a message -> whether there was anything."""
+        """Gives up storing the answer as a message -> whether it was to be stored."""
         if program.span is None:
             return False
         self._drop(program.span.items)
@@ -142,7 +142,7 @@ class Stage:
             self._open(program, lease, step.keep, step.start, step.end)
 
     def _open(self, program: Program, lease: Lease, key: str, start: int, end: int) -> None:
-        """Records what the tokens [start, end) do; not where there is no room for it and the states before them."""
+        """Records what tokens [start, end) do to the states, if there is room for that and the states before them."""
         span = self._new_span(program, key, start, end, start - program.shift)
         base = self._cache.messages.lend_slot() if span is not None and self._recurrent and start > 0 else None
         if span is None or (self._recurrent and start > 0 and base is None):
@@ -167,14 +167,14 @@ class Stage:
         self._cache.messages.return_extra(items)
 
     def _give_back(self, program: Program, keep: Span | None) -> None:
-        """Slots that a program does not need any more, but for those of one span."""
-        for place in [place for place in program.states if keep is None or place != keep.start]:
-            self._cache.messages.return_slot(program.states.pop(place))
+        """Gives back slots that a program needs no more, except those of one span."""
+        for index in [index for index in program.states if keep is None or index != keep.start]:
+            self._cache.messages.return_slot(program.states.pop(index))
 
     # Messages
 
     def _attach(self, program: Program, lease: Lease, steps: Sequence[Attach], *, from_zero: bool) -> None:
-        """Puts some messages in their place: their rows, and what they do to the states."""
+        """Attaches some messages: copies their rows, and composes their effects on the states."""
         messages = [step.stored for step in steps]
         if self._has_rows:
             rows = ((s.stored.rows(), lease.own_rows(s.start, s.end), s.position - s.stored.position) for s in steps)

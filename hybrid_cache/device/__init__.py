@@ -1,1 +1,1 @@
-"""All that holds tensors: the memory of the cache, batches, the model's passes. Decides nothing."""
+"""All that holds tensors: the memory of the cache, batches, the model's passes. It decides nothing."""

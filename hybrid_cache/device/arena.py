@@ -46,7 +46,7 @@ class Arena:
         return blake2b(self._rows[kind][item].cpu().numpy().tobytes(), digest_size=16).digest()
 
     def numbers(self, kind: Kind) -> Tensor:
-        """All items of a kind as float32 numbers, [items, numbers in each]."""
+        """All items of a kind as numbers, [items, numbers in each] float32."""
         return self._rows[kind].view(torch.float32)
 
     def _layers(self, spec: CacheSpec) -> CacheTensors:

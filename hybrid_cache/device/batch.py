@@ -15,17 +15,35 @@ CacheTensors = tuple[KVTensors | StateTensors, ...]
 
 
 class EffectRecorder(Protocol):
-    """Who wants to know what runs of the batch do to recurrent states; see `device.effects`."""
+    """What layers report to: it records what runs of tokens do to recurrent states; see `device.effects`."""
 
-    def keys(self, kv: KVTensors, inv_freq: Tensor | None, first: int = 0) -> None: ...
+    def keys(self, kv: KVTensors, inv_freq: Tensor | None, first: int = 0) -> None:
+        """An attention layer: its pages, and how its keys are rotated by their positions.
 
-    def decay(self, state: Tensor, log_decay: Tensor) -> None:
-        """log_decay may be filled later, until another layer reports."""
+        inv_freq [d / 2] float32: values [first, first + d) of each head are rotated; None for none
+        """
         ...
 
-    def channel_decay(self, state: Tensor, A: Tensor, dt: Tensor) -> None: ...
+    def decay(self, state: Tensor, log_decay: Tensor) -> None:
+        """State [slots, n, ...]: each token multiplies state[:, i] by exp(log_decay[token, i]).
 
-    def matrix(self, state: Tensor, size: int, run: Callable[[slice, RowLayout, Tensor], object]) -> None: ...
+        log_decay [R, n] float32: may be filled later, until another layer reports
+        """
+        ...
+
+    def channel_decay(self, state: Tensor, A: Tensor, dt: Tensor) -> None:
+        """State [slots, channels, N]: each token multiplies it by exp(dt A).
+
+        dt [R, channels] float32   A [channels, N] float32
+        """
+        ...
+
+    def matrix(self, state: Tensor, size: int, run: Callable[[slice, RowLayout, Tensor], object]) -> None:
+        """State [slots, H, P, N]: tokens multiply each row by matrices. size: N
+
+        run(rows, layout, pool): advances pool [1, H, N, N] by the recurrence of these rows, without new values
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +68,7 @@ class HybridModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Of its weights, and of the tensors that it is given."""
+        """The device of its weights, and of the tensors that it is given."""
         ...
 
     @property
@@ -83,13 +101,13 @@ class HybridModel(Protocol):
         ...
 
     @property
-    def ways(self) -> tuple[str, ...]:
-        """How messages may be put together beside exactly, see `choreography.arrangement.Fidelity`."""
+    def fidelities(self) -> tuple[str, ...]:
+        """Fidelities that this model supports besides `exact`, see `choreography.arrangement.Fidelity`."""
         ...
 
     @property
     def commutes(self) -> bool:
-        """What tokens do to the states may be averaged over all orders: no layer multiplies by matrices."""
+        """Whether effects on the states may be averaged over all orders: no layer multiplies by matrices."""
         ...
 
     def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:

@@ -6,7 +6,7 @@ With h the state before them, and message i doing h -> P_i h + S_i:
     rotations     the mean over the n rotations of the order (PICASO-R)
     permutations  the mean over all n! orders (PICASO-S); for transitions that commute
     mean          the mean of S_i + P_i h ("soup")
-    last          S_n + P_n h: as if the others had not been there
+    last          S_n + P_n h: as if the last one were the only one
 
 From PICASO (Liu et al. 2025, arXiv 2502.17605). All float32; products of decays are sums of logarithms.
 """
@@ -25,8 +25,8 @@ def compose(
 ) -> None:
     """Takes h to the state after n messages, given in the order asked for.
 
-    h [*state_shape]   ps [n, ...] p of each, as the transition has it   sums n times [*state_shape], S of each
-    from_zero: h is taken for zero, whatever it holds
+    h [*state_shape]   ps [n, *p_shape] p of each, as the transition writes it   sums n times [*state_shape], S of each
+    All float32. from_zero: h is taken to be zero, whatever it holds
     """
     if len(sums) == 1:
         how = Composition.ORDERED
@@ -41,17 +41,21 @@ def compose(
 
 
 def ordered(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+    """h [*state_shape] -> P_n ... P_1 h + sum of P_n ... P_{i+1} S_i, in place; arguments as of `compose`."""
     transition.follow(h, ps, sums)
 
 
 def rotations(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+    """h [*state_shape] -> the mean of `ordered` over the n rotations, in place; arguments as of `compose`."""
     n = len(sums)
-    turned = (transition.follow(h.clone(), ps.roll(-i, 0), [*sums[i:], *sums[:i]]) for i in range(n))
-    h.copy_(torch.stack(list(turned)).mean(0))
+    rotated = (transition.follow(h.clone(), ps.roll(-i, 0), [*sums[i:], *sums[:i]]) for i in range(n))
+    h.copy_(torch.stack(list(rotated)).mean(0))
 
 
 def permutations(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
-    """S_k is multiplied with the mean, over all orders, of the product of the P that come after it.
+    """h [*state_shape] -> the mean of `ordered` over all n! orders, in place; arguments as of `compose`.
+
+    S_k is multiplied with the mean, over all orders, of the product of the P that come after it.
 
     Of n - 1 others, m come later in a share 1 / n of the orders, each set of m equally often, so that mean is
     1 / n sum over m of e_m(the others' P) / C(n - 1, m), with e_m the elementary symmetric polynomials.
@@ -78,11 +82,13 @@ def _mean_product(factors: list[Tensor]) -> Tensor:
 
 
 def mean(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+    """h [*state_shape] -> the mean of S_i + P_i h, in place; arguments as of `compose`."""
     after = [transition.apply(p, h).add_(s) for p, s in zip(ps, sums, strict=True)]
     h.copy_(torch.stack(after).mean(0))
 
 
 def last(transition: Transition, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> None:
+    """h [*state_shape] -> S_n + P_n h, in place; arguments as of `compose`."""
     transition.follow(h, ps[-1:], sums[-1:])
 
 

@@ -9,23 +9,23 @@ from torch import Tensor
 from hybrid_cache.choreography.arrangement import Composition
 from hybrid_cache.choreography.commands import Clear, Command, Compose, KeepEffect, Relocate, StoredEffect
 from hybrid_cache.device.compose import compose
-from hybrid_cache.device.effects import Anatomy, Effect, Numbers, Recorder
+from hybrid_cache.device.effects import Effect, EffectMap, Numbers, Recorder
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.kernels.ops import Ops, StateTensors
 from hybrid_cache.work import Noted
 
-MOST_TOGETHER = 16  # messages whose effects are looked at together, where one after the other does as well
+MOST_TOGETHER = 16  # messages whose effects are composed in one operation, where one after the other gives the same
 
 
 class Composer:
     """The effects of one memory.
 
-    anatomy: filled by the first pass that notes effects
+    effect_map: filled by the first pass that notes effects
     """
 
     def __init__(self, memory: CacheMemory, ops: Ops, num_sums: int) -> None:
         """num_sums: numbers of an effect that add up over tokens"""
-        self.anatomy = Anatomy()
+        self.effect_map = EffectMap()
         self._memory = memory
         self._ops = ops
         self._num_sums = num_sums
@@ -35,7 +35,7 @@ class Composer:
     def recorder(self, noted: Iterable[tuple[slice, Noted]]) -> Recorder | None:
         """Takes notes of a pass: rows of the batch, and what they belong to. None if there is nothing to note."""
         runs = [(rows, self._effect(each)) for rows, each in noted]
-        return Recorder(self.anatomy, runs) if runs else None
+        return Recorder(self.effect_map, runs) if runs else None
 
     def run(self, command: Command) -> None:
         match command:
@@ -53,7 +53,7 @@ class Composer:
     def effects(self, slot: int, items: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Copies of (P, S) of a stored message, one pair for each state: P as its transition has it, S [*shape]."""
         numbers = Numbers(self._memory.numbers, items)
-        return [(part.of(numbers), part.state[slot].clone()) for part in self.anatomy.states]
+        return [(part.of(numbers), part.state[slot].clone()) for part in self.effect_map.states]
 
     def _effect(self, noted: Noted) -> Effect:
         if not noted.items:  # the model has no states
@@ -64,7 +64,7 @@ class Composer:
 
     def _relocate(self, command: Relocate) -> None:
         moved = command.relocations
-        device = self.anatomy.keys[0].kv.k.device
+        device = self.effect_map.keys[0].kv.k.device
         source, target, rotation = (
             torch.from_numpy(np.concatenate(rows)).to(device)
             for rows in (
@@ -73,14 +73,14 @@ class Composer:
                 [np.full(len(m.sources), m.rotation) for m in moved],
             )
         )
-        for rows in self.anatomy.keys:
+        for rows in self.effect_map.keys:
             self._ops.relocate_keys(rows.kv, source, target, rotation, rows.inv_freq, rows.first)
 
     def _compose(self, command: Compose) -> None:
         effects, slot = command.effects, command.slot
-        apart = MOST_TOGETHER if command.how is Composition.ORDERED else len(effects)
-        for first in range(0, len(effects), apart):
-            some = effects[first : first + apart]
+        most = MOST_TOGETHER if command.how is Composition.ORDERED else len(effects)
+        for first in range(0, len(effects), most):
+            some = effects[first : first + most]
             self._compose_states(slot, command.how, some, from_zero=command.from_zero and not first)
         for tensors in self._states:
             if command.from_zero:
@@ -91,7 +91,7 @@ class Composer:
 
     def _compose_states(self, slot: int, how: Composition, effects: Sequence[StoredEffect], *, from_zero: bool) -> None:
         numbers = [Numbers(self._memory.numbers, effect.items) for effect in effects]
-        for part in self.anatomy.states:
+        for part in self.effect_map.states:
             sums = [part.state[effect.slot] for effect in effects]
             compose(how, part.transition, part.state[slot], part.of_all(numbers), sums, from_zero=from_zero)
 
@@ -100,12 +100,12 @@ class Composer:
             self._making.pop(command.items[0]).flush()
         if command.base is not None:
             numbers = Numbers(self._memory.numbers, command.items)
-            for part in self.anatomy.states:
+            for part in self.effect_map.states:
                 part.transition.take_away(part.state[command.slot], part.of(numbers), part.state[command.base])
 
 
 def slide(window: Tensor, later: Tensor, num_tokens: int) -> None:
-    """Takes a window [K - 1, channels] to that after a message of so many tokens, whose own window is `later`."""
+    """Moves a window [K - 1, channels] on by a message of num_tokens, whose own window is `later` [K - 1, channels]."""
     width = len(window)
     if num_tokens >= width:
         window.copy_(later)

@@ -2,11 +2,11 @@
 
 A graph repeats the same launches on the same memory. So what a batch of decode rows consists of lies in one tensor that
 is overwritten before each replay, and sizes come in few steps (`rounded`): rows, pages of the table, blocks of shared
-work. A row that only fills the batch up reads token 0 at position 0, has a state slot that is nobody's, and writes no
-page; no bit of another row depends on it (the first promise of `kernels/ops.py`).
+work. A row that only pads the batch reads token 0 at position 0, has a state slot that no sequence owns, and writes
+no page; no bit of another row depends on it (the first promise of `kernels/ops.py`).
 
-The first batch of some sizes runs as it always does, which compiles what there is to compile, and is recorded after
-that; recording runs nothing. Where recording fails, all batches run as they always did, and `reason` says why.
+The first batch of some sizes runs without a graph, which compiles what there is to compile, and is recorded after
+that; recording runs nothing. Where recording fails, all batches run without graphs, and `reason` says why.
 """
 
 import logging
@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 from hybrid_cache.device.batch import ForwardBatch, HybridModel
 from hybrid_cache.device.memory import CacheMemory
-from hybrid_cache.kernels.decode_plan import PAGES_PER_SPLIT, DecodePlan, DeviceBlocks
+from hybrid_cache.kernels.decode_schedule import PAGES_PER_SPLIT, DecodeSchedule, DeviceBlocks
 from hybrid_cache.kernels.grid import MIN_ROWS
-from hybrid_cache.kernels.shared_prefix import plan_shared, with_plan
+from hybrid_cache.kernels.shared_prefix import schedule_shared, with_schedule
 
 MAX_ROWS = 512  # with more, a step is long enough to hide its launches
-MAX_GRAPHS = 64  # of different sizes; the one not used for longest goes
-MIN_FREE_BYTES = 1 << 30  # of device memory, that recording leaves alone
+MAX_GRAPHS = 64  # of different sizes; the least recently used one is dropped
+MIN_FREE_BYTES = 1 << 30  # of device memory, that recording leaves free
 ALIGNMENT = 16  # values; pointers into the static tensor are as aligned as those of fresh tensors
 
 Ints = npt.NDArray[np.int64]
@@ -57,7 +57,7 @@ class DecodeGraphs:
     def __init__(
         self, model: HybridModel, memory: CacheMemory, scratch_slot: int | None, capture: Capture | None = None
     ) -> None:
-        """scratch_slot: a state slot that is nobody's; None where the budget has no room for one"""
+        """scratch_slot: a state slot that no sequence owns; None where the budget has no room for one"""
         self._model = model
         self._memory = memory
         self._capture = capture or _cuda_capture()
@@ -80,19 +80,19 @@ class DecodeGraphs:
             return self._look(batch)
         num_pages = PAGES_PER_SPLIT * rounded(-(-batch.layout.page_table.shape[1] // PAGES_PER_SPLIT))
         padded = pad_decodes(batch, rounded(num_rows), num_pages, self._scratch_slot)
-        plan = plan_shared(padded.layout.page_table.numpy(), padded.layout.decode_len.numpy())
-        blocks = [plan.blocks(rows_per_block) for rows_per_block in self._cuts]
+        schedule = schedule_shared(padded.layout.page_table.numpy(), padded.layout.decode_len.numpy())
+        blocks = [schedule.blocks(rows_per_block) for rows_per_block in self._cuts]
         sizes = Sizes(rounded(num_rows), num_pages, tuple(rounded(len(b)) for b in blocks))
-        inputs = [*_host_inputs(padded), *(_padded_blocks(b, plan, sizes) for b in blocks)]
+        inputs = [*_host_inputs(padded), *(_padded_blocks(b, schedule, sizes) for b in blocks)]
         return self._run(sizes, padded, inputs)[:num_rows]
 
     def _look(self, batch: ForwardBatch) -> Tensor:
         """Runs a batch as it is, and sees how attention cuts its work."""
-        layout = with_plan(batch.layout)
-        plan = layout.decode_plan
-        assert plan is not None
+        layout = with_schedule(batch.layout)
+        schedule = layout.decode_schedule
+        assert schedule is not None
         hidden = self._model.forward(replace(batch, layout=layout).to(self._model.device), self._memory.tensors)
-        self._cuts = tuple(rows_per_block for rows_per_block, _ in plan.uploaded)
+        self._cuts = tuple(rows_per_block for rows_per_block, _ in schedule.uploaded)
         return hidden
 
     def _run(self, sizes: Sizes, padded: ForwardBatch, inputs: Sequence[Ints]) -> Tensor:
@@ -197,30 +197,32 @@ def _host_inputs(batch: ForwardBatch) -> list[Ints]:
     return [tensor.numpy() for tensor in (*tensors, layout.kv_rows)]
 
 
-def _padded_blocks(blocks: Ints, plan: DecodePlan, sizes: Sizes) -> Ints:
-    """As `DeviceBlocks.data`, with blocks of no rows behind the others, and room for as many rows as there can be."""
+def _padded_blocks(blocks: Ints, schedule: DecodeSchedule, sizes: Sizes) -> Ints:
+    """As `DeviceBlocks.data`, with blocks of no rows after the others, and room for as many rows as there can be."""
     num_blocks, num_splits = rounded(len(blocks)), sizes.num_pages // PAGES_PER_SPLIT
     data = np.zeros(3 * num_blocks + sizes.num_rows * num_splits, np.int64)
     data[: blocks.size] = blocks.ravel()
-    data[3 * num_blocks : 3 * num_blocks + len(plan.rows)] = plan.rows
+    data[3 * num_blocks : 3 * num_blocks + len(schedule.rows)] = schedule.rows
     return data
 
 
 def _static_batch(
     padded: ForwardBatch, views: Sequence[Tensor], cuts: Sequence[int], sizes: Sizes, device: torch.device
 ) -> ForwardBatch:
-    """The batch with its contents in `views`, in the order of `_host_inputs` and then the plan for each cut."""
+    """The batch with its contents in `views`, in the order of `_host_inputs` and then the schedule for each cut."""
     token_ids, positions, decode_slot, decode_len, page_table, kv_rows, *data = views
     none = np.zeros(0, np.int64)
     blocks = zip(cuts, sizes.num_blocks, data, strict=True)
-    plan = DecodePlan(none, none, none, {(cut, values.device): DeviceBlocks(n, values) for cut, n, values in blocks})
+    schedule = DecodeSchedule(
+        none, none, none, {(cut, values.device): DeviceBlocks(n, values) for cut, n, values in blocks}
+    )
     layout = replace(
         padded.layout.to(device),
         decode_slot=decode_slot,
         decode_len=decode_len,
         page_table=page_table,
         kv_rows=kv_rows,
-        decode_plan=plan,
+        decode_schedule=schedule,
     )
     return ForwardBatch(token_ids, positions, layout, padded.output_rows.to(device))
 

@@ -1,6 +1,6 @@
 """A checking mode: what every published page and state held, remembered and compared.
 
-The cache tells when an item is published, moved, used and given back. A write to it in between is found at its next
+The cache reports when an item is published, moved, used and given back. A write to it in between is found at its next
 use, or by one of the random comparisons before that.
 """
 
@@ -16,7 +16,7 @@ class Digests:
     """Remembers a digest of each published item. Methods raise PublishedBytesChanged."""
 
     def __init__(self, digest: Callable[[Kind, int], bytes], num_at_random: int = 1) -> None:
-        """digest: of all bytes of an item, as they are now   num_at_random: items that `verify_some` compares"""
+        """digest: computes that of all bytes of an item   num_at_random: items that `verify_some` compares"""
         self._digest = digest
         self._num_at_random = num_at_random
         self._known: dict[Item, tuple[bytes, str]] = {}

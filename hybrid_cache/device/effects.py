@@ -1,4 +1,4 @@
-"""What a run of tokens does to a recurrent state, h -> P h + S, and what each layer must tell to know it.
+"""What a run of tokens does to a recurrent state, h -> P h + S, and what each layer must report for it.
 
 S is what the run leaves in a state that was zero. P comes from a recorder that layers report to while they run
 (`ForwardBatch.effects`): one number a head for Mamba-2, a time step a channel for Mamba-1, a matrix a head for delta
@@ -31,15 +31,15 @@ class Transition(Protocol):
     commutes: bool  # P1 P2 = P2 P1
 
     def apply(self, p: Tensor, h: Tensor) -> Tensor:
-        """P h, for one state h [*state_shape]."""
+        """P h, for one state h [*state_shape], p [*p_shape]."""
         ...
 
     def follow(self, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> Tensor:
-        """h after n messages, one after the other; changes h. ps [n, ...], sums n times [*state_shape]: p and S."""
+        """h [*state_shape] after n messages in order, in place. ps [n, *p_shape], sums: n of [*state_shape]."""
         ...
 
     def take_away(self, h: Tensor, p: Tensor, before: Tensor) -> None:
-        """h -= P before."""
+        """h -= P before; both [*state_shape]."""
         ...
 
 
@@ -50,17 +50,17 @@ class Decay:
     commutes = True
 
     def apply(self, p: Tensor, h: Tensor) -> Tensor:
-        return h * _beside(p.exp(), h)
+        return h * _spread(p.exp(), h)
 
     def follow(self, h: Tensor, ps: Tensor, sums: Sequence[Tensor]) -> Tensor:
         first, *later = _from_each_on(ps).exp()
-        h.mul_(_beside(first, h))
+        h.mul_(_spread(first, h))
         for weight, s in zip(later, sums, strict=False):  # nothing comes after the last one
-            h.addcmul_(s, _beside(weight, h))
+            h.addcmul_(s, _spread(weight, h))
         return h.add_(sums[-1])
 
     def take_away(self, h: Tensor, p: Tensor, before: Tensor) -> None:
-        h.addcmul_(before, _beside(p.exp(), h), value=-1)
+        h.addcmul_(before, _spread(p.exp(), h), value=-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +102,8 @@ class MatrixTransition:
         h.baddbmm_(before, p, alpha=-1)
 
 
-def _beside(factors: Tensor, h: Tensor) -> Tensor:
+def _spread(factors: Tensor, h: Tensor) -> Tensor:
+    """factors [n], h [n, ...] -> [n, 1, ...], to be multiplied with h."""
     return factors.view(-1, *[1] * (h.dim() - 1))
 
 
@@ -122,11 +123,12 @@ class Numbers:
     items: Sequence[int]
 
     def read(self, start: int, count: int) -> Tensor:
-        """Numbers [start, start + count): a copy."""
+        """Numbers [start, start + count), [count] float32: a copy."""
         pieces = list(self._pieces(start, count))
         return pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)
 
     def write(self, start: int, values: Tensor) -> None:
+        """Writes all values, of any shape [...], from number `start` on."""
         values = values.flatten()
         for piece in self._pieces(start, len(values)):
             piece.copy_(values[: len(piece)])
@@ -171,7 +173,7 @@ class Effect:
         return items
 
     def matrix(self, start: int, heads: int, size: int) -> Tensor:
-        """The matrices [1, heads, size, size] of one state, which begin at a number: a copy; identities at first."""
+        """A copy of the matrices [1, heads, size, size] of one state from number `start` on; identities at first."""
         if self.started:
             return self.numbers.read(start, heads * size * size).view(1, heads, size, size)
         return torch.eye(size, device=self.numbers.rows.device).expand(1, heads, size, size).contiguous()
@@ -179,9 +181,9 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class StatePart:
-    """A state tensor [slots, ...] of the cache, or the heads of one that a layer treats together.
+    """A state tensor [slots, ...] of the cache, or those of its heads that a layer computes together.
 
-    start, shape: where p of this state lies in a packed effect, and what it looks like
+    start, shape: where p of this state begins in a packed effect, and its shape
     """
 
     state: Tensor
@@ -205,7 +207,7 @@ class StatePart:
 
 @dataclass(frozen=True, slots=True)
 class KeyRows:
-    """KV pages of one attention layer, and how its keys turn: values [first, first + 2 len) of each head."""
+    """KV pages of one attention layer; values [first, first + d) of each key are rotated, inv_freq [d / 2]."""
 
     kv: KVTensors
     inv_freq: Tensor | None
@@ -213,8 +215,8 @@ class KeyRows:
 
 
 @dataclass(slots=True)
-class Anatomy:
-    """What a model's layers have told of themselves, in the order of their calls; known after one recorded pass."""
+class EffectMap:
+    """The states and keys that a model's layers report, in the order of their calls; known after one recorded pass."""
 
     states: list[StatePart] = field(default_factory=list)
     keys: list[KeyRows] = field(default_factory=list)
@@ -239,18 +241,18 @@ def _is_sum(transition: Transition) -> bool:
 class Recorder:
     """Collects the effects of some runs of one forward pass. Layers report in the same order in each pass."""
 
-    def __init__(self, anatomy: Anatomy, runs: Sequence[tuple[slice, Effect]]) -> None:
-        """runs: rows of the batch that belong to one run each, and where what they do is added"""
-        self._anatomy = anatomy
-        self._found = None if anatomy.known else Anatomy()  # handed over when the pass is over
+    def __init__(self, effect_map: EffectMap, runs: Sequence[tuple[slice, Effect]]) -> None:
+        """runs: for each run, its rows of the batch and the effect that they are added to"""
+        self._map = effect_map
+        self._found = None if effect_map.known else EffectMap()  # handed over when the pass is over
         self._runs = runs
         self._single = all(rows.stop - rows.start == 1 for rows, _ in runs)
-        self._latest: Tensor | None = None  # told by the layer that may still be at work
+        self._latest: Tensor | None = None  # reported by the layer that may still be at work
         self._terms: list[Tensor] = []  # of the layers before: of all rows, or one row for each run
         self._matrix_start = runs[0][1].num_sums
 
     def keys(self, kv: KVTensors, inv_freq: Tensor | None, first: int = 0) -> None:
-        """An attention layer: where its rows are, and how its keys are turned by their positions."""
+        """An attention layer: its pages, and how its keys are rotated. inv_freq [d / 2] float32 or None."""
         if self._found is not None:
             self._found.keys.append(KeyRows(kv, inv_freq, first))
 
@@ -265,9 +267,9 @@ class Recorder:
         self._register(state, lambda: ChannelDecay(A), dt.shape[1:])
 
     def matrix(self, state: Tensor, size: int, run: Callable[[slice, RowLayout, Tensor], object]) -> None:
-        """`run(rows, layout, pool)` advances pool [1, H, N, N] by the recurrence of these rows without new values.
+        """`run(rows, layout, pool)` advances pool [1, H, N, N] by the recurrence of these rows, without new values.
 
-        Started from the identity, that is P. size: N; state [slots, H, P, N]
+        Started from the identity, this gives P. size: N; state [slots, H, P, N]
         """
         heads, start = state.shape[1], self._matrix_start
         self._matrix_start += heads * size * size
@@ -282,7 +284,7 @@ class Recorder:
         """To be called after the pass."""
         if self._found is not None:
             self._found.settle()
-            self._anatomy.states, self._anatomy.keys = self._found.states, self._found.keys
+            self._map.states, self._map.keys = self._found.states, self._found.keys
         self._settle_latest()
         terms = torch.cat(self._terms, dim=1) if self._terms else None
         for number, (rows, effect) in enumerate(self._runs):
@@ -295,7 +297,7 @@ class Recorder:
         self._latest = term
 
     def _settle_latest(self) -> None:
-        """Sums what the layer before told, unless each run has one row: a chunk's rows take much memory in all layers.
+        """Sums what the layer before reported, unless each run has one row: rows of a chunk take much memory.
 
         One sum at the end is faster where they take little.
         """

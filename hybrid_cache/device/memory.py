@@ -36,7 +36,7 @@ class CacheMemory:
     """
 
     def __init__(self, spec: CacheSpec, budget_bytes: int, device: str = "cpu", *, verify: bool = False) -> None:
-        """verify: the books tell what is published, used and given up"""
+        """verify: the books report what is published, used and given up"""
         self._geometry = Geometry.of(spec, budget_bytes)
         self._arena = Arena(spec, self._geometry, device)
         self.digests = Digests(self._arena.digest)
@@ -50,11 +50,11 @@ class CacheMemory:
 
     @property
     def numbers(self) -> Tensor:
-        """Of all items that messages note their effects in, [items, numbers in each] float32."""
+        """All items of the kind that holds effects of messages, as numbers: [items, numbers in each] float32."""
         return self._arena.numbers(Kind.PAGE if self._geometry.page_bytes else Kind.SLOT)
 
     def hidden(self, slots: Sequence[int]) -> Tensor:
-        """The hidden rows [slots, hidden_size] that are kept in some slots, one at least: copies."""
+        """Copies of the hidden rows [slots, hidden_size] that are kept in these slots, at least one."""
         return torch.stack([self._arena.hidden[slot] for slot in slots])
 
     def run(self, command: Command) -> None:

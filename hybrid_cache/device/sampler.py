@@ -12,7 +12,7 @@ from torch import Tensor
 from hybrid_cache.kernels.ops import Draws, Ops
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
 
-LEAST = 1e-6  # temperature or top_p: below, single precision has nothing but the most likely token left
+LEAST = 1e-6  # temperature or top_p: below it, single precision leaves only the most likely token
 
 
 def adjust(logits: Tensor, chooser: TokenChooser) -> None:

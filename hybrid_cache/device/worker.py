@@ -15,7 +15,7 @@ from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.sampler import choose_tokens, log_probabilities
 from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
-from hybrid_cache.kernels.shared_prefix import with_plan
+from hybrid_cache.kernels.shared_prefix import with_schedule
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
 from hybrid_cache.work import Command, Noted, OutOfDeviceMemory, Work
 
@@ -35,7 +35,7 @@ class Worker:
     def __init__(
         self, model: HybridModel, memory: CacheMemory, spare_slot: Callable[[], int | None] = lambda: None
     ) -> None:
-        """spare_slot: takes a state slot that is nobody's, for rows that only fill a batch up; None without room"""
+        """spare_slot: takes a state slot that no sequence owns, for rows that pad a batch; None without room"""
         self.model = model
         self.memory = memory
         self.composer = Composer(memory, model.ops, model.cache_spec.effect_sums)
@@ -98,13 +98,13 @@ class Worker:
         return self.model.forward(self.placed(batch), self.memory.tensors)
 
     def placed(self, batch: ForwardBatch) -> ForwardBatch:
-        """The batch where the model is, with a plan of the pages that its decode rows share if that is no CPU."""
+        """The batch on the model's device; unless that is a CPU, with a schedule for pages that decode rows share."""
         if self.model.device.type == "cpu":
             return batch
-        return replace(batch, layout=with_plan(batch.layout)).to(self.model.device)
+        return replace(batch, layout=with_schedule(batch.layout)).to(self.model.device)
 
     def free_memory(self) -> None:
-        """To be called when nothing holds the tensors of a step for which there was no memory."""
+        """To be called once nothing holds the tensors of a step that ran out of memory."""
         torch.cuda.empty_cache()
 
     # Tokens
@@ -114,7 +114,7 @@ class Worker:
     ) -> list[tuple[int, TokenLogprob | None]]:
         """Hidden rows [hidden], a chooser for each -> its next token, with log-probabilities where a number is asked.
 
-        num_top: how many most likely tokens to tell beside the chosen one; None for no log-probabilities
+        num_top: how many most likely tokens to report with the chosen one; None for no log-probabilities
         """
         with torch.inference_mode():
             logits = self.logits(torch.stack(list(rows)))

@@ -1,4 +1,4 @@
-"""Messages on their way into the store: parts of prompts that are encoded apart, and answers that become messages."""
+"""Messages on their way into the store: parts of prompts, encoded from zero, and answers that become messages."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ class Encodings:
     """The messages in the making; each holds a lease of its own."""
 
     def __init__(self, cache: Books, compiler: Compiler, stage: Stage, prefills: Prefills, most: int) -> None:
-        """most: so many at once, as a step computes no more: the others hold no room meanwhile"""
+        """most: messages that hold room at a time; a step computes no more"""
         self._cache = cache
         self._compiler = compiler
         self._stage = stage
@@ -54,7 +54,7 @@ class Encodings:
         self._prefills.release(message)
 
     def wanted(self, prefill: Prefill) -> bool:
-        """Sees to it that the parts which a prompt wants encoded apart are stored -> whether it has to wait for any."""
+        """Has the parts stored that a prompt wants encoded from zero -> whether it has to wait for any."""
         arrangement = prefill.arrangement
         if arrangement is None or prefill.in_place:
             return False
@@ -77,7 +77,7 @@ class Encodings:
         return any(self._compiler.is_making(key) for key in keys)
 
     def _begin(self, message: Prefill, arrangement: Arrangement, index: int) -> bool:
-        """Takes room to encode one part apart -> whether there was any."""
+        """Takes room to encode one part from zero -> whether there was any."""
         nothing = self._cache.match(message.namespace, message.tokens[:0])
         lease = self._cache.acquire(nothing, message.keys, publish=False)
         program = None if lease is None else self._compiler.encoding(message.namespace, arrangement, index)

@@ -36,7 +36,7 @@ Outputs = list[tuple[str, Output]]  # (request id, output), in the order in whic
 class Engine:
     """Requests in, outputs out, one step at a time. Not thread-safe.
 
-    Tensors pass through it from the worker to the worker; it looks at none.
+    It hands tensors from the worker back to the worker, and looks at none.
 
     watch: called with each step before its work is done
     """
@@ -49,8 +49,8 @@ class Engine:
         worker: Callable[[HybridModel, CacheMemory, Callable[[], int | None]], Worker] = Worker,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """worker: makes who does the work, see `device.worker.Worker`
-        clock: seconds, by which the cache tells how long things have not been used
+        """worker: makes the worker, see `device.worker.Worker`
+        clock: seconds, by which the cache measures how long things have not been used
         """
         self.model = model
         self.watch: Callable[[Step], None] = lambda step: None
@@ -63,7 +63,7 @@ class Engine:
         self.cache = Books(spec, self._cost, budget_bytes, policy, emit=emit, clock=clock, verify=config.verify)
         memory = CacheMemory(spec, budget_bytes, str(model.device), verify=config.verify)
         self.worker = worker(model, memory, self.cache.scratch_slot)
-        traits = Traits(model.ways, model.commutes, model.packs, recurrent=spec.slot_bytes > 0)
+        traits = Traits(model.fidelities, model.commutes, model.packs, recurrent=spec.slot_bytes > 0)
         self._compiler = Compiler(self.cache, self._cost, traits)
         self._stage = Stage(self.cache, self._compiler, emit)
         self._scheduler = Scheduler(self.cache, self._cost, config, self._compiler, self._stage)
@@ -74,7 +74,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while a step would do something, canonical commits included."""
+        """True while a step would do something, canonical passes included."""
         return self._scheduler.has_work
 
     @property
@@ -88,7 +88,7 @@ class Engine:
         return self._intake.longest_sequence
 
     def check_request(self, request: Request) -> None:
-        """Raises RequestError for a request that can never be served."""
+        """Raises RequestError (or ContextTooLong, BadSampling, which are ones) for what can never be served."""
         self._intake.check(request)
 
     def plan(self, request: Request) -> Plan:
@@ -99,12 +99,13 @@ class Engine:
         return self._intake.plan(request)
 
     def is_stored(self, message: str, seam: int = 0) -> bool:
-        """Whether rows and effect of the message with an id are in the cache for use at another place."""
+        """Whether rows and effect of the message with an id are in the cache for use at another position."""
         return self._compiler.is_stored(key_of(message, seam))
 
     def effects(self, message: str, seam: int = 0) -> "list[tuple[Tensor, Tensor]] | None":
-        """(P, S) of a stored message for each state of the model, in the order of its layers: copies, P as its
-        `Transition` writes it down, S [*state_shape]. None if it is not stored.
+        """Copies of (P, S) of a stored message for each state of the model, in the order of its layers.
+
+        P as its `Transition` writes it down, S [*state_shape], both float32. None if it is not stored.
         """
         stored = self.cache.messages.get(key_of(message, seam))
         if stored is None:
@@ -118,8 +119,9 @@ class Engine:
         return self._scheduler.num_waiting < self._config.max_waiting
 
     def submit(self, request: Request) -> None:
-        """Queues a request, whose id must not be that of an open one. Raises RequestError, or Overloaded when the queue
-        is full.
+        """Queues a request, whose id must not be that of an open one.
+
+        Raises RequestError if it can never be served, Overloaded when the queue is full.
         """
         self._intake.check(request)
         if self.is_open(request.id):
@@ -167,7 +169,7 @@ class Engine:
         return outputs
 
     def _run(self, step: Step) -> Hidden | None:
-        """None where the device had no memory: then the step is taken back, and smaller ones follow."""
+        """None where the device ran out of memory: then the step is taken back, and smaller ones follow."""
         work = step.work(tuple(self._commands))
         self._commands.clear()
         self.cache.pool.check_unpublished(Kind.SLOT, work.written_slots())
@@ -189,7 +191,7 @@ class Engine:
         self.worker.memory.check(self.cache.check())
 
     def run_until_idle(self) -> Outputs:
-        """Steps until all requests are answered and all commits are done -> all outputs."""
+        """Steps until all requests are answered and all canonical passes are done -> all outputs."""
         outputs: Outputs = []
         while self.has_work:
             outputs += self.step()
@@ -273,7 +275,7 @@ class Engine:
         if sequence is None:
             self._counters.commit_tokens += chunk.end - chunk.start
             if prefill.done:
-                self._scheduler.commits.end(prefill)
+                self._scheduler.canonical.end(prefill)
             return []
         self._counters.computed_tokens += chunk.end - chunk.start
         if sequence.request.sampling.prompt_logprobs is not None:
@@ -359,7 +361,7 @@ class Engine:
         if finish is not None:
             self._scheduler.messages.keep_answer(sequence)
             self._finish(sequence)
-            self._scheduler.commits.add_turn(sequence)
+            self._scheduler.canonical.add_turn(sequence)
         return TokenOutput(sequence.index, token, logprob, finish)
 
     def _finish(self, sequence: Sequence) -> None:
@@ -371,4 +373,4 @@ class Engine:
     def _watch_answer(self, sequence: Sequence) -> None:
         prefill = sequence.prefill
         if prefill.program is not None and prefill.lease is not None and sequence.request.n == 1:
-            self._stage.decoded(prefill.program, prefill.lease, sequence.fed)
+            self._stage.before_decode(prefill.program, prefill.lease, sequence.fed)

@@ -47,7 +47,7 @@ class Intake:
         return bisect.bisect_left(range(self._max_length), True, key=lambda n: not self._cache.fits(n + 1))
 
     def check(self, request: Request) -> None:
-        """Raises RequestError for a request that can never be served."""
+        """Raises RequestError, ContextTooLong or BadSampling for a request that can never be served."""
         n, limit = len(request.prompt.tokens), self._max_length
         if n == 0:
             raise RequestError("the prompt has 0 tokens, must have at least 1", param="prompt")

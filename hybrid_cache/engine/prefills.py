@@ -19,7 +19,7 @@ class Chunk:
     """Tiles of one prompt in one step."""
 
     prefill: Prefill
-    sequence: Sequence | None  # None: a message for the store, or a canonical commit
+    sequence: Sequence | None  # None: a message for the store, or a canonical pass
     rows: Rows
 
     @property
@@ -69,17 +69,17 @@ class Prefills:
         if prefill.arrangement is not None:
             begin = (prefill.namespace, prefill.arrangement, lease.length, num_others)
             prefill.program = self._compiler.program(*begin, in_place=prefill.in_place)
-            if prefill.apart:
+            if prefill.from_zero:
                 self._stage.clear(lease)
             return True
-        wishes = self._cache.plan(
+        wishes = self._cache.propose(
             lease,
             prefill.boundaries,
             only_marked=prefill.only_marked,
             generated=prefill.generated,
-            again=prefill.planned,
+            again=prefill.proposed,
         )
-        prefill.wishes, prefill.planned = deque(wishes), True
+        prefill.wishes, prefill.proposed = deque(wishes), True
         return True
 
     def release(self, prefill: Prefill, num_output_tokens: int | None = None) -> None:
@@ -108,7 +108,7 @@ class Prefills:
             slot=lease.slot,
             pages=tuple(lease.pages),
             kv_rows=lease.rows_to_fill(start, stretch.end),
-            fresh=start == 0 and not prefill.apart,
+            fresh=start == 0 and not prefill.from_zero,
             captures=stretch.captures,
             cuts=() if program is None else stretch.cuts,
             noted=tuple(_noted(span, first, last) for first, last, span in stretch.spans),
@@ -129,7 +129,7 @@ class Prefills:
 
 
 def _num_wanted(sequence: Sequence, start: int, end: int) -> int:
-    """How many of the last rows of a chunk somebody reads: all, to score a prompt; the last one, to decode from."""
+    """How many of the last rows of a chunk are read: all, to score a prompt; the last one, to decode from."""
     if sequence.request.sampling.prompt_logprobs is not None:
         return end - start
     return int(end == len(sequence.prefill.tokens))
@@ -139,11 +139,11 @@ def decode_rows(sequence: Sequence) -> Rows:
     """The token that a decoding sequence is fed. Raises OwnershipError if its row may not be written."""
     prefill, lease = sequence.prefill, sequence.prefill.lease
     assert lease is not None
-    place, program = sequence.fed, prefill.program
-    rows = Rows((sequence.next_token(),), place, prefill.shift, lease.slot, tuple(lease.pages), (lease.own_row(place),))
+    index, program = sequence.fed, prefill.program
+    rows = Rows((sequence.next_token(),), index, prefill.shift, lease.slot, tuple(lease.pages), (lease.own_row(index),))
     if program is None or program.span is None:
         return rows
-    return rows._replace(noted=(_noted(program.span, place, place + 1),))
+    return rows._replace(noted=(_noted(program.span, index, index + 1),))
 
 
 def _noted(span: Span, start: int, end: int) -> Noted:

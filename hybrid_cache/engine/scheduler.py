@@ -1,7 +1,7 @@
 """Who computes what in the next step. Owns the queues; asks the cache for room and never touches a tensor.
 
 Continuous batching with chunked prefill: running sequences decode one token a step, and prompts go through in tiles
-beside them. Without room the newest sequence gives its pages back and is computed again later.
+in the same steps. Without room the newest sequence gives its pages back and is computed again later.
 """
 
 import logging
@@ -21,7 +21,7 @@ from hybrid_cache.choreography import commands as choreography
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine.commits import CommitQueue
+from hybrid_cache.engine.canonical import CanonicalPasses
 from hybrid_cache.engine.encodings import Encodings
 from hybrid_cache.engine.pace import Pace
 from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
@@ -34,7 +34,7 @@ from hybrid_cache.work import Command, Work
 
 logger = logging.getLogger("hybrid_cache")
 
-DECODE_STEPS_A_TILE = 320  # steps that only decode, for each tile of a finished turn that is computed beside them
+DECODE_STEPS_A_TILE = 320  # steps that only decode, for each tile of a canonical pass among them
 MOST_PASSED_OVER = 8  # steps in which a prompt may see others computed that came later, or are shorter
 MOST_EARLIER = 16  # prompts that an order of messages is chosen by
 
@@ -52,13 +52,13 @@ class Step:
         return not (self.chunks or self.decodes or self.resumed)
 
     def work(self, commands: tuple[Command, ...]) -> Work:
-        """What the device has to do, behind some commands."""
+        """What the device has to do, after some commands."""
         kept = tuple(s.prefill.lease.slot for s in self.resumed if s.prefill.lease is not None)
         return Work(commands, tuple(c.rows for c in self.chunks), tuple(decode_rows(s) for s in self.decodes), kept)
 
 
 class Scheduler:
-    """The queues: waiting, running (in order of arrival), messages to store, and finished turns to commit."""
+    """The queues: waiting, running (in order of arrival), messages to store, and finished turns to compute again."""
 
     def __init__(self, cache: Books, cost: PrefillCost, config: EngineConfig, compiler: Compiler, stage: Stage) -> None:
         self._cache = cache
@@ -70,16 +70,16 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._prefills = Prefills(cache, compiler, stage)
         self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
-        self.commits = CommitQueue(cache, self._prefills)
+        self.canonical = CanonicalPasses(cache, self._prefills)
         self._shares = Shares()
         self.pace = Pace(cost, None if config.max_step_ms is None else config.max_step_ms / 1e3)
-        self._decode_steps = 0  # since the last tile of a finished turn
+        self._decode_steps = 0  # since the last tile of a canonical pass
         self.num_preemptions = 0
         self.num_out_of_memory = 0
 
     @property
     def has_room(self) -> bool:
-        """Whether one more sequence may run beside those that do."""
+        """Whether one more sequence may run."""
         return len(self._running) < self._max_running
 
     @property
@@ -93,12 +93,12 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Nobody waits for an answer; canonical commits may still be pending."""
+        """Nobody waits for an answer; canonical passes may still be pending."""
         return not (self._waiting or self._running or self.messages)
 
     @property
     def has_work(self) -> bool:
-        return not self.idle or bool(self.commits)
+        return not self.idle or bool(self.canonical)
 
     def sequences(self) -> Iterator[Sequence]:
         yield from self._running
@@ -125,8 +125,8 @@ class Scheduler:
     def schedule(self) -> Step:
         """Chooses the next step and takes the room that it needs."""
         if self.idle:
-            commit = self.commits.next_chunk()
-            return Step() if commit is None else Step((commit,))
+            chunk = self.canonical.next_chunk()
+            return Step() if chunk is None else Step((chunk,))
         decodes = self._extend_decodes()
         resumed = self._admit()
         decodes = tuple(s for s in decodes if s.phase is Phase.DECODE)  # but for those who gave way
@@ -153,7 +153,7 @@ class Scheduler:
         assert sequence.prefill.lease is not None
         lease, num_tokens = sequence.prefill.lease, sequence.fed + 1
         while not self._cache.extend(lease, num_tokens):
-            if not (self.commits.give_room() or self._forgo_answer()):
+            if not (self.canonical.give_room() or self._forgo_answer()):
                 return False
         return True
 
@@ -191,7 +191,7 @@ class Scheduler:
                 continue
             match = self._prefills.match(sequence.prefill)
             if self._someone_computes_more(sequence.prefill, match):
-                passed_over.append(sequence)  # its turn comes when the shared prefix is there
+                passed_over.append(sequence)  # it is admitted when the shared prefix is there
                 continue
             if not self._acquire(sequence.prefill, match):
                 passed_over.append(sequence)
@@ -252,7 +252,7 @@ class Scheduler:
         return most, match.shared
 
     def _someone_computes_more(self, prefill: Prefill, match: Match) -> bool:
-        """True while a running prompt is on its way to a longer shared prefix; asks it for a checkpoint there."""
+        """True while a running prompt will publish a longer shared prefix; asks it for a checkpoint there."""
         if not prefill.reuse or match.end is not None or prefill.arrangement is not None:
             return False
         for other in (s.prefill for s in self._running if s.phase is Phase.PREFILL):
@@ -269,7 +269,7 @@ class Scheduler:
     def _acquire(self, prefill: Prefill, match: Match) -> bool:
         if self._prefills.acquire(prefill, match, self._num_waiting_for):
             return True
-        again = self.commits.give_room()
+        again = self.canonical.give_room()
         return again and self._prefills.acquire(prefill, self._prefills.match(prefill), self._num_waiting_for)
 
     # Prefill
@@ -310,14 +310,12 @@ class Scheduler:
         return sorted(prompts, key=turn)
 
     def _spare_tile(self) -> tuple[Chunk, ...]:
-        """Now and then a tile of a finished turn, where all others decode: it would wait for ever beside streams that
-        have no end.
-        """
+        """Now and then a tile of a canonical pass in a step that only decodes: endless streams would starve it."""
         self._decode_steps += 1
-        if self._decode_steps < DECODE_STEPS_A_TILE or not self.commits:
+        if self._decode_steps < DECODE_STEPS_A_TILE or not self.canonical:
             return ()
         self._decode_steps = 0
-        chunk = self.commits.next_chunk()
+        chunk = self.canonical.next_chunk()
         return () if chunk is None else (chunk,)
 
     # Device memory
@@ -327,25 +325,25 @@ class Scheduler:
 
         lost: commands that were not carried out
         Some states of its sequences may have moved on and others not, so these sequences begin again, as after any
-        preemption. A canonical commit is given up, and so are messages for the store: prompts that wait for them
+        preemption. A canonical pass is given up, and so are messages for the store: prompts that wait for them
         compute them in place. False, and nothing changes, where a step cannot be smaller.
         """
         if lost:
             return self._lost(lost)
         if self.idle:
-            self.commits.give_up_first()
+            self.canonical.give_up_first()
             self.num_out_of_memory += 1
             return True
         messages = [chunk.prefill for chunk in step.chunks if chunk.prefill in self.messages]
-        commits = [chunk.prefill for chunk in step.chunks if chunk.sequence is None and chunk.prefill not in messages]
+        turns = [chunk.prefill for chunk in step.chunks if chunk.sequence is None and chunk.prefill not in messages]
         num_tiles = sum(chunk.num_tiles for chunk in step.chunks)
         num_sequences = len(step.chunks) + len(step.decodes)
         if num_tiles <= 1 and num_sequences <= 1 and not messages:
             return False
         for message in messages:
             self.messages.end(message)
-        for commit in commits:
-            self.commits.end(commit)
+        for turn in turns:
+            self.canonical.end(turn)
         if num_tiles > 1:
             self._max_tiles = self.messages.most = min(self._max_tiles, num_tiles // 2)
             self._max_tiles_beside_decode = min(self._max_tiles_beside_decode, num_tiles // 2)
@@ -368,7 +366,7 @@ class Scheduler:
         moves = [command for command in commands if isinstance(command, choreography.Command)]
         if len(moves) < len(commands):
             return False
-        self.commits.give_room()
+        self.canonical.give_room()
         for message in list(self.messages):
             self.messages.end(message)
         self._preempt_all(self._running)

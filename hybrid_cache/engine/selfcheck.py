@@ -1,4 +1,4 @@
-"""Is a loaded model exact on this machine? One prompt alone without a cache, and again in company with one.
+"""Is a loaded model exact on this machine? One prompt by itself with the cache off, and again in a batch with it on.
 
 The kernels have their own probes; this one runs the very weights and shapes that will be served, in about the time of a
 prompt of a thousand tokens.

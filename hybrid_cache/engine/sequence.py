@@ -30,7 +30,7 @@ class Prefill:
     [0, computed)            in the lease's state and pages
     [computed, len(tokens))  still to compute, in chunks that start on the grid
 
-    An arranged prompt has a program: some of its tokens are not computed but put in place.
+    An arranged prompt has a program: some of its tokens are not computed but attached.
     """
 
     namespace: str
@@ -39,8 +39,8 @@ class Prefill:
     reuse: bool
     boundaries: tuple[Boundary, ...] = ()
     only_marked: bool = False  # states at explicit boundaries and nowhere else
-    generated: bool = False  # a canonical commit of a finished turn
-    planned: bool = False  # the policy has seen it
+    generated: bool = False  # a canonical pass over a finished turn
+    proposed: bool = False  # the policy has seen it
     wishes: deque[Wish] = field(default_factory=deque)  # rising positions
     lease: Lease | None = None
     computed: int = 0
@@ -57,13 +57,13 @@ class Prefill:
 
     @property
     def shift(self) -> int:
-        """Place of a token in the sequence less its position for the model."""
+        """Index of a token in the sequence minus its position for the model."""
         return self.program.shift if self.program else 0
 
     @property
-    def apart(self) -> bool:
-        """Begins with states of zero, but not as the start of a text."""
-        return self.program is not None and self.program.apart
+    def from_zero(self) -> bool:
+        """Starts from zeroed states, without being the start of a text."""
+        return self.program is not None and self.program.from_zero
 
     @property
     def until(self) -> int:
@@ -79,7 +79,7 @@ class Prefill:
         return self.computed == len(self.tokens)
 
     def wish(self, wish: Wish) -> None:
-        """Adds a wish, unless its place is taken or has been passed."""
+        """Adds a wish, unless its position has one or has been passed."""
         if wish.position <= self.computed or any(w.position == wish.position for w in self.wishes):
             return
         self.wishes = deque(sorted([*self.wishes, wish], key=lambda w: w.position))
@@ -116,7 +116,7 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Later ones make room for earlier ones. No two are equal, or they would make room for each other forever."""
+        """Higher ranks make room for lower ones. No two are equal, or they would preempt each other for ever."""
         return self.arrival, self.index
 
     @property

@@ -24,7 +24,7 @@ typedef struct {
     float *result;     /* [dp], then highest and total */
 } Query;
 
-/* Of one thread: keys [dp, 64] turned, values [64, dp], and room for as many queries as a task has. */
+/* Of one thread: keys [dp, 64] transposed, values [64, dp], and room for as many queries as a task has. */
 typedef struct {
     float *keys, *values, *floats;
     Query *queries;
@@ -65,7 +65,7 @@ INLINE void write_row(const Attention *a, int64_t target, const void *k, const v
     memcpy(at_mut(a->values, page * a->value_page_size + row * size, bf16), v, num_bytes);
 }
 
-/* num_tokens rows of a page, zeros behind -> keys transposed, values, both float32. */
+/* num_tokens rows of a page, zeros after -> keys transposed, values, both float32. */
 INLINE void read_page(const Attention *a, int64_t page, int64_t kv_head, int64_t num_tokens, float *keys, float *values,
                       int bf16) {
     const int64_t d = a->head_dim, dp = ROUND_UP(d), row = a->num_kv_heads * d;
@@ -126,7 +126,7 @@ INLINE float soften(const float *scores, float scale, Span span, float *seen, vo
 #define PAIRS(a, bf16) ((bf16) && (a)->head_dim % 2 == 0)
 
 /* Sixteen tokens, a row of pairs each -> [num_pairs, 64], for a multiple of four pairs. Four 128-bit parts of rows make
- * a vector, and four vectors are turned within these parts. */
+ * a vector, and four vectors are transposed within these parts. */
 INLINE void turn16(const uint16_t *rows, int64_t stride, int64_t num_pairs, float *to) {
     for (int64_t c = 0; c < num_pairs; c += 4) {
         __m512i v[4];
@@ -274,7 +274,7 @@ INLINE void attend_tile(const Attention *a, const void *q, void *out, const int6
 }
 
 /* The decode rows of one tree of shared pages, for the heads that share a kv head. A page that several rows share is
- * read and turned once, and meets the queries of all of them (Hydragen: Juravsky et al. 2024). Each row still takes its
+ * read and transposed once, and meets the queries of all of them (Hydragen: Juravsky et al. 2024). Each row still takes its
  * own pages one by one and in order, so sharing changes no bit. */
 INLINE void attend_tree(const Layout *l, const Attention *a, const void *q, void *out, int64_t tree, int64_t kv_head,
                         const Memory *m, int bf16) {

@@ -23,7 +23,7 @@ static int64_t threads_for(const Experts *e, int64_t num_values) {
 }
 
 /* rows [num_rows, hidden], `stride` elements apart; ids and shares [num_rows, num_choices]; out [num_rows, hidden]. A
- * pair's bits do not depend on the pairs beside it, and shares are summed in the order of the choices. */
+ * pair's bits do not depend on the other pairs, and shares are summed in the order of the choices. */
 void experts(const Experts *e, const uint16_t *rows, int64_t stride, int64_t num_rows, const int64_t *ids,
              const float *shares, uint16_t *out, float *scratch) {
     const int64_t num_pairs = num_rows * e->num_choices, hidden = e->hidden, inner = e->inner;

@@ -70,10 +70,10 @@ typedef struct {
 INLINE void scan_columns(const Scan *s, int64_t num_rows, int64_t n, int64_t j, const float *A, const float *B,
                          const float *C, float *h, Token *tokens) {
     const int64_t np = ROUND_UP(s->d_state), size = s->d_state - j;
-    float turned[LANES * LANES] = {0};
+    float transposed[LANES * LANES] = {0};
     vf columns[LANES];
-    transpose16(h, j, s->d_state, n, size, turned, LANES, 0);
-    for (int k = 0; k < LANES; k++) columns[k] = load_f32(turned + k * LANES);
+    transpose16(h, j, s->d_state, n, size, transposed, LANES, 0);
+    for (int k = 0; k < LANES; k++) columns[k] = load_f32(transposed + k * LANES);
     for (int64_t t = 0; t < num_rows; t++) {
         const vf dt = tokens[t].dt, dt_x = tokens[t].dt_x;
         vf total = tokens[t].h;
@@ -84,9 +84,9 @@ INLINE void scan_columns(const Scan *s, int64_t num_rows, int64_t n, int64_t j, 
         }
         tokens[t].h = total;
     }
-    for (int k = 0; k < LANES; k++) store_f32(turned + k * LANES, columns[k]);
+    for (int k = 0; k < LANES; k++) store_f32(transposed + k * LANES, columns[k]);
     float rows[LANES * LANES];
-    transpose16(turned, 0, LANES, LANES, LANES, rows, LANES, 0);
+    transpose16(transposed, 0, LANES, LANES, LANES, rows, LANES, 0);
     for (int64_t i = 0; i < n; i++) store_n(h, i * s->d_state + j, load_f32(rows + i * LANES), size, 0);
 }
 

@@ -27,10 +27,10 @@ typedef struct {
     float *y;        /* [num_rows, innerp] */
     int64_t tile_size, coefficients_size, thread_size, step_size;
     int64_t at_c, at_cb, at_dt, at_log; /* in a tile: B [G, 64, np], C [G, 64, np], C.B [G, 64, 64], dt, l [hp, 64] */
-} Plan;
+} Scratch;
 
-static Plan make_plan(const Layout *l, const Mamba2 *w, int64_t num_threads, float *scratch) {
-    Plan p;
+static Scratch lay_out(const Layout *l, const Mamba2 *w, int64_t num_threads, float *scratch) {
+    Scratch p;
     p.inner = w->num_heads * w->head_dim;
     p.channels = p.inner + 2 * w->num_groups * w->d_state;
     p.row_width = p.inner + p.channels + w->num_heads;
@@ -56,7 +56,7 @@ static Plan make_plan(const Layout *l, const Mamba2 *w, int64_t num_threads, flo
 
 /* Floats of scratch memory that `mamba2` needs. */
 int64_t mamba2_scratch(const Layout *l, const Mamba2 *w, int64_t num_threads) {
-    Plan p = make_plan(l, w, num_threads, 0);
+    Scratch p = lay_out(l, w, num_threads, 0);
     return l->num_tiles * p.tile_size + num_threads * p.thread_size + l->num_decode * p.step_size +
            l->num_rows * p.innerp;
 }
@@ -78,7 +78,7 @@ void mamba2_log_decay(const Mamba2 *w, const void *rows, int64_t num_rows, int64
 }
 
 /* dt and l of a tile, transposed to [head, row]. `dt` points at the first row's dt. */
-INLINE void tile_dt(const Mamba2 *w, const Plan *p, const void *dt, int64_t num_tokens, float *tile, int bf16) {
+INLINE void tile_dt(const Mamba2 *w, const Scratch *p, const void *dt, int64_t num_tokens, float *tile, int bf16) {
     for (int64_t h = 0; h < w->num_heads; h += LANES) {
         const int64_t n = w->num_heads - h < LANES ? w->num_heads - h : LANES;
         vf A = load_n(w->A, h, n, 0), l = splat(0);
@@ -104,7 +104,7 @@ INLINE void tile_conv(const Signal *s, const Mamba2 *w, int64_t first, int64_t n
 }
 
 /* B, C and C.B of one group in a tile. */
-INLINE void tile_group(const Signal *s, const Mamba2 *w, const Plan *p, int64_t first, int64_t num_tokens, int64_t g,
+INLINE void tile_group(const Signal *s, const Mamba2 *w, const Scratch *p, int64_t first, int64_t num_tokens, int64_t g,
                        float *tile, float *b_transposed, int bf16) {
     float *B = tile + g * TILE * p->np, *C = tile + p->at_c + g * TILE * p->np;
     float *cb = tile + p->at_cb + g * TILE * TILE;
@@ -116,7 +116,7 @@ INLINE void tile_group(const Signal *s, const Mamba2 *w, const Plan *p, int64_t 
 }
 
 /* One head of one tile: x (in operands from row np on) -> y rows, and h (operands, rows 0 .. np - 1) moves on. */
-INLINE void tile_head(const Mamba2 *w, const Plan *p, const float *tile, int64_t h, float *coefficients,
+INLINE void tile_head(const Mamba2 *w, const Scratch *p, const float *tile, int64_t h, float *coefficients,
                       float *operands, float *weighted, int64_t num_tokens, float *y, const int pairs) {
     const int64_t g = h / (w->num_heads / w->num_groups), pp = p->pp;
     const float *B = tile + g * TILE * p->np, *C = tile + p->at_c + g * TILE * p->np;
@@ -145,7 +145,7 @@ INLINE float *state_of(const Mamba2 *w, const Pool *state, int64_t slot, int64_t
 }
 
 /* All tiles of a chunk for one head. */
-INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Plan *p, const void *rows, const Pool *conv,
+INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Scratch *p, const void *rows, const Pool *conv,
                        const Pool *state, int64_t chunk, int64_t h, float *mine, int bf16) {
     float *coefficients = mine, *operands = coefficients + p->coefficients_size;
     float *weighted = operands + (p->np + TILE) * p->pp;
@@ -165,7 +165,7 @@ INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Plan *p, const vo
 }
 
 /* Convolution, dt and decay of a decode row. */
-INLINE void step_inputs(const Layout *l, const Mamba2 *w, const Plan *p, const void *rows, const Pool *conv, int64_t i,
+INLINE void step_inputs(const Layout *l, const Mamba2 *w, const Scratch *p, const void *rows, const Pool *conv, int64_t i,
                         int bf16) {
     float *mine = p->steps + i * p->step_size, *dt = mine + p->channelsp, *decay = dt + p->hp;
     const Signal s = decode_signal(l, i, at(rows, p->inner, bf16), p->row_width, conv, p->channels, w->width, bf16);
@@ -180,7 +180,7 @@ INLINE void step_inputs(const Layout *l, const Mamba2 *w, const Plan *p, const v
     }
 }
 
-static void step_head(const Layout *l, const Mamba2 *w, const Plan *p, const Pool *state, int64_t i, int64_t h) {
+static void step_head(const Layout *l, const Mamba2 *w, const Scratch *p, const Pool *state, int64_t i, int64_t h) {
     const float *mine = p->steps + i * p->step_size, *dt = mine + p->channelsp, *decay = dt + p->hp;
     const int64_t N = w->d_state, P = w->head_dim, g = h / (w->num_heads / w->num_groups);
     const float *x = mine + h * P, *B = mine + p->inner + g * N, *C = B + w->num_groups * N;
@@ -190,7 +190,7 @@ static void step_head(const Layout *l, const Mamba2 *w, const Plan *p, const Poo
 }
 
 /* out = y * silu(z) for one row. */
-INLINE void gate(const Plan *p, const float *y, const void *z, void *out, int bf16) {
+INLINE void gate(const Scratch *p, const float *y, const void *z, void *out, int bf16) {
     for (int64_t i = 0; i < p->inner; i += LANES) {
         const int64_t n = p->inner - i;
         store_n(out, i, load_n(y, i, n, 0) * vsilu(load_n(z, i, n, bf16)), n, bf16);
@@ -198,7 +198,7 @@ INLINE void gate(const Plan *p, const float *y, const void *z, void *out, int bf
 }
 
 /* out = norm(y) * weight * silu(z) for one row. */
-INLINE void norm_gate(const Mamba2 *w, const Plan *p, const float *y, const void *z, void *out, int bf16) {
+INLINE void norm_gate(const Mamba2 *w, const Scratch *p, const float *y, const void *z, void *out, int bf16) {
     const int64_t size = w->norm_group;
     for (int64_t start = 0; start < p->inner; start += size) {
         vf squares = splat(0);
@@ -215,7 +215,7 @@ INLINE void norm_gate(const Mamba2 *w, const Plan *p, const float *y, const void
 }
 
 /* out = norm(y * silu(z)) * weight for one row. */
-INLINE void gate_norm(const Mamba2 *w, const Plan *p, float *y, const void *z, void *out, int bf16) {
+INLINE void gate_norm(const Mamba2 *w, const Scratch *p, float *y, const void *z, void *out, int bf16) {
     const int64_t size = w->norm_group;
     for (int64_t start = 0; start < p->inner; start += size) {
         vf squares = splat(0);
@@ -234,7 +234,7 @@ INLINE void gate_norm(const Mamba2 *w, const Plan *p, float *y, const void *z, v
 
 INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, Pool conv, Pool state, float *scratch,
                 int64_t num_threads, int bf16) {
-    const Plan plan = make_plan(l, w, num_threads, scratch), *p = &plan;
+    const Scratch layout = lay_out(l, w, num_threads, scratch), *p = &layout;
     const int64_t num_groups = w->num_groups, tasks = l->num_tiles * (num_groups + 1);
 #pragma omp parallel num_threads(num_threads)
     {

@@ -1,6 +1,6 @@
 /* Products of a few rows with a matrix, in float32 or in pairs of bfloat16 with sums in float32 (AVX512-BF16).
  *
- * Each output is one accumulator that takes its terms in order, so a row's bits do not depend on the rows beside it.
+ * Each output is one accumulator that takes its terms in order, so a row's bits do not depend on the other rows.
  */
 #ifndef HYBRID_CACHE_PAIRS_H
 #define HYBRID_CACHE_PAIRS_H

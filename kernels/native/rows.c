@@ -102,7 +102,7 @@ INLINE void move_rows(const Pages *k, const Pages *v, const int64_t *sources, co
     }
 }
 
-/* Row sources[i] of the pages -> row targets[i]; values [first, first + 2 * half) of a key's heads are turned by
+/* Row sources[i] of the pages -> row targets[i]; values [first, first + 2 * half) of a key's heads are rotated by
  * cos, sin [num_rows, half], or by nothing where these are null or delta is 0. */
 void relocate_keys(const Pages *k, const Pages *v, const int64_t *sources, const int64_t *targets, int64_t num_rows,
                    const int64_t *delta, const float *cos, const float *sin, int64_t head_dim, int64_t first,

@@ -23,7 +23,7 @@ int64_t sample_scratch(int64_t vocab, int64_t num_threads) { return num_threads 
 
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Logits [i, i + n), -inf behind; what is not a number counts as infinity. */
+/* Logits [i, i + n), -inf after; what is not a number counts as infinity. */
 INLINE vf logits_at(const float *logits, int64_t i, int64_t n) {
     vf x;
     if (n >= LANES) {
@@ -75,8 +75,8 @@ static int64_t gather(const float *weights, int64_t n, float least, float *out) 
     return count;
 }
 
-/* The largest of some weights w for which all weights of at least w add up to `target`, or are so many; 0 if none is.
- * Weights are between 0 and 1, so their bits are in their order; found digit by digit. */
+/* The largest of some weights w for which all weights of at least w add up to `target`, or number as many; 0 if none
+ * is. Weights are between 0 and 1, so their bits are in their order; found digit by digit. */
 static float threshold(const float *weights, int64_t n, double target, int counts) {
     double in_digit[NUM_DIGITS], above = 0;
     uint32_t prefix = 0;
@@ -106,7 +106,7 @@ static int falling(const void *a, const void *b) {
 /* The k-th largest weight; `most` has the largest of each block, and is sorted. */
 static float kth(const float *weights, int64_t vocab, int64_t k, float *most, float *memory) {
     float least = 0;
-    if (k <= num_blocks(vocab)) { /* so many blocks have one that is no smaller */
+    if (k <= num_blocks(vocab)) { /* that many blocks have a weight that is no smaller */
         qsort(most, (size_t)num_blocks(vocab), sizeof *most, falling);
         least = most[k - 1];
     }
@@ -119,7 +119,7 @@ static double add_up(const float *weights, int64_t vocab, float least, float *of
     for (int64_t b = 0; b < num_blocks(vocab); b++) {
         vf s = splat(0);
         for (int64_t i = b * BLOCK; i < b * BLOCK + size_of_block(vocab, b); i += LANES) {
-            const vf w = load_f32(weights + i); /* zeros behind the last */
+            const vf w = load_f32(weights + i); /* zeros after the last */
             s += choose(w >= least, w, splat(0));
         }
         of_block[b] = sum(s);

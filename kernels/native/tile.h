@@ -94,7 +94,7 @@ INLINE void tile_coefficients(const float *x, const float *products, const float
     }
 }
 
-/* Floats that hold the coefficients, and, where these are bfloat16, the operands in pairs behind them. */
+/* Floats that hold the coefficients, and, where these are bfloat16, the operands in pairs after them. */
 static inline int64_t coefficients_size(int64_t np, int64_t pp) { return (TILE > pp ? TILE : pp) * (np + TILE); }
 
 /* num_rows rows -> half as many rows of pairs. */

@@ -78,7 +78,7 @@ INLINE void store(void *p, int64_t i, vf v, int bf16) {
     }
 }
 
-/* The first n values, zeros behind. */
+/* The first n values, zeros after. */
 INLINE vf load_n(const void *p, int64_t i, int64_t n, int bf16) {
     if (n >= LANES) return load(p, i, bf16);
     float padded[LANES] = {0};
@@ -217,7 +217,7 @@ INLINE vf sums16(const vf *a) {
 }
 
 /* to[c * ldt + r] = from[r * ldf + c] for r < rows <= 16, c < cols <= 16. Up to the next multiple of 16, `to` gets
- * zeros in the columns; rows of `to` from `cols` on are left alone. */
+ * zeros in the columns; rows of `to` from `cols` on are left as they are. */
 INLINE void transpose16(const void *from, int64_t start, int64_t ldf, int64_t rows, int64_t cols, float *to,
                         int64_t ldt, int bf16) {
     vf a[16], b[16];

@@ -1,4 +1,4 @@
-"""Compiles the kernels ahead of time, without a GPU, and holds what they take against limits.
+"""Compiles the kernels ahead of time, without a GPU, and compares what they take with limits.
 
     python -m hybrid_cache.kernels.triton_kernels.aot --arch 80 --arch 90 [--module ssd] [--json FILE]
 
@@ -56,7 +56,7 @@ class Spec:
     num_warps: int = 4
     num_stages: int = 2
     limits: Mapping[int, Limit] = field(default_factory=dict)
-    label: str = ""  # tells two specs of a kernel apart
+    label: str = ""  # distinguishes two specs of a kernel
     archs: Sequence[int] = ARCHITECTURES  # that launch it so
 
     @property

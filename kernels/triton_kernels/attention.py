@@ -8,12 +8,12 @@ Flash-Decoding, Dao et al. 2023); a split whose pages several decode rows share 
 
 Why no bit of a row depends on the batch:
 
-- Prefill: a token has its place in its tile, and the tile its pages, whatever was cached or cut. Pages are visited one
-  by one, from the first that the window reaches.
-- Decode: where splits begin depends on positions alone, and a split always runs over its PAGES_PER_SPLIT pages, from
+- Prefill: a token has the same row of its tile, and the tile the same pages, whatever was cached or cut. Pages are
+  visited one by one, from the first that the window reaches.
+- Decode: where splits begin depends only on positions, and a split always runs over its PAGES_PER_SPLIT pages, from
   the first. The queries of a block (the heads of one KV head, for one row or for many) are stacked in the M dimension
   of products of one fixed size, DECODE_M, padded with zeros. Each row of a product, and each maximum and sum along a
-  row, is made of that row's numbers alone, in an order that the block's shape fixes and the place in M does not change.
+  row, is made only of that row's numbers, in an order that the block's shape fixes and the index in M does not change.
   So a row gets the same bits in a block of its own and in a shared one: these are programs of the same compiled kernel,
   with other lists of rows. Arguments that depend on the batch are not specialised on.
 - Pages of a shared split are full, and lie before the last page of each of its rows. Tokens that a row does not see
@@ -32,11 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_cache.kernels.decode_plan import PAGES_PER_SPLIT, DecodePlan
+from hybrid_cache.kernels.decode_schedule import PAGES_PER_SPLIT, DecodeSchedule
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import KVTensors
-from hybrid_cache.kernels.shared_prefix import plan_shared
+from hybrid_cache.kernels.shared_prefix import schedule_shared
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 
@@ -50,9 +50,9 @@ WRITE_ROWS, WRITE_COLUMNS = (64 if INTERPRET else 4), 1024  # of a program that 
 _LOG2_E = log2(2.718281828459045)
 
 # What changes from batch to batch must not lead to another compiled kernel.
-_INDICES = ["kv_rows", "chunk_tile", "chunk_tiles", "chunk_start", "chunk_len", "page_table", "decode_len", "plan"]
+_INDICES = ["kv_rows", "chunk_tile", "chunk_tiles", "chunk_start", "chunk_len", "page_table", "decode_len", "schedule"]
 _NUMBERS = ["num_rows", "num_chunks", "table_stride", "num_pages", "num_splits"]
-_NUMBERS += ["first_table", "first_row", "planned", "plan_rows"]
+_NUMBERS += ["first_table", "first_row", "scheduled", "schedule_rows"]
 
 
 @triton.jit
@@ -253,14 +253,14 @@ def decode_kernel(
     partial_sums,
     decode_len,
     page_table,
-    plan,
+    schedule,
     first_table,
     table_stride,
     num_pages,
     first_row,
     num_splits,
-    planned,
-    plan_rows,
+    scheduled,
+    schedule_rows,
     q_stride,
     k_page_stride,
     v_page_stride,
@@ -279,17 +279,17 @@ def decode_kernel(
 ):
     """Grid (blocks of work, KV heads * blocks of STACK heads). One split for some rows and STACK heads of each.
 
-    With planned = 1, `plan` holds (split, first, count) for each block, and the rows of the blocks from `plan_rows` on;
-    a block of no rows leaves at once.
-    With planned = 0, blocks are all (row, split) in that order; those behind a row's end leave at once.
+    With scheduled = 1, `schedule` holds (split, first, count) for each block and, from `schedule_rows` on, the rows of
+    the blocks; a block of no rows leaves at once.
+    With scheduled = 0, blocks are all (row, split) in that order; those after a row's end leave at once.
 
     Writes the weighted values, and the maximum and the sum of the weights, of each (row, head, split).
     """
     block = tl.program_id(0)
-    entry = plan + 3 * block * planned
-    split = tl.where(planned > 0, tl.load(entry), block % num_splits).to(tl.int32)
-    first = tl.where(planned > 0, tl.load(entry + planned), block // num_splits).to(tl.int32)
-    count = tl.where(planned > 0, tl.load(entry + 2 * planned), 1).to(tl.int32)
+    entry = schedule + 3 * block * scheduled
+    split = tl.where(scheduled > 0, tl.load(entry), block % num_splits).to(tl.int32)
+    first = tl.where(scheduled > 0, tl.load(entry + scheduled), block // num_splits).to(tl.int32)
+    count = tl.where(scheduled > 0, tl.load(entry + 2 * scheduled), 1).to(tl.int32)
 
     head_blocks: tl.constexpr = (GROUP + STACK - 1) // STACK
     kv_head = tl.program_id(1) // head_blocks
@@ -298,8 +298,8 @@ def decode_kernel(
     used = (place < count) & (place < BLOCK // STACK) & (head < GROUP)
     head += kv_head * GROUP
     place = tl.where(used, place, 0)
-    listed = tl.load(plan + (plan_rows + first + place) * planned)
-    row = tl.where(planned > 0, listed, first + place).to(tl.int32)
+    listed = tl.load(schedule + (schedule_rows + first + place) * scheduled)
+    row = tl.where(scheduled > 0, listed, first + place).to(tl.int32)
     length = tl.where(used, tl.load(decode_len + row), 0).to(tl.int32)
     oldest = length * 0  # that a row sees
     if WINDOW:
@@ -326,7 +326,7 @@ def decode_kernel(
     acc = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for index in range(PAGES):
         needed = True
-        if INTERPRET:  # pages behind the end change nothing, but would take time
+        if INTERPRET:  # pages after the end change nothing, but would take time
             needed = held_until > start + index * TILE
         if needed:
             page = tl.load(table + tl.minimum(split * PAGES + index, num_pages - 1))
@@ -410,7 +410,7 @@ class _Sizes:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, layout: RowLayout, kv: KVTensors, window: int | None = None
 ) -> Tensor:
-    """As `Ops.attention`. Decode rows follow the layout's decode plan if it has one."""
+    """As `Ops.attention`. Decode rows follow the layout's decode schedule if it has one."""
     sizes = _sizes(q, k)
     q = _with_dense_rows(q)
     write_rows(_with_dense_rows(k), _with_dense_rows(v), layout, kv)
@@ -418,20 +418,20 @@ def attention(
     dtype = torch.float32 if INTERPRET else q.dtype  # the interpreter does not round to bfloat16
     out = (torch.zeros if ends_in_padding else torch.empty)(q.shape, dtype=dtype, device=q.device)
     prefill(q, out, scale, layout, kv, window, sizes)
-    decode(q, out, scale, layout, kv, window, sizes, plan_of(layout))
+    decode(q, out, scale, layout, kv, window, sizes, schedule_of(layout))
     return out.to(q.dtype)
 
 
-def plan_of(layout: RowLayout) -> DecodePlan | None:
-    """None for a regular grid: to make a plan from tensors on a GPU would mean to wait for it."""
-    plan: DecodePlan | None = layout.decode_plan
-    if plan is None and layout.decode_len.device.type == "cpu":
-        return plan_shared(layout.page_table[len(layout.chunk_tile) :].numpy(), layout.decode_len.numpy())
-    return plan
+def schedule_of(layout: RowLayout) -> DecodeSchedule | None:
+    """None for a regular grid: making a schedule from tensors on a GPU would mean waiting for it."""
+    schedule: DecodeSchedule | None = layout.decode_schedule
+    if schedule is None and layout.decode_len.device.type == "cpu":
+        return schedule_shared(layout.page_table[len(layout.chunk_tile) :].numpy(), layout.decode_len.numpy())
+    return schedule
 
 
 def write_rows(k: Tensor, v: Tensor, layout: RowLayout, kv: KVTensors) -> None:
-    """Copies rows of k, v into the pages at `layout.kv_rows`."""
+    """Copies rows of k, v [R, kv_heads, d] into the pages at `layout.kv_rows`."""
     width = k.shape[1] * k.shape[2]
     columns = min(WRITE_COLUMNS, triton.next_power_of_2(width))
     grid = (triton.cdiv(layout.num_rows, WRITE_ROWS), triton.cdiv(width, columns))
@@ -456,7 +456,7 @@ def write_rows(k: Tensor, v: Tensor, layout: RowLayout, kv: KVTensors) -> None:
 def prefill(
     q: Tensor, out: Tensor, scale: float, layout: RowLayout, kv: KVTensors, window: int | None, sizes: _Sizes
 ) -> None:
-    """Fills the rows of all tiles of `out`."""
+    """Fills the rows of all tiles of `out`. q, out [R, heads, d]."""
     if layout.num_tiles == 0:
         return
     stack, num_warps, num_stages = _prefill_shape(sizes)
@@ -498,9 +498,9 @@ def decode(
     kv: KVTensors,
     window: int | None,
     sizes: _Sizes,
-    plan: DecodePlan | None,
+    schedule: DecodeSchedule | None,
 ) -> None:
-    """Fills the decode rows of `out`; without a plan, each row by itself on a regular grid."""
+    """Fills the decode rows of `out`; without a schedule, each by itself on a regular grid. q, out [R, heads, d]."""
     if layout.num_decode == 0:
         return
     num_pages = layout.page_table.shape[1]
@@ -509,10 +509,10 @@ def decode(
     partial = torch.empty((*shape, sizes.head_dim), dtype=torch.float32, device=q.device)
     partial_sums = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
     stack = min(sizes.group, DECODE_M)
-    if plan is None:
+    if schedule is None:
         num_blocks, table = layout.num_decode * num_splits, layout.decode_len
     else:
-        blocks = plan.on(q.device, DECODE_M // stack)
+        blocks = schedule.on(q.device, DECODE_M // stack)
         num_blocks, table = blocks.num_blocks, blocks.data
     num_warps, num_stages = _decode_shape(sizes)
     first_row = layout.num_tiles * TILE
@@ -530,7 +530,7 @@ def decode(
         num_pages,
         first_row,
         num_splits,
-        int(plan is not None),
+        int(schedule is not None),
         3 * num_blocks,
         q.stride(0),
         kv.k.stride(0),

@@ -3,7 +3,7 @@
 A launch never reads a window that another program of it writes: first the rows of all tiles, which read old windows,
 then the windows of chunks and captures, each owned by one program for a block of channels. A decode row's program does
 both. Sums run over the taps from the oldest to the newest, in float32, after the bias; a row of a tile is computed from
-its K rows alone, so neither cuts nor company matter.
+its K rows only, so neither cuts nor other sequences matter.
 """
 
 import torch
@@ -258,12 +258,13 @@ def causal_conv(
 
 
 def check_width(weight: Tensor) -> None:
+    """weight [channels, K]. Raises UnsupportedShape for a K without a kernel."""
     if not 2 <= weight.shape[1] <= MAX_WIDTH:
         raise UnsupportedShape(f"a convolution over {weight.shape[1]} rows; the kernel takes 2 to {MAX_WIDTH}")
 
 
 def bucket(count: int) -> int:
-    """Room for chunks or captures, in few sizes, since each is compiled anew."""
+    """Room for chunks or captures, in few sizes, since each is compiled separately."""
     room: int = max(triton.next_power_of_2(count), 16)
     return room
 
@@ -281,7 +282,7 @@ def convolve_tiles(
 ) -> None:
     """Fills the rows of all tiles of `out` [R, channels]; see `_convolve_tiles`. `conv` stays as it is.
 
-    x [R, channels], strided in dimension 0 alone
+    x [R, channels], strided only in dimension 0
     """
     channels, width = weight.shape
     num_chunks = len(layout.chunk_tile)
@@ -314,7 +315,7 @@ def convolve_tiles(
 def save_windows(x: Tensor, layout: RowLayout, conv: Tensor) -> None:
     """Writes the windows after all chunks and captures; what `convolve_tiles` reads of the old ones is gone after it.
 
-    x [R, channels], strided in dimension 0 alone
+    x [R, channels], strided only in dimension 0
     """
     _, rows, channels = conv.shape
     num_chunks = len(layout.chunk_tile)

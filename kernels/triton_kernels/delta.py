@@ -1,6 +1,6 @@
 """The gated delta rule (Yang et al. 2024, arXiv 2412.06464), also with a decay for each column (Kimi Team 2025).
 
-A token writes beta (v - h k): what the state would say at its key is wrong by so much. What a tile's tokens write is
+A token writes beta (v - h k), its share of the error of what the state says at its key. What a tile's tokens write is
 the solution of a triangular system, whose matrix needs neither the state nor the values. A prefill has three steps:
 
 1. products, grid (tiles, heads) or (tiles, heads, blocks of rows): of keys with keys and of queries with keys, with the
@@ -128,7 +128,7 @@ def _squares(x):
 
 @inlined
 def _sums_behind(x, stride, at, num_rows, column):
-    """For each of the rows `at`, to which x points, the sum of those behind it; the last is row `num_rows` - 1."""
+    """For each of the rows `at`, to which x points, the sum of those after it; the last is row `num_rows` - 1."""
     return running_sum(tl.load(x + stride, (at < num_rows - 1)[:, None] & column, 0.0), 0, True)
 
 
@@ -274,7 +274,7 @@ def _kimi_products_kernel(
     tl.store(kk_out + near, kk * (strength * k_factor)[:, None] * k_factor[None, :])
     _store_parts(qk_out + near, _TILE * _TILE, qk * q_factor[:, None] * k_factor[None, :], near >= 0)
 
-    # with earlier blocks, and with what is before and behind the tile
+    # with earlier blocks, and with what is before and after the tile
     far_kk, far_qk = tl.full([_BLOCK, _TILE], 0.0, tl.float32), tl.full([_BLOCK, _TILE], 0.0, tl.float32)
     squares = tl.full([_TILE], 0.0, tl.float32)
     for start in counted(0, N, PART, num_stages=1, disable_licm=True):
@@ -306,7 +306,7 @@ def _kimi_products_kernel(
         if block == 0:
             tl.store(decay_out + (tile * HEADS + head) * N + part, tl.exp(summed(decays, 0)))
     far_factor = tl.rsqrt(squares + _EPS)[None, :]
-    far = ((j < first) | (j >= first + _BLOCK))[None, :]  # zeros behind this block
+    far = ((j < first) | (j >= first + _BLOCK))[None, :]  # zeros after this block
     tl.store(kk_out + j[None, :], far_kk * strength[:, None] * far_factor, far)
     _store_parts(qk_out + j[None, :], _TILE * _TILE, far_qk * far_factor, far)
 
@@ -565,12 +565,12 @@ def _decode_kernel(
 
 
 def gated_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
-    """See `Ops.gated_delta`. Rows of no token come back as zeros."""
+    """See `Ops.gated_delta`. Padding rows come back as zeros."""
     return _delta(q, k, v, g, beta, layout, state, each_column=False)
 
 
 def kimi_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
-    """See `Ops.kimi_delta`. Rows of no token come back as zeros."""
+    """See `Ops.kimi_delta`. Padding rows come back as zeros."""
     return _delta(q, k, v, g, beta, layout, state, each_column=True)
 
 
@@ -667,12 +667,12 @@ def _columns(v: Tensor, padded: int, each_column: bool) -> int:
 
 
 def _stages(v: Tensor, padded: int, each_column: bool) -> int:
-    """2 where the next tile's operands fit into shared memory beside those of this one."""
+    """2 where the next tile's operands fit into shared memory together with those of this one."""
     return 2 if not each_column and padded <= 128 and v.element_size() == 2 else 1
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
-    """x [R, ...] with each row's values next to each other; rows may be any distance apart."""
+    """x [R, ...] with each row's values next to each other; rows may have any stride."""
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if size != 1 and stride != expected:

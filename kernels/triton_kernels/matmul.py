@@ -2,8 +2,8 @@
 
 An output is one sum over the inner dimension. Whatever the block size, a tensor core instruction takes the same STEP of
 it for all elements of the block, the loop goes through the steps in order into one float32 accumulator, and a row of a
-product reads its own row alone. So block sizes may follow the number of rows: few rows take narrow blocks that spread
-the weight over the card, many rows take large ones. That instructions for other block sizes round alike is not written
+product reads only its own row. So block sizes may follow the number of rows: few rows take narrow blocks that spread
+the weight over the GPU, many rows take large ones. That instructions for other block sizes round alike is not written
 down by the maker; `agreeing_blocks` tries it once on each device and drops the sizes that do not. There is no split of
 the sum, and nothing is autotuned.
 
@@ -25,7 +25,7 @@ from hybrid_cache.kernels.triton_kernels.conv import narrow
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 PRECISION = "tf32x3"
 GROUP = 8  # row blocks that run through the weight together
-MIN_PROGRAMS = 64  # fewer leave most of the card idle
+MIN_PROGRAMS = 64  # fewer leave most of the GPU idle
 COMBINE_BLOCK = 1024
 
 
@@ -41,7 +41,7 @@ class Block:
 
 
 # Largest first. On sm_90 a product of 64 rows is one instruction of four warps (wgmma), on sm_80 one of 16 rows is one
-# of one warp (mma). Three stages of the largest fit into 99 KB, which the small cards of these generations have.
+# of one warp (mma). Three stages of the largest fit into 99 KB, which the small GPUs of these generations have.
 HALF_BLOCKS = {
     80: (Block(128, 128, 64, 8, 3), Block(64, 128, 64, 4, 3), Block(16, 64, 128, 4, 4)),
     90: (Block(128, 128, 64, 8, 4), Block(64, 128, 64, 4, 4), Block(64, 32, 128, 4, 4)),
@@ -136,7 +136,7 @@ def _experts_kernel(
     """Grid (column blocks, row blocks). A program computes BLOCK_N outputs for BLOCK_M rows of one expert.
 
     Pairs (row, choice) are sorted by expert; order [pairs] says where a pair was before. A block has the pairs
-    [block_first, block_end) and at most BLOCK_M of them; behind the last block there are empty ones.
+    [block_first, block_end) and at most BLOCK_M of them; after the last block there are empty ones.
     GATHER: x has the rows, `out` gets the pairs sorted; otherwise x has sorted pairs and `out` gets them as they were.
     """
     first = tl.load(block_first + tl.program_id(1))
@@ -174,6 +174,7 @@ class TritonLinear:
     """x @ weight.T + bias; a row's bits depend on nothing but the row."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight [out, in]   bias [out]"""
         self.out_features, self.in_features = weight.shape
         self._weight = weight.contiguous()
         self._bias = None if bias is None else bias.contiguous()
@@ -187,6 +188,7 @@ class TritonExperts:
     """Sorts the (row, choice) pairs by expert and multiplies each expert's pairs in blocks of their own."""
 
     def __init__(self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor]) -> None:
+        """Arguments as of `Ops.experts`: [2 * inner, hidden] and [hidden, inner] for each expert."""
         self._w_in = torch.stack(list(w_in))
         self._w_out = torch.stack(list(w_out))
         self._act = act
@@ -200,11 +202,11 @@ class TritonExperts:
         x = x if x.stride(1) == 1 else x.contiguous()
         pairs, hidden = num_rows * num_choices, self._w_out.shape[1]
         block = self._block(pairs)
-        plan = _plan_blocks(expert_ids.flatten(), self._edges, block.m)
+        block_map = _map_blocks(expert_ids.flatten(), self._edges, block.m)
         between = x.new_empty(pairs, self._w_in.shape[1])
-        _multiply_experts(x, self._w_in, plan, between, num_choices, True, block)
+        _multiply_experts(x, self._w_in, block_map, between, num_choices, True, block)
         choices = x.new_empty(pairs, hidden)
-        _multiply_experts(self._act(between), self._w_out, plan, choices, num_choices, False, block)
+        _multiply_experts(self._act(between), self._w_out, block_map, choices, num_choices, False, block)
         out = x.new_empty(num_rows, hidden)
         width = min(COMBINE_BLOCK, triton.next_power_of_2(hidden))
         _combine_kernel[num_rows, triton.cdiv(hidden, width)](
@@ -219,17 +221,17 @@ class TritonExperts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _BlockMap:
     """See `_experts_kernel`."""
 
-    order: Tensor
-    block_expert: Tensor
+    order: Tensor  # [pairs] int64
+    block_expert: Tensor  # [blocks] int64, as the next two
     block_first: Tensor
     block_end: Tensor
 
 
-def _plan_blocks(expert_ids: Tensor, edges: Tensor, block_m: int) -> _Plan:
-    """expert_ids [pairs], edges: 0 to the number of experts. Nothing is read back: as many blocks as there might be."""
+def _map_blocks(expert_ids: Tensor, edges: Tensor, block_m: int) -> _BlockMap:
+    """The most blocks that there may be, so that nothing is read back. expert_ids [pairs], edges [num_experts + 1]."""
     num_experts, num_pairs = len(edges) - 1, len(expert_ids)
     ids, order = expert_ids.sort(stable=True)
     starts = torch.searchsorted(ids, edges)
@@ -237,17 +239,26 @@ def _plan_blocks(expert_ids: Tensor, edges: Tensor, block_m: int) -> _Plan:
     last_block = num_blocks.cumsum(0)
     blocks = torch.arange(num_pairs // block_m + min(num_experts, num_pairs), device=ids.device)
     expert = torch.searchsorted(last_block, blocks, right=True).clamp_(max=num_experts - 1)
-    # A block behind the last one of the last expert begins behind that expert's pairs, and is empty.
+    # A block after the last one of the last expert begins after that expert's pairs, and is empty.
     first = starts[expert] + (blocks - (last_block - num_blocks)[expert]) * block_m
-    return _Plan(order, expert, first, starts[expert + 1])
+    return _BlockMap(order, expert, first, starts[expert + 1])
 
 
 def _multiply_experts(
-    x: Tensor, weight: Tensor, plan: _Plan, out: Tensor, num_choices: int, gather: bool, block: Block
+    x: Tensor, weight: Tensor, block_map: _BlockMap, out: Tensor, num_choices: int, gather: bool, block: Block
 ) -> None:
     _, size_out, size_in = weight.shape
-    _experts_kernel[triton.cdiv(size_out, block.n), len(plan.block_expert)](
-        *(x, weight, plan.order, plan.block_expert, plan.block_first, plan.block_end, out, x.stride(0)),
+    _experts_kernel[triton.cdiv(size_out, block.n), len(block_map.block_expert)](
+        *(
+            x,
+            weight,
+            block_map.order,
+            block_map.block_expert,
+            block_map.block_first,
+            block_map.block_end,
+            out,
+            x.stride(0),
+        ),
         NUM_CHOICES=num_choices,
         GATHER=gather,
         IN=size_in,
@@ -284,7 +295,7 @@ def _constants(block: Block) -> dict[str, int | str]:
 
 
 def block_for(blocks: Sequence[Block], num_rows: int, size_out: int) -> Block:
-    """The largest that still gives the card enough programs."""
+    """The largest that still gives the GPU enough programs."""
     for block in blocks:
         if triton.cdiv(num_rows, block.m) * triton.cdiv(size_out, block.n) >= MIN_PROGRAMS:
             return block
@@ -311,7 +322,7 @@ def _blocks(dtype: torch.dtype, device: torch.device) -> tuple[Block, ...]:
     return HALF_BLOCKS[90 if torch.cuda.get_device_capability(device) >= (9, 0) else 80]
 
 
-_PLAN = ("order", "block_expert", "block_first", "block_end")
+_BLOCK_MAP = ("order", "block_expert", "block_first", "block_end")
 
 
 def _specs(arch: int, block: Block, kind: str) -> list[Spec]:
@@ -324,7 +335,7 @@ def _specs(arch: int, block: Block, kind: str) -> list[Spec]:
             {"IN": 4096, "HAS_BIAS": True, "GROUP": GROUP, **constants},
         ),
         _experts_kernel: (
-            {**rows, **dict.fromkeys(_PLAN, "*i64")},
+            {**rows, **dict.fromkeys(_BLOCK_MAP, "*i64")},
             {"NUM_CHOICES": 8, "GATHER": True, "IN": 2048, "OUT": 1536, **constants},
         ),
     }

@@ -103,8 +103,8 @@ def gated(x: Tensor, kind: str) -> Tensor:
 
 
 @triton.jit
-def _turn(a, b, angle):
-    """(a, b) turned by the angle."""
+def _rotate(a, b, angle):
+    """(a, b) rotated by the angle."""
     cos, sin = tl.cos(angle), tl.sin(angle)
     return a * cos - b * sin, b * cos + a * sin
 
@@ -123,7 +123,7 @@ def _rotary_kernel(
     HEAD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (rows, head blocks). A program turns HEAD_BLOCK heads of one row."""
+    """Grid (rows, head blocks). A program rotates HEAD_BLOCK heads of one row."""
     row = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
     pairs = tl.arange(0, BLOCK)
@@ -132,14 +132,14 @@ def _rotary_kernel(
     a = tl.load(source, mask, 0.0).to(tl.float32)
     b = tl.load(source + HALF, mask, 0.0).to(tl.float32)
     angle = tl.load(positions + row).to(tl.float32) * tl.load(inv_freq + pairs, pairs < HALF, 0.0)
-    a, b = _turn(a, b, angle[None, :])
+    a, b = _rotate(a, b, angle[None, :])
     target = out + row * (2 * HEADS * HALF) + heads[:, None] * (2 * HALF) + pairs[None, :]
     tl.store(target, narrow(a, out.dtype.element_ty), mask)
     tl.store(target + HALF, narrow(b, out.dtype.element_ty), mask)
 
 
 def rotary(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """x [R, heads, d], positions [R] int64, inv_freq [d / 2] float32 -> pairs (i, i + d / 2) turned."""
+    """x [R, heads, d], positions [R] int64, inv_freq [d / 2] float32 -> pairs (i, i + d / 2) rotated."""
     x = _with_unit_stride(x)
     num_rows, num_heads, size = x.shape
     out = torch.empty(num_rows, num_heads, size, dtype=x.dtype, device=x.device)
@@ -177,7 +177,7 @@ def _relocate_kernel(
     HEAD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (rows, head blocks). A program moves HEAD_BLOCK heads of one row; [FIRST, FIRST + 2 * HALF) are turned."""
+    """Grid (rows, head blocks). A program moves HEAD_BLOCK heads of one row; [FIRST, FIRST + 2 * HALF) are rotated."""
     row = tl.program_id(0)
     source, target = tl.load(source_rows + row), tl.load(target_rows + row)
     heads = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
@@ -193,21 +193,21 @@ def _relocate_kernel(
     if HALF > 0:
         shift = tl.load(delta + row)
         pair = columns - FIRST
-        turned = (pair >= 0) & (pair < tl.where(shift != 0, 2 * HALF, 0))
+        rotated = (pair >= 0) & (pair < tl.where(shift != 0, 2 * HALF, 0))
         is_first = pair < HALF
-        partner = tl.load(k_source + inside + tl.where(is_first, HALF, -HALF)[None, :], mask & turned[None, :], 0.0)
-        speed = tl.load(inv_freq + tl.where(is_first, pair, pair - HALF), turned, 0.0)
+        partner = tl.load(k_source + inside + tl.where(is_first, HALF, -HALF)[None, :], mask & rotated[None, :], 0.0)
+        speed = tl.load(inv_freq + tl.where(is_first, pair, pair - HALF), rotated, 0.0)
         angle = shift.to(tl.float32) * speed
         sin = tl.where(is_first, -tl.sin(angle), tl.sin(angle))
         y = old.to(tl.float32) * tl.cos(angle)[None, :] + partner.to(tl.float32) * sin[None, :]
-        old = tl.where(turned[None, :], narrow(y, old.dtype), old)
+        old = tl.where(rotated[None, :], narrow(y, old.dtype), old)
     tl.store(k_target + inside, old, mask)
 
 
 def relocate_keys(
     kv: KVTensors, source_rows: Tensor, target_rows: Tensor, delta: Tensor, inv_freq: Tensor | None, first: int = 0
 ) -> None:
-    """Copies KV rows to other rows and turns the copied keys by `delta` positions. See `reference.relocate_keys`."""
+    """Copies KV rows to other rows and rotates the copied keys by `delta` positions. See `reference.relocate_keys`."""
     num_rows, (_, _, num_heads, size) = len(source_rows), kv.k.shape
     if num_rows:
         block = triton.next_power_of_2(size)

@@ -91,7 +91,7 @@ def sigmoid(x):
 
 @inlined
 def find_capture(chunk, num_tiles, capture_chunk, capture_tiles, capture_slot, num_captures):
-    """The slot that gets the state after so many tiles of a chunk, or -1."""
+    """The slot that gets the state after `num_tiles` tiles of a chunk, or -1."""
     slot = tl.full([], -1, tl.int64)
     first = 0
     while first < num_captures:
@@ -105,7 +105,7 @@ def find_capture(chunk, num_tiles, capture_chunk, capture_tiles, capture_slot, n
 
 @inlined
 def _load_scratch(x, y, first, stride, mask, NUM: tl.constexpr):
-    """-> rows of x and y in turn, NUM of each from `first` on."""
+    """-> rows of x and y alternately, NUM of each from `first` on."""
     found = ()  # type: tuple[Any, ...]
     for i in tl.static_range(NUM):
         at = (first + i) * stride
@@ -115,7 +115,7 @@ def _load_scratch(x, y, first, stride, mask, NUM: tl.constexpr):
 
 @inlined
 def _load_rows(x, y, first, last, x_stride, y_stride, mask, NUM: tl.constexpr):
-    """-> rows of x and y in turn, NUM of each from `first` on; row `last` again in place of what is behind it."""
+    """-> rows of x and y alternately, NUM of each from `first` on; row `last` again in place of what is after it."""
     found = ()  # type: tuple[Any, ...]
     for i in tl.static_range(NUM):
         at = tl.minimum(first + i, last)
@@ -190,7 +190,7 @@ def _mamba1_chunk_kernel(
         ds, us, bs, cs = deltas + c, inputs + c, B + first * B_stride + n, C + first * C_stride + n
         t = 0
         while t < num_tokens:
-            # Behind the last token, delta and input are zero, which leaves the state as it is.
+            # After the last token, delta and input are zero, which leaves the state as it is.
             du = _load_scratch(ds, us, t, channels, c_mask, NUM)
             bc = _load_rows(bs, cs, t, last, B_stride, C_stride, n_mask, NUM)
             for few in tl.static_range(0, NUM, 4):
@@ -278,7 +278,7 @@ def mamba1_scan(
     layout: RowLayout,
     state: Tensor,
 ) -> Tensor:
-    """See `Ops.mamba1_scan`. Rows of no token come back as zeros."""
+    """See `Ops.mamba1_scan`. Padding rows come back as zeros. Raises UnsupportedShape for too large a state."""
     channels, d_state = weights.A.shape
     if d_state > MAX_D_STATE:
         raise UnsupportedShape(f"mamba1_scan with a state of {d_state}, limit {MAX_D_STATE}")
@@ -435,7 +435,7 @@ def _rg_lru_decode_kernel(
 
 
 def rg_lru(x: Tensor, input_gate: Tensor, gate: Tensor, decay: Tensor, layout: RowLayout, state: Tensor) -> Tensor:
-    """See `Ops.rg_lru`. Rows of no token come back as zeros."""
+    """See `Ops.rg_lru`. Padding rows come back as zeros."""
     channels = len(decay)
     rows = [_with_unit_stride(t) for t in (x, input_gate, gate)]
     strides = [t.stride(0) for t in rows]
@@ -473,7 +473,7 @@ def _scratch(layout: RowLayout, num: int, state: Tensor) -> Tensor:
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:
-    """x [R, channels] with each row's values next to each other; rows may be any distance apart."""
+    """x [R, channels] with each row's values next to each other; rows may have any stride."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 

@@ -11,9 +11,9 @@ Decode, in launches of one program for
     row x head x block        convolution, dt, state and y at once; the state is read once and written once
     row x norm group          gate and norm, and the windows of the decode rows
 
-A tile's y depends on its rows and the entering state alone, and a state on the one before it and a tile: so cuts at
+A tile's y depends only on its rows and the entering state, and a state on the one before it and a tile: so cuts at
 tiles change no bit. Sums run over all rows of a tile, or all of the state's columns, in blocks that depend on the sizes
-of the model alone. Rows of no token have dt = 0 and zeros for x, B and C.
+of the model only. Padding rows have dt = 0 and zeros for x, B and C.
 
 Products of float32 and float16 rows take three tf32 products each. For bfloat16 rows, y comes from bfloat16 operands;
 the state, which lasts, from pairs of them (an operand and what its rounding lost), good for 16 bits and more.
@@ -52,7 +52,7 @@ MULTIPROCESSORS = 132  # of an H200
 
 @triton.jit
 def _softplus(x):
-    """log(1 + exp(x)), also where exp(x) is lost beside the 1: log(u) * e / (u - 1) is right for the rounded u."""
+    """log(1 + exp(x)), also where exp(x) is lost next to the 1: log(u) * e / (u - 1) is right for the rounded u."""
     e = tl.exp(tl.minimum(x, 20.0))
     u = 1.0 + e
     lost = u == 1.0
@@ -245,7 +245,7 @@ def _carry_states(
     index = tl.arange(0, CAPTURES)
     real = index < num_captures
     mine = real & (tl.load(capture_chunk + index, mask=real, other=-1) == chunk)
-    due = tl.where(mine, tl.load(capture_tiles + index, mask=real, other=0), 0)  # after so many tiles; 0 for never
+    due = tl.where(mine, tl.load(capture_tiles + index, mask=real, other=0), 0)  # after how many tiles; 0 for never
     due_slot = tl.load(capture_slot + index, mask=real, other=-1)
     if INTERPRET:  # has no range() over a loaded number in some versions
         i = 0

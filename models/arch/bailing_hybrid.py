@@ -14,15 +14,15 @@ from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import KimiDeltaShape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "BailingHybrid":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "BailingHybrid":
     return BailingHybrid(config, weights, ops, dtype)
 
 
 class BailingHybrid(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_act", "silu", ["silu"])
         config.refuse("tie_word_embeddings")
         kinds = _kinds(config)

@@ -12,15 +12,15 @@ from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, Mamba2Shape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Bamba":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Bamba":
     return Bamba(config, weights, ops, dtype)
 
 
 class Bamba(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_act", "silu", ["silu"])
         num_layers = config.integer("num_hidden_layers")
         attention = _attention_layers(config, num_layers)

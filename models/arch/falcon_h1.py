@@ -19,17 +19,17 @@ from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, Mamba2Shape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "FalconH1":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "FalconH1":
     return FalconH1(config, weights, ops, dtype)
 
 
 class FalconH1(CausalModel):
     """Each layer keeps two entries in the cache: of Mamba-2, then of attention."""
 
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_act", "silu", ["silu"])
         layers = (
             Layer(config, Scope(weights, f"model.layers.{i}."), ops, dtype)

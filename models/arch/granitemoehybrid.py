@@ -15,15 +15,15 @@ from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, LayerShape, Mamba2Shape, MoEShape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "GraniteMoeHybrid":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "GraniteMoeHybrid":
     return GraniteMoeHybrid(config, weights, ops, dtype)
 
 
 class GraniteMoeHybrid(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         num_layers = config.integer("num_hidden_layers")
         kinds = config.layer_kinds(num_layers, default=["mamba"] * num_layers)
         layers = (

@@ -13,18 +13,18 @@ from hybrid_cache.models.blocks.short_conv import ShortConv
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, ShortConvShape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 BuildFeedForward = Callable[[int, Config, Weights, Ops], MLP | MoE]
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Lfm2":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Lfm2":
     return Lfm2(config, weights, ops, dtype, _mlp)
 
 
 class Lfm2(CausalModel):
     def __init__(
-        self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype, feed_forward: BuildFeedForward
+        self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype, feed_forward: BuildFeedForward
     ) -> None:
         """`feed_forward` builds what follows the mixer of the layer with a given number."""
         layers = (

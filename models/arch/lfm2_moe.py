@@ -8,10 +8,10 @@ from hybrid_cache.models.blocks.common import linear
 from hybrid_cache.models.blocks.feed_forward import MLP, MoE, SigmoidRouter, expert_matrices
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import MoEShape
-from hybrid_cache.models.weights import Checkpoint, Weights
+from hybrid_cache.models.weights import ModelWeights, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Lfm2Moe":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Lfm2Moe":
     return Lfm2Moe(config, weights, ops, dtype, _feed_forward)
 
 

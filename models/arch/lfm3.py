@@ -13,7 +13,7 @@ from hybrid_cache.models.blocks.short_conv import ShortConv
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer, SandwichLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -21,12 +21,12 @@ ROPE = {
 }
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Lfm3":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Lfm3":
     return Lfm3(config, weights, ops, dtype)
 
 
 class Lfm3(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         num_layers = config.integer("num_hidden_layers")
         default = [_default_kind(i) for i in range(num_layers)]
         kinds = config.each_layer("layer_types", num_layers, list(_MIXERS), default)

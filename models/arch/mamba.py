@@ -11,18 +11,18 @@ from hybrid_cache.models.blocks.model import UNBOUNDED, CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack, MixerLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import Mamba1Shape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 BuildNorm = Callable[[str, int], RowNorm]
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Mamba":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Mamba":
     return Mamba(config, weights, ops, dtype)
 
 
 class Mamba(CausalModel):
     def __init__(
-        self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype, norm: BuildNorm | None = None
+        self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype, norm: BuildNorm | None = None
     ) -> None:
         """`norm` is that of `Mamba1`."""
         config.choice("hidden_act", "silu", ["silu"])

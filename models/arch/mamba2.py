@@ -10,17 +10,17 @@ from hybrid_cache.models.blocks.model import UNBOUNDED, CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack, MixerLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import Mamba2Shape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Mamba2":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Mamba2":
     return Mamba2(config, weights, ops, dtype)
 
 
 class Mamba2(CausalModel):
     """Where the config names no longest context, it is `UNBOUNDED`."""
 
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         layers = (
             _layer(config, Scope(weights, f"backbone.layers.{i}."), ops, dtype)
             for i in range(config.integer("num_hidden_layers"))

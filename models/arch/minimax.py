@@ -19,15 +19,15 @@ from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, LinearAttentionShape, MoEShape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "MiniMax":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "MiniMax":
     return MiniMax(config, weights, ops, dtype)
 
 
 class MiniMax(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_act", "silu", ["silu"])
         weights.ignore(r"self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$")  # all follow from the sizes
         num_layers = config.integer("num_hidden_layers")

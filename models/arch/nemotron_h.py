@@ -15,7 +15,7 @@ from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.stack import FeedForwardLayer, HybridStack, MixerLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, LayerShape, Mamba2Shape, MoEShape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}  # of hybrid_override_pattern
 WORDS = {  # of layers_block_type
@@ -29,12 +29,12 @@ WORDS = {  # of layers_block_type
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu2": relu2, "silu": silu}
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "NemotronH":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "NemotronH":
     return NemotronH(config, weights, ops, dtype)
 
 
 class NemotronH(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         weights.ignore(r"^mtp\.")  # layers that guess further tokens
         top = "model." if weights.has("model.embeddings.weight") else "backbone."
         kinds = _kinds(config)

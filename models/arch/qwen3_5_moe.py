@@ -7,10 +7,10 @@ from hybrid_cache.models.arch.qwen3_5 import delta_projection, text_prefix
 from hybrid_cache.models.arch.qwen3_next import Qwen3Next, moe
 from hybrid_cache.models.blocks.feed_forward import GatedSharedMoE
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.weights import Checkpoint, Weights
+from hybrid_cache.models.weights import ModelWeights, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Qwen3_5Moe":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Qwen3_5Moe":
     return Qwen3_5Moe(config.text(), weights, ops, dtype, text_prefix(weights), delta_projection, _feed_forward)
 
 

@@ -20,13 +20,13 @@ from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, GatedDeltaShape, MoEShape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 Projection = Callable[[GatedDeltaShape, Weights, Ops], Linear]
 BuildFeedForward = Callable[[int, Config, Weights, Ops], MLP | GatedSharedMoE]
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Qwen3Next":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Qwen3Next":
     return Qwen3Next(config, weights, ops, dtype, "model.", _delta_projection, _feed_forward)
 
 
@@ -34,7 +34,7 @@ class Qwen3Next(CausalModel):
     def __init__(
         self,
         config: Config,
-        weights: Checkpoint,
+        weights: ModelWeights,
         ops: Ops,
         dtype: torch.dtype,
         prefix: str,

@@ -13,17 +13,17 @@ from hybrid_cache.models.blocks.rg_lru import RgLru
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, RgLruShape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 TRAINED_LENGTH = 8192  # tokens (Botev et al. 2024); the config names none
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "RecurrentGemma":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "RecurrentGemma":
     return RecurrentGemma(config, weights, ops, dtype)
 
 
 class RecurrentGemma(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         config.choice("hidden_activation", "gelu_pytorch_tanh", ["gelu_pytorch_tanh"])
         root = torch.tensor(config.integer("hidden_size") ** 0.5, dtype=torch.bfloat16)
         layers = (

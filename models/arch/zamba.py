@@ -15,15 +15,15 @@ from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.shared_block import HybridLayer, MambaLayer, SharedBlock, SharedBlockStack
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, Mamba1Shape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Zamba":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Zamba":
     return Zamba(config, weights, ops, dtype)
 
 
 class Zamba(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         block: SharedBlock | None = None
         layers: list[MambaLayer | HybridLayer] = []
         for i, kind in enumerate(_kinds(config)):

@@ -21,15 +21,15 @@ from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.shared_block import HybridLayer, MambaLayer, SharedBlock, SharedBlockStack
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape, Mamba2Shape
-from hybrid_cache.models.weights import Checkpoint, Scope, Weights
+from hybrid_cache.models.weights import ModelWeights, Scope, Weights
 
 
-def build(config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> "Zamba2":
+def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Zamba2":
     return Zamba2(config, weights, ops, dtype)
 
 
 class Zamba2(CausalModel):
-    def __init__(self, config: Config, weights: Checkpoint, ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
         config.refuse("use_long_context")
         num_blocks = config.integer("num_mem_blocks", 1)
         blocks: list[BlockWeights] = []

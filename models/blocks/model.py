@@ -14,7 +14,7 @@ from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.common import Norm
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import Advance, LayerShape, ModelShape, ways_to_compose
-from hybrid_cache.models.weights import Checkpoint
+from hybrid_cache.models.weights import ModelWeights
 
 UNBOUNDED = 1 << 20
 """Tokens of context where a model without positions names no bound of its own: what a state holds does not grow."""
@@ -39,7 +39,7 @@ class CausalModel:
     def __init__(
         self,
         config: Config,
-        weights: Checkpoint,
+        weights: ModelWeights,
         ops: Ops,
         dtype: torch.dtype,
         *,
@@ -69,7 +69,7 @@ class CausalModel:
         self.vocab_size = config.integer("vocab_size")
         self.max_length = config.integer("max_position_embeddings", max_length)
         self.shape = ModelShape(type(self).__name__, stack.shapes, hidden, self.vocab_size, dtype)
-        self.ways = ways_to_compose(self.shape)
+        self.fidelities = ways_to_compose(self.shape)
         self.commutes = all(shape.advance is not Advance.MATRIX for shape in stack.shapes)
         self.cache_spec = self.shape.cache_spec
         self.prefill_cost = self.shape.prefill_cost

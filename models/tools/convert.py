@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorPart:
     """A tensor of the new files."""
 
     name: str
@@ -56,7 +56,7 @@ class Change:
     name: str
     dtype: torch.dtype  # in the file that is read
     shape: Shape
-    parts: tuple[Part, ...]  # one, or what a quantized matrix is stored as
+    parts: tuple[TensorPart, ...]  # one, or what a quantized matrix is stored as
     stored: Format | None
 
     @property
@@ -69,7 +69,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Conversion:
     """A folder that has been checked, and what it is to become."""
 
     source: Path
@@ -86,7 +86,7 @@ class Plan:
         return sum(change.new_bytes for change in self.changes)
 
 
-def plan(source: Path, *, dtype: str | None = None, quantize: str | None = None) -> Plan:
+def prepare(source: Path, *, dtype: str | None = None, quantize: str | None = None) -> Conversion:
     """Checks a folder as loading does, all but the values. Raises ModelError, ConfigError for an unknown option."""
     new_dtype = _option("dtype", dtype, STORED_DTYPES)
     stored = _option("quantize", quantize, FORMATS)
@@ -98,13 +98,17 @@ def plan(source: Path, *, dtype: str | None = None, quantize: str | None = None)
             vocab_size = weights.taken_by(config)
             changes = tuple(_change(weights, name, new_dtype, stored, vocab_size) for name in weights.in_file_order())
             new = _new_config(config, new_dtype or weights.embedding_dtype(), stored)
-            return Plan(source, new, changes, weights.left_out())
+            return Conversion(source, new, changes, weights.left_out())
     except ModelError as e:
         raise type(e)(f"{source}: {e}") from e
 
 
 def write(
-    plan: Plan, out: Path, *, shard_bytes: int, done: Callable[[Change, float], None] = lambda change, error: None
+    conversion: Conversion,
+    out: Path,
+    *,
+    shard_bytes: int,
+    done: Callable[[Change, float], None] = lambda change, error: None,
 ) -> int:
     """Makes the folder `out`, whole or not at all -> the number of weight files. Weights are read one by one.
 
@@ -117,12 +121,12 @@ def write(
         raise ModelError(f"{out.parent} is not a folder")
     try:
         free = shutil.disk_usage(out.parent).free
-        if plan.new_bytes > free:
-            raise ModelError(f"{out} needs {plan.new_bytes} bytes, {out.parent} has room for {free}")
+        if conversion.new_bytes > free:
+            raise ModelError(f"{out} needs {conversion.new_bytes} bytes, {out.parent} has room for {free}")
         unfinished = out.parent / f".{out.name}.{secrets.token_hex(4)}"
         unfinished.mkdir()
         try:
-            shards = _write_all(plan, unfinished, shard_bytes, done)
+            shards = _write_all(conversion, unfinished, shard_bytes, done)
             unfinished.rename(out)
         except BaseException:  # Ctrl-C as well
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -188,9 +192,9 @@ def _change(weights: Survey, name: str, dtype: torch.dtype | None, stored: Forma
     if stored is not None and not in_float32 and _is_large(shape) and (stored.bits == 8 or shape[0] != vocab_size):
         dtypes = (stored.codes, *[torch.float32] * (len(stored.suffixes) - 1))
         kinds = zip(stored.suffixes, dtypes, stored.shapes(shape), strict=True)
-        return Change(name, old, shape, tuple(Part(name + end, kind, size) for end, kind, size in kinds), stored)
+        return Change(name, old, shape, tuple(TensorPart(name + end, kind, size) for end, kind, size in kinds), stored)
     new = old if dtype is None or (in_float32 and old is torch.float32) else dtype
-    return Change(name, old, shape, (Part(name, new, shape),), None)
+    return Change(name, old, shape, (TensorPart(name, new, shape),), None)
 
 
 def _is_large(shape: Shape) -> bool:
@@ -209,25 +213,25 @@ def _new_config(config: Mapping[str, object], dtype: torch.dtype, stored: Format
     return new
 
 
-def _write_all(plan: Plan, folder: Path, shard_bytes: int, done: Callable[[Change, float], None]) -> int:
-    _copy_text_files(plan.source, folder)
-    (folder / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-    shards = _shards(plan.changes, shard_bytes)
+def _write_all(conversion: Conversion, folder: Path, shard_bytes: int, done: Callable[[Change, float], None]) -> int:
+    _copy_text_files(conversion.source, folder)
+    (folder / "config.json").write_text(json.dumps(conversion.config, indent=2) + "\n", encoding="utf-8")
+    shards = _shards(conversion.changes, shard_bytes)
     width = len(shards)
     names = [f"model-{i:05}-of-{width:05}.safetensors" for i in range(1, width + 1)]
     if width == 1:
         names = ["model.safetensors"]
     else:
         files = {part.name: file for file, shard in zip(names, shards, strict=True) for c in shard for part in c.parts}
-        index = {"metadata": {"total_size": plan.new_bytes}, "weight_map": dict(sorted(files.items()))}
+        index = {"metadata": {"total_size": conversion.new_bytes}, "weight_map": dict(sorted(files.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    with Survey(plan.source) as weights:
+    with Survey(conversion.source) as weights:
         for name, shard in zip(names, shards, strict=True):
             with (folder / name).open("wb") as file:
                 try:
                     _write_shard(file, shard, weights, done)
                 except ModelError as e:
-                    raise type(e)(f"{plan.source}: {e}") from e
+                    raise type(e)(f"{conversion.source}: {e}") from e
                 file.flush()
                 os.fsync(file.fileno())
     return width

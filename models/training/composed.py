@@ -1,4 +1,4 @@
-r"""Reading messages that were encoded before: what a plan of reuse costs in accuracy, by kind of question.
+r"""Reading messages that were encoded before: what reuse costs in accuracy, by kind of question.
 
     python -m hybrid_cache.models.training.composed MODEL_DIR [--adapter DIR] [--seeds 3] [--each 100] [--json FILE]
         [--talk-before 0] [--talk-after 0]
@@ -77,7 +77,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ReuseRow:
     """Messages in the order of the reader, and questions that attach to their tokens."""
 
     messages: tuple[Stored, ...]
@@ -143,7 +143,7 @@ class _Canvas:
         )
 
 
-def _lay_messages(canvas: _Canvas, r: int, row: Row) -> int:
+def _lay_messages(canvas: _Canvas, r: int, row: ReuseRow) -> int:
     """-> the first free position. Padding at 0 gives the first message a token before it."""
     start, end = 1, 1 + sum(len(m.tokens) for m in row.messages)
     for message in row.messages:
@@ -166,7 +166,7 @@ def _lay_messages(canvas: _Canvas, r: int, row: Row) -> int:
     return end
 
 
-def _lay_branch(canvas: _Canvas, r: int, row: Row, branch: rw.Branch, start: int) -> None:
+def _lay_branch(canvas: _Canvas, r: int, row: ReuseRow, branch: rw.Branch, start: int) -> None:
     stop, upto = start + len(branch.tokens), 1 + branch.attach
     canvas.tokens[r, start:stop] = branch.tokens
     canvas.read(r, start, stop, 1, upto)
@@ -186,7 +186,7 @@ def _lay_branch(canvas: _Canvas, r: int, row: Row, branch: rw.Branch, start: int
     canvas.tear(r, start, stop, window)
 
 
-def _share(canvas: _Canvas, r: int, row: Row, start: int, stop: int) -> None:
+def _share(canvas: _Canvas, r: int, row: ReuseRow, start: int, stop: int) -> None:
     """Each of n messages, encoded alone, ends where the reader starts, and counts 1/n."""
     assert all(m.context == () for m in row.messages)
     if canvas.gain is None:
@@ -199,7 +199,7 @@ def _share(canvas: _Canvas, r: int, row: Row, start: int, stop: int) -> None:
         first = last
 
 
-def collate(rows: Sequence[Row]) -> tuple[net.Batch, rw.Targets]:
+def collate(rows: Sequence[ReuseRow]) -> tuple[net.Batch, rw.Targets]:
     """Pad rows to one length."""
     length = max(map(len, rows))
     canvas = _Canvas(len(rows), length + -length % 8)
@@ -334,7 +334,7 @@ def parted(message: Stored, tail: int) -> list[Stored]:
     return [Stored(start, message.context), Stored(end)] if start else [Stored(end)]
 
 
-def row_of(codec: Codec, given: Case, reuse: Reuse, rng: Random) -> Row:
+def row_of(codec: Codec, given: Case, reuse: Reuse, rng: Random) -> ReuseRow:
     told, read = given.dialogue.turns, given.read
 
     def context(i: int) -> Sequence[Turn] | None:
@@ -352,7 +352,7 @@ def row_of(codec: Codec, given: Case, reuse: Reuse, rng: Random) -> Row:
     messages = tuple(m for i in given.order for m in parted(stored(codec, context(i), told[i]), reuse.tail))
     length = sum(len(m.tokens) for m in messages)
     branch = rw.branch(codec, read.questions[0], length, blind=False)
-    return Row(messages, (branch,), reuse.seam, reuse.state)
+    return ReuseRow(messages, (branch,), reuse.seam, reuse.state)
 
 
 TOLD = (
@@ -417,7 +417,7 @@ def talkative(case: Case, before: int, after: int, rng: Random) -> Case:
     return replace(case, dialogue=replace(case.dialogue, turns=tuple(map(padded, case.dialogue.turns))))
 
 
-def batched(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
+def batched(rows: Sequence[ReuseRow], budget: int) -> Iterator[list[int]]:
     """Indices of rows of similar length, at most `budget` tokens together with padding."""
     batch: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
@@ -429,7 +429,7 @@ def batched(rows: Sequence[Row], budget: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def hits(network: net.Network, rows: Sequence[Row]) -> list[bool]:
+def hits(network: net.Network, rows: Sequence[ReuseRow]) -> list[bool]:
     """For each row whether greedy decoding writes all of its answers."""
     marks = [True] * len(rows)
     for chosen in batched(rows, BATCH_TOKENS):
@@ -469,8 +469,8 @@ def evaluate(
     talk: tuple[int, int] = (0, 0),
 ) -> list[Score]:
     scores = []
-    for is_anew, plans in ((False, told), (True, anew)):
-        for reuse in plans:
+    for is_anew, reuses in ((False, told), (True, anew)):
+        for reuse in reuses:
             for kind in KINDS:
                 for seed in seeds:
                     scores.append(score(network, codec, kind, seed, each, is_anew, reuse, talk))
@@ -499,7 +499,7 @@ def means(scores: Sequence[Score]) -> dict[tuple[bool, Reuse, str], float]:
 
 
 def table(scores: Sequence[Score]) -> str:
-    """A line for each plan: percent right by kind, over the seeds."""
+    """A line for each way of reuse: percent right by kind, over the seeds."""
     lines = ["| order | encoded | " + " | ".join(KINDS) + " |", "|---|---|" + "---:|" * len(KINDS)]
     mean = means(scores)
     for anew, reuse in dict.fromkeys((s.anew, s.reuse) for s in scores):

@@ -35,7 +35,7 @@ from hybrid_cache.models.loading import load_config
 from hybrid_cache.models.training import composed
 from hybrid_cache.models.training import network as net
 from hybrid_cache.models.training import rows as rw
-from hybrid_cache.models.training.composed import TRUTH, Case, Reuse, Row, Score
+from hybrid_cache.models.training.composed import TRUTH, Case, Reuse, ReuseRow, Score
 from hybrid_cache.models.training.dialogues import KINDS, Dialogue, Question, Turn, examined, mixture
 from hybrid_cache.models.training.tokenizer import IM_END, SPECIALS, Codec
 from hybrid_cache.models.training.train import WEIGHTS
@@ -206,7 +206,7 @@ def case_of(dialogue: Dialogue, settings: Settings, rng: Random) -> Case:
     return Case(dialogue, told, others)
 
 
-def row_of(codec: Codec, case: Case, settings: Settings, rng: Random) -> Row:
+def row_of(codec: Codec, case: Case, settings: Settings, rng: Random) -> ReuseRow:
     """The dialogue as it is reused, by `settings`."""
     told, anew = case.dialogue.turns, list(case.order) != sorted(case.order)
     encoded = "in place" if rng.random() < settings.in_place else rng.choice(ENCODED[settings.reuse])
@@ -225,10 +225,10 @@ def row_of(codec: Codec, case: Case, settings: Settings, rng: Random) -> Row:
         ends.append(ends[-1] + len(messages[-1].tokens))
     questions = case.read.questions if anew else case.dialogue.questions
     branches = tuple(rw.branch(codec, q, ends[q.after], blind=False) for q in questions)
-    return Row(tuple(messages), branches, settings.seam)
+    return ReuseRow(tuple(messages), branches, settings.seam)
 
 
-def batches(codec: Codec, settings: Settings, step: int) -> Iterator[list[Row]]:
+def batches(codec: Codec, settings: Settings, step: int) -> Iterator[list[ReuseRow]]:
     """Batches from this step on, the same whenever they are asked for."""
     while True:
         pool, first = divmod(step, POOL)
@@ -244,12 +244,12 @@ def batches(codec: Codec, settings: Settings, step: int) -> Iterator[list[Row]]:
         step += POOL - first
 
 
-def in_place(row: Row) -> Row:
+def in_place(row: ReuseRow) -> ReuseRow:
     return replace(row, messages=tuple(replace(m, context=None) for m in row.messages), seam=0)
 
 
 @torch.no_grad()
-def transcribed(teacher: net.Network, rows: Sequence[Row]) -> list[Row]:
+def transcribed(teacher: net.Network, rows: Sequence[ReuseRow]) -> list[ReuseRow]:
     """The rows with the teacher's greedy answers, which it gives while it re-encodes all messages.
 
     The answers of the rows are drafts: a pass confirms them up to the first token that the teacher would not write,
@@ -273,7 +273,7 @@ def transcribed(teacher: net.Network, rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def confirmed(rows: Sequence[Row], found: Sequence[Row]) -> list[Row]:
+def confirmed(rows: Sequence[ReuseRow], found: Sequence[ReuseRow]) -> list[ReuseRow]:
     """What was found without answers that are not those of the rows; all of it if nothing would be left."""
     kept = [
         replace(theirs, branches=tuple(b for a, b in zip(ours.branches, theirs.branches, strict=True) if a == b))
@@ -317,7 +317,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 @dataclass(slots=True)
-class Run:
+class TrainingRun:
     """An adapter that is being trained; `step` counts those taken."""
 
     settings: Settings
@@ -329,7 +329,7 @@ class Run:
     step: int = 0
 
     @classmethod
-    def start(cls, folder: Path, settings: Settings) -> Run:
+    def start(cls, folder: Path, settings: Settings) -> TrainingRun:
         (teacher, codec), (student, _) = load_base(folder), load_base(folder)
         torch.manual_seed(settings.seed)
         trained = attach(student, settings.lora(folder.name))
@@ -341,7 +341,7 @@ class Run:
     def precision(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16) if self.settings.bf16 else nullcontext()
 
-    def take(self, rows: Sequence[Row]) -> float:
+    def take(self, rows: Sequence[ReuseRow]) -> float:
         """One step of the optimizer -> the loss."""
         torch.manual_seed(hash((self.settings.seed, self.step)))
         for group in self.optimizer.param_groups:
@@ -357,7 +357,7 @@ class Run:
         self.step += 1
         return loss.item()
 
-    def loss(self, rows: Sequence[Row]) -> Tensor:
+    def loss(self, rows: Sequence[ReuseRow]) -> Tensor:
         batch, targets = composed.collate(rows)
         logits = _logits(self.student, batch, targets)
         losses = F.cross_entropy(logits, targets.token, reduction="none")
@@ -424,7 +424,7 @@ def train(
     tell: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Writes the adapter to `out`, and a checkpoint every so many steps; `tell` hears of each step and its loss."""
-    run = Run.start(folder, settings)
+    run = TrainingRun.start(folder, settings)
     if resume:
         run.resume(out / "run")
     elif (out / "run").exists():
@@ -444,8 +444,8 @@ def evaluate(
 ) -> tuple[list[Score], list[Score]]:
     """Scores of the base and of the adapted model, with the seam that was trained."""
     told, anew = (
-        [r if r.encoded == "in place" else replace(r, seam=settings.seam) for r in plans]
-        for plans in (SCORED, SCORED_ANEW)
+        [r if r.encoded == "in place" else replace(r, seam=settings.seam) for r in reuses]
+        for reuses in (SCORED, SCORED_ANEW)
     )
     base, codec = load_base(folder)
     before = composed.evaluate(base, codec, seeds, each, told, anew)

@@ -32,7 +32,7 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TrainingRow:
     """`weights[i]` is the weight of predicting trunk token i; 0 for most."""
 
     trunk: list[int]
@@ -70,7 +70,7 @@ def branch(codec: Codec, question: Question, attach: int, blind: bool) -> Branch
     return Branch(tokens, len(prompt), answer_weights(codec, question), attach, question.kind, blind)
 
 
-def row(codec: Codec, dialogue: Dialogue, rng: Random, blind: dict[str, float]) -> Row:
+def row(codec: Codec, dialogue: Dialogue, rng: Random, blind: dict[str, float]) -> TrainingRow:
     """`blind` is, by kind, the share of questions that have to do without attention to the dialogue."""
     trunk: list[int] = []
     weights: list[float] = []
@@ -84,14 +84,14 @@ def row(codec: Codec, dialogue: Dialogue, rng: Random, blind: dict[str, float]) 
         trunk += tokens
         ends.append(len(trunk))
     branches = [branch(codec, q, ends[q.after], rng.random() < blind.get(q.kind, 0.0)) for q in dialogue.questions]
-    return Row(trunk, weights, branches)
+    return TrainingRow(trunk, weights, branches)
 
 
-def text_row(tokens: list[int]) -> Row:
-    return Row(tokens, [0.0] + [TEXT_WEIGHT] * (len(tokens) - 1), [])
+def text_row(tokens: list[int]) -> TrainingRow:
+    return TrainingRow(tokens, [0.0] + [TEXT_WEIGHT] * (len(tokens) - 1), [])
 
 
-def collate(rows: list[Row], keep_state: bool = True) -> tuple[Batch, Targets]:
+def collate(rows: list[TrainingRow], keep_state: bool = True) -> tuple[Batch, Targets]:
     """Pad rows to one length. Without `keep_state`, every branch starts from a zeroed recurrent state and window."""
     height, length = len(rows), max(map(len, rows))
     length += -length % 8
@@ -157,10 +157,10 @@ def collate(rows: list[Row], keep_state: bool = True) -> tuple[Batch, Targets]:
     return batch, answers
 
 
-def bucketed(rows: Iterator[Row], budget: int, rng: Random, pool: int = 256) -> Iterator[list[Row]]:
+def bucketed(rows: Iterator[TrainingRow], budget: int, rng: Random, pool: int = 256) -> Iterator[list[TrainingRow]]:
     """Batches of rows of similar length, at most `budget` tokens each with padding."""
     while True:
-        batches: list[list[Row]] = [[]]
+        batches: list[list[TrainingRow]] = [[]]
         for one in sorted((next(rows) for _ in range(pool)), key=len):
             if (len(batches[-1]) + 1) * len(one) > budget:
                 batches.append([])

@@ -89,7 +89,7 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * max(0.02, min(warm, cool))
 
 
-class Rows:
+class TrainingRows:
     """Endless training rows of one phase; the part of the first phase that is done sets how long they are."""
 
     def __init__(self, settings: Settings, phase: Phase, codec: tok.Codec, seed: int) -> None:
@@ -99,7 +99,7 @@ class Rows:
         if settings.books:
             self.passages = [p for p, _ in zip(tok.passages(settings.books), range(40_000), strict=False)]
 
-    def __iter__(self) -> Iterator[rw.Row]:
+    def __iter__(self) -> Iterator[rw.TrainingRow]:
         while True:
             if self.passages and self.rng.random() < 0.05:
                 tokens = self.codec.tokenizer.encode(self.rng.choice(self.passages)).ids
@@ -215,7 +215,7 @@ def train(settings: Settings) -> None:
     for phase in settings.phases:
         start, end = end, end + phase.steps
         if state["step"] < end:
-            source = Rows(settings, phase, codec, hash((settings.seed, state["step"])))
+            source = TrainingRows(settings, phase, codec, hash((settings.seed, state["step"])))
             run_phase(settings, phase, start, source, network, optimizers, state, exam, began)
 
 
@@ -223,7 +223,7 @@ def run_phase(
     settings: Settings,
     phase: Phase,
     start: int,
-    source: Rows,
+    source: TrainingRows,
     network: net.Network,
     optimizers: list[torch.optim.Optimizer],
     state: dict[str, float],

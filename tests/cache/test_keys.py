@@ -135,7 +135,7 @@ def test_names_of_pages_in_the_tree_are_not_computed_again(made: list[Name]) -> 
     fill(cache, tokens_of("abc"), 3 * TILE)
     made.clear()
     run = begin(cache, tokens_of("abcde", 3))
-    cache.plan(run.lease)
+    cache.propose(run.lease)
     cache.reserve_checkpoint(run.lease, 5 * TILE, CheckpointKind.MESSAGE_END)
     forward(cache, run, 5 * TILE)
     cache.publish(run.lease, 5 * TILE)

@@ -184,7 +184,7 @@ def test_before_anything_is_learned_the_oldest_goes_first() -> None:
     cache = cache_with(Learned(), clock, slots=4, pages=5)
     for prompt in ("a", "b", "c", "d"):
         run = begin(cache, tokens_of(prompt, 1))
-        cache.plan(run.lease)
+        cache.propose(run.lease)
         cache.reserve_checkpoint(run.lease, TILE, END)
         forward(cache, run, TILE + 1)
         cache.publish(run.lease, TILE)
@@ -202,7 +202,7 @@ def test_the_state_above_takes_over_the_prospects_of_one_that_has_gone() -> None
     fill(cache, tokens_of("abc", 1), TILE)
     clock.now += 5000.0
     admitted = begin(cache, tokens_of("x", 1))
-    cache.plan(admitted.lease)  # scores change when a prompt is admitted
+    cache.propose(admitted.lease)  # scores change when a prompt is admitted
     cache.release(admitted.lease)
     fill(cache, tokens_of("abcdef", 1), 6 * TILE)
     path = cache.match("", tokens_of("abcdef", 1)).path
@@ -222,7 +222,7 @@ def test_victims_come_in_order_whatever_changes_meanwhile() -> None:
     for step in range(250):
         prompt = "".join(rng.choice(list("abcd"), rng.integers(1, 6)))
         run = begin(cache, tokens_of(prompt, 1))
-        for wish in cache.plan(run.lease):
+        for wish in cache.propose(run.lease):
             slot = cache.reserve_checkpoint(run.lease, wish.position, wish.kind)
             if slot is not None:
                 run.reserved[wish.position] = slot

@@ -52,9 +52,9 @@ def roomy(policy: Policy) -> HybridCache:
 
 
 def serve(cache: HybridCache, pages: str, *, generated: bool = False) -> None:
-    """One prompt, with the states that the policy plans."""
+    """One prompt, with the states that the policy proposes."""
     run = begin(cache, tokens_of(pages, 0 if generated else 1))
-    for wish in cache.plan(run.lease, generated=generated):
+    for wish in cache.propose(run.lease, generated=generated):
         slot = cache.reserve_checkpoint(run.lease, wish.position, wish.kind)
         if slot is not None:
             run.reserved[wish.position] = slot
@@ -103,7 +103,7 @@ def outline(
 
 
 def positions(policy: Policy, prompt: Outline) -> list[int]:
-    return [wish.position for wish in policy.plan(prompt)]
+    return [wish.position for wish in policy.propose(prompt)]
 
 
 # All of them

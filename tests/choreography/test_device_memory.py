@@ -42,7 +42,7 @@ def test_without_memory_to_put_messages_together_they_are_computed(folder, kind,
 @pytest.mark.parametrize("case", [HYBRID, ATTENTION], ids=str)
 def test_once_there_is_memory_again_messages_are_put_together(folder, case, kind, times):
     model = loading.load(folder(case), ops=dispatch.select())
-    fidelity = Fidelity(model.ways[-1])
+    fidelity = Fidelity(model.fidelities[-1])
     conductor, plain = Conductor(model, worker=short_of(kind, times)), Conductor(model)
     for _ in range(times + 2):
         for order in (MESSAGES, MESSAGES[::-1]):

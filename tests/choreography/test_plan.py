@@ -3,7 +3,7 @@
 import pytest
 
 from hybrid_cache.choreography.arrangement import Arrangement, Fidelity, Part, Positions
-from hybrid_cache.choreography.plan import Action, exact_plan, make_plan, plan_behind
+from hybrid_cache.choreography.plan import Action, exact_plan, make_plan, plan_after
 from hybrid_cache.errors import RequestError
 from hybrid_cache.spec import PrefillCost
 
@@ -57,7 +57,7 @@ def test_a_prefix_is_used_where_that_is_cheaper():
 
 
 def test_a_message_that_a_prefix_ends_in_is_computed_to_its_end():
-    p = plan_behind(arrangement(), 128, lambda name: True, COST, states=True)
+    p = plan_after(arrangement(), 128, lambda name: True, COST, states=True)
     assert actions(p) == [Action.REUSED, Action.COMPUTED, Action.COMPOSED, Action.COMPUTED]
     assert [item.computed for item in p.items] == [0, 22, 0, 7]
 

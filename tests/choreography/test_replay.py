@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -22,14 +23,20 @@ from tests.models.checkpoints import CASES
 
 NAMES = ("bamba", "qwen3 next", "mamba of one layer", "llama of one layer")
 MODELS = [next(case for case in CASES if case.name.startswith(name)) for name in NAMES]
+SEEDS = (0, 4)  # each with a policy of its own
+BAMBA, DELTA, MAMBA, LLAMA = MODELS
+QUICK = ((BAMBA, 0), (BAMBA, 4), (DELTA, 0), (MAMBA, 4), (LLAMA, 4))
 
 
 def rows_of(hidden: Hidden) -> list[Tensor]:
     return [rows.clone() for rows in (*hidden.chunks, hidden.decodes, hidden.kept)]
 
 
-@pytest.mark.parametrize("seed", [0, 4])
-@pytest.mark.parametrize("case", MODELS, ids=str)
+@pytest.mark.parametrize(
+    ("case", "seed"),
+    [pytest.param(*run, marks=[] if run in QUICK else pytest.mark.slow) for run in product(MODELS, SEEDS)],
+    ids=str,
+)
 def test_a_second_worker_gives_the_same_bits(case, seed, folder) -> None:
     """Random requests of all kinds in a budget so small that all the time something is evicted, moved or given up."""
     model = loading.load(folder(case), ops=dispatch.select())
@@ -49,9 +56,9 @@ def test_a_second_worker_gives_the_same_bits(case, seed, folder) -> None:
         traffic.round(14)
     kinds = {type(command) for work, _ in done for command in work.commands}
     assert kinds >= ({Copy, KeepHidden} if seed else {Copy})  # one of the two policies keeps the ends of prompts
-    if model.cache_spec.slot_bytes and model.ways:
+    if model.cache_spec.slot_bytes and model.fidelities:
         assert kinds >= {Compose, KeepEffect}
-    if model.cache_spec.page_bytes and model.ways:
+    if model.cache_spec.page_bytes and model.fidelities:
         assert Relocate in kinds
 
     config = traffic.engine._config

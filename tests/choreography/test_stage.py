@@ -73,7 +73,7 @@ def test_messages_of_one_chunk_are_what_they_are_in_several(folder, case, seam):
     model = loading.load(folder(case), ops=dispatch.select())
     found, steps = [], []
     for conductor in (Conductor(model), step_by_step(Conductor(model))):
-        fidelity = Fidelity(model.ways[-1])
+        fidelity = Fidelity(model.fidelities[-1])
         arrangement = conductor.arrangement(MESSAGES, Encoding.IN_PLACE, fidelity, seam=seam)
         logits, _, answer = conductor.run(MESSAGES, arrangement, max_tokens=4)
         effects = [conductor.engine.effects(part.id, seam) for part in arrangement.parts[:-1]]

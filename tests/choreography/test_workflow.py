@@ -103,15 +103,16 @@ def test_exact_is_what_encoding_everything_gives(style):
         assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
 
 
+@pytest.mark.parametrize("num_messages", [12, pytest.param(48, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("budget", ["64MiB", "1500KiB"])
-def test_random_calls_are_exact_where_they_say_so(budget):
+def test_random_calls_are_exact_where_they_say_so(budget, num_messages):
     """Of all styles, side by side, with room for everything and for next to nothing."""
     rng = Random(budget)
     sampling = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2, stop_token_ids=(4,))
     cached, plain = open_workflow(budget=budget), open_workflow(budget="64MiB", prefix_cache=False)
     known = [cached.message(fact) for fact in FACTS]
     kinds = set()
-    for _ in range(24):
+    for _ in range(num_messages):
         parents = rng.sample(known, rng.choice((0, 0, 1, 2)))
         known.append(cached.encode(" ".join(rng.choices(FACTS, k=rng.randint(1, 20))), parents))
         calls = []

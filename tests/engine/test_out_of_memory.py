@@ -44,7 +44,7 @@ class SmallDevice(SumModel):
 class SmallStage(SmallDevice):
     """A small device whose model stores messages. What tokens do to a sum does not fade."""
 
-    ways = ("composed",)
+    fidelities = ("composed",)
 
     def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
         hidden = super().forward(batch, cache)

@@ -57,11 +57,18 @@ def packing(ops):
     return ops
 
 
+@pytest.fixture(scope="module")
+def whole_prompts():
+    """What the reference said, by shape and dtype: it is slow, and the same for all backends and cuts."""
+    return {}
+
+
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
-def test_a_prompt_may_be_cut_anywhere(ops, problem, cuts):
+def test_a_prompt_may_be_cut_anywhere(ops, problem, shape, dtype, cuts, whole_prompts):
     stream = Stream(problem.inputs(132, torch.Generator().manual_seed(6)), 0, [2, 0, 3])
-    whole = pieces_of(reference, problem, stream, (0, 131))
-    assert_close(pieces_of(ops, problem, stream, cuts), whole)
+    if (shape, dtype) not in whole_prompts:
+        whole_prompts[shape, dtype] = pieces_of(reference, problem, stream, (0, 131))
+    assert_close(pieces_of(ops, problem, stream, cuts), whole_prompts[shape, dtype])
 
 
 @pytest.mark.parametrize("window", [20, 64, 100])

@@ -1,4 +1,4 @@
-"""Plans of shared decode work: each split of each row once, and together only what is the same."""
+"""Schedules of shared decode work: each split of each row once, and together only what is the same."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hybrid_cache.kernels import shared_prefix
-from hybrid_cache.kernels.decode_plan import PAGES_PER_SPLIT
+from hybrid_cache.kernels.decode_schedule import PAGES_PER_SPLIT
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.kernels.shared_prefix import plan_shared
+from hybrid_cache.kernels.shared_prefix import schedule_shared
 
 SPAN = PAGES_PER_SPLIT * TILE
 on_a_busy_machine = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -36,8 +36,11 @@ def table_of(tables, more_columns=0):
     return table
 
 
-def items_of(plan):
-    return [(int(s), plan.rows[a:b].tolist()) for s, a, b in zip(plan.split, plan.first, plan.first[1:], strict=False)]
+def items_of(schedule):
+    return [
+        (int(s), schedule.rows[a:b].tolist())
+        for s, a, b in zip(schedule.split, schedule.first, schedule.first[1:], strict=False)
+    ]
 
 
 def sharable(length, split):
@@ -49,10 +52,10 @@ def pages_of(table, row, split):
     return tuple(table[row, split * PAGES_PER_SPLIT : (split + 1) * PAGES_PER_SPLIT])
 
 
-def check(plan, table, lengths):
-    covered = [(row, split) for split, rows in items_of(plan) for row in rows]
+def check(schedule, table, lengths):
+    covered = [(row, split) for split, rows in items_of(schedule) for row in rows]
     assert sorted(covered) == [(row, s) for row, n in enumerate(lengths) for s in range(-(-n // SPAN))]
-    for split, rows in items_of(plan):
+    for split, rows in items_of(schedule):
         assert rows == sorted(rows)
         if len(rows) > 1:
             assert all(sharable(lengths[row], split) for row in rows)
@@ -62,7 +65,7 @@ def check(plan, table, lengths):
 @on_a_busy_machine
 @given(decode_rows())
 def test_each_split_of_each_row_is_computed_once_and_shared_splits_agree_on_their_pages(rows):
-    check(plan_shared(*rows), *rows)
+    check(schedule_shared(*rows), *rows)
 
 
 @on_a_busy_machine
@@ -75,16 +78,16 @@ def test_all_rows_with_the_same_full_pages_share(rows):
             key = pages_of(table, row, split) if sharable(length, split) else row
             groups.setdefault((split, key), []).append(row)
     expected = sorted((split, members) for (split, _), members in groups.items())
-    assert sorted(items_of(plan_shared(table, lengths))) == expected
+    assert sorted(items_of(schedule_shared(table, lengths))) == expected
 
 
 @on_a_busy_machine
 @given(decode_rows(), st.integers(2, 5))
 def test_small_groups_are_taken_apart(rows, min_rows):
-    plan = plan_shared(*rows, min_rows=min_rows)
-    check(plan, *rows)
-    large = [item for item in items_of(plan_shared(*rows)) if len(item[1]) >= min_rows]
-    assert [item for item in items_of(plan) if len(item[1]) > 1] == large
+    schedule = schedule_shared(*rows, min_rows=min_rows)
+    check(schedule, *rows)
+    large = [item for item in items_of(schedule_shared(*rows)) if len(item[1]) >= min_rows]
+    assert [item for item in items_of(schedule) if len(item[1]) > 1] == large
 
 
 @on_a_busy_machine
@@ -92,42 +95,42 @@ def test_small_groups_are_taken_apart(rows, min_rows):
 def test_equal_hashes_of_other_pages_do_no_harm(rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prefix, "_sort_key", lambda pages, sharable, split, row: split)
-        check(plan_shared(*rows), *rows)
+        check(schedule_shared(*rows), *rows)
 
 
 @on_a_busy_machine
 @given(decode_rows(), st.integers(1, 4))
 def test_blocks_cut_items_into_pieces_that_fit(rows, rows_per_block):
-    plan = plan_shared(*rows)
-    blocks = plan.blocks(rows_per_block)
+    schedule = schedule_shared(*rows)
+    blocks = schedule.blocks(rows_per_block)
     assert all(1 <= count <= rows_per_block for _, _, count in blocks)
-    found = [(split, row) for split, first, count in blocks for row in plan.rows[first : first + count]]
-    assert found == [(split, row) for split, members in items_of(plan) for row in members]
-    sizes = [len(members) for _, members in items_of(plan)]
+    found = [(split, row) for split, first, count in blocks for row in schedule.rows[first : first + count]]
+    assert found == [(split, row) for split, members in items_of(schedule) for row in members]
+    sizes = [len(members) for _, members in items_of(schedule)]
     assert len(blocks) == sum(-(-size // rows_per_block) for size in sizes)
 
 
 def test_groups_form_a_hierarchy():
     system, tools, other = list(range(1, 5)), list(range(11, 15)), list(range(21, 25))
     tables = [[*system, *tools, 31, 32], [*system, *tools, 33], [*system, *other, 34], [*system, 35]]
-    plan = plan_shared(table_of(tables), np.array([TILE * len(t) - 3 for t in tables]))
-    assert items_of(plan)[0] == (0, [0, 1, 2, 3])
-    assert sorted(items_of(plan)[1:4]) == [(1, [0, 1]), (1, [2]), (1, [3])]
-    assert sorted(items_of(plan)[4:]) == [(2, [0]), (2, [1]), (2, [2])]
-    assert plan.num_page_reads_saved == 4 * PAGES_PER_SPLIT
+    schedule = schedule_shared(table_of(tables), np.array([TILE * len(t) - 3 for t in tables]))
+    assert items_of(schedule)[0] == (0, [0, 1, 2, 3])
+    assert sorted(items_of(schedule)[1:4]) == [(1, [0, 1]), (1, [2]), (1, [3])]
+    assert sorted(items_of(schedule)[4:]) == [(2, [0]), (2, [1]), (2, [2])]
+    assert schedule.num_page_reads_saved == 4 * PAGES_PER_SPLIT
 
 
 def test_a_page_that_is_still_being_written_is_not_shared():
     pages = list(range(1, PAGES_PER_SPLIT + 1))
     for length, num_items in ((SPAN - 1, 2), (SPAN, 2), (SPAN + 1, 3)):
         table = table_of([[*pages, 7], [*pages, 8]])
-        assert plan_shared(table, np.array([length, length])).num_items == num_items
+        assert schedule_shared(table, np.array([length, length])).num_items == num_items
 
 
 def test_a_plan_is_sent_to_a_device_once():
-    plan = plan_shared(table_of([[1, 2], [3]]), np.array([70, 2]))
-    sent = plan.on(torch.device("cpu"), 4)
-    assert plan.on(torch.device("cpu"), 4) is sent
-    assert plan.on(torch.device("cpu"), 5) is not sent
+    schedule = schedule_shared(table_of([[1, 2], [3]]), np.array([70, 2]))
+    sent = schedule.on(torch.device("cpu"), 4)
+    assert schedule.on(torch.device("cpu"), 4) is sent
+    assert schedule.on(torch.device("cpu"), 5) is not sent
     assert sent.num_blocks == 2
-    assert sent.data.tolist() == [*plan.blocks(4).ravel(), *plan.rows]
+    assert sent.data.tolist() == [*schedule.blocks(4).ravel(), *schedule.rows]

@@ -12,6 +12,9 @@ from tests.models.case import Case, all_cases
 
 CASES = all_cases()
 FIRST_CASES = list({case.family: case for case in reversed(CASES)}.values())  # of each family
+# A family for each set of kinds of layers that keep something, for quick runs of what takes seconds.
+KINDS = ("Llama", "Mamba", "Mamba2", "Bamba", "Jamba", "RecurrentGemma", "Qwen3_5", "MiniMax", "Lfm2", "KimiLinear")
+ONE_OF_A_KIND = [case for case in FIRST_CASES if case.family in KINDS]
 LAST_NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f", "final_norm")
 
 

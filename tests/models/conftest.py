@@ -4,16 +4,21 @@ import torch
 from hybrid_cache.kernels import dispatch
 from tests.models import checkpoints
 
+DTYPES = ("float32", "bfloat16")
 BACKENDS = dispatch.exact_backends()
 
 
 def pytest_collection_modifyitems(items):
-    """Parity and exactness run on the usual backend, and on others for the first case of a family; all else is slow."""
+    """Parity and exactness of a family's first case run on all backends, of the others on the usual one. Exactness has
+    both dtypes for a first case on the usual backend, and else one, the next case the other; all else is slow."""
     usual = dispatch.select().name
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        backend_matters = item.path.name in ("test_exact.py", "test_parity.py") and params.get("ops", usual) != usual
-        if backend_matters and params.get("case") not in checkpoints.FIRST_CASES:
+        swept = item.path.name in ("test_exact.py", "test_parity.py") and "case" in params
+        if not swept or (params["ops"] == usual and params["case"] in checkpoints.FIRST_CASES):
+            continue
+        another_dtype = params.get("dtype") == DTYPES[checkpoints.CASES.index(params["case"]) % 2]
+        if another_dtype or (params["case"] not in checkpoints.FIRST_CASES and params["ops"] != usual):
             item.add_marker(pytest.mark.slow)
 
 

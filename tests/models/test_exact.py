@@ -13,8 +13,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture(scope="module", params=DTYPES)
-def model(case, folders, ops, request):
-    return loading.load(folders(case, DTYPES[request.param]), ops=ops)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(case, folders, ops, dtype):
+    return loading.load(folders(case, DTYPES[dtype]), ops=ops)
 
 
 def tokens(length, seed=0):

@@ -12,7 +12,7 @@ from hybrid_cache.models import loading
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, Prompt
-from tests.models.checkpoints import FIRST_CASES
+from tests.models.checkpoints import FIRST_CASES, ONE_OF_A_KIND
 
 
 @pytest.fixture(scope="module", params=FIRST_CASES, ids=str)
@@ -69,6 +69,12 @@ def test_an_edited_conversation_goes_on_from_the_last_message_that_is_the_same(m
         assert (answer, 0) == plain.answer(edited)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c in ONE_OF_A_KIND else pytest.mark.slow) for c in FIRST_CASES],
+    ids=str,
+    indirect=True,
+)
 def test_a_busy_server_gives_the_bits_of_a_plain_one(model):
     report = compare(model, Report("", "", seed=1), num_rows=1, requests_per_round=7)
     assert report.exact, report.findings

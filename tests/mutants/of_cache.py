@@ -285,7 +285,7 @@ SHARING = [
     ),
     lease(
         "a row of the tree may be written to",
-        "if place < self.shared or self.released:",
+        "if index < self.shared or self.released:",
         "if self.released:",
         WRITES,
     ),

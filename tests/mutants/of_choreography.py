@@ -36,7 +36,7 @@ MOVING = [
         LLAMA,
     ),
     stage(
-        "keys are not turned",
+        "keys are not rotated",
         "s.position - s.stored.position)",
         "0)",
         LLAMA,
@@ -115,8 +115,8 @@ MOVING = [
     ),
     stage(
         "an answer whose beginning was not recorded is kept",
-        "if place == program.answer_at and program.span is None:",
-        "if place >= program.answer_at >= 0 and program.span is None:",
+        "if index == program.answer_at and program.span is None:",
+        "if index >= program.answer_at >= 0 and program.span is None:",
         stored("an_answer_whose_beginning_was_not_recorded_is_not_kept"),
     ),
     compiler(
@@ -163,8 +163,8 @@ MOVING = [
     ),
     stage(
         "slots between messages are not given back",
-        "            self._cache.messages.return_slot(program.states.pop(place))",
-        "            program.states.pop(place)",
+        "            self._cache.messages.return_slot(program.states.pop(index))",
+        "            program.states.pop(index)",
         stored("nothing_is_lent_when_all_is_done"),
     ),
     compiler(
@@ -183,7 +183,7 @@ MOVING = [
         (WORKFLOW + "test_a_short_last_message_is_stored_if_others_wait_for_it",),
     ),
     compiler(
-        "the first message is encoded apart from its place",
+        "the first message is encoded by itself before its prompt",
         "            if i >= first\n",
         "            if i >= 0\n",
         stage_test("messages_are_stored_once_whoever_asks"),
@@ -196,7 +196,7 @@ MOVING = [
     ),
     compiler(
         "what a model cannot give is done",
-        "        if arrangement.fidelity not in self.traits.ways:\n",
+        "        if arrangement.fidelity not in self.traits.fidelities:\n",
         "        if not arrangement:\n",
         stage_test("what_a_model_cannot_give_is_exact_and_says_so"),
     ),
@@ -232,8 +232,8 @@ COMPOSING = [
     ),
     effects(
         "what was before a message is added once more",
-        "h.addcmul_(before, _beside(p.exp(), h), value=-1)",
-        "h.addcmul_(before, _beside(p.exp(), h), value=1)",
+        "h.addcmul_(before, _spread(p.exp(), h), value=-1)",
+        "h.addcmul_(before, _spread(p.exp(), h), value=1)",
         COMPOSE,
     ),
     effects(
@@ -394,7 +394,7 @@ PLANNING = [
     ),
     plan(
         "siblings at one place go on from a prefix",
-        "        prefix = 0  # in the cache a message stands behind the one before it\n",
+        "        prefix = 0  # in the cache a message stands after the one before it\n",
         "        pass\n",
         PLAN,
     ),

@@ -16,7 +16,7 @@ OWNED = (BESIDE + "test_a_composed_prompt_owns_all_pages_beyond_its_state",)
 
 stage_test = partial(tests_of, "tests/choreography/test_stage.py")
 stored = partial(tests_of, "tests/choreography/test_stored.py")
-commits = partial(Mutant, "hybrid_cache/engine/commits.py")
+canonical = partial(Mutant, "hybrid_cache/engine/canonical.py")
 encodings = partial(Mutant, "hybrid_cache/engine/encodings.py")
 intake = partial(Mutant, "hybrid_cache/engine/intake.py")
 prefills = partial(Mutant, "hybrid_cache/engine/prefills.py")
@@ -85,50 +85,50 @@ SCHEDULING = [
     ),
     scheduler(
         "a prompt takes as many tiles beside a decode as alone",
-        "tiles = self._max_tiles_beside_decode if decodes else self._max_tiles",
-        "tiles = self._max_tiles",
+        "self._cut_chunks(self._max_tiles_beside_decode if decodes else self._max_tiles, bool(decodes))",
+        "self._cut_chunks(self._max_tiles, bool(decodes))",
         SCHEDULER,
     ),
     scheduler(
         "several prompts have as many tiles each",
-        "            tiles -= chunks[-1].num_tiles\n",
+        "            tiles -= chunk.num_tiles\n",
         "",
         SCHEDULER,
     ),
-    commits(
+    canonical(
         "a finished answer is computed again in one step",
-        "return self._prefills.cut(commit, None, 1)",
-        "return self._prefills.cut(commit, None, 16)",
+        "return self._prefills.cut(turn, None, 1)",
+        "return self._prefills.cut(turn, None, 16)",
         SCHEDULER,
     ),
-    commits(
+    canonical(
         "what the cache has of an answer is computed again",
-        "if known.length >= len(commit.tokens):",
-        "if known.length > len(commit.tokens):",
+        "if known.length >= len(turn.tokens):",
+        "if known.length > len(turn.tokens):",
         SCHEDULER,
     ),
     scheduler(
         "an answer that is computed again keeps its room from a prompt",
-        "        again = self.commits.give_room()\n",
-        "        again = not self.commits and self.commits.give_room()\n",
+        "        again = self.canonical.give_room()\n",
+        "        again = not self.canonical and self.canonical.give_room()\n",
         SCHEDULER,
     ),
     scheduler(
         "an answer that is computed again keeps its room from a decode",
-        "if not (self.commits.give_room() or self._forgo_answer()):",
+        "if not (self.canonical.give_room() or self._forgo_answer()):",
         "if not self._forgo_answer():",
         SCHEDULER,
     ),
     scheduler(
         "an answer that is to be kept stands in its own way",
-        "if not (self.commits.give_room() or self._forgo_answer()):",
-        "if not self.commits.give_room():",
+        "if not (self.canonical.give_room() or self._forgo_answer()):",
+        "if not self.canonical.give_room():",
         ("tests/choreography/test_progress.py",),
     ),
-    commits(
-        "what a commit held is lost",
-        "        self._prefills.release(commit)\n        self._queue.remove(commit)",
-        "        self._queue.remove(commit)",
+    canonical(
+        "what a canonical pass held is lost",
+        "        self._prefills.release(turn)\n        self._queue.remove(turn)",
+        "        self._queue.remove(turn)",
         SCHEDULER,
     ),
     scheduler(
@@ -163,7 +163,7 @@ SCHEDULING = [
     ),
     prefills(
         "a prompt that begins with a message alone begins with what its slot held before",
-        "            if prefill.apart:\n                self._stage.clear(lease)\n",
+        "            if prefill.from_zero:\n                self._stage.clear(lease)\n",
         "",
         stored("nothing_is_read_that_nobody_wrote"),
     ),
@@ -254,13 +254,13 @@ STEPPING = [
         "yield slice(first, first + noted.end - rows.start), noted",
         stage_test("messages_of_one_chunk_are_what_they_are_in_several"),
     ),
-    commits(
+    canonical(
         "the answer to a request that publishes nothing is published",
         "if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):",
         "if end <= grid_floor(len(sequence.prefill.tokens)):",
         SCHEDULER,
     ),
-    commits(
+    canonical(
         "the last token of an answer is not fed, but committed",
         "sequence.all_tokens()[:end], True, True, generated=True)",
         "sequence.all_tokens(), True, True, generated=True)",

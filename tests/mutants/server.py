@@ -25,6 +25,7 @@ import transformers
 PRELOADED = (hypothesis, numpy, torch, transformers.BambaForCausalLM)
 FIRST_EXAMPLE = [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.shrink]  # that fails is enough
 OPTIONS = ("-x", "-v", "-p", "no:cacheprovider", "-p", "hypothesispytest", "--hypothesis-seed=0")
+QUICK = ("-m", "not slow")  # what `make test` runs is what has to notice
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ def in_child(targets: list[str], log: str, writer: int) -> None:
         os.dup2(out, stream)
     noted = FirstFailure()
     try:
-        code: int | str = int(pytest.main([*OPTIONS, *targets], plugins=[noted]))
+        code: int | str = int(pytest.main([*OPTIONS, *QUICK, *targets], plugins=[noted]))
         if not _is_ours("hybrid_cache"):
             code = "wrong tree"
         os.write(writer, json.dumps([code, noted.test]).encode())

@@ -20,7 +20,7 @@ from hybrid_cache.api.server.schemas.chat import (
 )
 from hybrid_cache.api.server.schemas.choreography import ChoreographyReport
 from hybrid_cache.api.server.serving import Serving
-from hybrid_cache.api.text.answer import Answer, Step
+from hybrid_cache.api.text.answer import Answer, Events
 from hybrid_cache.api.text.generation import Begin, End, Event, Text, Token, ToolCall
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.request import FinishReason
@@ -70,8 +70,8 @@ class ChatReply(OpenAIReply):
         self._prompt_ids: Sequence[int] = ()
         self._choices = [_Choice() for _ in range(asked.n or 1)]
 
-    def _take(self, step: Step) -> None:
-        for event in step:
+    def _take(self, events: Events) -> None:
+        for event in events:
             self._take_event(event)
             if isinstance(event, Text | ToolCall) and (entry := self._logprob(event.token)):
                 self._choices[event.choice].logprobs.append(entry)
@@ -125,8 +125,8 @@ class ChatReply(OpenAIReply):
         choice = self._choices[0]
         return self._arranged.report(self._plan, self._arranged.answer_id(self._serving, choice.token_ids, choice.text))
 
-    def _chunks(self, step: Step) -> Iterator[dict[str, object]]:
-        for event in step:
+    def _chunks(self, events: Events) -> Iterator[dict[str, object]]:
+        for event in events:
             self._take_event(event)
             match event:
                 case Begin():

@@ -12,7 +12,7 @@ from hybrid_cache.api.server.schemas.completions import (
     TextOrTokens,
 )
 from hybrid_cache.api.server.serving import Serving
-from hybrid_cache.api.text.answer import Answer, Step
+from hybrid_cache.api.text.answer import Answer, Events
 from hybrid_cache.api.text.generation import Begin, End, Text, Token, ToolCall
 from hybrid_cache.request import FinishReason
 
@@ -93,8 +93,8 @@ class CompletionReply(OpenAIReply):
         self._choices = [_Choice(serving, asked, prompt, i) for i, prompt in enumerate(prompts)]
         self._prompt_ids: list[Sequence[int]] = [()] * len(asked.prompt)
 
-    def _take(self, step: Step) -> None:
-        for event in step:
+    def _take(self, events: Events) -> None:
+        for event in events:
             match event:
                 case Begin():
                     self._prompt_ids[event.prompt] = event.tokens
@@ -120,18 +120,18 @@ class CompletionReply(OpenAIReply):
             usage=self._usage(),
         )
 
-    def _chunks(self, step: Step) -> Iterator[dict[str, object]]:
-        self._take(step)
-        for choice in self._shown(step):
+    def _chunks(self, events: Events) -> Iterator[dict[str, object]]:
+        self._take(events)
+        for choice in self._shown(events):
             yield self._chunk(choice.take().model_dump(exclude_unset=True))
 
-    def _shown(self, step: Step) -> Sequence[_Choice]:
-        """The choices of which a step gives something to show."""
-        first = step[0]
+    def _shown(self, events: Events) -> Sequence[_Choice]:
+        """The choices of which the events give something to show."""
+        first = events[0]
         if isinstance(first, Begin):
             return self._of(first.prompt) if self._asked.echo else []
         shows_tokens = self._asked.logprobs is not None or bool(self._asked.return_token_ids)
-        shows = shows_tokens or any(not isinstance(event, Text) or event.text for event in step)
+        shows = shows_tokens or any(not isinstance(event, Text) or event.text for event in events)
         return [self._choices[first.choice]] if shows else []
 
     def _of(self, prompt: int) -> Sequence[_Choice]:

@@ -8,7 +8,7 @@ from hybrid_cache.api.server.schemas.common import ttl_seconds
 from hybrid_cache.api.server.schemas.messages import ChatMessage, ContentPart, ToolCall
 from hybrid_cache.api.server.schemas.tokens import TokenizeRequest
 from hybrid_cache.api.text.chat import Conversation
-from hybrid_cache.api.text.messages import Message, Part, Rendering
+from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.text_engine import TextEngine
 
 
@@ -37,26 +37,26 @@ def _rendering(asked: ChatRequest | TokenizeRequest) -> Rendering:
     )
 
 
-def _message(sent: ChatMessage, as_text: bool) -> Message:
+def _message(sent: ChatMessage, as_text: bool) -> TemplateMessage:
     fields: dict[str, object] = {
         "name": sent.name,
         "tool_call_id": sent.tool_call_id,
         "reasoning_content": sent.reasoning_content,
         "tool_calls": [_tool_call(call, as_text) for call in sent.tool_calls or ()] or None,
     }
-    return Message(sent.role, _parts(sent.content), {k: v for k, v in fields.items() if v is not None})
+    return TemplateMessage(sent.role, _parts(sent.content), {k: v for k, v in fields.items() if v is not None})
 
 
-def _parts(content: str | list[ContentPart] | None) -> tuple[Part, ...] | None:
+def _parts(content: str | list[ContentPart] | None) -> tuple[TextPart, ...] | None:
     if content is None or isinstance(content, str):
-        return None if content is None else (Part(content),)
+        return None if content is None else (TextPart(content),)
     return tuple(_part(part) for part in content)
 
 
-def _part(sent: ContentPart) -> Part:
+def _part(sent: ContentPart) -> TextPart:
     mark = sent.prompt_cache_breakpoint
     ttl = ttl_seconds(mark.ttl) if mark and mark.ttl else None
-    return Part(sent.content or "", mark is not None, ttl)
+    return TextPart(sent.content or "", mark is not None, ttl)
 
 
 def _tool_call(call: ToolCall, as_text: bool) -> dict[str, object]:

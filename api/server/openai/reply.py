@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from hybrid_cache.api.server.responses import DONE, event
 from hybrid_cache.api.server.schemas.common import GenerationRequest, PromptTokensDetails, Response, Usage
 from hybrid_cache.api.server.serving import Serving
-from hybrid_cache.api.text.answer import Answer, Step
+from hybrid_cache.api.text.answer import Answer, Events
 
 
 class OpenAIReply(ABC):
@@ -29,14 +29,14 @@ class OpenAIReply(ABC):
 
     async def whole(self) -> Response:
         """Waits for the end of all choices."""
-        async for step in self._answer:
-            self._take(step)
+        async for events in self._answer:
+            self._take(events)
         return self._whole()
 
     async def events(self) -> AsyncGenerator[bytes]:
         """An event for each thing to show, as it comes; usage if asked for; [DONE]."""
-        async for step in self._answer:
-            for chunk in self._chunks(step):
+        async for events in self._answer:
+            for chunk in self._chunks(events):
                 yield event(chunk)
         if self._reports_usage:
             yield event({**self._head(), "choices": [], "usage": self._usage().model_dump()})
@@ -47,16 +47,16 @@ class OpenAIReply(ABC):
         await self._answer.aclose()
 
     @abstractmethod
-    def _take(self, step: Step) -> None:
-        """Adds a step to what is known of the answer."""
+    def _take(self, events: Events) -> None:
+        """Adds events to what is known of the answer."""
 
     @abstractmethod
     def _whole(self) -> Response:
         """The reply, once all is known."""
 
     @abstractmethod
-    def _chunks(self, step: Step) -> Iterable[Mapping[str, object]]:
-        """Takes a step -> what to show of it."""
+    def _chunks(self, events: Events) -> Iterable[Mapping[str, object]]:
+        """Takes events -> what to show of them."""
 
     def _chunk(self, choice: Mapping[str, object], extra: Mapping[str, object] | None = None) -> dict[str, object]:
         chunk = {**self._head(), "choices": [choice], **(extra or {})}

@@ -47,7 +47,7 @@ class Asked:
         return {**body, "messages": [self.messages[i] for i in order]} if self.messages else body
 
 
-class Call(BaseModel):
+class SaidCall(BaseModel):
     function: FunctionOut
 
 
@@ -55,7 +55,7 @@ class Said(BaseModel):
     """A message, or what an event adds to it."""
 
     content: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: list[SaidCall] | None = None
 
 
 class Logprobs(BaseModel):

@@ -1,8 +1,8 @@
 """What a cache policy is asked, and what most of them share.
 
-The cache tells a policy what happens to *kept states* (checkpoints and prompt ends) and asks it two things: where a new
-prompt deserves states, and which state goes next. KV pages have no score of their own: a page that no kept state needs
-saves nothing and goes before anything else, and a page that one needs counts among its bytes.
+The cache reports to a policy what happens to *kept states* (checkpoints and prompt ends) and asks it two things: where
+a new prompt deserves states, and which state is evicted next. KV pages have no score of their own: a page that no kept
+state needs saves nothing and is evicted first, and a page that one needs counts among its bytes.
 
 The server and `hybrid-cache bench policy` run the same objects.
 """
@@ -19,7 +19,7 @@ from hybrid_cache.tokens import Boundary, BoundaryKind
 
 
 class Worth(NamedTuple):
-    """What a state saves each time it is used, and what is freed when it goes."""
+    """What a state saves each time it is used, and what is freed when it is evicted."""
 
     flops: float  # to compute again what it spares, from the nearest other state that is there
     num_bytes: int  # the state, and the pages that nothing else needs
@@ -39,7 +39,7 @@ class Outline:
     """A prompt that has just found its pages and is about to be computed.
 
     [0, start)            resumed from a kept state
-    [start, shared)       its pages are there but no state to go on from: it parts from another request at `shared`
+    [start, shared)       its pages are there but no state to resume from: it diverges from another request at `shared`
     [shared, num_tokens)  new
     """
 
@@ -49,7 +49,7 @@ class Outline:
     page_tokens: int
     boundaries: tuple[Boundary, ...] = ()  # ends of messages, rising
     only_marked: bool = False  # the client wants states at explicit boundaries and nowhere else
-    generated: bool = False  # the end of these tokens was generated: nobody waits, and nobody has asked for them
+    generated: bool = False  # the end of these tokens was generated: no request waits for them
     again: bool = False  # the same request was admitted before, and preempted
 
     @property
@@ -83,15 +83,15 @@ class Policy(Protocol):
     def open(self, worth_of: Callable[[Kept], Worth], clock: Callable[[], float]) -> None:
         """Called once by the cache: how to ask for the present worth of a state, and the time in seconds."""
 
-    def plan(self, outline: Outline) -> Iterable[Wish]:
-        """A prompt has been admitted -> where states would be welcome."""
+    def propose(self, outline: Outline) -> Iterable[Wish]:
+        """A prompt has been admitted -> the checkpoints proposed for it."""
         ...
 
     def finished(self, name: Name, num_output_tokens: int) -> None:
-        """The request whose prompt's last full page has this name got an answer of so many tokens."""
+        """A request has ended with an answer of `num_output_tokens`; `name`: of its prompt's full pages, see `Keys`."""
 
     def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
-        """The score that a state of a running request would have; None refuses it whatever room there is."""
+        """The score that a state of a running request would have; None refuses it even if there is room."""
         ...
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
@@ -104,13 +104,13 @@ class Policy(Protocol):
         """A state may no longer be evicted, or has gone. Nothing happens if it was not there."""
 
     def lowest(self) -> tuple[float, Kept] | None:
-        """The state that goes next, and its score."""
+        """The state that is evicted next, and its score."""
         ...
 
     def lost(self, name: Name, score: float, above: Kept | None) -> None:
-        """A state has gone, or a candidate was refused; who would use it has to go on from `above`.
+        """A state was evicted, or a candidate refused; its future requests have to resume from `above`.
 
-        `score` is minus infinity for a state that went for other reasons than its score.
+        score: minus infinity for a state that was evicted for another reason than its score
         """
 
     def items(self) -> Iterable[Kept]:
@@ -119,7 +119,7 @@ class Policy(Protocol):
 
 
 def interior_positions(start: int, end: int) -> list[int]:
-    """Grid positions inside [start, end) at which a long stretch deserves a checkpoint nobody asked for.
+    """Grid positions inside [start, end) at which a long stretch deserves a checkpoint that no client asked for.
 
     They lie at tiles 8, 16, 32, 64 ... so that a branch at any place finds a state at least half as deep, for a number
     of states that grows with the logarithm of the length.
@@ -154,7 +154,7 @@ def every_place(outline: Outline) -> Iterable[Wish]:
 
 
 def branch_and_end(outline: Outline) -> Iterable[Wish]:
-    """At most two states a sequence: where it parts from an earlier one, and its end (Marconi, section 4.1)."""
+    """At most two states a sequence: where it diverges from an earlier one, and its end (Marconi, section 4.1)."""
     kind = CheckpointKind.TURN_END if outline.generated else CheckpointKind.MESSAGE_END
     if outline.start < outline.shared < outline.end:
         yield Wish(outline.shared, CheckpointKind.BRANCH)
@@ -184,7 +184,7 @@ class ScoredPolicy:
         """The score of a state last used when the clock said `base`."""
         raise NotImplementedError
 
-    def plan(self, outline: Outline) -> Iterable[Wish]:
+    def propose(self, outline: Outline) -> Iterable[Wish]:
         return every_place(outline)
 
     def finished(self, name: Name, num_output_tokens: int) -> None:
@@ -210,7 +210,7 @@ class ScoredPolicy:
 
     def items(self) -> Iterable[Kept]:
         scores = self._heap.items()
-        assert all(score <= self._score(kept) for kept, score in scores.items()), "a fall that nobody reported"
+        assert all(score <= self._score(kept) for kept, score in scores.items()), "a fall that was not reported"
         return scores
 
     def _score(self, kept: Kept) -> float:

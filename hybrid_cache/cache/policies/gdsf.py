@@ -14,7 +14,7 @@ class GDSF(PublishedPolicy):
     The cost is the FLOPs that a state spares from the nearest other state that is there, the size its bytes and those
     of the pages that only it needs. In the paper a file's cost and size never change; here they do as neighbours come
     and go, and the score follows. Uses are counted while a state is kept, its arrival included. States where two
-    requests part and at ends, as in Marconi.
+    requests diverge and at ends, as in Marconi.
     """
 
     name = "gdsf"

@@ -4,13 +4,13 @@
 
 In real traffic three quarters of all prompts never come back, so most of what can be gained lies in not keeping them.
 Which ones come back shows in what a server sees anyway: how long the last answer was, how much of the prompt was
-known, how many turns it has had, whose message ended it, how far from its end it parts from the next. places.py turns
+known, how many turns it has had, whose message ended it, how far from its end the next one diverges. places.py turns
 that into features, returns.py into a rate that is learned while the server runs, and the rate into what a second of
 memory is worth now. A state enters if it is worth more than what has to go for it.
 
 Two rules complete it. The cost of a state is that of computing again from the nearest state that is *still there*.
-And when a state goes, the one above it stands in for it: it takes over its prospects if they are better, and what is
-resumed from it from then on counts for it.
+And when a state is evicted, the one above it stands in for it: it takes over its prospects if they are better, and
+what is resumed from it from then on counts for it.
 
 No state is walked to for a decision: the scores of all are computed at once, in one vectorised pass, and the lowest
 64th is a shortlist from which victims are taken until it is empty or old. A state on it whose score has risen is
@@ -28,8 +28,8 @@ from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
 from hybrid_cache.cache.policies.returns import MOST_LIVES, ReturnModel
 from hybrid_cache.cache.tree import CheckpointKind, Kept, Node, StoredMessage
 
-FIT_EARLY = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448)  # after so many requests the model is fitted,
-FIT_EVERY = 512  # and then each time after so many more
+FIT_EARLY = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448)  # requests after which the model is fitted,
+FIT_EVERY = 512  # and requests between two fits after that
 SHORTLIST_SHARE = 64
 STALE_SCORES = 512  # scores computed in vain a second, at most: a shortlist of n states lives for n / 512 seconds
 
@@ -46,12 +46,12 @@ class Learned:
     wants_rises = False
 
     def __init__(self, model: ReturnModel | None = None, *, learn: bool = True) -> None:
-        """`model` and `learn=False`: what it would do if it knew from the start what can be learned, for studies."""
+        """model, learn=False: for studies of what it would do with a model fitted beforehand"""
         self._model = model or new_model()
         self._learn = learn
         self._memory = PlaceMemory(self._model)
         self._num_requests = 0
-        self._now = 0.0  # when a prompt was last admitted: between two, no score changes by the clock alone
+        self._now = 0.0  # when a prompt was last admitted: until the next, time alone changes no score
         self._num_added = 0
         self._rows: dict[Kept, int] = {}
         # One row for each state that may be evicted.
@@ -70,7 +70,7 @@ class Learned:
 
     # Learning
 
-    def plan(self, outline: Outline) -> Iterable[Wish]:
+    def propose(self, outline: Outline) -> Iterable[Wish]:
         self._now = self._clock()
         wishes = list(every_place(outline))
         self._memory.visit(outline, wishes, self._now)
@@ -105,7 +105,7 @@ class Learned:
         return 0.0 if place is None else self._index(place) * worth.flops / worth.num_bytes
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
-        if isinstance(kept, StoredMessage) and kept.attached:  # `plan` sees the returns to what is in the tree
+        if isinstance(kept, StoredMessage) and kept.attached:  # `propose` sees the returns to what is in the tree
             place = self._memory.get(kept.name)
             if place is not None:
                 self._memory.returned_to(place, self._clock())

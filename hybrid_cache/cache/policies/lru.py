@@ -7,7 +7,7 @@ from hybrid_cache.cache.tree import CheckpointKind, Kept, Node
 
 
 class LRU(ScoredPolicy):
-    """The state used longest ago goes first, whatever it saves; states anywhere, as the server offers them."""
+    """The least recently used state is evicted first, whatever it saves; states anywhere, as the server offers them."""
 
     name = "lru"
 

@@ -50,13 +50,13 @@ class Marconi(RankedPolicy):
                 raise ConfigError("the marconi policy needs an alpha, or the model's cache spec and cost to find one")
             self._rehearsal = Rehearsal(spec, cost, budget_bytes)
 
-    def plan(self, outline: Outline) -> Iterable[Wish]:
+    def propose(self, outline: Outline) -> Iterable[Wish]:
         if self._rehearsal is not None and not outline.again:
             self._rehearsal.record(outline)
             if self._rehearsal.num_requests >= (self._window or MOST_REQUESTS):
                 savings = [self._rehearsal.saved(self.with_alpha(alpha)) for alpha in ALPHAS]
                 self.alpha, self._rehearsal = ALPHAS[savings.index(max(savings))], None
-        return super().plan(outline)
+        return super().propose(outline)
 
     def lost(self, name: Name, score: float, above: Kept | None) -> None:
         super().lost(name, score, above)

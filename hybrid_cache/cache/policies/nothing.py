@@ -8,11 +8,11 @@ from hybrid_cache.cache.tree import CheckpointKind
 
 
 class Nothing(ScoredPolicy):
-    """Keeps no state. A model without states, which can resume from any page, still finds pages nobody has needed."""
+    """Keeps no state. A model without states, which resumes from any page, still finds pages not yet evicted."""
 
     name = "none"
 
-    def plan(self, outline: Outline) -> Iterable[Wish]:
+    def propose(self, outline: Outline) -> Iterable[Wish]:
         return ()
 
     def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:

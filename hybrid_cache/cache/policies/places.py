@@ -55,7 +55,7 @@ class Place:
 
 
 class PlaceMemory:
-    """Finds the place that a prompt returns to, makes new ones, and tells the model what it sees."""
+    """Finds the place that a prompt returns to, makes new ones, and reports lives to the model."""
 
     def __init__(self, model: ReturnModel) -> None:
         self._model = model
@@ -113,7 +113,7 @@ class PlaceMemory:
         return place
 
     def place_of(self, kept: Kept, now: float) -> Place:
-        """The place of a state, made anew if it was forgotten."""
+        """The place of a state, made again if it was forgotten."""
         place = self.get(kept.name)
         if place is None:
             place = self.add_unseen(kept.kind, kept.name, kept.num_tokens, now)
@@ -125,7 +125,7 @@ class PlaceMemory:
         return self.add(name, features, now)
 
     def answered(self, place: Place, num_output_tokens: int) -> None:
-        """The prompt that ends at a place got an answer of so many tokens."""
+        """The prompt that ends at a place got an answer of `num_output_tokens`."""
         place.features[5] = 1 + log2_bin(num_output_tokens, 13)
         self._model.change(place.group, place.life, place.features)
 

@@ -37,7 +37,7 @@ def normalised(values: Floats) -> Floats:
 class PublishedPolicy(ScoredPolicy):
     """States at the two places, and a score that a heap can hold."""
 
-    def plan(self, outline: Outline) -> Iterable[Wish]:
+    def propose(self, outline: Outline) -> Iterable[Wish]:
         return places(outline)
 
     def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
@@ -48,7 +48,7 @@ class RankedPolicy:
     """States at the two places, and scores that depend on all states at once, so that no heap can hold them.
 
     A state is a column of numbers; each victim takes one pass over all columns. Only the state that a request resumes
-    from counts as used. The clock ticks when a request looks for its prefix, when a state comes, and when one goes.
+    from counts as used. The clock ticks when a prefix is looked up, a state added, or one evicted.
     """
 
     name = ""
@@ -63,7 +63,7 @@ class RankedPolicy:
         self._columns = np.zeros((3, 64))
 
     def value(self, kept: Kept) -> float:
-        """What is ranked beside recency; it may fall only when the cache reports it."""
+        """What is ranked together with recency; it may fall only when the cache reports it."""
         raise NotImplementedError
 
     def is_candidate(self, kept: Kept) -> bool:
@@ -77,7 +77,7 @@ class RankedPolicy:
     def open(self, worth_of: Callable[[Kept], Worth], clock: Callable[[], float]) -> None:
         self._worth_of = worth_of
 
-    def plan(self, outline: Outline) -> Iterable[Wish]:
+    def propose(self, outline: Outline) -> Iterable[Wish]:
         if outline.start == 0:  # nothing was found; else `used` has ticked
             self._now += 1
         return places(outline)
@@ -129,8 +129,8 @@ class RankedPolicy:
 
     def items(self) -> Iterable[Kept]:
         for row, kept in enumerate(self._kept):
-            assert self._columns[VALUE, row] <= self.value(kept), "a fall that nobody reported"
-            assert self._columns[CANDIDATE, row] or not self.is_candidate(kept), "a candidate that nobody reported"
+            assert self._columns[VALUE, row] <= self.value(kept), "a fall that was not reported"
+            assert self._columns[CANDIDATE, row] or not self.is_candidate(kept), "a candidate that was not reported"
         return list(self._kept)
 
     def _refresh(self, row: int) -> bool:

@@ -53,7 +53,7 @@ class Rehearsal:
         self._cost = cost
         self._budget_bytes = budget_bytes
         self._recorded: list[Recorded] = []
-        self.num_requests = 0  # recorded, commits of generated tokens not counted
+        self.num_requests = 0  # recorded, canonical passes not counted
 
     def record(self, outline: Outline) -> None:
         self._recorded.append(Recorded.of(outline))
@@ -82,7 +82,7 @@ def serve(cache: Books, recorded: Recorded) -> int:
     if lease is None:
         return 0
     only_marked, generated = recorded.only_marked, recorded.generated
-    wishes = cache.plan(lease, recorded.boundaries, only_marked=only_marked, generated=generated)
+    wishes = cache.propose(lease, recorded.boundaries, only_marked=only_marked, generated=generated)
     publish(cache, lease, wishes, recorded.page_tokens, recorded.page_tokens if generated else CHUNK_TOKENS)
     cache.release(lease)
     return lease.length

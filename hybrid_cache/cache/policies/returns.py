@@ -1,4 +1,4 @@
-"""When will somebody come back to this prefix? Learned online from what a server sees anyway.
+"""When will a request return to this prefix? Learned online from what a server sees anyway.
 
 A *life* begins when a place in a prompt is made or returned to, and ends when it is returned to (again). The chance
 that it ends now depends on its age and on what is known of the place. It is modelled by piecewise constant rates,
@@ -134,7 +134,7 @@ class ReturnModel:
         return float(here + part * (there - here))
 
     def fit(self, now: float) -> None:
-        """A step of Newton's method for each group, beside the closed form for its rates by age."""
+        """A step of Newton's method for each group's weights; its rates by age have a closed form."""
         for group, lives in enumerate(self._lives):
             n = min(lives.count, lives.most)
             if n >= FEWEST_LIVES:
@@ -162,7 +162,7 @@ class ReturnModel:
         w += np.clip(np.linalg.solve(hessian, gradient), -1.0, 1.0)
 
     def _tabulate(self) -> None:
-        """Indices [groups, levels, buckets + 1]; the last bucket goes on for ever."""
+        """Indices [groups, levels, buckets + 1]; the last bucket has no end."""
         table = gittins(np.exp(self._u[:, None, :] + np.array(LEVELS)[None, :, None]))
         self._table = np.concatenate([table, table[..., -1:]], axis=-1)
         self._indices: list[list[list[float]]] = self._table.tolist()

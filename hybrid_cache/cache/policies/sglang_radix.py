@@ -10,10 +10,10 @@ PER_TOKEN = 2.0**-24  # so that the depth of a state weighs less than one use
 
 
 class SGLangRadix(PublishedPolicy):
-    """Least recently used, where a use counts for every state along the request's path; the deepest goes first.
+    """Least recently used, where a use counts for every state along the request's path; the deepest is evicted first.
 
     So in effect it works on the leaves of the tree. This is the baseline "SGLang+" of the Marconi paper (arXiv
-    2411.19379, section 5): states where two requests part and at ends, eviction from the leaves. SGLang's own tree for
+    2411.19379, section 5): states where requests diverge and at ends, eviction from the leaves. SGLang's own tree for
     hybrid models (sgl-project/sglang PR 11214, from October 2025 to July 2026) differs in two ways: states and KV pages
     have a pool each, and among states of one path the one nearest to the root goes first. Here both share one budget,
     states at ends lie on the page grid, and a branch counts as seen when its pages are still there.

@@ -8,7 +8,7 @@ from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.spec import AttentionSpec, CacheSpec, StateSpec
 
-STEP = 16  # vLLM's attention blocks are multiples of so many tokens
+STEP = 16  # tokens; vLLM's attention blocks are multiples of it
 
 
 def equal_page_tokens(spec: CacheSpec) -> int:
@@ -37,12 +37,13 @@ class VLLMBlock(SGLangRadix):
     name = "vllm-block"
 
     def __init__(self, block_tokens: int) -> None:
+        """Raises ConfigError for blocks of less than one token."""
         if block_tokens < 1:
             raise ConfigError(f"block_tokens is {block_tokens}, must be at least 1")
         super().__init__()
         self._block_tokens = block_tokens
 
-    def plan(self, outline: Outline) -> Iterable[Wish]:
+    def propose(self, outline: Outline) -> Iterable[Wish]:
         if outline.only_marked:
             return ()
         block = -(-self._block_tokens // outline.page_tokens) * outline.page_tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_cache.api.text.answer import Answer, Step
+from hybrid_cache.api.text.answer import Answer, Events
 from hybrid_cache.api.text.generation import Begin, End, GenerationSpec, Text, ToolCall, Usage
 from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.api.text.text_engine import TextEngine
@@ -46,8 +46,8 @@ def spec_for(script: Script = SCRIPT, **fields: object) -> GenerationSpec:
 
 def steps_of(
     text: TextModel, specs: Sequence[GenerationSpec], records: list[RequestRecord] | None = None
-) -> list[Step]:
-    async def run() -> list[Step]:
+) -> list[Events]:
+    async def run() -> list[Events]:
         engine = new_engine()
         engine.start()
         seen = records if records is not None else []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_cache.api.text.chat import ChatEncoder
-from hybrid_cache.api.text.messages import Message, Part, Rendering
+from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Prompt
@@ -39,8 +39,8 @@ def encoder_for(name: str) -> ChatEncoder:
     return ChatEncoder(tokenizer, {"default": ChatTemplate(source, tokenizer.named_tokens)})
 
 
-def message(role: str, text: str | None, **fields: object) -> Message:
-    return Message(role, None if text is None else (Part(text),), fields)
+def message(role: str, text: str | None, **fields: object) -> TemplateMessage:
+    return TemplateMessage(role, None if text is None else (TextPart(text),), fields)
 
 
 def call(number: int, argument: str) -> dict[str, object]:
@@ -48,7 +48,7 @@ def call(number: int, argument: str) -> dict[str, object]:
 
 
 @st.composite
-def conversations(draw: st.DrawFn, name: str) -> list[Message]:
+def conversations(draw: st.DrawFn, name: str) -> list[TemplateMessage]:
     """Questions and answers; some answers think, or call tools first."""
     messages = [message("system", draw(words))] if name not in NO_SYSTEM and draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 4))):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hybrid_cache.api.text import chat
 from hybrid_cache.api.text.boundaries import limited, prompt_of_tokens
 from hybrid_cache.api.text.chat import ChatEncoder
-from hybrid_cache.api.text.messages import Message, Part, Rendering
+from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.errors import ContextTooLong, RequestError
@@ -36,8 +36,8 @@ def encoder_for(text: TextModel, template: str) -> ChatEncoder:
     return ChatEncoder(text.tokenizer, {"default": ChatTemplate(template, text.tokenizer.named_tokens)})
 
 
-def said(*contents: str) -> list[Message]:
-    return [Message("assistant" if i % 2 else "user", (Part(c),)) for i, c in enumerate(contents)]
+def said(*contents: str) -> list[TemplateMessage]:
+    return [TemplateMessage("assistant" if i % 2 else "user", (TextPart(c),)) for i, c in enumerate(contents)]
 
 
 def ends(prompt: Prompt) -> list[int]:
@@ -139,8 +139,8 @@ def test_what_the_template_refuses_is_the_clients_fault(text: TextModel) -> None
 @pytest.mark.parametrize("template", [TEMPLATE, PLAIN, TRIMS], ids=["chatml", "plain", "trims"])
 @pytest.mark.parametrize("last", [False, True], ids=["inside", "at-the-end"])
 def test_a_marked_part_ends_in_an_explicit_boundary(text: TextModel, template: str, last: bool) -> None:
-    parts = (Part("hello w  ", marked=True, ttl_s=60.0), *(() if last else (Part("more"),)))
-    messages = [*said("first"), Message("user", parts), *said("then")]
+    parts = (TextPart("hello w  ", marked=True, ttl_s=60.0), *(() if last else (TextPart("more"),)))
+    messages = [*said("first"), TemplateMessage("user", parts), *said("then")]
     prompt = encoder_for(text, template).encode(messages, Rendering(default_ttl_s=9.0), ROOM)
     (mark,) = [b for b in prompt.boundaries if b.kind is BoundaryKind.EXPLICIT]
     before = text.tokenizer.decode(prompt.tokens[: mark.position].tolist())
@@ -149,7 +149,7 @@ def test_a_marked_part_ends_in_an_explicit_boundary(text: TextModel, template: s
 
 
 def test_a_mark_without_a_lifetime_takes_the_requests(text: TextModel) -> None:
-    messages = [Message("user", (Part("hello", marked=True),))]
+    messages = [TemplateMessage("user", (TextPart("hello", marked=True),))]
     prompt = encoder_for(text, TEMPLATE).encode(messages, Rendering(default_ttl_s=1800.0), ROOM)
     assert [b.ttl_s for b in prompt.boundaries if b.kind is BoundaryKind.EXPLICIT] == [1800.0]
 
@@ -158,14 +158,14 @@ def test_parts_are_split_whether_marked_or_not(text: TextModel) -> None:
     encoder = encoder_for(text, TEMPLATE)
 
     def tokens(marked: bool) -> list[int]:
-        parts = (Part("hel", marked=marked), Part("lo"))
-        return cast("list[int]", encoder.encode([Message("user", parts)], Rendering(), ROOM).tokens.tolist())
+        parts = (TextPart("hel", marked=marked), TextPart("lo"))
+        return cast("list[int]", encoder.encode([TemplateMessage("user", parts)], Rendering(), ROOM).tokens.tolist())
 
     assert tokens(True) == tokens(False)
 
 
 def test_a_noncharacter_in_the_text_is_no_mark(text: TextModel) -> None:
-    messages = [Message("user", (Part("\ufdd0hello", marked=True), Part("\ufdd1")))]
+    messages = [TemplateMessage("user", (TextPart("\ufdd0hello", marked=True), TextPart("\ufdd1")))]
     prompt = encoder_for(text, TEMPLATE).encode(messages, Rendering(), ROOM)
     (mark,) = [b for b in prompt.boundaries if b.kind is BoundaryKind.EXPLICIT]
     assert text.tokenizer.decode(prompt.tokens[: mark.position].tolist()).endswith("\ufdd0hello")

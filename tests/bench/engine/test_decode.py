@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hybrid_cache.api.cli.main import app
+from hybrid_cache.bench.common.ceilings import QUICK, SIZES
 
 
 def run(*args: str) -> str:
@@ -15,7 +16,8 @@ def run(*args: str) -> str:
     return result.output
 
 
-def test_steps_are_timed_beside_their_floor(tmp_path: Path) -> None:
+def test_steps_are_timed_beside_their_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "cpu", QUICK)
     file = tmp_path / "out.json"
     text = run("--streams", "1,3", "--prefixes", "64", "--steps", "2", "--json", str(file))
     assert "prefill of 1,024 tokens" in text

@@ -40,7 +40,7 @@ def run(model: SumModel, requests_per_round: int = 3) -> Report:
     return compare(model, Report("fake", "float32", seed=1), 1, requests_per_round=requests_per_round)
 
 
-@pytest.mark.parametrize("name", ["small minimax", "small lfm2"])
+@pytest.mark.parametrize("name", [pytest.param("small minimax", marks=pytest.mark.slow), "small lfm2"])
 def test_a_busy_engine_gives_the_bits_of_a_plain_one_whatever_is_asked(name: str) -> None:
     torch.set_num_threads(1)
     report = compare(named(name).load("float32", select()), Report(name, "float32", seed=1), 1, requests_per_round=17)

@@ -12,7 +12,7 @@ import torch
 
 from hybrid_cache.bench.common.random_model import SMALL, random_model
 from hybrid_cache.bench.gpu import command, correctness, timing
-from hybrid_cache.bench.gpu.command import Part, main, run_apart
+from hybrid_cache.bench.gpu.command import ReportPart, main, run_apart
 from hybrid_cache.bench.gpu.report import Section, markdown, section_of
 from hybrid_cache.bench.gpu.setting import Setting
 from hybrid_cache.bench.kernels import cases
@@ -55,7 +55,7 @@ def test_what_is_wrong_fails_the_check_and_the_rest_goes_on(small, monkeypatch, 
         raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(TorchOps, "rms_norm", wrong)
-    monkeypatch.setitem(command.PARTS, "sharing", Part(broken, 10, decides=False))
+    monkeypatch.setitem(command.PARTS, "sharing", ReportPart(broken, 10, decides=False))
     report = tmp_path / "report.md"
     only = ["--only", "sharing,parity,environment", "--report", str(report)]
     assert main(["--device", "cpu", "--quick", *only]) == 1
@@ -73,7 +73,7 @@ def test_a_part_that_does_not_decide_fails_nothing(small, monkeypatch, tmp_path)
         raise RuntimeError("no")
 
     for decides in (False, True):
-        monkeypatch.setitem(command.PARTS, "sharing", Part(broken, 10, decides=decides))
+        monkeypatch.setitem(command.PARTS, "sharing", ReportPart(broken, 10, decides=decides))
         arguments = ["--device", "cpu", "--quick", "--only", "sharing", "--report", str(tmp_path / "r.md")]
         assert main(arguments) == int(decides)
 
@@ -121,7 +121,7 @@ def test_a_part_that_is_stopped_leaves_what_it_has(monkeypatch, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         signal.sigtimedwait([], 30)
 
-    monkeypatch.setitem(command.PARTS, "sharing", Part(slow, 10, decides=False))
+    monkeypatch.setitem(command.PARTS, "sharing", ReportPart(slow, 10, decides=False))
     out, before = tmp_path / "section.json", signal.getsignal(signal.SIGTERM)
     try:
         assert main(["--device", "cpu", "--quick", "--part", "sharing", "--json", str(out)]) == 0

@@ -127,7 +127,7 @@ def test_the_two_hit_rates_and_savings_are_shares() -> None:
     b = bound(t, COST, 1, 1, 100)
     assert b.token_hit_rate == b.infinite_token_hit_rate == pytest.approx(32 / 98)
     assert b.flops_saved == b.infinite_flops_saved == pytest.approx(saving(2) / all_prefill(t))
-    assert b.planned_flops_saved == pytest.approx(b.flops_saved)
+    assert b.reached_flops_saved == pytest.approx(b.flops_saved)
     assert b.gap == pytest.approx(0.0)
 
 
@@ -136,8 +136,8 @@ def test_a_plan_keeps_a_state_over_a_request_that_resumes_below_it() -> None:
     t = trace(request(1, 2), request(1, 2), request(1, 3))
     assert best_saving(t, COST, 1, 1, 4) == saving(2) + saving(1)
     assert best_saving(t, COST, 1, 1, 3) == saving(2)
-    assert bound(t, COST, 1, 1, 4).planned_flops_saved == pytest.approx((saving(2) + saving(1)) / all_prefill(t))
-    assert bound(t, COST, 1, 1, 3).planned_flops_saved == pytest.approx(saving(2) / all_prefill(t))
+    assert bound(t, COST, 1, 1, 4).reached_flops_saved == pytest.approx((saving(2) + saving(1)) / all_prefill(t))
+    assert bound(t, COST, 1, 1, 3).reached_flops_saved == pytest.approx(saving(2) / all_prefill(t))
     assert bound_in_flops(t, 1, 1, 3) == pytest.approx(saving(2) + saving(1)), "the bound grants a fresh state"
 
 
@@ -154,16 +154,17 @@ def test_visits_are_runs_of_pages_with_the_same_last_visitor() -> None:
 # Against all plans there are
 
 
-def test_no_prices_give_less_than_the_best_plan() -> None:
+@pytest.mark.parametrize("num_traces", [400, pytest.param(1_600, marks=pytest.mark.slow)])
+def test_no_prices_give_less_than_the_best_plan(num_traces: int) -> None:
     rng, numbers = random.Random(1), np.random.default_rng(1)
-    for _ in range(1_200):
+    for _ in range(num_traces):
         t, sizes = tiny_trace(rng, rng.randint(3, 6)), tiny_sizes(rng)
         best = best_saving(t, COST, *sizes) / all_prefill(t)
         market = Market.of(Visits.of(t), COST, *sizes)
         for scale in (0.0, 0.03, 0.3):
             prices = scale * numbers.random(market.num_gaps)
             assert market.saved_at_most(prices) >= best * (1 - ROUNDING), (t, sizes)
-            assert market.plan(prices) <= best * (1 + ROUNDING), (t, sizes)
+            assert market.saved_at_least(prices) <= best * (1 + ROUNDING), (t, sizes)
 
 
 def test_the_best_plan_is_between_plan_and_bound() -> None:
@@ -172,7 +173,7 @@ def test_the_best_plan_is_between_plan_and_bound() -> None:
         t, sizes = tiny_trace(rng, rng.randint(3, 6)), tiny_sizes(rng)
         best = best_saving(t, COST, *sizes) / all_prefill(t)
         b = bound(t, COST, *sizes, iterations=40)
-        assert b.planned_flops_saved * (1 - ROUNDING) <= best <= b.flops_saved * (1 + ROUNDING), (t, sizes)
+        assert b.reached_flops_saved * (1 - ROUNDING) <= best <= b.flops_saved * (1 + ROUNDING), (t, sizes)
         assert b.flops_saved <= b.infinite_flops_saved
         assert b.token_hit_rate <= b.infinite_token_hit_rate
         gaps.append(b.flops_saved - best)
@@ -235,7 +236,7 @@ def test_more_room_never_lowers_the_bound(conversations: Trace, slot_bytes: int)
 
 def test_the_bound_is_near_a_plan_that_fits(conversations: Trace) -> None:
     b = bound(conversations, COST, 1, 3, 800)
-    assert b.planned_flops_saved < b.flops_saved < 0.97 * b.infinite_flops_saved
+    assert b.reached_flops_saved < b.flops_saved < 0.97 * b.infinite_flops_saved
     assert b.gap < 0.02 * b.flops_saved
 
 

@@ -20,7 +20,7 @@ from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.bench.common.files import write_whole
 from hybrid_cache.bench.policy.command import KNOWN, policy, speed
 from hybrid_cache.bench.policy.live import Server, check_sizes
-from hybrid_cache.bench.policy.report import Row, conclusion, with_gaps
+from hybrid_cache.bench.policy.report import PolicyRow, conclusion, with_gaps
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
@@ -48,11 +48,11 @@ def run(*args: str | Path) -> Result:
     return Result(result.exit_code, result.stdout, result.stderr)
 
 
-def rows_of(tmp_path: Path, *args: str | Path) -> list[Row]:
+def rows_of(tmp_path: Path, *args: str | Path) -> list[PolicyRow]:
     file = tmp_path / "rows.json"
     result = run(*args, "--json", file)
     assert result.exit_code == 0, result.stderr
-    return [Row(**row) for row in json.loads(file.read_text())]
+    return [PolicyRow(**row) for row in json.loads(file.read_text())]
 
 
 def error_of(*args: str | Path) -> str:
@@ -72,7 +72,7 @@ def test_the_command_is_mounted(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_policy_makes_a_row_at_every_capacity(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, *TINY, "--policy", ",".join(KNOWN))
-    assert {f.name for f in fields(Row)} == set(json.loads((tmp_path / "rows.json").read_text())[0])
+    assert {f.name for f in fields(PolicyRow)} == set(json.loads((tmp_path / "rows.json").read_text())[0])
     assert [r.policy for r in rows] == [*KNOWN, "bound", "infinite"] * 2
     assert {(r.trace, r.model, r.seed, r.concurrency) for r in rows} == {("few-shot", "embedded", 0, 1)}
     assert [round(r.capacity_share, 2) for r in rows] == [0.05] * (len(rows) // 2) + [0.3] * (len(rows) // 2)
@@ -148,16 +148,16 @@ def test_files_are_replayed_beside_made_up_traffic(tmp_path: Path) -> None:
 def test_the_last_lines_say_what_the_numbers_say(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     result = run(*TINY, *FEW, "--json", file)
-    rows = [Row(**row) for row in json.loads(file.read_text())]
+    rows = [PolicyRow(**row) for row in json.loads(file.read_text())]
     assert result.stdout.splitlines()[-1] == conclusion(rows)
 
 
 def test_a_conclusion_names_the_best_and_what_was_possible() -> None:
-    def row(policy: str, size: int, saved: float) -> Row:
+    def row(policy: str, size: int, saved: float) -> PolicyRow:
         return replace(blank, policy=policy, capacity_bytes=size, flops_saved=saved)
 
     unknown = dict.fromkeys(("ttft_p50_s", "ttft_p95_s", "kv_bytes", "state_bytes", "gap_closed", "alpha"))
-    blank = Row(
+    blank = PolicyRow(
         "t", "m", "", 1, 0.1, 0.0, 0.0, **unknown, admissions=0, evictions=0, seconds=0.0, seed=0, concurrency=1
     )
     rows = [row("lru", 1, 0.1), row("gdsf", 1, 0.2), row("bound", 1, 0.5)]
@@ -286,7 +286,7 @@ def embedded_server(policy: str) -> Iterator[str]:
 
 
 # Their decisions follow from the order of requests alone, not from milliseconds: the replay can be held to every token.
-@pytest.mark.parametrize("name", ["lru", "flops-per-byte", "marconi"])
+@pytest.mark.parametrize("name", ["lru", pytest.param("flops-per-byte", marks=pytest.mark.slow), "marconi"])
 def test_a_replay_hits_what_the_server_hits(name: str, tmp_path: Path) -> None:
     trace = written(tmp_path / "talks.jsonl", talks(random.Random(1), 8, 6))
     file = tmp_path / "live.json"

@@ -74,9 +74,10 @@ def test_requests_in_progress_keep_their_pages_from_being_evicted() -> None:
     assert replay(requests, slots=4, pages=8, concurrency=2).hit_tokens[3] == 3 * TILE
 
 
+@pytest.mark.parametrize("num_traces", [15, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", policy_names())
-def test_a_policy_saves_no_more_than_the_best_plan_and_that_no_more_than_the_bound(name: str) -> None:
-    for seed in range(6 if name == "marconi" else 40):  # it replays all it has seen 21 times
+def test_a_policy_saves_no_more_than_the_best_plan_and_that_no_more_than_the_bound(name: str, num_traces: int) -> None:
+    for seed in range(num_traces // 3 if name == "marconi" else num_traces):  # it replays all it has seen 21 times
         rng = random.Random(f"{name} {seed}")
         small = tiny_trace(rng)
         scale = TILE // PAGE_TOKENS

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from hybrid_cache.bench.common.http_client import ServerFailed
-from hybrid_cache.bench.serving.command import Api, Row, Run, marked_text, measure, serve, summarise
-from hybrid_cache.bench.serving.scenarios import SCENARIOS, Message, Reply, Shape, one_token_words
+from hybrid_cache.bench.serving.command import Api, ScenarioRow, TrafficOptions, marked_text, measure, serve, summarise
+from hybrid_cache.bench.serving.scenarios import SCENARIOS, Reply, SentMessage, Shape, one_token_words
 from hybrid_cache.errors import ConfigError
 
 # A prompt of `cold` is <|system|> 30 words <|end|> <|user|> 10 words <|end|> <|assistant|> = 45 tokens;
@@ -55,7 +55,7 @@ class FakeServer:
         if self.failure:
             return self.failure
         chat = "messages" in body
-        prompt = marked_text(tuple(Message(**message) for message in body["messages"])) if chat else body["prompt"]
+        prompt = marked_text(tuple(SentMessage(**message) for message in body["messages"])) if chat else body["prompt"]
         cached = self.cached(prompt)
         words = [f" r{len(self.prompts)}w{n}" for n in range(body["max_tokens"])]
         self.prompts.append(prompt)
@@ -128,8 +128,12 @@ def url(fake: FakeServer) -> Iterator[str]:
         yield url
 
 
-def rows_of(url: str, *scenarios: str, api: Api = Api.completions, seed: int = 1, repeat: int = 1) -> dict[str, Row]:
-    run = Run(url, "fake", api, scenarios=scenarios or tuple(SCENARIOS), shape=SHAPE, seed=seed, repeat=repeat)
+def rows_of(
+    url: str, *scenarios: str, api: Api = Api.completions, seed: int = 1, repeat: int = 1
+) -> dict[str, ScenarioRow]:
+    run = TrafficOptions(
+        url, "fake", api, scenarios=scenarios or tuple(SCENARIOS), shape=SHAPE, seed=seed, repeat=repeat
+    )
     return {row.scenario: row for row in asyncio.run(measure(run))}
 
 
@@ -236,7 +240,7 @@ def test_the_command_writes_its_rows_as_json(fake: FakeServer, url: str, tmp_pat
     assert "repeat" in output
     rows = json.loads(path.read_text())
     assert [row["scenario"] for row in rows] == ["cold", "repeat"]
-    assert set(rows[0]) == set(Row.__dataclass_fields__)
+    assert set(rows[0]) == set(ScenarioRow.__dataclass_fields__)
 
 
 def test_a_refused_connection_is_named() -> None:

@@ -7,16 +7,19 @@ import pytest
 import torch
 
 from hybrid_cache.kernels import reference, selfcheck
-from hybrid_cache.kernels.decode_plan import PAGES_PER_SPLIT
+from hybrid_cache.kernels.decode_schedule import PAGES_PER_SPLIT
 from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.kernels.problems import AttentionProblem, Stream, pool
 from hybrid_cache.kernels.runs import Run, arrange
-from hybrid_cache.kernels.shared_prefix import plan_shared
+from hybrid_cache.kernels.shared_prefix import schedule_shared
 from hybrid_cache.kernels.triton_kernels import attention
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 from tests.kernels.test_against_reference import BATCHES, assert_close, play
 from tests.kernels.test_off_the_grid import pieces_of
+
+# A prompt is always resumed from a captured state too.
+CUTS = [(), pytest.param(((1, 2),), marks=pytest.mark.slow)]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPAN = PAGES_PER_SPLIT * TILE
@@ -72,10 +75,11 @@ def test_a_token_sees_the_window_that_ends_with_itself(window):
         assert_close(found, right)
 
 
+@pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize(("dtype", "window"), [(torch.float32, None), (torch.bfloat16, 70)], ids=str)
-def test_no_bit_depends_on_cuts_company_places_or_unused_memory(monkeypatch, dtype, window):
+def test_no_bit_depends_on_cuts_company_places_or_unused_memory(monkeypatch, dtype, window, cuts):
     monkeypatch.setattr(selfcheck, "PROMPT", 2 * TILE + 9)
-    monkeypatch.setattr(selfcheck, "CUTS", ((1, 2),))
+    monkeypatch.setattr(selfcheck, "CUTS", cuts)
     monkeypatch.setattr(selfcheck, "NUM_DECODES", 1)
     problem = AttentionProblem(dtype, num_heads=2, num_kv_heads=1, head_dim=16, window=window)
     assert selfcheck.mismatches(TritonAttention(), problem) == []
@@ -123,21 +127,21 @@ class DecodeBatch:
         rows = self.layout.num_rows
         self.rows = [torch.randn(rows, n, head_dim, generator=rng).to(dtype) for n in (heads, kv_heads, kv_heads)]
 
-    def decode(self, plan, window=None):
+    def decode(self, schedule, window=None):
         """-> [D, heads, head_dim]."""
         q, k, v = (x.to(DEVICE) for x in self.rows)
         kv, layout = KVTensors(self.kv.k.to(DEVICE), self.kv.v.to(DEVICE)), on_device(self.layout)
         attention.write_rows(k, v, layout, kv)
         out = torch.full(q.shape, torch.nan, device=DEVICE)
-        attention.decode(q, out, self.scale, layout, kv, window, attention._sizes(q, k), plan)
+        attention.decode(q, out, self.scale, layout, kv, window, attention._sizes(q, k), schedule)
         return out[: layout.num_decode].to(q.dtype).cpu()
 
     def reference(self, window=None):
         kv = KVTensors(self.kv.k.clone(), self.kv.v.clone())
         return reference.attention(*self.rows, self.scale, self.layout, kv, window)[: self.layout.num_decode]
 
-    def plan(self, **options):
-        return plan_shared(self.layout.page_table.numpy(), self.layout.decode_len.numpy(), **options)
+    def schedule(self, **options):
+        return schedule_shared(self.layout.page_table.numpy(), self.layout.decode_len.numpy(), **options)
 
 
 def branching():
@@ -158,10 +162,10 @@ def branching():
 )
 def test_shared_decode_has_the_bits_of_decode_alone(sizes, dtype, window):
     batch = DecodeBatch(*branching(), sizes, dtype)
-    plan, apart = batch.plan(), batch.plan(min_rows=4)
-    assert sorted(np.diff(plan.first)) == [1, 1, 1, 2, 3]
+    schedule, apart = batch.schedule(), batch.schedule(min_rows=4)
+    assert sorted(np.diff(schedule.first)) == [1, 1, 1, 2, 3]
     assert np.diff(apart.first).max() == 1
-    shared = batch.decode(plan, window)
+    shared = batch.decode(schedule, window)
     assert torch.equal(shared, batch.decode(apart, window))
     assert torch.equal(shared, batch.decode(None, window))
     assert_close(shared, batch.reference(window))
@@ -170,15 +174,15 @@ def test_shared_decode_has_the_bits_of_decode_alone(sizes, dtype, window):
 def test_a_group_may_be_larger_than_a_block(monkeypatch):
     monkeypatch.setattr(attention, "DECODE_M", 16)
     batch = DecodeBatch(*branching(), (7, 1, 16), torch.float32)
-    plan = batch.plan()
-    assert len(plan.blocks(2)) == plan.num_items + 1
-    assert torch.equal(batch.decode(plan), batch.decode(None))
+    schedule = batch.schedule()
+    assert len(schedule.blocks(2)) == schedule.num_items + 1
+    assert torch.equal(batch.decode(schedule), batch.decode(None))
 
 
 def test_a_row_has_the_same_bits_alone_and_in_a_group():
     tables, lengths = branching()
     together = DecodeBatch(tables, lengths, (2, 1, 16), torch.float32)
-    found = together.decode(together.plan())
+    found = together.decode(together.schedule())
     alone = DecodeBatch(tables[1:2], lengths[1:2], (2, 1, 16), torch.float32)
     alone.kv = together.kv
     alone.rows = [torch.cat([x[1:2], x[: MIN_ROWS - 1]]) for x in together.rows]
@@ -199,11 +203,11 @@ def test_more_heads_than_a_block_are_cut(monkeypatch):
 
 
 def test_the_plan_of_a_layout_is_used():
-    class Planned:
-        decode_plan = object()
+    class Scheduled:
+        decode_schedule = object()
         decode_len = torch.zeros(1)
 
-    assert attention.plan_of(Planned) is Planned.decode_plan
+    assert attention.schedule_of(Scheduled) is Scheduled.decode_schedule
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 257), (torch.float32, 129)], ids=str)

@@ -8,6 +8,7 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.problems import ConvProblem, Piece, Stream, run_batch, token
 from hybrid_cache.kernels.triton_kernels import conv
 from hybrid_cache.kernels.unsupported import UnsupportedShape
+from tests.kernels.quick import in_both_dtypes
 from tests.kernels.test_against_reference import BATCHES, assert_close, play
 
 
@@ -30,7 +31,6 @@ MIXED = [
     ([(2, 0, 1, ()), (1, 64, 66, ())], [(0, 129)]),
     ([], [(0, 130), (1, 66), (2, 1)]),
 ]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def problem_of(shape, dtype):
@@ -49,8 +49,7 @@ def test_all_batches_agree_with_the_reference(batch):
     compare(problem_of("width 4", torch.float32), BATCHES[batch])
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_dtypes(SHAPES), ids=str)
 def test_all_shapes_agree_with_the_reference(shape, dtype):
     compare(problem_of(shape, dtype), MIXED)
 

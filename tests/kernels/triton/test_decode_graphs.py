@@ -11,7 +11,7 @@ from hybrid_cache.device.cuda_graphs import DecodeGraphs
 from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.runs import Run, arrange
-from hybrid_cache.kernels.shared_prefix import with_plan
+from hybrid_cache.kernels.shared_prefix import with_schedule
 from hybrid_cache.kernels.triton_ops import TritonOps
 
 PREFIX = [13, 11, 12, 15]  # pages of a split
@@ -68,7 +68,7 @@ def test_a_replay_has_the_bits_of_a_launched_step():
     for i, batch in enumerate(batches):
         results = []
         for run in (
-            lambda b: model.forward(replace(b, layout=with_plan(b.layout)), cache.tensors),
+            lambda b: model.forward(replace(b, layout=with_schedule(b.layout)), cache.tensors),
             graphs.run,
         ):
             cache.memory._arena._buffer.copy_(start)

@@ -18,9 +18,10 @@ from tests.models.driver import Driver
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of these tests lie on the CPU")
 
-# One layer of each kind.
+# One layer of each kind. The server below has the one of attention.
+ATTENTION = "bamba of one attention layer"
 CASES = [
-    "bamba of one attention layer",
+    pytest.param(ATTENTION, marks=pytest.mark.slow),
     "bamba of one Mamba-2 layer",
     "mamba of one layer",
     "minimax of one linear layer",
@@ -46,10 +47,10 @@ class Letters:
 
 
 def hidden_rows(folder, ops):
-    """Of a prompt of two tiles and of two tokens behind it."""
+    """Of a prompt of two tiles and of a token behind it."""
     model = loading.load(folder, dtype="float32", ops=ops)
     driver = Driver(model)
-    tokens = torch.randint(0, model.vocab_size, (68,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(0, model.vocab_size, (67,), generator=torch.Generator().manual_seed(0)).tolist()
     sequence, rows = driver.prefill(tokens[:66])
     steps = []
     for token in tokens[66:]:
@@ -78,14 +79,15 @@ def test_a_server_chooses_tokens_and_moves_messages_with_kernels(tmp_path, monke
     for name, kernel in (("sample", sample.sample), ("log_sum_exp", sample.log_sum_exp)):
         monkeypatch.setattr(TritonOps, name, with_kernel(getattr(TorchOps, name), noted(name, kernel)))
     monkeypatch.setattr(rows, "relocate_keys", noted("relocate_keys", rows.relocate_keys))
-    case = next(case for case in checkpoints.CASES if str(case) == "bamba of one attention layer")
+    case = next(case for case in checkpoints.CASES if str(case) == ATTENTION)
     folder = checkpoints.save(checkpoints.reference(case), tmp_path, torch.float32)
-    answers = []
-    for ops in (CheckedTritonOps(), TorchOps()):
+    answers, checked = [], CheckedTritonOps()
+    for ops in (checked, TorchOps()):
         engine = Engine(loading.load(folder, dtype="float32", ops=ops), EngineConfig(budget_bytes=1 << 22))
-        sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=3, max_tokens=3, logprobs=2, stop_token_ids=(0,))
-        flow = Workflow(engine, Letters(), style=Style(engine.model.ways[0]), sampling=sampling)
+        sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=3, max_tokens=2, logprobs=2, stop_token_ids=(0,))
+        flow = Workflow(engine, Letters(), style=Style(engine.model.fidelities[0]), sampling=sampling)
         first, second = flow.encode_all(["tea", "and a biscuit"])
         answers.append(flow.generate(attend=[second, first, "now?"]).tokens)
     assert answers[0] == answers[1]
+    assert checked.reasons == {}
     assert {"sample", "log_sum_exp", "relocate_keys"} <= set(called)

@@ -11,7 +11,11 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.problems import Mamba1Problem, Piece, RgLruProblem, Stream, run_batch, token
 from hybrid_cache.kernels.triton_kernels import scan
 from hybrid_cache.kernels.unsupported import UnsupportedShape
+from tests.kernels.quick import in_both_dtypes
 from tests.kernels.test_against_reference import assert_close, play
+
+# A prompt is always resumed from a captured state too.
+CUTS = [(), pytest.param(((1, 2),), marks=pytest.mark.slow)]
 
 # Share of the output's root mean square. Triton's interpreter cuts off what does not fit into bfloat16.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -54,15 +58,13 @@ def compare(problem, calls):
         assert_close(found, right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", MAMBA1)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_dtypes(MAMBA1), ids=str)
 def test_mamba1_agrees_with_the_reference(shape, dtype):
     sizes, calls = MAMBA1[shape]
     compare(Mamba1Problem(dtype, random(), **sizes), calls)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", RG_LRU)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_dtypes(RG_LRU), ids=str)
 def test_rg_lru_agrees_with_the_reference(shape, dtype):
     sizes, calls = RG_LRU[shape]
     compare(RgLruProblem(dtype, random(), **sizes), calls)
@@ -73,10 +75,11 @@ def test_half_precision_rows_are_taken(kind):
     compare(kind(torch.float16, random(), channels=9), SHORT)
 
 
+@pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("kind", [Mamba1Problem, RgLruProblem])
-def test_no_bit_depends_on_cuts_company_places_or_unused_memory(kind, monkeypatch):
+def test_no_bit_depends_on_cuts_company_places_or_unused_memory(kind, cuts, monkeypatch):
     monkeypatch.setattr(selfcheck, "PROMPT", 2 * TILE + 6)
-    monkeypatch.setattr(selfcheck, "CUTS", ((1, 2),))
+    monkeypatch.setattr(selfcheck, "CUTS", cuts)
     monkeypatch.setattr(selfcheck, "NUM_DECODES", 1)
     assert selfcheck.mismatches(ScanOps, kind(torch.bfloat16, random(), channels=9)) == []
 

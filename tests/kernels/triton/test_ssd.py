@@ -12,7 +12,11 @@ from hybrid_cache.kernels.problems import LinearAttentionProblem, Mamba2Problem,
 from hybrid_cache.kernels.runs import arrange
 from hybrid_cache.kernels.triton_kernels import ssd
 from hybrid_cache.kernels.unsupported import UnsupportedShape
+from tests.kernels.quick import in_both_dtypes
 from tests.kernels.test_against_reference import assert_close, play
+
+# A prompt is always resumed from a captured state too.
+CUTS = [(), pytest.param(((1, 2),), marks=pytest.mark.slow)]
 
 SMALL = {"num_heads": 2, "head_dim": 16, "d_state": 16}
 
@@ -72,8 +76,7 @@ def test_mamba2_agrees_with_the_reference(case):
     compare(Mamba2Problem(dtype, random(), **sizes), calls)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", LINEAR_ATTENTION)
+@pytest.mark.parametrize(("shape", "dtype"), in_both_dtypes(LINEAR_ATTENTION), ids=str)
 def test_linear_attention_agrees_with_the_reference(shape, dtype):
     sizes, calls = LINEAR_ATTENTION[shape]
     compare(LinearAttentionProblem(dtype, random(), **sizes), calls)
@@ -89,10 +92,11 @@ def test_half_precision_rows_are_taken(kind):
     assert_close(cache[-1], expected_cache[-1])
 
 
+@pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("kind", [Mamba2Problem, LinearAttentionProblem])
-def test_no_bit_depends_on_cuts_company_places_or_unused_memory(kind, monkeypatch):
+def test_no_bit_depends_on_cuts_company_places_or_unused_memory(kind, cuts, monkeypatch):
     monkeypatch.setattr(selfcheck, "PROMPT", 2 * TILE + 9)
-    monkeypatch.setattr(selfcheck, "CUTS", ((1, 2),))
+    monkeypatch.setattr(selfcheck, "CUTS", cuts)
     monkeypatch.setattr(selfcheck, "NUM_DECODES", 1)
     sizes = {**SMALL, "num_heads": 1}
     assert selfcheck.mismatches(SsdOps, kind(torch.bfloat16, random(), **sizes)) == []

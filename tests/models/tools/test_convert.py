@@ -34,7 +34,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def converted(source, out, shard_bytes=10**9, **options):
-    convert.write(convert.plan(source, **options), out, shard_bytes=shard_bytes)
+    convert.write(convert.prepare(source, **options), out, shard_bytes=shard_bytes)
     return out
 
 
@@ -137,11 +137,11 @@ def test_values_that_float16_cannot_hold_are_refused(source, tmp_path):
 def test_a_quantized_folder_loads_as_what_its_matrices_now_are(case, name, folders, tmp_path):
     """That it is near the source is the format's business: a random net, unlike a trained one, magnifies errors."""
     stored, errors = FORMATS[name], {}
-    plan = convert.plan(folders(case), quantize=name)
+    conversion = convert.prepare(folders(case), quantize=name)
     out = tmp_path / "out"
-    convert.write(plan, out, shard_bytes=10**9, done=lambda change, error: errors.setdefault(change.name, error))
-    changed = [change for change in plan.changes if change.stored]
-    assert plan.new_bytes < 0.4 * plan.num_bytes
+    convert.write(conversion, out, shard_bytes=10**9, done=lambda change, error: errors.setdefault(change.name, error))
+    changed = [change for change in conversion.changes if change.stored]
+    assert conversion.new_bytes < 0.4 * conversion.num_bytes
     assert max(errors.values()) < LIMITS[name][0]
     assert {n for n, error in errors.items() if error} == {change.name for change in changed}
     before, after = weights_of(folders(case)), weights_of(out)
@@ -184,12 +184,12 @@ def test_the_cache_is_exact_with_quantized_weights(name, folders, tmp_path):
 
 def test_what_is_quantized_and_what_is_not(folders, tmp_path):
     """Embedding and head in 8 bits only; no vector, no convolution, nothing that is computed in float32."""
-    plans = {name: convert.plan(folders(JAMBA), quantize=name) for name in FORMATS}
-    names = {name: {c.name for c in plan.changes if c.stored} for name, plan in plans.items()}
+    conversions = {name: convert.prepare(folders(JAMBA), quantize=name) for name in FORMATS}
+    names = {name: {c.name for c in conversion.changes if c.stored} for name, conversion in conversions.items()}
     assert names["int8"] - names["int4"] == {"model.embed_tokens.weight", "lm_head.weight"}
     assert names["int4"] < names["int8"]
     assert not [n for n in names["int8"] if n.endswith(("A_log", "conv1d.weight", "bias", "norm.weight"))]
-    experts = [c for c in convert.plan(folders(GRANITE), quantize="int4").changes if len(c.shape) == 3 and c.stored]
+    experts = [c for c in convert.prepare(folders(GRANITE), quantize="int4").changes if len(c.shape) == 3 and c.stored]
     assert experts
     assert all(c.parts[1].shape == (*c.shape[:2], 1) for c in experts)
 
@@ -301,9 +301,9 @@ def test_a_sharded_source_is_read(references, folders, tmp_path):
 
 def test_weights_that_nobody_takes_are_left_out(source, tmp_path):
     edit_weights(source, lambda w: w.update({"model.layers.0.rotary_emb.inv_freq": torch.ones(4)}))
-    plan = convert.plan(source)
-    assert plan.left_out == ("model.layers.0.rotary_emb.inv_freq",)
-    convert.write(plan, tmp_path / "out", shard_bytes=10**9)
+    conversion = convert.prepare(source)
+    assert conversion.left_out == ("model.layers.0.rotary_emb.inv_freq",)
+    convert.write(conversion, tmp_path / "out", shard_bytes=10**9)
     assert "model.layers.0.rotary_emb.inv_freq" not in weights_of(tmp_path / "out")
 
 
@@ -360,7 +360,7 @@ def test_what_breaks_off_leaves_nothing(error, source, tmp_path):
 
     expected = ModelError if isinstance(error, OSError) else error
     with pytest.raises(expected):
-        convert.write(convert.plan(source), tmp_path / "out", shard_bytes=100_000, done=stop)
+        convert.write(convert.prepare(source), tmp_path / "out", shard_bytes=100_000, done=stop)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -384,7 +384,7 @@ def test_no_room_on_the_disk_is_seen_before(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{"dtype": "int3"}, {"quantize": "int3"}], ids=str)
 def test_unknown_options_are_refused(options, source):
     with pytest.raises(ConfigError, match="'int3' is not supported; supported: "):
-        convert.plan(source, **options)
+        convert.prepare(source, **options)
 
 
 # The command

@@ -17,7 +17,7 @@ from hybrid_cache.models import adapters
 from hybrid_cache.models.training import composed, lora
 from hybrid_cache.models.training import network as net
 from hybrid_cache.models.training import rows as rw
-from hybrid_cache.models.training.composed import Case, Reuse, Row, Stored
+from hybrid_cache.models.training.composed import Case, Reuse, ReuseRow, Stored
 from hybrid_cache.models.training.dialogues import KINDS, Dialogue, Question, Turn, examined
 from hybrid_cache.models.training.tokenizer import IM_END, Codec
 from tests.models.checkpoints import edit_config
@@ -65,11 +65,11 @@ def some_cases(num: int = 3) -> list[Case]:
     return found
 
 
-def rows_of(codec: Codec, reuse: Reuse) -> list[Row]:
+def rows_of(codec: Codec, reuse: Reuse) -> list[ReuseRow]:
     return [composed.row_of(codec, case, reuse, Random(1)) for case in some_cases()]
 
 
-def at_answers(network: net.Network, rows: list[Row]) -> Tensor:
+def at_answers(network: net.Network, rows: list[ReuseRow]) -> Tensor:
     batch, targets = composed.collate(rows)
     with torch.no_grad():
         return network(batch).flatten(0, 1)[targets.position]
@@ -159,7 +159,7 @@ def scanned_by_hand(layer: net.Mamba2, hidden: Tensor, state: Tensor, window: Te
 def test_states_of_messages_alone_compose_to_what_the_masks_of_one_layer_read() -> None:
     layer, shape = one_layer(), TINY
     lengths, asked = (7, 2, 9), 6
-    rows = Row(tuple(Stored(tuple(range(20, 20 + n)), ()) for n in lengths), (branch_of(asked, sum(lengths)),))
+    rows = ReuseRow(tuple(Stored(tuple(range(20, 20 + n)), ()) for n in lengths), (branch_of(asked, sum(lengths)),))
     batch, _ = composed.collate([rows])
     hidden = torch.randn(*batch.tokens.shape, shape.hidden_size, generator=torch.Generator().manual_seed(2))
     zero = torch.zeros(shape.mamba_n_heads, shape.mamba_d_head, shape.mamba_d_state)
@@ -181,7 +181,7 @@ def test_ordered_composition_in_one_layer_is_the_plain_run_where_windows_are_not
     with torch.no_grad():
         layer.conv1d.weight[..., :-1] = 0  # now a window holds nothing
         lengths = (5, 8, 3)
-        row = Row(tuple(Stored(tuple(range(20, 20 + n)), ()) for n in lengths), (branch_of(6, sum(lengths)),))
+        row = ReuseRow(tuple(Stored(tuple(range(20, 20 + n)), ()) for n in lengths), (branch_of(6, sum(lengths)),))
         batch, _ = composed.collate([row])
         hidden = torch.randn(*batch.tokens.shape, TINY.hidden_size, generator=torch.Generator().manual_seed(3))
         used = 1 + sum(lengths)
@@ -267,7 +267,7 @@ def trained(folder: Path, out: Path, settings: lora.Settings = SETTINGS) -> dict
 
 
 def test_a_fresh_adapter_changes_nothing_and_trained_ones_learn(folder: Path, codec: Codec, tmp_path: Path) -> None:
-    run = lora.Run.start(folder, replace(SETTINGS, steps=40, lr=0.02, dropout=0.0))
+    run = lora.TrainingRun.start(folder, replace(SETTINGS, steps=40, lr=0.02, dropout=0.0))
     rows = lora.transcribed(run.teacher, rows_of(codec, Reuse("alone")))
     with torch.no_grad():
         batch, _ = composed.collate(rows)
@@ -319,10 +319,10 @@ def test_batches_depend_on_the_step_alone_and_hold_the_reuse_that_was_asked_for(
 
 def test_a_run_can_go_on_from_another_adapter(folder: Path, codec: Codec, tmp_path: Path) -> None:
     first = trained(folder, tmp_path / "first")
-    run = lora.Run.start(folder, replace(SETTINGS, seed=9, start=str(tmp_path / "first")))
+    run = lora.TrainingRun.start(folder, replace(SETTINGS, seed=9, start=str(tmp_path / "first")))
     assert all(torch.equal(run.trained[f"{n[:-7]}.lora_B.weight"], B.float()) for n, (_, B) in first.items())
     with pytest.raises(ConfigError, match="does not have the rank and the modules"):
-        lora.Run.start(folder, replace(SETTINGS, rank=3, start=str(tmp_path / "first")))
+        lora.TrainingRun.start(folder, replace(SETTINGS, rank=3, start=str(tmp_path / "first")))
 
 
 def test_under_stress_more_dialogues_are_about_count_and_order_and_none_is_short() -> None:
@@ -370,7 +370,7 @@ def test_what_the_teacher_gets_wrong_can_be_left_out(codec: Codec) -> None:
 
 
 def test_distillation_is_zero_where_student_and_teacher_agree(folder: Path, codec: Codec) -> None:
-    run = lora.Run.start(folder, replace(SETTINGS, distill=1.0))
+    run = lora.TrainingRun.start(folder, replace(SETTINGS, distill=1.0))
     with torch.no_grad():
         assert run.loss(rows_of(codec, Reuse())).abs() < 1e-5
         assert run.loss(rows_of(codec, Reuse("alone"))) > 1e-4
@@ -391,7 +391,7 @@ def test_the_adapted_network_is_the_one_that_was_trained_up_to_rounding(
 ) -> None:
     settings = replace(SETTINGS, lr=0.01, dropout=0.0)
     lora.train(folder, tmp_path / "out", settings)
-    run = lora.Run.start(folder, settings)
+    run = lora.TrainingRun.start(folder, settings)
     run.resume(tmp_path / "out" / "run")
     rows = rows_of(codec, Reuse("alone"))
     merged, own = (at_answers(n, rows) for n in (composed.adapted(folder, tmp_path / "out"), run.student))
@@ -409,7 +409,7 @@ def test_settings_out_of_bounds_are_refused(changes: dict[str, object]) -> None:
 
 def test_modules_that_are_not_there_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no modules named up_proj"):
-        lora.Run.start(folder, replace(SETTINGS, targets=("in_proj", "up_proj")))
+        lora.TrainingRun.start(folder, replace(SETTINGS, targets=("in_proj", "up_proj")))
 
 
 @pytest.mark.parametrize(

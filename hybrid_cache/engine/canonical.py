@@ -1,4 +1,4 @@
-"""Finished turns whose generated tokens go through the prefill path once more, so that the tree may have them.
+"""Canonical passes: generated tokens of finished turns are computed again as a prompt, so that the tree may have them.
 
 What decode leaves in states and pages has other bits than prefill, and so never enters the tree.
 """
@@ -9,11 +9,11 @@ from hybrid_cache.cache.books import Books
 from hybrid_cache.engine.prefills import Chunk, Prefills
 from hybrid_cache.engine.sequence import Prefill, Sequence, grid_floor
 
-MAX_COMMITS = 64  # finished turns that wait; the oldest is dropped
+MAX_WAITING = 64  # finished turns that wait; the oldest is dropped
 
 
-class CommitQueue:
-    """Canonical passes, one after the other; only the first may hold room."""
+class CanonicalPasses:
+    """Finished turns that wait for their pass, one after the other; only the first may hold room."""
 
     def __init__(self, cache: Books, prefills: Prefills) -> None:
         self._cache = cache
@@ -28,15 +28,15 @@ class CommitQueue:
         end = grid_floor(sequence.num_tokens)
         if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):
             return
-        commit = Prefill(sequence.prefill.namespace, sequence.all_tokens()[:end], True, True, generated=True)
-        if len(self._queue) == MAX_COMMITS:
+        turn = Prefill(sequence.prefill.namespace, sequence.all_tokens()[:end], True, True, generated=True)
+        if len(self._queue) == MAX_WAITING:
             self.give_room()
             self._queue.popleft()
-        self._queue.append(commit)
+        self._queue.append(turn)
 
-    def end(self, commit: Prefill) -> None:
-        self._prefills.release(commit)
-        self._queue.remove(commit)
+    def end(self, turn: Prefill) -> None:
+        self._prefills.release(turn)
+        self._queue.remove(turn)
 
     def give_up_first(self) -> None:
         """Forgets the one in progress."""
@@ -50,17 +50,17 @@ class CommitQueue:
         return True
 
     def next_chunk(self) -> Chunk | None:
-        """One tile, so that whoever comes meanwhile waits for one tile at most. None if there is nothing to do."""
+        """One tile, so that a new request waits for one tile at most. None if there is nothing to do."""
         while self._queue:
-            commit = self._queue[0]
-            if commit.lease is not None or self._start(commit):
-                return self._prefills.cut(commit, None, 1)
+            turn = self._queue[0]
+            if turn.lease is not None or self._start(turn):
+                return self._prefills.cut(turn, None, 1)
             self._queue.popleft()
         return None
 
-    def _start(self, commit: Prefill) -> bool:
+    def _start(self, turn: Prefill) -> bool:
         # A match leaves at least one token to compute; as a beginning, all of ours may be there.
-        known = self._cache.match(commit.namespace, commit.keys.beginning(len(commit.tokens)))
-        if known.length >= len(commit.tokens):
+        known = self._cache.match(turn.namespace, turn.keys.beginning(len(turn.tokens)))
+        if known.length >= len(turn.tokens):
             return False
-        return self._prefills.acquire(commit, self._prefills.match(commit))
+        return self._prefills.acquire(turn, self._prefills.match(turn))

@@ -13,7 +13,7 @@ PAGES_PER_SPLIT = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DecodePlan:
+class DecodeSchedule:
     """Items of work: item i computes split `split[i]` for the decode rows `rows[first[i] : first[i + 1]]`.
 
     Each split that holds tokens of a row is computed for it by exactly one item.
@@ -44,7 +44,7 @@ class DecodePlan:
         return np.stack(columns, axis=1)
 
     def on(self, device: torch.device, rows_per_block: int) -> "DeviceBlocks":
-        """`blocks` and `rows`, sent to the device at the first call only, in one copy that nobody waits for."""
+        """`blocks` and `rows`, sent to the device at the first call only, in one asynchronous copy."""
         key = (rows_per_block, device)
         if key not in self.uploaded:
             blocks = self.blocks(rows_per_block)
@@ -57,7 +57,7 @@ class DecodePlan:
 
 @dataclass(frozen=True, slots=True)
 class DeviceBlocks:
-    """A plan where kernels can read it: `data` holds [num_blocks, 3] as in `DecodePlan.blocks`, then the rows."""
+    """A schedule on a device: `data` holds [num_blocks, 3] as in `DecodeSchedule.blocks`, then the rows."""
 
     num_blocks: int
     data: Tensor  # [3 * num_blocks + E] int64
