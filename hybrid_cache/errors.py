@@ -11,6 +11,7 @@ HybridCacheError
 │   └── MessageGone            a reference to a message whose text has been dropped
 ├── OwnershipError             our own bug: rows or states would be written or read that belong to another owner
 ├── PublishedBytesChanged      the same, found by a checking mode after the fact
+├── RequestFailed              an error of ours that ended one request
 ├── Overloaded                 the queue is full, try again later
 └── EngineStopped              the engine is draining or has failed
 
@@ -81,6 +82,10 @@ class PublishedBytesChanged(HybridCacheError):
 
 class Overloaded(HybridCacheError):
     """The waiting queue is full."""
+
+
+class RequestFailed(HybridCacheError):
+    """The engine gave a request up after an error of its own; others go on."""
 
 
 class EngineStopped(HybridCacheError):

@@ -36,10 +36,10 @@ class Request:
     sampling: SamplingParams
     n: int = 1
     namespace: str = ""  # tenant salt; no cache entry crosses it
-    tenant: str = ""  # whose share of the engine it takes
     cache_mode: CacheMode = CacheMode.IMPLICIT
     make_stopper: Callable[[], Stopper] | None = None  # one per choice, e.g. for stop strings
     arrangement: Arrangement | None = None  # messages reused in this order; approximate, and labelled
+    tenant: str = ""  # whose share of the engine it takes
 
 
 def namespace_of(salt: str, fingerprint: str) -> str:
@@ -69,6 +69,13 @@ class TokenOutput:
     token: int | None
     logprob: TokenLogprob | None = None
     finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FailedOutput:
+    """The last output of a request that the engine gave up after an error of its own, all choices of it."""
+
+    why: str  # for logs
 
 
 Output = PromptOutput | TokenOutput

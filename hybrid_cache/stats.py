@@ -36,6 +36,7 @@ class Counters:
     """Running totals since the start."""
 
     steps: int = 0
+    failures: int = 0  # steps that ended with an error, each with one request
     prompt_tokens: int = 0
     cached_tokens: int = 0
     moved_tokens: int = 0  # of these, taken from stored messages by a choreography
@@ -57,6 +58,7 @@ class EngineStats:
     num_out_of_memory: int  # steps that the device had no memory for
     num_graph_replays: int  # decode steps that were one launch
     steps: int
+    failures: int
     prompt_tokens: int
     cached_tokens: int
     moved_tokens: int

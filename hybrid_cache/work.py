@@ -72,6 +72,12 @@ class Work:
         yield from (rows.slot for rows in self.decodes)
 
 
+class PassFailed(HybridCacheError):
+    """A pass or the choice of tokens ended with an error that is none of ours. All commands were carried out; states of
+    its sequences may or may not have moved on.
+    """
+
+
 class OutOfDeviceMemory(HybridCacheError):
     """The device had no memory for a piece of work. All its commands were carried out but those `lost`; the pass was
     not made, or states of its sequences may or may not have moved on.

@@ -19,8 +19,8 @@ from hybrid_cache.choreography.assembly import Piece, arranged
 from hybrid_cache.choreography.book import Message, MessageBook
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.engine.engine import Engine, Outputs
-from hybrid_cache.errors import RequestError
-from hybrid_cache.request import FinishReason, PromptOutput, Request, TokenOutput, namespace_of
+from hybrid_cache.errors import RequestError, RequestFailed
+from hybrid_cache.request import FailedOutput, FinishReason, PromptOutput, Request, TokenOutput, namespace_of
 from hybrid_cache.sampling import SamplingParams, TokenLogprob
 from hybrid_cache.tokens import Boundary, TokenArray
 
@@ -272,6 +272,8 @@ class Workflow:
                     self.others.append((name, output))
                     continue
                 running, now = self._running[name], time.perf_counter()
+                if isinstance(output, FailedOutput):
+                    raise RequestFailed(f"the engine gave a call up after an error of its own: {output.why}")
                 if isinstance(output, PromptOutput):
                     running.plan = output.plan
                     continue

@@ -22,7 +22,7 @@ from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.scheduler import Step
-from hybrid_cache.request import PromptOutput, Request
+from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams, TokenChooser
 from hybrid_cache.tokens import Boundary, Prompt, TokenArray
 from hybrid_cache.work import Command
@@ -198,7 +198,7 @@ class PromptPlayer:
                 if isinstance(output, PromptOutput):
                     reused, total = output.cached_tokens, len(requests[name].prompt.tokens)
                     tokens[name] = {Action.REUSED: reused, Action.COMPUTED: total - reused}
-                elif output.logprob is not None:
+                elif isinstance(output, TokenOutput) and output.logprob is not None:
                     scores[name].append(output.logprob)
         return [Reply(engine.first_s[seed_of(r)], tokens[n], tuple(scores[n])) for n, r in requests.items()]
 

@@ -14,7 +14,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.engine import Outputs
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import Request, TokenOutput
+from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt, TokenArray
 
@@ -80,7 +80,7 @@ class Judge:
         for _, output in outputs:
             if isinstance(output, TokenOutput):
                 expected[output.index].append(output)
-            elif asked.told is not None and output.logprobs != asked.told.logprobs:
+            elif isinstance(output, PromptOutput) and asked.told is not None and output.logprobs != asked.told.logprobs:
                 report.note(name, "log-probabilities of the prompt differ")
         for index in range(asked.request.n):
             report.answers += 1

@@ -12,8 +12,9 @@ from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import Output, PromptOutput
+from hybrid_cache.request import FailedOutput, Output, PromptOutput
 
 PATIENCE = 10  # steps without an output for each token of the longest sequence, before an engine counts as stuck
 
@@ -99,6 +100,8 @@ class Traffic:
         self._clock.now += self._rng.choice((0.01, 0.1, 1.0))
         outputs = self.engine.step()
         for name, output in outputs:
+            if isinstance(output, FailedOutput):
+                raise HybridCacheError(f"{name} failed: {output.why}")
             self._take(self._asked[name], output)
         self._silent_steps = 0 if outputs or self.engine.idle else self._silent_steps + 1
         if self._silent_steps > PATIENCE * self._phase.most_tokens:

@@ -1,6 +1,7 @@
 """Carries out the work of engine steps on one model and one memory; decides nothing."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,11 +14,12 @@ from hybrid_cache.device.composition import Composer
 from hybrid_cache.device.cuda_graphs import DecodeGraphs
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.sampler import choose_tokens, log_probabilities
+from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
 from hybrid_cache.kernels.shared_prefix import with_schedule
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
-from hybrid_cache.work import Command, Noted, OutOfDeviceMemory, Work
+from hybrid_cache.work import Command, Noted, OutOfDeviceMemory, PassFailed, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,8 @@ class Worker:
         with torch.inference_mode():
             if work.commands:
                 self._carry_out(work.commands)
-            try:
+            with telling_failures():
                 return self._pass(work)
-            except torch.OutOfMemoryError as error:
-                raise OutOfDeviceMemory(str(error)) from error
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
         """All of them, in order. Raises OutOfDeviceMemory once the others are done if some could not be."""
@@ -57,7 +57,9 @@ class Worker:
         for command in commands:
             try:
                 self.do(command)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 lost.append(command)
                 why = str(error)
         if lost:
@@ -116,7 +118,7 @@ class Worker:
 
         num_top: how many most likely tokens to report with the chosen one; None for no log-probabilities
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), telling_failures():
             logits = self.logits(torch.stack(list(rows)))
             tokens = self.pick(logits, choosers)
             scored = [i for i, n in enumerate(num_top) if n is not None]
@@ -141,11 +143,31 @@ class Worker:
         """hidden [L, hidden] -> [L, V] float32. Without device memory for all rows at once, in halves."""
         try:
             return self.model.logits(hidden)
-        except torch.OutOfMemoryError:
-            if len(hidden) <= MIN_ROWS:
+        except (RuntimeError, MemoryError) as error:
+            if len(hidden) <= MIN_ROWS or not is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()
         return torch.cat([self.logits(half) for half in hidden.chunk(2)])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the machine: for that torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "not enough memory" in str(error))
+    )
+
+
+@contextmanager
+def telling_failures() -> Iterator[None]:
+    """Raises OutOfDeviceMemory or PassFailed for what is not an error of ours."""
+    try:
+        yield
+    except HybridCacheError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfDeviceMemory(str(error)) from error
+        raise PassFailed(f"{type(error).__name__}: {error}") from error
 
 
 def build_batch(work: Work, *, packed: bool) -> ForwardBatch:

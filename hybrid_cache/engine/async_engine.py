@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.engine import Engine, Outputs
-from hybrid_cache.errors import EngineStopped, Overloaded, RequestError
-from hybrid_cache.request import Output, Request, TokenOutput
+from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
+from hybrid_cache.request import FailedOutput, Output, Request, TokenOutput
 from hybrid_cache.stats import EngineStats
 
 
@@ -20,7 +20,7 @@ class Stream:
     def __init__(self, engine: "AsyncEngine", request: Request) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[Output | FailedOutput | Exception] = asyncio.Queue()
         self._open_choices = request.n
         self.request = request
 
@@ -35,6 +35,8 @@ class Stream:
         except asyncio.CancelledError:
             await self.aclose()
             raise
+        if isinstance(item, FailedOutput):
+            item = RequestFailed("the engine gave this request up after an error of its own")
         if isinstance(item, Exception):
             self._open_choices = 0
             raise item
@@ -48,11 +50,11 @@ class Stream:
             self._open_choices = 0
             self._engine.abort(self.request.id)
 
-    def put(self, items: list[Output | Exception]) -> None:
+    def put(self, items: list[Output | FailedOutput | Exception]) -> None:
         """Hands items to the waiting reader; callable from any thread."""
         self._loop.call_soon_threadsafe(self._put, items)
 
-    def _put(self, items: list[Output | Exception]) -> None:
+    def _put(self, items: list[Output | FailedOutput | Exception]) -> None:
         for item in items:
             self._queue.put_nowait(item)
 
@@ -185,7 +187,7 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Outputs) -> None:
         """Hands each stream its outputs in one call, and forgets requests that have ended."""
-        by_request: dict[str, list[Output | Exception]] = {}
+        by_request: dict[str, list[Output | FailedOutput | Exception]] = {}
         for request_id, output in outputs:
             by_request.setdefault(request_id, []).append(output)
         for request_id, items in by_request.items():

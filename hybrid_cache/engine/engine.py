@@ -3,6 +3,7 @@
 Nothing is published before the pass that fills it has completed. `async_engine` runs this on a thread.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -21,16 +22,20 @@ from hybrid_cache.engine.intake import Intake
 from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
-from hybrid_cache.errors import Overloaded, RequestError
-from hybrid_cache.request import FinishReason, Output, PromptOutput, Request, TokenOutput
+from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
+from hybrid_cache.request import FailedOutput, FinishReason, Output, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import TokenLogprob
 from hybrid_cache.stats import Counters, EngineStats
-from hybrid_cache.work import Command, OutOfDeviceMemory
+from hybrid_cache.work import Command, OutOfDeviceMemory, PassFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Outputs = list[tuple[str, Output]]  # (request id, output), in the order in which they arose
+MOST_FAILURES = 3  # steps in a row that fail; one more ends the engine
+
+logger = logging.getLogger("hybrid_cache")
+
+Outputs = list[tuple[str, Output | FailedOutput]]  # (request id, output), in the order in which they arose
 
 
 class Engine:
@@ -71,6 +76,7 @@ class Engine:
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler)
         self._open: dict[str, int] = {}  # request id -> choices that have not finished
         self._counters = Counters()
+        self._failures = 0  # steps in a row
 
     @property
     def has_work(self) -> bool:
@@ -151,7 +157,10 @@ class Engine:
         self._counters.steps += 1
         self.watch(step)
         started_s = time.perf_counter()
-        hidden = self._run(step)
+        try:
+            hidden = self._run(step)
+        except PassFailed as error:
+            return self._give_up_newest(step, error)
         if hidden is None:
             return []
         outputs = self._announce(step.resumed)
@@ -163,10 +172,30 @@ class Engine:
         ready += self._end_decodes(step.decodes, hidden.decodes)
         for sequence, row in zip(step.resumed, hidden.kept, strict=True):
             ready += self._begin_decode(sequence, row)
-        outputs += self._choose(ready)
+        outputs += self._end_unanswered(ready)
+        ready = [each for each in ready if each[0].phase is Phase.DECODE]
+        try:
+            outputs += self._choose(ready) if ready else []
+        except (PassFailed, OutOfDeviceMemory) as error:
+            return outputs + self._give_up_newest(Step(decodes=tuple(sequence for sequence, _ in ready)), error)
+        self._failures = 0
         flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
         self._scheduler.pace.note(time.perf_counter() - started_s, flops, decodes=bool(step.decodes))
         return outputs
+
+    def _give_up_newest(self, step: Step, error: HybridCacheError) -> Outputs:
+        """Ends the request that came last of those in a step that failed; the others begin again."""
+        self._counters.failures += 1
+        self._failures += 1
+        if self._failures > MOST_FAILURES:
+            raise error
+        request_id = self._scheduler.give_up_newest(step)
+        logger.error("a step failed, and request %s was given up: %s", request_id, error, exc_info=error)
+        self.worker.free_memory()
+        if request_id is None:
+            return []
+        self._open.pop(request_id, None)
+        return [(request_id, FailedOutput(str(error)))]
 
     def _run(self, step: Step) -> Hidden | None:
         """None where the device ran out of memory: then the step is taken back, and smaller ones follow."""
@@ -206,6 +235,7 @@ class Engine:
             num_out_of_memory=self._scheduler.num_out_of_memory,
             num_graph_replays=graphs.num_replays if graphs else 0,
             steps=c.steps,
+            failures=c.failures,
             prompt_tokens=c.prompt_tokens,
             cached_tokens=c.cached_tokens,
             moved_tokens=c.moved_tokens,
@@ -338,15 +368,18 @@ class Engine:
             self._watch_answer(sequence)
         return ready
 
+    def _end_unanswered(self, ready: "list[tuple[Sequence, Tensor]]") -> Outputs:
+        """Ends the sequences that want no token."""
+        outputs: Outputs = []
+        for sequence, _ in ready:
+            if sequence.request.sampling.max_tokens == 0:
+                outputs.append((sequence.request.id, TokenOutput(sequence.index, None, finish=FinishReason.LENGTH)))
+                self._finish(sequence)
+        return outputs
+
     def _choose(self, ready: "list[tuple[Sequence, Tensor]]") -> Outputs:
         """Chooses the next token of each sequence from its hidden row."""
         outputs: Outputs = []
-        for sequence, _ in [r for r in ready if r[0].request.sampling.max_tokens == 0]:
-            outputs.append((sequence.request.id, TokenOutput(sequence.index, None, finish=FinishReason.LENGTH)))
-            self._finish(sequence)
-        ready = [r for r in ready if r[0].phase is Phase.DECODE]
-        if not ready:
-            return outputs
         choosers = [sequence.chooser for sequence, _ in ready]
         chosen = self.worker.choose([r for _, r in ready], choosers, [s.request.sampling.logprobs for s, _ in ready])
         for (sequence, _), (token, logprob) in zip(ready, chosen, strict=True):

@@ -318,6 +318,29 @@ class Scheduler:
         chunk = self.canonical.next_chunk()
         return () if chunk is None else (chunk,)
 
+    # Failures
+
+    def give_up_newest(self, step: Step) -> str | None:
+        """Takes back a step that failed, and with it the request that came last -> its id; None if there was none.
+
+        States of its sequences may have moved on: those that stay begin again, as after any preemption. Messages for
+        the store and canonical passes in it are given up.
+        """
+        for prefill in [chunk.prefill for chunk in step.chunks if chunk.sequence is None]:
+            if prefill in self.messages:
+                self.messages.end(prefill)
+            else:
+                self.canonical.end(prefill)
+        taking_part = [*(c.sequence for c in step.chunks if c.sequence is not None), *step.decodes, *step.resumed]
+        sequences = [s for s in taking_part if s.phase in (Phase.PREFILL, Phase.DECODE)]
+        self._preempt_all(sequences)
+        newest = max(sequences, key=lambda s: s.rank, default=None)
+        if newest is None:
+            return None
+        for sequence in [s for s in self.sequences() if s.request.id == newest.request.id]:
+            self.finish(sequence)
+        return newest.request.id
+
     # Device memory
 
     def out_of_memory(self, step: Step, lost: Collection[Command] = ()) -> bool:
