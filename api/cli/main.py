@@ -78,7 +78,7 @@ def serve(
     max_running: Annotated[int, typer.Option(help="Sequences in one batch.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 503.")] = 256,
     max_tiles: Annotated[int, typer.Option(help="Prefill tiles in a step with nobody decoding.")] = 16,
-    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same beside decoding sequences.")] = 4,
+    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same while sequences decode.")] = 4,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "10MiB",
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse what earlier requests computed.")

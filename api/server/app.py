@@ -1,4 +1,4 @@
-"""The HTTP application: routes, what wraps them, and the engine's life."""
+"""The HTTP application: routes, middleware and the engine's lifetime."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -53,7 +53,7 @@ class RequestIds:
 
 
 class ApiKeys:
-    """Lets in who shows one of the keys. Only digests are kept, and all of them are compared."""
+    """Lets in requests that carry one of the keys. Only digests are kept, and all of them are compared."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app

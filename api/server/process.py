@@ -29,7 +29,7 @@ FLUSH_TIMEOUT_S = 5  # for clients that read slowly, once the engine has finishe
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Everything that `serve` is told."""
+    """All options of `serve`."""
 
     load: LoadOptions
     engine: EngineConfig

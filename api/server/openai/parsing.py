@@ -77,7 +77,7 @@ def check_tokens(text: TextEngine, asked: GenerationRequest) -> None:
 
 
 def _cache_mode(asked: GenerationRequest, sampling: SamplingParams) -> CacheMode:
-    """Log-probabilities of a prompt need all of it computed, so they leave the cache alone."""
+    """Log-probabilities of a prompt need all of it computed, so they do not use the cache."""
     if sampling.prompt_logprobs is not None:
         return CacheMode.OFF
     options = asked.prompt_cache_options
