@@ -96,7 +96,7 @@ class Adapter:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """As `save` takes them."""
+        """As `save` takes them: by name, A [rank, in], B [out, rank] and replaced weights of any shape [...]."""
         named = {
             f"{name.removesuffix('.weight')}{suffix}": factor
             for name, pair in self.factors.items()
@@ -105,7 +105,7 @@ class Adapter:
         return named | dict(self.replaced)
 
     def parts(self, name: str) -> tuple[Tensor, ...]:
-        """All that the change of this weight is computed from, beside the scale."""
+        """The tensors that change this weight [out, in]: A [rank, in] and B [out, rank], or its replacement."""
         return self.factors[name] if name in self.factors else (self.replaced[name],)
 
     def merged(self, name: str, weight: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Config:
         return self._note(name, value)
 
     def choice(self, name: str, default: str | None, allowed: Sequence[str | None]) -> str | None:
-        """A setting of which we support the `allowed` values only."""
+        """A setting of which we support the `allowed` values only. Raises UnsupportedModel for others."""
         value = self._values.get(name)
         value = default if value is None else value
         if value not in allowed:
@@ -85,7 +85,10 @@ class Config:
             raise UnsupportedModel(f"config.json: {name} is {self._values[name]!r}, which is not supported")
 
     def layer_kinds(self, num_layers: int, default: Sequence[str] | None = None) -> tuple[str, ...]:
-        """'mamba', 'attention' or 'hybrid' for each layer, from either spelling of the field and of its values."""
+        """'mamba', 'attention' or 'hybrid' for each layer, from either spelling of the field and of its values.
+
+        Raises UnsupportedModel for other values.
+        """
         name = "layer_types" if self._values.get("layer_types") is not None else "layers_block_type"
         value = self._get(name, default)
         if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != num_layers:
@@ -98,7 +101,7 @@ class Config:
     def each_layer(
         self, name: str, num_layers: int, allowed: Sequence[str], default: Sequence[str] | None = None
     ) -> tuple[str, ...]:
-        """One of the `allowed` words for each layer."""
+        """One of the `allowed` words for each layer. Raises UnsupportedModel for others."""
         value = self._get(name, default)
         if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != num_layers:
             self._refuse(name, value, f"a list of {num_layers} layer kinds")
@@ -124,7 +127,10 @@ class Config:
         return self._note(name, tuple(value))
 
     def pattern(self, name: str, words: Mapping[str, str]) -> tuple[str, ...]:
-        """A string with a letter for each layer -> the word for each letter."""
+        """A string with a letter for each layer -> the word for each letter.
+
+        Raises UnsupportedModel for other letters.
+        """
         value = self._get(name, None)
         if not isinstance(value, str) or not value:
             self._refuse(name, value, "a letter for each layer")

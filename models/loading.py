@@ -46,6 +46,7 @@ def load(path: str | Path, *, dtype: str = "auto", ops: Ops, adapter: str | Path
 
 
 def load_config(path: str | Path) -> dict[str, object]:
+    """The config.json of a folder. Raises ModelError if there is none that can be read."""
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
@@ -53,7 +54,7 @@ def load_config(path: str | Path) -> dict[str, object]:
 
 
 def read_config(path: Path) -> dict[str, object]:
-    """The values of one config.json, whatever lies beside it."""
+    """The values of one config.json; other files of its folder are not read. Raises ModelError."""
     folder, file = path.parent, path.name
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +89,7 @@ class ModelInfo:
 
 
 def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
-    """The facts of a model from its config alone; "auto" reads the dtype that the config names."""
+    """The facts of a model from its config only; "auto" reads the dtype that the config names."""
     compute_dtype = _compute_dtype(dtype) or _named_dtype(config)
     weights = ShapesOnly(compute_dtype)
     model = registry.find(config.get("model_type"))(Config(config), weights, shape_ops(), compute_dtype)
@@ -114,7 +115,7 @@ def embedded_path() -> Path:
 
 
 def resolve(model: str) -> Path:
-    """A local folder as it is; otherwise a name on the Hugging Face hub, downloaded."""
+    """A local folder as it is; otherwise a name on the Hugging Face hub, downloaded. Raises ModelError."""
     folder = Path(model)
     if folder.is_dir():
         return folder

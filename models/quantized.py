@@ -1,6 +1,6 @@
 """Matrices stored in fewer bits than they are computed in: what `hybrid-cache model convert --quantize` writes.
 
-A matrix NAME [..., out, in] is stored as codes under its own name, and what turns them back into numbers beside it:
+A matrix NAME [..., out, in] is stored as codes under its own name, scales and zeros under names that begin with it:
 
     8 bits   NAME int8 [..., out, in], NAME_scale float32 [..., out]
              weight = code * scale, one scale for each row

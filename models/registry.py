@@ -29,6 +29,7 @@ ALIASES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}  # text
 
 
 def find(model_type: object) -> Build:
+    """The builder of an architecture. Raises UnsupportedModel if there is none."""
     build = _build(model_type) if isinstance(model_type, str) else None
     if build is None:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; supported: {', '.join(supported())}")

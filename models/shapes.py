@@ -1,4 +1,4 @@
-"""What each kind of layer costs and keeps in the cache, from its sizes alone.
+"""What each kind of layer costs and keeps in the cache, from its sizes.
 
 Every kind has a `cost` and a `cache`, what it keeps or None, and a model's are the sums over its layers. Of the cost,
 `weight_flops` go into products with weight matrices: two for each weight that a token meets.
@@ -7,7 +7,7 @@ A multiplication and an addition are two FLOPs. Norms, gates, activations, biase
 about a hundredth of the rest. A cost counts every token, also in a last layer where an engine may compute only the
 rows that somebody reads.
 
-A part that keeps something also says how it comes to it, see `Advance`.
+A part that keeps something also says how tokens update it, see `Advance`.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
 
 class Advance(StrEnum):
-    """How what a layer keeps goes from token to token, and so what the pieces of two texts make together.
+    """How tokens update what a layer keeps, and so how the cache entries of two texts combine.
 
     ROWS         a row for each token, which no later token changes
     ELEMENTWISE  h -> a * h + b, number by number: two pieces make h -> (a2 * a1) * h + (a2 * b1 + b2)
@@ -41,12 +41,12 @@ class LayerShape(Protocol):
 
     @property
     def kind(self) -> str:
-        """What people call it."""
+        """Its usual name."""
         ...
 
     @property
     def advance(self) -> Advance | None:
-        """Of what it keeps; None if it keeps nothing, or nothing that can be put together from pieces.
+        """Of what it keeps; None if it keeps nothing, or nothing that can be combined from pieces.
 
         A convolution before a state keeps a window as well.
         """
@@ -106,7 +106,7 @@ class MLPShape(Tokenwise):
 
 @dataclass(frozen=True, slots=True)
 class MoEShape(Tokenwise):
-    """A router over all experts, and the experts that one token goes to. A shared expert is an MLP beside it."""
+    """A router over all experts, and the experts that one token goes to. A shared expert is a separate MLP."""
 
     hidden: int
     inner: int
@@ -123,7 +123,7 @@ class MoEShape(Tokenwise):
 
 @dataclass(frozen=True, slots=True)
 class SharedMoEShape(Tokenwise):
-    """Experts, and beside them an MLP that every token goes to; where `gated`, times a number for each token."""
+    """Experts plus an MLP that every token goes to; where `gated`, it is scaled by one number for each token."""
 
     experts: MoEShape
     shared: MLPShape
@@ -139,8 +139,8 @@ class SharedMoEShape(Tokenwise):
 class AttentionShape:
     """Causal attention with grouped queries; what goes in may be wider than what comes out.
 
-    gate    for each head, so many values of a gate are projected beside the query
-    window  a token sees itself and so many tokens - 1 before it; None for all. Neither cost nor cache count it
+    gate    gate values that are projected for each head in addition to the query
+    window  each token attends to the last `window` tokens, itself included; None for all. Costs ignore it
     """
 
     advance: ClassVar[Advance] = Advance.ROWS
@@ -515,10 +515,10 @@ class ModelShape:
 
 
 def ways_to_compose(shape: ModelShape) -> tuple[str, ...]:
-    """What a choreography may do with what a model keeps, beside going on from a checkpoint.
+    """How a choreography may reuse a model's cache entries, besides resuming from a checkpoint.
 
-    relocated  rows of a text are used again at another place: there must be attention only
-    composed   what two texts leave behind is put together: each layer must say how
+    relocated  rows of a text are used again at other positions: needs attention only
+    composed   what two texts leave in the cache is combined: each layer must say how
     """
     advances = {layer.advance for layer in shape.layers if layer.cache is not None}
     if not advances or None in advances:

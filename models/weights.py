@@ -30,13 +30,15 @@ class Weights(Protocol):
     """Gives each tensor once, checked against the shape that the architecture expects."""
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor in the compute dtype."""
+        """The tensor [*shape] in the compute dtype. Raises ModelError if it is missing or has another shape."""
         ...
 
-    def take_float32(self, name: str, *shape: int) -> Tensor: ...
+    def take_float32(self, name: str, *shape: int) -> Tensor:
+        """The tensor [*shape] in float32. Raises as `take`."""
+        ...
 
     def take_joined(self, names: Sequence[str], *shape: int) -> Tensor:
-        """Tensors one after another along their first dimension, however it is split among them."""
+        """[*shape] from tensors one after another along their first dimension, of any lengths. Raises as `take`."""
         ...
 
     def has(self, name: str) -> bool: ...
@@ -50,7 +52,7 @@ class ModelWeights(Weights, Protocol):
         ...
 
     def finish(self) -> str:
-        """Refuses tensors that nobody took -> hash of all that were taken."""
+        """-> hash of all tensors that were taken. Raises ModelError if any were not, except the ignored ones."""
         ...
 
 
@@ -105,6 +107,8 @@ class SafetensorsWeights:
 
         `stored` is the format of quantized matrices, if there are any; `device` is where tensors go; the changes of
         an adapter are merged into what is read.
+
+        Raises ModelError for files that cannot be read or that contradict each other.
         """
         self._device = device
         self._files = ExitStack()
@@ -272,7 +276,7 @@ class SafetensorsWeights:
 
 
 class ShapesOnly:
-    """Takes any weight from nowhere: builds a model that has shapes and costs but cannot run."""
+    """Gives weights without values: builds a model that has shapes and costs but cannot run."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

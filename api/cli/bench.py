@@ -29,7 +29,7 @@ _bench(
 _bench(
     "published",
     "policy.marconi_evaluation",
-    "Repeat Marconi's evaluation on made-up trajectories, beside the published hit rates.",
+    "Repeat Marconi's evaluation on synthetic trajectories, next to the published hit rates.",
 )
 _bench(
     "kernels", "kernels.command", "Time every operation against the roofline, the portable backend and other libraries."
@@ -40,6 +40,6 @@ _bench(
     "Time workflows whose agents read each other's messages, and count what reuse costs in answers.",
 )
 _bench(
-    "decode", "engine.decode", "Time whole steps of a model, with shared prefixes, beside the rates of this machine."
+    "decode", "engine.decode", "Time whole steps of a model, with shared prefixes, next to the rates of this machine."
 )
 _bench("bookkeeping", "engine.bookkeeping", "Time the cache's own work in large trees.")

@@ -16,7 +16,7 @@ from hybrid_cache.tokens import Prompt
 
 
 class EnginePartner:
-    """An engine of our own."""
+    """A partner that runs the model in this process."""
 
     def __init__(self, options: LoadOptions, config: EngineConfig, asked: Asked) -> None:
         """Loads the model. Raises HybridCacheError."""

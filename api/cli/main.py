@@ -65,6 +65,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key_file: KeyFile = None,
+    shared_cache: Annotated[
+        bool,
+        typer.Option("--shared-cache", help="All API keys share one cache; else each has its own."),
+    ] = False,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
     ] = None,
@@ -78,7 +82,15 @@ def serve(
     max_running: Annotated[int, typer.Option(help="Sequences in one batch.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 503.")] = 256,
     max_tiles: Annotated[int, typer.Option(help="Prefill tiles in a step with nobody decoding.")] = 16,
-    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same beside decoding sequences.")] = 4,
+    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same while sequences decode.")] = 4,
+    max_step_ms: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Milliseconds that prompts may take of a step, by measured rates: so long does a long prompt keep "
+            "the next token of others waiting, and the first one of short prompts. 0 for no bound.",
+        ),
+    ] = 50,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "10MiB",
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse what earlier requests computed.")
@@ -110,12 +122,14 @@ def serve(
                 prefix_cache=prefix_cache,
                 max_tiles=max_tiles,
                 max_tiles_beside_decode=max_tiles_beside_decode,
+                max_step_ms=max_step_ms or None,
                 verify=verify or verify_by_default(),
             ),
             host=host,
             port=port,
             served_names=tuple(served_model_name or ()),
             api_keys=read_api_keys(api_key_file) if api_key_file else (),
+            shared_cache=shared_cache,
             max_body_bytes=parse_bytes(max_body),
             vllm_metrics=vllm_metrics,
             drain_timeout_s=drain_timeout,

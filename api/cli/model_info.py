@@ -1,4 +1,4 @@
-"""`hybrid-cache model info` and `model list`: what models keep in the cache, from their configs alone."""
+"""`hybrid-cache model info` and `model list`: what models keep in the cache, from their configs only."""
 
 import json
 from collections import Counter

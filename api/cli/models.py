@@ -24,7 +24,7 @@ def info(
     adapter: Adapter = None,
     as_json: Json = False,
 ) -> None:
-    """What a model keeps in the cache, from its config alone. Exit code 1 if it is not supported."""
+    """What a model keeps in the cache, from its config only. Exit code 1 if it is not supported."""
     from hybrid_cache.api.cli import model_info
     from hybrid_cache.sizes import parse_bytes
 

@@ -59,7 +59,7 @@ class Turn:
 
 
 class Partner(Protocol):
-    """Somebody to talk to."""
+    """What answers in a chat."""
 
     name: str
 
@@ -271,7 +271,7 @@ class Chat:
 
 
 def _harmless(text: str) -> str:
-    """Without the characters that could command a terminal."""
+    """Without characters that a terminal would interpret."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 

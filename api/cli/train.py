@@ -34,7 +34,7 @@ def train_lora(
     ] = False,
     focus: Annotated[str, typer.Option(help="Kind of question that six in ten dialogues are about, too.")] = "",
     fewest: Annotated[int, typer.Option(help="Messages of a dialogue.")] = 1,
-    anew: Annotated[float, typer.Option(help="Share of dialogues read in another order than they were told.")] = 0.0,
+    anew: Annotated[float, typer.Option(help="Share of dialogues read in a new order.")] = 0.0,
     checked: Annotated[bool, typer.Option("--checked", help="Leave out what the model itself gets wrong.")] = False,
     start: Annotated[str | None, typer.Option(help="Adapter of the same rank and modules to go on from.")] = None,
     seed: Annotated[int, typer.Option(help="Of data and factors.")] = 1,
@@ -44,7 +44,7 @@ def train_lora(
     eval_each: Annotated[int, typer.Option(help="Dialogues for each kind of question and seed.")] = 100,
     threads: Threads = 1,
 ) -> None:
-    """Train a LoRA adapter with which a model reads messages that were encoded apart, from its own answers.
+    """Train a LoRA adapter with which a model reads messages that were encoded separately, from its own answers.
 
     For models like the embedded one: GraniteMoeHybrid without experts, with the embedded tokenizer.
     """

@@ -48,11 +48,11 @@ def _train(folder: Path, out: Path, settings: lora.Settings, resume: bool, every
         task = progress.add_task("loss", total=settings.steps)
         shown: list[float] = []
 
-        def tell(step: int, loss: float) -> None:
+        def on_step(step: int, loss: float) -> None:
             shown[:] = [loss if not shown else RECENT * shown[0] + (1 - RECENT) * loss]
             progress.update(task, completed=step, description=f"loss {shown[0]:.4f}")
 
-        lora.train(folder, out, settings, resume=resume, every=every, tell=tell)
+        lora.train(folder, out, settings, resume=resume, every=every, on_step=on_step)
 
 
 def _print(before: Sequence[composed.Score], after: Sequence[composed.Score]) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, what wraps them, and the engine's life."""
+"""The HTTP application: routes, middleware and the engine's lifetime."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +33,6 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     if settings.api_keys:
-        app.add_middleware(ApiKeys, keys=settings.api_keys)
+        app.add_middleware(ApiKeys, keys=settings.api_keys, shared=settings.shared_cache)
     app.add_middleware(RequestIds)
     return app

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid_cache.api.server.errors import body_too_large, problem_of, unauthorized
+from hybrid_cache.api.server.tenants import current_tenant, shared_cache, tenant_of
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # no key needed
 DRAINED = 4  # this many times the limit is read and dropped, so that the client gets to read our answer
@@ -53,24 +54,36 @@ class RequestIds:
 
 
 class ApiKeys:
-    """Lets in who shows one of the keys. Only digests are kept, and all of them are compared."""
+    """Lets in requests that carry one of the keys, each of which is a tenant.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    Only digests are kept, and all of them are compared. A key comes as `Authorization: Bearer KEY` or `x-api-key: KEY`.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], *, shared: bool = False) -> None:
+        """shared: all keys share one cache; each has its share of the engine all the same"""
         self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._tenants = [(_digest(key.encode()), tenant_of(key)) for key in keys]
+        self._shared = shared
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            return await self._app(scope, receive, send)
+        tenant = self._tenant(Headers(scope=scope))
+        if tenant is not None:
+            current_tenant.set(tenant)
+            shared_cache.set(self._shared)
             return await self._app(scope, receive, send)
         response = unauthorized().response()
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
 
-    def _knows(self, headers: Headers) -> bool:
+    def _tenant(self, headers: Headers) -> str | None:
+        """Whose key a request carries; None without a known one."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        key = key if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         shown = _digest(key.strip().encode("latin-1", "replace"))
-        same = [secrets.compare_digest(shown, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(same)
+        found = [tenant for known, tenant in self._tenants if secrets.compare_digest(shown, known)]
+        return found[0] if found else None
 
 
 class BodyLimit:

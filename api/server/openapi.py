@@ -6,7 +6,7 @@ from hybrid_cache.api.server.errors import ErrorBody
 
 Responses = dict[int | str, dict[str, Any]]
 
-UNAVAILABLE = 503  # what a probe of a server that cannot serve is told
+UNAVAILABLE = 503  # the answer to a probe of a server that cannot serve
 LOOKUP_ERRORS: Responses = {
     401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
     404: {"model": ErrorBody, "description": "No such model, or no such message."},

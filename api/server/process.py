@@ -29,7 +29,7 @@ FLUSH_TIMEOUT_S = 5  # for clients that read slowly, once the engine has finishe
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """Everything that `serve` is told."""
+    """All options of `serve`."""
 
     load: LoadOptions
     engine: EngineConfig
@@ -37,6 +37,7 @@ class ServeOptions:
     port: int
     served_names: tuple[str, ...]  # empty: the folder's name
     api_keys: tuple[str, ...]
+    shared_cache: bool
     max_body_bytes: int
     vllm_metrics: bool
     drain_timeout_s: float
@@ -50,6 +51,7 @@ class ServeOptions:
             adapter=loaded.adapter,
             fallbacks=getattr(loaded.ops, "reasons", {}),
             api_keys=self.api_keys,
+            shared_cache=self.shared_cache,
             max_body_bytes=self.max_body_bytes,
             vllm_metrics=self.vllm_metrics,
             drain_timeout_s=self.drain_timeout_s,

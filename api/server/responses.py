@@ -65,7 +65,7 @@ async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T
 
 
 class EventStream(Response):
-    """Server-sent events as they come, with a comment now and then so that nobody takes silence for death."""
+    """Server-sent events as they come, with a comment now and then that keeps idle connections open."""
 
     media_type = "text/event-stream"
 

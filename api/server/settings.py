@@ -18,6 +18,7 @@ class ServerSettings:
     inexact: Sequence[str] = ()  # why the cache is not exact; empty if it is
     fallbacks: Mapping[str, str] = field(default_factory=dict)  # operations the backend leaves to torch, and why
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    shared_cache: bool = False  # all API keys share one cache
     max_body_bytes: int = 10 * 2**20
     vllm_metrics: bool = False
     drain_timeout_s: float = 30.0

@@ -29,7 +29,7 @@ class Answer:
 
     @classmethod
     async def to(cls, text: TextEngine, specs: Iterable[GenerationSpec], observe: Observe | None = None) -> "Answer":
-        """Queues all of them or none; `observe` is told of each when it has ended.
+        """Queues all of them or none; `observe` is called with each when it has ended.
 
         Raises RequestError, Overloaded or EngineStopped.
         """
@@ -111,6 +111,7 @@ class _Generation:
                 cache_mode=spec.cache_mode,
                 make_stopper=make_stopper(detokenizer, spec.stops) if spec.stops else None,
                 arrangement=spec.arrangement,
+                tenant=spec.tenant,
             )
         )
         self._watch = Stopwatch(spec.n)
@@ -151,7 +152,7 @@ class _Generation:
         self._record()
 
     def _record(self) -> None:
-        """Tells about this request, once."""
+        """Calls the observer, once."""
         observe, self._observe = self._observe, None
         if observe is not None:
             observe(self._watch.record(self.usage, self._output.queued_s))
@@ -202,7 +203,7 @@ async def _pump(generation: _Generation, queue: "asyncio.Queue[Events | Exceptio
 
 
 def _hidden(tokenizer: Tokenizer, spec: GenerationSpec) -> frozenset[int]:
-    """Tokens that have no text: special ones, but not those that tool calls are told by."""
+    """Tokens that have no text: special ones, except those that mark tool calls."""
     if spec.show_special:
         return frozenset()
     tags = [tokenizer.id_of(tag) for tag in (OPEN, CLOSE)] if spec.tools else []

@@ -1,4 +1,4 @@
-"""Bounds on prompts: how long they may be, and how many places in them are remembered."""
+"""Bounds on prompts: how long they may be, and how many boundaries in them are kept."""
 
 from collections.abc import Sequence
 from dataclasses import replace

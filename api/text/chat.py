@@ -1,4 +1,4 @@
-"""Messages to a prompt: tokens, and the places where another conversation may part from this one.
+"""Messages to a prompt: tokens, and the positions where another conversation may diverge.
 
 The tokens of a message must not depend on what follows it, or a longer conversation would not find the shorter one in
 the cache. So the end of each message is found in the rendered text (where the rendering of the messages up to there
@@ -39,7 +39,7 @@ MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 class Conversation:
     """A conversation as tokens: a piece for each message, and one for the opening of the answer.
 
-    Messages whose end the rendering does not show share a piece with those behind them.
+    Messages whose end the rendering does not show share a piece with those after them.
     """
 
     pieces: tuple[Piece, ...]

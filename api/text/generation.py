@@ -24,8 +24,9 @@ class GenerationSpec:
     named_stop_ids: tuple[int, ...] = ()  # of the stop tokens, those that `End.stop` may name
     include_stop: bool = False  # what ends a choice is part of its text
     show_special: bool = False  # special tokens have text
-    tools: bool = False  # tool calls are told from text
+    tools: bool = False  # tool calls are separated from text
     namespace: str = ""
+    tenant: str = ""  # whose share of the engine this takes
     cache_mode: CacheMode = CacheMode.IMPLICIT
     arrangement: Arrangement | None = None
 

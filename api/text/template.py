@@ -90,7 +90,7 @@ class ChatTemplate:
 
 
 class _Bounded(ImmutableSandboxedEnvironment):
-    """A sandbox in which loops and recursion come to an end, and values stay of a size."""
+    """A sandbox that bounds loops, recursion and the size of values."""
 
     intercepted_binops = frozenset({"+", "*", "**"})
 
@@ -114,11 +114,11 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 
 class _Watching(NodeTransformer):
-    """Has the clock looked at in each turn of a loop and each call of a macro, and the size of what `~` joins."""
+    """Checks the clock in each iteration of a loop and each call of a macro, and the size of what `~` joins."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         watched = self._watch(node)
-        if node.test is not None:  # a loop that skips all has no turn
+        if node.test is not None:  # a loop that skips all has no iteration
             node.test = nodes.And(_look_at_clock(True, node.lineno), node.test, lineno=node.lineno)
         return watched
 

@@ -57,7 +57,10 @@ class Tokenizer:
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a piece of text; special tokens written in it are recognised, none is added."""
+        """Tokens of a piece of text; special tokens written in it are recognised, none is added.
+
+        Raises RequestError for lone surrogates.
+        """
         try:
             if len(text) <= LONG_TEXT:
                 return self._backend.encode(text, add_special_tokens=False).ids

@@ -9,8 +9,8 @@ answer is forced, token by token. They take turns, each from an empty cache.
     exact any order    neighbouring messages may change places where that finds a longer prefix
     composed           messages are moved, and what they do to the states is composed; a new message is encoded where it
                        first stands, an answer where it was given
-    composed alone     every message, answers too, is encoded by itself
-    relocated          the same for a control of the same size with attention alone, of random weights
+    composed alone     every message, answers included, is encoded in isolation
+    relocated          the same for a control of the same size with attention only, of random weights
 
 Answers: generated dialogues with one question, see `quality.py`; only for a model that can answer them.
 
@@ -155,7 +155,7 @@ def examine(options: BenchOptions, subject: Subject, seed: int, each: int, progr
         for kind in KINDS:
             for number in range(seed, seed + EXAM_SEEDS):
                 scores += examiner.scores(
-                    kind, number, each, own, anew=anew, tell=lambda: progress.update(task, advance=1)
+                    kind, number, each, own, anew=anew, on_score=lambda: progress.update(task, advance=1)
                 )
     return scores
 
@@ -164,7 +164,7 @@ def choreography(
     model: Annotated[
         str | None,
         typer.Option(
-            help=f"A folder, or {GRANITE_150M}: random weights, for speed alone. The embedded model if left out."
+            help=f"A folder, or {GRANITE_150M}: random weights, for speed only. The embedded model if left out."
         ),
     ] = None,
     adapter: Annotated[
@@ -186,7 +186,7 @@ def choreography(
     compositions: Annotated[
         str, typer.Option(help=f"To be timed, with commas: {', '.join(Composition)}.")
     ] = Composition.ORDERED.value,
-    control: Annotated[bool, typer.Option(help="Time a model with attention alone as well.")] = True,
+    control: Annotated[bool, typer.Option(help="Time a model with attention only as well.")] = True,
     speed: Annotated[bool, typer.Option(help="Time the workflows.")] = True,
     questions: Annotated[
         int | None, typer.Option(min=0, help="Dialogues of each kind and seed; 0, or 5 for the embedded model.")

@@ -1,4 +1,4 @@
-"""What workflows run on: a model, its tokenizer, and a control that has attention alone."""
+"""What workflows run on: a model, its tokenizer, and a control that has attention only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

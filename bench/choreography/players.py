@@ -51,7 +51,7 @@ ANY_ORDER = Contender("exact any order", Style(order=Order.ANY))
 
 
 def moved(fidelity: Fidelity, seams: Sequence[int], compositions: Sequence[Composition]) -> list[Contender]:
-    """Contenders that move messages: encoded where they first stand, or alone."""
+    """Contenders that move messages: encoded where they first occur, or in isolation."""
     found = []
     for encoding in (Encoding.IN_PLACE, Encoding.ALONE):
         name, style = str(fidelity) + " alone" * (encoding is Encoding.ALONE), Style(fidelity, encoding=encoding)
@@ -64,11 +64,11 @@ def moved(fidelity: Fidelity, seams: Sequence[int], compositions: Sequence[Compo
 
 
 class Prompter(Worker):
-    """Says what it is told: the n-th line to a request whose seed is n. It computes what it would have said.
+    """Forces tokens: a request whose seed is n gets the n-th line. The logits are computed as usual.
 
     first_s  when each seed's first token came
     logits   of each token, by seed, where `watches`
-    forgets  the states of a prompt are zero behind its messages: the control
+    forgets  the states of a prompt are zeroed after its messages: the control
     """
 
     def __init__(self, model: HybridModel, memory: CacheMemory, spare_slot: Callable[[], int | None]) -> None:
@@ -101,8 +101,8 @@ class Prompter(Worker):
 class PromptedEngine(Engine):
     """An engine with a prompter.
 
-    first_s  seconds from a request's coming to its first token, by seed
-    stored   tokens of messages that were computed for the store, beside those of prompts
+    first_s  seconds from a request's arrival to its first token, by seed
+    stored   tokens of messages that were computed for the store, in addition to those of prompts
     """
 
     def __init__(self, subject: Subject, config: EngineConfig, clock: Clock = time.perf_counter) -> None:
@@ -152,7 +152,7 @@ class Performance:
     flops: float = 0.0
     idle_flops: float = 0.0  # of generated tokens that go into the prefix cache between rounds
     bytes: int = 0  # kept at the end
-    stored: int = 0  # tokens computed for the store alone
+    stored: int = 0  # tokens computed only for the store
 
     @property
     def tokens(self) -> Counter[Action]:
@@ -215,8 +215,8 @@ class PromptPlayer:
 class WorkflowPlayer:
     """Makes calls on a `Workflow`.
 
-    Encoded in place, a piece is known by where it was first read, and an answer by where it was given. Encoded alone,
-    both are messages of their own.
+    Encoded in place, a piece is stored where it was first read, and an answer where it was given. Encoded alone, both
+    are stored as messages of their own.
     """
 
     def __init__(
@@ -281,7 +281,7 @@ class EnginePair:
     def perform(
         self, script: Script, tokens: TokenizedScript, contender: Contender, top: int | None = None
     ) -> Performance:
-        """Plays a script once, from an empty cache. Between rounds the engine may do what it does when nobody waits."""
+        """Plays a script once, from an empty cache. Between rounds the engine does its idle work."""
         engine, shown = self._engines[contender.prefix_cache], Performance()
         engine.cache.drop()
         engine.prompter.lines, engine.stored = tokens.lines, 0

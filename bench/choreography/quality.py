@@ -1,14 +1,14 @@
 """What reuse costs in answers: generated dialogues that end with one question, through the engine itself.
 
-The messages of a dialogue are stored in one of three ways, and then a reader reads them all, in the order in which they
-were told or in a new one for which the truth is known:
+The messages of a dialogue are stored in one of three ways, and then a reader reads them all, in their
+original order or in a new one for which the truth is known:
 
     alone       each by itself
-    in context  each behind one to four other messages, of its own dialogue or another
-    as told     each behind those before it, in the order in which they were told
+    in context  each after one to four other messages, of its own dialogue or another
+    as told     each after those before it, in the original order
 
 An answer is right when it is the expected one word for word. `same` is the share of answers that are those after
-encoding everything again, and `kl` the divergence KL(again || reused) in nats: of the first token alone, and summed
+encoding everything again, and `kl` the divergence KL(again || reused) in nats: of the first token, and summed
 along the answer up to where the two part. The control sets the recurrent states to zero behind the messages: a kind
 that it does not hurt says nothing about states.
 """
@@ -61,7 +61,7 @@ class Score:
 
     kind: str
     seed: int
-    anew: bool
+    anew: bool  # in a new order
     reading: str
     num: int
     right: float
@@ -100,7 +100,7 @@ class Examiner:
         self._engine.prompter.watches = True
 
     def scores(
-        self, kind: str, seed: int, each: int, readings: Sequence[Reading], *, anew: bool, tell: Callable[[], None]
+        self, kind: str, seed: int, each: int, readings: Sequence[Reading], *, anew: bool, on_score: Callable[[], None]
     ) -> Iterator[Score]:
         """One for each reading. The first reading is what the others are compared with."""
         asked = cases(kind, seed, each, anew)
@@ -121,7 +121,7 @@ class Examiner:
                 kl=fmean(map(sum, apart)),
                 computed=fmean(one.computed for one in said),
             )
-            tell()
+            on_score()
 
     def _answers(self, asked: Sequence[Case], reading: Reading, rng: Random) -> Iterator[Said]:
         engine, renderer = self._engine, self._subject.renderer
@@ -142,24 +142,24 @@ class Examiner:
 
     def _messages(self, workflow: Workflow, case: Case, reading: Reading, rng: Random) -> list[Message]:
         """The messages in the order of the reader, stored as the reading says."""
-        told = case.dialogue.turns
+        turns = case.dialogue.turns
         if reading.stored == "as told":
-            stored = chain(workflow, told)
-            workflow.encode_all([told[-1].text], stored[:-1], told[-1].role)
+            stored = chain(workflow, turns)
+            workflow.encode_all([turns[-1].text], stored[:-1], turns[-1].role)
             return [stored[i] for i in case.order]
         messages = []
         for i in case.order:
-            others = [turn for j, turn in enumerate(told) if j != i] + list(case.others)
+            others = [turn for j, turn in enumerate(turns) if j != i] + list(case.others)
             before = chain(workflow, context_of(rng, others)) if reading.stored == "in context" else []
             if before:
-                messages += workflow.encode_all([told[i].text], before, told[i].role)
+                messages += workflow.encode_all([turns[i].text], before, turns[i].role)
             else:
-                messages.append(workflow.message(told[i].text, role=told[i].role))
+                messages.append(workflow.message(turns[i].text, role=turns[i].role))
         return messages
 
 
 def chain(workflow: Workflow, turns: Sequence[Turn]) -> list[Message]:
-    """Messages of which each belongs behind those before it."""
+    """Messages, each encoded after those before it."""
     messages: list[Message] = []
     for turn in turns:
         messages.append(workflow.message(turn.text, messages, turn.role))

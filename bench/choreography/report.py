@@ -1,4 +1,4 @@
-"""What `hybrid-cache bench choreography` tells: rows of numbers, tables, which aims were reached, a picture."""
+"""What `hybrid-cache bench choreography` reports: rows of numbers, tables, which aims were reached, a picture."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ class WorkflowRow:
     flops: float  # of all but decoding
     idle_flops: float  # between rounds, while nobody waits
     bytes: int  # kept at the end
-    tokens: dict[str, int]  # of prompts by what became of them, and `stored`: computed for the store alone
+    tokens: dict[str, int]  # of prompts by what became of them, and `stored`: computed only for the store
     ttft_ratio: dict[str, float]
     total_ratio: dict[str, float]
     flops_ratio: dict[str, float]
@@ -202,12 +202,12 @@ def weighted(scores: Sequence[Score], field: str) -> float:
 
 
 def plot_png(rows: Sequence[WorkflowRow], scores: Sequence[Score]) -> bytes:
-    """How much sooner the first token comes, a panel for each model; then what is right, by kind."""
+    """Speed-up of the first token, a panel for each model; then the share of right answers, by kind."""
     from matplotlib.figure import Figure
 
     by_model = [list(group) for _, group in groupby(rows, key=lambda row: row.model)]
-    told = [score for score in scores if not score.anew]
-    panels = len(by_model) + bool(told)
+    original_order = [score for score in scores if not score.anew]
+    panels = len(by_model) + bool(original_order)
     figure = Figure(figsize=(11, 3.4 * panels), dpi=150, layout="constrained")
     axes = list(figure.subplots(panels, 1, squeeze=False).flat)
     for place, group in zip(axes, by_model, strict=False):
@@ -217,11 +217,11 @@ def plot_png(rows: Sequence[WorkflowRow], scores: Sequence[Score]) -> bytes:
                 values[row.contender][row.workflow] = row.ttft_ratio[AGAINST[0]]
         bars(place, values, group[0].model, "TTFT, times sooner\nthan without a cache")
         place.axhline(1, color="0.3", linewidth=0.8)
-    if told:
+    if original_order:
         values = defaultdict(dict)
-        for reading in dict.fromkeys(score.reading for score in told):
-            for kind in dict.fromkeys(score.kind for score in told):
-                own = [s for s in told if (s.reading, s.kind) == (reading, kind)]
+        for reading in dict.fromkeys(score.reading for score in original_order):
+            for kind in dict.fromkeys(score.kind for score in original_order):
+                own = [s for s in original_order if (s.reading, s.kind) == (reading, kind)]
                 values[reading][kind] = 100 * weighted(own, "right")
         bars(axes[-1], values, "answers, in the order told", "right, %")
     image = BytesIO()

@@ -25,7 +25,7 @@ FILES = ("example_model_solutions*", "who_and_when*", "0_trace*")
 GENERATED = "generated dialogues"
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 HOT = 10  # passages: requests that hold none of the most used ones are left out
-PASSAGES = 24  # of the made-up retrieval
+PASSAGES = 24  # of the synthetic retrieval
 FEWEST_TURNS = 8
 CALCULATOR = re.compile(r"<<[^>]*>>")
 
@@ -69,7 +69,7 @@ class Writer:
         return self.texts.retrievals(number, tokens)
 
     def cut(self, sentences: Iterator[str], most: int) -> str:
-        """The longest beginning of whole words, at least one, that has at most so many tokens."""
+        """The longest beginning of whole words, at least one, that has at most `most` tokens."""
         words: list[str] = []
         while self._num_tokens(" ".join(words)) <= most:
             words += next(sentences).split()

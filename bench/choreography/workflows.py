@@ -1,6 +1,6 @@
 """Workflows of several agents as scripts: who reads which messages in which order, and what each answers.
 
-Answers are part of a script. Whoever plays it computes them token by token but is told what to say, so that all
+Answers are part of a script. A contender computes them token by token, but the tokens are forced, so that all
 contenders read and write the same tokens. A workflow reads and writes only messages, here called pieces:
 
     pieces   system text, task, instruction, proposal, vote, ...

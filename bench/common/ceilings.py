@@ -31,7 +31,7 @@ class Ceilings:
     gigaflops_per_s: float  # of a large matrix product
 
     def seconds(self, num_bytes: float, flops: float) -> float:
-        """The shortest time in which so many bytes can be moved and FLOPs computed."""
+        """The shortest time in which these bytes can be moved and FLOPs computed."""
         return max(num_bytes / self.gigabytes_per_s, flops / self.gigaflops_per_s) / 1e9
 
     def bound(self, num_bytes: float, flops: float) -> str:

@@ -7,6 +7,7 @@ from hybrid_cache.errors import ConfigError
 
 
 def listed(what: str, text: str) -> tuple[str, ...]:
+    """The items of a list with commas, each once. Raises ConfigError if there is none."""
     items = tuple(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
     if not items:
         raise ConfigError(f"{what} {text!r} names nothing, wanted a list with commas")

@@ -1,4 +1,4 @@
-"""`hybrid-cache bench decode`: a whole model's prefill and decode, beside what the machine could do.
+"""`hybrid-cache bench decode`: a whole model's prefill and decode, compared with what the machine could do.
 
 Requests share a prompt of some length and go on from it with questions of their own; then all decode together. Steps
 of the whole engine are timed, bookkeeping and sampling included. The floor of a step is the time to move once, at the
@@ -49,7 +49,7 @@ class Decoded:
     streams: int
     prefix: int
     ms: float
-    apart_ms: float | None  # None where one reads the prefix alone
+    apart_ms: float | None  # None for a single stream
     tokens_per_s: float
     weights_ms: float
     states_ms: float
@@ -70,7 +70,7 @@ def decode(
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
 ) -> None:
-    """Time whole steps of a model in decode, and its prefill, beside the memory's and the processor's rates."""
+    """Time whole steps of a model in decode, and its prefill, next to the memory's and the processor's rates."""
     counts = [(n, p) for p in _numbers(prefixes, "--prefixes") for n in _numbers(streams, "--streams")]
     torch.set_num_threads(threads)
     folder = model or embedded_path()
@@ -99,7 +99,7 @@ def decode(
 
 
 def _prefill(net: HybridModel, seed: int) -> float:
-    """Seconds for a prompt of 1,024 tokens alone, the second time."""
+    """Seconds for a single prompt of 1,024 tokens, the second time."""
     seconds = 0.0
     for turn in range(2):
         engine = _engine(net, 1, 1024, prefix_cache=False)

@@ -28,7 +28,7 @@ class Asked:
     messages: tuple[Said, ...]
     opening: TokenArray
     named: Mapping[str, TokenArray] = field(default_factory=dict)  # messages by id
-    told: PromptOutput | None = None
+    reported: PromptOutput | None = None
     choices: dict[int, list[TokenOutput]] = field(default_factory=dict)
     aborted: bool = False
 
@@ -47,9 +47,9 @@ class Asked:
     def finished(self, index: int) -> bool:
         return index in self.choices and self.choices[index][-1].finish is not None
 
-    def told_prompt(self) -> TokenArray:
+    def reported_prompt(self) -> TokenArray:
         """The prompt in the order that the reply used."""
-        asked, plan = self.request.arrangement, self.told.plan if self.told else None
+        asked, plan = self.request.arrangement, self.reported.plan if self.reported else None
         if asked is None or plan is None:
             return self.request.prompt.tokens
         ends = np.cumsum([part.num_tokens for part in asked.parts])

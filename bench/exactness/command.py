@@ -2,12 +2,12 @@
 
 A busy engine gets, at random, everything that a server does: requests that share, branch, repeat and grow, exact ones
 and approximate ones over the same messages, references to earlier answers, all ways to choose tokens, all cache modes,
-tenants, requests broken off anywhere, finished turns computed again and interrupted, budgets so small that things are
+tenants, requests aborted at any point, finished turns computed again and interrupted, budgets so small that things are
 evicted and sequences preempted, several policies. All that the cache publishes is digested, and compared at every use.
 
-A plain engine then answers the same requests one by one, alone, without any reuse. Every row of logits that the busy
-engine computed for a request that is not labelled approximate must have the same bits as the plain run's row for the
-same tokens, and every answer the same tokens, log-probabilities and reasons to end.
+A plain engine then answers the same requests one by one, without any batching or reuse. Every row of logits that the
+busy engine computed for a request that is not labelled approximate must have the same bits as the plain run's row for
+the same tokens, and every answer the same tokens, log-probabilities and finish reason.
 """
 
 import json
@@ -44,7 +44,7 @@ def exactness(
     widths: Annotated[
         bool, typer.Option("--widths", help="Add real widths, with prompts of up to 16K tokens.")
     ] = False,
-    http: Annotated[int, typer.Option(help="Also send so many requests to two servers, for each model folder.")] = 0,
+    http: Annotated[int, typer.Option(help="Also send this many requests to two servers, for each model folder.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the reports to this file.")] = None,
 ) -> None:
     """Counts the bits in which cache on and cache off differ. Exit code 1 if there are any, or too little was tried."""

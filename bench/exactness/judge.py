@@ -44,21 +44,21 @@ class Judge:
     def _judge(self, asked: Asked, traffic: Traffic) -> None:
         request, name = asked.request, asked.request.id
         prompt = traffic.watcher.prompts.pop(name, None)
-        if asked.told is not None:
+        if asked.reported is not None:
             self._check_told(asked)
-            if asked.told.plan is not None and asked.told.plan.fidelity is not Fidelity.EXACT:
+            if asked.reported.plan is not None and asked.reported.plan.fidelity is not Fidelity.EXACT:
                 self._report.mixed["labelled approximate"] += 1
                 return
-            told = asked.told_prompt()
-            if prompt is not None and not np.array_equal(prompt, told):
+            reported = asked.reported_prompt()
+            if prompt is not None and not np.array_equal(prompt, reported):
                 self._report.note(name, "the order that the plan names is not the one that was computed")
-            self._report.mixed["reordered"] += not np.array_equal(told, request.prompt.tokens)
-            prompt = told
+            self._report.mixed["reordered"] += not np.array_equal(reported, request.prompt.tokens)
+            prompt = reported
         if prompt is None:
-            return  # broken off before anything was computed, or approximate
+            return  # aborted before anything was computed, or approximate
         if asked.publishes:
             self._give(asked, prompt, traffic)
-        sampling = request.sampling if asked.told else SamplingParams(max_tokens=0)
+        sampling = request.sampling if asked.reported else SamplingParams(max_tokens=0)
         outputs = self._answer(Request(name, Prompt(prompt), sampling, request.n, make_stopper=request.make_stopper))
         if not asked.aborted:
             self._compare(asked, outputs)
@@ -80,7 +80,7 @@ class Judge:
         for _, output in outputs:
             if isinstance(output, TokenOutput):
                 expected[output.index].append(output)
-            elif isinstance(output, PromptOutput) and asked.told is not None and output.logprobs != asked.told.logprobs:
+            elif isinstance(output, PromptOutput) and asked.reported and output.logprobs != asked.reported.logprobs:
                 report.note(name, "log-probabilities of the prompt differ")
         for index in range(asked.request.n):
             report.answers += 1
@@ -90,12 +90,14 @@ class Judge:
 
     def _check_told(self, asked: Asked) -> None:
         """What a reply says of its prompt must be possible."""
-        told = asked.told
-        assert told is not None
-        n, cached = len(asked.request.prompt.tokens), told.cached_tokens
-        approximate = told.plan is not None and told.plan.fidelity is not Fidelity.EXACT
-        prefix = told.plan.prefix if told.plan is not None else cached
+        reported = asked.reported
+        assert reported is not None
+        n, cached = len(asked.request.prompt.tokens), reported.cached_tokens
+        approximate = reported.plan is not None and reported.plan.fidelity is not Fidelity.EXACT
+        prefix = reported.plan.prefix if reported.plan is not None else cached
         if prefix % TILE and (approximate or prefix < n):
             self._report.note(asked.request.id, f"goes on behind token {prefix}, where no state is good for that")
-        if not asked.publishes and not approximate and (cached or told.written_tokens):
-            self._report.note(asked.request.id, f"took {cached} tokens and left {told.written_tokens}, wanted neither")
+        if not asked.publishes and not approximate and (cached or reported.written_tokens):
+            self._report.note(
+                asked.request.id, f"took {cached} tokens and left {reported.written_tokens}, wanted neither"
+            )

@@ -37,7 +37,7 @@ MOST_ANSWERS = 8
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Sizes of what is asked. A budget holds so many of the longest sequences."""
+    """Sizes of what is asked. A budget is the number of the longest sequences that it holds."""
 
     name: str
     requests: int  # in a round
@@ -129,7 +129,7 @@ class Mix:
         if rng.random() < 0.75:
             return self._arranged(salt, messages, opening, sampling)
         tokens, marks = self._joined(messages, opening)
-        if rng.random() < 0.2:  # just at the grid, or beside it
+        if rng.random() < 0.2:  # exactly on the grid, or next to it
             tokens = tokens[: max(1, len(tokens) // TILE * TILE + rng.choice((-1, 0, 1)))]
         marks = tuple(mark for mark in marks if mark.position <= len(tokens))
         return Asked(self._request(salt, Prompt(tokens, marks), sampling), tuple(messages), opening)

@@ -15,7 +15,7 @@ from hybrid_cache.models.adapters import SHIPPED
 from hybrid_cache.models.loading import COMPUTE_DTYPES, embedded_path, load, resolve
 from hybrid_cache.models.tools.published import CONFIGS
 
-# Attention alone, whose messages can be relocated, and states alone.
+# Attention only, whose messages can be relocated, and states only.
 PURE: Mapping[str, Mapping[str, object]] = {
     "llama": {
         "model_type": "llama",

@@ -29,7 +29,7 @@ class Report:
     rows: int = 0  # of busy engines, compared
     differing_rows: int = 0
     differing_bits: int = 0
-    unknown_rows: int = 0  # of busy engines, that no plain run computed: their tokens had already gone apart
+    unknown_rows: int = 0  # of busy engines, that no plain run computed: their tokens had already diverged
     answers: int = 0  # choices compared token by token, with log-probabilities
     differing_answers: int = 0
     prompt_tokens: int = 0

@@ -43,7 +43,7 @@ class Origin(NamedTuple):
 
 
 class Watcher(Protocol):
-    """Who sees the steps of an engine, and every row that has to be exact."""
+    """Sees the steps of an engine, and every row that has to be exact."""
 
     def step(self, step: Step) -> None: ...
 

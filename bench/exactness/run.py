@@ -1,4 +1,4 @@
-"""Rounds of random requests to a busy engine, each followed by a plain engine that answers the same ones alone."""
+"""Rounds of random requests to a busy engine, each followed by a plain engine that answers them one by one."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""A busy engine: random requests come to it, are answered beside each other, or are broken off."""
+"""A busy engine: random requests arrive, are answered in batches, or are aborted."""
 
 import random
 
@@ -20,7 +20,7 @@ PATIENCE = 10  # steps without an output for each token of the longest sequence,
 
 
 class Stuck(Exception):
-    """An engine works, or should, and nothing comes of it."""
+    """An engine has work and makes no progress."""
 
 
 class Clock:
@@ -34,7 +34,7 @@ class Clock:
 
 
 class Traffic:
-    """One busy engine, and the requests that come to it, are answered, or are broken off."""
+    """One busy engine, and the requests that arrive, are answered, or are aborted."""
 
     def __init__(self, model: HybridModel, phase: Phase, ledger: Ledger, report: Report, rng: random.Random) -> None:
         self.watcher = BusyWatcher(ledger, report)
@@ -43,11 +43,11 @@ class Traffic:
         self._clock, self._phase, self._rng, self._report = Clock(), phase, rng, report
         self.engine = watched_engine(model, _config(model, phase, rng), self.watcher, self._clock)
         self._asked: dict[str, Asked] = {}
-        self._aborts: dict[str, int] = {}  # steps that are left to requests which will be broken off
+        self._aborts: dict[str, int] = {}  # steps that are left to requests which will be aborted
         self._silent_steps = 0
 
     def round(self, num_requests: int) -> list[Asked]:
-        """So many new requests -> they, when nobody waits any more."""
+        """Submits `num_requests` new requests -> them, when all are done."""
         self._asked, self._aborts = {}, {}
         for _ in range(num_requests):
             self._submit()
@@ -110,7 +110,7 @@ class Traffic:
 
     def _take(self, asked: Asked, output: Output) -> None:
         if isinstance(output, PromptOutput):
-            asked.told = output
+            asked.reported = output
             return
         asked.choices.setdefault(output.index, []).append(output)
         if output.index == 0 and output.finish is not None:
@@ -126,7 +126,13 @@ class Traffic:
                 self.engine.abort(name)
                 asked = self._asked[name]
                 asked.aborted = True
-                when = "while it is answered" if asked.told else "in its prompt" if self._has_begun(name) else "at once"
+                when = (
+                    "while it is answered"
+                    if asked.reported
+                    else "in its prompt"
+                    if self._has_begun(name)
+                    else "at once"
+                )
                 self._report.mixed[f"aborted {when}"] += 1
 
     def _has_begun(self, name: str) -> bool:
@@ -145,7 +151,7 @@ def _geometry(model: HybridModel) -> Geometry:
 
 
 def room(model: HybridModel, tokens: int, sequences: int) -> int:
-    """Bytes that so many sequences of so many tokens take side by side."""
+    """Bytes that `sequences` sequences of `tokens` tokens take at the same time."""
     geometry = _geometry(model)
     pages = -(-tokens // TILE) + 1
     return sequences * (pages * geometry.stride_bytes(Kind.PAGE) + 2 * geometry.stride_bytes(Kind.SLOT))

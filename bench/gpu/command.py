@@ -1,8 +1,8 @@
-"""`python -m hybrid_cache.bench.gpu_check`: everything that only a GPU can tell, in less than ten minutes.
+"""`python -m hybrid_cache.bench.gpu_check`: everything that only a GPU can show, in less than ten minutes.
 
-Runs from a source checkout with torch, triton, transformers, numpy and safetensors alone. Each part has a process of
-its own and a time limit, so that one that hangs or spoils its process takes nothing else along; the report is written
-anew after each. Ends with 1 if an operation is wrong or not exact, or if a part that says so broke off.
+Runs from a source checkout with torch, triton, transformers, numpy and safetensors only. Each part has a process of
+its own and a time limit, so that one that hangs or crashes does not affect the others; the report is rewritten
+after each. Ends with 1 if an operation is wrong or not exact, or if a part that decides about it was cut short.
 
 On a CPU (`--device cpu --quick`) the same code runs at small sizes in one process, with torch in place of the kernels,
 or with them in Triton's interpreter (`--backend triton`, TRITON_INTERPRET=1).
@@ -33,7 +33,7 @@ from hybrid_cache.bench.gpu import correctness, kernel_speed, model_speed
 from hybrid_cache.bench.gpu.report import Section, as_json, markdown, section_of
 from hybrid_cache.bench.gpu.setting import Setting
 
-GRACE_S = 20  # after its limit, a part has so long to write down what it has
+GRACE_S = 20  # after its limit, a part has this long to write what it has
 PACKAGES = ("torch", "triton", "numpy", "transformers", "mamba-ssm", "causal-conv1d", "flash-attn")
 NVIDIA_SMI = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
@@ -58,9 +58,9 @@ def environment(setting: Setting, section: Section) -> None:
         except PackageNotFoundError:
             facts.add(package, "not installed")
     if setting.device.type == "cuda":
-        card = torch.cuda.get_device_properties(setting.device)
-        facts.add("card", f"{card.name}, capability {card.major}.{card.minor}, {card.multi_processor_count} processors")
-        facts.add("memory", f"{card.total_memory / 2**30:.0f} GiB, L2 {card.L2_cache_size / 2**20:.0f} MiB")
+        gpu = torch.cuda.get_device_properties(setting.device)
+        facts.add("card", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} processors")
+        facts.add("memory", f"{gpu.total_memory / 2**30:.0f} GiB, L2 {gpu.L2_cache_size / 2**20:.0f} MiB")
         facts.add("CUDA", torch.version.cuda)
     if shutil.which("nvidia-smi"):
         asked = ["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader"]
@@ -147,8 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device; --device cpu --quick tries the check itself", file=sys.stderr)
         return 2
-    card = torch.cuda.get_device_name() if options.device == "cuda" else "a CPU"
-    title = f"Check of {card}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "a CPU"
+    title = f"Check of {device}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     report = options.report or Path(os.environ.get("OUT", ".")) / "gpu_check.md"
     sections: list[Section] = []
     for name in chosen:

@@ -1,7 +1,7 @@
-"""Is it right, and is it exact? Every operation against the reference, and bit for bit in any company; models too.
+"""Is it right, and is it exact? Every operation against the reference, and bit for bit in any batch; models too.
 
-Parity runs in several processes at once, since most of its time goes into compiling kernels. A kernel that reads where
-it may not spoils its process, which takes the next few tasks with it.
+Parity runs in several processes at once, since most of its time goes into compiling kernels. A kernel with an
+invalid access breaks its process, and the next few tasks of that process fail as well.
 """
 
 import traceback
@@ -227,7 +227,7 @@ class EagerWorker(Worker):
 
 
 def models(setting: Setting, section: Section) -> None:
-    """Hybrids of random weights in an engine: cache on against off, alone and beside others, graphs against none."""
+    """Hybrids of random weights in an engine: cache on against off, single and in batches, graphs against none."""
     table = section.table("model", "exact", "graphs agree", "steps replayed", "left to torch", "where it is not")
     for name, config in list(SMALL.items())[: 1 if setting.quick else None]:
         if setting.late:
@@ -241,8 +241,8 @@ def models(setting: Setting, section: Section) -> None:
         failed += [] if agree else ["CUDA graphs change the answers"]
         section.failures += [f"{name}: {what}" for what in failed]
         reasons: Mapping[str, str] = getattr(ops, "reasons", {})
-        told = [f"{name}: {reason}" for name, reason in {**reasons, **graphs[2]}.items()]
-        table.add(name, not failed, agree, graphs[1], "; ".join(told), "; ".join(failed))
+        notes = [f"{name}: {reason}" for name, reason in {**reasons, **graphs[2]}.items()]
+        table.add(name, not failed, agree, graphs[1], "; ".join(notes), "; ".join(failed))
 
 
 def answers_of(model: HybridModel, worker: type[Worker]) -> tuple[Outputs, int, dict[str, str]]:

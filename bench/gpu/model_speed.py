@@ -61,10 +61,10 @@ def whole_model(setting: Setting, section: Section) -> None:
             spec = net.cache_spec
             moved = weight_bytes + batch * (2 * spec.slot_bytes + prompt * spec.kv_bytes_per_token)
             reasons = {**getattr(ops, "reasons", {}), **engine.fallbacks}
-            told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            notes = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             replayed = engine.stats().num_graph_replays
             share = ceilings.seconds(moved, 0) / seconds
-            decode.add(label, batch, 1e3 * seconds, batch / seconds, share, replayed, told)
+            decode.add(label, batch, 1e3 * seconds, batch / seconds, share, replayed, notes)
             step_s[label, batch] = seconds
         for tiles in () if label not in ("exact", "fast") else (2,) if setting.quick else (16, 64):
             seconds = prefill_s[label, tiles] = _prefill(net, prompts, prompt, tiles, setting)
@@ -105,7 +105,7 @@ def _decode(net: ShapedModel, worker: type[Worker], batch: int, prompt: int, set
 
 
 def _prefill(net: ShapedModel, prompts: int, prompt: int, tiles: int, setting: Setting) -> float:
-    """Seconds of so many prompts alone, the second time."""
+    """Seconds of the prefill of `prompts` prompts, the second time."""
     for _ in range(2):
         engine = _engine(net, Worker, prompts, prompt, max_tiles=tiles, max_tokens=0)
         synchronize(setting.device)

@@ -57,4 +57,5 @@ def synchronize(device: torch.device) -> None:
 
 
 def random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Normally distributed numbers [*shape]."""
     return torch.empty(shape, device=device, dtype=dtype).normal_()

@@ -226,7 +226,7 @@ class _Sizes:
         )
 
     def tokens(self, vocab: int = 100_352) -> Iterator[Case]:
-        """The end of a decode step, and what a message that is put elsewhere costs one attention layer."""
+        """The end of a decode step, and what moving a message costs one attention layer."""
         rng = torch.Generator(CPU).manual_seed(0)
         logits = (3 * torch.randn(self.sequences, vocab, generator=rng, device=CPU)).to(self.device)
         libraries: list[tuple[str, tuple[float, int, float, float], dict[str, Timed]]] = [

@@ -2,7 +2,7 @@
 
 The same inputs, weights and result, a prompt from the zero state to its final state, or one token of each sequence. Not
 included: states in slots (theirs lie side by side, a step writes them in place or returns new ones), captured states,
-and exactness. The names are those of transformers 5.23; where a version has them not, there is no peer. With the
+and exactness. The names are those of transformers 5.23; where a version lacks them, there is no peer. With the
 package `kernels` transformers may take compiled kernels instead.
 
 Without a peer: lightning attention and RG-LRU, which sit in modules together with projections, and prompts of Kimi

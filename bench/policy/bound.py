@@ -1,4 +1,4 @@
-"""How much of all prefill any cache could save in so many bytes, even one that knows the future.
+"""How much of all prefill any cache could save in a number of bytes, even one that knows the future.
 
 Requests run one after the other. One that resumes at depth d needs d pages and the state behind the last of them. Each
 must have been kept ever since the last earlier request that passed it: it takes room in all gaps between the two, and
@@ -51,7 +51,7 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Visits:
-    """Where the requests of a trace could resume, and who came by there last.
+    """Where the requests of a trace could resume, and which request passed there last.
 
     The pages that a prompt shares with earlier requests form runs with the same last visitor, who came the longer ago
     the deeper the run is. Deeper in a run each page saves at least as much as the one before, at the same rent, so a
@@ -110,7 +110,7 @@ class Market:
     first [requests with options]              its first option
     owner [options]                            which of those requests
     request, previous, depth, benefit [options]
-    run_room [options]                         taken by the pages of this run alone
+    run_room [options]                         taken by the pages of only this run
     state_room                                 taken by any state
     """
 
@@ -126,7 +126,7 @@ class Market:
 
     @staticmethod
     def of(visits: Visits, cost: PrefillCost, page_bytes: int, slot_bytes: int, capacity_bytes: int) -> "Market":
-        """Without the options that do not fit even alone."""
+        """Without the options that do not fit even by themselves."""
         assert cost.per_token_per_position >= 0, "inner depths of a run would matter"
         v, capacity = visits.no_deeper_than(_deepest(page_bytes, slot_bytes, capacity_bytes)), max(1, capacity_bytes)
         new_pages = (v.depth - _before(v.request, v.depth)).astype(np.float64)
@@ -157,7 +157,7 @@ class Market:
         return float(prices.sum() + np.maximum(self._best(self.worth(prices)), 0.0).sum())
 
     def demand(self, chosen: Floats) -> Floats:
-        """[gaps] The room taken if each option is chosen so much, 0 to 1."""
+        """[gaps] The room taken if each option is chosen to this share, 0 to 1."""
         deeper = np.cumsum(chosen[::-1])[::-1]
         beyond = np.append(deeper, 0.0)[np.append(self.first[1:], len(chosen))]
         room = (deeper - beyond[self.owner]) * self.run_room + chosen * self.state_room
@@ -169,7 +169,7 @@ class Market:
     def clear(self, iterations: int) -> Floats:
         """[gaps] Prices at which what is wanted about fills the room: the best that Adam finds in their logarithms.
 
-        Requests choose softly, then ever harder: a hard choice jumps with the prices, and steps after it go to and fro.
+        Choices are soft at first and harden: hard ones jump with the prices, which makes the search oscillate.
         """
         deepest = _is_last(self.request)
         if self.demand(deepest.astype(np.float64)).max(initial=0.0) <= 1.0:
@@ -231,7 +231,7 @@ class Market:
         return best
 
     def _choose(self, worth: Floats, surplus: Floats, softness: float) -> Floats:
-        """[options] A share for each, nearly all for the best if `softness` is small beside the differences."""
+        """[options] A share for each, nearly all for the best if `softness` is small compared with the differences."""
         weight = np.exp((worth - surplus[self.owner]) / softness)
         weights = np.exp(-surplus / softness) + np.add.reduceat(weight, self.first)
         chosen: Floats = weight / weights[self.owner]
@@ -248,7 +248,7 @@ def bound(
     iterations: int = 400,
     visits: Visits | None = None,
 ) -> Bound:
-    """What no policy can beat on this trace. `visits` are the trace's own, for who asks more than once.
+    """What no policy can beat on this trace. `visits` are the trace's own, for callers that ask more than once.
 
     A page may be read where all before it are kept too. With `slot_bytes` 0 any depth with pages can be resumed.
     """

@@ -22,7 +22,7 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.shapes import ModelShape, total_cost
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 
-# Policies that only make sense here: two need hindsight, the other more of a model than a server tells.
+# Policies that only make sense here: two need hindsight, the other more facts of a model than a server reports.
 STATIC, ARTIFACT, HINDSIGHT = "marconi-static", "marconi-artifact", "learned-hindsight"
 ALL_LIVES = 1 << 18
 ANY_BUDGET = 1 << 50  # for sizes that do not depend on the budget
@@ -39,7 +39,7 @@ class Speed:
     flops_per_s: float
 
     def ttft_s(self, cost: PrefillCost, prompt: Ints, hit: Ints) -> Floats:
-        """[requests] For prompts of which so many tokens are not computed."""
+        """[requests] For prompts of which `hit` tokens are cached."""
         new = prompt - hit
         flops = cost.per_token * new + cost.per_token_per_position * new * (prompt + hit - 1) / 2
         seconds: Floats = self.base_s + flops / self.flops_per_s

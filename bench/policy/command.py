@@ -1,9 +1,9 @@
 """`hybrid-cache bench policy`: which cache policy saves how much, at which size, and what would be possible at all.
 
 Replays traces through the very objects that the server runs, over its tree and its byte accounting, on a simulated
-clock and without tensors. Two rows beside the policies say what there is to win:
+clock and without tensors. Two more rows say what there is to win:
 
-    bound      no policy saves more in so many bytes, not even one that knows the future
+    bound      no policy saves more in that many bytes, not even one that knows the future
     infinite   everything is kept, whatever it takes
 
 A trace's unique bytes, of which `--capacity 5%` is a share, are the KV bytes of all its distinct pages, answers
@@ -80,7 +80,7 @@ def policy(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Made-up traffic: {', '.join(WORKLOADS)}; may be given several times. "
+            help=f"Synthetic traffic: {', '.join(WORKLOADS)}; may be given several times. "
             f"Without any trace: {', '.join(DEFAULT_SCALES)}, shortened."
         ),
     ] = None,
@@ -111,12 +111,14 @@ def policy(
     page_tokens: Annotated[
         int | None, typer.Option(min=TILE, help="Larger pages, to be faster; the trace's own if left out.")
     ] = None,
-    sessions: Annotated[int | None, typer.Option(min=1, help="Take so many sessions of a file, at random.")] = None,
+    sessions: Annotated[int | None, typer.Option(min=1, help="Take this many sessions of a file, at random.")] = None,
     rate: Annotated[
         float | None, typer.Option(help="Starts of sessions a second, for a file without such times.")
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="So many times the usual sessions of made-up traffic.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many requests of each trace.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="This many times the usual sessions of synthetic traffic.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many requests of each trace.")] = None,
     ttft: Annotated[
         str | None,
         typer.Option(
@@ -150,7 +152,7 @@ def policy(
     admit, evict  states that came and went
     gap %         closed of the way from lru to the bound, in FLOPs
 
-    The number beside marconi-static is its alpha, the best of 21 in hindsight.
+    The number after marconi-static is its alpha, the best of 21 in hindsight.
     """
     try:
         json_file, plot = json_file and target(json_file), plot and target(plot)
@@ -197,6 +199,7 @@ def policy(
 
 
 def chosen_policies(text: str | None, with_bound: bool) -> tuple[str, ...]:
+    """Raises ConfigError for an unknown name."""
     known = (*KNOWN, *LIMITS)
     given = tuple(name for name in KNOWN if name not in ON_REQUEST) if text is None else listed("policy", text)
     names = tuple(FORMER_NAMES.get(name, name) for name in given)
@@ -239,7 +242,10 @@ def capacity_bytes(text: str, setting: Setting) -> int:
 
 
 def speed(text: str | None, model: ModelShape) -> Speed:
-    """From `BASE_MS:MS_PER_1K_TOKENS` of this model, or from the published fit of REFERENCE_MODEL."""
+    """From `BASE_MS:MS_PER_1K_TOKENS` of this model, or from the published fit of REFERENCE_MODEL.
+
+    Raises ConfigError.
+    """
     measured = model if text is not None else model_shape(REFERENCE_MODEL)
     match = re.fullmatch(r"([0-9.]+):([0-9.]+)", (text or REFERENCE_SPEED).strip(), re.ASCII)
     try:
@@ -263,7 +269,7 @@ def load_all(
     limit: int | None,
     seed: int,
 ) -> list[Trace]:
-    """The traces of files and then of workloads; the usual ones if there are neither."""
+    """The traces of files and then of workloads; the usual ones if there are neither. Raises ConfigError."""
     if not paths and any(option is not None for option in (format, sessions, rate)):
         raise ConfigError("format, sessions and rate are for files, name one with --trace")
     if paths and not workloads and scale is not None:

@@ -2,7 +2,7 @@
 
 Sends a trace's prompts as token ids to a running server, one after the other or a few at once, asks for one token each,
 and compares the cached tokens that the server reports with those of a replay of the same requests, at the times at
-which they were sent. The server must be fresh: what is in its cache, the replay does not know.
+which they were sent. The server must be fresh: the replay does not know what is in its cache.
 
 The trace's ids become ordinary tokens of the model, and the last token of each message one that ends messages, which is
 how a server sees messages in tokens. Prompts that the server cannot hold are left out.
@@ -59,13 +59,13 @@ class Asked:
 
 
 # What is read of the server's answers.
-class Card(BaseModel):
+class ListedModel(BaseModel):
     id: str
     max_model_len: int
 
 
-class Cards(BaseModel):
-    data: list[Card]
+class ListedModels(BaseModel):
+    data: list[ListedModel]
 
 
 class Health(BaseModel):
@@ -113,7 +113,7 @@ class Sent:
     prompt: Ints
     at_s: float
     cached_tokens: int
-    answer: tuple[int, ...] = ()  # if the server tells
+    answer: tuple[int, ...] = ()  # if the server reports them
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +158,7 @@ def compare(asked: Asked, traces: Sequence[Trace], json_file: Path | None) -> Co
 
 
 async def measure(asked: Asked, trace: Trace) -> Comparison:
+    """Sends the prompts to the server and replays them. Raises ConfigError or ServerFailed."""
     key = asked.api_key_file.read_text().strip() if asked.api_key_file else None
     async with open_client(asked.url, key) as http:
         server = await look_at(http)
@@ -184,11 +185,12 @@ async def measure(asked: Asked, trace: Trace) -> Comparison:
 
 
 async def look_at(http: httpx.AsyncClient) -> Server:
+    """The server's facts and counters. Raises ServerFailed."""
     try:
-        cards, health, metrics = [await http.get(path) for path in ("/v1/models", "/health", "/metrics")]
+        listed, health, metrics = [await http.get(path) for path in ("/v1/models", "/health", "/metrics")]
     except httpx.TransportError as error:
         raise unreachable(http, error) from error
-    for response in (cards, health, metrics):
+    for response in (listed, health, metrics):
         if response.status_code != 200:
             raise refused(response)
     samples = {
@@ -198,10 +200,10 @@ async def look_at(http: httpx.AsyncClient) -> Server:
     }
     prefix = "hybrid_cache_"
     try:
-        card = Cards.model_validate_json(cards.content).data[0]
+        model = ListedModels.model_validate_json(listed.content).data[0]
         return Server(
-            name=card.id,
-            max_length=card.max_model_len,
+            name=model.id,
+            max_length=model.max_model_len,
             dtype=Health.model_validate_json(health.content).dtype,
             budget_bytes=int(samples[prefix + "cache_budget_bytes", ""]),
             pages=int(samples[prefix + "cache_nodes", ""]),
@@ -215,7 +217,7 @@ async def look_at(http: httpx.AsyncClient) -> Server:
 
 
 async def send(http: httpx.AsyncClient, name: str, prompts: Sequence[Ints], concurrency: int) -> list[Sent]:
-    """Sends the prompts in order, so many at once, with a progress bar on the error stream."""
+    """Sends the prompts in order, `concurrency` at once, with a progress bar on the error stream."""
     waiting, sent = iter(enumerate(prompts)), dict[int, Sent]()
     start = time.monotonic()
     columns = TextColumn("send"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -238,6 +240,7 @@ async def send(http: httpx.AsyncClient, name: str, prompts: Sequence[Ints], conc
 
 
 async def ask(http: httpx.AsyncClient, name: str, prompt: Ints, at_s: float) -> Sent:
+    """Sends one prompt. Raises ServerFailed."""
     body = {"model": name, "prompt": prompt.tolist(), "max_tokens": 1, "temperature": 0, "return_token_ids": True}
     try:
         response = await http.post("/v1/completions", json=body)
@@ -259,11 +262,11 @@ def brief(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# The model and what it is told
+# The model and its prompts
 
 
 def model_of(name: str, dtype: str) -> Model:
-    """The embedded model or that of a folder, as a server computes it in this dtype."""
+    """The embedded model or that of a folder, as a server computes it in this dtype. Raises ConfigError."""
     folder = loading.embedded_path() if name == EMBEDDED else Path(name)
     if not folder.is_dir():
         raise ConfigError(f"model {name!r}: --live needs {EMBEDDED!r} or the folder that the server has loaded")
@@ -272,7 +275,7 @@ def model_of(name: str, dtype: str) -> Model:
 
 
 def spoken(trace: Trace, model: Model) -> Iterator[Ints]:
-    """The prompts in the model's own tokens. What was equal stays equal."""
+    """The prompts in the model's own tokens; equal tokens stay equal. Raises ConfigError for traces without tokens."""
     special = model.tokenizer.special_ids
     ordinary = np.array([i for i in range(model.vocab_size) if i not in special], np.int32)
     enders = sorted(special - {model.tokenizer.bos_id})

@@ -107,7 +107,7 @@ class Simulation:
         return lease.length
 
     def _acquire(self, keys: Keys) -> Lease | None:
-        """Waits for requests in progress when there is no room. None: it does not even fit alone."""
+        """Waits for requests in progress when there is no room. None: it does not fit even by itself."""
         while True:
             lease = self.cache.acquire(self.cache.match("", keys), keys)
             if lease is not None or not self._held:

@@ -1,4 +1,4 @@
-"""What `hybrid-cache bench policy` tells: rows of numbers, tables, one sentence for each trace, a picture."""
+"""What `hybrid-cache bench policy` reports: rows of numbers, tables, one sentence for each trace, a picture."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

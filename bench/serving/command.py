@@ -124,6 +124,7 @@ class Stopwatch:
         self.timings = Timings()
 
     def take(self, event: Event) -> None:
+        """Notes one event and when it came. Raises ServerFailed if it is an error."""
         if event.error:
             raise ServerFailed(f"the server broke off: {message_of(event.error)}")
         self.usage = event.usage or self.usage
@@ -164,6 +165,7 @@ class Client:
             self.options["ignore_eos"] = True
 
     async def ask(self, conversation: Conversation, max_tokens: int) -> Reply:
+        """Sends one request and streams the reply. Raises ServerFailed."""
         body = self.options | {"max_tokens": max_tokens} | self.dialect.prompt(conversation)
         watch = Stopwatch()
         try:
@@ -183,7 +185,7 @@ class Client:
 
 
 async def first_model(http: httpx.AsyncClient) -> str:
-    """The id of the first model that the server lists."""
+    """The id of the first model that the server lists. Raises ServerFailed."""
     try:
         response = await http.get("/v1/models")
     except httpx.TransportError as error:

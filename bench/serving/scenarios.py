@@ -109,7 +109,10 @@ class Vocabulary:
 
 
 def one_token_words(folder: Path) -> tuple[str, ...]:
-    """The lower-case words of three or more letters that are one token after a space, in alphabetical order."""
+    """The lower-case words of three or more letters that are one token after a space, in alphabetical order.
+
+    Raises ConfigError for a folder without a tokenizer.json, or with too few such words.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file, --tokenizer wants a folder that has one")

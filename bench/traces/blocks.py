@@ -110,7 +110,7 @@ class SessionNumbering:
 
 
 def session_requests(owner: Record, start_s: float = 0.0) -> Iterator[SessionRequest]:
-    """The requests of a session, or of a subagent that starts so late in it."""
+    """The requests of a session, or of a subagent that starts `start_s` after it."""
     if owner.has("block_size") and owner.integer("block_size") != TILE:
         raise owner.error("block_size", str(TILE))
     num_system_tokens, last = owner.integer("tool_tokens") + owner.integer("system_tokens"), None

@@ -55,11 +55,11 @@ def load_trace(
     rate: float | None = None,
     encode: Encoder | None = None,
 ) -> Trace:
-    """Reads a file, or all files of a folder as one trace.
+    """Reads a file, or all files of a folder as one trace. Raises TraceError for content, ConfigError for arguments.
 
     format        one of FORMATS; None looks at the first line
     page_tokens   a multiple of the trace's own pages, which are 512 tokens for mooncake and 64 for the others
-    sessions      take only so many, drawn with `seed`
+    sessions      take only this many, drawn with `seed`
     rate          starts of sessions (of requests, if there are no sessions) a second, for a trace without such times
     encode        makes tokens of text; None counts about four characters as one
     """
@@ -85,7 +85,7 @@ def load_trace(
 
 
 def trace_files(path: Path) -> list[Path]:
-    """The files to read, by name; of a ragpulse folder, the trace."""
+    """The files to read, by name; of a ragpulse folder, the trace. Raises TraceError."""
     if not path.is_dir():
         return [path]
     try:
@@ -109,6 +109,7 @@ def stem(path: Path) -> str:
 
 
 def guessed(path: Path, files: Sequence[Path]) -> str:
+    """The format by the fields of the first record. Raises TraceError."""
     first = first_record(files)
     if first is None:
         raise TraceError(f"{path}:1: requests: expected at least one, found none")
@@ -127,6 +128,7 @@ def guessed(path: Path, files: Sequence[Path]) -> str:
 
 
 def read(format: str, files: Sequence[Path], page_tokens: int | None, encode: Encoder) -> Reading:
+    """Reads all files in one format. Raises TraceError for their content, ConfigError for `page_tokens`."""
     native = MOONCAKE_BLOCK if format == "mooncake" else TILE
     page_tokens = native if page_tokens is None else page_tokens
     if page_tokens < native or page_tokens % native:
@@ -145,7 +147,7 @@ def read(format: str, files: Sequence[Path], page_tokens: int | None, encode: En
 
 
 def sampled(path: Path, reading: Reading, sessions: int, rng: np.random.Generator) -> Reading:
-    """Only the requests of so many sessions."""
+    """Only the requests of `sessions` sessions. Raises ConfigError if there are not that many."""
     names = list(dict.fromkeys(r.session for file in reading.files for r in file if r.session))
     if not 1 <= sessions <= len(names):
         raise ConfigError(f"sessions {sessions}: expected 1 to {len(names)}, the sessions of {path}")
@@ -154,7 +156,7 @@ def sampled(path: Path, reading: Reading, sessions: int, rng: np.random.Generato
 
 
 def timed(reading: Reading, rate: float | None, rng: np.random.Generator) -> tuple[list[TraceRequest], list[str]]:
-    """The requests with times since the start of the trace, and what was made up for that."""
+    """The requests with times since the start of the trace, and notes on synthetic times. Raises ConfigError."""
     if reading.times is Times.TRACE:
         if rate is not None:
             raise ConfigError(f"rate {rate}: expected none, the trace has times of its own")

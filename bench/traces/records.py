@@ -132,7 +132,7 @@ def in_order(last: Record | None, record: Record, name: str) -> None:
 
 
 def read_records(file: Path) -> Iterator[Record]:
-    """The objects of a file, one a line; blank lines are passed over."""
+    """The objects of a file, one a line; blank lines are skipped. Raises TraceError."""
     line = 0
     try:
         with unpacked(file) as lines:
@@ -161,6 +161,7 @@ def unpacked(file: Path) -> BinaryIO:
 
 
 def parsed(file: Path, line: int, text: bytes) -> Record:
+    """The object on one line. Raises TraceError."""
     try:
         value: object = json.loads(text.decode().rstrip())
     except json.JSONDecodeError as error:

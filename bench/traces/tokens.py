@@ -57,6 +57,7 @@ def read_ragpulse(files: Sequence[Path]) -> Reading:
 
 
 def read_segments(folder: Path, table: str, key: str, supply: TokenSupply) -> dict[int, Tokens]:
+    """The tokens of each segment id, from the table of lengths. Raises TraceError."""
     files = sorted(folder.glob(f"{table}*"))
     if len(files) != 1:
         raise TraceError(f"{folder}: {len(files)} files {table}*: expected one, with the lengths of the segments")
@@ -322,7 +323,7 @@ def agent_requests(file: Path, maker: RequestMaker) -> Iterator[TraceRequest]:
         before, messages = logged.get(session, ("", []))
         if messages and text.startswith(before):
             messages = [*messages, maker.message("tool", text[len(before) :])]
-        else:  # the context was started anew
+        else:  # the context was reset
             messages = [maker.message("user", text)]
         answer = maker.message("assistant", record.text("output"))
         logged[session] = text, [*messages, answer]

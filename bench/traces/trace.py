@@ -26,7 +26,7 @@ class TraceMessage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A message ends after so many tokens of the prompt."""
+    """A message ends at this token of the prompt."""
 
     position: int
     role: str  # system, user, assistant, tool; "" when the trace does not say
@@ -91,7 +91,7 @@ class PageNames:
         return np.array(names, np.int32), self._name((parent, tail)) if tail else parent
 
     def of_blocks(self, blocks: Sequence[Hashable] | Iterable[Hashable]) -> PageIds:
-        """The numbers of pages given by any names of their own, unique only beside what comes before them."""
+        """The numbers of pages given by other names, which are unique only together with the pages before them."""
         parent, names = -1, []
         for block in blocks:
             parent = self._name((parent, block))

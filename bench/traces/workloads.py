@@ -1,6 +1,6 @@
-"""Made-up traffic with the shapes that LLM servers report, so that a cache policy can be compared without any file.
+"""Synthetic traffic with the shapes that LLM servers report, to compare cache policies without any file.
 
-chat         people talk: few system prompts, turns that grow, now and then a turn asked again or edited
+chat         people talk: few system prompts, conversations that grow, sometimes a turn that is regenerated or edited
 agent        programs act: long shared instructions, tool results, old results deleted from the middle of the prompt
 few-shot     one question after a long template of examples; templates take turns
 retrieval    a question after a few passages, some of which everybody asks about
@@ -131,7 +131,7 @@ class Workload(ABC):
         """All requests, each session in its own order."""
 
     def trace(self, *, seed: int = 0, scale: float = 1.0, page_tokens: int = TILE) -> Trace:
-        """`scale` times as many sessions as usual, at the same rate, so over a longer time."""
+        """`scale` times as many sessions as usual, at the same rate, so over a longer time. Raises ConfigError."""
         _check_positive("scale", scale)
         if page_tokens < TILE or page_tokens % TILE:
             raise ConfigError(f"page_tokens {page_tokens} is not a multiple of {TILE}")
@@ -429,7 +429,10 @@ WORKLOADS: dict[str, Callable[..., Trace]] = {
 
 
 def make_workload(name: str, *, seed: int = 0, scale: float = 1.0, page_tokens: int = TILE) -> Trace:
-    """The workload of that name with its usual parameters; for others call `trace` of its class."""
+    """The workload of that name with its usual parameters; for others call `trace` of its class.
+
+    Raises ConfigError for an unknown name.
+    """
     if name not in WORKLOADS:
         raise ConfigError(f"unknown workload {name!r}, choose from {', '.join(WORKLOADS)}")
     return WORKLOADS[name](seed=seed, scale=scale, page_tokens=page_tokens)

@@ -94,7 +94,7 @@ class Engine:
         return self._intake.longest_sequence
 
     def check_request(self, request: Request) -> None:
-        """Raises RequestError (or ContextTooLong, BadSampling, which are ones) for what can never be served."""
+        """Raises RequestError, ContextTooLong or BadSampling for a request that can never be served."""
         self._intake.check(request)
 
     def plan(self, request: Request) -> Plan:

@@ -27,7 +27,7 @@ class BailingHybrid(CausalModel):
         config.refuse("tie_word_embeddings")
         kinds = _kinds(config)
         for i in range(config.integer(config.either("num_nextn_predict_layers", "num_mtp_layers"), 1, at_least=0)):
-            weights.ignore(rf"^model\.layers\.{len(kinds) + i}\.")  # guesses several tokens ahead
+            weights.ignore(rf"^model\.layers\.{len(kinds) + i}\.")  # multi-token prediction
         layers = (
             _layer(kind, mlp_kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype)
             for i, (kind, mlp_kind) in enumerate(zip(kinds, mlp_kinds(config, 2), strict=True))

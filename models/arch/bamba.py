@@ -1,4 +1,4 @@
-"""Bamba: Mamba-2 and, in a few places, attention, each followed by an MLP. Half of each head is turned by positions."""
+"""Bamba: Mamba-2 and, in a few places, attention, each followed by an MLP. Half of each head is rotated."""
 
 import torch
 
@@ -90,9 +90,9 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
     num_kv_heads = config.divisor("num_key_value_heads", num_heads, default=num_heads)
     head_dim = config.integer("head_dim", hidden // num_heads)
     bias = config.flag("attention_bias", False)
-    turned = config.rope().positive("partial_rotary_factor", config.number("partial_rotary_factor", 0.5))
-    if turned > 1:
-        raise ModelError(f"config.json: partial_rotary_factor is {turned}, expected at most 1")
+    rotated = config.rope().positive("partial_rotary_factor", config.number("partial_rotary_factor", 0.5))
+    if rotated > 1:
+        raise ModelError(f"config.json: partial_rotary_factor is {rotated}, expected at most 1")
     weights = Scope(weights, "self_attn.")
     qkv = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
     return Attention(
@@ -101,7 +101,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
         linear(ops, weights, qkv, hidden, bias=bias),
         linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim, bias=bias),
         scale=head_dim**-0.5,
-        rotary=Rotary(ops, config, int(head_dim * turned)),
+        rotary=Rotary(ops, config, int(head_dim * rotated)),
     )
 
 

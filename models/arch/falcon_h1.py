@@ -134,7 +134,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
         AttentionShape(hidden, hidden, num_heads, num_kv_heads, head_dim, dtype),
         linear(ops, weights, qkv, hidden, bias=bias),
         linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim, bias=bias),
-        scale=head_dim**-0.5 * config.number("key_multiplier", 1.0),  # positions turn keys, which keeps a factor
+        scale=head_dim**-0.5 * config.number("key_multiplier", 1.0),  # rotating keys keeps a factor
         rotary=Rotary(ops, config, head_dim),
     )
 

@@ -129,6 +129,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
 
 
 def latent_shape(config: Config, dtype: torch.dtype, q_rank: int | None, gate: int = 0) -> LatentAttentionShape:
+    """From config.json, with a head gate of `gate` outputs. Raises UnsupportedModel for grouped keys."""
     num_heads = config.integer("num_attention_heads", 32)
     if config.integer("num_key_value_heads", num_heads) != num_heads:
         raise UnsupportedModel(f"config.json: num_key_value_heads is not num_attention_heads, {num_heads}")

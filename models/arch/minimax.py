@@ -48,7 +48,7 @@ class MiniMax(CausalModel):
 
 
 class Layer:
-    """A mixer, then experts; the stream is normalised before each, and weighed against what comes out."""
+    """A mixer, then experts; the stream is normalised before each, scaled, and added to its scaled output."""
 
     def __init__(self, index: int, kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> None:
         mixer, factors = _MIXERS[kind]
@@ -84,9 +84,9 @@ def _factors(part: str, config: Config) -> tuple[float, float]:
 
 def _head_dim(config: Config) -> int:
     size = config.integer("head_dim", config.integer("hidden_size") // config.integer("num_attention_heads"))
-    turned = config.integer("rotary_dim", size)
-    if turned != size:
-        raise UnsupportedModel(f"config.json: rotary_dim is {turned}, supported: the whole head, {size}")
+    rotated = config.integer("rotary_dim", size)
+    if rotated != size:
+        raise UnsupportedModel(f"config.json: rotary_dim is {rotated}, supported: the whole head, {size}")
     return size
 
 

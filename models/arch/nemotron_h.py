@@ -35,7 +35,7 @@ def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -
 
 class NemotronH(CausalModel):
     def __init__(self, config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> None:
-        weights.ignore(r"^mtp\.")  # layers that guess further tokens
+        weights.ignore(r"^mtp\.")  # layers of multi-token prediction
         top = "model." if weights.has("model.embeddings.weight") else "backbone."
         kinds = _kinds(config)
         layers = (_layer(kind, config, Scope(weights, f"{top}layers.{i}."), ops, dtype) for i, kind in enumerate(kinds))
@@ -62,7 +62,11 @@ def _layer(kind: str, config: Config, weights: Weights, ops: Ops, dtype: torch.d
 
 
 class Experts(FeedForward):
-    """A few experts for each row, perhaps in a narrower space, and beside them an MLP for all rows."""
+    """A few experts for each row, perhaps in a narrower space, plus an MLP for all rows.
+
+    experts  x [R, in], ids [R, k], weights [R, k] -> [R, in]
+    latent   projections into and out of the narrower space
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""OLMo hybrid: gated delta nets with norms before each part, a few attention layers with norms behind each part."""
+"""OLMo hybrid: gated delta nets with norms before each part, a few attention layers with norms after each part."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Qwen3.5: Qwen3-Next with an MLP in every layer. Of a multimodal checkpoint, the text model alone.
+"""Qwen3.5: Qwen3-Next with an MLP in every layer. Of a multimodal checkpoint, only the text model.
 
 Its rotary positions have three sections, for time, height and width; of text all three are the position.
 """

@@ -47,7 +47,7 @@ class Qwen3Next(CausalModel):
         feed_forward      builds what follows the mixer of the layer with a given number
         """
         config.choice("hidden_act", "silu", ["silu"])
-        weights.ignore(r"^mtp\.")  # guesses several tokens ahead
+        weights.ignore(r"^mtp\.")  # multi-token prediction
         layers = (
             _layer(i, kind, config, Scope(weights, f"{prefix}layers.{i}."), ops, dtype, delta_projection, feed_forward)
             for i, kind in enumerate(_kinds(config))
@@ -138,7 +138,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
     num_heads = config.integer("num_attention_heads", 16)
     num_kv_heads = config.divisor("num_key_value_heads", num_heads, default=2)
     head_dim = config.integer("head_dim", 256)
-    turned = config.rope().positive("partial_rotary_factor", config.number("partial_rotary_factor", 0.25))
+    rotated = config.rope().positive("partial_rotary_factor", config.number("partial_rotary_factor", 0.25))
     bias = config.flag("attention_bias", False)
     qkv = {"q_proj": 2 * num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
     return Attention(
@@ -147,7 +147,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
         linear(ops, weights, qkv, hidden, bias=bias),
         linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim, bias=bias),
         scale=head_dim**-0.5,
-        rotary=Rotary(ops, config, int(head_dim * turned)),
+        rotary=Rotary(ops, config, int(head_dim * rotated)),
         q_norm=Norm(ops, weights, "q_norm", head_dim, _eps(config), plus_one=True),
         k_norm=Norm(ops, weights, "k_norm", head_dim, _eps(config), plus_one=True),
         gated=True,

@@ -78,7 +78,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
     num_kv_heads = config.divisor("num_key_value_heads", num_heads, default=num_heads)
     head_dim = hidden // num_heads
     bias = config.flag("attention_bias", False)
-    turned = config.rope().number("partial_rotary_factor", config.number("partial_rotary_factor", 0.5))
+    rotated = config.rope().number("partial_rotary_factor", config.number("partial_rotary_factor", 0.5))
     qkv = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
     return Attention(
         ops,
@@ -86,7 +86,7 @@ def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -
         linear(ops, weights, qkv, hidden, bias=bias),
         linear(ops, weights, {"o_proj": hidden}, num_heads * head_dim, bias=True),
         scale=head_dim**-0.5,
-        rotary=Rotary(ops, config, int(head_dim * turned)),
+        rotary=Rotary(ops, config, int(head_dim * rotated)),
         window=config.integer("attention_window_size", 2048),
     )
 

@@ -1,6 +1,6 @@
 """Zamba: a Mamba-1 backbone; before some of its layers, one transformer block that they all share.
 
-The shared block reads the stream beside the original embedding. Each use has its own KV rows. No positions.
+The shared block reads the stream concatenated with the original embedding. Each use has its own KV rows. No positions.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Zamba2: a Mamba-2 backbone; before some of its layers, one of a few shared transformer blocks used in turn.
+"""Zamba2: a Mamba-2 backbone; before some of its layers, one of a few shared transformer blocks, which alternate.
 
-A shared block reads the stream beside the original embedding. Each use has its own KV rows, and its own low-rank
-adapters on the shared weights.
+A shared block reads the stream concatenated with the original embedding. Each use has its own KV rows, and its own
+low-rank adapters on the shared weights.
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ class Rotary:
         self, ops: Ops, config: Config, size: int, theta: float = 10000.0, *, rope: Config | None = None
     ) -> None:
         """
-        size   how many values of each head are turned
+        size   how many values of each head are rotated
         theta  the base where the config names none
         rope   the settings, where they are not `config.rope()`
         """
@@ -31,20 +31,20 @@ class Rotary:
         self._size = 2 * len(self.inv_freq)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [R, heads, head_dim], positions [R]."""
+        """x [R, heads, head_dim]   positions [R] -> [R, heads, head_dim], the first values of each head rotated."""
         size = self._size
-        turned = self._ops.rotary(x if size == x.shape[-1] else x[..., :size], positions, self.inv_freq)
+        rotated = self._ops.rotary(x if size == x.shape[-1] else x[..., :size], positions, self.inv_freq)
         if self._scale != 1.0:
-            turned *= self._scale
-        return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], dim=-1)
+            rotated *= self._scale
+        return rotated if size == x.shape[-1] else torch.cat([rotated, x[..., size:]], dim=-1)
 
 
 class Attention(Mixer):
     """Causal attention with grouped queries.
 
     rotary          positions; None for none
-    q_norm, k_norm  norms of each head's query and key, or of all heads together, before they are turned
-    window          a token sees itself and so many tokens - 1 before it; None for all
+    q_norm, k_norm  norms of each head's query and key, or of all heads together, before they are rotated
+    window          each token attends to the last `window` tokens, itself included; None for all
     gated           `qkv` gives for each head a query and then a gate, whose sigmoid multiplies what the head returns
     head_gate       gives for each head one number, whose sigmoid multiplies what the head returns
     """
@@ -109,7 +109,7 @@ def _normed(x: Tensor, norm: Norm | None) -> Tensor:
 
 
 def rotary_frequencies(rope: Config, size: int, theta: float = 10000.0) -> tuple[Tensor, float]:
-    """-> inverse frequencies [size / 2] float32, and a factor on what was turned. `rope`: see `Config.rope`."""
+    """-> inverse frequencies [size / 2] float32, and a factor on the rotated values. `rope`: see `Config.rope`."""
     theta = rope.positive("rope_theta", theta)
     powers = theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     plain = 1.0 / powers
@@ -118,7 +118,7 @@ def rotary_frequencies(rope: Config, size: int, theta: float = 10000.0) -> tuple
         return plain / rope.positive("factor"), 1.0
     if kind == "llama3":
         return _llama3_frequencies(rope, plain), 1.0
-    if kind == "proportional":  # the later pairs are not turned at all
+    if kind == "proportional":  # the later pairs are not rotated at all
         plain[int(rope.number("partial_rotary_factor", 1.0) * size // 2) :] = 0.0
         return plain / rope.positive("factor", 1.0), 1.0
     if kind == "yarn":
@@ -138,7 +138,7 @@ def _llama3_frequencies(rope: Config, plain: Tensor) -> Tensor:
 
 
 def _yarn_frequencies(rope: Config, theta: float, size: int, powers: Tensor) -> Tensor:
-    """Peng et al. 2023, section 3.2: a ramp over the frequencies between so many turns in the trained length."""
+    """Peng et al. 2023, section 3.2: a ramp over the frequencies, bounded by numbers of turns in the trained length."""
     trained = _trained_length(rope)
 
     def index(turns: float) -> float:

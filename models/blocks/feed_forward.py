@@ -16,7 +16,10 @@ Router = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class MLP(FeedForward):
-    """Gated feed-forward layer; without `gate_mul`, `ops.silu_mul`."""
+    """Gated feed-forward layer.
+
+    gate_mul  [R, 2 * inner], gates first -> [R, inner]; None for `ops.silu_mul`
+    """
 
     shape: MLPShape
 
@@ -59,7 +62,7 @@ def gated_mlp(
 
 
 class PlainMLP(FeedForward):
-    """Two matrices with an activation between them."""
+    """Two matrices with an activation between them, `act` [R, inner] -> [R, inner]."""
 
     shape: MLPShape
 
@@ -74,33 +77,34 @@ class PlainMLP(FeedForward):
 
 
 def relu2(x: Tensor) -> Tensor:
-    """Squared relu (So et al. 2021); any shape."""
+    """Squared relu (So et al. 2021); x [...] -> [...]."""
     return x.relu().square()
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x); any shape."""
+    """x * sigmoid(x); x [...] -> [...]."""
     return gated(x, x)
 
 
 def softmax_of_chosen(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """A `Router`: the weights of the k chosen experts add up to one."""
+    """A `Router`, logits [R, experts] -> [R, k] twice: the weights of the k chosen experts add up to one."""
     chosen, ids = logits.float().topk(k, dim=-1)
     return ids, chosen.softmax(dim=-1)
 
 
 def chosen_of_softmax(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """A `Router`: the weights of all experts add up to one; the k largest are used as they are."""
+    """A `Router`, logits [R, experts] -> [R, k] twice: the k largest of weights that add up to one over all experts."""
     chosen, ids = logits.float().softmax(dim=-1).topk(k, dim=-1)
     return ids, chosen
 
 
 class SigmoidRouter:
-    """A sigmoid for each expert; the k with the largest sum of it and `bias` are chosen, and weigh what it says.
+    """The k experts with the largest sum of sigmoid and `bias` are chosen; their weights are the sigmoids.
 
+    bias        [experts] float32; None for none
     eps         the weights of the chosen are divided by their sum plus this; None leaves them as they are
     scale       multiplies the weights
-    num_groups  experts come in so many groups, of which only the `top_groups` with the best two experts count
+    num_groups  groups of experts, of which only the `top_groups` whose best two experts have the largest sum are used
     """
 
     def __init__(
@@ -151,7 +155,7 @@ class MoE(FeedForward):
 
 
 class SharedMoE(FeedForward):
-    """Experts, and beside them an MLP for all rows (DeepSeek)."""
+    """Experts plus an MLP for all rows (DeepSeek)."""
 
     shape: SharedMoEShape
 
@@ -179,7 +183,7 @@ class Float32Router:
 
 
 class GatedSharedMoE(FeedForward):
-    """Experts, and beside them an MLP for all rows, times the sigmoid of a gate (Qwen).
+    """Experts plus an MLP for all rows, which is scaled by the sigmoid of a gate (Qwen).
 
     `router` gives the experts' logits and, last, that of the gate.
     """
@@ -206,7 +210,10 @@ class GatedSharedMoE(FeedForward):
 def expert_matrices(
     weights: Weights, shape: MoEShape, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What `ops.experts` takes, from `experts.{i}.{gate, up, down}.weight` or from all experts in two tensors."""
+    """For each expert gate and up [2 * inner, hidden], and down [hidden, inner], as `ops.experts` takes them.
+
+    The file has `experts.{i}.{gate, up, down}.weight`, or all experts in two tensors.
+    """
     hidden, inner, num_experts = shape.hidden, shape.inner, shape.num_experts
     if weights.has("experts.gate_up_proj"):
         w_in = weights.take("experts.gate_up_proj", num_experts, 2 * inner, hidden)

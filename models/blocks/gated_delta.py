@@ -18,7 +18,7 @@ class GatedDelta(Mixer):
     projection   gives queries, keys, values, the gate z, then b and a: see `GatedDeltaShape.projected`
     conv_weight  [channels, K], over queries, keys and values
     norm         of each head, before the gate
-    max_beta     2 where the state may also turn its sign along a key
+    max_beta     2 where the state may also change its sign along a key
     """
 
     shape: GatedDeltaShape

@@ -14,7 +14,7 @@ from hybrid_cache.models.weights import Weights
 
 class LatentAttention(Mixer):
     """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434), with the matrices that make keys and values of
-    a latent row moved to the other side of the products: what is cached is the latent row, and all heads share it.
+    a latent row absorbed on the other side of the products: the latent row is cached, and all heads share it.
 
         (W_k c) . q = c . (W_k^T q)        sum of p W_v c = W_v (sum of p c)
 
@@ -90,8 +90,8 @@ def _each_head(linears: list[Linear], x: Tensor) -> Tensor:
 
 
 def _paired(weight: Tensor, size: int, rotary: Rotary | None) -> Tensor:
-    """The last `size` rows turn in neighbouring pairs; brings the pairs' first values before the second ones."""
+    """The last `size` rows are rotated in neighbouring pairs; moves the pairs' first values before the second ones."""
     if rotary is None:
         return weight
-    turned = weight[-size:]
-    return torch.cat([weight[:-size], turned[0::2], turned[1::2]])
+    rotated = weight[-size:]
+    return torch.cat([weight[:-size], rotated[0::2], rotated[1::2]])

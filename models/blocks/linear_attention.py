@@ -38,6 +38,6 @@ class LightningAttention(Mixer):
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """2^(-8 i / heads) for head i from 1 on (Press et al. 2021)."""
+    """-> [heads] float32: 2^(-8 i / heads) for head i from 1 on (Press et al. 2021)."""
     base: float = 1 / 2 ** (8 / num_heads)
     return base ** (torch.arange(num_heads) + 1)

@@ -180,7 +180,7 @@ class CausalConv:
 
 
 class Mamba1Scan:
-    """From what the convolution gives to what the output projection takes."""
+    """From the output of the convolution to the input of the output projection."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class Mamba1Scan:
 
 
 def _split_pairs(ops: Ops, weights: Weights, name: str, shape: Mamba1Shape, *, bias: bool) -> Linear:
-    """A projection whose file has rows of x and z in turn -> first all of x, then all of z."""
+    """A projection whose file has alternating rows of x and z -> first all of x, then all of z."""
     inner, hidden = shape.inner, shape.hidden
     matrix = weights.take(f"{name}.weight", 2 * inner, hidden).view(inner, 2, hidden).transpose(0, 1)
     pairs = weights.take(f"{name}.bias", 2 * inner).view(inner, 2).T if bias else None

@@ -1,5 +1,5 @@
-"""A state-space backbone that shares a transformer block: before some layers, the block reads the stream beside the
-original embedding, and what it says goes into the mixer, but not into the stream itself (Zamba).
+"""A state-space backbone that shares a transformer block: before some layers, the block reads the stream and the
+original embedding side by side; its output goes into the mixer, but not into the stream itself (Zamba).
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -10,7 +10,7 @@ from hybrid_cache.models.weights import Weights
 
 
 class ShortConv(Mixer):
-    """C * conv(B * x), all three from one projection (LFM2). It keeps a window of rows, and no state beside it."""
+    """C * conv(B * x), all three from one projection (LFM2). It keeps a window of rows and no other state."""
 
     shape: ShortConvShape
 

@@ -112,8 +112,8 @@ def write(
 ) -> int:
     """Makes the folder `out`, whole or not at all -> the number of weight files. Weights are read one by one.
 
-    `done` hears of each weight how far it is off now: the norm of its change by its own norm. Raises ModelError, also
-    for values that are not finite or that the new dtype cannot hold.
+    `done` is called for each weight with its relative error: the norm of its change over its own norm.
+    Raises ModelError, also for values that are not finite or that the new dtype cannot hold.
     """
     if out.exists() or out.is_symlink():
         raise ModelError(f"{out} is there already")
@@ -171,7 +171,7 @@ class Survey(SafetensorsWeights):
         return kinds.pop() if len(kinds) == 1 else torch.float32
 
     def values(self, name: str) -> Tensor:
-        """Raises ModelError for values that are not finite."""
+        """The weight as it is stored, [*shape]. Raises ModelError for values that are not finite."""
         return self._finite(name)
 
     def _note(self, name: str, shape: Shape, dtype: torch.dtype, *, in_float32: bool) -> Tensor:

@@ -22,14 +22,17 @@ BF16 = torch.bfloat16
 
 @cache
 def preset(name: str) -> ModelShape:
-    """A model of `PRESETS` by name."""
+    """A model of `PRESETS` by name. Raises ModelError."""
     if name not in _BUILDERS:
         raise ModelError(f"{name!r} is not a preset; presets: {', '.join(PRESETS)}")
     return _BUILDERS[name]()
 
 
 def model_shape(name_or_path: str) -> ModelShape:
-    """A preset, or the model of a folder with a config.json, or of such a file. A preset's name comes first."""
+    """A preset, or the model of a folder with a config.json, or of such a file. A preset's name comes first.
+
+    Raises ModelError.
+    """
     if name_or_path in _BUILDERS:
         return preset(name_or_path)
     path = Path(name_or_path)

@@ -108,7 +108,7 @@ ZAMBA: Mapping[str, Fields] = {
 
 
 def _granite(hidden: int, num_heads: int, mlp: int, *, num_layers: int = 40, **sizes: object) -> Fields:
-    """`mlp`: width of what every token goes to, beside the experts if there are some."""
+    """`mlp`: width of the part that every token goes to, in addition to any experts."""
     attention = (10, 13, 17, 27) if num_layers == 32 else (5, 15, 25, 35)
     return {
         "model_type": "granitemoehybrid",
@@ -322,7 +322,7 @@ def _delta_net(model_type: str, hidden: int, num_layers: int, **sizes: object) -
 
 
 # The defaults of the config classes, which name these models (3.5-4b: its config.json as quoted by tests of
-# calculators); the text models only, without what guesses several tokens ahead.
+# calculators); the text models only, without multi-token prediction.
 DELTA_NETS: Mapping[str, Fields] = {
     "qwen3-next-80b-a3b": _delta_net(
         "qwen3_next",

@@ -52,7 +52,7 @@ class Reuse:
 
     `seam` counts tokens at the start of a message, `tail` tokens at its end.
     "in place" is re-encoding. "in context" is after a few other messages, "in order" after those before it in the
-    order in which the dialogue was told, which the reader may not keep. A state is composed in the order of the
+    original order of the dialogue, which the reader may not keep. A state is composed in the order of the
     reader, that of the last message only, the mean of all, or zero, which is the control.
     """
 
@@ -231,8 +231,8 @@ def collate(rows: Sequence[ReuseRow]) -> tuple[net.Batch, rw.Targets]:
 
 def _last_place(said: list[str], ask: str) -> str | None:
     (about,) = set(re.findall(r"\w+", ask)) & {*THINGS, *NAMES}
-    told = [s for s in said if re.search(rf"\b{about}\b", s)]
-    return str(re.findall(r"\w+", told[-1].replace(" now.", ""))[-1])
+    found = [s for s in said if re.search(rf"\b{about}\b", s)]
+    return str(re.findall(r"\w+", found[-1].replace(" now.", ""))[-1])
 
 
 def _held(said: list[str], ask: str) -> str | None:
@@ -298,7 +298,7 @@ def reordered(dialogue: Dialogue, rng: Random, tries: int = 200) -> list[int] | 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A dialogue as it was told, and the order in which the reader reads it."""
+    """A dialogue in its original order, and the order in which the reader reads it."""
 
     dialogue: Dialogue
     order: tuple[int, ...]
@@ -335,7 +335,7 @@ def parted(message: Stored, tail: int) -> list[Stored]:
 
 
 def row_of(codec: Codec, given: Case, reuse: Reuse, rng: Random) -> ReuseRow:
-    told, read = given.dialogue.turns, given.read
+    turns, read = given.dialogue.turns, given.read
 
     def context(i: int) -> Sequence[Turn] | None:
         match reuse.encoded:
@@ -344,18 +344,18 @@ def row_of(codec: Codec, given: Case, reuse: Reuse, rng: Random) -> ReuseRow:
             case "alone":
                 return ()
             case "in order":
-                return told[:i]
+                return turns[:i]
             case "in context":
-                return context_of(rng, [*told[:i], *told[i + 1 :], *given.others])
+                return context_of(rng, [*turns[:i], *turns[i + 1 :], *given.others])
 
     assert not reuse.tail or reuse.state in ("ordered", "zero")  # the others count messages
-    messages = tuple(m for i in given.order for m in parted(stored(codec, context(i), told[i]), reuse.tail))
+    messages = tuple(m for i in given.order for m in parted(stored(codec, context(i), turns[i]), reuse.tail))
     length = sum(len(m.tokens) for m in messages)
     branch = rw.branch(codec, read.questions[0], length, blind=False)
     return ReuseRow(messages, (branch,), reuse.seam, reuse.state)
 
 
-TOLD = (
+ORIGINAL_ORDER = (
     Reuse(),
     Reuse(state="zero"),
     Reuse("alone"),
@@ -372,7 +372,7 @@ TOLD = (
     Reuse("in context", seam=16),
     Reuse("in context", state="zero"),
 )
-ANEW = (
+NEW_ORDER = (
     Reuse(),
     Reuse("alone"),
     Reuse("in order"),
@@ -383,11 +383,11 @@ ANEW = (
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Share of `num` dialogues answered right, read in the order they were told or in a new one."""
+    """Share of `num` dialogues answered right, read in the original order or in a new one."""
 
     kind: str
     seed: int
-    anew: bool
+    anew: bool  # in a new order
     reuse: Reuse
     num: int
     right: float
@@ -406,7 +406,7 @@ def cases(kind: str, seed: int, num: int, anew: bool) -> list[Case]:
 
 
 def talkative(case: Case, before: int, after: int, rng: Random) -> Case:
-    """With so many sentences of small talk around what each message of the user says."""
+    """With `before` and `after` sentences of small talk around each message of the user."""
 
     def padded(turn: Turn) -> Turn:
         if turn.role != "user":
@@ -453,8 +453,8 @@ def score(
 ) -> Score:
     """talk: sentences of small talk before and after what each message says"""
     rng, talking = Random(f"context {seed} {kind}"), Random(f"small talk {seed} {kind}")
-    told = [talkative(case, *talk, talking) for case in cases(kind, seed, each, anew)]
-    marks = hits(network, [row_of(codec, case, reuse, rng) for case in told])
+    asked = [talkative(case, *talk, talking) for case in cases(kind, seed, each, anew)]
+    marks = hits(network, [row_of(codec, case, reuse, rng) for case in asked])
     return Score(kind, seed, anew, reuse, len(marks), sum(marks) / len(marks))
 
 
@@ -463,24 +463,27 @@ def evaluate(
     codec: Codec,
     seeds: Sequence[int],
     each: int,
-    told: Sequence[Reuse] = TOLD,
-    anew: Sequence[Reuse] = ANEW,
-    tell: Callable[[Score], None] = lambda _: None,
+    original_order: Sequence[Reuse] = ORIGINAL_ORDER,
+    new_order: Sequence[Reuse] = NEW_ORDER,
+    on_score: Callable[[Score], None] = lambda _: None,
     talk: tuple[int, int] = (0, 0),
 ) -> list[Score]:
     scores = []
-    for is_anew, reuses in ((False, told), (True, anew)):
+    for is_anew, reuses in ((False, original_order), (True, new_order)):
         for reuse in reuses:
             for kind in KINDS:
                 for seed in seeds:
                     scores.append(score(network, codec, kind, seed, each, is_anew, reuse, talk))
-                    tell(scores[-1])
+                    on_score(scores[-1])
     return scores
 
 
 @torch.no_grad()
 def adapted(folder: Path, adapter: str | Path) -> net.Network:
-    """The network with an adapter merged, in fp32 on weights rounded to bf16, as they are served."""
+    """The network with an adapter merged, in fp32 on weights rounded to bf16, as they are served.
+
+    Raises ModelError if the adapter does not fit.
+    """
     network, changes = net.load(folder), adapters.load(adapter)
     weights = dict(network.named_parameters())
     for name in changes.weights:
@@ -524,7 +527,7 @@ def main() -> None:
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     network = adapted(given.model, given.adapter) if given.adapter else net.load(given.model)
     talk, codec = (given.talk_before, given.talk_after), Codec.load(given.model)
-    scores = evaluate(network, codec, seeds, given.each, tell=lambda s: print(s, flush=True), talk=talk)
+    scores = evaluate(network, codec, seeds, given.each, on_score=lambda s: print(s, flush=True), talk=talk)
     print(table(scores))
     if given.json:
         given.json.write_text(json.dumps([asdict(s) for s in scores], indent=1) + "\n")

@@ -104,7 +104,7 @@ class Scenario(Protocol):
         """The next thing that happens, as a sentence."""
 
     def ask(self, rng: Random, least: int = 1) -> tuple[str, str, str] | None:
-        """Question, answer and value for what was told `least` times or more, or None while there is no such thing."""
+        """Question, answer and value for a fact that was stated at least `least` times; None while there is none."""
 
 
 class Codes:
@@ -538,7 +538,7 @@ def chatted(rng: Random) -> Dialogue:
 
 
 def first_words(rng: Random) -> Dialogue:
-    """One exchange about nothing that was told: greeting, identity, refusal, not told yet."""
+    """One exchange about nothing that was stated: greeting, identity, refusal, not told yet."""
     said, reply = rng.choice((rng.choice(GREETINGS), rng.choice(ABOUT_ME), outside(rng), outside(rng), not_told(rng)))
     return Dialogue((Turn("user", said), Turn("assistant", reply)), (), (1,))
 

@@ -86,6 +86,7 @@ class Answerer:
         return self.answer(ask, kept), self.answer(ask, zeroed)
 
     def logits(self, tokens: list[int], cache: DynamicCache) -> Tensor:
+        """Appends the tokens to `cache` -> logits [V] of the last one."""
         out = self.model(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1]  # type: ignore[no-any-return]
 

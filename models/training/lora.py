@@ -1,4 +1,4 @@
-"""Train an adapter with which a model reads messages that were encoded apart: alone, or in another context.
+"""Train an adapter with which a model reads messages that were encoded separately: in isolation, or in another context.
 
     hybrid-cache train-lora [MODEL] --out DIR
 
@@ -6,7 +6,7 @@ The teacher is the model itself, re-encoding everything: its greedy answers are 
 logits too. The student reads the same dialogues from stored messages, through the masks of `composed`, so gradients
 go through what each message leaves behind and through the composed state. A share of rows stays in place, so that
 re-encoding keeps working. DIR gets a PEFT adapter, `training.json` with every setting and the scores before and after,
-and `run/` with a checkpoint to resume from. Batches depend on the seed and the step alone.
+and `run/` with a checkpoint to resume from. Batches depend on the seed and the step only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ENCODED: Mapping[str, tuple[composed.Encoded, ...]] = {
     "mixed": ("alone", "in context"),
 }
 SCORED = (Reuse(), Reuse(state="zero"), Reuse("alone"), Reuse("alone", state="zero"), Reuse("in context"))
-SCORED_ANEW = (Reuse(), Reuse("alone"), Reuse("in order"), Reuse("in order", state="zero"))
+SCORED_IN_NEW_ORDER = (Reuse(), Reuse("alone"), Reuse("in order"), Reuse("in order", state="zero"))
 # What share of the training dialogues is about what, with stress on what the state has to carry.
 STRESS = {"recall": 0.20, "likes": 0.04, "last": 0.08, "count": 0.32, "order": 0.31, "chat": 0.05}
 POOL = 16  # batches whose rows are sorted by length together
@@ -82,7 +82,7 @@ class Settings:
     start: str | None = None  # an adapter of the same shape to go on from
     focus: str = ""  # a kind of question that most dialogues are about
     fewest: int = 1  # messages of a dialogue
-    anew: float = 0.0  # share of the dialogues that are read in another order than they were told
+    anew: float = 0.0  # share of the dialogues that are read in a new order
     checked: bool = False  # leaves out what the teacher itself gets wrong
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class Settings:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and the factors beside it; starts as the layer itself."""
+    """A frozen linear layer with low-rank factors added; starts as the layer itself."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -126,7 +126,10 @@ class LoraLinear(nn.Module):
 
 
 def attach(network: net.Network, config: LoraConfig) -> dict[str, nn.Parameter]:
-    """Freezes the network and puts factors beside its target layers -> what trains, by module and parameter."""
+    """Freezes the network and adds factors to its target layers -> what trains, by module and parameter.
+
+    Raises ConfigError for modules that are not there or not linear.
+    """
     network.requires_grad_(False)
     trained: dict[str, nn.Parameter] = {}
     found: set[str] = set()
@@ -195,35 +198,35 @@ def lesson(rng: Random, settings: Settings) -> Dialogue:
 
 
 def case_of(dialogue: Dialogue, settings: Settings, rng: Random) -> Case:
-    """The dialogue as it is read: in a new order, with its last question alone, if chance and sense have it so."""
-    told, others = tuple(range(len(dialogue.turns))), examined(rng.choice(KINDS), rng).turns
+    """The dialogue as it is read; if drawn and possible, in a new order and with only its last question."""
+    original, others = tuple(range(len(dialogue.turns))), examined(rng.choice(KINDS), rng).turns
     last = dialogue.questions[-1]
-    if settings.anew and last.kind in TRUTH and last.after == len(told) and rng.random() < settings.anew:
+    if settings.anew and last.kind in TRUTH and last.after == len(original) and rng.random() < settings.anew:
         asked = replace(dialogue, questions=(last,))
         order = composed.reordered(asked, rng)
         if order is not None:
             return Case(asked, tuple(order), others)
-    return Case(dialogue, told, others)
+    return Case(dialogue, original, others)
 
 
 def row_of(codec: Codec, case: Case, settings: Settings, rng: Random) -> ReuseRow:
     """The dialogue as it is reused, by `settings`."""
-    told, anew = case.dialogue.turns, list(case.order) != sorted(case.order)
+    turns, is_reordered = case.dialogue.turns, list(case.order) != sorted(case.order)
     encoded = "in place" if rng.random() < settings.in_place else rng.choice(ENCODED[settings.reuse])
-    in_order = anew and encoded == "in context" and rng.random() < 0.5
+    in_order = is_reordered and encoded == "in context" and rng.random() < 0.5
     messages, ends = [], [0]
     for i in case.order:
         context: Sequence[Turn] | None = None
         if encoded == "alone":
             context = ()
         elif in_order:
-            context = told[:i]
+            context = turns[:i]
         elif encoded == "in context":
-            pool = [*told[:i], *told[i + 1 :], *case.others]
+            pool = [*turns[:i], *turns[i + 1 :], *case.others]
             context = composed.context_of(rng, pool, MOST_CONTEXT)
-        messages.append(composed.stored(codec, context, told[i]))
+        messages.append(composed.stored(codec, context, turns[i]))
         ends.append(ends[-1] + len(messages[-1].tokens))
-    questions = case.read.questions if anew else case.dialogue.questions
+    questions = case.read.questions if is_reordered else case.dialogue.questions
     branches = tuple(rw.branch(codec, q, ends[q.after], blind=False) for q in questions)
     return ReuseRow(tuple(messages), branches, settings.seam)
 
@@ -358,6 +361,7 @@ class TrainingRun:
         return loss.item()
 
     def loss(self, rows: Sequence[ReuseRow]) -> Tensor:
+        """Mean loss over the weighted targets of the rows, a scalar []."""
         batch, targets = composed.collate(rows)
         logits = _logits(self.student, batch, targets)
         losses = F.cross_entropy(logits, targets.token, reduction="none")
@@ -421,9 +425,12 @@ def train(
     *,
     resume: bool = False,
     every: int = 250,
-    tell: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Writes the adapter to `out`, and a checkpoint every so many steps; `tell` hears of each step and its loss."""
+    """Writes the adapter to `out`, and a checkpoint every `every` steps; `on_step` gets each step and its loss.
+
+    Raises ConfigError if `out` holds a run and `resume` is not set.
+    """
     run = TrainingRun.start(folder, settings)
     if resume:
         run.resume(out / "run")
@@ -432,7 +439,7 @@ def train(
     source = batches(run.codec, settings, run.step)
     while run.step < settings.steps:
         loss = run.take(next(source))
-        tell(run.step, loss)
+        on_step(run.step, loss)
         if run.step % every == 0:
             run.save(out / "run")
     run.save(out / "run")
@@ -443,17 +450,17 @@ def evaluate(
     folder: Path, out: Path, settings: Settings, seeds: Sequence[int], each: int
 ) -> tuple[list[Score], list[Score]]:
     """Scores of the base and of the adapted model, with the seam that was trained."""
-    told, anew = (
+    original_order, new_order = (
         [r if r.encoded == "in place" else replace(r, seam=settings.seam) for r in reuses]
-        for reuses in (SCORED, SCORED_ANEW)
+        for reuses in (SCORED, SCORED_IN_NEW_ORDER)
     )
     base, codec = load_base(folder)
-    before = composed.evaluate(base, codec, seeds, each, told, anew)
-    return before, composed.evaluate(composed.adapted(folder, out), codec, seeds, each, told, anew)
+    before = composed.evaluate(base, codec, seeds, each, original_order, new_order)
+    return before, composed.evaluate(composed.adapted(folder, out), codec, seeds, each, original_order, new_order)
 
 
 def report(out: Path, settings: Settings, scores: Mapping[str, Sequence[Score]]) -> None:
-    """Writes settings and scores beside the adapter."""
+    """Writes settings and scores into the adapter's folder."""
     values = {
         "settings": settings.to_json(),
         "scores": {name: [asdict(score) for score in found] for name, found in scores.items()},

@@ -45,7 +45,13 @@ class TrainingRow:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """For each predicted token: the flat position that predicts it, its id, its weight, and its branch in the batch."""
+    """Of each of n predicted tokens.
+
+    position [n] int64   flat position that predicts it
+    token [n] int64      its id
+    weight [n] float32   its weight in the loss
+    branch [n] int64     its branch in the batch
+    """
 
     position: Tensor
     token: Tensor
@@ -165,6 +171,6 @@ def bucketed(rows: Iterator[TrainingRow], budget: int, rng: Random, pool: int = 
             if (len(batches[-1]) + 1) * len(one) > budget:
                 batches.append([])
             batches[-1].append(one)
-        # The longest are often too few for a batch of their own; they wait for nobody.
+        # The longest are often too few for a full batch; they are not held back.
         rng.shuffle(batches)
         yield from (b for b in batches if b)

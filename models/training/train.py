@@ -2,7 +2,7 @@
 
     python -m hybrid_cache.models.training.train --out DIR [--seed N] [--books PATH] [--steps N]
 
-Writes an ordinary model folder to DIR and, beside it, `DIR/run/` with a checkpoint to resume from and a log of the
+Writes an ordinary model folder to DIR and, in it, `DIR/run/` with a checkpoint to resume from and a log of the
 accuracy by kind. Only answers and replies are targets; a twentieth of the rows are passages of books, if given.
 """
 
@@ -113,7 +113,7 @@ class TrainingRows:
 
 
 def loss_of(network: net.Network, batch: net.Batch, targets: rw.Targets) -> tuple[Tensor, Tensor]:
-    """Weighted mean cross-entropy, and which targets are the network's first choice."""
+    """Weighted mean cross-entropy [], and which targets [n] bool are the network's first choice."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden = network.hidden(batch).flatten(0, 1).index_select(0, targets.position)
         logits = network.logits(hidden)
@@ -254,11 +254,11 @@ def run_phase(
         state["answers"] += len(targets.kinds)
         state["seconds"] = time.monotonic() - began
         if state["step"] % 50 == 0:
-            told = " ".join(f"{k} {sum(m) / len(m):.2f}" for k, m in sorted(marks.items()))
+            shares = " ".join(f"{k} {sum(m) / len(m):.2f}" for k, m in sorted(marks.items()))
             speed = state["tokens"] / state["seconds"]
             print(
                 f"step {state['step']:.0f} ({progress:.1%}) loss {sum(recent) / len(recent):.4f} "
-                f"{state['tokens'] / 1e6:.2f}M tokens {speed:.0f}/s {state['seconds']:.0f}s | {told}",
+                f"{state['tokens'] / 1e6:.2f}M tokens {speed:.0f}/s {state['seconds']:.0f}s | {shares}",
                 flush=True,
             )
             recent.clear()
@@ -284,8 +284,8 @@ def keep(
 
 def report(network: net.Network, exam: Exam, state: dict[str, float], run: Path) -> None:
     kept, zeroed = exam.score(network, True), exam.score(network, False)
-    told = " ".join(f"{k} {kept[k]:.3f}/{zeroed[k]:.2f}" for k in kept)
-    print(f"exam at step {state['step']:.0f}, with state / zeroed: {told}", flush=True)
+    shares = " ".join(f"{k} {kept[k]:.3f}/{zeroed[k]:.2f}" for k in kept)
+    print(f"exam at step {state['step']:.0f}, with state / zeroed: {shares}", flush=True)
     with (run / "exam.jsonl").open("a") as file:
         file.write(json.dumps({**state, "kept": kept, "zeroed": zeroed}) + "\n")
 
@@ -294,7 +294,7 @@ def parsed() -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="one phase of so many steps instead of the two")
+    parser.add_argument("--steps", type=int, help="one phase of this many steps instead of the two")
     parser.add_argument("--books", type=Path, help="folder with public-domain text, see tokenizer.passages")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--batch-tokens", type=int, default=2048)

@@ -10,6 +10,7 @@ from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport, PlanItem, PlanReport
 from hybrid_cache.api.server.schemas.messages import ChatMessage
 from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.server.tenants import salt_of
 from hybrid_cache.api.text.boundaries import check_length, limited
 from hybrid_cache.choreography import assembly
 from hybrid_cache.choreography.arrangement import (
@@ -86,7 +87,7 @@ def is_arranged(asked: ChatRequest) -> bool:
 async def arranged_prompt(serving: Serving, asked: ChatRequest) -> Arranged:
     """Looks references up, renders and tokenises. Raises UnknownMessage, MessageGone and other RequestErrors."""
     _refuse_unsupported(asked)
-    namespace = namespace_of(asked.cache_salt or "", serving.text.engine.model.fingerprint)
+    namespace = namespace_of(salt_of(asked.cache_salt), serving.text.engine.model.fingerprint)
     known = [serving.book.find(namespace, m.ref) if m.ref is not None else None for m in asked.messages]
     sent = [_as_sent(message, found) for message, found in zip(asked.messages, known, strict=True)]
     encoded = await conversation_of(serving.text, asked, sent)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from hybrid_cache.api.server.schemas.common import GenerationRequest
+from hybrid_cache.api.server.tenants import current_tenant, salt_of
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.choreography.arrangement import Arrangement
@@ -29,7 +30,8 @@ def spec_of(
         include_stop=bool(asked.include_stop_str_in_output),
         show_special=asked.skip_special_tokens is False,
         tools=tools,
-        namespace=asked.cache_salt or "",
+        namespace=salt_of(asked.cache_salt),
+        tenant=current_tenant.get() or asked.cache_salt or "",
         cache_mode=_cache_mode(asked, sampling),
         arrangement=arrangement,
     )
@@ -77,7 +79,7 @@ def check_tokens(text: TextEngine, asked: GenerationRequest) -> None:
 
 
 def _cache_mode(asked: GenerationRequest, sampling: SamplingParams) -> CacheMode:
-    """Log-probabilities of a prompt need all of it computed, so they leave the cache alone."""
+    """Log-probabilities of a prompt need all of it computed, so they do not use the cache."""
     if sampling.prompt_logprobs is not None:
         return CacheMode.OFF
     options = asked.prompt_cache_options

@@ -16,7 +16,7 @@ from hybrid_cache.errors import RequestError
 
 
 def router(serving: Serving) -> APIRouter:
-    """The routes, bound to the tokenizer they speak for."""
+    """The routes, bound to the tokenizer of the server. /detokenize raises RequestError for unknown ids."""
     routes = APIRouter(tags=["Tokens"], responses=ERRORS)
     text, tokenizer = serving.text, serving.text.tokenizer
 

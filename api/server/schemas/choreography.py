@@ -1,4 +1,4 @@
-"""The JSON of requests that reuse messages, and of what is told about them."""
+"""The JSON of requests that reuse messages, and of what is reported about them."""
 
 from typing import Literal
 

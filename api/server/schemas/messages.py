@@ -53,7 +53,7 @@ class ToolCall(Request):
 
 
 def _content(value: object) -> str | list[ContentPart] | None:
-    """Read by hand so that an error tells about the form that the client chose, not about all of them."""
+    """Read by hand so that an error names the form that the client chose, not all of them."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -116,6 +116,7 @@ class Tool(Request):
 
 
 def check_one_of_them(continues: bool | None, opens: bool | None) -> None:
+    """Raises RequestError if both are set."""
     if continues and opens:
         raise RequestError(
             "continue_final_message and add_generation_prompt cannot both be true", param="continue_final_message"

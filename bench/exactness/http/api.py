@@ -137,8 +137,8 @@ class Reply:
     status: int
     error: str = ""
     choices: dict[int, Choice] = field(default_factory=dict)
-    told: ChoreographyReport | None = None
-    prompts: list[list[int]] = field(default_factory=list)  # tokens, where the server tells
+    report: ChoreographyReport | None = None
+    prompts: list[list[int]] = field(default_factory=list)  # tokens, where the server reports them
     prompt_tokens: int = 0
     cached_tokens: int = 0
 
@@ -147,7 +147,7 @@ class Reply:
             self.choices.setdefault(piece.index, Choice()).take(piece)
             self.prompts += [piece.prompt_token_ids] if piece.prompt_token_ids else []
         self.prompts += [event.prompt_token_ids] if event.prompt_token_ids else []
-        self.told = event.choreography or self.told
+        self.report = event.choreography or self.report
         self.error = str(event.error) if event.error else self.error
         if event.usage is not None:
             details = event.usage.prompt_tokens_details
@@ -155,8 +155,8 @@ class Reply:
             self.cached_tokens = (details.cached_tokens if details else None) or 0
 
     def json(self) -> Json:
-        told: Json = {"status": self.status, "error": self.error}
-        return told | {f"choice {i}": choice.json() for i, choice in sorted(self.choices.items())}
+        outcome: Json = {"status": self.status, "error": self.error}
+        return outcome | {f"choice {i}": choice.json() for i, choice in sorted(self.choices.items())}
 
     def core(self) -> Json:
         return {f"choice {i}": choice.core() for i, choice in sorted(self.choices.items())}

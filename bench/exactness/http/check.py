@@ -1,4 +1,4 @@
-"""Replies of the server with a cache, put beside what the one without answers to the same."""
+"""Replies of the server with a cache, compared with those of the one without to the same requests."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Comparison:
-    """Puts what the server with a cache has answered to the one without, and counts."""
+    """Repeats on the server without a cache what the one with it has answered, and counts."""
 
     plain: httpx.AsyncClient
     tally: Tally
@@ -46,8 +46,8 @@ class Comparison:
     async def check(self, number: int, asked: Asked, got: Reply) -> None:
         self.tally.counts.prompt_tokens += got.prompt_tokens
         self.tally.counts.cached_tokens += got.cached_tokens
-        if got.told is not None and got.told.fidelity != "exact":
-            self._check_label(number, asked, got.told)
+        if got.report is not None and got.report.fidelity != "exact":
+            self._check_label(number, asked, got.report)
             return
         order = _order(asked, got)
         body = asked.plainly(order)
@@ -62,15 +62,15 @@ class Comparison:
         elif got.prompts and want.prompts and got.prompts[0] != want.prompts[0]:
             await self._check_tokens(number, asked, body, got)
             return
-        self.tally.mixed["choreography, exact" if got.told else "plain"] += 1
+        self.tally.mixed["choreography, exact" if got.report else "plain"] += 1
         self._compare(number, asked, asked.path, body, got.json(), want.json())
 
-    def _check_label(self, number: int, asked: Asked, told: ChoreographyReport) -> None:
-        self.tally.mixed[f"labelled {told.fidelity}"] += 1
+    def _check_label(self, number: int, asked: Asked, report: ChoreographyReport) -> None:
+        self.tally.mixed[f"labelled {report.fidelity}"] += 1
         style = asked.body.get("choreography")
         wanted = style.get("fidelity") if isinstance(style, dict) else None
-        if told.fidelity != wanted:
-            what = f"the answer is {told.fidelity}, asked for was {wanted or 'exact'}"
+        if report.fidelity != wanted:
+            what = f"the answer is {report.fidelity}, asked for was {wanted or 'exact'}"
             self._differs(number, asked, asked.path, {}, what, 1)
 
     def _check_refused(self, number: int, asked: Asked, body: Json, got: Reply, want: Reply) -> None:
@@ -84,7 +84,7 @@ class Comparison:
 
     async def _check_tokens(self, number: int, asked: Asked, body: Json, got: Reply) -> None:
         """A choreography keeps the tokens of an answer, which may be others than those of its text: these are sent."""
-        if got.told is None:
+        if got.report is None:
             self._differs(number, asked, asked.path, body, "the tokens of the prompt", len(got.choices))
             return
         self.tally.mixed["choreography, exact, by its tokens"] += 1
@@ -132,13 +132,13 @@ def _differences(got: object, want: object, place: str = "") -> Iterator[str]:
 def _order(asked: Asked, got: Reply) -> Sequence[int]:
     """The order in which a reply has used the messages, by their place in the request."""
     given = range(len(asked.messages))
-    if got.told is None or not all(got.told.messages):
+    if got.report is None or not all(got.report.messages):
         return given
     left = list(given)
-    used = [item.message for item in got.told.plan.items if item.message]
+    used = [item.message for item in got.report.plan.items if item.message]
     order = []
     for name in used:
-        order.append(next(i for i in left if got.told.messages[i] == name))
+        order.append(next(i for i in left if got.report.messages[i] == name))
         left.remove(order[-1])
     return order
 

@@ -107,15 +107,15 @@ class Mix:
             _keep(self.rng, self._tokens, reply.prompts[0] + first.tokens)
 
     def _learn_names(self, asked: Asked, reply: Reply, said: Json) -> None:
-        if (told := reply.told) is None:
+        if (report := reply.report) is None:
             return
         known = self._named.setdefault(asked.salt, {})
-        for name, message in zip(told.messages, asked.messages, strict=True):
+        for name, message in zip(report.messages, asked.messages, strict=True):
             if name is not None and name not in self._answers:
                 known[name] = message
-        if told.answer is not None:
-            known[told.answer] = said
-            self._answers.add(told.answer)
+        if report.answer is not None:
+            known[report.answer] = said
+            self._answers.add(report.answer)
 
     # One request
 

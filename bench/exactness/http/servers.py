@@ -45,7 +45,7 @@ class Server:
         raise ServerFailed("the server did not start")
 
     def tail(self) -> str:
-        """How it fares, and the last lines that it has written."""
+        """Its state, and the last lines of its log."""
         code = self.process.poll()
         state = "runs" if code is None else f"has ended with code {code}"
         return "\n".join(
@@ -55,7 +55,10 @@ class Server:
 
 @contextmanager
 def server(command: Sequence[str]) -> Iterator[Server]:
-    """Starts a process that is gone when the block ends, however it ends. A ServerFailed of the block gets its log."""
+    """Starts a process that is ended when the block ends, however it ends.
+
+    Raises ServerFailed where the block does, with the process's log added.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as output:

@@ -199,7 +199,7 @@ def test_zeroed_states_and_the_last_message_alone_lose_answers_that_states_carry
         Reading("alone", composition=Composition.LAST),
         Reading("alone", zeroed=True),
     ]
-    scores = list(Examiner(subject, 64 << 20).scores("count", 601, 6, plans, anew=False, tell=lambda: None))
+    scores = list(Examiner(subject, 64 << 20).scores("count", 601, 6, plans, anew=False, on_score=lambda: None))
     again, alone, last, zeroed = scores
     assert again.right == again.same == 1.0
     assert (again.kl_first, again.kl, again.computed) == (0.0, 0.0, 1.0)
@@ -212,7 +212,7 @@ def test_messages_put_back_where_they_were_told_give_the_same_answers(subject):
     """Composition in the order in which they were encoded is exact but for rounding."""
     scores = list(
         Examiner(subject, 64 << 20).scores(
-            "order", 602, 4, [Reading(""), Reading("as told"), Reading("in context")], anew=False, tell=lambda: None
+            "order", 602, 4, [Reading(""), Reading("as told"), Reading("in context")], anew=False, on_score=lambda: None
         )
     )
     assert scores[1].same == 1.0

@@ -291,7 +291,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bits(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        lora.train(folder, tmp_path / "cut", SETTINGS, every=2, tell=stop)
+        lora.train(folder, tmp_path / "cut", SETTINGS, every=2, on_step=stop)
     with pytest.raises(ConfigError, match="resume it"):
         lora.train(folder, tmp_path / "cut", SETTINGS)
     with pytest.raises(ConfigError, match="other settings: lr, rank"):
@@ -430,4 +430,4 @@ def test_the_command_writes_adapter_settings_and_scores(
         p.name for p in out.iterdir()
     }
     printed = capsys.readouterr().out
-    assert all(reuse.name in printed for reuse in (*lora.SCORED, *lora.SCORED_ANEW))
+    assert all(reuse.name in printed for reuse in (*lora.SCORED, *lora.SCORED_IN_NEW_ORDER))

@@ -1,0 +1,26 @@
+"""Who asks: the tenant of the request that is being handled.
+
+Each API key is a tenant of its own. What is cached for one is found by no other, and the engine is shared out among
+tenants (`engine.shares`). Requests without keys are told apart by their `cache_salt` alone.
+"""
+
+import hashlib
+from contextvars import ContextVar
+
+TENANT_CHARACTERS = 16  # of a digest: as many for each key, so that no key and salt look like another key and salt
+
+current_tenant: ContextVar[str] = ContextVar("current_tenant", default="")
+shared_cache: ContextVar[bool] = ContextVar("shared_cache", default=False)
+
+
+def tenant_of(key: str) -> str:
+    """Names a tenant by a digest of its API key."""
+    return hashlib.sha256(b"tenant\0" + key.encode()).hexdigest()[:TENANT_CHARACTERS]
+
+
+def salt_of(cache_salt: str | None) -> str:
+    """What no cache entry of the request that is being handled crosses: its tenant, unless keys share one cache, and
+    the salt that the client sends.
+    """
+    tenant = "" if shared_cache.get() else current_tenant.get()
+    return f"{tenant}:{cache_salt or ''}" if tenant else cache_salt or ""
