@@ -49,8 +49,8 @@ SCHEDULING = [
     ),
     scheduler(
         "a small prompt overtakes one that waits for room",
-        "                passed_over.append(sequence)\n                break\n",
-        "                passed_over.append(sequence)\n                continue\n",
+        "if not self._acquire(sequence.prefill, match):\n                passed_over.append(sequence)\n                break\n",
+        "if not self._acquire(sequence.prefill, match):\n                passed_over.append(sequence)\n                continue\n",
         SCHEDULER,
     ),
     scheduler(
@@ -215,6 +215,69 @@ SCHEDULING = [
         "if num_tiles <= 1 and num_sequences <= 1:",
         OUT_OF_MEMORY,
     ),
+]
+
+FAIR = ("tests/engine/test_fairness.py",)
+shares = partial(Mutant, "hybrid_cache/engine/shares.py")
+pace = partial(Mutant, "hybrid_cache/engine/pace.py")
+
+SHARING = [
+    shares(
+        "a tenant who comes back has all to come that it did not ask for",
+        "max(self._served.get(tenant, 0.0), self._lowest())",
+        "self._served.get(tenant, 0.0)",
+        FAIR,
+    ),
+    shares("nobody is forgotten", "if len(self._served) > MOST_REMEMBERED:", "if not self._served:", FAIR),
+    scheduler(
+        "what is computed counts for nobody",
+        "                self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)\n",
+        "                pass\n",
+        FAIR,
+    ),
+    scheduler(
+        "short prompts wait for long ones",
+        "sequence.arrival if aged else prefill.tiles_left",
+        "sequence.arrival",
+        FAIR,
+    ),
+    scheduler(
+        "a long prompt is starved by short ones",
+        "aged = prefill.passed_over >= MOST_PASSED_OVER",
+        "aged = prefill.passed_over < 0",
+        FAIR,
+    ),
+    scheduler(
+        "a long prompt shares the step that a short one ends in",
+        "if most <= 0 or (ends and prefill.tiles_left > most):",
+        "if most <= 0:",
+        FAIR,
+    ),
+    scheduler(
+        "one tenant may hold all places",
+        "if held[sequence.request.tenant] >= share or count <= share:",
+        "if held:",
+        FAIR,
+    ),
+    scheduler(
+        "the request that came first is given up",
+        "newest = max(sequences, key=lambda s: s.rank, default=None)",
+        "newest = min(sequences, key=lambda s: s.rank, default=None)",
+        ("tests/engine/test_failures.py",),
+    ),
+    engine(
+        "an engine that fails goes on for ever",
+        "        self._failures += 1\n",
+        "        self._failures = 1\n",
+        ("tests/engine/test_failures.py",),
+    ),
+    pace(
+        "decode takes no time of a step",
+        "seconds = max(self._max_step_s - self._decode_s * decodes, 0.0)",
+        "seconds = self._max_step_s",
+        FAIR,
+    ),
+    pace("a step may hold nothing", "low, high = int(self._empty), most", "low, high = 0, most", FAIR),
 ]
 
 STEPPING = [
@@ -488,4 +551,4 @@ CHOOSING = [
     ),
 ]
 
-MUTANTS = [*SCHEDULING, *STEPPING, *ASKING, *CHOOSING]
+MUTANTS = [*SCHEDULING, *SHARING, *STEPPING, *ASKING, *CHOOSING]
