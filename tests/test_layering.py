@@ -131,13 +131,57 @@ def test_what_decides_knows_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def room_of(module: str) -> str:
+    """A room of `hybrid_cache`, or a module that stands beside them."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def floors_of(imports: dict[str, set[str]]) -> dict[str, int]:
+    """How many rooms lie below each other, by room; what `hybrid_cache` itself offers stands above all."""
+    core = {name: found for name, found in imports.items() if layer_of(name) == "hybrid_cache" and room_of(name)}
+    below: dict[str, set[str]] = {}
+    for name, found in core.items():
+        below.setdefault(room_of(name), set()).update(room_of(m) for m in found if m in core)
+    floors: dict[str, int] = {}
+    for room in TopologicalSorter({r: b - {r} for r, b in below.items()}).static_order():
+        floors[room] = 1 + max((floors[b] for b in below.get(room, set()) - {room}), default=1)
+    return floors
+
+
+def test_rooms_lie_on_eight_floors_at_most() -> None:
+    """The lowest one is that of the kernels."""
+    floors = floors_of(imports_of_files())
+    assert floors["workflow"] > floors["engine"] > floors["device"] > floors["choreography"] > floors["cache"] > 1
+    assert max(floors.values()) <= 8
+
+
+@pytest.mark.parametrize(
+    ("path", "planted"),
+    [("cache/tree.py", "device.arena"), ("choreography/plan.py", "work"), ("device/worker.py", "engine.scheduler")],
+)
+def test_a_planted_import_of_a_higher_room_is_seen(path: str, planted: str, tmp_path: Path) -> None:
+    file = ROOT / "hybrid_cache" / path
+    assert higher_imports(file, path.split("/")[0]) == []
+    copy = tmp_path / file.name
+    copy.write_text(f"from hybrid_cache.{planted} import x\n" + file.read_text())
+    assert higher_imports(copy, path.split("/")[0]) == [f"hybrid_cache.{planted}"]
+
+
+def higher_imports(path: Path, room: str) -> list[str]:
+    """What a file of a room imports of rooms that do not lie below it."""
+    return [
+        module
+        for module in imported_modules(path)
+        if (other := module.split(".")[1:2]) and other[0] in OTHERS and other[0] not in ROOMS[room]
+    ]
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in python_files(f"hybrid_cache/{room}")
-        for module in imported_modules(path)
-        if (other := module.split(".")[1:2]) and other[0] in OTHERS and other[0] not in ROOMS[room]
+        for module in higher_imports(path, room)
     ]
     assert not wrong
 

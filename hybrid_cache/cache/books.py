@@ -23,7 +23,7 @@ from hybrid_cache.cache.candidates import Candidates
 from hybrid_cache.cache.commands import Emit, Item, KeepHidden, VerifySome, nowhere
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.keys import Keys, keys_of
-from hybrid_cache.cache.lease import Lease, Match, Reservation
+from hybrid_cache.cache.lease import Lease, Match, Reservation, find
 from hybrid_cache.cache.messages import MessageStore
 from hybrid_cache.cache.policies.base import Outline, Policy, Wish
 from hybrid_cache.cache.pool import Pool
@@ -85,19 +85,7 @@ class Books:
 
     def match(self, namespace: str, prompt: TokenArray | Keys) -> Match:
         """The longest usable part of a prompt. Changes nothing."""
-        keys, step = as_keys(namespace, prompt), self._page_tokens
-        path = self.tree.walk(namespace, keys.pages)
-        tip = path[-1] if path else self.tree.roots.get(namespace)
-        end = tip.ends.get(keys.tail) if tip is not None and len(path) == len(keys.pages) else None
-        if end is not None:
-            return Match(keys, path, keys.num_tokens, len(path) * step, None, end)
-        if self._stateless:
-            length = min(len(path), max(keys.num_tokens - 1, 0) // step) * step
-            return Match(keys, path, length, len(path) * step, None, None)
-        usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < keys.num_tokens)
-        checkpoint = next(usable, None)
-        length = checkpoint.num_tokens if checkpoint else 0
-        return Match(keys, path, length, len(path) * step, checkpoint, None)
+        return find(self.tree, as_keys(namespace, prompt), stateless=self._stateless)
 
     def acquire(self, match: Match, prompt: TokenArray | Keys, *, publish: bool = True) -> Lease | None:
         """Pins what was matched and takes a working state and pages for all of a prompt; all or nothing.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from hybrid_cache.cache.keys import Keys
-from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, KVRows, Node, PromptEnd, rows_of
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, KVRows, Node, PrefixTree, PromptEnd, rows_of
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 
@@ -29,6 +29,22 @@ class Match:
         """The same without pages that lie beyond the state it starts from."""
         num_pages = self.length // page_tokens
         return replace(self, path=self.path[:num_pages], shared=min(self.shared, num_pages * page_tokens))
+
+
+def find(tree: PrefixTree, keys: Keys, *, stateless: bool) -> Match:
+    """The longest usable part of a prompt. stateless: every page is a place to resume from"""
+    path, step = tree.walk(keys.namespace, keys.pages), tree.page_tokens
+    tip = path[-1] if path else tree.roots.get(keys.namespace)
+    end = tip.ends.get(keys.tail) if tip is not None and len(path) == len(keys.pages) else None
+    if end is not None:
+        return Match(keys, path, keys.num_tokens, len(path) * step, None, end)
+    if stateless:
+        length = min(len(path), max(keys.num_tokens - 1, 0) // step) * step
+        return Match(keys, path, length, len(path) * step, None, None)
+    usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < keys.num_tokens)
+    checkpoint = next(usable, None)
+    length = checkpoint.num_tokens if checkpoint else 0
+    return Match(keys, path, length, len(path) * step, checkpoint, None)
 
 
 @dataclass(frozen=True, slots=True)

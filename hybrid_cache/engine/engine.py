@@ -12,7 +12,7 @@ from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.policies.registry import make_policy
 from hybrid_cache.choreography.compiler import Compiler, Traits, key_of
-from hybrid_cache.choreography.plan import Action, Plan
+from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
@@ -22,10 +22,11 @@ from hybrid_cache.engine.intake import Intake
 from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
+from hybrid_cache.engine.tally import Tally
 from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
-from hybrid_cache.request import FailedOutput, FinishReason, Output, PromptOutput, Request, TokenOutput
+from hybrid_cache.request import FailedOutput, FinishReason, Output, Request, TokenOutput
 from hybrid_cache.sampling import TokenLogprob
-from hybrid_cache.stats import Counters, EngineStats
+from hybrid_cache.stats import EngineStats
 from hybrid_cache.work import Command, OutOfDeviceMemory, PassFailed
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Engine:
         limits = model.fingerprint, model.vocab_size, model.max_length
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler)
         self._open: dict[str, int] = {}  # request id -> choices that have not finished
-        self._counters = Counters()
+        self._tally = Tally()
         self._failures = 0  # steps in a row
 
     @property
@@ -154,7 +155,7 @@ class Engine:
         if step.empty:
             self.settle()
             return []
-        self._counters.steps += 1
+        self._tally.steps += 1
         self.watch(step)
         started_s = time.perf_counter()
         try:
@@ -185,7 +186,7 @@ class Engine:
 
     def _give_up_newest(self, step: Step, error: HybridCacheError) -> Outputs:
         """Ends the request that came last of those in a step that failed; the others begin again."""
-        self._counters.failures += 1
+        self._tally.failures += 1
         self._failures += 1
         if self._failures > MOST_FAILURES:
             raise error
@@ -227,25 +228,8 @@ class Engine:
         return outputs
 
     def stats(self) -> EngineStats:
-        c, graphs = self._counters, self.worker.graphs
-        return EngineStats(
-            running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting,
-            num_preemptions=self._scheduler.num_preemptions,
-            num_out_of_memory=self._scheduler.num_out_of_memory,
-            num_graph_replays=graphs.num_replays if graphs else 0,
-            steps=c.steps,
-            failures=c.failures,
-            prompt_tokens=c.prompt_tokens,
-            cached_tokens=c.cached_tokens,
-            moved_tokens=c.moved_tokens,
-            computed_tokens=c.computed_tokens,
-            generated_tokens=c.generated_tokens,
-            commit_tokens=c.commit_tokens,
-            flops_saved=c.flops_saved,
-            flops_computed=c.flops_computed,
-            cache=self.cache.stats(),
-        )
+        graphs = self.worker.graphs
+        return self._tally.stats(self._scheduler, graphs.num_replays if graphs else 0, self.cache.stats())
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -262,26 +246,10 @@ class Engine:
             if sequence.announced or sequence.index > 0:
                 continue
             sequence.announced = True
-            lease, n, program = sequence.prefill.lease, len(sequence.prefill.tokens), sequence.prefill.program
+            lease, program = sequence.prefill.lease, sequence.prefill.program
             assert lease is not None
             plan = program.plan if program else self._intake.exact_plan(sequence.request, lease.length)
-            cached = lease.length if plan is None else n - plan.computed
-            self._counters.prompt_tokens += n
-            self._counters.cached_tokens += cached
-            if plan is not None:
-                self._counters.moved_tokens += plan.tokens(Action.RELOCATED) + plan.tokens(Action.COMPOSED)
-            self._counters.flops_saved += (
-                plan.flops_of_encoding - plan.flops if plan else self._cost.flops(0, lease.length)
-            )
-            wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
-            output = PromptOutput(
-                cached_tokens=cached,
-                written_tokens=lease.written_tokens,
-                logprobs=tuple(sequence.prompt_logprobs) if wants_logprobs else None,
-                queued_s=sequence.started_s - sequence.submitted_s,
-                plan=plan,
-            )
-            outputs.append((sequence.request.id, output))
+            outputs.append((sequence.request.id, self._tally.prompt(sequence, plan, self._cost)))
         return outputs
 
     def _end_chunk(
@@ -295,7 +263,7 @@ class Engine:
         assert prefill.lease is not None
         prefill.computed = chunk.end
         self.cache.publish(prefill.lease, grid_floor(chunk.end))
-        self._counters.flops_computed += self._cost.flops(chunk.start, chunk.end)
+        self._tally.flops_computed += self._cost.flops(chunk.start, chunk.end)
         if prefill.program is not None:
             prefill.computed = self._stage.advance(prefill.program, prefill.lease, prefill.computed)
         if sequence is None and prefill.program is not None:
@@ -303,11 +271,11 @@ class Engine:
                 self._scheduler.messages.end(prefill)
             return []
         if sequence is None:
-            self._counters.commit_tokens += chunk.end - chunk.start
+            self._tally.commit_tokens += chunk.end - chunk.start
             if prefill.done:
                 self._scheduler.canonical.end(prefill)
             return []
-        self._counters.computed_tokens += chunk.end - chunk.start
+        self._tally.computed_tokens += chunk.end - chunk.start
         if sequence.request.sampling.prompt_logprobs is not None:
             self._score_prompt(sequence, chunk, rows)
         if not prefill.done:
@@ -361,7 +329,7 @@ class Engine:
         ready = []
         for sequence, row in zip(decodes, hidden, strict=True):
             if sequence.replaying:
-                self._counters.replayed_tokens += 1
+                self._tally.replayed_tokens += 1
             else:
                 ready.append((sequence, row))
             sequence.fed += 1
@@ -389,7 +357,7 @@ class Engine:
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenOutput:
         """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
         sequence.generated.append(token)
-        self._counters.generated_tokens += 1
+        self._tally.generated_tokens += 1
         finish = sequence.finish_reason(self.model.max_length)
         if finish is not None:
             self._scheduler.messages.keep_answer(sequence)

@@ -55,19 +55,19 @@ NAMING = [
 ]
 
 MATCHING = [
-    books(
+    lease(
         "a match leaves no token to compute",
         "if n.checkpoint and n.num_tokens < keys.num_tokens)",
         "if n.checkpoint and n.num_tokens <= keys.num_tokens)",
         CACHE,
     ),
-    books(
+    lease(
         "a match without states leaves no token to compute",
         "min(len(path), max(keys.num_tokens - 1, 0) // step) * step",
         "min(len(path), keys.num_tokens // step) * step",
         MACHINE,
     ),
-    books(
+    lease(
         "the end of a shorter prompt is taken for that of a longer one",
         "if tip is not None and len(path) == len(keys.pages) else None",
         "if tip is not None else None",

@@ -49,8 +49,8 @@ SCHEDULING = [
     ),
     scheduler(
         "a small prompt overtakes one that waits for room",
-        "if not self._acquire(sequence.prefill, match):\n                passed_over.append(sequence)\n                break\n",
-        "if not self._acquire(sequence.prefill, match):\n                passed_over.append(sequence)\n                continue\n",
+        "match):\n                passed_over.append(sequence)\n                break\n",
+        "match):\n                passed_over.append(sequence)\n                continue\n",
         SCHEDULER,
     ),
     scheduler(

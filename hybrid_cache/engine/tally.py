@@ -1,0 +1,53 @@
+"""What an engine counts: totals since its start, and what became of each prompt."""
+
+from hybrid_cache.choreography.plan import Action, Plan
+from hybrid_cache.engine.scheduler import Scheduler
+from hybrid_cache.engine.sequence import Sequence
+from hybrid_cache.request import PromptOutput
+from hybrid_cache.spec import PrefillCost
+from hybrid_cache.stats import CacheStats, Counters, EngineStats
+
+
+class Tally(Counters):
+    """Running totals of one engine."""
+
+    def prompt(self, sequence: Sequence, plan: Plan | None, cost: PrefillCost) -> PromptOutput:
+        """Counts a prompt that is complete -> what its client is told. plan: of a request that names messages"""
+        prefill, num_tokens = sequence.prefill, len(sequence.prefill.tokens)
+        assert prefill.lease is not None
+        length = prefill.lease.length
+        cached = length if plan is None else num_tokens - plan.computed
+        self.prompt_tokens += num_tokens
+        self.cached_tokens += cached
+        if plan is not None:
+            self.moved_tokens += plan.tokens(Action.RELOCATED) + plan.tokens(Action.COMPOSED)
+        self.flops_saved += plan.flops_of_encoding - plan.flops if plan else cost.flops(0, length)
+        wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
+        return PromptOutput(
+            cached_tokens=cached,
+            written_tokens=prefill.lease.written_tokens,
+            logprobs=tuple(sequence.prompt_logprobs) if wants_logprobs else None,
+            queued_s=sequence.started_s - sequence.submitted_s,
+            plan=plan,
+        )
+
+    def stats(self, scheduler: Scheduler, num_graph_replays: int, cache: CacheStats) -> EngineStats:
+        """The totals as they are now, beside what the scheduler and the cache have counted."""
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            num_preemptions=scheduler.num_preemptions,
+            num_out_of_memory=scheduler.num_out_of_memory,
+            num_graph_replays=num_graph_replays,
+            steps=self.steps,
+            failures=self.failures,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            moved_tokens=self.moved_tokens,
+            computed_tokens=self.computed_tokens,
+            generated_tokens=self.generated_tokens,
+            commit_tokens=self.commit_tokens,
+            flops_saved=self.flops_saved,
+            flops_computed=self.flops_computed,
+            cache=cache,
+        )
