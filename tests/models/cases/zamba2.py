@@ -18,6 +18,7 @@ CASES = [
         {
             **ZAMBA,
             "num_mem_blocks": 2,
+            "layers_block_type": ["mamba", "hybrid", "hybrid", "hybrid", "hybrid", "mamba"],  # the blocks twice each
             "mamba_ngroups": 2,
             "use_mem_rope": True,
             "rope_parameters": ROPE,
