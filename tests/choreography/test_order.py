@@ -173,7 +173,7 @@ def test_what_is_known_soon_is_the_longest_beginning_that_an_earlier_prompt_stil
     random = np.random.default_rng(0)
     for _ in range(200):
         cache = Books(SumModel.cache_spec, SumModel.prefill_cost, 1 << 22, make_policy("ours"))
-        scheduler = Scheduler(cache, EngineConfig(budget_bytes=1 << 22), None, None)  # type: ignore[arg-type]
+        scheduler = Scheduler(cache, SumModel.prefill_cost, EngineConfig(budget_bytes=1 << 22), None, None)  # type: ignore[arg-type]
         tokens = random.integers(1, 50, 300).astype(np.int32)
         lease = cache.acquire(cache.match("n", tokens), tokens)
         assert lease is not None
@@ -187,7 +187,7 @@ def test_what_is_known_soon_is_the_longest_beginning_that_an_earlier_prompt_stil
             other[random.integers(0, len(other)) :] = 0
             prefills.append(Prefill(str(random.choice(["n", "n", "m"])), other, bool(random.integers(0, 3)), True))
             prefills[-1].computed = int(random.choice([0, 64, 128, len(other)]))
-            scheduler.add(SimpleNamespace(prefill=prefills[-1], index=0))  # type: ignore[arg-type]
+            scheduler.add(SimpleNamespace(prefill=prefills[-1], index=0, request=SimpleNamespace(tenant="")))  # type: ignore[arg-type]
         asked = tokens[: random.integers(0, 301)]
         mine = [p for p in prefills if p.publish and p.namespace == "n"]
         coming = [n for p in mine if (n := shared(p.tokens, asked)) > p.computed]

@@ -10,7 +10,8 @@ from torch import Tensor
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.engine.async_engine import AsyncEngine, Stream
-from hybrid_cache.errors import EngineStopped, Overloaded, RequestError
+from hybrid_cache.engine.engine import MOST_FAILURES
+from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
@@ -138,7 +139,10 @@ class FailingModel(SumModel):
 def test_a_model_that_fails_ends_all_streams_and_the_engine_says_so() -> None:
     async def main() -> Coroutine[None, None, None] | None:
         async with running(FailingModel()) as engine:
-            with pytest.raises(EngineStopped, match="FloatingPointError: bad luck"):
+            for i in range(MOST_FAILURES):
+                with pytest.raises(RequestFailed):
+                    await drain(engine.submit(request(f"a{i}")))
+            with pytest.raises(EngineStopped, match="PassFailed: FloatingPointError: bad luck"):
                 await drain(engine.submit(request("a")))
             await until(lambda: not engine.alive)
             with pytest.raises(EngineStopped):

@@ -86,7 +86,7 @@ def test_the_defaults_of_serve_are_those_of_the_engine(monkeypatch: pytest.Monke
     told: list[ServeOptions] = []
     monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
     assert exit_code("serve") == 0
-    assert told[0].engine == EngineConfig()
+    assert told[0].engine == EngineConfig(max_step_ms=50)  # a program that steps by itself knows its own times
 
 
 def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         f"serve some/model --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
         "--budget 64MiB --policy lru --backend torch --dtype float32 --threads 1 --max-running 3 --max-waiting 4 "
         "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics "
-        "--drain-timeout 1.5 --fast"
+        "--drain-timeout 1.5 --fast --max-step-ms 0 --shared-cache"
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
@@ -108,6 +108,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert rest == {
         "host": "0.0.0.0",
         "port": 0,
+        "shared_cache": True,
         "served_names": ("a", "b"),
         "api_keys": ("secret", "other"),
         "max_body_bytes": 1 << 20,
