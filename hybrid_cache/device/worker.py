@@ -1,7 +1,6 @@
 """Carries out the work of engine steps on one model and one memory; decides nothing."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,8 +47,12 @@ class Worker:
         with torch.inference_mode():
             if work.commands:
                 self._carry_out(work.commands)
-            with telling_failures():
+            try:
                 return self._pass(work)
+            except HybridCacheError:
+                raise
+            except Exception as error:
+                raise failure(error) from error
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
         """All of them, in order. Raises OutOfDeviceMemory once the others are done if some could not be."""
@@ -118,17 +121,22 @@ class Worker:
 
         num_top: how many most likely tokens to report with the chosen one; None for no log-probabilities
         """
-        with torch.inference_mode(), telling_failures():
-            logits = self.logits(torch.stack(list(rows)))
-            tokens = self.pick(logits, choosers)
-            scored = [i for i, n in enumerate(num_top) if n is not None]
-            if not scored:
-                return [(token, None) for token in tokens]
-            some = logits if len(scored) == len(tokens) else logits[scored]
-            wanted = [n for n in num_top if n is not None]
-            scores = log_probabilities(some, [tokens[i] for i in scored], wanted, self.model.ops)
-            known = dict(zip(scored, scores, strict=True))
-            return [(token, known.get(i)) for i, token in enumerate(tokens)]
+        try:
+            with torch.inference_mode():
+                logits = self.logits(torch.stack(list(rows)))
+                tokens = self.pick(logits, choosers)
+                scored = [i for i, n in enumerate(num_top) if n is not None]
+                if not scored:
+                    return [(token, None) for token in tokens]
+                some = logits if len(scored) == len(tokens) else logits[scored]
+                wanted = [n for n in num_top if n is not None]
+                scores = log_probabilities(some, [tokens[i] for i in scored], wanted, self.model.ops)
+                known = dict(zip(scored, scores, strict=True))
+                return [(token, known.get(i)) for i, token in enumerate(tokens)]
+        except HybridCacheError:
+            raise
+        except Exception as error:
+            raise failure(error) from error
 
     def pick(self, logits: Tensor, choosers: Sequence[TokenChooser]) -> list[int]:
         """The next token of each row of logits [S, V]."""
@@ -157,17 +165,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-@contextmanager
-def telling_failures() -> Iterator[None]:
-    """Raises OutOfDeviceMemory or PassFailed for what is not an error of ours."""
-    try:
-        yield
-    except HybridCacheError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise OutOfDeviceMemory(str(error)) from error
-        raise PassFailed(f"{type(error).__name__}: {error}") from error
+def failure(error: Exception) -> OutOfDeviceMemory | PassFailed:
+    """What to raise for an error of a pass that is none of ours."""
+    return OutOfDeviceMemory(str(error)) if is_out_of_memory(error) else PassFailed(f"{type(error).__name__}: {error}")
 
 
 def build_batch(work: Work, *, packed: bool) -> ForwardBatch:

@@ -173,15 +173,17 @@ class Engine:
         ready += self._end_decodes(step.decodes, hidden.decodes)
         for sequence, row in zip(step.resumed, hidden.kept, strict=True):
             ready += self._begin_decode(sequence, row)
-        outputs += self._end_unanswered(ready)
-        ready = [each for each in ready if each[0].phase is Phase.DECODE]
+        if unanswered := self._end_unanswered(ready):
+            outputs += unanswered
+            ready = [each for each in ready if each[0].phase is Phase.DECODE]
         try:
             outputs += self._choose(ready) if ready else []
         except (PassFailed, OutOfDeviceMemory) as error:
             return outputs + self._give_up_newest(Step(decodes=tuple(sequence for sequence, _ in ready)), error)
         self._failures = 0
-        flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
-        self._scheduler.pace.note(time.perf_counter() - started_s, flops, decodes=bool(step.decodes))
+        if self._scheduler.pace.bounds:
+            flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
+            self._scheduler.pace.note(time.perf_counter() - started_s, flops, decodes=bool(step.decodes))
         return outputs
 
     def _give_up_newest(self, step: Step, error: HybridCacheError) -> Outputs:

@@ -17,6 +17,11 @@ class Pace:
         self._s_per_flop = 0.0
         self._decode_s = 0.0  # of a step that only decodes
 
+    @property
+    def bounds(self) -> bool:
+        """Whether steps are bounded at all."""
+        return self._max_step_s is not None
+
     def note(self, seconds: float, flops: float, *, decodes: bool) -> None:
         """A step has taken so many seconds. flops: of its prefill; 0 for a step that only decodes"""
         if not flops:

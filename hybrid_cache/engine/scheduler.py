@@ -127,12 +127,14 @@ class Scheduler:
         if self.idle:
             chunk = self.canonical.next_chunk()
             return Step() if chunk is None else Step((chunk,))
-        decodes = self._extend_decodes()
+        decodes, num_preemptions = self._extend_decodes(), self.num_preemptions
         resumed = self._admit()
-        decodes = tuple(s for s in decodes if s.phase is Phase.DECODE)  # but for those who gave way
+        if self.num_preemptions > num_preemptions:  # some gave way
+            decodes = tuple(s for s in decodes if s.phase is Phase.DECODE)
         chunks = self._cut_chunks(self._max_tiles_beside_decode if decodes else self._max_tiles, bool(decodes))
-        for sequence in decodes:
-            self._shares.charge(sequence.request.tenant, DECODE_WEIGHT)
+        if self._shares.compares:
+            for sequence in decodes:
+                self._shares.charge(sequence.request.tenant, DECODE_WEIGHT)
         return Step(chunks or self._spare_tile(), decodes, resumed)
 
     def _num_waiting_for(self, name: str) -> int:
@@ -207,7 +209,7 @@ class Scheduler:
 
     def _next_waiting(self) -> Sequence:
         """Takes the first sequence of the tenant for whom least is computed and under way."""
-        if self._shares.num_present == 1:
+        if not self._shares.compares:
             return self._waiting.popleft()
         under_way = {s.request.tenant: self._shares.served(s.request.tenant) for s in self._waiting}
         for running in self._running:
@@ -222,7 +224,7 @@ class Scheduler:
 
         The sequence that gives way is one for which least was computed; not for one that would wait all the same.
         """
-        if self._shares.num_present == 1:
+        if not self._shares.compares:
             return False
         held = Counter(s.request.tenant for s in self._running)
         share = self._max_running // self._shares.num_present
@@ -280,6 +282,8 @@ class Scheduler:
         """
         chunks, room, ends, quarter = list[Chunk](), self.pace.room(decodes=decodes), False, tiles - tiles // 4
         prompts = self._prompts_in_turn()
+        if not (prompts or self.messages):
+            return ()
         for prefill, sequence in [*((message, None) for message in self.messages), *((s.prefill, s) for s in prompts)]:
             most = min(room.tiles(prefill.computed, tiles), tiles)
             if most <= 0 or (ends and prefill.tiles_left > most):
@@ -301,6 +305,8 @@ class Scheduler:
         Of one tenant's, those that were passed over too often come first, in the order of their arrival.
         """
         prompts = [s for s in self._running if s.phase is Phase.PREFILL]
+        if len(prompts) < 2:
+            return prompts
 
         def turn(sequence: Sequence) -> tuple[float, str, bool, int]:
             prefill, tenant = sequence.prefill, sequence.request.tenant

@@ -50,5 +50,10 @@ class Shares:
         """Tenants with requests that wait or run."""
         return len(self._present)
 
+    @property
+    def compares(self) -> bool:
+        """Whether there are several tenants; one by itself needs no charges, as others start from where it is."""
+        return len(self._present) > 1
+
     def _lowest(self) -> float:
         return min((self._served[tenant] for tenant in self._present), default=0.0)
