@@ -27,6 +27,7 @@ from hybrid_cache.engine.pace import Pace
 from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
 from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
 from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
+from hybrid_cache.engine.turns import prompts_in_turn, waiting_in_turn
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.tokens import TokenArray
@@ -35,7 +36,6 @@ from hybrid_cache.work import Command, Work
 logger = logging.getLogger("hybrid_cache")
 
 DECODE_STEPS_A_TILE = 320  # steps that only decode, for each tile of a canonical pass among them
-MOST_PASSED_OVER = 8  # steps in which a prompt may see others computed that came later, or are shorter
 MOST_EARLIER = 16  # prompts that an order of messages is chosen by
 
 
@@ -183,8 +183,7 @@ class Scheduler:
     def _admit(self) -> tuple[Sequence, ...]:
         """Moves waiting sequences to running while there is room -> those whose whole prompt was kept."""
         resumed, passed_over = [], list[Sequence]()
-        while self._waiting:
-            sequence = self._next_waiting()
+        for sequence in waiting_in_turn(self._waiting, self._running, self._shares):
             if not (self.has_room or self._make_room(sequence)):
                 passed_over.append(sequence)
                 break
@@ -206,18 +205,6 @@ class Scheduler:
                 resumed.append(sequence)
         self._waiting.extendleft(reversed(passed_over))
         return tuple(resumed)
-
-    def _next_waiting(self) -> Sequence:
-        """Takes the first sequence of the tenant for whom least is computed and under way."""
-        if not self._shares.compares:
-            return self._waiting.popleft()
-        under_way = {s.request.tenant: self._shares.served(s.request.tenant) for s in self._waiting}
-        for running in self._running:
-            if running.request.tenant in under_way and running.phase is Phase.PREFILL:
-                under_way[running.request.tenant] += len(running.prefill.tokens) - running.prefill.computed
-        sequence = min(self._waiting, key=lambda s: under_way[s.request.tenant])  # the first of equal ones
-        self._waiting.remove(sequence)
-        return sequence
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Takes a place from the tenant who holds most for one who holds less than its share -> whether it did.
@@ -281,7 +268,7 @@ class Scheduler:
         that end in it: more would delay its first token several times.
         """
         chunks, room, ends, quarter = list[Chunk](), self.pace.room(decodes=decodes), False, tiles - tiles // 4
-        prompts = self._prompts_in_turn()
+        prompts = prompts_in_turn(self._running, self._shares)
         if not (prompts or self.messages):
             return ()
         for prefill, sequence in [*((message, None) for message in self.messages), *((s.prefill, s) for s in prompts)]:
@@ -298,22 +285,6 @@ class Scheduler:
                 self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)
                 ends = ends or (chunk.end == len(prefill.tokens) and tiles >= quarter)
         return tuple(chunks)
-
-    def _prompts_in_turn(self) -> list[Sequence]:
-        """Running prompts: those of the tenant for whom least was computed, and of these the shortest.
-
-        Of one tenant's, those that were passed over too often come first, in the order of their arrival.
-        """
-        prompts = [s for s in self._running if s.phase is Phase.PREFILL]
-        if len(prompts) < 2:
-            return prompts
-
-        def turn(sequence: Sequence) -> tuple[float, str, bool, int]:
-            prefill, tenant = sequence.prefill, sequence.request.tenant
-            aged = prefill.passed_over >= MOST_PASSED_OVER
-            return self._shares.served(tenant), tenant, not aged, sequence.arrival if aged else prefill.tiles_left
-
-        return sorted(prompts, key=turn)
 
     def _spare_tile(self) -> tuple[Chunk, ...]:
         """Now and then a tile of a canonical pass in a step that only decodes: endless streams would starve it."""

@@ -71,8 +71,13 @@ class Prefill:
         return self.program.until() if self.program else len(self.tokens)
 
     @property
+    def num_left(self) -> int:
+        """Tokens that are not computed yet."""
+        return len(self.tokens) - self.computed
+
+    @property
     def tiles_left(self) -> int:
-        return -(-(len(self.tokens) - self.computed) // TILE)
+        return -(-self.num_left // TILE)
 
     @property
     def done(self) -> bool:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.pace import FIRST_TILES, Pace
-from hybrid_cache.engine.scheduler import MOST_PASSED_OVER
 from hybrid_cache.engine.shares import Shares
+from hybrid_cache.engine.turns import MOST_PASSED_OVER
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import Request

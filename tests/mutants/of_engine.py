@@ -220,6 +220,7 @@ SCHEDULING = [
 FAIR = ("tests/engine/test_fairness.py",)
 shares = partial(Mutant, "hybrid_cache/engine/shares.py")
 pace = partial(Mutant, "hybrid_cache/engine/pace.py")
+turns = partial(Mutant, "hybrid_cache/engine/turns.py")
 
 SHARING = [
     shares(
@@ -235,13 +236,13 @@ SHARING = [
         "                pass\n",
         FAIR,
     ),
-    scheduler(
+    turns(
         "short prompts wait for long ones",
         "sequence.arrival if aged else prefill.tiles_left",
         "sequence.arrival",
         FAIR,
     ),
-    scheduler(
+    turns(
         "a long prompt is starved by short ones",
         "aged = prefill.passed_over >= MOST_PASSED_OVER",
         "aged = prefill.passed_over < 0",

@@ -1,0 +1,51 @@
+"""In which order waiting sequences are looked at, and running prompts are computed."""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+
+from hybrid_cache.engine.sequence import Phase, Sequence
+from hybrid_cache.engine.shares import Shares
+
+MOST_PASSED_OVER = 8  # steps in which a prompt may see others computed that came later, or are shorter
+
+
+def waiting_in_turn(waiting: deque[Sequence], running: Iterable[Sequence], shares: Shares) -> Iterator[Sequence]:
+    """Takes waiting sequences out of the queue: always the first of the tenant for whom least is computed and under
+    way.
+    """
+    if not shares.compares:
+        while waiting:
+            yield waiting.popleft()
+        return
+    queues: dict[str, deque[Sequence]] = {}
+    for sequence in waiting:
+        queues.setdefault(sequence.request.tenant, deque()).append(sequence)
+    under_way = Counter({tenant: shares.served(tenant) for tenant in queues})
+    for sequence in running:
+        under_way[sequence.request.tenant] += sequence.prefill.num_left
+    while queues:
+        tenant = min(queues, key=under_way.__getitem__)  # of equal ones, whose sequence stands first
+        sequence = queues[tenant].popleft()
+        if not queues[tenant]:
+            del queues[tenant]
+        waiting.remove(sequence)
+        yield sequence
+        if sequence.phase is not Phase.WAITING:
+            under_way[tenant] += sequence.prefill.num_left
+
+
+def prompts_in_turn(running: Iterable[Sequence], shares: Shares) -> list[Sequence]:
+    """Running prompts: those of the tenant for whom least was computed, and of these the shortest.
+
+    Of one tenant's, those that were passed over too often come first, in the order of their arrival.
+    """
+    prompts = [s for s in running if s.phase is Phase.PREFILL]
+    if len(prompts) < 2:
+        return prompts
+
+    def turn(sequence: Sequence) -> tuple[float, str, bool, int]:
+        prefill, tenant = sequence.prefill, sequence.request.tenant
+        aged = prefill.passed_over >= MOST_PASSED_OVER
+        return shares.served(tenant), tenant, not aged, sequence.arrival if aged else prefill.tiles_left
+
+    return sorted(prompts, key=turn)
