@@ -397,8 +397,8 @@ def test_describe_agrees_with_the_loaded_model(case, folders, references):
 
 def test_a_shared_block_has_kv_rows_of_its_own_at_each_use(folders):
     info = loading.describe(loading.load_config(folders(ZAMBA)))
-    assert info.layers == {"Mamba-2": 6, "attention": 3}
-    assert info.kv_bytes_per_token == 3 * 2 * 192 * 4  # uses, K and V, twice the hidden size, float32
+    assert info.layers == {"Mamba-2": 6, "attention": 4}
+    assert info.kv_bytes_per_token == 4 * 2 * 192 * 4  # uses, K and V, twice the hidden size, float32
 
 
 def test_prefill_cost_is_two_flops_per_weight_and_what_mixes_tokens(folders):

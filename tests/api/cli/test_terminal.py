@@ -4,7 +4,7 @@ import asyncio
 import io
 import os
 import signal
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
 import pytest
 from rich.console import Console
@@ -136,6 +136,15 @@ def test_what_was_said_before_a_failure_stays() -> None:
     assert talk.parrot.asked[1] == said("break", "half", "two")
 
 
+@pytest.fixture
+def _ctrl_c_arrives() -> Iterator[None]:
+    """A shell starts what it runs in the background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_arrives")
 def test_ctrl_c_stops_the_answer_and_the_work_but_not_the_chat() -> None:
     talk = Talk(["interrupt", "two"])
     assert talk.parrot.stopped
