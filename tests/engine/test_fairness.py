@@ -68,16 +68,15 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
 @pytest.mark.parametrize("max_running", [4, 32])
 def test_a_tenant_who_floods_does_not_keep_another_waiting(max_running: int) -> None:
     engine, _ = engine_of(max_tiles=4, max_running=max_running)
-    for i in range(40):
+    for i in range(16):
         engine.submit(of_tenant("a", make_request(f"a{i}", tokens_of(i, 600), 30)))
-    for _ in range(20):
+    for _ in range(12):
         engine.step()
     engine.submit(of_tenant("b", make_request("b", tokens_of(99, 600), 1)))
     found = [answers(engine.step(), "b") for _ in range(8)]  # 10 tiles, four a step, and each other one may be a's
     assert [each for each in found if each] == [sum_model_answer(tokens_of(99, 600), 1)]
     outputs = engine.run_until_idle()
-    for i in range(40):
-        assert len(answers(outputs, f"a{i}")) <= 30
+    assert all(len(answers(outputs, f"a{i}")) <= 30 for i in range(16))
     engine.check()
 
 

@@ -1,14 +1,21 @@
-"""schemathesis reads the server's own description and tries to break it: no 5xx, and errors in OpenAI's form."""
+"""schemathesis reads the server's own description and tries to break it: no 5xx, and errors in OpenAI's form.
 
-import schemathesis
+It takes seconds to import, in every process that collects tests: so only the test does.
+"""
+
+from typing import TYPE_CHECKING
+
 from hypothesis import HealthCheck, given, settings
-from schemathesis import Case, GenerationMode
-from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
+
+if TYPE_CHECKING:
+    from schemathesis import Case
 
 EXAMPLES = 15  # for each operation, valid and invalid ones
 
 
-def check(case: Case) -> None:
+def check(case: "Case") -> None:
+    from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
+
     if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
         case.body["max_tokens"] = min(case.body["max_tokens"], 2)  # the answers are not the point
     reply = case.call()
@@ -20,6 +27,9 @@ def check(case: Case) -> None:
 
 
 def test_whatever_is_asked_no_5xx(url: str) -> None:
+    import schemathesis
+    from schemathesis import GenerationMode
+
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert {"/v1/chat/completions", "/v1/completions", "/tokenize", "/health"} <= {o.path for o in operations}
