@@ -145,7 +145,12 @@ class Worker:
     @torch.inference_mode()
     def score(self, rows: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
         """Log-probabilities of known tokens that the hidden rows [L, hidden] predict."""
-        return log_probabilities(self.logits(rows), tokens, [num_top] * len(tokens), self.model.ops)
+        try:
+            return log_probabilities(self.logits(rows), tokens, [num_top] * len(tokens), self.model.ops)
+        except HybridCacheError:
+            raise
+        except Exception as error:
+            raise failure(error) from error
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [L, hidden] -> [L, V] float32. Without device memory for all rows at once, in halves."""

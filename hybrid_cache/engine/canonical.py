@@ -20,6 +20,9 @@ class CanonicalPasses:
         self._prefills = prefills
         self._queue: deque[Prefill] = deque()
 
+    def __contains__(self, prefill: Prefill) -> bool:
+        return prefill in self._queue
+
     def __len__(self) -> int:
         return len(self._queue)
 

@@ -6,6 +6,7 @@ Nothing is published before the pass that fills it has completed. `async_engine`
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hybrid_cache.cache.books import Books
@@ -167,19 +168,20 @@ class Engine:
         outputs = self._announce(step.resumed)
         ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
         num_rows = 0
-        for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
-            num_rows += chunk.rows.num_wanted
-            outputs += self._end_chunk(chunk, rows, num_rows - 1, ready)
-        ready += self._end_decodes(step.decodes, hidden.decodes)
-        for sequence, row in zip(step.resumed, hidden.kept, strict=True):
-            ready += self._begin_decode(sequence, row)
-        if unanswered := self._end_unanswered(ready):
-            outputs += unanswered
-            ready = [each for each in ready if each[0].phase is Phase.DECODE]
         try:
+            for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
+                num_rows += chunk.rows.num_wanted
+                outputs += self._end_chunk(chunk, rows, num_rows - 1, ready)
+            ready += self._end_decodes(step.decodes, hidden.decodes)
+            for sequence, row in zip(step.resumed, hidden.kept, strict=True):
+                ready += self._begin_decode(sequence, row)
+            if unanswered := self._end_unanswered(ready):
+                outputs += unanswered
+                ready = [each for each in ready if each[0].phase is Phase.DECODE]
             outputs += self._choose(ready) if ready else []
         except (PassFailed, OutOfDeviceMemory) as error:
-            return outputs + self._give_up_newest(Step(decodes=tuple(sequence for sequence, _ in ready)), error)
+            forks = tuple(sequence for sequence, _ in ready)
+            return outputs + self._give_up_newest(replace(step, decodes=(*step.decodes, *forks)), error)
         self._failures = 0
         if self._scheduler.pace.bounds:
             flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
@@ -189,10 +191,10 @@ class Engine:
     def _give_up_newest(self, step: Step, error: HybridCacheError) -> Outputs:
         """Ends the request that came last of those in a step that failed; the others begin again."""
         self._tally.failures += 1
-        self._failures += 1
+        request_id = self._scheduler.give_up_newest(step)
+        self._failures += request_id is not None
         if self._failures > MOST_FAILURES:
             raise error
-        request_id = self._scheduler.give_up_newest(step)
         logger.error("a step failed, and request %s was given up: %s", request_id, error, exc_info=error)
         self.worker.free_memory()
         if request_id is None:
@@ -302,8 +304,9 @@ class Engine:
         sequence.phase = Phase.DECODE
         self._watch_answer(sequence)
         started = [] if sequence.generated else [(sequence, hidden)]
-        if sequence.index == 0 and not sequence.generated:
+        if sequence.index == 0 and not sequence.forked:
             started += [(s, hidden) for s in self._fork(sequence)]
+            sequence.forked = True
         return started
 
     def _fork(self, first: Sequence) -> list[Sequence]:

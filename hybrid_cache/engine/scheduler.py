@@ -27,7 +27,7 @@ from hybrid_cache.engine.pace import Pace
 from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
 from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
 from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
-from hybrid_cache.engine.turns import prompts_in_turn, waiting_in_turn
+from hybrid_cache.engine.turns import MOST_PASSED_OVER, prompts_in_turn, waiting_in_turn
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.tokens import TokenArray
@@ -72,6 +72,7 @@ class Scheduler:
         self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
         self.canonical = CanonicalPasses(cache, self._prefills)
         self._shares = Shares()
+        self._aged_last = False  # the last step with a prompt began with one that had been passed over too often
         self.pace = Pace(cost, None if config.max_step_ms is None else config.max_step_ms / 1e3)
         self._decode_steps = 0  # since the last tile of a canonical pass
         self.num_preemptions = 0
@@ -130,7 +131,7 @@ class Scheduler:
         decodes, num_preemptions = self._extend_decodes(), self.num_preemptions
         resumed = self._admit()
         if self.num_preemptions > num_preemptions:  # some gave way
-            decodes = tuple(s for s in decodes if s.phase is Phase.DECODE)
+            decodes, resumed = (tuple(s for s in each if s.phase is Phase.DECODE) for each in (decodes, resumed))
         chunks = self._cut_chunks(self._max_tiles_beside_decode if decodes else self._max_tiles, bool(decodes))
         if self._shares.compares:
             for sequence in decodes:
@@ -268,7 +269,7 @@ class Scheduler:
         that end in it: more would delay its first token several times.
         """
         chunks, room, ends, quarter = list[Chunk](), self.pace.room(decodes=decodes), False, tiles - tiles // 4
-        prompts = prompts_in_turn(self._running, self._shares)
+        prompts = prompts_in_turn(self._running, self._shares, aged_first=not self._aged_last)
         if not (prompts or self.messages):
             return ()
         for prefill, sequence in [*((message, None) for message in self.messages), *((s.prefill, s) for s in prompts)]:
@@ -280,6 +281,8 @@ class Scheduler:
             chunks.append(chunk)
             room.take(chunk.start, chunk.end)
             tiles -= chunk.num_tiles
+            if not chunks[1:]:
+                self._aged_last = prefill.passed_over >= MOST_PASSED_OVER
             prefill.passed_over = 0
             if sequence is not None:
                 self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)
@@ -303,16 +306,17 @@ class Scheduler:
         States of its sequences may have moved on: those that stay begin again, as after any preemption. Messages for
         the store and canonical passes in it are given up.
         """
-        for prefill in [chunk.prefill for chunk in step.chunks if chunk.sequence is None]:
+        others = [chunk.prefill for chunk in step.chunks if chunk.sequence is None]
+        for prefill in others:
             if prefill in self.messages:
                 self.messages.end(prefill)
-            else:
+            elif prefill in self.canonical:
                 self.canonical.end(prefill)
-        taking_part = [*(c.sequence for c in step.chunks if c.sequence is not None), *step.decodes, *step.resumed]
+        taking_part = {*(c.sequence for c in step.chunks if c.sequence is not None), *step.decodes, *step.resumed}
         sequences = [s for s in taking_part if s.phase in (Phase.PREFILL, Phase.DECODE)]
         self._preempt_all(sequences)
         newest = max(sequences, key=lambda s: s.rank, default=None)
-        if newest is None:
+        if newest is None or others:  # which may have been at fault, and are not tried again
             return None
         for sequence in [s for s in self.sequences() if s.request.id == newest.request.id]:
             self.finish(sequence)

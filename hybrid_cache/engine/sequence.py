@@ -116,6 +116,7 @@ class Sequence:
     started_s: float = 0.0  # first admission
     fed: int = 0  # tokens in the state while decoding: the prompt and the first of `generated`
     phase: Phase = Phase.WAITING
+    forked: bool = False  # the other choices of its request are there
     announced: bool = False  # PromptOutput has been sent
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 

@@ -34,18 +34,19 @@ def waiting_in_turn(waiting: deque[Sequence], running: Iterable[Sequence], share
             under_way[tenant] += sequence.prefill.num_left
 
 
-def prompts_in_turn(running: Iterable[Sequence], shares: Shares) -> list[Sequence]:
-    """Running prompts: those of the tenant for whom least was computed, and of these the shortest.
+def prompts_in_turn(running: Iterable[Sequence], shares: Shares, *, aged_first: bool) -> list[Sequence]:
+    """Running prompts: those of the tenant for whom least was computed, and of equal ones the shortest.
 
-    Of one tenant's, those that were passed over too often come first, in the order of their arrival.
+    aged_first: of equal ones, those that were passed over too often come before, in the order of their arrival. Not in
+    two steps in a row: where many are long, a short one would wait for all of them
     """
     prompts = [s for s in running if s.phase is Phase.PREFILL]
     if len(prompts) < 2:
         return prompts
 
-    def turn(sequence: Sequence) -> tuple[float, str, bool, int]:
-        prefill, tenant = sequence.prefill, sequence.request.tenant
-        aged = prefill.passed_over >= MOST_PASSED_OVER
-        return shares.served(tenant), tenant, not aged, sequence.arrival if aged else prefill.tiles_left
+    def turn(sequence: Sequence) -> tuple[float, bool, int]:
+        prefill = sequence.prefill
+        aged = aged_first and prefill.passed_over >= MOST_PASSED_OVER
+        return shares.served(sequence.request.tenant), not aged, sequence.arrival if aged else prefill.tiles_left
 
     return sorted(prompts, key=turn)

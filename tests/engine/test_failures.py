@@ -10,7 +10,9 @@ from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.engine.engine import MOST_FAILURES, Engine
 from hybrid_cache.errors import EngineStopped, RequestFailed
-from hybrid_cache.request import FailedOutput
+from hybrid_cache.request import FailedOutput, Request
+from hybrid_cache.sampling import SamplingParams
+from hybrid_cache.tokens import Prompt
 from hybrid_cache.work import OutOfDeviceMemory, PassFailed
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import SumModel, sum_model_answer, tokens_of
@@ -81,6 +83,37 @@ def test_a_token_that_cannot_be_chosen_ends_one_request() -> None:
     assert failed == ["2"]
     for i in range(2):
         assert answers(outputs, str(i)) == sum_model_answer(clean(i, 40), 12)
+    engine.check()
+
+
+def test_choices_that_could_not_be_chosen_for_are_not_forked_twice() -> None:
+    model = Fragile()
+    engine = Engine(model, EngineConfig(budget_bytes=1 << 22))
+    engine.submit(make_request("good", clean(0, 40), 5, n=3))
+    engine.submit(make_request("bad", clean(1, 40), 5))
+    model.logits_left = 1
+    outputs = engine.run_until_idle()
+    assert [name for name, o in outputs if isinstance(o, FailedOutput)] == ["bad"]
+    for index in range(3):
+        assert answers(outputs, "good", index) == sum_model_answer(clean(0, 40), 5)
+    assert not engine.is_open("good")
+    engine.check()
+
+
+def test_a_prompt_that_cannot_be_scored_ends_one_request() -> None:
+    model = Fragile()
+    engine = Engine(model, EngineConfig(budget_bytes=1 << 22))
+    engine.submit(make_request("good", clean(0, 40), 8))
+    outputs = engine.step()
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    engine.submit(Request("bad", Prompt(clean(1, 30)), sampling))
+    score = engine.worker.model.ops.log_sum_exp
+    model.ops.log_sum_exp = lambda logits: 1 // 0  # type: ignore[method-assign]
+    outputs += engine.step()
+    model.ops.log_sum_exp = score  # type: ignore[method-assign]
+    outputs += engine.run_until_idle()
+    assert [name for name, o in outputs if isinstance(o, FailedOutput)] == ["bad"]
+    assert answers(outputs, "good") == sum_model_answer(clean(0, 40), 8)
     engine.check()
 
 

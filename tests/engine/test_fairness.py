@@ -80,6 +80,43 @@ def test_a_tenant_who_floods_does_not_keep_another_waiting(max_running: int) -> 
     engine.check()
 
 
+def test_a_short_prompt_waits_for_few_of_many_long_ones() -> None:
+    engine, _ = engine_of(max_tiles=4)
+    for i in range(14):
+        engine.submit(make_request(f"long {i}", tokens_of(i, 1500), 1))
+    for _ in range(30):
+        engine.step()
+    engine.submit(make_request("short", tokens_of(99, 50), 1))
+    found = [answers(engine.step(), "short") for _ in range(4)]
+    assert [each for each in found if each] == [sum_model_answer(tokens_of(99, 50), 1)]
+
+
+@pytest.mark.parametrize("name", ["0", "z"])
+def test_a_tenant_is_not_starved_by_ever_new_ones(name: str) -> None:
+    engine, _ = engine_of(max_tiles=4)
+    engine.submit(of_tenant(name, make_request("long", tokens_of(0, 1000), 1)))
+    for step in range(80):
+        engine.submit(of_tenant(f"new {step}", make_request(f"short {step}", tokens_of(step + 1, 50), 1)))
+        if answers(engine.step(), "long"):
+            break
+    else:
+        pytest.fail("it was not answered")
+
+
+def test_who_gives_way_in_the_step_in_which_its_kept_prompt_was_found() -> None:
+    """A tenant's whole prompt is kept; another tenant takes the place that it just got."""
+    engine, _ = engine_of(max_running=2)
+    tokens = tokens_of(0, 100)
+    engine.submit(make_request("first", tokens, 3))
+    engine.run_until_idle()
+    for name, tenant in (("a1", "a"), ("a2", "a"), ("b", "b")):
+        engine.submit(of_tenant(tenant, make_request(name, tokens, 6)))
+    outputs = engine.run_until_idle()
+    for name in ("a1", "a2", "b"):
+        assert answers(outputs, name) == sum_model_answer(tokens, 6)
+    engine.check()
+
+
 def test_two_tenants_get_as_much_whoever_asks_for_more() -> None:
     """Until the one who asks for less has nothing left, both have about as many tokens computed."""
     engine, _ = engine_of(max_tiles=4, max_running=8)

@@ -244,7 +244,7 @@ SHARING = [
     ),
     turns(
         "a long prompt is starved by short ones",
-        "aged = prefill.passed_over >= MOST_PASSED_OVER",
+        "aged = aged_first and prefill.passed_over >= MOST_PASSED_OVER",
         "aged = prefill.passed_over < 0",
         FAIR,
     ),
@@ -268,8 +268,8 @@ SHARING = [
     ),
     engine(
         "an engine that fails goes on for ever",
-        "        self._failures += 1\n",
-        "        self._failures = 1\n",
+        "        self._failures += request_id is not None\n",
+        "        self._failures = 0\n",
         ("tests/engine/test_failures.py",),
     ),
     pace(
@@ -332,7 +332,7 @@ STEPPING = [
     ),
     engine(
         "choices are forked again after a preemption",
-        "if sequence.index == 0 and not sequence.generated:",
+        "if sequence.index == 0 and not sequence.forked:",
         "if sequence.index == 0:",
         BOTH,
     ),
