@@ -265,7 +265,8 @@ class Mix:
             prompt = Prompt(prompt.tokens, tuple(replace(b, kind=BoundaryKind.MESSAGE_END) for b in prompt.boundaries))
         make_stopper = stop_at(rng.randrange(7)) if rng.random() < self._phase.stopped / 2 else None
         number = rng.choice((1, 1, 1, 1, 1, 1, 2, 3))
-        return Request(f"r{self._count}", prompt, sampling, number, salt, mode, make_stopper)
+        tenant = f"tenant {self._count % 3}"
+        return Request(f"r{self._count}", prompt, sampling, number, salt, mode, make_stopper, tenant=tenant)
 
     def _sampling(self) -> SamplingParams:
         rng, most = self._rng, self._rng.choice(self._phase.answers)
