@@ -17,11 +17,11 @@ from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Policy
 from hybrid_cache.cache.policies.value import FlopsPerByte
 from hybrid_cache.cache.tree import CheckpointKind
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 from hybrid_cache.tokens import TokenArray
+from tests.cache.at_once import HybridCache
 
 KV = AttentionSpec(num_kv_heads=1, head_dim=2, dtype=torch.float32)  # a page takes 1024 bytes
 

@@ -8,10 +8,10 @@ from hybrid_cache.cache.policies.base import Policy, Worth, interior_positions
 from hybrid_cache.cache.policies.lru import LRU
 from hybrid_cache.cache.policies.value import FlopsPerByte
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Node
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
+from tests.cache.at_once import HybridCache
 from tests.cache.driver import (
     COST,
     SPECS,

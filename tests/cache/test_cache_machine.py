@@ -21,10 +21,10 @@ from hybrid_cache.cache.lease import Lease, Match
 from hybrid_cache.cache.policies.marconi import Marconi
 from hybrid_cache.cache.policies.registry import make_policy, policy_names
 from hybrid_cache.cache.tree import CheckpointKind, Node
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.tokens import TokenArray
+from tests.cache.at_once import HybridCache
 from tests.cache.driver import COST, SPECS, Clock, tokens_of
 
 KINDS = [k for k in CheckpointKind if k is not CheckpointKind.PROMPT_END]

@@ -9,10 +9,10 @@ from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.tree import StoredMessage
 from hybrid_cache.config import VERIFY_VARIABLE, verify_by_default
 from hybrid_cache.device.digests import Digests
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import PublishedBytesChanged
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
+from tests.cache.at_once import HybridCache
 from tests.cache.driver import SPECS, begin, fill, forward, new_cache, tokens_of
 from tests.cache.test_messages import items, store
 

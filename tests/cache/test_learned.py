@@ -12,9 +12,9 @@ from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.places import ODDS, SIZES, PlaceMemory
 from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
 from hybrid_cache.cache.tree import CheckpointKind
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Boundary
+from tests.cache.at_once import HybridCache
 from tests.cache.driver import COST, SPECS, Clock, begin, fill, forward, new_cache, tokens_of
 
 END = CheckpointKind.MESSAGE_END

@@ -9,11 +9,11 @@ from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.policies.base import Policy
 from hybrid_cache.cache.policies.lru import LRU
 from hybrid_cache.cache.tree import StoredMessage
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import StateTensors
 from hybrid_cache.spec import CacheSpec, StateSpec
+from tests.cache.at_once import HybridCache
 from tests.cache.driver import KV, begin, cache_spec, fill, new_cache, start, tokens_of, write_rows, write_state
 
 

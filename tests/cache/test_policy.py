@@ -6,9 +6,9 @@ from hybrid_cache.cache.policies.registry import POLICIES, make_policy
 from hybrid_cache.cache.policies.value import RATE, FlopsPerByte
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Kept, Node
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
+from tests.cache.at_once import HybridCache
 from tests.cache.driver import SPECS, begin, fill, forward, new_cache, reserve, tokens_of
 
 HYBRID = SPECS["slot of four pages"]

@@ -24,7 +24,6 @@ from hybrid_cache.cache.policies.sglang_radix import SGLangRadix, SGLangUnified
 from hybrid_cache.cache.policies.vllm_block import VLLMBlock, equal_page_tokens
 from hybrid_cache.cache.tree import Kept
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
@@ -32,6 +31,7 @@ from hybrid_cache.request import Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 from hybrid_cache.tokens import Prompt
+from tests.cache.at_once import HybridCache
 from tests.cache.driver import COST, KV, SPECS, begin, cache_spec, fill, new_cache, state_spec, tokens_of
 from tests.cache.driver import forward as compute
 from tests.fakes import SumModel, sum_model_answer

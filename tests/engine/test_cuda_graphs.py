@@ -10,7 +10,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device import cuda_graphs
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch, HybridModel
 from hybrid_cache.device.cuda_graphs import DecodeGraphs, pad_decodes, rounded
-from hybrid_cache.device.memory import CacheMemory, HybridCache
+from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.grid import MIN_ROWS
@@ -18,6 +18,7 @@ from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.kernels.problems import AttentionProblem, Mamba2Problem, cache_on
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.torch_ops import TorchOps
+from tests.cache.at_once import HybridCache
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.device.worker import Worker, build_batch
 from hybrid_cache.kernels.ops import StateTensors
 from hybrid_cache.work import Rows, Work
+from tests.cache.at_once import HybridCache
 from tests.fakes import SumModel, tokens_of
 
 

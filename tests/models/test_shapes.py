@@ -9,7 +9,6 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybrid_cache.cache.geometry import Geometry, Kind
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE
@@ -33,6 +32,7 @@ from hybrid_cache.models.shapes import (
 from hybrid_cache.models.tools.presets import PRESETS, model_shape, preset
 from hybrid_cache.models.tools.published import CONFIGS
 from hybrid_cache.spec import AttentionSpec, PrefillCost, StateSpec
+from tests.cache.at_once import HybridCache
 from tests.models import checkpoints
 from tests.models.case import Case
 from tests.models.cases.granitemoehybrid import GRANITE

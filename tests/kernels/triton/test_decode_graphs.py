@@ -8,11 +8,11 @@ import torch
 from hybrid_cache.bench.common.random_model import SMALL, random_model
 from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.device.cuda_graphs import DecodeGraphs
-from hybrid_cache.device.memory import HybridCache
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.runs import Run, arrange
 from hybrid_cache.kernels.shared_prefix import with_schedule
 from hybrid_cache.kernels.triton_ops import TritonOps
+from tests.cache.at_once import HybridCache
 
 PREFIX = [13, 11, 12, 15]  # pages of a split
 FIRST_SLOT = 30  # pages and slots share memory: behind the last page
