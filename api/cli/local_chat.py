@@ -34,7 +34,7 @@ class EnginePartner:
 
     async def reply(self, turns: Sequence[Turn]) -> AsyncGenerator[str | Usage, None]:
         messages = [TemplateMessage(turn.role, (TextPart(turn.content),)) for turn in turns]
-        prompt = (await self._text.conversation(messages, Rendering())).prompt
+        prompt = (await self._text.conversation(messages, Rendering(), "")).prompt
         async with await Answer.to(self._text, [GenerationSpec(prompt, self._sampling(prompt))]) as answer:
             async for step in answer:
                 for event in step:

@@ -18,6 +18,11 @@ def tenant_of(key: str) -> str:
     return hashlib.sha256(b"tenant\0" + key.encode()).hexdigest()[:TENANT_CHARACTERS]
 
 
+def current_tenant_or(cache_salt: str | None) -> str:
+    """Whose share of the server the request takes that is being handled; without keys, salts tell tenants apart."""
+    return current_tenant.get() or cache_salt or ""
+
+
 def salt_of(cache_salt: str | None) -> str:
     """What no cache entry of the request that is being handled crosses: its tenant, unless keys share one cache, and
     the salt that the client sends.

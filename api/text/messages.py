@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hybrid_cache.api.text.marks import PART, Quoting
+
 PART_SEPARATOR = "\n"
 
 
@@ -23,27 +25,30 @@ class TemplateMessage:
     parts: tuple[TextPart, ...] | None
     fields: Mapping[str, object] = field(default_factory=dict)  # name, tool_calls, tool_call_id ...
 
-    def content(self, mark: str = "", *, tight: bool = False) -> str | None:
-        """The text as templates see it, with `mark` at the end of each part that was marked or that another follows.
+    def content(self, quoting: Quoting, *, marked: bool = False, tight: bool = False) -> str | None:
+        """The text as templates see it, if `marked` with a mark at the end of each part that has one or that another
+        follows.
 
         `tight` puts the last mark before the spaces that a template may trim.
         """
         if self.parts is None:
             return None
-        last = len(self.parts) - 1
-        pieces = [p.text + (mark if p.marked or i < last else "") for i, p in enumerate(self.parts)]
-        if mark and tight and self.parts[last].marked:
-            text = self.parts[last].text
-            pieces[last] = text.rstrip() + mark + text[len(text.rstrip()) :]
-        return PART_SEPARATOR.join(pieces)
+        texts = [quoting.text(part.text) for part in self.parts]
+        if marked and texts:
+            last = texts.pop()
+            texts = [text + PART for text in texts]
+            bare = last.rstrip() if tight else last
+            texts.append(bare + PART + last[len(bare) :] if self.parts[-1].marked else last)
+        return PART_SEPARATOR.join(texts)
 
-    def for_template(self, mark: str = "", *, tight: bool = False) -> dict[str, object]:
+    def for_template(self, quoting: Quoting, *, marked: bool = False, tight: bool = False) -> dict[str, object]:
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content(mark, tight=tight), **self.fields}
+        fields = {name: quoting.value(value) for name, value in self.fields.items()}
+        return {"role": role, "content": self.content(quoting, marked=marked, tight=tight), **fields}
 
     @property
     def marks(self) -> list[TextPart]:
-        """The parts whose ends `content` marks."""
+        """The parts whose ends are marked."""
         parts = self.parts or ()
         return [p for i, p in enumerate(parts) if p.marked or i < len(parts) - 1]
 

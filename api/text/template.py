@@ -1,29 +1,25 @@
-"""Chat templates: jinja in a sandbox, with the functions that Hugging Face templates expect."""
+"""Chat templates: text of conversations, and where their messages are in it."""
 
 import datetime
-import json
-import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
-from jinja2 import TemplateError, nodes, pass_context
-from jinja2.ext import Extension
-from jinja2.ext import loopcontrols as LoopControls
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+from jinja2 import TemplateError
 
+from hybrid_cache.api.text.marks import read_marks
+from hybrid_cache.api.text.sandbox import ALLOWANCE, MAX_RENDERED, Allowance, Sandbox
+from hybrid_cache.api.text.text_work import still_wanted
 from hybrid_cache.errors import ModelError, RequestError
 
-MAX_RENDERED = 16 * 2**20  # characters; a template loops over what a client sent
-MAX_SECONDS = 5.0  # of processor time for one rendering
-MAX_BITS = 4096  # of a whole number
-DEADLINE = "#deadline"  # no name that a template could write
+Message = Mapping[str, object]
 
 # What a request may not set by way of chat_template_kwargs.
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
+
+_TALK: list[Message] = [
+    {"role": role, "content": f"{role[0]}{i}"} for i, role in enumerate(("system", *("user", "assistant") * 2, "user"))
+]
 
 
 class Clock:
@@ -39,32 +35,48 @@ class Clock:
         return text
 
 
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The text of a conversation, with places in it as the number of characters before them."""
+
+    text: str
+    starts: Mapping[int, int]  # of messages by their index, where the template loops over them
+    end: int | None  # of the last message
+    parts: tuple[int, ...]  # where marked parts end
+    literals: tuple[tuple[int, int], ...]  # spans that look like special tokens, and are a client's text
+
+    def end_of(self, count: int) -> int | None:
+        """Where the first `count` messages end; None where that cannot be seen."""
+        return self.starts.get(count, None if count <= max(self.starts, default=0) else self.end)
+
+
 class ChatTemplate:
-    """A compiled template. It sees data only: no attribute that could reach the interpreter, no file, no network."""
+    """A compiled template, in a sandbox."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises ModelError for a template that does not compile."""
-        environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControls, _GenerationBlock])
-        environment.filters["tojson"] = _to_json
-        environment.filters |= {"hc_look": _look, "hc_joined": _joined}
-        environment.globals["raise_exception"] = _raise
         try:
-            self._template = environment.from_string(source)
+            self._template = Sandbox().from_string(source)
         except (TemplateError, RecursionError, SyntaxError, MemoryError) as e:  # the last two: nested too deeply
             raise ModelError(f"the chat template does not compile: {e}") from e
         self._special_tokens = dict(special_tokens)
         self.source = source
         self.name = blake2b(source.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         self.takes_argument_text = self._shows_argument_text()
+        # Whether `Rendered.end_of` is where the rendering of so many messages ends, beyond a first system message.
+        self.shows_ends = all(self._shows_ends_of(talk) for talk in (_TALK[1:2], _TALK[1:4], _TALK[1:], _TALK))
 
-    def render(self, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object], clock: Clock) -> str:
-        """The text of a conversation. Raises RequestError for what the template refuses, for too much text or work."""
+    def render(self, messages: Sequence[Message], variables: Mapping[str, object], clock: Clock) -> Rendered:
+        """The text of a conversation. Raises RequestError for what the template refuses, for too much text or work.
+
+        messages, variables: without marks of their own, see `marks.Quoting`
+        """
+        allowance = Allowance(messages, still_wanted)
         context = {**self._special_tokens, **variables, "messages": messages, "strftime_now": clock.strftime}
-        context[DEADLINE] = time.thread_time() + MAX_SECONDS
         parts: list[str] = []
         length = 0
         try:
-            for part in self._template.generate(context):
+            for part in self._template.generate({**context, ALLOWANCE: allowance}):
                 length += len(part)
                 if length > MAX_RENDERED:
                     raise RequestError(f"the rendered messages have more than {MAX_RENDERED} characters")
@@ -73,116 +85,46 @@ class ChatTemplate:
             raise
         except Exception as e:  # whatever a template can raise, it raises because of these messages
             raise RequestError(f"the chat template cannot render these messages: {e}", param="messages") from e
-        return "".join(parts)
+        return _rendered("".join(parts), allowance.loops)
 
     def _shows_argument_text(self) -> bool:
         """Whether the arguments of a tool call may be JSON text; many templates want the object and quote a string."""
         probe = '{"probe":[1]}'  # an object would be written with spaces
         call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": probe}}
-        messages: list[dict[str, object]] = [
+        messages: list[Message] = [
             {"role": "user", "content": "u"},
             {"role": "assistant", "content": None, "tool_calls": [call]},
         ]
+        rendered = self._tried(messages, opening=False)
+        return rendered is not None and probe in rendered.text
+
+    def _shows_ends_of(self, messages: Sequence[Message]) -> bool:
+        whole = self._tried(messages, opening=True)
+        for count in range(1 + (messages[0]["role"] == "system"), len(messages) + 1):
+            part = self._tried(messages[:count], opening=False)
+            if whole is None or part is None:  # some templates want the user to speak last
+                continue
+            if not whole.text.startswith(part.text) or whole.end_of(count) != len(part.text):
+                return False
+        return True
+
+    def _tried(self, messages: Sequence[Message], *, opening: bool) -> Rendered | None:
         try:
-            return probe in self.render(messages, {"tools": None, "add_generation_prompt": False}, Clock())
+            return self.render(messages, {"tools": None, "add_generation_prompt": opening}, Clock())
         except RequestError:
-            return False
+            return None
 
 
-class _Bounded(ImmutableSandboxedEnvironment):
-    """A sandbox that bounds loops, recursion and the size of values."""
-
-    intercepted_binops = frozenset({"+", "*", "**"})
-
-    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        watched: nodes.Template = _Watching().visit(source)
-        return super()._generate(watched, *args, **kwargs)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            if isinstance(left, int) and isinstance(right, int):
-                _check_bits(left.bit_length() * right)
-        elif operator == "*":
-            values, times = (right, left) if isinstance(left, int) else (left, right)
-            if isinstance(times, int) and isinstance(values, Sized):
-                _check_size(len(values) * times)
-            elif isinstance(left, int) and isinstance(right, int):
-                _check_bits(left.bit_length() + right.bit_length())
-        elif isinstance(left, Sized) and isinstance(right, Sized):
-            _check_size(len(left) + len(right))
-        return super().call_binop(context, operator, left, right)
-
-
-class _Watching(NodeTransformer):
-    """Checks the clock in each iteration of a loop and each call of a macro, and the size of what `~` joins."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        watched = self._watch(node)
-        if node.test is not None:  # a loop that skips all has no iteration
-            node.test = nodes.And(_look_at_clock(True, node.lineno), node.test, lineno=node.lineno)
-        return watched
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        return self._watch(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        return self._watch(node)
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return nodes.Filter(node, "hc_joined", [], [], None, None, lineno=node.lineno)
-
-    def _watch(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_look_at_clock(None, node.lineno), lineno=node.lineno))
-        return node
-
-
-def _look_at_clock(value: object, lineno: int) -> nodes.Filter:
-    return nodes.Filter(nodes.Const(value), "hc_look", [], [], None, None, lineno=lineno)
-
-
-@pass_context
-def _look(context: Context, value: object) -> object:
-    if time.thread_time() > context.resolve(DEADLINE):
-        raise RequestError(f"the chat template takes more than {MAX_SECONDS:g} s for these messages", param="messages")
-    return value
-
-
-def _joined(value: Sized) -> Sized:
-    _check_size(len(value))
-    return value
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_RENDERED:
-        raise TemplateError(f"a value of size {size}, at most {MAX_RENDERED}")
-
-
-def _check_bits(bits: int) -> None:
-    if bits > MAX_BITS:
-        raise TemplateError(f"a number of {bits} bits, at most {MAX_BITS}")
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}` marks what training should learn from; serving only needs its content."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja's own declaration)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
+def _rendered(raw: str, loops: Sequence[int | None]) -> Rendered:
+    """loops: for each mark of a loop the message that begins there, None at the end of a loop"""
+    marked = read_marks(raw)
+    if len(marked.loops) != len(loops):  # the template has cut or repeated some
+        return Rendered(marked.text, {}, None, marked.parts, marked.literals)
+    starts: dict[int, int] = {}
+    end = None
+    for index, position in zip(loops, marked.loops, strict=True):
+        if index is not None:
+            starts[index], end = position, None  # the last loop is the one that writes them
+        elif end is None:
+            end = position
+    return Rendered(marked.text, starts, end, marked.parts, marked.literals)

@@ -1,20 +1,18 @@
 """A model that is talked to in text: an engine, what turns text into tokens, and the room for both sides."""
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from hybrid_cache.api.text.boundaries import prompt_of_tokens
 from hybrid_cache.api.text.chat import ChatEncoder, Conversation
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage
-from hybrid_cache.api.text.tokenizer import LONG_TEXT, GenerationDefaults, TextModel, Tokenizer
+from hybrid_cache.api.text.text_work import TextWork
+from hybrid_cache.api.text.tokenizer import GenerationDefaults, TextModel, Tokenizer
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong
 from hybrid_cache.tokens import Prompt
 
-T = TypeVar("T")
-MESSAGE_WORK = 128  # in characters: the end of each message is found by rendering the messages before it
+MESSAGE_SIZE = 64  # in characters: what a message costs beside its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +23,15 @@ class TextEngine:
     tokenizer: Tokenizer
     chat: ChatEncoder
     defaults: GenerationDefaults
+    work: TextWork
 
     @classmethod
-    def of(cls, engine: AsyncEngine, text: TextModel) -> "TextEngine":
-        return cls(engine, text.tokenizer, ChatEncoder(text.tokenizer, text.chat_templates), text.defaults)
+    def of(cls, engine: AsyncEngine, text: TextModel, *, special_tokens_in_content: bool = False) -> "TextEngine":
+        """special_tokens_in_content: as in `ChatEncoder`"""
+        chat = ChatEncoder(
+            text.tokenizer, text.chat_templates, special_tokens_in_content=special_tokens_in_content
+        )
+        return cls(engine, text.tokenizer, chat, text.defaults, TextWork())
 
     @property
     def vocab_size(self) -> int:
@@ -63,19 +66,22 @@ class TextEngine:
             )
         return min(longest, room - num_tokens)
 
-    async def conversation(self, messages: Sequence[TemplateMessage], rendering: Rendering) -> Conversation:
+    async def conversation(
+        self, messages: Sequence[TemplateMessage], rendering: Rendering, tenant: str
+    ) -> Conversation:
         """Renders and tokenises. Raises RequestError, and ContextTooLong when the context does not hold them."""
-        size = sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_WORK * len(messages)
-        return await _off_the_loop_if_long(size, lambda: self.chat.conversation(messages, rendering, self.max_length))
+        size = sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_SIZE * len(messages)
+        return await self.work.run(
+            tenant, size, lambda: self.chat.conversation(messages, rendering, self.max_length)
+        )
 
-    async def prompt(self, prompt: str | list[int], *, add_special_tokens: bool) -> Prompt:
+    async def prompt(self, prompt: str | list[int], tenant: str, *, add_special_tokens: bool) -> Prompt:
         """A text, or tokens as they are. Raises RequestError, and ContextTooLong for text that cannot fit."""
-        if not isinstance(prompt, str):
-            return prompt_of_tokens(prompt, self.tokenizer)
-        self.tokenizer.check_size(prompt, self.max_length, "prompt")
-        encode = self.tokenizer.encode_prompt if add_special_tokens else self.tokenizer.encode
-        return await _off_the_loop_if_long(len(prompt), lambda: prompt_of_tokens(encode(prompt), self.tokenizer))
 
+        def tokens() -> Sequence[int]:
+            if not isinstance(prompt, str):
+                return prompt
+            self.tokenizer.check_fits(prompt, self.max_length, "prompt")
+            return self.tokenizer.encode_prompt(prompt) if add_special_tokens else self.tokenizer.encode(prompt)
 
-async def _off_the_loop_if_long(size: int, work: Callable[[], T]) -> T:
-    return await asyncio.to_thread(work) if size > LONG_TEXT else work()
+        return await self.work.run(tenant, len(prompt), lambda: prompt_of_tokens(tokens(), self.tokenizer))

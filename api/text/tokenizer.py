@@ -9,9 +9,11 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from hybrid_cache.api.text.template import ChatTemplate
+from hybrid_cache.api.text.text_work import LONG_TEXT, still_wanted
 from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
 
-LONG_TEXT = 4000  # characters; to tokenise more takes ten milliseconds, too long for an event loop
+LIKELY_LENGTH = 8  # characters of a token; few are longer
+BLOCK = 1 << 16  # characters that are counted at once
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -38,6 +40,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
+        self.special_tokens = [token.content for token in added.values() if token.special]
         self._byte_level = _is_byte_level(backend)
         vocab = backend.get_vocab(with_added_tokens=True)
         self._longest = max(map(len, vocab), default=1)  # characters of one token
@@ -61,6 +64,7 @@ class Tokenizer:
 
         Raises RequestError for lone surrogates.
         """
+        still_wanted()
         try:
             if len(text) <= LONG_TEXT:
                 return self._backend.encode(text, add_special_tokens=False).ids
@@ -68,6 +72,33 @@ class Tokenizer:
             return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (UnicodeEncodeError, TypeError) as e:  # TypeError: how the library reports lone surrogates
             raise RequestError("the text holds characters that UTF-8 cannot carry (lone surrogates)") from e
+
+    def encode_literal(self, text: str) -> list[int]:
+        """Tokens of text in which nothing is a special token, whatever it looks like.
+
+        It is halved until none comes out. Raises RequestError for a character that is a special token by itself.
+        """
+        ids = self.encode(text)
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        if len(text) == 1:
+            raise RequestError(f"the character {text!r} is a special token of this model, and cannot be text")
+        middle = len(text) // 2
+        return self.encode_literal(text[:middle]) + self.encode_literal(text[middle:])
+
+    def check_fits(self, text: str, max_tokens: int, param: str) -> None:
+        """Raises ContextTooLong for long text with more than `max_tokens` tokens, when so many have been counted."""
+        self.check_size(text, max_tokens, param)
+        if len(text) <= max(BLOCK, LIKELY_LENGTH * max_tokens):
+            return
+        count = 0
+        for start in range(0, len(text), BLOCK):
+            count += len(self.encode(text[start : start + BLOCK])) - 1
+            if count > max_tokens:
+                raise ContextTooLong(
+                    f"the text has {len(text)} characters, more than the {max_tokens} tokens that the context holds",
+                    param=param,
+                )
 
     def check_size(self, text: str, max_tokens: int, param: str) -> None:
         """Raises ContextTooLong for text that cannot fit, without taking the time to tokenise it."""

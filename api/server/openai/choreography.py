@@ -30,7 +30,7 @@ from hybrid_cache.errors import RequestError
 from hybrid_cache.request import namespace_of
 from hybrid_cache.tokens import Prompt, TokenArray
 
-MOST_MESSAGES = 256  # of an arranged request: the end of each is found by rendering all before it
+MOST_MESSAGES = 256  # of an arranged request
 
 
 @dataclass(frozen=True, slots=True)

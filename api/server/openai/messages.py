@@ -7,6 +7,7 @@ from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.common import ttl_seconds
 from hybrid_cache.api.server.schemas.messages import ChatMessage, ContentPart, ToolCall
 from hybrid_cache.api.server.schemas.tokens import TokenizeRequest
+from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.chat import Conversation
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.text_engine import TextEngine
@@ -21,7 +22,8 @@ async def conversation_of(
     """
     rendering = _rendering(asked)
     as_text = text.chat.takes_argument_text(rendering)
-    return await text.conversation([_message(m, as_text) for m in sent], rendering)
+    tenant = current_tenant_or(asked.cache_salt if isinstance(asked, ChatRequest) else None)
+    return await text.conversation([_message(m, as_text) for m in sent], rendering, tenant)
 
 
 def _rendering(asked: ChatRequest | TokenizeRequest) -> Rendering:

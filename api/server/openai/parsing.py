@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from hybrid_cache.api.server.schemas.common import GenerationRequest
-from hybrid_cache.api.server.tenants import current_tenant, salt_of
+from hybrid_cache.api.server.tenants import current_tenant_or, salt_of
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.choreography.arrangement import Arrangement
@@ -31,7 +31,7 @@ def spec_of(
         show_special=asked.skip_special_tokens is False,
         tools=tools,
         namespace=salt_of(asked.cache_salt),
-        tenant=current_tenant.get() or asked.cache_salt or "",
+        tenant=current_tenant_or(asked.cache_salt),
         cache_mode=_cache_mode(asked, sampling),
         arrangement=arrangement,
     )

@@ -8,7 +8,7 @@ from hybrid_cache.api.server.openai.choreography import Arranged, arranged_promp
 from hybrid_cache.api.server.openai.messages import conversation_of
 from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, spec_of
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS
-from hybrid_cache.api.server.responses import respond
+from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.schemas.chat import ChatRequest, ChatResponse
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.text.generation import GenerationSpec
@@ -26,7 +26,7 @@ def router(serving: Serving) -> APIRouter:
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
         _refuse_unsupported(asked)
-        spec, arranged = await _parse(serving, asked)
+        spec, arranged = await unless_gone(request, _parse(serving, asked))
         answer = await serving.answer([spec])
         return await respond(request, ChatReply(serving, asked, answer, arranged), stream=bool(asked.stream))
 

@@ -6,9 +6,10 @@ from fastapi.responses import Response
 from hybrid_cache.api.server.openai.completion_reply import CompletionReply
 from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, spec_of
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS
-from hybrid_cache.api.server.responses import respond
+from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.schemas.completions import CompletionRequest, CompletionResponse
 from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.errors import RequestError
@@ -26,9 +27,8 @@ def router(serving: Serving) -> APIRouter:
         """Continues texts, or tokens as they are: nothing is added to them."""
         serving.model.check_name(asked.model)
         _refuse_unsupported(asked)
-        special = asked.add_special_tokens is not False
-        prompts = [await serving.text.prompt(prompt, add_special_tokens=special) for prompt in asked.prompt]
-        answer = await serving.answer(_spec(serving.text, asked, prompt) for prompt in prompts)
+        prompts = await unless_gone(request, _prompts(serving.text, asked))
+        answer = await serving.answer([_spec(serving.text, asked, prompt) for prompt in prompts])
         return await respond(request, CompletionReply(serving, asked, answer), stream=bool(asked.stream))
 
     return routes
@@ -41,6 +41,11 @@ def _refuse_unsupported(asked: CompletionRequest) -> None:
         )
     if asked.suffix:
         raise RequestError("suffix is not supported: this model continues text, it does not fill gaps", param="suffix")
+
+
+async def _prompts(text: TextEngine, asked: CompletionRequest) -> list[Prompt]:
+    tenant, special = current_tenant_or(asked.cache_salt), asked.add_special_tokens is not False
+    return [await text.prompt(prompt, tenant, add_special_tokens=special) for prompt in asked.prompt]
 
 
 def _spec(text: TextEngine, asked: CompletionRequest, prompt: Prompt) -> GenerationSpec:

@@ -1,9 +1,10 @@
 """Text to tokens and back, and what the tokenizer says of itself."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from hybrid_cache.api.server.openai.messages import conversation_of
 from hybrid_cache.api.server.openapi import ERRORS
+from hybrid_cache.api.server.responses import unless_gone
 from hybrid_cache.api.server.schemas.tokens import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -12,7 +13,10 @@ from hybrid_cache.api.server.schemas.tokens import (
     TokenizerInfo,
 )
 from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.server.tenants import current_tenant_or
+from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.errors import RequestError
+from hybrid_cache.tokens import Prompt
 
 
 def router(serving: Serving) -> APIRouter:
@@ -21,29 +25,25 @@ def router(serving: Serving) -> APIRouter:
     text, tokenizer = serving.text, serving.text.tokenizer
 
     @routes.post("/tokenize", response_model_exclude_unset=True)
-    async def tokenize(asked: TokenizeRequest) -> TokenizeResponse:
+    async def tokenize(asked: TokenizeRequest, request: Request) -> TokenizeResponse:
         """The tokens that the same prompt or messages would have in a completion."""
         serving.model.check_name(asked.model)
-        if asked.messages is not None:
-            prompt = (await conversation_of(text, asked, asked.messages)).prompt
-        else:
-            special = asked.add_special_tokens is not False
-            prompt = await text.prompt(asked.prompt or "", add_special_tokens=special)
-        tokens = prompt.tokens.tolist()
+        tokens = (await unless_gone(request, _prompt(text, asked))).tokens.tolist()
         reply = TokenizeResponse(count=len(tokens), max_model_len=text.max_length, tokens=tokens)
         if asked.return_token_strs:
             reply.token_strs = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
         return reply
 
     @routes.post("/detokenize")
-    async def detokenize(asked: DetokenizeRequest) -> DetokenizeResponse:
+    async def detokenize(asked: DetokenizeRequest, request: Request) -> DetokenizeResponse:
         """The text of some tokens, special ones included."""
         serving.model.check_name(asked.model)
         size = text.vocab_size
         wrong = next((token for token in asked.tokens if token >= size), None)
         if wrong is not None:
             raise RequestError(f"token {wrong} is outside the vocabulary [0, {size})", param="tokens")
-        return DetokenizeResponse(prompt=tokenizer.decode(asked.tokens))
+        decoding = text.work.run(current_tenant_or(None), len(asked.tokens), lambda: tokenizer.decode(asked.tokens))
+        return DetokenizeResponse(prompt=await unless_gone(request, decoding))
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:
@@ -60,3 +60,10 @@ def router(serving: Serving) -> APIRouter:
         )
 
     return routes
+
+
+async def _prompt(text: TextEngine, asked: TokenizeRequest) -> Prompt:
+    if asked.messages is not None:
+        return (await conversation_of(text, asked, asked.messages)).prompt
+    special = asked.add_special_tokens is not False
+    return await text.prompt(asked.prompt or "", current_tenant_or(None), add_special_tokens=special)

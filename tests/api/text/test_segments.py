@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.api.text import chat
+from hybrid_cache.api.text import rendered_ends
 from hybrid_cache.api.text.boundaries import limited, prompt_of_tokens
 from hybrid_cache.api.text.chat import ChatEncoder
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
@@ -22,6 +22,9 @@ ROOM = 100_000
 OPENING = "{% if add_generation_prompt %}assistant:{% endif %}"
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + OPENING
 TRIMS = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
+BY_NUMBER = (
+    "{% for i in range(messages | length) %}{{ messages[i].role }}: {{ messages[i].content }}\n{% endfor %}" + OPENING
+)
 FORGETS = "{% for m in messages %}{{ m.content if loop.last else '...' }}|{% endfor %}"
 USER_LAST = "{% if messages[-1].role != 'user' %}{{ raise_exception('user must be last') }}{% endif %}" + PLAIN
 CLOSED = Rendering(add_generation_prompt=False)
@@ -47,7 +50,7 @@ def ends(prompt: Prompt) -> list[int]:
 words = st.text(alphabet="helo w\n😀:<|im_end|>", max_size=12)
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, PLAIN, TRIMS], ids=["chatml", "plain", "trims"])
+@pytest.mark.parametrize("template", [TEMPLATE, PLAIN, TRIMS, BY_NUMBER], ids=["chatml", "plain", "trims", "by-number"])
 @settings(deadline=None)
 @given(st.lists(words, min_size=1, max_size=5), st.lists(words, max_size=4))
 def test_messages_that_follow_do_not_change_the_tokens_before(
@@ -61,7 +64,7 @@ def test_messages_that_follow_do_not_change_the_tokens_before(
     assert ends(short)[-1] == len(short.tokens)
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, PLAIN], ids=["chatml", "plain"])
+@pytest.mark.parametrize("template", [TEMPLATE, PLAIN, BY_NUMBER], ids=["chatml", "plain", "by-number"])
 @settings(deadline=None)
 @given(st.lists(words, min_size=1, max_size=5).filter(lambda c: len(c) % 2 == 1), words, st.lists(words, max_size=2))
 def test_the_opening_of_an_answer_keeps_its_tokens_when_the_answer_is_a_message(
@@ -126,9 +129,11 @@ def test_a_message_that_the_template_changes_later_is_no_boundary(text: TextMode
     assert ends(prompt) == [len(prompt.tokens)]
 
 
-def test_prefixes_that_the_template_refuses_are_left_out(text: TextModel) -> None:
+def test_prefixes_that_the_template_refuses_have_ends_all_the_same(text: TextModel) -> None:
     prompt = encoder_for(text, USER_LAST).encode(said("hello", "w", "hello"), Rendering(), ROOM)
-    assert len(prompt.boundaries) == 2
+    assert (
+        prompt.boundaries == encoder_for(text, PLAIN).encode(said("hello", "w", "hello"), Rendering(), ROOM).boundaries
+    )
 
 
 def test_what_the_template_refuses_is_the_clients_fault(text: TextModel) -> None:
@@ -185,16 +190,16 @@ def test_too_many_tokens_are_refused_with_both_numbers(text: TextModel) -> None:
         encoder.encode(said("hello" * 50), Rendering(), 20)
 
 
-def test_long_conversations_are_split_sparsely_and_still_stably(
+def test_long_conversations_are_split_sparsely_where_each_end_takes_a_rendering(
     text: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "DENSE_MESSAGES", 4)
-    monkeypatch.setattr(chat, "SPARSE", 3)
-    encoder = encoder_for(text, PLAIN)
-    prompt = encoder.encode(said(*["hello"] * 10), Rendering(), ROOM)
-    assert len(prompt.boundaries) == 6  # after 1 2 3 4, 6, 9
+    monkeypatch.setattr(rendered_ends, "DENSE_MESSAGES", 4)
+    monkeypatch.setattr(rendered_ends, "SPARSE", 3)
+    encoder = encoder_for(text, BY_NUMBER)
+    prompt = encoder.encode(said(*["hello"] * 11), Rendering(), ROOM)
+    assert len(prompt.boundaries) == 7  # after 1 2 3 4, 6, 9, and the last
     longer = encoder.encode(said(*["hello"] * 12), Rendering(), ROOM)
-    assert longer.boundaries[:6] == prompt.boundaries
+    assert longer.boundaries[:6] == prompt.boundaries[:6]
 
 
 def test_at_most_64_boundaries_are_kept_marked_ones_first() -> None:

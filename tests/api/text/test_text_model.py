@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_cache.api.text import template
+from hybrid_cache.api.text import sandbox
 from hybrid_cache.api.text.template import MAX_RENDERED, ChatTemplate, Clock
-from hybrid_cache.api.text.tokenizer import LONG_TEXT, TextModel
+from hybrid_cache.api.text.text_work import LONG_TEXT
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
 from tests.api.servers import BOS, IM_END, TEMPLATE
 
@@ -21,7 +22,7 @@ def folder(sum_folder: Path, tmp_path: Path) -> Path:
 
 def render(source: str, content: str = "Hi", **variables: object) -> str:
     template = ChatTemplate(source, {"eos_token": "<|im_end|>"})
-    return template.render([{"role": "user", "content": content}], variables, Clock())
+    return template.render([{"role": "user", "content": content}], variables, Clock()).text
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_a_template_can_neither_look_around_nor_change_anything(source: str) -> 
     ids=["loops", "skipping", "macros", "calls"],
 )
 def test_a_template_that_works_on_without_a_word_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "MAX_SECONDS", 0.02)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.02)
     with pytest.raises(RequestError, match=r"takes more than 0\.02 s"):
         render(source)
 
