@@ -12,7 +12,8 @@ HybridCacheError
 ├── OwnershipError             our own bug: rows or states would be written or read that belong to another owner
 ├── PublishedBytesChanged      the same, found by a checking mode after the fact
 ├── RequestFailed              an error of ours that ended one request
-├── Overloaded                 the queue is full, try again later
+├── Overloaded                 the server is full, try again later
+│   └── OverShare              it is full for one tenant, who takes more than others could
 └── EngineStopped              the engine is draining or has failed
 
 No room in the cache is not an error: `Books.acquire` returns `None` and the scheduler waits.
@@ -81,7 +82,11 @@ class PublishedBytesChanged(HybridCacheError):
 
 
 class Overloaded(HybridCacheError):
-    """The waiting queue is full."""
+    """There is no room for more requests; try again later."""
+
+
+class OverShare(Overloaded):
+    """There is no room for more requests of one tenant, who takes its share already."""
 
 
 class RequestFailed(HybridCacheError):

@@ -69,6 +69,13 @@ def serve(
         bool,
         typer.Option("--shared-cache", help="All API keys share one cache; else each has its own."),
     ] = False,
+    special_tokens_in_content: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens-in-content",
+            help="Special tokens that clients write into messages act as such; else they are text.",
+        ),
+    ] = False,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
     ] = None,
@@ -130,6 +137,7 @@ def serve(
             served_names=tuple(served_model_name or ()),
             api_keys=read_api_keys(api_key_file) if api_key_file else (),
             shared_cache=shared_cache,
+            special_tokens_in_content=special_tokens_in_content,
             max_body_bytes=parse_bytes(max_body),
             vllm_metrics=vllm_metrics,
             drain_timeout_s=drain_timeout,

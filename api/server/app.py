@@ -6,7 +6,9 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from hybrid_cache import __version__
+from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
+from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, RequestIds
 from hybrid_cache.api.server.routes import chat, completions, server, tokens
 from hybrid_cache.api.server.serving import new_serving
@@ -31,7 +33,9 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
         app.include_router(routes.router(serving))
     install_error_handlers(app)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    max_values = max(MAX_VALUES, 2 * engine.model.max_length)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, max_values=max_values)
+    app.add_middleware(Admission, gate=serving.gate)
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=settings.api_keys, shared=settings.shared_cache)
     app.add_middleware(RequestIds)

@@ -11,7 +11,15 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from hybrid_cache.errors import EngineStopped, HybridCacheError, MessageGone, Overloaded, RequestError, UnknownMessage
+from hybrid_cache.errors import (
+    EngineStopped,
+    HybridCacheError,
+    MessageGone,
+    Overloaded,
+    OverShare,
+    RequestError,
+    UnknownMessage,
+)
 
 RETRY_AFTER_S = 1
 MAX_MESSAGE = 600  # characters of an error message; more is cut
@@ -74,6 +82,8 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(409, str(error), "invalid_request_error", error.param, error.code)
         case RequestError():
             return Problem(400, str(error), "invalid_request_error", error.param, error.code)
+        case OverShare():
+            return Problem(429, str(error), "rate_limit_error", code="rate_limit_exceeded", retry=True)
         case Overloaded():
             return Problem(503, str(error), "server_overloaded", code="server_overloaded", retry=True)
         case EngineStopped():
@@ -93,6 +103,11 @@ def unauthorized() -> Problem:
 
 def body_too_large(limit: int) -> Problem:
     return Problem(413, f"The request body is larger than the limit of {limit} bytes.", code="request_too_large")
+
+
+def too_many_values(limit: int) -> Problem:
+    message = f"The request body has more than {limit} commas and brackets: more values than are read."
+    return Problem(413, message, code="request_too_large")
 
 
 def printable(text: str) -> str:

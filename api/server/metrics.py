@@ -14,8 +14,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from hybrid_cache import __version__
+from hybrid_cache.api.server.gate import Gate
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.records import RequestRecord
+from hybrid_cache.api.text.text_work import TextWork
 from hybrid_cache.stats import CacheStats, EngineStats
 
 PREFIX = "hybrid_cache_"
@@ -56,6 +58,10 @@ class Metrics:
             self._registry.register(_Scrape(engine, lambda stats: _vllm_families(stats, labels)))
             self._instruments.append(_vllm_instruments(self._registry, labels))
 
+    def also(self, families: Callable[[], Iterator[Metric]]) -> None:
+        """Adds what another part of the server counts, read at each scrape."""
+        self._registry.register(_Families(families))
+
     def observe(self, record: RequestRecord) -> None:
         """Counts a request that has ended; callable from any thread."""
         for instruments in self._instruments:
@@ -75,6 +81,16 @@ class _Scrape(Collector):
 
     def collect(self) -> Iterator[Metric]:
         return self._families(self._engine.stats())
+
+
+class _Families(Collector):
+    """Calls a function for each scrape."""
+
+    def __init__(self, families: Callable[[], Iterator[Metric]]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        return self._families()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +200,15 @@ def _cache_families(cache: CacheStats) -> Iterator[Metric]:
     yield _by_kind(CounterMetricFamily, "declines", "States not kept.", cache.declines)
     yield _by_kind(CounterMetricFamily, "evictions", "States and pages that went.", cache.evictions)
     yield _counter("compactions", "Times that small items were moved to make room for a large one.", cache.compactions)
+
+
+def gate_families(gate: Gate, work: TextWork) -> Iterator[Metric]:
+    """What requests take of the server before and beside the engine."""
+    refused = {"over_share": gate.num_over_share, "overloaded": gate.num_overloaded}
+    yield _gauge("requests_open", "Prompts of requests that have come and are not answered.", gate.requests.total)
+    yield _gauge("request_body_bytes", "Bytes of the bodies of these.", gate.bytes.total)
+    yield _by_kind(CounterMetricFamily, "requests_refused", "Requests for which there was no room.", refused)
+    yield _gauge("texts_waiting", "Long texts that wait to be tokenised.", work.num_waiting)
 
 
 def _vllm_families(stats: EngineStats, labels: Mapping[str, str]) -> Iterator[Metric]:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid_cache.api.server.errors import body_too_large, problem_of, unauthorized
+from hybrid_cache.api.server.bodies import values_in
+from hybrid_cache.api.server.errors import body_too_large, problem_of, too_many_values, unauthorized
+from hybrid_cache.api.server.gate import current_visit
 from hybrid_cache.api.server.tenants import current_tenant, shared_cache, tenant_of
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # no key needed
@@ -46,7 +48,7 @@ class RequestIds:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
             problem = problem_of(error)
-            if problem.status >= 500:
+            if problem.status == 500:
                 logger.exception("request %s failed", request_id)
             if started:
                 raise
@@ -89,18 +91,24 @@ class ApiKeys:
 class BodyLimit:
     """Reads the body of a request, whatever its framing, and answers 413 when it is too large."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, max_values: int) -> None:
+        """limit: bytes   max_values: JSON values"""
         self._app = app
         self._limit = limit
+        self._max_values = max_values
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        visit = current_visit.get()
         messages: list[Message] = []
-        size = 0
+        size = num_values = 0
         while not messages or messages[-1].get("more_body", False):
             message = await receive()
             size += len(message.get("body", b""))
+            num_values += values_in(message.get("body", b""))
+            if visit is not None and message.get("body"):
+                visit.add_bytes(len(message["body"]))
             if size > self._limit:
                 messages.clear()
             messages.append(message)
@@ -108,6 +116,8 @@ class BodyLimit:
                 break
         if size > self._limit:
             return await body_too_large(self._limit).response()(scope, receive, send)
+        if num_values > self._max_values:
+            return await too_many_values(self._max_values).response()(scope, receive, send)
         messages.reverse()
 
         async def replay() -> Message:

@@ -38,6 +38,7 @@ class ServeOptions:
     served_names: tuple[str, ...]  # empty: the folder's name
     api_keys: tuple[str, ...]
     shared_cache: bool
+    special_tokens_in_content: bool
     max_body_bytes: int
     vllm_metrics: bool
     drain_timeout_s: float
@@ -52,6 +53,7 @@ class ServeOptions:
             fallbacks=getattr(loaded.ops, "reasons", {}),
             api_keys=self.api_keys,
             shared_cache=self.shared_cache,
+            special_tokens_in_content=self.special_tokens_in_content,
             max_body_bytes=self.max_body_bytes,
             vllm_metrics=self.vllm_metrics,
             drain_timeout_s=self.drain_timeout_s,

@@ -1,11 +1,12 @@
 """What the routes share: a model that is talked to in text, and facts about it and its server."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hybrid_cache import __version__
 from hybrid_cache.api.server.errors import ModelNotFound, quoted
-from hybrid_cache.api.server.metrics import Metrics
+from hybrid_cache.api.server.gate import MOST_BODIES, Gate, current_visit
+from hybrid_cache.api.server.metrics import Metrics, gate_families
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import GenerationSpec
@@ -43,19 +44,28 @@ class Serving:
     model: ServedModel
     metrics: Metrics
     book: MessageBook  # messages that requests may refer to
+    gate: Gate
 
-    async def answer(self, specs: Iterable[GenerationSpec]) -> Answer:
+    async def answer(self, specs: Sequence[GenerationSpec]) -> Answer:
         """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped."""
+        visit = current_visit.get()
+        if visit is not None:
+            visit.add_requests(len(specs) - visit.num_requests)
         return await Answer.to(self.text, specs, self.metrics.observe)
 
 
 def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> Serving:
+    gate = Gate(engine.max_requests, MOST_BODIES * settings.max_body_bytes, by_tenant=len(settings.api_keys) > 1)
+    text_engine = TextEngine.of(engine, text, special_tokens_in_content=settings.special_tokens_in_content)
+    metrics = Metrics(engine, settings)
+    metrics.also(lambda: gate_families(gate, text_engine.work))
     return Serving(
-        text=TextEngine.of(engine, text),
+        text=text_engine,
         settings=settings,
         model=_served_model(engine, settings),
-        metrics=Metrics(engine, settings),
+        metrics=metrics,
         book=MessageBook(),
+        gate=gate,
     )
 
 

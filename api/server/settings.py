@@ -19,6 +19,7 @@ class ServerSettings:
     fallbacks: Mapping[str, str] = field(default_factory=dict)  # operations the backend leaves to torch, and why
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     shared_cache: bool = False  # all API keys share one cache
+    special_tokens_in_content: bool = False  # what clients write may hold special tokens
     max_body_bytes: int = 10 * 2**20
     vllm_metrics: bool = False
     drain_timeout_s: float = 30.0

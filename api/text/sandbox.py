@@ -8,7 +8,8 @@ and give, and values are bounded in size when they are made, with all that is in
 import json
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
+from string import Formatter
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context
@@ -21,9 +22,9 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from hybrid_cache.api.text.marks import LOOP, MARKS
-from hybrid_cache.errors import RequestError
 
 MAX_RENDERED = 16 * 2**20  # characters; a template loops over what a client sent
+MAX_ITEMS = 1 << 18  # of a list, with what is in them
 MAX_MADE = 8 * MAX_RENDERED  # characters and items of all values that one rendering makes
 MAX_SECONDS = 5.0  # of processor time for one rendering
 MAX_BITS = 4096  # of a whole number
@@ -47,7 +48,12 @@ METHODS = frozenset(
         rsplit rstrip split splitlines startswith strip swapcase title upper values""",
     )
 )
-_FORMAT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d+)?(?:\.(\*|\d+))?|\{[^{}]*:[^{}]*?(\d+)")
+TOO_LARGE = MAX_RENDERED + 1
+_FORMAT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d+)?(?:\.(\*|\d+))?")
+
+
+class TooMuch(TemplateError):
+    """A template takes more than it may."""
 
 
 class Allowance:
@@ -62,20 +68,18 @@ class Allowance:
         self.loops: list[int | None] = []  # for each mark of a loop the message that it begins with, None at an end
 
     def look(self) -> None:
-        """Raises RequestError when the time is used up."""
+        """Raises TooMuch when the time is used up."""
         self._look()
         if time.thread_time() > self._deadline:
-            raise RequestError(
-                f"the chat template takes more than {MAX_SECONDS:g} s for these messages", param="messages"
-            )
+            raise TooMuch(f"it takes more than {MAX_SECONDS:g} s")
 
     def make(self, size: int) -> None:
-        """A value of this size is made. Raises TemplateError if it is too large, or one too many."""
+        """A value of this size is made. Raises TooMuch if it is too large, or one too many."""
         self._left -= size
         if size > MAX_RENDERED:
-            raise TemplateError(f"a value of size {size}, at most {MAX_RENDERED}")
+            raise TooMuch(f"a value of size {size}, at most {MAX_RENDERED}")
         if self._left < 0:
-            raise TemplateError(f"values of more than {MAX_MADE} characters in all")
+            raise TooMuch(f"values of more than {MAX_MADE} characters in all")
         if size > 1 << 16:
             self.look()
 
@@ -122,7 +126,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "*":
             values, times = (right, left) if isinstance(left, int) else (left, right)
             if isinstance(times, int) and isinstance(values, Sized):
-                allowance.make(_size(values) * max(times, 0))
+                size = _size(values) * max(times, 0)
+                allowance.make(size if isinstance(values, str) else _size_of_items(size))
             elif isinstance(left, int) and isinstance(right, int):
                 _check_bits(left.bit_length() + right.bit_length())
         elif isinstance(left, Sized) and isinstance(right, Sized):
@@ -272,10 +277,22 @@ def _counted(filter_: Callable[..., Any]) -> Callable[..., Any]:
         allowance.make(_size(value))
         first = () if passed is None else ((context, context.eval_ctx, context.environment)[passed],)
         result = filter_(*first, value, *args, **kwargs)
+        if isinstance(result, Iterator):
+            return _watched(allowance, result)
         allowance.make(_size(result))
         return result
 
     return counted
+
+
+def _watched(allowance: Allowance, items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, of which none is made before it is wanted."""
+    for number, item in enumerate(items):
+        if number % 256 == 0:
+            allowance.look()
+        if number > MAX_ITEMS:
+            raise TooMuch(f"more than {MAX_ITEMS} items")
+        yield item
 
 
 @pass_context
@@ -319,43 +336,59 @@ def _check_call(allowance: Allowance, owner: Any, name: str, args: Sequence[Any]
     elif name == "join" and args and isinstance(args[0], Sequence):
         size = _size(args[0]) + size * len(args[0])
     elif name == "format":
-        _check_format(owner)
+        for _, _, spec, _ in Formatter().parse(owner):
+            for width in re.findall(r"\d+|{", spec or ""):
+                _check_width(_width(width))
         size += _size(args)
     allowance.make(size)
 
 
 def _size(value: object) -> int:
-    """Characters and items in a value and in all that it holds, as often as it holds them; stops counting after
-    `MAX_RENDERED`.
+    """Characters and items in a value and in all that it holds, as often as it holds them. Those of too many items
+    are not counted, but too large.
     """
-    size, stack = 0, [value]
-    while stack and size <= MAX_RENDERED:
+    if isinstance(value, str):
+        return len(value)
+    size, num_items, stack = 0, 0, [value]
+    while stack:
         item = stack.pop()
+        num_items += 1
+        if num_items + len(stack) > MAX_ITEMS:
+            return TOO_LARGE
         if isinstance(item, Namespace):
             item = getattr(item, "_Namespace__attrs")  # noqa: B009
         size += len(item) if isinstance(item, str | Collection) else 1
         if isinstance(item, Mapping):
             stack += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple) and size <= MAX_RENDERED:
-            stack += item
+        elif isinstance(item, list | tuple):
+            stack += item[: MAX_ITEMS + 1]
     return size
+
+
+def _size_of_items(num_items: int) -> int:
+    return num_items if num_items <= MAX_ITEMS else TOO_LARGE
 
 
 def _check_format(form: str) -> None:
     for found in _FORMAT.finditer(form):
         for width in filter(None, found.groups()):
-            _check_width(int(width) if width.isdigit() and len(width) < 10 else MAX_WIDTH + 1)
+            _check_width(_width(width))
+
+
+def _width(text: str) -> int:
+    """One that is filled in later may be anything."""
+    return int(text) if text.isdigit() and len(text) < 10 else MAX_WIDTH + 1
 
 
 def _check_width(width: int) -> int:
     if width > MAX_WIDTH:
-        raise TemplateError(f"a width of {width}, at most {MAX_WIDTH}")
+        raise TooMuch(f"a width of {width}, at most {MAX_WIDTH}")
     return width
 
 
 def _check_bits(bits: int) -> None:
     if bits > MAX_BITS:
-        raise TemplateError(f"a number of {bits} bits, at most {MAX_BITS}")
+        raise TooMuch(f"a number of {bits} bits, at most {MAX_BITS}")
 
 
 class _GenerationBlock(Extension):

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from jinja2 import TemplateError
 
 from hybrid_cache.api.text.marks import read_marks
-from hybrid_cache.api.text.sandbox import ALLOWANCE, MAX_RENDERED, Allowance, Sandbox
+from hybrid_cache.api.text.sandbox import ALLOWANCE, MAX_RENDERED, Allowance, Sandbox, TooMuch
 from hybrid_cache.api.text.text_work import still_wanted
 from hybrid_cache.errors import ModelError, RequestError
 
@@ -20,6 +20,10 @@ RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_excep
 _TALK: list[Message] = [
     {"role": role, "content": f"{role[0]}{i}"} for i, role in enumerate(("system", *("user", "assistant") * 2, "user"))
 ]
+
+
+class TooCostly(RequestError):
+    """A conversation that a template takes too long to render, or too much memory."""
 
 
 class Clock:
@@ -54,7 +58,7 @@ class ChatTemplate:
     """A compiled template, in a sandbox."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises ModelError for a template that does not compile."""
+        """Raises ModelError for a template that does not compile, or that takes too much for a few words."""
         try:
             self._template = Sandbox().from_string(source)
         except (TemplateError, RecursionError, SyntaxError, MemoryError) as e:  # the last two: nested too deeply
@@ -62,9 +66,12 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self.source = source
         self.name = blake2b(source.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        self.takes_argument_text = self._shows_argument_text()
-        # Whether `Rendered.end_of` is where the rendering of so many messages ends, beyond a first system message.
-        self.shows_ends = all(self._shows_ends_of(talk) for talk in (_TALK[1:2], _TALK[1:4], _TALK[1:], _TALK))
+        try:
+            self.takes_argument_text = self._shows_argument_text()
+            # Whether `Rendered.end_of` is where the rendering of so many messages ends, beyond a first system message.
+            self.shows_ends = all(self._shows_ends_of(talk) for talk in (_TALK[1:2], _TALK[1:4], _TALK[1:], _TALK))
+        except TooCostly as e:
+            raise ModelError(str(e)) from e
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, object], clock: Clock) -> Rendered:
         """The text of a conversation. Raises RequestError for what the template refuses, for too much text or work.
@@ -79,10 +86,12 @@ class ChatTemplate:
             for part in self._template.generate({**context, ALLOWANCE: allowance}):
                 length += len(part)
                 if length > MAX_RENDERED:
-                    raise RequestError(f"the rendered messages have more than {MAX_RENDERED} characters")
+                    raise TooMuch(f"more than {MAX_RENDERED} characters")
                 parts.append(part)
         except RequestError:
             raise
+        except TooMuch as e:
+            raise TooCostly(f"the chat template takes too much for these messages: {e}", param="messages") from e
         except Exception as e:  # whatever a template can raise, it raises because of these messages
             raise RequestError(f"the chat template cannot render these messages: {e}", param="messages") from e
         return _rendered("".join(parts), allowance.loops)
@@ -111,6 +120,8 @@ class ChatTemplate:
     def _tried(self, messages: Sequence[Message], *, opening: bool) -> Rendered | None:
         try:
             return self.render(messages, {"tools": None, "add_generation_prompt": opening}, Clock())
+        except TooCostly:
+            raise
         except RequestError:
             return None
 

@@ -101,6 +101,11 @@ class AsyncEngine:
         return self._engine.longest_sequence
 
     @property
+    def max_requests(self) -> int:
+        """How many may wait or run at once."""
+        return self._config.max_running + self._config.max_waiting
+
+    @property
     def fallbacks(self) -> dict[str, str]:
         """What runs in a slower way than it could on this device, and why."""
         return self._engine.fallbacks

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.common import ttl_seconds
 from hybrid_cache.api.server.schemas.messages import ChatMessage, ContentPart, ToolCall
@@ -23,7 +24,7 @@ async def conversation_of(
     rendering = _rendering(asked)
     as_text = text.chat.takes_argument_text(rendering)
     tenant = current_tenant_or(asked.cache_salt if isinstance(asked, ChatRequest) else None)
-    return await text.conversation([_message(m, as_text) for m in sent], rendering, tenant)
+    return await text.conversation([_message(m, as_text) for m in sent], rendering, tenant, body_size())
 
 
 def _rendering(asked: ChatRequest | TokenizeRequest) -> Rendering:

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from hybrid_cache.api.server.bodies import JsonRoute
 from hybrid_cache.api.server.openai.chat_reply import ChatReply
 from hybrid_cache.api.server.openai.choreography import Arranged, arranged_prompt, is_arranged
 from hybrid_cache.api.server.openai.messages import conversation_of
@@ -20,7 +21,7 @@ from hybrid_cache.tokens import Prompt
 
 def router(serving: Serving) -> APIRouter:
     """The route, bound to what it serves."""
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
     @routes.post("/v1/chat/completions", response_model=ChatResponse, responses={**ERRORS, **EVENTS})
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from hybrid_cache.api.server.bodies import JsonRoute
 from hybrid_cache.api.server.openai.completion_reply import CompletionReply
 from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, spec_of
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS
@@ -20,7 +21,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 def router(serving: Serving) -> APIRouter:
     """The route, bound to what it serves."""
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
     @routes.post("/v1/completions", response_model=CompletionResponse, responses={**ERRORS, **EVENTS})
     async def completions(asked: CompletionRequest, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Request
 
+from hybrid_cache.api.server.bodies import JsonRoute
 from hybrid_cache.api.server.openai.messages import conversation_of
 from hybrid_cache.api.server.openapi import ERRORS
 from hybrid_cache.api.server.responses import unless_gone
@@ -21,7 +22,7 @@ from hybrid_cache.tokens import Prompt
 
 def router(serving: Serving) -> APIRouter:
     """The routes, bound to the tokenizer of the server. /detokenize raises RequestError for unknown ids."""
-    routes = APIRouter(tags=["Tokens"], responses=ERRORS)
+    routes = APIRouter(route_class=JsonRoute, tags=["Tokens"], responses=ERRORS)
     text, tokenizer = serving.text, serving.text.tokenizer
 
     @routes.post("/tokenize", response_model_exclude_unset=True)

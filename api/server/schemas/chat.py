@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport
 from hybrid_cache.api.server.schemas.common import MAX_TOP_LOGPROBS, Count, GenerationRequest, Request, Response, Usage
-from hybrid_cache.api.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool, check_one_of_them
+from hybrid_cache.api.server.schemas.messages import ChatMessages, Tools, check_one_of_them
 from hybrid_cache.errors import RequestError
 
 
@@ -26,12 +26,12 @@ class ResponseFormat(Request):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: ChatMessages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None

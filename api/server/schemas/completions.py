@@ -1,6 +1,6 @@
 """The JSON of text completions."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
@@ -48,11 +48,11 @@ def _prompts(value: object) -> list[TextOrTokens]:
     return prompts
 
 
-def _token_list(value: list[object]) -> list[int]:
-    wrong = next((item for item in value if not _is_token(item)), None)
-    if wrong is not None or None in value:
-        raise ValueError(f"{quoted(wrong)} is not a token id in [0, {MAX_INT}]")
-    return [item for item in value if isinstance(item, int)]
+def _token_list(value: list[Any]) -> list[int]:
+    if set(map(type, value)) <= {int} and (not value or 0 <= min(value) <= max(value) <= MAX_INT):
+        return value
+    wrong = next(item for item in value if not _is_token(item))
+    raise ValueError(f"{quoted(wrong)} is not a token id in [0, {MAX_INT}]")
 
 
 _TOKENS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_INT}}

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.common import CacheBreakpoint, Request, check_utf8
@@ -11,6 +11,7 @@ from hybrid_cache.errors import RequestError
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096  # content parts of one message
 MAX_TOOLS = 128
+MAX_ITEMS = 1 << 14  # content parts and tool calls of all messages together
 MAX_REF = 64
 
 
@@ -81,7 +82,7 @@ class ChatMessage(Request):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     ref: Annotated[str, Field(min_length=1, max_length=MAX_REF)] | None = None
@@ -104,6 +105,24 @@ class ChatMessage(Request):
         return self
 
 
+def _few_items(messages: object) -> object:
+    """Bounds what is looked at one by one."""
+    if isinstance(messages, list):
+        fields = [message.get(name) for message in messages if isinstance(message, dict) for name in _LISTS]
+        num_items = sum(len(field) for field in fields if isinstance(field, list))
+        if num_items > MAX_ITEMS:
+            raise ValueError(f"{num_items} content parts and tool calls, at most {MAX_ITEMS} are allowed")
+    return messages
+
+
+_LISTS = ("content", "tool_calls")
+ChatMessages = Annotated[
+    list[ChatMessage],
+    Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES),
+    BeforeValidator(_few_items, json_schema_input_type=list[ChatMessage]),
+]
+
+
 class FunctionDefinition(Request):
     model_config = ConfigDict(extra="allow", strict=True)
     name: Annotated[str, Field(min_length=1, max_length=256)]
@@ -113,6 +132,9 @@ class Tool(Request):
     model_config = ConfigDict(extra="allow", strict=True)
     type: Literal["function"]
     function: FunctionDefinition
+
+
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
 
 
 def check_one_of_them(continues: bool | None, opens: bool | None) -> None:

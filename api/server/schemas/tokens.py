@@ -5,10 +5,10 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from hybrid_cache.api.server.schemas.common import Request, Response, TokenId
-from hybrid_cache.api.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool, check_one_of_them
+from hybrid_cache.api.server.schemas.messages import ChatMessages, Tools, check_one_of_them
 from hybrid_cache.errors import RequestError
 
-MAX_DETOKENIZED = 2**20  # tokens of one /detokenize request
+MAX_DETOKENIZED = 2**18  # tokens of one /detokenize request
 
 
 class TokenizeRequest(Request):
@@ -16,8 +16,8 @@ class TokenizeRequest(Request):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: ChatMessages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -36,7 +36,7 @@ class DetokenizeRequest(Request):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_DETOKENIZED)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_DETOKENIZED)]
 
 
 class TokenizeResponse(Response):

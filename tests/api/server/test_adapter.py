@@ -52,7 +52,7 @@ def test_a_loaded_model_and_what_is_served_are_named_after_the_adapter(adapter: 
     assert (base.name, base.adapter) == ("embedded", None)
     assert (loaded.name, loaded.adapter) == ("embedded+quiet", "quiet")
     assert loaded.model.fingerprint != base.model.fingerprint
-    options = ServeOptions(LoadOptions(), SimpleNamespace(), "", 0, (), (), False, 1, False, 1.0)  # type: ignore[arg-type]
+    options = ServeOptions(LoadOptions(), SimpleNamespace(), "", 0, (), (), False, False, 1, False, 1.0)  # type: ignore[arg-type]
     settings = options.settings(loaded, [])
     assert (settings.served_names, settings.adapter) == (("embedded+quiet",), "quiet")
 

@@ -1,11 +1,13 @@
 """Whatever a client sends, it gets an error in OpenAI's form that names the value and the bound; the server goes on."""
 
 import json
+import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
+from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.engine.async_engine import AsyncEngine
 from tests.api.servers import TEXT, script_prompt
 
@@ -82,7 +84,6 @@ CHAT_CASES: dict[str, tuple[dict[str, object], str, tuple[str, ...]]] = {
         ("'99h'", "24h"),
     ),
     "cache_salt": ({"messages": HI, "cache_salt": "x" * 1025}, "cache_salt", ("1024",)),
-    "a lone surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", ("UTF-8",)),
     "too long": (
         {"messages": [{"role": "user", "content": "x" * 5000}]},
         "messages",
@@ -149,6 +150,9 @@ RAW_CASES = {
     "null": b"null",
     "invalid UTF-8": b'{"prompt": "\xff\xfe"}',
     "invalid UTF-8 anywhere": b'\xff{"prompt": "x"}',
+    "a lone surrogate": b'{"messages": [{"role": "user", "content": "\\ud800"}], "prompt": "\\udfff", "tokens": []}',
+    "a lone surrogate in a key": b'{"messages": [], "prompt": "x", "tokens": [], "\\ud800": 1}',
+    "UTF-16": '{"messages": [], "prompt": "x", "tokens": []}'.encode("utf-16"),
     "NaN": b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "temperature": NaN}',
     "Infinity": b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "temperature": -Infinity}',
     "overflow": b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "temperature": 1e999}',
@@ -203,6 +207,40 @@ def test_a_long_text_just_below_the_limit_is_too_many_tokens(client: httpx.Clien
         (CHAT, {"messages": [{"role": "user", "content": "x " * 5_000_000}]}),
     ):
         assert error_of(client.post(path, json=asked))["code"] == "context_length_exceeded"
+
+
+def test_a_place_in_the_body_is_told(client: httpx.Client) -> None:
+    reply = client.post(TEXTS, content=b'{"prompt":\n  tru}', headers={"Content-Type": "application/json"})
+    assert "at character 16" in error_of(reply)["message"]
+
+
+def test_a_byte_order_mark_is_let_pass(client: httpx.Client) -> None:
+    body = b'\xef\xbb\xbf{"prompt": "x", "max_tokens": 1}'
+    assert client.post(TEXTS, content=body, headers={"Content-Type": "application/json"}).status_code == 200
+
+
+BOMBS: dict[str, tuple[str, dict[str, object]]] = {
+    "wrong tokens": ("/detokenize", {"tokens": [""] * 2**18}),
+    "wrong calls": (CHAT, {"messages": [{"role": "assistant", "tool_calls": [0] * 60}] * 4096}),
+    "empty calls": (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{}] * 20}] * 4096}),
+    "parts": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 16}] * 4096}),
+    "tokens": (TEXTS, {"prompt": [0] * 2**18}),
+    "wrong prompts": (TEXTS, {"prompt": [[0] * 2000] * 127 + [["x"]]}),
+    "unknown fields": (CHAT, {f"f{i}": i for i in range(2**17)}),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_large_wrong_body_is_refused_at_its_first_fault(client: httpx.Client, name: str) -> None:
+    path, asked = BOMBS[name]
+    started_s = time.process_time()  # client and server are one process
+    error_of(client.post(path, json=asked))
+    assert time.process_time() - started_s < 2  # it took 8 seconds when all faults were listed
+
+
+def test_a_body_of_too_many_values_is_413(client: httpx.Client) -> None:
+    for path, asked in (("/detokenize", {"tokens": [0] * (MAX_VALUES + 9)}), (TEXTS, {"prompt": [[]] * MAX_VALUES})):
+        assert str(MAX_VALUES) in error_of(client.post(path, json=asked), 413)["message"]
 
 
 def test_unknown_models_routes_and_methods(client: httpx.Client) -> None:

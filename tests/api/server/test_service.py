@@ -100,7 +100,7 @@ def test_a_full_queue_is_503_with_retry_after_and_recovers(sum_text: TextModel) 
                 assert reply.status_code == 503
                 assert reply.headers["retry-after"] == "1"
                 assert reply.json()["error"]["code"] == "server_overloaded"
-                assert "limit 1" in reply.json()["error"]["message"]
+                assert "limit 2" in reply.json()["error"]["message"]
             model.gate.set()
             assert [(await task).status_code for task in (first, second)] == [200, 200]
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_long_text_has_the_same_tokens(sum_text: TextModel) -> None:
     ],
 )
 def test_a_template_can_neither_look_around_nor_change_anything(source: str) -> None:
-    with pytest.raises(RequestError, match="chat template"):
+    with pytest.raises((ModelError, RequestError), match="chat template"):
         render(source)
 
 
@@ -139,7 +140,7 @@ def test_a_template_can_neither_look_around_nor_change_anything(source: str) -> 
 )
 def test_a_template_that_works_on_without_a_word_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.02)
-    with pytest.raises(RequestError, match=r"takes more than 0\.02 s"):
+    with pytest.raises((ModelError, RequestError), match=r"takes more than 0\.02 s"):
         render(source)
 
 
@@ -156,7 +157,7 @@ def test_a_template_that_works_on_without_a_word_is_stopped(source: str, monkeyp
     ],
 )
 def test_a_value_in_a_template_cannot_fill_the_memory(source: str) -> None:
-    with pytest.raises(RequestError, match=r"a value of size \d+|a number of \d+ bits"):
+    with pytest.raises((ModelError, RequestError), match=r"a value of size \d+|a number of \d+ bits"):
         render(source)
 
 
@@ -173,7 +174,7 @@ def test_watched_loops_and_joins_mean_what_they_meant() -> None:
 def test_a_template_that_fails_at_once_does_not_keep_the_model_from_loading(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
     refuses = TextModel.load(folder).chat_templates["default"]
-    with pytest.raises(RequestError, match="never"):
+    with pytest.raises((ModelError, RequestError), match="never"):
         refuses.render([{"role": "user", "content": "Hi"}], {}, Clock())
 
 
@@ -234,7 +235,7 @@ def test_a_special_token_that_the_vocabulary_lacks_is_refused(folder: Path, file
 
 
 def test_a_template_cannot_grow_without_bound() -> None:
-    with pytest.raises(RequestError, match=str(MAX_RENDERED)):
+    with pytest.raises((ModelError, RequestError), match=str(MAX_RENDERED)):
         render("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}", "x" * 1000)
 
 
@@ -250,3 +251,70 @@ def test_arguments_of_tool_calls_go_as_the_template_wants_them() -> None:
     assert not ChatTemplate(TEMPLATE, {}).takes_argument_text  # it would quote a text
     shows = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
     assert ChatTemplate(shows, {}).takes_argument_text
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '%900000000d' % 1 }}",
+        "{{ '%.900000000f' % 1.5 }}",
+        "{{ '%*d' % (900000000, 1) }}",
+        "{{ '%900000000s' | format('x') }}",
+        "{{ '{:>900000000}'.format('x') }}",
+        "{{ '{0:{1}}'.format('x', 900000000) }}",
+        "{{ 'x'.ljust(900000000) }}",
+        "{{ 'x' | attr('ljust') }}{{ ('x' | attr('ljust'))(900000000) }}",
+        "{{ 'x\ny' | indent(900000000) }}",
+        "{{ messages | tojson(indent=900000000) }}",
+        "{{ 'x'.replace('', 'y' * 10000000).replace('y', 'z' * 1000) }}",
+        "{{ ('x' * 4000) | replace('x', 'y' * 16000000) }}",
+        "{{ (['x' * 10000000] * 1000) | join }}",
+        "{{ ('x' * 16000000) | map('replace', 'x', 'yyyyyyyy') | list }}",
+        "{% set ns = namespace(a=['x']) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}",
+        "{% set ns = namespace(a=1) %}{% for i in range(60) %}{% set ns.a = (ns.a, ns.a) %}{% endfor %}{{ {ns.a: 1} }}",
+        "{% set ns = namespace(a=1) %}{% for i in range(60) %}{% set ns.a = dict(x=ns.a, y=ns.a) %}{% endfor %}",
+        "{% set ns = namespace(a=1) %}{% for i in range(60) %}{% set ns.a = namespace(x=ns.a, y=ns.a) %}{% endfor %}",
+        "{% set ns = namespace(a=()) %}{% for i in range(999) %}{% set ns.a = (ns.a, 'x' * 9000000 ~ i) %}{% endfor %}",
+    ],
+)
+def test_what_a_template_calls_cannot_fill_the_memory_or_the_day(source: str) -> None:
+    started_s = time.thread_time()
+    with pytest.raises((ModelError, RequestError), match="chat template"):
+        render(source)
+    assert time.thread_time() - started_s < 1.5
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ lipsum(n=2000000) }}",
+        "{{ 'x' | center(80) }}",
+        "{{ 'a b' | wordwrap(1) }}",
+        "{{ 'http://x' | urlize }}",
+        "{{ [1] | slice(100000000) }}",
+    ],
+)
+def test_filters_and_functions_are_those_of_a_list(source: str) -> None:
+    with pytest.raises((ModelError, RequestError), match="chat template"):
+        render(source)
+
+
+def test_blocks_that_call_each_other_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.02)
+    blocks = "".join(
+        f"{{% block b{i} %}}{{{{ self.b{i + 1}() * 0 }}}}{{{{ self.b{i + 1}() * 0 }}}}{{% endblock %}}"
+        for i in range(40)
+    )
+    with pytest.raises((ModelError, RequestError), match="takes more than"):
+        render(blocks + "{% block b40 %}{% endblock %}")
+
+
+def test_what_templates_do_with_text_and_lists() -> None:
+    source = (
+        "{{ 'a,b'.split(',') | join('+', attribute=none) }} {{ 'a\nb' | indent(2) }} {{ '%s-%03d' % ('x', 7) }} "
+        "{{ '%s' | format('y') }} {{ '{} {:>4}'.format(1, 2) }} {{ 'abc'.replace('b', '-', 1) }} {{ [3, 1] | sort }} "
+        "{{ messages | map(attribute='role') | list }} "
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }} {{ {'a': 1} | dictsort }} "
+        "{{ {'a': [1]} | tojson(indent=1) }} {{ messages[0].nothing | default('d') }} {{ 'X' | lower }}"
+    )
+    assert render(source) == ("a+b a\n  b x-007 y 1    2 a-c [1, 3] ['user'] 1 [('a', 1)] {\n \"a\": [\n  1\n ]\n} d x")
