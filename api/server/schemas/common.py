@@ -4,11 +4,13 @@ Unknown fields are ignored; every bound is named in the error it causes.
 """
 
 import re
+from sys import getsizeof
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
-from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.server.errors import MAX_VALUE, quoted
+from hybrid_cache.api.server.schemas.utf8 import broken_text
 from hybrid_cache.errors import RequestError
 
 MAX_N = 16
@@ -20,6 +22,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_SALT = 1024
 MAX_TTL_S = 24 * 3600.0
 MAX_INT = 2**31 - 1
+OBJECT_BYTES = 1024  # of a parsed object beside the text in it
 _TTL = re.compile(r"([1-9]\d{0,5})([smh])")
 
 
@@ -27,6 +30,22 @@ class Request(BaseModel):
     """Base of all requests."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class Body(Request):
+    """Base of what is a whole request body. No text in it, be it a key or in a field that is ignored, has what UTF-8
+    cannot carry.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        place = broken_text(value)
+        if place is not None:
+            field = place[:MAX_VALUE]
+            reason = "holds characters that UTF-8 cannot carry (lone surrogates)"
+            raise RequestError(f"{field or 'the request'} {reason}", param=field or None, code="invalid_value")
+        return value
 
 
 class Response(BaseModel):
@@ -44,7 +63,6 @@ def _stops(value: object) -> list[str] | None:
     for stop in stops:
         if not 1 <= len(stop) <= MAX_STOP_LENGTH:
             raise ValueError(f"a stop string has {len(stop)} characters, must have 1 to {MAX_STOP_LENGTH}")
-        check_utf8(stop)
     return list(stops)
 
 
@@ -65,11 +83,13 @@ def _logit_bias(value: object) -> dict[int, float] | None:
     return biases
 
 
-def check_utf8(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds characters that UTF-8 cannot carry (lone surrogates)") from None
+def held_bytes(value: object) -> int:
+    """Memory that a parsed request, or a part of one, keeps."""
+    if isinstance(value, BaseModel):
+        return OBJECT_BYTES + sum(map(held_bytes, value.__dict__.values()))
+    if isinstance(value, list):
+        return getsizeof(value) + sum(map(held_bytes, value))
+    return getsizeof(value) if isinstance(value, str) else 0
 
 
 def _ttl(value: str) -> str:
@@ -140,7 +160,7 @@ class CacheOptions(Request):
     ttl: Ttl | None = None
 
 
-class GenerationRequest(Request):
+class GenerationRequest(Body):
     """What chat and text completions share."""
 
     model: str | None = None

@@ -4,14 +4,14 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from hybrid_cache.api.server.schemas.common import Request, Response, TokenId
+from hybrid_cache.api.server.schemas.common import Body, Response, TokenId
 from hybrid_cache.api.server.schemas.messages import MAX_MESSAGES, MAX_TOOLS, ChatMessage, Tool, check_one_of_them
 from hybrid_cache.errors import RequestError
 
 MAX_DETOKENIZED = 2**20  # tokens of one /detokenize request
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or messages as in /v1/chat/completions."""
 
     model: str | None = None
@@ -32,7 +32,7 @@ class TokenizeRequest(Request):
         return self
 
 
-class DetokenizeRequest(Request):
+class DetokenizeRequest(Body):
     """POST /detokenize"""
 
     model: str | None = None

@@ -218,3 +218,82 @@ def test_bad_tokens_cannot_be_detokenised(client: httpx.Client) -> None:
     assert "997" in error_of(client.post("/detokenize", json={"tokens": [997]}))["message"]
     assert error_of(client.post("/detokenize", json={"tokens": [-1]}))["param"] == "tokens.0"
     assert error_of(client.post("/tokenize", json={}))["message"]
+
+
+BROKEN_CASES: dict[str, tuple[str, dict[str, object], str | None]] = {
+    "a name": (CHAT, {"messages": [{"role": "user", "content": "x", "name": "\udfff"}]}, "messages.0.name"),
+    "a reference": (CHAT, {"messages": [{"ref": "\ud800"}]}, "messages.0.ref"),
+    "reasoning": (
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "a\ud83d"}]},
+        "messages.0.reasoning_content",
+    ),
+    "a call's id": (
+        CHAT,
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "\udc00", "type": "function", "function": {"name": "f", "arguments": ""}}],
+                }
+            ]
+        },
+        "messages.0.tool_calls.0.id",
+    ),
+    "a part of content": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+        "messages.0.content.0.text",
+    ),
+    "a key of the template's variables": (
+        CHAT,
+        {"messages": HI, "chat_template_kwargs": {"a": {"\ud800": 1}}},
+        "chat_template_kwargs.a",
+    ),
+    "a tool's schema": (
+        CHAT,
+        {"messages": HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": ["\ud800"]}}}]},
+        "tools.0.function.parameters.x.0",
+    ),
+    "what is ignored": (CHAT, {"messages": HI, "metadata": {"who": "\ud800"}}, "metadata.who"),
+    "a key of the body": (CHAT, {"messages": HI, "\ud800": 1}, None),
+    "a salt": (CHAT, {"messages": HI, "cache_salt": "\ud800"}, "cache_salt"),
+    "a user": (TEXTS, {"prompt": "x", "user": "\ud800"}, "user"),
+    "a model": (TEXTS, {"prompt": "x", "model": "\ud800"}, "model"),
+    "a stop string": (TEXTS, {"prompt": "x", "stop": ["a", "\ud800"]}, "stop.1"),
+    "a text prompt": (TEXTS, {"prompt": ["a", "\ud800"]}, "prompt.1"),
+    "a text to tokenize": ("/tokenize", {"prompt": "\ud800"}, "prompt"),
+    "a model to detokenize for": ("/detokenize", {"tokens": [1], "model": "\ud800"}, "model"),
+}
+
+
+@pytest.mark.parametrize("choreography", [{}, {"choreography": {}}])
+@pytest.mark.parametrize("name", BROKEN_CASES)
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(
+    client: httpx.Client, name: str, choreography: dict[str, object]
+) -> None:
+    path, asked, param = BROKEN_CASES[name]
+    body = json.dumps({"max_tokens": 1, **asked, **choreography})
+    error = error_of(client.post(path, content=body, headers={"Content-Type": "application/json"}))
+    assert error["param"] == param
+    assert "surrogates" in error["message"]
+
+
+@pytest.mark.parametrize("body", [b'{"prompt": "\xed\xa0\x80"}', '{"prompt": "\\ud800"}'.encode("utf-16")])
+def test_half_a_surrogate_pair_is_refused_however_it_is_written(client: httpx.Client, body: bytes) -> None:
+    assert error_of(client.post(TEXTS, content=body, headers={"Content-Type": "application/json"}))["message"]
+
+
+def test_a_long_name_is_not_sent_back(client: httpx.Client) -> None:
+    body = json.dumps({"messages": HI, "x" * 100_000: "\ud800"})
+    error_of(client.post(CHAT, content=body, headers={"Content-Type": "application/json"}))
+
+
+def test_nul_and_both_halves_of_a_pair_are_served(client: httpx.Client) -> None:
+    odd = "\0 \U0001f600 \u202e"
+    message = {"role": "user", "content": odd, "name": odd, "reasoning_content": odd}
+    for choreography in ({}, {"choreography": {}}):
+        fields = {"cache_salt": odd, "user": odd, "metadata": {odd: odd}, "chat_template_kwargs": {odd: odd}}
+        body = json.dumps({"messages": [message], "max_tokens": 1, **fields, **choreography})
+        reply = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+        assert reply.status_code == 200, reply.text

@@ -195,9 +195,10 @@ def test_a_choreography_has_the_prompt_of_the_plain_request(
 
 
 def test_messages_whose_text_is_gone(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = book.MessageBook(most_tokens=40)
+    small = book.MessageBook(most_bytes=40_000)
     first = small.add("a", "user", [1] * 30)
-    small.add("a", "user", [2] * 30)
+    for other in range(2, 40):
+        small.add("a", "user", [other] * 300)
     with pytest.raises(book.MessageGone, match=first.id):
         small.find("a", first.id)
     find = book.MessageBook.find
