@@ -50,12 +50,13 @@ class Serving:
 
 
 def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> Serving:
+    book = MessageBook(settings.message_book_bytes)
     return Serving(
         text=TextEngine.of(engine, text),
         settings=settings,
         model=_served_model(engine, settings),
-        metrics=Metrics(engine, settings),
-        book=MessageBook(),
+        metrics=Metrics(engine, settings, book),
+        book=book,
     )
 
 

@@ -113,8 +113,8 @@ LIMITED = """
 import resource, sys
 from hybrid_cache.device.free_memory import free_on_machine
 kind, room = getattr(resource, sys.argv[1]), 700 << 20
-before = {l.split(":")[0]: int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(("VmSize", "VmData"))}
-used = before["VmSize" if sys.argv[1] == "RLIMIT_AS" else "VmData"]
+name = "VmSize:" if sys.argv[1] == "RLIMIT_AS" else "VmData:"
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
 resource.setrlimit(kind, (used + room, resource.RLIM_INFINITY))
 free = free_on_machine()
 assert free.bound == sys.argv[1], free
