@@ -11,6 +11,7 @@ Beside weights and cache a server needs at most
     queue     the prompts of a full engine and a full queue, QUEUE_TOKENS each on average
     bodies    BODIES request bodies of the largest size
     messages  the message book
+    history   places that prompts have returned to, with which the policy learns
     program   what Python, threads and allocators take after the model has been loaded
 
 bytes. On a GPU the first three and what CUDA itself takes are in the GPU's memory, where the cache is as well.
@@ -39,6 +40,7 @@ QUEUE_TOKENS = 4096
 TOKEN_BYTES = 16  # of a waiting prompt: as numbers, and as the keys of its pages
 BODIES = 16
 PROGRAM_BYTES = 256 << 20  # the most of it: what oneDNN prepares for each number of rows of float32 weights
+HISTORY_BYTES = 64 << 20
 GPU_BYTES = 512 << 20  # CUDA graphs, workspaces of libraries, and what torch keeps for itself
 GATHERING = ("torch", "torch-compile", "mamba_ssm")  # backends that gather the keys of a sequence
 
@@ -54,6 +56,7 @@ class Beside:
     bodies: int
     messages: int
     books_per_byte: float  # of the cache
+    history: int = HISTORY_BYTES
     program: int = PROGRAM_BYTES
     on_gpu: bool = False
 
@@ -61,7 +64,9 @@ class Beside:
     def shared(self) -> int:
         """Bytes in the memory that the cache is in, without the books."""
         passes = self.step + self.keys + self.logits
-        return passes + GPU_BYTES if self.on_gpu else passes + self.queue + self.bodies + self.messages + self.program
+        if self.on_gpu:
+            return passes + GPU_BYTES
+        return passes + self.queue + self.bodies + self.messages + self.history + self.program
 
     def total(self, budget_bytes: int) -> int:
         """Bytes in the memory that the cache is in."""

@@ -28,7 +28,9 @@ from hybrid_cache.spec import AttentionSpec, CacheSpec, StateSpec
 
 MIB, GIB = 1 << 20, 1 << 30
 FREE = FreeMemory(2 * GIB, "a box")
-NEEDED = Beside(100 * MIB, 0, 50 * MIB, 10 * MIB, 40 * MIB, 56 * MIB, 0.25, program=0)  # 256 MiB without the books
+NEEDED = Beside(
+    100 * MIB, 0, 50 * MIB, 10 * MIB, 40 * MIB, 56 * MIB, 0.25, history=0, program=0
+)  # 256 MiB without the books
 SPEC = CacheSpec(
     (AttentionSpec(2, 64, torch.bfloat16), StateSpec((3, 64), (64, 64, 64), torch.bfloat16)), 512, torch.bfloat16
 )
@@ -120,7 +122,7 @@ import sys
 import numpy as np
 import torch
 
-from hybrid_cache.api.server.budget import PROGRAM_BYTES, beside
+from hybrid_cache.api.server.budget import HISTORY_BYTES, PROGRAM_BYTES, beside
 from hybrid_cache.bench.common.random_model import SMALL, random_model
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
@@ -162,7 +164,7 @@ def grown():
 
 
 run([65, 3])
-limit = beside(info.shape, settings, max_length=8192, backend=backend).total(settings.budget_bytes)
+limit = beside(info.shape, settings, max_length=8192, backend=backend).total(settings.budget_bytes) - HISTORY_BYTES
 print(grown(), grown(), limit, PROGRAM_BYTES)
 """
 
