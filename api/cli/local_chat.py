@@ -1,8 +1,10 @@
 """Chat with a model in this process, without a server in between."""
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 from hybrid_cache.api.cli.terminal import Asked, Turn, Usage
+from hybrid_cache.api.server.budget import plan_memory
 from hybrid_cache.api.server.launch import LoadOptions, load
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import End, GenerationSpec, Text
@@ -18,9 +20,14 @@ from hybrid_cache.tokens import Prompt
 class EnginePartner:
     """A partner that runs the model in this process."""
 
-    def __init__(self, options: LoadOptions, config: EngineConfig, asked: Asked) -> None:
-        """Loads the model. Raises HybridCacheError."""
+    def __init__(self, options: LoadOptions, budget_bytes: int | None, asked: Asked) -> None:
+        """Loads the model. Raises HybridCacheError.
+
+        budget_bytes: of the cache; None for a share of what is free
+        """
         loaded = load(options)
+        config = EngineConfig()
+        config = replace(config, budget_bytes=plan_memory(loaded, config, budget_bytes).budget_bytes)
         self.name = loaded.name
         text = TextModel.load(loaded.path)
         self._text = TextEngine.of(AsyncEngine(loaded.model, config), text)

@@ -8,7 +8,17 @@ from typer.core import TyperCommand, TyperOption
 
 from hybrid_cache import __version__
 from hybrid_cache.api.cli import bench, models
-from hybrid_cache.api.cli.options import Adapter, Backend, Budget, Dtype, Fast, KeyFile, Model, Threads, read_api_keys
+from hybrid_cache.api.cli.options import (
+    Adapter,
+    AutoBudget,
+    Backend,
+    Dtype,
+    Fast,
+    KeyFile,
+    Model,
+    Threads,
+    read_api_keys,
+)
 from hybrid_cache.api.cli.train import train_lora
 from hybrid_cache.errors import HybridCacheError
 
@@ -79,7 +89,7 @@ def serve(
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
     ] = None,
-    budget: Budget = "2GiB",
+    budget: AutoBudget = "auto",
     policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
     backend: Backend = "auto",
     fast: Fast = False,
@@ -99,6 +109,9 @@ def serve(
         ),
     ] = 50,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "10MiB",
+    message_book: Annotated[
+        str, typer.Option(help="Memory for the text of messages that requests may refer to by id.")
+    ] = "64MiB",
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse what earlier requests computed.")
     ] = True,
@@ -114,6 +127,7 @@ def serve(
 ) -> None:
     """Answer OpenAI's API over HTTP."""
     from hybrid_cache.api.server import process
+    from hybrid_cache.api.server.budget import parse_budget
     from hybrid_cache.api.server.launch import LoadOptions
     from hybrid_cache.config import EngineConfig, verify_by_default
     from hybrid_cache.sizes import parse_bytes
@@ -122,7 +136,6 @@ def serve(
         process.ServeOptions(
             load=LoadOptions(model, backend, fast, dtype, threads, adapter),
             engine=EngineConfig(
-                budget_bytes=parse_bytes(budget),
                 max_running=max_running,
                 max_waiting=max_waiting,
                 policy=policy,
@@ -132,6 +145,7 @@ def serve(
                 max_step_ms=max_step_ms or None,
                 verify=verify or verify_by_default(),
             ),
+            budget_bytes=parse_budget(budget),
             host=host,
             port=port,
             served_names=tuple(served_model_name or ()),
@@ -139,6 +153,7 @@ def serve(
             shared_cache=shared_cache,
             special_tokens_in_content=special_tokens_in_content,
             max_body_bytes=parse_bytes(max_body),
+            message_book_bytes=parse_bytes(message_book),
             vllm_metrics=vllm_metrics,
             drain_timeout_s=drain_timeout,
         )
@@ -154,7 +169,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own default if left out.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    budget: Budget = "2GiB",
+    budget: AutoBudget = "auto",
     backend: Backend = "auto",
     fast: Fast = False,
     adapter: Adapter = None,
@@ -168,13 +183,11 @@ def chat(
         num_failed = terminal.run(terminal.ServerPartner(url, model, key, asked), system)
     else:
         from hybrid_cache.api.cli.local_chat import EnginePartner
+        from hybrid_cache.api.server.budget import parse_budget
         from hybrid_cache.api.server.launch import LoadOptions
-        from hybrid_cache.config import EngineConfig
-        from hybrid_cache.sizes import parse_bytes
 
         options = LoadOptions(model, backend, fast, adapter=adapter)
-        config = EngineConfig(budget_bytes=parse_bytes(budget))
-        num_failed = terminal.run(EnginePartner(options, config, asked), system)
+        num_failed = terminal.run(EnginePartner(options, parse_budget(budget), asked), system)
     # A person has seen it; a script looks at the exit code.
     raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
 

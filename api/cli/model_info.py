@@ -9,15 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, beside, conversation_bytes
+from hybrid_cache.api.server.settings import MAX_BODY_BYTES, MESSAGE_BOOK_BYTES
+from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ModelError, UnsupportedModel
-from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import adapters, loading
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.tools.presets import PRESETS, preset
 from hybrid_cache.models.tools.published import CONFIGS
 from hybrid_cache.sizes import format_bytes, format_count
 
-CONVERSATION_TOKENS = 2000
 LIST_WIDTH = 120  # characters, where no terminal says how many it has
 
 
@@ -36,6 +37,8 @@ class Facts:
     budget_bytes: int
     conversation_tokens: int
     conversations_in_budget: int  # each with its KV and one checkpoint
+    weight_bytes: int | None
+    beside_bytes: int | None  # most that a server takes beside weights and budget; None without a context
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,6 @@ def _config(model: str) -> Mapping[str, object]:
 
 def _facts(shape: ModelShape, info: loading.ModelInfo | None, budget_bytes: int) -> Facts:
     kv_bytes, checkpoint_bytes = shape.cache_spec.kv_bytes_per_token, shape.cache_spec.slot_bytes
-    pages = -(-CONVERSATION_TOKENS // TILE)
     return Facts(
         dtype=str(shape.dtype).removeprefix("torch."),
         layers=dict(Counter(layer.kind for layer in shape.layers if layer.cache is not None)),
@@ -123,8 +125,17 @@ def _facts(shape: ModelShape, info: loading.ModelInfo | None, budget_bytes: int)
         break_even_tokens=checkpoint_bytes // kv_bytes + 1 if kv_bytes and checkpoint_bytes else None,
         budget_bytes=budget_bytes,
         conversation_tokens=CONVERSATION_TOKENS,
-        conversations_in_budget=budget_bytes // (pages * TILE * kv_bytes + checkpoint_bytes),
+        conversations_in_budget=budget_bytes // conversation_bytes(shape.cache_spec),
+        weight_bytes=info.num_parameters * shape.dtype.itemsize if info else None,
+        beside_bytes=_beside_bytes(shape, info.max_length, budget_bytes) if info else None,
     )
+
+
+def _beside_bytes(shape: ModelShape, max_length: int, budget_bytes: int) -> int:
+    """With the default settings of a server on a CPU."""
+    config = EngineConfig()
+    needed = beside(shape, config, max_length=max_length, max_body_bytes=MAX_BODY_BYTES, book_bytes=MESSAGE_BOOK_BYTES)
+    return needed.total(budget_bytes)
 
 
 def to_json(reports: Report | Sequence[Report]) -> str:
@@ -192,7 +203,17 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("checkpoint", format_bytes(facts.checkpoint_bytes)),
         ("break-even", _break_even(facts)),
         (f"in {format_bytes(facts.budget_bytes)}", f"conversations: {conversations}"),
+        *_memory(facts),
     ]
+
+
+def _memory(facts: Facts) -> list[tuple[str, str]]:
+    if facts.weight_bytes is None or facts.beside_bytes is None:
+        return []
+    parts = facts.weight_bytes, facts.budget_bytes, facts.beside_bytes
+    weights, cache, more = map(format_bytes, parts)
+    total = format_bytes(sum(parts))
+    return [("memory", f"{weights} of weights, {cache} of cache and up to {more} beside them on a CPU: {total}")]
 
 
 def _break_even(facts: Facts) -> str:

@@ -11,6 +11,13 @@ Model = Annotated[
     str | None, typer.Argument(help="A folder in Hugging Face format or a hub name; the embedded model if left out.")
 ]
 Budget = Annotated[str, typer.Option(help="Memory for KV pages and states together, such as 2GiB.")]
+AutoBudget = Annotated[
+    str,
+    typer.Option(
+        help="Memory for KV pages and states together, such as 2GiB; auto is three quarters of what is free once the "
+        "model is loaded, in a container of its memory, less what the process needs beside it."
+    ),
+]
 Backend = Annotated[
     str,
     typer.Option(

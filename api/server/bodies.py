@@ -40,7 +40,7 @@ def parse_json(body: bytes) -> object:
     except ValueError as error:
         reason, _, place = str(error).partition(" at line ")
         if "hex escape" in reason:
-            reason = "a lone surrogate, which UTF-8 cannot carry"
+            reason = "half a surrogate pair, which UTF-8 cannot carry (lone surrogates),"
         line, _, column = place.partition(" column ")
         raise json.JSONDecodeError(reason, "", _position(body, int(line), int(column))) from None
 

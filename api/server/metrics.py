@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -18,6 +25,7 @@ from hybrid_cache.api.server.gate import Gate
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.api.text.text_work import TextWork
+from hybrid_cache.choreography.book import MessageBook
 from hybrid_cache.stats import CacheStats, EngineStats
 
 PREFIX = "hybrid_cache_"
@@ -49,9 +57,11 @@ class StatsSource(Protocol):
 class Metrics:
     """The metrics of one server, in a registry of its own."""
 
-    def __init__(self, engine: StatsSource, settings: ServerSettings) -> None:
+    def __init__(self, engine: StatsSource, settings: ServerSettings, book: MessageBook | None = None) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Scrape(engine, lambda stats: _own_families(stats, settings)))
+        ProcessCollector(registry=self._registry)  # its memory, time and open files, where the system says so
+        book = MessageBook(settings.message_book_bytes) if book is None else book
+        self._registry.register(_Scrape(engine, lambda stats: _own_families(stats, settings, book)))
         self._instruments = [_own_instruments(self._registry)]
         if settings.vllm_metrics:
             labels = {"model_name": settings.served_names[0], "engine": "0"}
@@ -153,7 +163,7 @@ def _vllm_instruments(registry: CollectorRegistry, labels: Mapping[str, str]) ->
     )
 
 
-def _own_families(stats: EngineStats, settings: ServerSettings) -> Iterator[Metric]:
+def _own_families(stats: EngineStats, settings: ServerSettings, book: MessageBook) -> Iterator[Metric]:
     """The engine's counts under our own names."""
     facts = {
         "version": __version__,
@@ -176,6 +186,12 @@ def _own_families(stats: EngineStats, settings: ServerSettings) -> Iterator[Metr
     yield _counter("graph_replays", "Decode steps that were one launch of a CUDA graph.", stats.num_graph_replays)
     yield _counter("flops_saved", "Operations that cached tokens would have cost.", stats.flops_saved)
     yield _counter("flops_computed", "Operations that prefill took.", stats.flops_computed)
+    yield _gauge(
+        "memory_beside_bytes", "Most that is needed beside weights and cache; 0: unknown.", settings.beside_bytes
+    )
+    yield _gauge("message_book_messages", "Messages that requests may refer to.", len(book))
+    yield _gauge("message_book_bytes", "What they and the names of forgotten ones take.", book.num_bytes)
+    yield _gauge("message_book_limit_bytes", "Most that they may take.", book.most_bytes)
     yield from _cache_families(stats.cache)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import torch
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hybrid_cache import __version__
 from hybrid_cache.api.server.app import create_app
+from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, MemoryPlan, conversation_bytes, plan_memory
 from hybrid_cache.api.server.launch import Loaded, LoadOptions, inexact_reasons, load
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -23,6 +24,7 @@ from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.sizes import format_bytes, format_count
+from hybrid_cache.spec import CacheSpec
 
 FLUSH_TIMEOUT_S = 5  # for clients that read slowly, once the engine has finished
 
@@ -32,7 +34,8 @@ class ServeOptions:
     """All options of `serve`."""
 
     load: LoadOptions
-    engine: EngineConfig
+    engine: EngineConfig  # but for its budget
+    budget_bytes: int | None  # of the cache; None for a share of what is free
     host: str
     port: int
     served_names: tuple[str, ...]  # empty: the folder's name
@@ -40,10 +43,11 @@ class ServeOptions:
     shared_cache: bool
     special_tokens_in_content: bool
     max_body_bytes: int
+    message_book_bytes: int
     vllm_metrics: bool
     drain_timeout_s: float
 
-    def settings(self, loaded: Loaded, inexact: list[str]) -> ServerSettings:
+    def settings(self, loaded: Loaded, inexact: list[str], beside_bytes: int) -> ServerSettings:
         return ServerSettings(
             served_names=self.served_names or (loaded.name,),
             inexact=tuple(inexact),
@@ -55,6 +59,8 @@ class ServeOptions:
             shared_cache=self.shared_cache,
             special_tokens_in_content=self.special_tokens_in_content,
             max_body_bytes=self.max_body_bytes,
+            message_book_bytes=self.message_book_bytes,
+            beside_bytes=beside_bytes,
             vllm_metrics=self.vllm_metrics,
             drain_timeout_s=self.drain_timeout_s,
         )
@@ -67,13 +73,21 @@ def serve(options: ServeOptions) -> None:
         with console.status("loading the model"):
             loaded = load(options.load)
             text = TextModel.load(loaded.path)
-            engine = AsyncEngine(loaded.model, options.engine)
         with console.status("checking that cached and computed answers agree bit for bit"):
             inexact = inexact_reasons(loaded)
-        settings = options.settings(loaded, inexact)
+        memory = plan_memory(
+            loaded,
+            options.engine,
+            options.budget_bytes,
+            max_body_bytes=options.max_body_bytes,
+            book_bytes=options.message_book_bytes,
+        )
+        engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
+        engine = AsyncEngine(loaded.model, engine_config)
+        settings = options.settings(loaded, inexact, memory.beside_bytes)
         app = create_app(engine, text, settings)
         url = url_of(bound)
-        console.print(hello(loaded, inexact, options.engine, url, settings.served_names[0]))
+        console.print(hello(loaded, inexact, engine_config, memory, url, settings.served_names[0]))
         console.print(curl_line(url, with_key=bool(options.api_keys)), soft_wrap=True, highlight=False)
         config = uvicorn.Config(
             app,
@@ -110,7 +124,7 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, url: str, name: str) -> Panel:
+def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, memory: MemoryPlan, url: str, name: str) -> Panel:
     """The panel that greets whoever started the server."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
@@ -122,7 +136,8 @@ def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, url: str, na
     facts.add_row("size", f"{format_count(info.num_parameters)} parameters in {loaded.dtype_name}")
     facts.add_row("backend", _backend_line(loaded.ops.name))
     facts.add_row("exact", f"NO: {inexact[0]} ({len(inexact)} reasons)" if inexact else "yes, checked just now")
-    facts.add_row("cache", _cache_line(config, spec.kv_bytes_per_token, spec.slot_bytes))
+    facts.add_row("cache", _cache_line(config, spec))
+    facts.add_row("memory", str(memory))
     return Panel(facts, title=f"hybrid-cache {__version__}", title_align="left", expand=False)
 
 
@@ -139,13 +154,14 @@ def _backend_line(name: str) -> str:
     return f"{name}, {threads}" if reason is None else f"{name}, {threads} (native is missing: {reason})"
 
 
-def _cache_line(config: EngineConfig, kv_bytes_per_token: int, slot_bytes: int) -> str:
-    room = [format_bytes(config.budget_bytes)]
-    if kv_bytes_per_token:
-        room.append(f"{format_count(config.budget_bytes // kv_bytes_per_token)} tokens of KV")
-    if slot_bytes:
-        room.append(f"{format_count(config.budget_bytes // slot_bytes)} checkpoints")
-    line = room[0] + (f", room for {' or '.join(room[1:])}" if room[1:] else "")
+def _cache_line(config: EngineConfig, spec: CacheSpec) -> str:
+    budget_bytes, room = config.budget_bytes, list[str]()
+    if spec.kv_bytes_per_token:
+        room.append(f"{format_count(budget_bytes // spec.kv_bytes_per_token)} tokens of KV")
+    if spec.slot_bytes:
+        room.append(f"{format_count(budget_bytes // spec.slot_bytes)} checkpoints")
+    room.append(f"{budget_bytes // conversation_bytes(spec):,} conversations of {CONVERSATION_TOKENS:,} tokens")
+    line = f"{format_bytes(budget_bytes)}, room for {' or '.join(room)}"
     return line if config.prefix_cache else f"{line}; prefix cache OFF"
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from hybrid_cache.errors import ConfigError
 
+MAX_BODY_BYTES = 10 << 20
+MESSAGE_BOOK_BYTES = 64 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
@@ -20,7 +23,9 @@ class ServerSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     shared_cache: bool = False  # all API keys share one cache
     special_tokens_in_content: bool = False  # what clients write may hold special tokens
-    max_body_bytes: int = 10 * 2**20
+    max_body_bytes: int = MAX_BODY_BYTES
+    message_book_bytes: int = MESSAGE_BOOK_BYTES  # of messages that requests may refer to
+    beside_bytes: int = 0  # most that the server takes beside weights and cache, see `budget`; 0 if nobody knows
     vllm_metrics: bool = False
     drain_timeout_s: float = 30.0
     created: int = field(default_factory=lambda: int(time.time()))
@@ -32,8 +37,9 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not self.served_names or not all(self.served_names):
             raise ConfigError(f"served_names is {self.served_names!r}, must hold at least one name and no empty one")
-        if self.max_body_bytes < 1:
-            raise ConfigError(f"max_body_bytes is {self.max_body_bytes}, must be at least 1")
+        for name in ("max_body_bytes", "message_book_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.drain_timeout_s < 0:
             raise ConfigError(f"drain_timeout_s is {self.drain_timeout_s}, must be at least 0")
         if not all(self.api_keys):

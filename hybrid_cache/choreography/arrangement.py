@@ -138,7 +138,8 @@ def message_id(namespace: str, tokens: TokenArray, context: tuple[str, ...] = ()
 
     A namespace is one model's, one adapter's and one tenant's, so no id is ever valid in two of them.
     """
-    digest = blake2b(namespace.encode(), digest_size=12)
-    digest.update(b"\0" + "\0".join(context).encode() + b"\0")
+    digest = blake2b(len(context).to_bytes(8, "little"), digest_size=12)
+    for part in (namespace.encode(), *(name.encode() for name in context)):
+        digest.update(len(part).to_bytes(8, "little") + part)
     digest.update(np.ascontiguousarray(tokens, np.int32).tobytes())
     return f"msg_{digest.hexdigest()}"

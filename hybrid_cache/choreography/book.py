@@ -2,6 +2,8 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from sys import getsizeof
 from threading import Lock
 
 import numpy as np
@@ -10,8 +12,11 @@ from hybrid_cache.choreography.arrangement import message_id
 from hybrid_cache.errors import MessageGone, UnknownMessage
 from hybrid_cache.tokens import TokenArray
 
-MOST_TOKENS = 16 << 20  # 64 MiB
-MOST_FORGOTTEN = 1 << 16
+MOST_BYTES = 64 << 20
+SHARE = 8  # one message takes at most an eighth of the bytes, and so do the names of those that were forgotten
+ENTRY_BYTES = 160  # of a name in a dictionary
+MESSAGE_BYTES = 640  # of a message beside its tokens and texts
+NAME_BYTES = 88  # of a message that comes before another
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +37,25 @@ class Message:
 
 
 class MessageBook:
-    """Messages by id, of all namespaces. The least recently used ones are dropped when there are too many.
+    """Messages by id, of all namespaces, in a bounded number of bytes. The least recently used ones are dropped.
 
     Messages whose rows and states have left the cache can be encoded again from here. Safe to use from several threads.
     """
 
-    def __init__(self, most_tokens: int = MOST_TOKENS) -> None:
-        self._messages: OrderedDict[tuple[str, str], Message] = OrderedDict()
-        self._forgotten: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._most_tokens = most_tokens
-        self._num_tokens = 0
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        """most_bytes: of messages and of the names of those that were dropped, as `num_bytes` counts them"""
+        self.most_bytes = most_bytes
+        self._messages: OrderedDict[bytes, tuple[Message, int]] = OrderedDict()  # and the bytes of each
+        self._forgotten: OrderedDict[bytes, None] = OrderedDict()
+        self._message_bytes = 0
         self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._messages)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._message_bytes + ENTRY_BYTES * len(self._forgotten)
 
     def add(
         self,
@@ -56,34 +66,52 @@ class MessageBook:
         *,
         text: str = "",
         sent: object = None,
+        sent_bytes: int = 0,
         is_answer: bool = False,
     ) -> Message:
-        """Enters a message, or finds the equal one that is there."""
+        """Enters a message, or finds the equal one that is there. One that is too large is forgotten at once.
+
+        sent_bytes: of `sent`
+        """
         name = message_id(namespace, tokens, context)
-        message = Message(name, role, np.asarray(tokens, np.int32), context, text, sent, is_answer)
+        message = Message(name, role, np.array(tokens, np.int32), context, text, sent, is_answer)
+        key = _key(namespace, name)
+        num_bytes = MESSAGE_BYTES + NAME_BYTES * len(context) + message.tokens.nbytes + getsizeof(text) + sent_bytes
         with self._lock:
-            known = self._messages.get((namespace, name))
+            known = self._messages.get(key)
             if known is not None:
-                self._messages.move_to_end((namespace, name))
-                return known
-            self._messages[namespace, name] = message
-            self._forgotten.pop((namespace, name), None)
-            self._num_tokens += len(tokens)
-            while self._num_tokens > self._most_tokens and len(self._messages) > 1:
-                gone, old = self._messages.popitem(last=False)
-                self._num_tokens -= len(old.tokens)
-                self._forgotten[gone] = None
-            while len(self._forgotten) > MOST_FORGOTTEN:
-                self._forgotten.popitem(last=False)
+                self._messages.move_to_end(key)
+                return known[0]
+            if num_bytes > self.most_bytes // SHARE:
+                self._forget(key)
+                return message
+            self._forgotten.pop(key, None)
+            self._messages[key] = message, num_bytes
+            self._message_bytes += num_bytes
+            while self._message_bytes > self.most_bytes - self.most_bytes // SHARE:
+                oldest, (_, old_bytes) = self._messages.popitem(last=False)
+                self._message_bytes -= old_bytes
+                self._forget(oldest)
         return message
 
     def find(self, namespace: str, name: str) -> Message:
         """Raises UnknownMessage for an id that never was in this namespace, MessageGone for one that was forgotten."""
+        key = _key(namespace, name)
         with self._lock:
-            message = self._messages.get((namespace, name))
-            if message is not None:
-                self._messages.move_to_end((namespace, name))
-                return message
-            if (namespace, name) in self._forgotten:
+            known = self._messages.get(key)
+            if known is not None:
+                self._messages.move_to_end(key)
+                return known[0]
+            if key in self._forgotten:
                 raise MessageGone(f"the text of message {name} is no longer kept; send it again", param="messages")
         raise UnknownMessage(f"there is no message {name} for this model and tenant", param="messages")
+
+    def _forget(self, key: bytes) -> None:
+        self._forgotten[key] = None
+        self._forgotten.move_to_end(key)
+        while ENTRY_BYTES * len(self._forgotten) > self.most_bytes // SHARE:
+            self._forgotten.popitem(last=False)
+
+
+def _key(namespace: str, name: str) -> bytes:
+    return blake2b(name.encode(), key=blake2b(namespace.encode()).digest(), digest_size=16).digest()

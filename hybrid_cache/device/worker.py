@@ -14,7 +14,7 @@ from hybrid_cache.device.cuda_graphs import DecodeGraphs
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.sampler import choose_tokens, log_probabilities
 from hybrid_cache.errors import HybridCacheError
-from hybrid_cache.kernels.grid import MIN_ROWS
+from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
 from hybrid_cache.kernels.shared_prefix import with_schedule
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
@@ -144,9 +144,14 @@ class Worker:
 
     @torch.inference_mode()
     def score(self, rows: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        """Log-probabilities of known tokens that the hidden rows [L, hidden] predict."""
+        """Log-probabilities of known tokens that the hidden rows [L, hidden] predict; logits of a tile at a time."""
+        found = list[TokenLogprob]()
         try:
-            return log_probabilities(self.logits(rows), tokens, [num_top] * len(tokens), self.model.ops)
+            for start in range(0, len(tokens), TILE):
+                some = tokens[start : start + TILE]
+                logits = self.logits(rows[start : start + TILE])
+                found += log_probabilities(logits, some, [num_top] * len(some), self.model.ops)
+            return found
         except HybridCacheError:
             raise
         except Exception as error:

@@ -21,6 +21,8 @@ compose = partial(Mutant, "hybrid_cache/device/compose.py")
 effects = partial(Mutant, "hybrid_cache/device/effects.py")
 order = partial(Mutant, "hybrid_cache/choreography/order.py")
 plan = partial(Mutant, "hybrid_cache/choreography/plan.py")
+book = partial(Mutant, "hybrid_cache/choreography/book.py")
+book_test = partial(tests_of, "tests/choreography/test_book.py")
 
 MOVING = [
     compiler(
@@ -412,4 +414,32 @@ PLANNING = [
     ),
 ]
 
-MUTANTS = [*MOVING, *COMPOSING, *ORDERING, *PLANNING]
+REMEMBERING = [
+    book(
+        "what was sent takes nothing",
+        "getsizeof(text) + sent_bytes",
+        "getsizeof(text)",
+        book_test("bytes_are_those_of_tokens_text_and_what_was_sent"),
+    ),
+    book(
+        "a large message drops all others",
+        "if num_bytes > self.most_bytes // SHARE:",
+        "if False:",
+        book_test("a_message_that_is_too_large_is_gone_at_once_and_costs_no_other"),
+    ),
+    book(
+        "a message is found from any namespace",
+        "key=blake2b(namespace.encode()).digest(), ",
+        "",
+        book_test("what_was_dropped_is_gone_and_not_unknown"),
+    ),
+    Mutant(
+        "hybrid_cache/choreography/arrangement.py",
+        "a namespace and its context run into each other",
+        'digest.update(len(part).to_bytes(8, "little") + part)',
+        "digest.update(part)",
+        book_test("no_two_namespaces_and_contexts_have_one_id"),
+    ),
+]
+
+MUTANTS = [*MOVING, *COMPOSING, *ORDERING, *PLANNING, *REMEMBERING]

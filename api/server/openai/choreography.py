@@ -8,6 +8,7 @@ import numpy as np
 from hybrid_cache.api.server.openai.messages import conversation_of
 from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport, PlanItem, PlanReport
+from hybrid_cache.api.server.schemas.common import held_bytes
 from hybrid_cache.api.server.schemas.messages import ChatMessage
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import salt_of
@@ -50,7 +51,11 @@ class Arranged:
         whole = closed(np.concatenate([self.opening, np.asarray(tokens, np.int32)]), self.arrangement.closing)
         sent = ChatMessage(role="assistant", content=text)
         context = self.arrangement.context
-        return serving.book.add(self.namespace, "assistant", whole, context, text=text, sent=sent, is_answer=True).id
+        size = held_bytes(sent)
+        message = serving.book.add(
+            self.namespace, "assistant", whole, context, sent=sent, sent_bytes=size, is_answer=True
+        )
+        return message.id
 
     def report(self, plan: Plan, answer: str | None) -> ChoreographyReport:
         items = [
@@ -145,4 +150,4 @@ def _message(
     """The message that a piece of a prompt is: the one referred to, unless the template renders it differently here."""
     if found is not None and (found.is_answer or np.array_equal(found.tokens, tokens)):
         return found
-    return serving.book.add(namespace, sent.role, tokens, context, sent=sent)
+    return serving.book.add(namespace, sent.role, tokens, context, sent=sent, sent_bytes=held_bytes(sent))

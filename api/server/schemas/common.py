@@ -4,6 +4,7 @@ Unknown fields are ignored; every bound is named in the error it causes.
 """
 
 import re
+from sys import getsizeof
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
@@ -20,6 +21,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_SALT = 1024
 MAX_TTL_S = 24 * 3600.0
 MAX_INT = 2**31 - 1
+OBJECT_BYTES = 1024  # of a parsed object beside the text in it
 _TTL = re.compile(r"([1-9]\d{0,5})([smh])")
 
 
@@ -44,7 +46,6 @@ def _stops(value: object) -> list[str] | None:
     for stop in stops:
         if not 1 <= len(stop) <= MAX_STOP_LENGTH:
             raise ValueError(f"a stop string has {len(stop)} characters, must have 1 to {MAX_STOP_LENGTH}")
-        check_utf8(stop)
     return list(stops)
 
 
@@ -65,11 +66,13 @@ def _logit_bias(value: object) -> dict[int, float] | None:
     return biases
 
 
-def check_utf8(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds characters that UTF-8 cannot carry (lone surrogates)") from None
+def held_bytes(value: object) -> int:
+    """Memory that a parsed request, or a part of one, keeps."""
+    if isinstance(value, BaseModel):
+        return OBJECT_BYTES + sum(map(held_bytes, value.__dict__.values()))
+    if isinstance(value, list):
+        return getsizeof(value) + sum(map(held_bytes, value))
+    return getsizeof(value) if isinstance(value, str) else 0
 
 
 def _ttl(value: str) -> str:

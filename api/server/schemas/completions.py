@@ -12,7 +12,6 @@ from hybrid_cache.api.server.schemas.common import (
     GenerationRequest,
     Response,
     Usage,
-    check_utf8,
 )
 
 MAX_PROMPTS = 128  # prompts of one /v1/completions request
@@ -28,7 +27,6 @@ TextOrTokens = str | list[int]
 def _prompts(value: object) -> list[TextOrTokens]:
     """Every form of a prompt -> a list of texts and token lists."""
     if isinstance(value, str):
-        check_utf8(value)
         return [value]
     if not isinstance(value, list) or not value:
         raise ValueError("must be a string, or a list, not empty, of strings, of token ids, or of lists of token ids")
@@ -39,7 +37,6 @@ def _prompts(value: object) -> list[TextOrTokens]:
     prompts: list[TextOrTokens] = []
     for item in value:
         if isinstance(item, str):
-            check_utf8(item)
             prompts.append(item)
         elif isinstance(item, list):
             prompts.append(_token_list(item))

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from hybrid_cache.api.server.errors import quoted
-from hybrid_cache.api.server.schemas.common import CacheBreakpoint, Request, check_utf8
+from hybrid_cache.api.server.schemas.common import CacheBreakpoint, Request
 from hybrid_cache.errors import RequestError
 
 MAX_MESSAGES = 4096
@@ -58,16 +58,12 @@ def _content(value: object) -> str | list[ContentPart] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        check_utf8(value)
         return value
     if not isinstance(value, list):
         raise ValueError("must be a string, a list of content parts, or null")
     if not 1 <= len(value) <= MAX_PARTS:
         raise ValueError(f"{len(value)} content parts, must be 1 to {MAX_PARTS}")
-    parts = [part if isinstance(part, ContentPart) else ContentPart.model_validate(part) for part in value]
-    for part in parts:
-        check_utf8(part.content or "")
-    return parts
+    return [part if isinstance(part, ContentPart) else ContentPart.model_validate(part) for part in value]
 
 
 Content = Annotated[

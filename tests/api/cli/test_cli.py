@@ -87,6 +87,7 @@ def test_the_defaults_of_serve_are_those_of_the_engine(monkeypatch: pytest.Monke
     monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
     assert exit_code("serve") == 0
     assert told[0].engine == EngineConfig(max_step_ms=50)  # a program that steps by itself knows its own times
+    assert told[0].budget_bytes is None
 
 
 def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -98,14 +99,18 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         f"serve some/model --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
         "--budget 64MiB --policy lru --backend torch --dtype float32 --threads 1 --max-running 3 --max-waiting 4 "
         "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics "
-        "--drain-timeout 1.5 --fast --max-step-ms 0 --shared-cache"
+        "--drain-timeout 1.5 --fast --max-step-ms 0 --shared-cache --message-book 2MiB"
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
-    assert options.engine == EngineConfig(64 << 20, 3, 4, "lru", False, 5, 2)
+    assert options.engine == EngineConfig(
+        max_running=3, max_waiting=4, policy="lru", prefix_cache=False, max_tiles=5, max_tiles_beside_decode=2
+    )
     assert options.load == LoadOptions("some/model", "torch", fast=True, dtype="float32", threads=1)
     rest = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("engine", "load")}
     assert rest == {
+        "budget_bytes": 64 << 20,
+        "message_book_bytes": 2 << 20,
         "host": "0.0.0.0",
         "port": 0,
         "shared_cache": True,

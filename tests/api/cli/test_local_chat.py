@@ -8,7 +8,6 @@ from pathlib import Path
 from hybrid_cache.api.cli.local_chat import EnginePartner
 from hybrid_cache.api.cli.terminal import Asked, Turn, Usage
 from hybrid_cache.api.server.launch import LoadOptions
-from hybrid_cache.config import EngineConfig
 from hybrid_cache.models import registry
 
 EMBEDDED = Path(registry.__file__).parent / "embedded"
@@ -22,7 +21,7 @@ def changed(folder: Path, file: str, **values: object) -> None:
 def answer(folder: Path, budget_bytes: int) -> tuple[str, Usage]:
     async def ask() -> tuple[str, Usage]:
         asked = Asked(temperature=0.0, max_tokens=None, seed=0)
-        partner = EnginePartner(LoadOptions(str(folder)), EngineConfig(budget_bytes=budget_bytes), asked)
+        partner = EnginePartner(LoadOptions(str(folder)), budget_bytes, asked)
         await partner.open()
         pieces = [piece async for piece in partner.reply([Turn("user", "Hello!")])]
         await partner.close()

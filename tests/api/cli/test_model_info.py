@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from hybrid_cache.api.cli.model_info import (
-    CONVERSATION_TOKENS,
     Facts,
     examine,
     examine_presets,
@@ -15,6 +14,7 @@ from hybrid_cache.api.cli.model_info import (
     print_table,
     to_json,
 )
+from hybrid_cache.api.server.budget import CONVERSATION_TOKENS
 from hybrid_cache.errors import ModelError
 from hybrid_cache.models.tools.presets import PRESETS
 
@@ -177,7 +177,19 @@ def test_the_json_form_holds_the_same_facts(tmp_path: Path) -> None:
 def test_the_table_names_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(examine(None, BUDGET))
     out = capsys.readouterr().out
-    assert all(word in out for word in ("parameters", "KV", "checkpoint", "break-even", "conversations"))
+    assert all(word in out for word in ("parameters", "KV", "checkpoint", "break-even", "conversations", "beside"))
+
+
+def test_the_memory_of_a_server_is_weights_cache_and_what_is_beside_them() -> None:
+    facts = facts_of("zamba2-1.2b")
+    assert facts.weight_bytes == 2 * 1_215_064_704
+    assert facts.beside_bytes is not None
+    book, bodies, logits = 64 << 20, 160 << 20, 3 * 64 * 32_000 * 4
+    assert book + bodies + logits < facts.beside_bytes < 2 << 30
+    assert examine("zamba2-1.2b", 2 << 30).facts.conversations_in_budget == 7  # type: ignore[union-attr]
+    shape_only = examine("nvidia-hybrid-7b", BUDGET).facts
+    assert shape_only is not None
+    assert shape_only.weight_bytes is shape_only.beside_bytes is None
 
 
 @pytest.mark.parametrize(

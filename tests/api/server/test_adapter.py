@@ -52,8 +52,9 @@ def test_a_loaded_model_and_what_is_served_are_named_after_the_adapter(adapter: 
     assert (base.name, base.adapter) == ("embedded", None)
     assert (loaded.name, loaded.adapter) == ("embedded+quiet", "quiet")
     assert loaded.model.fingerprint != base.model.fingerprint
-    options = ServeOptions(LoadOptions(), SimpleNamespace(), "", 0, (), (), False, False, 1, False, 1.0)  # type: ignore[arg-type]
-    settings = options.settings(loaded, [])
+    engine = SimpleNamespace()
+    options = ServeOptions(LoadOptions(), engine, None, "", 0, (), (), False, False, 1, 1, False, 1.0)  # type: ignore[arg-type]
+    settings = options.settings(loaded, [], 0)
     assert (settings.served_names, settings.adapter) == (("embedded+quiet",), "quiet")
 
 

@@ -256,3 +256,78 @@ def test_bad_tokens_cannot_be_detokenised(client: httpx.Client) -> None:
     assert "997" in error_of(client.post("/detokenize", json={"tokens": [997]}))["message"]
     assert error_of(client.post("/detokenize", json={"tokens": [-1]}))["param"] == "tokens.0"
     assert error_of(client.post("/tokenize", json={}))["message"]
+
+
+BROKEN_CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "a name": (CHAT, {"messages": [{"role": "user", "content": "x", "name": "\udfff"}]}),
+    "a reference": (CHAT, {"messages": [{"ref": "\ud800"}]}),
+    "reasoning": (
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "a\ud83d"}]},
+    ),
+    "a call's id": (
+        CHAT,
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "\udc00", "type": "function", "function": {"name": "f", "arguments": ""}}],
+                }
+            ]
+        },
+    ),
+    "a part of content": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+    ),
+    "a key of the template's variables": (
+        CHAT,
+        {"messages": HI, "chat_template_kwargs": {"a": {"\ud800": 1}}},
+    ),
+    "a tool's schema": (
+        CHAT,
+        {"messages": HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"x": ["\ud800"]}}}]},
+    ),
+    "what is ignored": (CHAT, {"messages": HI, "metadata": {"who": "\ud800"}}),
+    "a key of the body": (CHAT, {"messages": HI, "\ud800": 1}),
+    "a salt": (CHAT, {"messages": HI, "cache_salt": "\ud800"}),
+    "a user": (TEXTS, {"prompt": "x", "user": "\ud800"}),
+    "a model": (TEXTS, {"prompt": "x", "model": "\ud800"}),
+    "a stop string": (TEXTS, {"prompt": "x", "stop": ["a", "\ud800"]}),
+    "a text prompt": (TEXTS, {"prompt": ["a", "\ud800"]}),
+    "a text to tokenize": ("/tokenize", {"prompt": "\ud800"}),
+    "a model to detokenize for": ("/detokenize", {"tokens": [1], "model": "\ud800"}),
+}
+
+
+@pytest.mark.parametrize("choreography", [{}, {"choreography": {}}])
+@pytest.mark.parametrize("name", BROKEN_CASES)
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(
+    client: httpx.Client, name: str, choreography: dict[str, object]
+) -> None:
+    path, asked = BROKEN_CASES[name]
+    body = json.dumps({"max_tokens": 1, **asked, **choreography})
+    error = error_of(client.post(path, content=body, headers={"Content-Type": "application/json"}))
+    assert error["code"] == "invalid_json"
+    assert "surrogates" in error["message"]
+    assert "at character" in error["message"]
+
+
+@pytest.mark.parametrize("body", [b'{"prompt": "\xed\xa0\x80"}', '{"prompt": "\\ud800"}'.encode("utf-16")])
+def test_half_a_surrogate_pair_is_refused_however_it_is_written(client: httpx.Client, body: bytes) -> None:
+    assert error_of(client.post(TEXTS, content=body, headers={"Content-Type": "application/json"}))["message"]
+
+
+def test_a_long_name_is_not_sent_back(client: httpx.Client) -> None:
+    body = json.dumps({"messages": HI, "x" * 100_000: "\ud800"})
+    error_of(client.post(CHAT, content=body, headers={"Content-Type": "application/json"}))
+
+
+def test_nul_and_both_halves_of_a_pair_are_served(client: httpx.Client) -> None:
+    odd = "\0 \U0001f600 \u202e"
+    message = {"role": "user", "content": odd, "name": odd, "reasoning_content": odd}
+    for choreography in ({}, {"choreography": {}}):
+        fields = {"cache_salt": odd, "user": odd, "metadata": {odd: odd}, "chat_template_kwargs": {odd: odd}}
+        body = json.dumps({"messages": [message], "max_tokens": 1, **fields, **choreography})
+        reply = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+        assert reply.status_code == 200, reply.text

@@ -1,5 +1,6 @@
 """Choreographies over HTTP, with the embedded model behind a real server."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from hybrid_cache.kernels import dispatch
 from hybrid_cache.models.loading import embedded_path, load
 from hybrid_cache.request import Output, Request
 from hybrid_cache.tokens import BoundaryKind, Prompt
-from tests.api.servers import events_of, over_the_wire
+from tests.api.servers import events_of, in_process, new_app, new_engine, over_the_wire
 
 GARAGE, ATTIC = "The code for the garage is 42.", "Please remember, the code for the attic is 17."
 ASK = "What is the code for the garage?"
@@ -195,15 +196,45 @@ def test_a_choreography_has_the_prompt_of_the_plain_request(
 
 
 def test_messages_whose_text_is_gone(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = book.MessageBook(most_tokens=40)
+    small = book.MessageBook(most_bytes=40_000)
     first = small.add("a", "user", [1] * 30)
-    small.add("a", "user", [2] * 30)
+    for other in range(2, 40):
+        small.add("a", "user", [other] * 300)
     with pytest.raises(book.MessageGone, match=first.id):
         small.find("a", first.id)
     find = book.MessageBook.find
     monkeypatch.setattr(book.MessageBook, "find", lambda *_: find(small, "a", first.id))
     body = ask(client, ref(first.id), user(ASK), status=409)
     assert body["error"]["code"] == "message_gone"
+
+
+def test_what_the_template_does_not_show_counts_as_well(sum_text: TextModel) -> None:
+    """Of messages that say little and carry much, only as many are kept as the book has room for."""
+
+    async def ids_and_errors() -> tuple[list[str], list[int], float]:
+        async with in_process(new_app(new_engine(), sum_text, message_book_bytes=4 << 20)) as client:
+            ids, statuses = [], []
+            for i in range(20):
+                hidden = {"role": "user", "content": f"m{i}", "reasoning_content": "z" * 400_000}
+                large = {"role": "user", "content": f"l{i}", "reasoning_content": "z" * 600_000}
+                body = {"messages": [hidden, large], "max_tokens": 1, "choreography": {"encode": "alone"}}
+                reply = await client.post("/v1/chat/completions", json=body)
+                assert reply.status_code == 200, reply.text
+                ids = [*ids, *reply.json()["choreography"]["messages"]]
+            for name in ids:
+                body = {"messages": [{"ref": name}, {"role": "user", "content": "x"}], "max_tokens": 1}
+                statuses.append((await client.post("/v1/chat/completions", json=body)).status_code)
+            text = (await client.get("/metrics")).text
+            [said] = [line for line in text.splitlines() if line.startswith("hybrid_cache_message_book_bytes ")]
+            return ids, statuses, float(said.split()[1])
+
+    ids, statuses, num_bytes = asyncio.run(ids_and_errors())
+    hidden, large = statuses[::2], statuses[1::2]
+    assert set(large) == {409}  # more than an eighth of the book
+    assert hidden[-5:] == [200] * 5
+    assert hidden[:5] == [409] * 5
+    assert 2 << 20 < num_bytes <= 4 << 20
+    assert len(set(ids)) == 40
 
 
 def test_limits(client: httpx.Client) -> None:

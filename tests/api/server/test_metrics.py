@@ -1,6 +1,7 @@
 """What /metrics says."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -8,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hybrid_cache.api.server.metrics import Metrics
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.records import RequestRecord
+from hybrid_cache.choreography.book import MessageBook
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.request import Request
@@ -76,6 +78,22 @@ def test_the_kinds_of_cache_bytes_fill_the_budget(engine: Engine) -> None:
     assert 0.9 * budget < total <= budget
     assert value(samples, "hybrid_cache_cache_bytes", kind="kv") > 0
     assert value(samples, "hybrid_cache_cache_nodes") > 0
+
+
+def test_memory_is_told_by_what_takes_it(engine: Engine) -> None:
+    book = MessageBook(1 << 20)
+    metrics = Metrics(engine, replace(SETTINGS, beside_bytes=12345), book)
+    before = samples_of(metrics)
+    book.add("n", "user", tokens_of(0, 100), sent_bytes=50_000)
+    after = samples_of(metrics)
+    assert value(before, "hybrid_cache_message_book_bytes") == 0
+    assert value(after, "hybrid_cache_message_book_bytes") == book.num_bytes > 50_000
+    assert value(after, "hybrid_cache_message_book_messages") == 1
+    assert value(after, "hybrid_cache_message_book_limit_bytes") == 1 << 20
+    assert value(after, "hybrid_cache_memory_beside_bytes") == 12345
+    if Path("/proc/self/statm").exists():
+        assert value(after, "process_resident_memory_bytes") > 50 << 20
+        assert value(after, "process_open_fds") > 2
 
 
 def test_the_labels_of_info_say_what_runs(engine: Engine) -> None:

@@ -55,8 +55,8 @@ class Server:
 
 
 @contextmanager
-def server(*options: str) -> Iterator[Server]:
-    command = [*PROGRAM, "serve", "--port", "0", "--budget", "64MiB", "--threads", "1", *options]
+def server(*options: str, program: tuple[str, ...] = PROGRAM) -> Iterator[Server]:
+    command = [*program, "serve", "--port", "0", "--budget", "64MiB", "--threads", "1", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         watchdog = threading.Timer(START_TIMEOUT_S, process.kill)
         watchdog.start()
@@ -124,9 +124,58 @@ def metrics_of(started: Server) -> dict[str, float]:
 def test_the_greeting_says_what_runs(guarded: Server) -> None:
     greeting = "".join(guarded.lines)
     assert guarded.url in greeting
-    for fact in ("small", "parameters", "bfloat16", "exact", "64 MiB", "tokens of KV", "checkpoints"):
+    for fact in (
+        "small",
+        "parameters",
+        "bfloat16",
+        "exact",
+        "64 MiB",
+        "tokens of KV",
+        "checkpoints",
+        "conversations",
+        "beside it",
+    ):
         assert fact in greeting
     assert KEY not in greeting
+
+
+def limited(limit_bytes: int) -> tuple[str, ...]:
+    """The program, with a limit on the memory that it asks for."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({limit_bytes}, {limit_bytes})); "
+    return PROGRAM[0], "-c", limit + PROGRAM[2]
+
+
+def refusal(*options: str, limit_bytes: int | None = None) -> str:
+    """What a server says that does not start."""
+    program = PROGRAM if limit_bytes is None else limited(limit_bytes)
+    command = [*program, "serve", "--port", "0", "--threads", "1", *options]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=START_TIMEOUT_S)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_a_budget_that_cannot_fit_ends_in_one_line_with_the_numbers() -> None:
+    said = refusal("--budget", "500TiB")
+    found = re.search(r"500 TiB does not fit: (\S+ \SiB) are free by (.+), of which up to (\S+ .iB) are needed", said)
+    assert found, said
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_by_default_a_process_without_room_for_a_conversation_does_not_start() -> None:
+    said = refusal(limit_bytes=800 << 20)
+    for word in ("RLIMIT_DATA", "beside the cache", "75% of the rest", "2,000 tokens"):
+        assert word in said, said
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_by_default_the_cache_takes_what_a_limit_leaves() -> None:
+    with server("--budget", "auto", program=limited(2 << 30)) as started:
+        values = metrics_of(started)
+        budget, beside = values["hybrid_cache_cache_budget_bytes"], values["hybrid_cache_memory_beside_bytes"]
+        assert 200 << 20 < budget < (2 << 30) - beside
+        answer = httpx.post(f"{started.url}/v1/completions", json={"prompt": "Hello", "max_tokens": 3})
+        assert answer.status_code == 200
 
 
 def test_the_greeting_names_what_is_not_as_it_should_be(

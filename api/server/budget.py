@@ -1,0 +1,189 @@
+"""How much memory the cache gets, and what the process takes beside it.
+
+Beside weights and cache a server needs at most
+
+    step      TILE * max_tiles + max_running rows, for each two copies of what the widest part of the model computes
+              and a few rows as wide as the model, all in float32
+    keys      where a backend gathers the keys of one sequence: three copies of a layer's keys and values, and the
+              scores of a tile, of the longest context
+    logits    of the rows that choose a token, or of one tile whose prompt is scored: three copies in float32
+    books     NODE_BYTES for each page or state that the cache can hold
+    queue     the prompts of a full engine and a full queue, QUEUE_TOKENS each on average
+    bodies    MOST_BODIES request bodies of the largest size
+    messages  the message book
+    history   places that prompts have returned to, with which the policy learns
+    program   what Python, threads and allocators take after the model has been loaded
+
+bytes. On a GPU the first three and what CUDA itself takes are in the GPU's memory, where the cache is as well.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hybrid_cache.api.server.gate import MOST_BODIES
+from hybrid_cache.api.server.launch import Loaded
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.free_memory import ROOT, FreeMemory, free_memory, taken
+from hybrid_cache.errors import ConfigError
+from hybrid_cache.kernels.grid import MIN_ROWS, TILE
+from hybrid_cache.models.shapes import LayerShape, ModelShape
+from hybrid_cache.sizes import format_bytes, parse_bytes
+from hybrid_cache.spec import AttentionSpec, CacheSpec
+
+AUTO = "auto"
+AUTO_SHARE = 0.75  # of what is free, and not needed beside the cache, that the cache gets by default
+CONVERSATION_TOKENS = 2000
+WIDE_ROWS = 6  # as wide as the model: the stream, a norm of it, what is added to it, and copies of these
+NODE_BYTES = 1536  # measured: 1,100 at 16,000 nodes
+QUEUE_TOKENS = 4096
+TOKEN_BYTES = 16  # of a waiting prompt: as numbers, and as the keys of its pages
+PROGRAM_BYTES = 256 << 20  # the most of it: what oneDNN prepares for each number of rows of float32 weights
+HISTORY_BYTES = 64 << 20
+GPU_BYTES = 512 << 20  # CUDA graphs, workspaces of libraries, and what torch keeps for itself
+GATHERING = ("torch", "torch-compile", "mamba_ssm")  # backends that gather the keys of a sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Most bytes that a process takes beside weights and cache, see above."""
+
+    step: int
+    keys: int
+    logits: int
+    queue: int
+    bodies: int
+    messages: int
+    books_per_byte: float  # of the cache
+    history: int = HISTORY_BYTES
+    program: int = PROGRAM_BYTES
+    on_gpu: bool = False
+
+    @property
+    def shared(self) -> int:
+        """Bytes in the memory that the cache is in, without the books."""
+        passes = self.step + self.keys + self.logits
+        if self.on_gpu:
+            return passes + GPU_BYTES
+        return passes + self.queue + self.bodies + self.messages + self.history + self.program
+
+    def total(self, budget_bytes: int) -> int:
+        """Bytes in the memory that the cache is in."""
+        return self.shared if self.on_gpu else self.shared + int(self.books_per_byte * budget_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where the memory of a server goes, as it was when the model had been loaded."""
+
+    budget_bytes: int
+    beside_bytes: int  # at most, beside weights and cache
+    free: FreeMemory
+    taken_bytes: int | None  # by the program with the model; None where nothing says so
+
+    def __str__(self) -> str:
+        now = "" if self.taken_bytes is None else f"{format_bytes(self.taken_bytes)} with the model now, "
+        cache, more = format_bytes(self.budget_bytes), format_bytes(self.beside_bytes)
+        return f"{now}{cache} for the cache, up to {more} beside it; {format_bytes(self.free.num_bytes)} were free"
+
+
+def plan_memory(
+    loaded: Loaded,
+    config: EngineConfig,
+    asked: int | None,
+    *,
+    max_body_bytes: int = 0,
+    book_bytes: int = 0,
+    root: Path = ROOT,
+) -> MemoryPlan:
+    """To be called once the model has run: `asked` is the budget, None for what is sensible. Raises ConfigError."""
+    model, shape = loaded.model, loaded.info.shape
+    free, spec = free_memory(model.device, root), model.cache_spec
+    needed = beside(
+        shape,
+        config,
+        max_length=min(model.max_length, free.num_bytes // max(spec.kv_bytes_per_token, 1)),
+        backend=loaded.ops.name,
+        max_body_bytes=max_body_bytes,
+        book_bytes=book_bytes,
+        device=model.device,
+    )
+    budget_bytes = fitted(asked, free, needed, spec)
+    now = torch.cuda.memory_allocated(model.device) if needed.on_gpu else taken(root)
+    return MemoryPlan(budget_bytes, needed.total(budget_bytes), free, now)
+
+
+def beside(
+    shape: ModelShape,
+    config: EngineConfig,
+    *,
+    max_length: int,
+    backend: str = "native",
+    max_body_bytes: int = 0,
+    book_bytes: int = 0,
+    device: torch.device | None = None,
+) -> Beside:
+    """What a process with these settings takes beside weights and cache."""
+    spec, hidden = shape.cache_spec, shape.hidden_size
+    widest = max(layer.cost.per_token for layer in shape.layers) / (2 * hidden)  # a number is a product of `hidden`
+    rows = TILE * config.max_tiles + max(config.max_running, MIN_ROWS)
+    return Beside(
+        step=int(rows * (2 * widest + WIDE_ROWS * hidden) * 4),
+        keys=max(map(_bytes_per_key, shape.layers)) * max_length if backend in GATHERING else 0,
+        logits=3 * 4 * shape.vocab_size * max(config.max_running, TILE),
+        queue=(config.max_running + config.max_waiting) * min(max_length, QUEUE_TOKENS) * TOKEN_BYTES,
+        bodies=MOST_BODIES * max_body_bytes,
+        messages=book_bytes,
+        books_per_byte=NODE_BYTES / (spec.page_bytes or spec.slot_bytes / TILE),
+        on_gpu=device is not None and device.type == "cuda",
+    )
+
+
+def _bytes_per_key(layer: LayerShape) -> int:
+    cache = layer.cache
+    if not isinstance(cache, AttentionSpec):
+        return 0
+    num_heads = layer.cost.per_token_per_position / (4 * cache.head_dim)
+    return 3 * 4 * int(2 * cache.num_kv_heads * cache.head_dim + TILE * num_heads)
+
+
+def conversation_bytes(spec: CacheSpec) -> int:
+    """What one conversation of CONVERSATION_TOKENS with a checkpoint takes of the cache."""
+    return -(-CONVERSATION_TOKENS // TILE) * spec.page_bytes + spec.slot_bytes
+
+
+def parse_budget(text: str) -> int | None:
+    """A size, or `auto` -> None. Raises ConfigError."""
+    return None if text.strip().lower() == AUTO else parse_bytes(text)
+
+
+def fitted(asked: int | None, free: FreeMemory, beside: Beside, spec: CacheSpec) -> int:
+    """The bytes of the cache: those asked for, or AUTO_SHARE of what is free.
+
+    Raises ConfigError if there is no room for them, or by default not for one conversation and the state that runs it.
+    """
+    room = free.num_bytes - beside.shared
+    if asked is None:
+        budget_bytes = int(AUTO_SHARE * max(room, 0) / (1 + beside.books_per_byte))
+        least = conversation_bytes(spec) + spec.slot_bytes
+        if budget_bytes < least:
+            raise ConfigError(
+                f"{_sizes(free, beside, 0)}: {AUTO_SHARE:.0%} of the rest are {format_bytes(budget_bytes)}, one "
+                f"conversation of {CONVERSATION_TOKENS:,} tokens takes {format_bytes(least)}; --budget SIZE takes less"
+            )
+        return budget_bytes
+    if asked + beside.total(asked) > free.num_bytes:
+        most = max(int(room / (1 + beside.books_per_byte)), 0)
+        raise ConfigError(
+            f"a cache budget of {format_bytes(asked)} does not fit: {_sizes(free, beside, asked)}; at most "
+            f"{format_bytes(most)} fit, and --budget auto takes {AUTO_SHARE:.0%} of that"
+        )
+    return asked
+
+
+def _sizes(free: FreeMemory, beside: Beside, budget_bytes: int) -> str:
+    needed = format_bytes(beside.total(budget_bytes))
+    return (
+        f"{format_bytes(free.num_bytes)} are free by {free.bound}, of which up to {needed} are needed beside the cache"
+    )
