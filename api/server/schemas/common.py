@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.errors import RequestError
+from hybrid_cache.sampling import BOUNDS, MAX_INT
 
 MAX_N = 16
 MAX_STOPS = 16  # OpenAI takes 4
@@ -19,7 +20,6 @@ MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_SALT = 1024
 MAX_TTL_S = 24 * 3600.0
-MAX_INT = 2**31 - 1
 _TTL = re.compile(r"([1-9]\d{0,5})([smh])")
 
 
@@ -140,6 +140,13 @@ class CacheOptions(Request):
     ttl: Ttl | None = None
 
 
+def _within(name: str) -> FieldInfo:
+    """The bound that sampling sets."""
+    bound = BOUNDS[name]
+    low = {"gt": bound.low} if bound.open_low else {"ge": bound.low}
+    return cast(FieldInfo, Field(**low, le=bound.high))
+
+
 class GenerationRequest(Request):
     """What chat and text completions share."""
 
@@ -148,18 +155,18 @@ class GenerationRequest(Request):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     max_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, _within("temperature")] | None = None
+    top_p: Annotated[float, _within("top_p")] | None = None
     stop: Stops = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, _within("seed")] | None = None
+    presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
     logit_bias: LogitBias = None
     user: str | None = None
     # As in vLLM
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT, description="0 and -1 keep all")] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    min_p: Annotated[float, _within("min_p")] | None = None
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
