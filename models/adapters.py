@@ -173,11 +173,12 @@ def _read_config(folder: Path) -> LoraConfig:
     for key, neutral in NEUTRAL.items():
         if (value := values.get(key)) is not None and value not in neutral:
             raise UnsupportedModel(f"{key} is {shown(value)}, which is not supported")
+    base = values.get("base_model_name_or_path")
     return LoraConfig(
         rank=_rank(values.get("r")),
         alpha=_alpha(values.get("lora_alpha")),
         targets=_names(values.get("target_modules")),
-        base=values.get("base_model_name_or_path"),
+        base=base if isinstance(base, str) else None,
         saved=_names(values.get("modules_to_save")),
         rslora=values.get("use_rslora") is True,
     )

@@ -76,7 +76,7 @@ class Config:
 
     def positive(self, name: str, default: float | None = None) -> float:
         value = self.number(name, default)
-        if not 1 / LARGEST <= value:
+        if not value >= 1 / LARGEST:
             self._refuse(name, value, f"a positive number, from {1 / LARGEST:g} on")
         return value
 

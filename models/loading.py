@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models import adapters, quantized, registry
 from hybrid_cache.models.config import Config

@@ -110,7 +110,9 @@ def format_of(config: Mapping[str, object]) -> Format | None:
             raise UnsupportedModel(f"{field} is {shown(found)}, supported: an object with quant_method {METHOD!r}")
         if field != "quantization_config" or found.get("quant_method") != METHOD:
             method = found.get("quant_method")
-            raise UnsupportedModel(f"{field}.quant_method is {shown(method)}, quantized weights are read in {METHOD!r} only")
+            raise UnsupportedModel(
+                f"{field}.quant_method is {shown(method)}, quantized weights are read in {METHOD!r} only"
+            )
         stored = {"bits": found.get("bits"), "group_size": found.get("group_size")}
         known = {name: {"bits": f.bits, "group_size": f.group_size} for name, f in FORMATS.items()}
         name = next((name for name, values in known.items() if values == stored), None)

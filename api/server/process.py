@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from types import FrameType
@@ -17,6 +17,7 @@ from hybrid_cache import __version__
 from hybrid_cache.api.server.app import create_app
 from hybrid_cache.api.server.launch import Loaded, LoadOptions, inexact_reasons, load
 from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.defaults import listed
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
@@ -72,6 +73,8 @@ def serve(options: ServeOptions) -> None:
         app = create_app(engine, text, settings)
         url = url_of(bound)
         console.print(hello(loaded, inexact, options.engine, url, settings.served_names[0]))
+        if text.defaults.ignored:
+            console.print(ignored_line(text.defaults.ignored), soft_wrap=True, highlight=False, markup=False)
         console.print(curl_line(url, with_key=bool(options.api_keys)), soft_wrap=True, highlight=False)
         config = uvicorn.Config(
             app,
@@ -122,6 +125,11 @@ def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, url: str, na
     facts.add_row("exact", f"NO: {inexact[0]} ({len(inexact)} reasons)" if inexact else "yes, checked just now")
     facts.add_row("cache", _cache_line(config, spec.kv_bytes_per_token, spec.slot_bytes))
     return Panel(facts, title=f"hybrid-cache {__version__}", title_align="left", expand=False)
+
+
+def ignored_line(ignored: Sequence[str]) -> str:
+    """What the model's own settings ask for in vain."""
+    return f"not honoured of generation_config.json: {listed(ignored)}"
 
 
 def curl_line(url: str, *, with_key: bool) -> str:

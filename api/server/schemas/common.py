@@ -7,14 +7,14 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic.fields import FieldInfo
 
 from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.text.generation import MAX_STOP_LENGTH, MAX_STOPS, stops_of
 from hybrid_cache.errors import RequestError
 from hybrid_cache.sampling import BOUNDS, MAX_INT
 
 MAX_N = 16
-MAX_STOPS = 16  # OpenAI takes 4
-MAX_STOP_LENGTH = 256
 MAX_STOP_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
@@ -34,18 +34,10 @@ class Response(BaseModel):
 
 
 def _stops(value: object) -> list[str] | None:
-    if value is None:
-        return None
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
-        raise ValueError("must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"{len(stops)} stop strings, at most {MAX_STOPS} are allowed")
-    for stop in stops:
-        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-            raise ValueError(f"a stop string has {len(stop)} characters, must have 1 to {MAX_STOP_LENGTH}")
+    stops = stops_of(value)
+    for stop in stops or ():
         check_utf8(stop)
-    return list(stops)
+    return stops
 
 
 def _logit_bias(value: object) -> dict[int, float] | None:
@@ -143,8 +135,9 @@ class CacheOptions(Request):
 def _within(name: str) -> FieldInfo:
     """The bound that sampling sets."""
     bound = BOUNDS[name]
-    low = {"gt": bound.low} if bound.open_low else {"ge": bound.low}
-    return cast(FieldInfo, Field(**low, le=bound.high))
+    low = {"gt" if bound.open_low else "ge": bound.low}
+    field: FieldInfo = Field(le=bound.high, gt=low.get("gt"), ge=low.get("ge"))
+    return field
 
 
 class GenerationRequest(Request):
