@@ -21,10 +21,9 @@ _KINDS = {
 # What a whole number may be at most: MOST, for what is a size, unless it is named here.
 MOST = 1 << 20
 MOST_OF = {
-    "num_hidden_layers": 4096,
-    "num_nextn_predict_layers": 4096,
-    "num_mtp_layers": 4096,
     "vocab_size": 1 << 24,
+    **dict.fromkeys(("num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers"), 1024),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4096),
     **dict.fromkeys(
         (
             "max_position_embeddings",

@@ -294,7 +294,7 @@ class ShapesOnly:
 
     def take(self, name: str, *shape: int) -> Tensor:
         self.num_parameters += prod(shape)
-        self._num_weights += 1
+        self._num_weights += shape[0] if len(shape) == 3 and shape[1] > 1 else 1  # experts are taken apart
         if self._num_weights > MAX_WEIGHTS:
             raise ModelError(f"config.json: the model has more than {MAX_WEIGHTS} weights")
         if prod(shape) > MAX_SIZE:

@@ -103,7 +103,9 @@ def load_defaults(folder: Path, eos_id: int | None = None) -> GenerationDefaults
     Raises ModelError with the value and the bound.
     """
     values, model = read_json_if_there(folder / FILE), read_json_if_there(folder / "config.json")
-    eos_ids = _eos_ids(values if "eos_token_id" in values else model)
+    source, name = (values, FILE) if "eos_token_id" in values else (model, "config.json")
+    with errors_begin_with(name):
+        eos_ids = _eos_ids(source)
     if eos_id is not None:
         eos_ids |= {eos_id}
     with errors_begin_with(FILE):

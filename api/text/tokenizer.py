@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from hybrid_cache.api.text.defaults import GenerationDefaults, load_defaults
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.api.text.text_work import LONG_TEXT, still_wanted
-from hybrid_cache.api.text.tokenizer_file import is_byte_level, is_panic, read_backend
+from hybrid_cache.api.text.tokenizer_file import first_line, is_byte_level, is_panic, read_backend
 from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
 from hybrid_cache.models.files import errors_begin_with, is_there, read_json_if_there, read_text, shown
 
@@ -66,7 +66,7 @@ class Tokenizer:
         except BaseException as e:
             if not is_panic(e):
                 raise
-            raise RequestError(f"this model's tokenizer cannot read the text: {e}") from e
+            raise RequestError(f"this model's tokenizer cannot read the text: {first_line(e)}") from e
 
     def encode_literal(self, text: str) -> list[int]:
         """Tokens of text in which nothing is a special token, whatever it looks like.

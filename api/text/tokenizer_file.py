@@ -19,6 +19,7 @@ from hybrid_cache.models.files import TABLE_BYTES, is_there, parse_json, read_js
 FILE = "tokenizer.json"
 OLDER = ("vocab.json", "merges.txt", "added_tokens.json", "*.model")  # what transformers converts
 MAX_GROWTH = 64
+MAX_QUOTED = 300  # characters of an error of the library
 MAX_STRING = 4096  # characters of a token or a setting
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
 PROBE = "Hello, 世界! 3 < 4\n\te\u0301 "
@@ -54,7 +55,7 @@ def _parsed(text: str) -> Backend:
     try:
         return Backend.from_str(text)
     except Exception as e:  # the library raises plain Exception
-        raise ModelError(f"{FILE} cannot be read: the tokenizer is not understood: {_first_line(e)}") from e
+        raise ModelError(f"{FILE} cannot be read: the tokenizer is not understood: {first_line(e)}") from e
 
 
 def _converted(folder: Path) -> Backend:
@@ -72,7 +73,7 @@ def _converted(folder: Path) -> Backend:
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:
-        raise ModelError(f"the tokenizer cannot be converted: {_first_line(e)}") from e
+        raise ModelError(f"the tokenizer cannot be converted: {first_line(e)}") from e
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         raise ModelError(f"this kind of tokenizer has no {FILE} form")
@@ -147,9 +148,10 @@ def _try_out(backend: Backend) -> None:
         backend.decode(backend.encode(PROBE, add_special_tokens=True).ids, skip_special_tokens=False)
     except BaseException as e:
         if isinstance(e, Exception) or is_panic(e):
-            raise ModelError(f"the tokenizer cannot read a short text: {_first_line(e)}") from e
+            raise ModelError(f"the tokenizer cannot read a short text: {first_line(e)}") from e
         raise
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """Of its message, cut where it is long."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_QUOTED]

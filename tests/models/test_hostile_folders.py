@@ -118,7 +118,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "1e999": (fields(CONFIG, rms_norm_eps=hostile.TOO_LARGE), "1e999 is not a finite number"),
     "a surrogate": (fields(CONFIG, model_type=hostile.SURROGATE), "surrogates not allowed"),
     "infinity": (fields(CONFIG, logits_scaling=float("inf")), "logits_scaling is inf, expected a number between"),
-    "layers": (fields(CONFIG, num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected at most 4096"),
+    "layers": (fields(CONFIG, num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected at most 1024"),
     "context": (
         fields(CONFIG, max_position_embeddings=2**63),
         "max_position_embeddings is 9223372036854775808, expected at most 2147483647",

@@ -15,7 +15,7 @@ from hybrid_cache.models.tools.published import CONFIGS
 from tests.models import hostile
 
 MAX_SECONDS = 2.0  # of processor time
-FEW, MANY = 12, 500
+FEW, MANY = 8, 300
 EMBEDDED = loading.embedded_path()
 GENERATION_FIELDS: dict[str, object] = {
     "do_sample": True,
