@@ -29,9 +29,7 @@ class TextEngine:
     @classmethod
     def of(cls, engine: AsyncEngine, text: TextModel, *, special_tokens_in_content: bool = False) -> "TextEngine":
         """special_tokens_in_content: as in `ChatEncoder`"""
-        chat = ChatEncoder(
-            text.tokenizer, text.chat_templates, special_tokens_in_content=special_tokens_in_content
-        )
+        chat = ChatEncoder(text.tokenizer, text.chat_templates, special_tokens_in_content=special_tokens_in_content)
         return cls(engine, text.tokenizer, chat, text.defaults, TextWork())
 
     @property
@@ -73,9 +71,7 @@ class TextEngine:
     ) -> Conversation:
         """Renders and tokenises. Raises RequestError, and ContextTooLong when the context does not hold them."""
         size = sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_SIZE * len(messages)
-        return await self.work.run(
-            tenant, size, lambda: self.chat.conversation(messages, rendering, self.max_length)
-        )
+        return await self.work.run(tenant, size, lambda: self.chat.conversation(messages, rendering, self.max_length))
 
     async def prompt(self, prompt: str | list[int], tenant: str, *, add_special_tokens: bool) -> Prompt:
         """A text, or tokens as they are. Raises RequestError, and ContextTooLong for text that cannot fit."""
