@@ -12,6 +12,36 @@ from hybrid_cache.tokens import TokenArray
 
 
 @dataclass(frozen=True, slots=True)
+class Bound:
+    """What a number may be: in [low, high], or in (low, high]."""
+
+    low: float
+    high: float
+    open_low: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        """Raises BadSampling."""
+        if not (self.low < value if self.open_low else self.low <= value) or not value <= self.high:
+            within = f"{'(' if self.open_low else '['}{self.low}, {self.high}]"
+            raise BadSampling(f"{name} is {value}, must be in {within}", param=name)
+
+
+MAX_INT = 2**31 - 1
+# Of requests and of a model's own defaults alike.
+BOUNDS = {
+    "temperature": Bound(0.0, 100.0),
+    "top_p": Bound(0.0, 1.0, open_low=True),
+    "top_k": Bound(0, MAX_INT),
+    "min_p": Bound(0.0, 1.0),
+    "presence_penalty": Bound(-2.0, 2.0),
+    "frequency_penalty": Bound(-2.0, 2.0),
+    "repetition_penalty": Bound(0.0, 100.0, open_low=True),
+    "max_tokens": Bound(0, MAX_INT),
+    "seed": Bound(-(2**63), 2**63 - 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen. Raises BadSampling, when made, with the value and the bound."""
 
@@ -31,28 +61,17 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for the prompt's own tokens
 
     def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 0.0, 100.0)
-        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _within("top_k", self.top_k, 0, 2**31)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        _within("max_tokens", self.max_tokens, 0, 2**31)
-        _within("min_tokens", self.min_tokens, 0, self.max_tokens)
-        if self.seed is not None:
-            _within("seed", self.seed, -(2**63), 2**63 - 1)
+        for name, bound in BOUNDS.items():
+            value: float | None = getattr(self, name)
+            if value is not None:
+                bound.check(name, value)
+        Bound(0, self.max_tokens).check("min_tokens", self.min_tokens)
         for bias in self.logit_bias.values():
-            _within("logit_bias", bias, -100.0, 100.0)
+            Bound(-100.0, 100.0).check("logit_bias", bias)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
-
-
-def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    if not (low < value if open_low else low <= value) or not value <= high:
-        raise BadSampling(f"{name} is {value}, must be in {'(' if open_low else '['}{low}, {high}]", param=name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.models.files import errors_begin_with, read_json, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MAX_RANK = 1 << 16
+MAX_ALPHA = 1 << 20
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 SHIPPED = {"embedded-choreo": "embedded_choreo"}  # inside the package
 # Settings that change what an adapter means, with the values that mean nothing.
@@ -145,11 +148,9 @@ def load(path: str | Path) -> Adapter:
     folder = resolve(str(path))
     if not folder.is_dir():
         raise ModelError(f"adapter {path}: neither a folder nor one that ships ({', '.join(SHIPPED)})")
-    try:
+    with errors_begin_with(f"adapter {path}"):
         config = _read_config(folder)
         factors, replaced = _read_tensors(folder, config)
-    except ModelError as e:
-        raise type(e)(f"adapter {path}: {e}") from e
     return Adapter(name_of(path), config, factors, replaced)
 
 
@@ -166,30 +167,33 @@ def save(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> Non
 
 
 def _read_config(folder: Path) -> LoraConfig:
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{CONFIG} cannot be read: {e}") from e
-    if not isinstance(values, dict):
-        raise ModelError(f"{CONFIG} is not a JSON object")
+    values = read_json(folder / CONFIG)
     if values.get("peft_type") != "LORA":
-        raise UnsupportedModel(f"peft_type is {values.get('peft_type')!r}, supported: LORA")
+        raise UnsupportedModel(f"peft_type is {shown(values.get('peft_type'))}, supported: LORA")
     for key, neutral in NEUTRAL.items():
         if (value := values.get(key)) is not None and value not in neutral:
-            raise UnsupportedModel(f"{key} is {value!r}, which is not supported")
-    rank, alpha = values.get("r"), values.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1:
-        raise ModelError(f"r is {rank!r}, must be a whole number of at least 1")
-    if not isinstance(alpha, int | float):
-        raise ModelError(f"lora_alpha is {alpha!r}, must be a number")
+            raise UnsupportedModel(f"{key} is {shown(value)}, which is not supported")
+    base = values.get("base_model_name_or_path")
     return LoraConfig(
-        rank=rank,
-        alpha=alpha,
+        rank=_rank(values.get("r")),
+        alpha=_alpha(values.get("lora_alpha")),
         targets=_names(values.get("target_modules")),
-        base=values.get("base_model_name_or_path"),
+        base=base if isinstance(base, str) else None,
         saved=_names(values.get("modules_to_save")),
         rslora=values.get("use_rslora") is True,
     )
+
+
+def _rank(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise ModelError(f"r is {shown(value)}, must be a whole number in [1, {MAX_RANK}]")
+    return value
+
+
+def _alpha(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_ALPHA:
+        raise ModelError(f"lora_alpha is {shown(value)}, must be a number in (0, {MAX_ALPHA}]")
+    return value
 
 
 def _names(value: object) -> tuple[str, ...]:
@@ -198,6 +202,8 @@ def _names(value: object) -> tuple[str, ...]:
 
 
 def _read_tensors(folder: Path, config: LoraConfig) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(f"{WEIGHTS} cannot be read: it is no file")
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as e:

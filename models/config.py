@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from math import inf
 from typing import NoReturn, TypeVar
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.models.files import shown
 
 T = TypeVar("T")
 
@@ -18,6 +18,26 @@ _KINDS = {
 }
 
 
+# What a whole number may be at most: MOST, for what is a size, unless it is named here.
+MOST = 1 << 20
+MOST_OF = {
+    "vocab_size": 1 << 24,
+    **dict.fromkeys(("num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers"), 1024),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4096),
+    **dict.fromkeys(
+        (
+            "max_position_embeddings",
+            "original_max_position_embeddings",
+            "model_max_length",
+            "sliding_window",
+            "attention_window_size",
+        ),
+        (1 << 31) - 1,
+    ),
+}
+LARGEST = 1e30  # number, and one over it the smallest where a number must be positive: float32 holds both
+
+
 class Config:
     """The fields of one config.json. `used` holds the values that were read, defaults included."""
 
@@ -28,11 +48,13 @@ class Config:
         self.used: dict[str, object] = {}
 
     def integer(self, name: str, default: int | None = None, *, at_least: int = 1, at_most: int | None = None) -> int:
+        """Between `at_least` and `at_most`, and never above `MOST_OF`."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
             self._refuse(name, value, f"a whole number of at least {at_least}")
-        if at_most is not None and value > at_most:
-            self._refuse(name, value, f"at most {at_most}")
+        bound = MOST_OF.get(name, MOST)
+        if value > (bound := bound if at_most is None else min(at_most, bound)):
+            self._refuse(name, value, f"at most {bound}")
         return self._note(name, value)
 
     def divisor(self, name: str, total: int, default: int) -> int:
@@ -47,14 +69,14 @@ class Config:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = _plain_float(self._get(name, default))
-        if value is None or value != value:
-            self._refuse(name, self._values.get(name), "a number")
+        if value is None or not abs(value) <= LARGEST:
+            self._refuse(name, self._values.get(name, default), f"a number between {-LARGEST:g} and {LARGEST:g}")
         return self._note(name, value)
 
     def positive(self, name: str, default: float | None = None) -> float:
         value = self.number(name, default)
-        if not 0 < value < inf:
-            self._refuse(name, value, "a positive number")
+        if not value >= 1 / LARGEST:
+            self._refuse(name, value, f"a positive number, from {1 / LARGEST:g} on")
         return value
 
     def has(self, name: str) -> bool:
@@ -76,13 +98,13 @@ class Config:
         value = default if value is None else value
         if value not in allowed:
             names = ", ".join("null" if a is None else repr(a) for a in allowed)
-            raise UnsupportedModel(f"config.json: {self._inside}{name} is {value!r}, supported: {names}")
+            raise UnsupportedModel(f"config.json: {self._inside}{name} is {shown(value)}, supported: {names}")
         return self._note(name, None if value is None else str(value))
 
     def refuse(self, name: str) -> None:
         """Raises if the setting is switched on."""
         if self._values.get(name):
-            raise UnsupportedModel(f"config.json: {name} is {self._values[name]!r}, which is not supported")
+            raise UnsupportedModel(f"config.json: {name} is {shown(self._values[name])}, which is not supported")
 
     def layer_kinds(self, num_layers: int, default: Sequence[str] | None = None) -> tuple[str, ...]:
         """'mamba', 'attention' or 'hybrid' for each layer, from either spelling of the field and of its values.
@@ -95,7 +117,7 @@ class Config:
             self._refuse(name, value, f"a list of {num_layers} layer kinds")
         for kind in value:
             if not isinstance(kind, str) or kind not in _KINDS:
-                raise UnsupportedModel(f"config.json: {name} contains {kind!r}, supported: {', '.join(_KINDS)}")
+                raise UnsupportedModel(f"config.json: {name} contains {shown(kind)}, supported: {', '.join(_KINDS)}")
         return self._note("layer_types", tuple(_KINDS[kind] for kind in value))
 
     def each_layer(
@@ -108,7 +130,7 @@ class Config:
         for kind in value:
             if kind not in allowed:
                 raise UnsupportedModel(
-                    f"config.json: {self._inside}{name} contains {kind!r}, supported: {', '.join(allowed)}"
+                    f"config.json: {self._inside}{name} contains {shown(kind)}, supported: {', '.join(allowed)}"
                 )
         return self._note(name, tuple(value))
 
@@ -136,14 +158,14 @@ class Config:
             self._refuse(name, value, "a letter for each layer")
         for letter in value:
             if letter not in words:
-                raise UnsupportedModel(f"config.json: {name} contains {letter!r}, supported: {', '.join(words)}")
+                raise UnsupportedModel(f"config.json: {name} contains {shown(letter)}, supported: {', '.join(words)}")
         return self._note(name, tuple(words[letter] for letter in value))
 
     def numbers(self, name: str, default: Sequence[float]) -> tuple[float, ...]:
         """As many numbers as `default` has."""
         value = self._get(name, default)
         found = [_plain_float(v) for v in value] if isinstance(value, list | tuple) else []
-        numbers = tuple(v for v in found if v is not None and v == v)
+        numbers = tuple(v for v in found if v is not None and abs(v) <= LARGEST)
         if not len(found) == len(numbers) == len(default):
             self._refuse(name, value, f"a list of {len(default)} numbers")
         return self._note(name, numbers)
@@ -222,7 +244,7 @@ class Config:
         return value
 
     def _refuse(self, name: str, value: object, expected: str) -> NoReturn:
-        raise ModelError(f"config.json: {self._inside}{name} is {value!r}, expected {expected}")
+        raise ModelError(f"config.json: {self._inside}{name} is {shown(value)}, expected {expected}")
 
 
 def _is_index(value: object) -> bool:
@@ -236,4 +258,7 @@ def _plain_float(value: object) -> float | None:
         return float(value) if value in ("Infinity", "-Infinity") else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return None

@@ -1,6 +1,5 @@
 """From a model folder to a model that can run: config.json and safetensors files, nothing else, checked strictly."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models import adapters, quantized, registry
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.files import errors_begin_with, read_json
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
 from hybrid_cache.spec import CacheSpec, PrefillCost
@@ -37,12 +37,10 @@ def load(path: str | Path, *, dtype: str = "auto", ops: Ops, adapter: str | Path
     changes = None if adapter is None else adapters.load(adapter)
     if stored is not None and compute_dtype is None:  # codes do not say what they were made from
         compute_dtype = _named_dtype(values)
-    try:
+    with errors_begin_with(folder):
         build = registry.find(values.get("model_type"))
         with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device, changes) as weights:
             return build(Config(values), weights, ops, weights.dtype)
-    except ModelError as e:
-        raise type(e)(f"{folder}: {e}") from e
 
 
 def load_config(path: str | Path) -> dict[str, object]:
@@ -55,19 +53,10 @@ def load_config(path: str | Path) -> dict[str, object]:
 
 def read_config(path: Path) -> dict[str, object]:
     """The values of one config.json; other files of its folder are not read. Raises ModelError."""
-    folder, file = path.parent, path.name
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ModelError(f"{folder}: {file} is not there") from e
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{folder}: {file} cannot be read: {e}") from e
-    if not isinstance(values, dict):
-        raise ModelError(f"{folder}: {file} is not a JSON object")
-    try:
-        quantized.format_of(values)
-    except UnsupportedModel as e:
-        raise UnsupportedModel(f"{folder}: {file}: {e}") from e
+    with errors_begin_with(path.parent):
+        values = read_json(path)
+        with errors_begin_with(path.name):
+            quantized.format_of(values)
     return values
 
 

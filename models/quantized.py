@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_cache.errors import UnsupportedModel
+from hybrid_cache.models.files import shown
 
 METHOD = "hybrid-cache"
 GROUP = 128
@@ -106,15 +107,17 @@ def format_of(config: Mapping[str, object]) -> Format | None:
     """The format that a config.json names, None for plain weights. Raises UnsupportedModel for those of others."""
     for field, found in _settings(config):
         if not isinstance(found, Mapping):
-            raise UnsupportedModel(f"{field} is {found!r}, supported: an object with quant_method {METHOD!r}")
+            raise UnsupportedModel(f"{field} is {shown(found)}, supported: an object with quant_method {METHOD!r}")
         if field != "quantization_config" or found.get("quant_method") != METHOD:
             method = found.get("quant_method")
-            raise UnsupportedModel(f"{field}.quant_method is {method!r}, quantized weights are read in {METHOD!r} only")
+            raise UnsupportedModel(
+                f"{field}.quant_method is {shown(method)}, quantized weights are read in {METHOD!r} only"
+            )
         stored = {"bits": found.get("bits"), "group_size": found.get("group_size")}
         known = {name: {"bits": f.bits, "group_size": f.group_size} for name, f in FORMATS.items()}
         name = next((name for name, values in known.items() if values == stored), None)
         if name is None:
-            raise UnsupportedModel(f"{field} has {stored}, supported: {', '.join(map(str, known.values()))}")
+            raise UnsupportedModel(f"{field} has {shown(stored)}, supported: {', '.join(map(str, known.values()))}")
         return FORMATS[name]
     return None
 

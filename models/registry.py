@@ -11,6 +11,7 @@ from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.errors import UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.files import shown
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.weights import ModelWeights
 
@@ -32,7 +33,7 @@ def find(model_type: object) -> Build:
     """The builder of an architecture. Raises UnsupportedModel if there is none."""
     build = _build(model_type) if isinstance(model_type, str) else None
     if build is None:
-        raise UnsupportedModel(f"model_type {model_type!r} is not supported; supported: {', '.join(supported())}")
+        raise UnsupportedModel(f"model_type {shown(model_type)} is not supported; supported: {', '.join(supported())}")
     return build
 
 

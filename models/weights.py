@@ -1,6 +1,5 @@
 """Weights by name: what an architecture asks for while it is built, and where they come from."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.models.adapters import Adapter
+from hybrid_cache.models.files import TABLE_BYTES, read_json, shown
 from hybrid_cache.models.quantized import Format, dequantize
 
 CPU = torch.device("cpu")
@@ -23,6 +23,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DERIVED = r"rotary_emb\.inv_freq$"  # we compute these ourselves
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {torch.int8: "I8", torch.uint8: "U8"}  # of quantized matrices
+MAX_WEIGHTS = 1 << 18  # that are described without being there
+MAX_SIZE = 1 << 44  # of one of them, in numbers
 _LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
 
 
@@ -177,16 +179,24 @@ class SafetensorsWeights:
             weight = self._read_base(name, shape, torch.float32).to(CPU)
             for part in self._adapter.parts(name):
                 self._update_hash(f"{name} adapter {self._adapter.config.scale!r}", part)
-            return self._adapter.merged(name, weight).to(self._device, dtype)
+            merged = self._adapter.merged(name, weight).to(dtype)
+            _check_finite(f"with adapter {self._adapter.name}, weight {name}", merged)
+            return merged.to(self._device)
 
     def _read_base(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self._expect(name, shape)
         if self._stored is None or name not in self._packed:
-            tensor = self._hashed(name)
-            return tensor.to(self._device, dtype, copy=True)  # a copy, never a view of the file
-        names = [name + suffix for suffix in self._stored.suffixes]
-        with CPU:
-            return dequantize([self._hashed(part) for part in names], shape, self._stored, dtype).to(self._device)
+            stored = self._hashed(name)
+            tensor = stored.to(self._device, dtype, copy=True)  # a copy, never a view of the file
+            may_overflow = stored.dtype == torch.float32 != dtype
+        else:
+            with CPU:
+                parts = [self._hashed(name + suffix) for suffix in self._stored.suffixes]
+                tensor = dequantize(parts, shape, self._stored, dtype).to(self._device)
+            may_overflow = True
+        if may_overflow:
+            _check_finite(f"weight {name}", tensor)
+        return tensor
 
     def _expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Checks what the file says of a weight, and counts it as taken."""
@@ -222,8 +232,7 @@ class SafetensorsWeights:
             tensor = self._handle[name].get_tensor(name)
         except (SafetensorError, OSError) as e:
             raise ModelError(f"weight {name} cannot be read: {e}") from e
-        if not all(isfinite(float(bound)) for bound in tensor.aminmax()):
-            raise ModelError(f"weight {name} contains values that are not finite")
+        _check_finite(f"weight {name}", tensor)
         return tensor
 
     def _slice(self, name: str) -> _Slice:
@@ -281,9 +290,15 @@ class ShapesOnly:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.num_parameters = 0
+        self._num_weights = 0
 
     def take(self, name: str, *shape: int) -> Tensor:
         self.num_parameters += prod(shape)
+        self._num_weights += shape[0] if len(shape) == 3 and shape[1] > 1 else 1  # experts are taken apart
+        if self._num_weights > MAX_WEIGHTS:
+            raise ModelError(f"config.json: the model has more than {MAX_WEIGHTS} weights")
+        if prod(shape) > MAX_SIZE:
+            raise ModelError(f"config.json: weight {name} has {prod(shape)} numbers, at most {MAX_SIZE} are allowed")
         return torch.empty(shape, dtype=self.dtype, device="meta")
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
@@ -300,6 +315,11 @@ class ShapesOnly:
 
     def finish(self) -> str:
         return ""
+
+
+def _check_finite(what: str, tensor: Tensor) -> None:
+    if not all(isfinite(float(bound)) for bound in tensor.aminmax()):
+        raise ModelError(f"{what} contains values that are not finite")
 
 
 def _num_layers(names: Iterable[str], prefix: str) -> int:
@@ -319,13 +339,15 @@ def _shards(folder: Path) -> Iterable[Path]:
 
 
 def _indexed_shards(folder: Path) -> Iterable[Path]:
-    try:
-        files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise ModelError(f"{INDEX} is not a weight index: {e}") from e
-    for name in sorted(files):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(f"{INDEX} names {name!r}, expected a safetensors file beside it")
+    places = read_json(folder / INDEX, TABLE_BYTES).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"{INDEX} is not a weight index: weight_map is {shown(places)}")
+    files: set[str] = set()
+    for name in places.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{INDEX} names {shown(name)}, expected a safetensors file beside it")
+        files.add(name)
+    for name in files:
         if not (folder / name).is_file():
             raise ModelError(f"shard {name} is listed in {INDEX} but is not there")
     return [folder / name for name in sorted(files)]

@@ -42,7 +42,8 @@ class EnginePartner:
     async def reply(self, turns: Sequence[Turn]) -> AsyncGenerator[str | Usage, None]:
         messages = [TemplateMessage(turn.role, (TextPart(turn.content),)) for turn in turns]
         prompt = (await self._text.conversation(messages, Rendering(), "")).prompt
-        async with await Answer.to(self._text, [GenerationSpec(prompt, self._sampling(prompt))]) as answer:
+        spec = GenerationSpec(prompt, self._sampling(prompt), stops=self._text.defaults.stops)
+        async with await Answer.to(self._text, [spec]) as answer:
             async for step in answer:
                 for event in step:
                     match event:
@@ -53,13 +54,16 @@ class EnginePartner:
 
     def _sampling(self, prompt: Prompt) -> SamplingParams:
         defaults, asked = self._text.defaults, self._asked
-        longest = defaults.max_new_tokens or self._text.max_length
+        room = self._text.max_length
+        longest = self._text.answer_length(prompt, asked.max_tokens, room, "messages")
         return SamplingParams(
             temperature=defaults.temperature if asked.temperature is None else asked.temperature,
             top_p=defaults.top_p,
             top_k=defaults.top_k,
+            min_p=defaults.min_p,
             repetition_penalty=defaults.repetition_penalty,
             seed=asked.seed,
-            max_tokens=self._text.answer_length(prompt, asked.max_tokens, longest, "messages"),
+            max_tokens=longest,
+            min_tokens=min(defaults.min_new_tokens, longest),
             stop_token_ids=self._text.eos_ids,
         )

@@ -38,8 +38,13 @@ def main(args: list[str] | None = None) -> None:
     try:
         app(args, prog_name="hybrid-cache")
     except HybridCacheError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(str(error)), file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(text: str) -> str:
+    """Without what a terminal would obey: a message may quote a file."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
 def _print_version(wanted: bool) -> None:

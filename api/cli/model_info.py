@@ -11,9 +11,11 @@ from rich.table import Table
 
 from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, beside, conversation_bytes
 from hybrid_cache.api.server.settings import MAX_BODY_BYTES, MESSAGE_BOOK_BYTES
+from hybrid_cache.api.text.defaults import listed, load_defaults
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.models import adapters, loading
+from hybrid_cache.models.files import errors_begin_with
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.tools.presets import PRESETS, preset
 from hybrid_cache.models.tools.published import CONFIGS
@@ -63,6 +65,8 @@ class Report:
     reason: str | None  # why it is not supported
     facts: Facts | None
     adapter: AdapterFacts | None = None
+    honoured: tuple[str, ...] = ()  # fields of generation_config.json, each as `name=value`
+    ignored: tuple[str, ...] = ()  # and those that would change answers elsewhere
 
 
 def examine(
@@ -73,7 +77,18 @@ def examine(
     A preset's name comes first. Raises ModelError for a broken config or a broken adapter.
     """
     report = _examine_model(model, budget_bytes, dtype)
+    if (folder := _folder(model)) is not None:
+        with errors_begin_with(folder):
+            defaults = load_defaults(folder)
+        report = replace(report, honoured=defaults.honoured, ignored=defaults.ignored)
     return report if adapter is None else replace(report, adapter=_adapter_facts(adapter))
+
+
+def _folder(model: str | Path | None) -> Path | None:
+    """Of a model that has one."""
+    if model is None or model == "embedded":
+        return loading.embedded_path()
+    return Path(model) if model not in PRESETS and Path(model).is_dir() else None
 
 
 def _adapter_facts(path: str | Path) -> AdapterFacts:
@@ -186,6 +201,8 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         size = f"rank {adapter.rank}, {adapter.num_weights} weights, {format_count(adapter.num_parameters)} parameters"
         named.append(("adapter", f"{adapter.name} for {adapter.base or 'a model it does not name'}: {size}"))
     rows = [*named, ("supported", "yes" if report.supported else f"no: {report.reason}")]
+    rows += [("generation", listed(report.honoured))] if report.honoured else []
+    rows += [("not honoured", listed(report.ignored))] if report.ignored else []
     facts = report.facts
     if facts is None:
         return rows

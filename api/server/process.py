@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -18,6 +18,7 @@ from hybrid_cache.api.server.app import create_app
 from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, MemoryPlan, conversation_bytes, plan_memory
 from hybrid_cache.api.server.launch import Loaded, LoadOptions, inexact_reasons, load
 from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.defaults import listed
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
@@ -88,6 +89,8 @@ def serve(options: ServeOptions) -> None:
         app = create_app(engine, text, settings)
         url = url_of(bound)
         console.print(hello(loaded, inexact, engine_config, memory, url, settings.served_names[0]))
+        if text.defaults.ignored:
+            console.print(ignored_line(text.defaults.ignored), soft_wrap=True, highlight=False, markup=False)
         console.print(curl_line(url, with_key=bool(options.api_keys)), soft_wrap=True, highlight=False)
         config = uvicorn.Config(
             app,
@@ -139,6 +142,11 @@ def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, memory: Memo
     facts.add_row("cache", _cache_line(config, spec))
     facts.add_row("memory", str(memory))
     return Panel(facts, title=f"hybrid-cache {__version__}", title_align="left", expand=False)
+
+
+def ignored_line(ignored: Sequence[str]) -> str:
+    """What the model's own settings ask for in vain."""
+    return f"not honoured of generation_config.json: {listed(ignored)}"
 
 
 def curl_line(url: str, *, with_key: bool) -> str:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from hybrid_cache.api.text.boundaries import prompt_of_tokens
 from hybrid_cache.api.text.chat import ChatEncoder, Conversation
+from hybrid_cache.api.text.defaults import GenerationDefaults
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage
 from hybrid_cache.api.text.text_work import TextWork
-from hybrid_cache.api.text.tokenizer import GenerationDefaults, TextModel, Tokenizer
+from hybrid_cache.api.text.tokenizer import TextModel, Tokenizer
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong
 from hybrid_cache.tokens import Prompt
@@ -46,7 +47,8 @@ class TextEngine:
         return tuple(token for token in self.defaults.eos_ids if token < self.vocab_size)
 
     def answer_length(self, prompt: Prompt, max_tokens: int | None, otherwise: int, param: str) -> int:
-        """Tokens that an answer may have: at most `max_tokens`, or `otherwise` where that was left open.
+        """Tokens that an answer may have: at most `max_tokens`, or where that was left open what the model's own
+        defaults say, or `otherwise`.
 
         It ends where the context does; one whose length was left open, where the cache does as well.
         Raises ContextTooLong about `param` if there is room for none.
@@ -54,8 +56,8 @@ class TextEngine:
         room, bound = self.max_length, "this model's context"
         if max_tokens is None and self.engine.longest_sequence < room:
             room, bound = self.engine.longest_sequence, "the cache budget"
-        longest = otherwise if max_tokens is None else max_tokens
         num_tokens = len(prompt.tokens)
+        longest = self.defaults.answer_length(num_tokens, otherwise) if max_tokens is None else max_tokens
         # A prompt that fills the context may still be scored: that takes no answer.
         if num_tokens + min(longest, 1) > room:
             raise ContextTooLong(

@@ -1,6 +1,5 @@
 """Text to tokens and back, from the files of a model folder. No code of the folder is ever run."""
 
-import json
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,26 +7,18 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
+from hybrid_cache.api.text.defaults import GenerationDefaults, load_defaults
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.api.text.text_work import LONG_TEXT, still_wanted
+from hybrid_cache.api.text.tokenizer_file import first_line, is_byte_level, is_panic, read_backend
 from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
+from hybrid_cache.models.files import errors_begin_with, is_there, read_json_if_there, read_text, shown
 
+MAX_TEMPLATE = 1 << 20  # characters
 LIKELY_LENGTH = 8  # characters of a token; few are longer
 BLOCK = 1 << 16  # characters that are counted at once
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """What generation_config.json asks for when a request leaves a value out."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int | None = None
-    eos_ids: tuple[int, ...] = ()
 
 
 class Tokenizer:
@@ -41,7 +32,7 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_tokens = [token.content for token in added.values() if token.special]
-        self._byte_level = _is_byte_level(backend)
+        self._byte_level = is_byte_level(backend)
         vocab = backend.get_vocab(with_added_tokens=True)
         self._longest = max(map(len, vocab), default=1)  # characters of one token
         self.last_token = max(vocab.items(), key=lambda item: item[1], default=("", -1))  # and its id
@@ -72,6 +63,10 @@ class Tokenizer:
             return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (UnicodeEncodeError, TypeError) as e:  # TypeError: how the library reports lone surrogates
             raise RequestError("the text holds characters that UTF-8 cannot carry (lone surrogates)") from e
+        except BaseException as e:
+            if not is_panic(e):
+                raise
+            raise RequestError(f"this model's tokenizer cannot read the text: {first_line(e)}") from e
 
     def encode_literal(self, text: str) -> list[int]:
         """Tokens of text in which nothing is a special token, whatever it looks like.
@@ -165,118 +160,52 @@ class TextModel:
         if not folder.is_dir():
             raise ModelError(f"{folder} is not a folder")
         tokenizer = load_tokenizer(folder)
-        _check_vocabulary(folder, tokenizer)
-        sources = load_chat_templates(folder)
-        try:
+        with errors_begin_with(folder):
+            _check_vocabulary(folder, tokenizer)
+            sources = load_chat_templates(folder)
             templates = {name: ChatTemplate(source, tokenizer.named_tokens) for name, source in sources.items()}
-        except ModelError as e:
-            raise ModelError(f"{folder}: {_first_line(e)}") from e
-        return TextModel(tokenizer, load_defaults(folder, tokenizer), templates)
+            return TextModel(tokenizer, load_defaults(folder, tokenizer.eos_id), templates)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Reads tokenizer.json, or has transformers convert an older format. Raises ModelError."""
-    config = read_json(folder / "tokenizer_config.json")
-    special = read_json(folder / "special_tokens_map.json")
-    path = folder / "tokenizer.json"
-    try:
-        backend = Backend.from_file(str(path)) if path.is_file() else _converted(folder)
-    except ModelError:
-        raise
-    except Exception as e:  # the library raises plain Exception
-        raise ModelError(f"{folder}: the tokenizer cannot be read: {_first_line(e)}") from e
-    tokenizer = Tokenizer(backend, {**special, **config})
-    for name, token in tokenizer.named_tokens.items():
-        if tokenizer.id_of(token) is None:
-            file = "tokenizer_config.json" if config.get(name) is not None else "special_tokens_map.json"
-            raise ModelError(f"{folder}: {file}: {name} is {token!r}, which the tokenizer's vocabulary lacks")
+    with errors_begin_with(folder):
+        config = read_json_if_there(folder / "tokenizer_config.json")
+        special = read_json_if_there(folder / "special_tokens_map.json")
+        tokenizer = Tokenizer(read_backend(folder), {**special, **config})
+        for name, token in tokenizer.named_tokens.items():
+            if tokenizer.id_of(token) is None:
+                file = "tokenizer_config.json" if config.get(name) is not None else "special_tokens_map.json"
+                raise ModelError(f"{file}: {name} is {shown(token)}, which the tokenizer's vocabulary lacks")
     return tokenizer
-
-
-def load_defaults(folder: Path, tokenizer: Tokenizer) -> GenerationDefaults:
-    """Reads generation_config.json, falling back to config.json for the end tokens. Raises ModelError."""
-    generation, model = read_json(folder / "generation_config.json"), read_json(folder / "config.json")
-    eos = generation.get("eos_token_id", model.get("eos_token_id"))
-    listed = eos if isinstance(eos, list) else [eos]
-    eos_ids = {i for i in (*listed, tokenizer.eos_id) if isinstance(i, int) and not isinstance(i, bool) and i >= 0}
-    greedy = generation.get("do_sample") is False and "temperature" not in generation
-    most = generation.get("max_new_tokens")
-    return GenerationDefaults(
-        temperature=0.0 if greedy else _number(generation, "temperature", 1.0),
-        top_p=_number(generation, "top_p", 1.0),
-        top_k=int(_number(generation, "top_k", 0)),
-        repetition_penalty=_number(generation, "repetition_penalty", 1.0),
-        max_new_tokens=most if isinstance(most, int) and most > 0 else None,
-        eos_ids=tuple(sorted(eos_ids)),
-    )
 
 
 def load_chat_templates(folder: Path) -> dict[str, str]:
     """Named chat templates of a folder, "default" among them if there is one. Raises ModelError."""
-    field = read_json(folder / "tokenizer_config.json").get("chat_template")
+    field = read_json_if_there(folder / "tokenizer_config.json").get("chat_template")
     templates: dict[str, str] = {}
     if isinstance(field, str):
         templates["default"] = field
     elif isinstance(field, list):
         templates |= {str(t["name"]): str(t["template"]) for t in field if isinstance(t, dict) and "template" in t}
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            templates["default"] = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as e:
-            raise ModelError(f"{path} cannot be read: {_first_line(e)}") from e
+    if is_there(path := folder / "chat_template.jinja"):
+        templates["default"] = read_text(path, MAX_TEMPLATE)
+    for name, source in templates.items():
+        if len(source) > MAX_TEMPLATE:
+            raise ModelError(f"chat template {shown(name)} has {len(source)} characters, at most {MAX_TEMPLATE}")
     return templates
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object; {} when there is no such file. Raises ModelError for a file that is broken."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ModelError(f"{path} cannot be read: {_first_line(e)}") from e
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return values
 
 
 def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
     """Every token has a row in the model's embedding. Rows without a token are fine: many models have some."""
-    config = read_json(folder / "config.json")
+    config = read_json_if_there(folder / "config.json")
     nested = config.get("text_config")
     size = (nested if isinstance(nested, dict) else config).get("vocab_size")
     token, last = tokenizer.last_token
     if isinstance(size, int) and last >= size:
-        raise ModelError(f"{folder}: the tokenizer's token {token!r} has id {last}, config.json: vocab_size is {size}")
-
-
-def _converted(folder: Path) -> Backend:
-    if not any(folder.glob("*.model")) and not (folder / "vocab.json").is_file():
-        raise ModelError(f"{folder}: tokenizer.json is not there")
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if not isinstance(backend, Backend):
-        raise ModelError(f"{folder}: this kind of tokenizer has no tokenizer.json form")
-    return backend
-
-
-def _is_byte_level(backend: Backend) -> bool:
-    decoder = backend.decoder
-    return decoder is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
+        raise ModelError(f"the tokenizer's token {shown(token)} has id {last}, config.json: vocab_size is {size}")
 
 
 def _token_content(value: object) -> str | None:
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
-
-
-def _number(values: Mapping[str, object], name: str, default: float) -> float:
-    value = values.get(name)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,11 +4,14 @@ The kernels have their own probes; this one runs the very weights and shapes tha
 prompt of a thousand tokens.
 """
 
+from math import isfinite
+
 import numpy as np
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
@@ -19,7 +22,10 @@ NEW_TOKENS = 6
 
 
 def check_model(model: HybridModel) -> list[str]:
-    """What differs in tokens or in bits of log-probabilities; empty if the model is exact."""
+    """What differs in tokens or in bits of log-probabilities; empty if the model is exact.
+
+    Raises ModelError if they are not finite: some weight or setting makes more of them than numbers can be.
+    """
     rng = np.random.default_rng(0)
     prompt, *others = (rng.integers(0, model.vocab_size, PROMPT_TOKENS).astype(np.int32) for _ in range(4))
     sibling = np.concatenate([prompt[: TILE + 40], others[0][:30]])
@@ -27,6 +33,8 @@ def check_model(model: HybridModel) -> list[str]:
     plain = Engine(model, EngineConfig(budget_bytes=room, prefix_cache=False))
     busy = Engine(model, EngineConfig(budget_bytes=room, max_tiles=1))
     alone = _answer(plain, [("alone", prompt)])["alone"]
+    if not all(output.logprob is not None and isfinite(output.logprob.logprob) for output in alone):
+        raise ModelError("the model computes values that are not finite from its weights and its config.json")
     company = _answer(busy, [("sibling", sibling), ("resumed", prompt), *zip("xyz", others, strict=False)])
     repeated = _answer(busy, [("repeated", prompt)])
     found = {"resumed beside others": company["resumed"], "repeated from its kept end": repeated["repeated"]}

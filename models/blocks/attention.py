@@ -119,7 +119,7 @@ def rotary_frequencies(rope: Config, size: int, theta: float = 10000.0) -> tuple
     if kind == "llama3":
         return _llama3_frequencies(rope, plain), 1.0
     if kind == "proportional":  # the later pairs are not rotated at all
-        plain[int(rope.number("partial_rotary_factor", 1.0) * size // 2) :] = 0.0
+        plain[int(min(max(rope.number("partial_rotary_factor", 1.0), 0.0), 1.0) * size // 2) :] = 0.0
         return plain / rope.positive("factor", 1.0), 1.0
     if kind == "yarn":
         return _yarn_frequencies(rope, theta, size, powers), _yarn_scale(rope)
@@ -140,6 +140,8 @@ def _llama3_frequencies(rope: Config, plain: Tensor) -> Tensor:
 def _yarn_frequencies(rope: Config, theta: float, size: int, powers: Tensor) -> Tensor:
     """Peng et al. 2023, section 3.2: a ramp over the frequencies, bounded by numbers of turns in the trained length."""
     trained = _trained_length(rope)
+    if theta <= 1:
+        raise ModelError(f"config.json: rope_theta is {theta}, yarn needs more than 1")
 
     def index(turns: float) -> float:
         return size * log(trained / (turns * 2 * pi)) / (2 * log(theta))
@@ -162,6 +164,8 @@ def _yarn_scale(rope: Config) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * log(factor) + 1.0
 
     over, under = (rope.number(name, 0.0) for name in ("mscale", "mscale_all_dim"))
+    if min(over, under) < 0:
+        raise ModelError(f"config.json: mscale is {over}, mscale_all_dim {under}, expected none below 0")
     return scale(over) / scale(under) if over and under else scale(1.0)
 
 

@@ -14,6 +14,7 @@ from hybrid_cache.tokens import Prompt
 
 
 def spec_of(
+    text: TextEngine,
     asked: GenerationRequest,
     prompt: Prompt,
     sampling: SamplingParams,
@@ -25,7 +26,7 @@ def spec_of(
         prompt,
         sampling,
         n=asked.n or 1,
-        stops=tuple(asked.stop or ()),
+        stops=(*(asked.stop or ()), *(() if asked.ignore_eos else text.defaults.stops)),
         named_stop_ids=tuple(asked.stop_token_ids or ()),
         include_stop=bool(asked.include_stop_str_in_output),
         show_special=asked.skip_special_tokens is False,
@@ -52,14 +53,14 @@ def sampling_params(
         temperature=_or(asked.temperature, defaults.temperature),
         top_p=_or(asked.top_p, defaults.top_p),
         top_k=max(0, defaults.top_k if asked.top_k is None else asked.top_k),
-        min_p=_or(asked.min_p, 0.0),
+        min_p=_or(asked.min_p, defaults.min_p),
         presence_penalty=_or(asked.presence_penalty, 0.0),
         frequency_penalty=_or(asked.frequency_penalty, 0.0),
         repetition_penalty=_or(asked.repetition_penalty, defaults.repetition_penalty),
         logit_bias=asked.logit_bias or {},
         seed=asked.seed,
         max_tokens=max_tokens,
-        min_tokens=asked.min_tokens or 0,
+        min_tokens=min(defaults.min_new_tokens, max_tokens) if asked.min_tokens is None else asked.min_tokens,
         stop_token_ids=(*eos, *(i for i in asked.stop_token_ids or () if i not in eos)),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

@@ -65,4 +65,4 @@ def _spec(
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     sampling = sampling_params(text, asked, max_tokens, logprobs=logprobs)
     tools = bool(asked.tools) and asked.tool_choice != "none"
-    return spec_of(asked, prompt, sampling, tools=tools, arrangement=arrangement)
+    return spec_of(text, asked, prompt, sampling, tools=tools, arrangement=arrangement)

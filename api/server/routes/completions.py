@@ -54,4 +54,4 @@ def _spec(text: TextEngine, asked: CompletionRequest, prompt: Prompt) -> Generat
     max_tokens = text.answer_length(prompt, asked.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
     scored = asked.logprobs if asked.echo else None
     sampling = sampling_params(text, asked, max_tokens, logprobs=asked.logprobs, prompt_logprobs=scored)
-    return spec_of(asked, prompt, sampling)
+    return spec_of(text, asked, prompt, sampling)

@@ -8,19 +8,19 @@ from sys import getsizeof
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic.fields import FieldInfo
 
 from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.text.generation import MAX_STOP_LENGTH, MAX_STOPS, stops_of
 from hybrid_cache.errors import RequestError
+from hybrid_cache.sampling import BOUNDS, MAX_INT
 
 MAX_N = 16
-MAX_STOPS = 16  # OpenAI takes 4
-MAX_STOP_LENGTH = 256
 MAX_STOP_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_SALT = 1024
 MAX_TTL_S = 24 * 3600.0
-MAX_INT = 2**31 - 1
 OBJECT_BYTES = 1024  # of a parsed object beside the text in it
 _TTL = re.compile(r"([1-9]\d{0,5})([smh])")
 
@@ -36,17 +36,7 @@ class Response(BaseModel):
 
 
 def _stops(value: object) -> list[str] | None:
-    if value is None:
-        return None
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
-        raise ValueError("must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"{len(stops)} stop strings, at most {MAX_STOPS} are allowed")
-    for stop in stops:
-        if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-            raise ValueError(f"a stop string has {len(stop)} characters, must have 1 to {MAX_STOP_LENGTH}")
-    return list(stops)
+    return stops_of(value)
 
 
 def _logit_bias(value: object) -> dict[int, float] | None:
@@ -143,6 +133,14 @@ class CacheOptions(Request):
     ttl: Ttl | None = None
 
 
+def _within(name: str) -> FieldInfo:
+    """The bound that sampling sets."""
+    bound = BOUNDS[name]
+    low = {"gt" if bound.open_low else "ge": bound.low}
+    field: FieldInfo = Field(le=bound.high, gt=low.get("gt"), ge=low.get("ge"))
+    return field
+
+
 class GenerationRequest(Request):
     """What chat and text completions share."""
 
@@ -151,18 +149,18 @@ class GenerationRequest(Request):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     max_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, _within("temperature")] | None = None
+    top_p: Annotated[float, _within("top_p")] | None = None
     stop: Stops = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, _within("seed")] | None = None
+    presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
     logit_bias: LogitBias = None
     user: str | None = None
     # As in vLLM
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT, description="0 and -1 keep all")] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    min_p: Annotated[float, _within("min_p")] | None = None
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_IDS)] | None = None

@@ -6,13 +6,13 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.common import (
-    MAX_INT,
     MAX_N,
     MAX_TOP_LOGPROBS,
     GenerationRequest,
     Response,
     Usage,
 )
+from hybrid_cache.sampling import MAX_INT
 
 MAX_PROMPTS = 128  # prompts of one /v1/completions request
 
