@@ -22,7 +22,8 @@ MAX_TOP_LOGPROBS = 20
 MAX_SALT = 1024
 MAX_TTL_S = 24 * 3600.0
 OBJECT_BYTES = 1024  # of a parsed object beside the text in it
-_TTL = re.compile(r"([1-9]\d{0,5})([smh])")
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
+_TTL = re.compile(r"[1-9][0-9]{0,5}[smh]")
 
 
 class Request(BaseModel):
@@ -48,8 +49,10 @@ def _logit_bias(value: object) -> dict[int, float] | None:
         raise ValueError(f"{len(value)} entries, at most {MAX_LOGIT_BIAS} are allowed")
     biases: dict[int, float] = {}
     for key, bias in value.items():
-        if not re.fullmatch(r"\d{1,10}", str(key)):
+        if not _TOKEN_ID.fullmatch(str(key)):
             raise ValueError(f"{quoted(key)} is not a token id")
+        if int(key) in biases:
+            raise ValueError(f"token {int(key)} has more than one bias")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise ValueError(f"the bias of token {key} is {quoted(bias)}, must be in [-100, 100]")
         biases[int(key)] = float(bias)

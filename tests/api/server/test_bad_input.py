@@ -63,6 +63,8 @@ CHAT_CASES: dict[str, tuple[dict[str, object], str, tuple[str, ...]]] = {
     "a long stop string": ({"messages": HI, "stop": "x" * 257}, "stop", ("257", "256")),
     "an empty stop string": ({"messages": HI, "stop": ""}, "stop", ("0", "1")),
     "logit_bias not a token": ({"messages": HI, "logit_bias": {"x": 1}}, "logit_bias", ("'x'",)),
+    "logit_bias in other digits": ({"messages": HI, "logit_bias": {"\u0661": 1}}, "logit_bias", ("token id",)),
+    "logit_bias twice": ({"messages": HI, "logit_bias": {"1": 1, "01": 2}}, "logit_bias", ("token 1", "more than one")),
     "logit_bias too strong": ({"messages": HI, "logit_bias": {"1": 101}}, "logit_bias", ("101", "100")),
     "logit_bias unknown token": ({"messages": HI, "logit_bias": {"5000": 1}}, "logit_bias", ("5000", "997")),
     "logit_bias too many": (
