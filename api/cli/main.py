@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a command runs, so that help comes at once."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from hybrid_cache.api.cli.options import (
     KeyFile,
     Model,
     Threads,
-    read_api_keys,
+    api_keys,
 )
 from hybrid_cache.api.cli.train import train_lora
 from hybrid_cache.errors import HybridCacheError
@@ -79,6 +80,10 @@ def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="A key that clients must send; may be given several times. Other users may see it in ps."),
+    ] = None,
     api_key_file: KeyFile = None,
     shared_cache: Annotated[
         bool,
@@ -129,11 +134,47 @@ def serve(
     ] = False,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that SIGTERM gives running requests.")] = 30,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that the Host header may have, beside the loopback names and --host; may be given several "
+            "times. Without it, a server on a loopback address answers to those, and any other server to all names."
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose web pages may use the server, such as https://chat.example; may be given several "
+            "times. '*' is for all, and needs an API key."
+        ),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="File with a certificate chain (PEM): serve HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="File with the certificate's key (PEM), no password.")] = None,
+    forwarded_allow_ips: Annotated[
+        str | None,
+        typer.Option(
+            help="Proxies whose X-Forwarded-For and -Proto count: addresses and networks with commas between, or '*'."
+        ),
+    ] = None,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Open connections; the one idle longest makes room for a new one.  [default: 1024, or what the "
+            "limit on open files leaves]",
+            show_default=False,
+        ),
+    ] = None,
+    header_timeout: Annotated[float, typer.Option(help="Seconds for the headers of a request.")] = 10,
+    body_timeout: Annotated[float, typer.Option(help="Seconds for its body, and 1 more for each 64 KiB.")] = 30,
+    reader_timeout: Annotated[float, typer.Option(help="Seconds that a client may take nothing of its answer.")] = 120,
 ) -> None:
     """Answer OpenAI's API over HTTP."""
     from hybrid_cache.api.server import process
     from hybrid_cache.api.server.budget import parse_budget
+    from hybrid_cache.api.server.exposure import Exposure
     from hybrid_cache.api.server.launch import LoadOptions
+    from hybrid_cache.api.server.protocol import Patience
     from hybrid_cache.config import EngineConfig, verify_by_default
     from hybrid_cache.sizes import parse_bytes
 
@@ -154,7 +195,16 @@ def serve(
             host=host,
             port=port,
             served_names=tuple(served_model_name or ()),
-            api_keys=read_api_keys(api_key_file) if api_key_file else (),
+            api_keys=api_keys(api_key or (), api_key_file),
+            exposure=Exposure(
+                allow_hosts=tuple(allow_host or ()),
+                allow_origins=tuple(allow_origin or ()),
+                tls_cert=tls_cert,
+                tls_key=tls_key,
+                trusted_proxies=forwarded_allow_ips,
+                max_connections=max_connections,
+                patience=Patience(header_timeout, body_timeout, reader_timeout),
+            ),
             shared_cache=shared_cache,
             special_tokens_in_content=special_tokens_in_content,
             max_body_bytes=parse_bytes(max_body),
@@ -184,8 +234,8 @@ def chat(
 
     asked = terminal.Asked(temperature=temperature, max_tokens=max_tokens, seed=seed)
     if url is not None:
-        key = read_api_keys(api_key_file)[0] if api_key_file else None
-        num_failed = terminal.run(terminal.ServerPartner(url, model, key, asked), system)
+        keys = api_keys(path=api_key_file)
+        num_failed = terminal.run(terminal.ServerPartner(url, model, keys[0] if keys else None, asked), system)
     else:
         from hybrid_cache.api.cli.local_chat import EnginePartner
         from hybrid_cache.api.server.budget import parse_budget

@@ -1,5 +1,8 @@
 """Options that several commands have."""
 
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +43,18 @@ Adapter = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=0, help="Threads that compute; 0 leaves it to torch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-KeyFile = Annotated[Path | None, typer.Option(help="File with API keys, one a line.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File with API keys, one a line. HYBRID_CACHE_API_KEY in the environment may hold some, too."),
+]
+KEY_VARIABLE = "HYBRID_CACHE_API_KEY"  # keys with spaces or commas between them
+
+
+def api_keys(given: Iterable[str] = (), path: Path | None = None) -> tuple[str, ...]:
+    """Those of the command line, of a file and of the environment, each once. Raises ConfigError."""
+    of_file = read_api_keys(path) if path else ()
+    of_environment = filter(None, re.split(r"[\s,]+", os.environ.get(KEY_VARIABLE, "")))
+    return tuple(dict.fromkeys((*(key.strip() for key in given), *of_file, *of_environment)))
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:

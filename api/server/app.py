@@ -4,12 +4,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from hybrid_cache import __version__
 from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
-from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, RequestIds
+from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
 from hybrid_cache.api.server.routes import chat, completions, server, tokens
 from hybrid_cache.api.server.serving import new_serving
 from hybrid_cache.api.server.settings import ServerSettings
@@ -28,15 +29,35 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
         await engine.stop(settings.drain_timeout_s)
 
     # No documentation pages: they load their scripts from elsewhere. /openapi.json is ours.
-    app = FastAPI(title="hybrid-cache", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # No redirects either: they would lead to whatever host the client names.
+    app = FastAPI(
+        title="hybrid-cache",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     for routes in (chat, completions, tokens, server):
         app.include_router(routes.router(serving))
     install_error_handlers(app)
     # The last one added is the outermost.
     max_values = max(MAX_VALUES, 2 * engine.model.max_length)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, max_values=max_values)
+    app.add_middleware(
+        BodyLimit, limit=settings.max_body_bytes, max_values=max_values, timeout_s=settings.body_timeout_s
+    )
     app.add_middleware(Admission, gate=serving.gate)
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=settings.api_keys, shared=settings.shared_cache)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "Retry-After"),
+        )
+    if settings.allowed_hosts:
+        app.add_middleware(Hosts, names=settings.allowed_hosts)
     app.add_middleware(RequestIds)
     return app

@@ -65,6 +65,8 @@ class Problem:
     def headers(self) -> dict[str, str]:
         if self.retry:
             return {"Retry-After": str(RETRY_AFTER_S)}
+        if self.status == 408:  # the rest of the request is still to come
+            return {"Connection": "close"}
         return {"x-should-retry": "false"} if self.status >= 500 else {}
 
     def response(self) -> JSONResponse:
@@ -97,7 +99,7 @@ def problem_of(error: BaseException) -> Problem:
 
 
 def unauthorized() -> Problem:
-    message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
+    message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
     return Problem(401, message, "authentication_error", code="invalid_api_key")
 
 
@@ -108,6 +110,20 @@ def body_too_large(limit: int) -> Problem:
 def too_many_values(limit: int) -> Problem:
     message = f"The request body has more than {limit} commas and brackets: more values than are read."
     return Problem(413, message, code="request_too_large")
+
+
+def body_too_slow(seconds: float, rate: int) -> Problem:
+    message = f"The request body did not come within {seconds:g} seconds and at least {rate} bytes a second."
+    return Problem(408, message, code="request_timeout")
+
+
+def wrong_host(host: str) -> Problem:
+    message = f"This server does not answer to the host {quoted(host)}; --allow-host adds a name."
+    return Problem(421, message, code="wrong_host")
+
+
+def invalid_http() -> Problem:
+    return Problem(400, "The request is not valid HTTP, or has more than one length.", code="invalid_http")
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,7 @@
-"""What happens to every request before it reaches a route: an id, a key, a bound on its size. Pure ASGI, so that a
-client's going away reaches the routes."""
+"""What happens to every request before it reaches a route: an id, a host, a key, bounds on its body. Pure ASGI, so that
+a client's going away reaches the routes."""
 
+import asyncio
 import hashlib
 import logging
 import re
@@ -12,14 +13,24 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid_cache.api.server.bodies import values_in
-from hybrid_cache.api.server.errors import body_too_large, problem_of, too_many_values, unauthorized
+from hybrid_cache.api.server.errors import (
+    Problem,
+    body_too_large,
+    body_too_slow,
+    problem_of,
+    too_many_values,
+    unauthorized,
+    wrong_host,
+)
 from hybrid_cache.api.server.gate import current_visit
 from hybrid_cache.api.server.tenants import current_tenant, shared_cache, tenant_of
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # no key needed
+LEAST_BODY_RATE = 64 * 2**10  # bytes a second, after the time that every body has
 DRAINED = 4  # this many times the limit is read and dropped, so that the client gets to read our answer
 
 _REQUEST_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(:[0-9]{1,5})?")
 
 logger = logging.getLogger("hybrid_cache.api")
 
@@ -53,6 +64,24 @@ class RequestIds:
             if started:
                 raise
             await problem.response()(scope, receive, send_with_id)
+
+
+class Hosts:
+    """Answers requests that name this server, and no others: a web page whose name leads here has one of its own."""
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        """names: without ports; an IPv6 address in brackets"""
+        self._app = app
+        self._names = frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        host = Headers(scope=scope).get("host", "")
+        found = _HOST.fullmatch(host)
+        if found and found[1].lower() in self._names:
+            return await self._app(scope, receive, send)
+        await wrong_host(host).response()(scope, receive, send)
 
 
 class ApiKeys:
@@ -89,41 +118,54 @@ class ApiKeys:
 
 
 class BodyLimit:
-    """Reads the body of a request, whatever its framing, and answers 413 when it is too large."""
+    """Reads the body of a request, whatever its framing; answers 413 when it is too large and 408 when too slow."""
 
-    def __init__(self, app: ASGIApp, limit: int, max_values: int) -> None:
-        """limit: bytes   max_values: JSON values"""
+    def __init__(self, app: ASGIApp, limit: int, max_values: int, timeout_s: float) -> None:
+        """limit: bytes   max_values: JSON values   timeout_s: seconds, and more for each byte at LEAST_BODY_RATE"""
         self._app = app
         self._limit = limit
         self._max_values = max_values
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        visit = current_visit.get()
-        messages: list[Message] = []
-        size = num_values = 0
-        while not messages or messages[-1].get("more_body", False):
-            message = await receive()
-            size += len(message.get("body", b""))
-            num_values += values_in(message.get("body", b""))
-            if visit is not None and message.get("body"):
-                visit.add_bytes(len(message["body"]))
-            if size > self._limit:
-                messages.clear()
-            messages.append(message)
-            if size > DRAINED * self._limit:
-                break
-        if size > self._limit:
-            return await body_too_large(self._limit).response()(scope, receive, send)
-        if num_values > self._max_values:
-            return await too_many_values(self._max_values).response()(scope, receive, send)
+        messages = await self._read(receive)
+        if isinstance(messages, Problem):
+            return await messages.response()(scope, receive, send)
         messages.reverse()
 
         async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
         await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive) -> list[Message] | Problem:
+        """The parts of a body, or why it is not taken. Raises OverShare or Overloaded."""
+        visit = current_visit.get()
+        messages: list[Message] = []
+        size, num_values, more = 0, 0, True
+        begin = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(begin + self._timeout_s) as clock:
+                while more and size <= DRAINED * self._limit:
+                    message = await receive()
+                    body = message.get("body", b"")
+                    more = message.get("more_body", False)
+                    size += len(body)
+                    num_values += values_in(body)
+                    if visit is not None and body:
+                        visit.add_bytes(len(body))
+                    if size > self._limit:
+                        messages.clear()
+                    else:
+                        messages.append(message)
+                    clock.reschedule(begin + self._timeout_s + size / LEAST_BODY_RATE)
+        except TimeoutError:
+            return body_too_slow(self._timeout_s, LEAST_BODY_RATE)
+        if size > self._limit:
+            return body_too_large(self._limit)
+        return too_many_values(self._max_values) if num_values > self._max_values else messages
 
 
 def _digest(key: bytes) -> bytes:

@@ -10,10 +10,12 @@ UNAVAILABLE = 503  # the answer to a probe of a server that cannot serve
 LOOKUP_ERRORS: Responses = {
     401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
     404: {"model": ErrorBody, "description": "No such model, or no such message."},
+    421: {"model": ErrorBody, "description": "The Host header names another server."},
 }
 ERRORS: Responses = {
     **LOOKUP_ERRORS,
     400: {"model": ErrorBody, "description": "The request cannot be served as it stands."},
+    408: {"model": ErrorBody, "description": "The body came too slowly."},
     409: {"model": ErrorBody, "description": "A message that is referred to is no longer kept."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     503: {"model": ErrorBody, "description": "The queue is full or the server is draining; see Retry-After."},

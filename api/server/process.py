@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 import torch
@@ -16,7 +16,10 @@ from rich.table import Table
 from hybrid_cache import __version__
 from hybrid_cache.api.server.app import create_app
 from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, MemoryPlan, conversation_bytes, plan_memory
+from hybrid_cache.api.server.connections import Connections, Listener, connection_limit
+from hybrid_cache.api.server.exposure import Exposure, is_loopback
 from hybrid_cache.api.server.launch import Loaded, LoadOptions, inexact_reasons, load
+from hybrid_cache.api.server.protocol import ServerConfig
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.defaults import listed
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -47,8 +50,15 @@ class ServeOptions:
     message_book_bytes: int
     vllm_metrics: bool
     drain_timeout_s: float
+    exposure: Exposure = field(default_factory=Exposure)
 
-    def settings(self, loaded: Loaded, inexact: list[str], beside_bytes: int) -> ServerSettings:
+    def __post_init__(self) -> None:
+        if "*" in self.exposure.allow_origins and not self.api_keys:
+            raise ConfigError("allow_origin is '*' without an API key: any web page could use this server")
+
+    def settings(
+        self, loaded: Loaded, inexact: list[str], beside_bytes: int, hosts: tuple[str, ...] = ()
+    ) -> ServerSettings:
         return ServerSettings(
             served_names=self.served_names or (loaded.name,),
             inexact=tuple(inexact),
@@ -59,6 +69,9 @@ class ServeOptions:
             api_keys=self.api_keys,
             shared_cache=self.shared_cache,
             special_tokens_in_content=self.special_tokens_in_content,
+            allowed_hosts=hosts,
+            allowed_origins=self.exposure.allow_origins,
+            body_timeout_s=self.exposure.patience.body_timeout_s,
             max_body_bytes=self.max_body_bytes,
             message_book_bytes=self.message_book_bytes,
             beside_bytes=beside_bytes,
@@ -85,23 +98,27 @@ def serve(options: ServeOptions) -> None:
         )
         engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
         engine = AsyncEngine(loaded.model, engine_config)
-        settings = options.settings(loaded, inexact, memory.beside_bytes)
+        exposure = options.exposure
+        hosts = exposure.hosts(options.host, bound)
+        settings = options.settings(loaded, inexact, memory.beside_bytes, hosts)
         app = create_app(engine, text, settings)
-        url = url_of(bound)
+        url = url_of(bound, exposure.scheme)
         console.print(hello(loaded, inexact, engine_config, memory, url, settings.served_names[0]))
         if text.defaults.ignored:
             console.print(ignored_line(text.defaults.ignored), soft_wrap=True, highlight=False, markup=False)
+        if not options.api_keys and not is_loopback(bound):
+            console.print(f"WARNING: without an API key, whoever reaches {url} can use it", style="bold red")
         console.print(curl_line(url, with_key=bool(options.api_keys)), soft_wrap=True, highlight=False)
-        config = uvicorn.Config(
+        connections = Connections(connection_limit(exposure.max_connections))
+        config = ServerConfig(
             app,
-            access_log=False,
-            log_level="warning",
-            lifespan="on",
-            ws="none",
-            server_header=False,
+            connections,
+            exposure.patience,
             timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+            **exposure.uvicorn_options(),
         )
-        run_server(DrainingServer(config, engine, options.drain_timeout_s, console.print), bound)
+        with Listener(bound, connections) as listener:
+            run_server(DrainingServer(config, engine, options.drain_timeout_s, console.print), listener)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -122,9 +139,9 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def url_of(bound: socket.socket) -> str:
+def url_of(bound: socket.socket, scheme: str = "http") -> str:
     host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, memory: MemoryPlan, url: str, name: str) -> Panel:

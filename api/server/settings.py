@@ -23,9 +23,12 @@ class ServerSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     shared_cache: bool = False  # all API keys share one cache
     special_tokens_in_content: bool = False  # what clients write may hold special tokens
+    allowed_hosts: tuple[str, ...] = ()  # names that the Host header may have; empty if any
+    allowed_origins: tuple[str, ...] = ()  # web pages that may read answers; "*" for all
     max_body_bytes: int = MAX_BODY_BYTES
     message_book_bytes: int = MESSAGE_BOOK_BYTES  # of messages that requests may refer to
     beside_bytes: int = 0  # most that the server takes beside weights and cache, see `budget`; 0 if nobody knows
+    body_timeout_s: float = 30.0  # for the body of a request, beside a least rate
     vllm_metrics: bool = False
     drain_timeout_s: float = 30.0
     created: int = field(default_factory=lambda: int(time.time()))
@@ -40,6 +43,8 @@ class ServerSettings:
         for name in ("max_body_bytes", "message_book_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not self.body_timeout_s > 0:
+            raise ConfigError(f"body_timeout_s is {self.body_timeout_s}, must be more than 0")
         if self.drain_timeout_s < 0:
             raise ConfigError(f"drain_timeout_s is {self.drain_timeout_s}, must be at least 0")
         if not all(self.api_keys):

@@ -17,10 +17,14 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from hybrid_cache.api.server.app import create_app
+from hybrid_cache.api.server.connections import Connections, Listener
+from hybrid_cache.api.server.process import url_of
+from hybrid_cache.api.server.protocol import Patience, ServerConfig
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
@@ -139,17 +143,28 @@ async def in_process(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @contextmanager
-def over_the_wire(app: FastAPI) -> Iterator[str]:
-    """The address of a real server."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, ws="none", log_level="warning", timeout_graceful_shutdown=3))
+def over_the_wire(
+    app: ASGIApp,
+    *,
+    max_connections: int = 1024,
+    patience: Patience | None = None,
+    send_buffer: int = 0,
+    **more: object,
+) -> Iterator[str]:
+    """The address of a real server. send_buffer: bytes, 0 leaves it to the kernel; more: as for `uvicorn.Config`"""
+    connections = Connections(max_connections)
+    listener = Listener(socket.create_server(("127.0.0.1", 0)), connections)
+    if send_buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    config = ServerConfig(app, connections, patience or Patience(), **{"timeout_graceful_shutdown": 3, **more})
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield url_of(listener, "https" if config.is_ssl else "http")
     finally:
         server.should_exit = True
         thread.join(10)

@@ -12,15 +12,22 @@ from typer.testing import CliRunner
 
 from hybrid_cache import __version__
 from hybrid_cache.api.cli import main as cli
-from hybrid_cache.api.cli.options import read_api_keys
+from hybrid_cache.api.cli.options import api_keys, read_api_keys
+from hybrid_cache.api.server.exposure import Exposure
 from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.api.server.process import ServeOptions
+from hybrid_cache.api.server.protocol import Patience
 from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
 
 HEAVY = ("torch", "transformers", "fastapi", "httpx", "numpy")
 PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli.main import main; main()")
+
+
+@pytest.fixture(autouse=True)
+def _no_keys_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYBRID_CACHE_API_KEY", raising=False)
 
 
 def exit_code(*args: str) -> int:
@@ -59,6 +66,8 @@ def test_talking_to_a_server_needs_no_torch() -> None:
             ["serve"],
             ["--host", "--port", "--api-key-file", "--budget", "--policy", "--backend", "--fast", "--drain-timeout"],
         ),
+        (["serve"], ["--api-key", "--allow-host", "--allow-origin", "--tls-cert", "--tls-key", "--max-connections"]),
+        (["serve"], ["--forwarded-allow-ips", "--header-timeout", "--body-timeout", "--reader-timeout"]),
         (["serve"], [*policy_names()]),
         (["chat"], ["--url", "--system", "--temperature", "--max-tokens", "--seed", "--backend", "--fast"]),
         (["model", "info"], ["--budget", "--json"]),
@@ -99,7 +108,10 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         f"serve some/model --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
         "--budget 64MiB --policy lru --backend torch --dtype float32 --threads 1 --max-running 3 --max-waiting 4 "
         "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics "
-        "--drain-timeout 1.5 --fast --max-step-ms 0 --shared-cache --message-book 2MiB"
+        "--drain-timeout 1.5 --fast --max-step-ms 0 --shared-cache --api-key first --api-key other "
+        "--allow-host a.example --allow-host b.example --allow-origin * --allow-origin https://c.example "
+        "--forwarded-allow-ips 10.0.0.0/8,::1 --max-connections 7 "
+        "--header-timeout 1 --body-timeout 2 --reader-timeout 3 --special-tokens-in-content --message-book 2MiB"
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
@@ -107,15 +119,23 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         max_running=3, max_waiting=4, policy="lru", prefix_cache=False, max_tiles=5, max_tiles_beside_decode=2
     )
     assert options.load == LoadOptions("some/model", "torch", fast=True, dtype="float32", threads=1)
-    rest = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("engine", "load")}
+    assert options.exposure == Exposure(
+        allow_hosts=("a.example", "b.example"),
+        allow_origins=("*", "https://c.example"),
+        trusted_proxies="10.0.0.0/8,::1",
+        max_connections=7,
+        patience=Patience(header_timeout_s=1, body_timeout_s=2, reader_timeout_s=3),
+    )
+    rest = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("engine", "load", "exposure")}
     assert rest == {
         "budget_bytes": 64 << 20,
         "message_book_bytes": 2 << 20,
         "host": "0.0.0.0",
         "port": 0,
         "shared_cache": True,
+        "special_tokens_in_content": True,
         "served_names": ("a", "b"),
-        "api_keys": ("secret", "other"),
+        "api_keys": ("first", "other", "secret"),
         "max_body_bytes": 1 << 20,
         "vllm_metrics": True,
         "drain_timeout_s": 1.5,
@@ -135,6 +155,19 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         (["serve", "--host", "256.0.0.1"], "256.0.0.1"),
         (["serve", "--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
         (["serve", "/nowhere/model"], "/nowhere/model"),
+        (["serve", "--api-key", ""], "API key"),
+        (["serve", "--allow-host", "*"], "'*'"),
+        (["serve", "--allow-host", "name:80"], "'name:80'"),
+        (["serve", "--allow-origin", "chat.example"], "'chat.example'"),
+        (["serve", "--allow-origin", "https://chat.example/"], "'https://chat.example/'"),
+        (["serve", "--allow-origin", "*"], "API key"),
+        (["serve", "--forwarded-allow-ips", "proxy"], "'proxy'"),
+        (["serve", "--tls-cert", "a.pem"], "tls_key is None"),
+        (["serve", "--tls-key", "a.pem"], "tls_cert is None"),
+        (["serve", "--tls-cert", "/nowhere/cert", "--tls-key", "/nowhere/key"], "/nowhere/cert"),
+        (["serve", "--header-timeout", "0"], "header_timeout_s is 0"),
+        (["serve", "--reader-timeout", "-1"], "reader_timeout_s is -1"),
+        (["serve", "--body-timeout", "0"], "body_timeout_s is 0"),
         (["model", "info", "/nowhere/model"], "/nowhere/model"),
         (["chat", "--url", "ftp://host"], "ftp://host"),
         (["chat", "--url", "http://127.0.0.1:9"], "127.0.0.1:9"),
@@ -153,6 +186,31 @@ def test_an_empty_file_of_keys_is_refused(tmp_path: Path) -> None:
     path.write_text("# nothing\n\n")
     with pytest.raises(ConfigError, match="no API key"):
         read_api_keys(path)
+
+
+def test_keys_come_from_everywhere_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert api_keys() == ()
+    path = tmp_path / "keys"
+    path.write_text("two\nthree\n")
+    for text in ("three four,five\n , six", " three\tfour , five,,six "):
+        monkeypatch.setenv("HYBRID_CACHE_API_KEY", text)
+        assert api_keys([" one", "two"], path) == ("one", "two", "three", "four", "five", "six")
+    monkeypatch.setenv("HYBRID_CACHE_API_KEY", " , ")
+    assert api_keys(path=path) == ("two", "three")
+
+
+def test_chat_sends_a_key_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent: list[str | None] = []
+    partner = "hybrid_cache.api.cli.terminal.ServerPartner"
+    monkeypatch.setattr(partner, lambda url, model, key, asked: sent.append(key))
+    monkeypatch.setattr("hybrid_cache.api.cli.terminal.run", lambda partner, system: 0)
+    path = tmp_path / "keys"
+    path.write_text("of-file\n")
+    assert exit_code("chat", "--url", "http://x") == 0
+    monkeypatch.setenv("HYBRID_CACHE_API_KEY", "of-environment,other")
+    assert exit_code("chat", "--url", "http://x") == 0
+    assert exit_code("chat", "--url", "http://x", "--api-key-file", str(path)) == 0
+    assert sent == [None, "of-environment", "of-file"]
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:

@@ -1,21 +1,26 @@
 """A real server process: `hybrid-cache serve` as people start it, with the embedded model."""
 
+import asyncio
 import io
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp
 
 from hybrid_cache.api.cli import main as cli
 
@@ -335,6 +340,48 @@ def wait_for_draining(url: str) -> None:
     while httpx.get(f"{url}/ready").status_code != 503:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_sixty_four_descriptors_are_enough_beside_a_flood_of_idle_connections() -> None:
+    few_files = ("sh", "-c", 'ulimit -n 64 && exec "$@"', "sh")
+    with server(program=(*few_files, *PROGRAM)) as started, ExitStack() as stack:
+        address = urlsplit(started.url)
+        for _ in range(120):
+            stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=5))
+        for _ in range(3):
+            assert httpx.get(f"{started.url}/health", timeout=2).status_code == 200
+        reply = httpx.post(f"{started.url}/v1/completions", json={"prompt": "Hello", "max_tokens": 1})
+        assert reply.status_code == 200
+        started.process.send_signal(signal.SIGTERM)
+        assert started.wait() == 0
+        assert "Traceback" not in "".join(started.lines)
+
+
+def test_a_server_for_others_warns_without_a_key_and_one_for_this_machine_checks_the_host(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs: list[uvicorn.Config] = []
+    monkeypatch.setattr(
+        "hybrid_cache.api.server.process.run_server", lambda server, bound: configs.append(server.config)
+    )
+    monkeypatch.delenv("HYBRID_CACHE_API_KEY", raising=False)
+    for options, warned, status in (
+        (("--host", "0.0.0.0"), True, 200),
+        (("--api-key", KEY), False, 421),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["serve", "--port", "0", "--threads", "1", *options])
+        assert not caught.value.code
+        greeting = capsys.readouterr().err
+        assert ("WARNING: without an API key" in greeting) is warned
+        assert KEY not in greeting
+        assert asyncio.run(status_of(configs.pop().app, "evil.example")) == status
+
+
+async def status_of(app: ASGIApp, host: str) -> int:
+    """What `/version` answers to somebody who calls the server by this name."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"http://{host}") as client:
+        return (await client.get("/version")).status_code
 
 
 def test_a_second_signal_aborts() -> None:

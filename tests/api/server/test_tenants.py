@@ -66,6 +66,41 @@ def test_an_unknown_key_is_nobodys(sum_text: TextModel, headers: dict[str, str])
     run(test)
 
 
+def test_a_message_of_another_key_is_one_that_never_was(sum_text: TextModel) -> None:
+    async def test() -> None:
+        async with in_process(new_app(new_engine(), sum_text, api_keys=KEYS)) as client:
+
+            async def ask(key: str, message: Mapping[str, object]) -> httpx.Response:
+                body = {"messages": [message], "max_tokens": 1, "choreography": {}}
+                return await client.post("/v1/chat/completions", json=body, headers=bearer(key))
+
+            first = await ask("alice", {"role": "user", "content": "The code is 42."})
+            name = first.json()["choreography"]["messages"][0]
+            assert (await ask("alice", {"ref": name})).status_code == 200
+            refused, unknown = await ask("bob", {"ref": name}), await ask("bob", {"ref": "msg_0"})
+            assert refused.status_code == unknown.status_code == 404
+            assert refused.json()["error"]["code"] == unknown.json()["error"]["code"]
+
+    run(test)
+
+
+def test_either_header_carries_a_key_and_a_wrong_bearer_counts(sum_text: TextModel) -> None:
+    async def test() -> None:
+        async with in_process(new_app(new_engine(), sum_text, api_keys=KEYS)) as client:
+            for headers, status in (
+                (bearer("bob"), 200),
+                ({"x-api-key": "bob"}, 200),
+                ({"X-API-Key": " bob "}, 200),
+                ({**bearer("mallory"), "x-api-key": "bob"}, 401),
+                ({"Authorization": "Basic Ym9i", "x-api-key": "bob"}, 200),
+                ({"x-api-key": "alice,bob"}, 401),
+                ({"api-key": "bob"}, 401),
+            ):
+                assert (await client.get("/v1/models", headers=headers)).status_code == status, headers
+
+    run(test)
+
+
 def test_tenants_are_told_apart_and_say_nothing_of_their_keys() -> None:
     assert len({tenant_of(key) for key in ("a", "b", "ab", "")}) == 4
     assert len(tenant_of("alice")) == 16
