@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hybrid_cache.api.text.chat import ChatEncoder
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.template import ChatTemplate
-from hybrid_cache.errors import RequestError
+from hybrid_cache.errors import ModelError, RequestError
 from hybrid_cache.tokens import Prompt
 from tests.api.small_text import small_text
 
@@ -144,6 +144,9 @@ def test_a_template_without_a_system_role_says_so() -> None:
 
 def test_a_template_that_loops_over_its_own_output_is_stopped() -> None:
     source = "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 999 }}{% endfor %}{% endfor %}"
+    with pytest.raises(ModelError, match="more than"):
+        ChatTemplate(source, {})
+    source = "{% for m in messages %}{% for i in range(4000) %}{{ m.content }}{% endfor %}{% endfor %}"
     encoder = ChatEncoder(small_text().tokenizer, {"default": ChatTemplate(source, {})})
     with pytest.raises(RequestError, match="more than"):
-        encoder.encode([message("user", "w")], Rendering(), ROOM)
+        encoder.encode([message("user", "w" * 9000)], Rendering(), ROOM)
