@@ -68,3 +68,4 @@ class EngineStats:
     flops_saved: float
     flops_computed: float
     cache: CacheStats
+    step_age_s: float = 0.0  # seconds since the step under way began; 0 between steps
