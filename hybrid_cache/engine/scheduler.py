@@ -333,12 +333,13 @@ class Scheduler:
         goals = {s.rank: ends.get(s.rank, s.fed + 1) for s in self._running if s.arrival in arrivals}
         self._preempt_all(self._running)
         arrival = None if others else self._suspects.failed(goals)
+        self._max_running = self._suspects.fewer(self._max_running)
         return next((s.request.id for s in self._waiting if s.arrival == arrival), None)
 
     def passed(self, step: Step) -> None:
         """To be called after a step that has not failed."""
         if not self._suspects:
-            return
+            return self._suspects.rest()
         for sequence in step.sequences:
             decodes = sequence.phase is Phase.DECODE
             self._suspects.reached(sequence.rank, sequence.fed if decodes else sequence.prefill.computed)

@@ -1,6 +1,12 @@
 """Which request makes steps fail: found by halves, and given up only when it fails in a step of its own."""
 
+import logging
 from collections.abc import Iterable, Mapping
+
+MOST_IN_VAIN = 3  # searches that find nobody
+QUIET = 1000  # steps without a failure, after which they are forgotten
+
+logger = logging.getLogger("hybrid_cache")
 
 Rank = tuple[int, int]  # of a sequence: arrival of its request, and which of its choices it is
 
@@ -11,13 +17,15 @@ class Suspects:
     Half of them run, and nothing beside them, until each has come as far as it was when it failed. If that goes well,
     the fault lies in the other half, and it is halved; if it fails, this half is. Requests that came last go first:
     they are most likely at fault, and have the least to repeat. Those who wait meanwhile are no suspects any more when
-    the search is over.
+    the search is over. Where searches find nobody, as requests only fail together, fewer of them should run.
     """
 
     def __init__(self) -> None:
         self._now: tuple[int, ...] = ()  # may run; rising
         self._then: tuple[int, ...] = ()  # one of them is at fault if all of `_now` pass
         self._goals: dict[Rank, int] = {}  # tokens that a sequence has in its state when it has passed
+        self._in_vain = 0  # searches in a row that found nobody
+        self._quiet = 0  # steps since the last failure, searches left out
 
     def __bool__(self) -> bool:
         return bool(self._now)
@@ -31,11 +39,27 @@ class Suspects:
         goals: of the sequences in it, tokens in their states had it not failed
         """
         arrivals = sorted({arrival for arrival, _ in goals})
-        self._now, self._then, self._goals = (), (), {}
+        self._now, self._then, self._goals, self._quiet = (), (), {}, 0
         if len(arrivals) > 1:
             self._goals = dict(goals)
             self._halve(arrivals)
-        return arrivals[0] if len(arrivals) == 1 else None
+            return None
+        self._in_vain = 0
+        return arrivals[0] if arrivals else None
+
+    def fewer(self, most: int) -> int:
+        """How many sequences should run from now on, if so many may run today."""
+        if self._in_vain < MOST_IN_VAIN or most == 1:
+            return most
+        self._in_vain = 0
+        logger.warning("steps fail in which no request is at fault; from now on at most %d sequences run", most // 2)
+        return most // 2
+
+    def rest(self) -> None:
+        """A step has passed while nobody is suspected."""
+        self._quiet += 1
+        if self._quiet == QUIET:
+            self._in_vain = 0
 
     def try_alone(self, rank: Rank) -> None:
         """Nothing but this sequence runs until it ends."""
@@ -58,6 +82,7 @@ class Suspects:
         self._now, self._then = (), ()
         if not others:
             self._goals = {}
+            self._in_vain += 1
             return False
         self._halve(others)
         return True

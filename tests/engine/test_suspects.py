@@ -13,13 +13,13 @@ from hybrid_cache.choreography.arrangement import Arrangement, Fidelity, Part
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.engine.engine import Engine, Outputs
-from hybrid_cache.engine.suspects import Suspects
+from hybrid_cache.engine.suspects import MOST_IN_VAIN, QUIET, Suspects
 from hybrid_cache.request import FailedOutput, PromptOutput, Request
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
-from tests.engine.test_engine import answers
+from tests.engine.test_engine import answers, make_request
 from tests.engine.test_out_of_memory import SmallDevice, SmallStage, arranged
-from tests.fakes import tokens_of
+from tests.fakes import SumModel, sum_model_answer, tokens_of
 
 POISON = 77  # a batch that holds it fails
 CURSED = 500  # and so does the choice of a token where this one is the likeliest
@@ -105,6 +105,52 @@ class Cursed(SmallStage):
         if CURSED in logits.argmax(1).tolist():
             raise ZeroDivisionError("a curse")
         return logits
+
+
+class Crowded(SumModel):
+    """Fails whenever it decodes several sequences at once, or computes several tiles."""
+
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        hidden = super().forward(batch, cache)
+        if batch.layout.num_decode > 2 or len(batch.layout.chunk_slot) > 2:
+            raise ZeroDivisionError("a crowd")
+        return hidden
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_requests_that_only_fail_together_run_in_smaller_numbers(
+    prefix_cache: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(budget_bytes=1 << 22, max_running=8, prefix_cache=prefix_cache)
+    engine = Engine(Crowded(), config)
+    prompts = {str(i): tokens_of(i, 300 + 20 * i) for i in range(6)}
+    for name, tokens in prompts.items():
+        engine.submit(make_request(name, tokens, 30))
+    outputs = engine.run_until_idle()
+    assert not failed_in(outputs)
+    for name, tokens in prompts.items():
+        assert answers(outputs, name) == sum_model_answer(tokens, 30)
+    assert "no request is at fault; from now on at most 2 sequences run" in caplog.text
+    assert "at most 1 sequences" not in caplog.text
+
+
+def test_failures_that_lie_far_apart_are_forgotten() -> None:
+    suspects = Suspects()
+
+    def search_in_vain() -> int:
+        suspects.failed({(0, 0): 1, (1, 0): 1})
+        most = suspects.fewer(8)
+        for i in (1, 0):
+            suspects.reached((i, 0), 1)
+            suspects.advance()
+        assert not suspects
+        return most
+
+    for _ in range(2 * MOST_IN_VAIN):
+        assert search_in_vain() == 8
+        for _ in range(QUIET):
+            suspects.rest()
+    assert [search_in_vain() for _ in range(MOST_IN_VAIN + 1)] == [8] * MOST_IN_VAIN + [4]
 
 
 def random_request(rng: random.Random, name: str) -> Request:

@@ -265,8 +265,8 @@ SHARING = [
     ),
     suspects(
         "a request is given up with others beside it",
-        "return arrivals[0] if len(arrivals) == 1 else None",
-        "return arrivals[-1] if arrivals else None",
+        "        if len(arrivals) > 1:\n",
+        "        if len(arrivals) > 2:\n",
         SUSPECTS,
     ),
     suspects(
@@ -281,6 +281,8 @@ SHARING = [
         "if rank in self._goals:",
         SUSPECTS,
     ),
+    suspects("requests that only fail together go on together", "            self._in_vain += 1\n", "", SUSPECTS),
+    suspects("old failures count for ever", "        if self._quiet == QUIET:\n", "        if False:\n", SUSPECTS),
     scheduler(
         "all run while one is looked for",
         "            if not self._suspects.may_run(sequence.arrival):\n",
