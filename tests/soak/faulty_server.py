@@ -3,7 +3,6 @@
 A prompt that begins with three times one of these tokens, or is this text, does what it says.
 """
 
-import asyncio
 import time
 
 from hybrid_cache.api.cli.main import main
@@ -47,10 +46,10 @@ if __name__ == "__main__":
     async_engine.Engine = FaultyEngine  # type: ignore[misc]
     whole = TextEngine.prompt
 
-    async def prompt(self: TextEngine, asked: str | list[int], *, add_special_tokens: bool) -> Prompt:
+    async def prompt(self: TextEngine, asked: str | list[int], tenant: str, **options: bool) -> Prompt:
         if asked == HANGING_TEXT:
-            await asyncio.to_thread(time.sleep, 10_000)
-        return await whole(self, asked, add_special_tokens=add_special_tokens)
+            await self.work.run(tenant, 10**6, lambda: time.sleep(10_000))
+        return await whole(self, asked, tenant, **options)
 
     TextEngine.prompt = prompt  # type: ignore[method-assign]
     main()

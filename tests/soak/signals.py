@@ -24,7 +24,8 @@ from hybrid_cache.api.server.ending import SECOND_S
 PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli.main import main; main()")
 START_S = 60.0
 SLACK_S = 3.0  # of a machine with other things to do
-LENGTHS = (4, 60, 400)  # tokens of answers
+NUMBERS = 2  # different prompts
+LENGTHS = (4, 40, 200)  # tokens of answers
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Soak:
         """Asks a server that nobody disturbs."""
         with self._start(30) as process:
             self._until_ready(process)
-            asked = [Asked(self._url, length, number, False) for length in LENGTHS for number in range(4)]
+            asked = [Asked(self._url, length, number, False) for length in LENGTHS for number in range(NUMBERS)]
             for each in asked:
                 each.thread.join(120)
                 self._right[each.length, each.number] = each.text
@@ -176,7 +177,7 @@ class Soak:
 
     def _ask(self) -> Asked:
         rng = self._rng
-        return Asked(self._url, rng.choice(LENGTHS), rng.randrange(4), rng.random() < 0.7)
+        return Asked(self._url, rng.choice(LENGTHS), rng.randrange(NUMBERS), rng.random() < 0.7)
 
 
 def run(rounds: int, seed: int) -> list[str]:
