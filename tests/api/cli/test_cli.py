@@ -139,6 +139,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "max_body_bytes": 1 << 20,
         "vllm_metrics": True,
         "drain_timeout_s": 1.5,
+        "hung_after_s": 7.0,
     }
 
 
