@@ -281,14 +281,8 @@ SHARING = [
         "if rank in self._goals:",
         SUSPECTS,
     ),
-    suspects("requests that only fail together go on together", "            self._in_vain += 1\n", "", SUSPECTS),
+    suspects("requests that only fail together run one by one", "return most // 2", "return 1", SUSPECTS),
     suspects("old failures count for ever", "        if self._quiet == QUIET:\n", "        if False:\n", SUSPECTS),
-    scheduler(
-        "all run while one is looked for",
-        "            if not self._suspects.may_run(sequence.arrival):\n",
-        "            if not sequence:\n",
-        FAILURES,
-    ),
     scheduler(
         "requests are suspected for a message's fault",
         "arrival = None if others else self._suspects.failed(goals)",
