@@ -14,7 +14,7 @@ HybridCacheError
 ├── RequestFailed              an error of ours that ended one request
 ├── Overloaded                 the server is full, try again later
 │   └── OverShare              it is full for one tenant, who takes more than others could
-└── EngineStopped              the engine is draining or has failed
+└── EngineStopped              the engine is draining, hangs or has failed
 
 No room in the cache is not an error: `Books.acquire` returns `None` and the scheduler waits.
 """
@@ -94,4 +94,4 @@ class RequestFailed(HybridCacheError):
 
 
 class EngineStopped(HybridCacheError):
-    """The engine is draining, or its thread has failed."""
+    """The engine is draining, a step of it hangs, or its thread has failed."""

@@ -91,6 +91,7 @@ class TokenChooser:
         # A fixed seed gives each of the n choices a stream of its own; no seed, fresh entropy.
         entropy = None if params.seed is None else [params.seed & (2**64 - 1), index]
         self._random = np.random.default_rng(entropy)
+        self._point: float | None = None  # drawn for the coming token
         self._prompt = prompt
         self.counts: Counter[int] = Counter()
         self._seen: npt.NDArray[np.int64] | None = None  # each token of prompt and answer once, when asked for
@@ -111,8 +112,10 @@ class TokenChooser:
         return bool(self.params.stop_token_ids) and self.counts.total() < self.params.min_tokens
 
     def point(self) -> float:
-        """Where the next token is drawn, in [0, 1)."""
-        return 0.0 if self.params.greedy else self._random.random()
+        """Where the next token is drawn, in [0, 1): the same until a token is noted."""
+        if self._point is None:
+            self._point = 0.0 if self.params.greedy else self._random.random()
+        return self._point
 
     def seen(self) -> npt.NDArray[np.int64]:
         """Each token of prompt and answer once."""
@@ -121,7 +124,8 @@ class TokenChooser:
         return self._seen
 
     def note(self, token: int) -> None:
-        """Counts a token that was chosen."""
+        """Counts a token that was chosen, and goes on to the next one."""
+        self._point = None
         self.counts[token] += 1
         if self._seen is not None and token not in self._seen:
             self._seen = np.append(self._seen, token)

@@ -36,7 +36,7 @@ class Counters:
     """Running totals since the start."""
 
     steps: int = 0
-    failures: int = 0  # steps that ended with an error, each with one request
+    failures: int = 0  # steps that ended with an error
     prompt_tokens: int = 0
     cached_tokens: int = 0
     moved_tokens: int = 0  # of these, taken from stored messages by a choreography
@@ -68,3 +68,4 @@ class EngineStats:
     flops_saved: float
     flops_computed: float
     cache: CacheStats
+    step_age_s: float = 0.0  # seconds since the step under way began; 0 between steps

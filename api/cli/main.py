@@ -168,8 +168,17 @@ def serve(
     header_timeout: Annotated[float, typer.Option(help="Seconds for the headers of a request.")] = 10,
     body_timeout: Annotated[float, typer.Option(help="Seconds for its body, and 1 more for each 64 KiB.")] = 30,
     reader_timeout: Annotated[float, typer.Option(help="Seconds that a client may take nothing of its answer.")] = 120,
+    hung_after: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="Seconds without the end of a step after which /health says that the engine hangs, and new requests "
+            "are answered 503. More than a first step takes, which may compile kernels.",
+        ),
+    ] = 120,
 ) -> None:
-    """Answer OpenAI's API over HTTP."""
+    """Answer OpenAI's API over HTTP. Leaves with 0 after a drain, and with 1 if the engine failed or did not end."""
+    from hybrid_cache.api.cli.outlet import unhindered
     from hybrid_cache.api.server import process
     from hybrid_cache.api.server.budget import parse_budget
     from hybrid_cache.api.server.exposure import Exposure
@@ -178,41 +187,43 @@ def serve(
     from hybrid_cache.config import EngineConfig, verify_by_default
     from hybrid_cache.sizes import parse_bytes
 
-    process.serve(
-        process.ServeOptions(
-            load=LoadOptions(model, backend, fast, dtype, threads, adapter),
-            engine=EngineConfig(
-                max_running=max_running,
-                max_waiting=max_waiting,
-                policy=policy,
-                prefix_cache=prefix_cache,
-                max_tiles=max_tiles,
-                max_tiles_beside_decode=max_tiles_beside_decode,
-                max_step_ms=max_step_ms or None,
-                verify=verify or verify_by_default(),
-            ),
-            budget_bytes=parse_budget(budget),
-            host=host,
-            port=port,
-            served_names=tuple(served_model_name or ()),
-            api_keys=api_keys(api_key or (), api_key_file),
-            exposure=Exposure(
-                allow_hosts=tuple(allow_host or ()),
-                allow_origins=tuple(allow_origin or ()),
-                tls_cert=tls_cert,
-                tls_key=tls_key,
-                trusted_proxies=forwarded_allow_ips,
-                max_connections=max_connections,
-                patience=Patience(header_timeout, body_timeout, reader_timeout),
-            ),
-            shared_cache=shared_cache,
-            special_tokens_in_content=special_tokens_in_content,
-            max_body_bytes=parse_bytes(max_body),
-            message_book_bytes=parse_bytes(message_book),
-            vllm_metrics=vllm_metrics,
-            drain_timeout_s=drain_timeout,
-        )
+    options = process.ServeOptions(
+        load=LoadOptions(model, backend, fast, dtype, threads, adapter),
+        engine=EngineConfig(
+            max_running=max_running,
+            max_waiting=max_waiting,
+            policy=policy,
+            prefix_cache=prefix_cache,
+            max_tiles=max_tiles,
+            max_tiles_beside_decode=max_tiles_beside_decode,
+            max_step_ms=max_step_ms or None,
+            verify=verify or verify_by_default(),
+        ),
+        budget_bytes=parse_budget(budget),
+        host=host,
+        port=port,
+        served_names=tuple(served_model_name or ()),
+        api_keys=api_keys(api_key or (), api_key_file),
+        exposure=Exposure(
+            allow_hosts=tuple(allow_host or ()),
+            allow_origins=tuple(allow_origin or ()),
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            trusted_proxies=forwarded_allow_ips,
+            max_connections=max_connections,
+            patience=Patience(header_timeout, body_timeout, reader_timeout),
+        ),
+        shared_cache=shared_cache,
+        special_tokens_in_content=special_tokens_in_content,
+        max_body_bytes=parse_bytes(max_body),
+        message_book_bytes=parse_bytes(message_book),
+        vllm_metrics=vllm_metrics,
+        drain_timeout_s=drain_timeout,
+        hung_after_s=hung_after,
     )
+    with unhindered():
+        status = process.serve(options)
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -182,6 +182,8 @@ def _own_families(stats: EngineStats, settings: ServerSettings, book: MessageBoo
     yield _counter("commit_tokens", "Generated tokens computed again while idle, to be cached.", stats.commit_tokens)
     yield _counter("preemptions", "Sequences that gave their memory back and began again.", stats.num_preemptions)
     yield _counter("steps", "Forward passes.", stats.steps)
+    yield _counter("failed_steps", "Forward passes and choices of tokens that ended with an error.", stats.failures)
+    yield _gauge("step_age_seconds", "Since the step under way began; 0 between steps.", stats.step_age_s)
     yield _counter("out_of_memory_steps", "Steps that the device had no memory for.", stats.num_out_of_memory)
     yield _counter("graph_replays", "Decode steps that were one launch of a CUDA graph.", stats.num_graph_replays)
     yield _counter("flops_saved", "Operations that cached tokens would have cost.", stats.flops_saved)

@@ -17,6 +17,7 @@ from hybrid_cache import __version__
 from hybrid_cache.api.server.app import create_app
 from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, MemoryPlan, conversation_bytes, plan_memory
 from hybrid_cache.api.server.connections import Connections, Listener, connection_limit
+from hybrid_cache.api.server.ending import FLUSH_TIMEOUT_S, FORCE_S, SECOND_S, Deadline, end_by_force
 from hybrid_cache.api.server.exposure import Exposure, is_loopback
 from hybrid_cache.api.server.launch import Loaded, LoadOptions, inexact_reasons, load
 from hybrid_cache.api.server.protocol import ServerConfig
@@ -24,13 +25,11 @@ from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.defaults import listed
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine.async_engine import AsyncEngine
+from hybrid_cache.engine.async_engine import HUNG_AFTER_S, AsyncEngine
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.sizes import format_bytes, format_count
 from hybrid_cache.spec import CacheSpec
-
-FLUSH_TIMEOUT_S = 5  # for clients that read slowly, once the engine has finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,7 @@ class ServeOptions:
     vllm_metrics: bool
     drain_timeout_s: float
     exposure: Exposure = field(default_factory=Exposure)
+    hung_after_s: float = HUNG_AFTER_S
 
     def __post_init__(self) -> None:
         if "*" in self.exposure.allow_origins and not self.api_keys:
@@ -80,8 +80,11 @@ class ServeOptions:
         )
 
 
-def serve(options: ServeOptions) -> None:
-    """Loads, greets and serves until a signal. Raises HybridCacheError when it cannot start."""
+def serve(options: ServeOptions) -> int:
+    """Loads, greets and serves until a signal, or until the engine fails -> the status to leave with.
+
+    A process in which something hangs does not get back here, but ends. Raises HybridCacheError when it cannot start.
+    """
     console = Console(stderr=True)
     with closing(bind(options.host, options.port)) as bound:
         with console.status("loading the model"):
@@ -97,7 +100,7 @@ def serve(options: ServeOptions) -> None:
             book_bytes=options.message_book_bytes,
         )
         engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
-        engine = AsyncEngine(loaded.model, engine_config)
+        engine = AsyncEngine(loaded.model, engine_config, hung_after_s=options.hung_after_s)
         exposure = options.exposure
         hosts = exposure.hosts(options.host, bound)
         settings = options.settings(loaded, inexact, memory.beside_bytes, hosts)
@@ -119,6 +122,9 @@ def serve(options: ServeOptions) -> None:
         )
         with Listener(bound, connections) as listener:
             run_server(DrainingServer(config, engine, options.drain_timeout_s, console.print), listener)
+    if not engine.stopped:
+        end_by_force()
+    return int(engine.failed)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -193,7 +199,7 @@ def _cache_line(config: EngineConfig, spec: CacheSpec) -> str:
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT it still answers, with 503 to new requests, until the running ones have finished.
 
-    A second signal aborts them.
+    A second signal aborts them. It also ends when the engine fails.
     """
 
     def __init__(self, config: uvicorn.Config, engine: AsyncEngine, grace_s: float, say: Callable[[str], None]) -> None:
@@ -201,29 +207,40 @@ class DrainingServer(uvicorn.Server):
         self._engine = engine
         self._grace_s = grace_s
         self._say = say
+        self._deadline: Deadline  # from `startup` on
         self._num_signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._grace_s)
+        self._deadline.watch_signals()
         await super().startup(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._engine.failed and self._drain is None:
+            self._drain = asyncio.ensure_future(self._stop_engine(0))
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by Python between any two instructions of the main thread."""
         self._num_signals += 1
         if self._loop is None or not self.started:
             raise KeyboardInterrupt
-        self._loop.call_soon_threadsafe(self._stop, self._num_signals == 1)
+        first = self._num_signals == 1
+        self._deadline.within(self._grace_s + FORCE_S if first else SECOND_S)
+        self._loop.call_soon_threadsafe(self._stop, first)
 
     def _stop(self, first: bool) -> None:
         if self._drain is not None:
             self._drain.cancel()
-        self._say("finishing running requests, once more to abort" if first else "aborting")
         self._drain = asyncio.ensure_future(self._stop_engine(self._grace_s if first else 0))
+        self._say("finishing running requests, once more to abort" if first else "aborting")
 
     async def _stop_engine(self, grace_s: float) -> None:
         await self._engine.stop(grace_s)
+        self._deadline.within(FORCE_S)
         self.should_exit = True
 
 

@@ -33,15 +33,13 @@ def adjust(logits: Tensor, chooser: TokenChooser) -> None:
 
 
 def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], ops: Ops) -> list[int]:
-    """logits [S, V] float32, one chooser a row -> one token a row, which its chooser has counted."""
+    """logits [S, V] float32, one chooser a row -> one token a row, which its chooser has still to note."""
     if any(chooser.adjusts for chooser in choosers):
         logits = logits.clone()
         for row, chooser in zip(logits, choosers, strict=True):
             if chooser.adjusts:
                 adjust(row, chooser)
     tokens: list[int] = ops.sample(logits, _draws(choosers, logits.device)).tolist()
-    for chooser, token in zip(choosers, tokens, strict=True):
-        chooser.note(token)
     return tokens
 
 

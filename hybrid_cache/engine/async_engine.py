@@ -4,7 +4,8 @@ import asyncio
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
@@ -12,6 +13,9 @@ from hybrid_cache.engine.engine import Engine, Outputs
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
 from hybrid_cache.request import FailedOutput, Output, Request, TokenOutput
 from hybrid_cache.stats import EngineStats
+
+HUNG_AFTER_S = 120.0  # a first step may wait for a compiler
+END_S = 0.5  # for a step under way to end, once the engine is stopped
 
 
 class Stream:
@@ -51,8 +55,9 @@ class Stream:
             self._engine.abort(self.request.id)
 
     def put(self, items: list[Output | FailedOutput | Exception]) -> None:
-        """Hands items to the waiting reader; callable from any thread."""
-        self._loop.call_soon_threadsafe(self._put, items)
+        """Hands items to the waiting reader; callable from any thread. Where its loop has ended, nobody waits."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._put, items)
 
     def _put(self, items: list[Output | FailedOutput | Exception]) -> None:
         for item in items:
@@ -70,9 +75,11 @@ class _Inbox:
 class AsyncEngine:
     """Runs an `Engine` on a thread of its own. `submit` and the streams belong to an event loop, which never blocks."""
 
-    def __init__(self, model: HybridModel, config: EngineConfig) -> None:
+    def __init__(self, model: HybridModel, config: EngineConfig, *, hung_after_s: float = HUNG_AFTER_S) -> None:
+        """hung_after_s: seconds without an end after which a step counts as hung"""
         self._engine = Engine(model, config)
         self._config = config
+        self._hung_after_s = hung_after_s
         self._wake = threading.Condition()
         self._inbox = _Inbox()
         self._streams: dict[str, Stream] = {}
@@ -80,12 +87,34 @@ class AsyncEngine:
         self._stopping = False
         self._draining = False
         self._failure: BaseException | None = None
+        self._step_began_s: float | None = None  # None between steps
         self._thread = threading.Thread(target=self._run, name="hybrid-cache-engine", daemon=True)
 
     @property
     def alive(self) -> bool:
         """True while the engine's thread runs."""
         return self._thread.is_alive() and self._failure is None
+
+    @property
+    def failed(self) -> bool:
+        """True once the engine's thread has ended with an error."""
+        return self._failure is not None
+
+    @property
+    def stopped(self) -> bool:
+        """True unless the engine's thread runs, maybe in a step that hangs."""
+        return not self._thread.is_alive()
+
+    @property
+    def step_age_s(self) -> float:
+        """Seconds since the step under way began; 0 between steps."""
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
+
+    @property
+    def hung(self) -> bool:
+        """True while a step takes far too long; it may still end."""
+        return self.alive and self.step_age_s > self._hung_after_s
 
     @property
     def draining(self) -> bool:
@@ -115,15 +144,15 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """The state after the latest step."""
-        return self._stats
+        return replace(self._stats, step_age_s=self.step_age_s)
 
     def submit(self, request: Request) -> Stream:
         """Queues a request -> its outputs. Raises RequestError, Overloaded or EngineStopped at once."""
-        if self._draining or not self.alive:
-            raise EngineStopped("the engine is draining" if self._draining else "the engine has stopped")
+        self._check_open()
         self._engine.check_request(request)
         stream = Stream(self, request)
         with self._wake:
+            self._check_open()  # since then the engine may have failed, and with it all streams that it knew
             if request.id in self._streams:
                 raise RequestError(f"request id {request.id!r} is in use", param="id")
             waiting = self._stats.waiting + len(self._inbox.requests)
@@ -134,6 +163,15 @@ class AsyncEngine:
             self._wake.notify()
         return stream
 
+    def _check_open(self) -> None:
+        """Raises EngineStopped unless new requests are welcome."""
+        if self._failure is not None:
+            raise EngineStopped(_why(self._failure))
+        if self._draining or not self.alive:
+            raise EngineStopped("the engine is draining" if self._draining else "the engine has stopped")
+        if self.hung:
+            raise EngineStopped(f"the engine hangs: a step has not ended for {self.step_age_s:.0f} s")
+
     def abort(self, request_id: str) -> None:
         """Frees what a request holds before the next step begins."""
         with self._wake:
@@ -142,15 +180,19 @@ class AsyncEngine:
             self._wake.notify()
 
     async def stop(self, grace_s: float) -> None:
-        """Refuses new requests, gives running ones `grace_s` seconds to finish, aborts the rest, ends the thread."""
+        """Refuses new requests, gives running ones `grace_s` seconds to finish, aborts the rest, ends the thread.
+
+        A step that hangs is not waited for: then the thread is still there, see `stopped`.
+        """
         self._draining = True
         deadline = time.monotonic() + grace_s
-        while self._streams and self.alive and time.monotonic() < deadline:
+        while self._streams and self.alive and not self.hung and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + END_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
         self._fail_streams(EngineStopped("the engine has stopped"))
 
@@ -162,9 +204,10 @@ class AsyncEngine:
                 outputs = self._engine.step()
                 self._stats = self._engine.stats()
                 self._deliver(outputs)
+                self._step_began_s = None
         except BaseException as failure:
-            self._failure = failure
-            self._fail_streams(EngineStopped(f"the engine has failed: {type(failure).__name__}: {failure}"))
+            self._failure, self._step_began_s = failure, None
+            self._fail_streams(EngineStopped(_why(failure)))
             raise
 
     def _take_inbox(self) -> bool:
@@ -172,6 +215,7 @@ class AsyncEngine:
         with self._wake:
             while not (self._engine.has_work or self._inbox.requests or self._inbox.aborts or self._stopping):
                 self._wake.wait()
+            self._step_began_s = time.monotonic()
             requests, aborts = list(self._inbox.requests), list(self._inbox.aborts)
             self._inbox = _Inbox()
         for request in requests:
@@ -209,3 +253,7 @@ class AsyncEngine:
             streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
             stream.put([error])
+
+
+def _why(failure: BaseException) -> str:
+    return f"the engine has failed: {type(failure).__name__}: {failure}"

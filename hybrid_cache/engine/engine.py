@@ -6,7 +6,6 @@ Nothing is published before the pass that fills it has completed. `async_engine`
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hybrid_cache.cache.books import Books
@@ -19,7 +18,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Hidden, Worker
-from hybrid_cache.engine.intake import Intake
+from hybrid_cache.engine.intake import OWN, Intake
 from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
@@ -33,7 +32,7 @@ from hybrid_cache.work import Command, OutOfDeviceMemory, PassFailed
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_FAILURES = 3  # steps in a row that fail; one more ends the engine
+MOST_FAILURES = 3  # requests given up with no step between that passed; then a prompt of our own shows who is at fault
 
 logger = logging.getLogger("hybrid_cache")
 
@@ -78,7 +77,7 @@ class Engine:
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler)
         self._open: dict[str, int] = {}  # request id -> choices that have not finished
         self._tally = Tally()
-        self._failures = 0  # steps in a row
+        self._failures = 0  # requests given up since a step passed
 
     @property
     def has_work(self) -> bool:
@@ -159,48 +158,45 @@ class Engine:
         self._tally.steps += 1
         self.watch(step)
         started_s = time.perf_counter()
+        outputs: Outputs = []
         try:
             hidden = self._run(step)
-        except PassFailed as error:
-            return self._give_up_newest(step, error)
-        if hidden is None:
-            return []
-        outputs = self._announce(step.resumed)
-        ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
-        num_rows = 0
-        try:
-            for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
-                num_rows += chunk.rows.num_wanted
-                outputs += self._end_chunk(chunk, rows, num_rows - 1, ready)
-            ready += self._end_decodes(step.decodes, hidden.decodes)
-            for sequence, row in zip(step.resumed, hidden.kept, strict=True):
-                ready += self._begin_decode(sequence, row)
-            if unanswered := self._end_unanswered(ready):
-                outputs += unanswered
-                ready = [each for each in ready if each[0].phase is Phase.DECODE]
-            outputs += self._choose(ready) if ready else []
+            if hidden is None:
+                return []
+            self._end(step, hidden, outputs)
         except (PassFailed, OutOfDeviceMemory) as error:
-            forks = tuple(sequence for sequence, _ in ready)
-            return outputs + self._give_up_newest(replace(step, decodes=(*step.decodes, *forks)), error)
+            if isinstance(error, OutOfDeviceMemory) and error.lost:
+                raise
+            return outputs + self._fail(step, error)
         self._failures = 0
+        self._scheduler.passed(step)
         if self._scheduler.pace.bounds:
             flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
             self._scheduler.pace.note(time.perf_counter() - started_s, flops, decodes=bool(step.decodes))
-        return outputs
+        return [output for output in outputs if output[0] != OWN]
 
-    def _give_up_newest(self, step: Step, error: HybridCacheError) -> Outputs:
-        """Ends the request that came last of those in a step that failed; the others begin again."""
+    def _fail(self, step: Step, error: HybridCacheError) -> Outputs:
+        """Takes back a step that failed; gives up the request at fault once it is known."""
         self._tally.failures += 1
-        request_id = self._scheduler.give_up_newest(step)
-        self._failures += request_id is not None
-        if self._failures > MOST_FAILURES:
-            raise error
-        logger.error("a step failed, and request %s was given up: %s", request_id, error, exc_info=error)
+        logger.error("a step failed: %s", error, exc_info=error)
+        request_id = self._scheduler.failed(step)
         self.worker.free_memory()
         if request_id is None:
             return []
-        self._open.pop(request_id, None)
-        return [(request_id, FailedOutput(str(error)))]
+        if request_id == OWN:
+            logger.critical("%d requests in a row failed, and so does a prompt of our own", self._failures)
+            raise error
+        self._failures += 1
+        outputs = self._give_up(request_id, str(error))
+        if self._failures >= MOST_FAILURES:
+            self._open[OWN] = 1
+            self._scheduler.add_alone(self._intake.own())
+        return outputs
+
+    def _give_up(self, request_id: str, why: str) -> Outputs:
+        logger.error("request %s is given up: %s", request_id, why)
+        self.abort(request_id)
+        return [(request_id, FailedOutput(why))]
 
     def _run(self, step: Step) -> Hidden | None:
         """None where the device ran out of memory: then the step is taken back, and smaller ones follow."""
@@ -243,6 +239,21 @@ class Engine:
 
     # After the forward pass
 
+    def _end(self, step: Step, hidden: Hidden, outputs: Outputs) -> None:
+        """Publishes, moves sequences on, chooses tokens; adds what arises to `outputs`, also where it fails."""
+        outputs += self._announce(step.resumed)
+        ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
+        num_rows = 0
+        for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
+            num_rows += chunk.rows.num_wanted
+            outputs += self._end_chunk(chunk, rows, num_rows - 1, ready)
+        ready += self._end_decodes(step.decodes, hidden.decodes)
+        for sequence, row in zip(step.resumed, hidden.kept, strict=True):
+            ready += self._begin_decode(sequence, row)
+        outputs += self._end_unanswered(ready)
+        if ready := [each for each in ready if each[0].phase is Phase.DECODE]:
+            self._choose(ready, outputs)
+
     def _announce(self, sequences: Iterable[Sequence]) -> Outputs:
         """The PromptOutput of sequences that are about to give their first token."""
         outputs: Outputs = []
@@ -281,7 +292,8 @@ class Engine:
             return []
         self._tally.computed_tokens += chunk.end - chunk.start
         if sequence.request.sampling.prompt_logprobs is not None:
-            self._score_prompt(sequence, chunk, rows)
+            new, tokens = sequence.unscored(chunk.start, chunk.end)
+            sequence.prompt_logprobs += self.worker.score(rows[new], tokens, sequence.request.sampling.prompt_logprobs)
         if not prefill.done:
             return []
         if prefill.publish:
@@ -289,15 +301,6 @@ class Engine:
         outputs = self._announce([sequence])
         ready += self._begin_decode(sequence, rows[-1])
         return outputs
-
-    def _score_prompt(self, sequence: Sequence, chunk: Chunk, rows: "Tensor") -> None:
-        """Log-probabilities of the prompt's own tokens that the rows of a chunk predict."""
-        known, num_top = sequence.prompt_logprobs, sequence.request.sampling.prompt_logprobs or 0
-        if not known:
-            known.append(None)  # nothing predicts the first token
-        tokens = chunk.prefill.tokens[chunk.start + 1 : chunk.end + 1]
-        new = slice(len(known) - 1 - chunk.start, len(tokens))  # rows whose tokens are not scored yet
-        known += self.worker.score(rows[new], tokens[new].tolist(), num_top)
 
     def _begin_decode(self, sequence: Sequence, hidden: "Tensor") -> "list[tuple[Sequence, Tensor]]":
         """The prompt is in the state -> the sequence and its forks, which choose their next token from `hidden`."""
@@ -350,25 +353,29 @@ class Engine:
                 self._finish(sequence)
         return outputs
 
-    def _choose(self, ready: "list[tuple[Sequence, Tensor]]") -> Outputs:
+    def _choose(self, ready: "list[tuple[Sequence, Tensor]]", outputs: Outputs) -> None:
         """Chooses the next token of each sequence from its hidden row."""
-        outputs: Outputs = []
         choosers = [sequence.chooser for sequence, _ in ready]
         chosen = self.worker.choose([r for _, r in ready], choosers, [s.request.sampling.logprobs for s, _ in ready])
         for (sequence, _), (token, logprob) in zip(ready, chosen, strict=True):
-            outputs.append((sequence.request.id, self._append(sequence, token, logprob)))
-        return outputs
+            if sequence.phase is Phase.DECODE:  # else its request was given up
+                outputs += self._append(sequence, token, logprob)
 
-    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenOutput:
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Outputs:
         """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
         sequence.generated.append(token)
+        sequence.chooser.note(token)
         self._tally.generated_tokens += 1
-        finish = sequence.finish_reason(self.model.max_length)
+        try:
+            finish = sequence.finish_reason(self.model.max_length)
+        except Exception as error:  # of a stopper, which is the caller's
+            logger.exception("a stopper failed")
+            return self._give_up(sequence.request.id, f"{type(error).__name__}: {error}")
         if finish is not None:
             self._scheduler.messages.keep_answer(sequence)
             self._finish(sequence)
             self._scheduler.canonical.add_turn(sequence)
-        return TokenOutput(sequence.index, token, logprob, finish)
+        return [(sequence.request.id, TokenOutput(sequence.index, token, logprob, finish))]
 
     def _finish(self, sequence: Sequence) -> None:
         self._scheduler.finish(sequence)

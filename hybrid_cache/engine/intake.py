@@ -5,6 +5,8 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from hybrid_cache.cache.books import Books
 from hybrid_cache.choreography.arrangement import Order
 from hybrid_cache.choreography.compiler import Compiler
@@ -15,7 +17,10 @@ from hybrid_cache.engine.scheduler import Scheduler
 from hybrid_cache.engine.sequence import Sequence, new_prefill
 from hybrid_cache.errors import BadSampling, ContextTooLong, RequestError
 from hybrid_cache.request import CacheMode, Request, namespace_of
-from hybrid_cache.sampling import TokenChooser
+from hybrid_cache.sampling import SamplingParams, TokenChooser
+from hybrid_cache.tokens import Prompt
+
+OWN = "\0own"  # id of a request of our own
 
 
 class Intake:
@@ -87,9 +92,13 @@ class Intake:
             arrival=self._arrivals,
             prefill=prefill,
             chooser=TokenChooser(request.sampling, request.prompt.tokens, index),
-            stopper=request.make_stopper() if request.make_stopper else None,
             submitted_s=time.monotonic(),
         )
+
+    def own(self) -> Sequence:
+        """A prompt of one token that uses no cache. Where it fails, no other request is at fault."""
+        sampling = SamplingParams(temperature=0, max_tokens=1)
+        return self.sequence(Request(OWN, Prompt(np.zeros(1, np.int32)), sampling, cache_mode=CacheMode.OFF), 0)
 
     def plan(self, request: Request) -> Plan:
         """What would be done for an arranged request if it came now. Changes nothing.

@@ -27,6 +27,7 @@ from hybrid_cache.engine.pace import Pace
 from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
 from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
 from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
+from hybrid_cache.engine.suspects import Suspects
 from hybrid_cache.engine.turns import MOST_PASSED_OVER, prompts_in_turn, waiting_in_turn
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
@@ -51,6 +52,13 @@ class Step:
     def empty(self) -> bool:
         return not (self.chunks or self.decodes or self.resumed)
 
+    @property
+    def sequences(self) -> Iterator[Sequence]:
+        """Those of requests."""
+        yield from (chunk.sequence for chunk in self.chunks if chunk.sequence is not None)
+        yield from self.decodes
+        yield from self.resumed
+
     def work(self, commands: tuple[Command, ...]) -> Work:
         """What the device has to do, after some commands."""
         kept = tuple(s.prefill.lease.slot for s in self.resumed if s.prefill.lease is not None)
@@ -72,6 +80,7 @@ class Scheduler:
         self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
         self.canonical = CanonicalPasses(cache, self._prefills)
         self._shares = Shares()
+        self._suspects = Suspects()
         self._aged_last = False  # the last step with a prompt began with one that had been passed over too often
         self.pace = Pace(cost, None if config.max_step_ms is None else config.max_step_ms / 1e3)
         self._decode_steps = 0  # since the last tile of a canonical pass
@@ -121,6 +130,7 @@ class Scheduler:
         queue.remove(sequence)
         sequence.phase = Phase.FINISHED
         self._shares.leave(sequence.request.tenant)
+        self._suspects.ended(sequence.rank)
         self._prefills.release(sequence.prefill, len(sequence.generated))
 
     def schedule(self) -> Step:
@@ -128,6 +138,8 @@ class Scheduler:
         if self.idle:
             chunk = self.canonical.next_chunk()
             return Step() if chunk is None else Step((chunk,))
+        if self._suspects.advance():
+            self._preempt_all(self._running)
         decodes, num_preemptions = self._extend_decodes(), self.num_preemptions
         resumed = self._admit()
         if self.num_preemptions > num_preemptions:  # some gave way
@@ -185,6 +197,9 @@ class Scheduler:
         """Moves waiting sequences to running while there is room -> those whose whole prompt was kept."""
         resumed, passed_over = [], list[Sequence]()
         for sequence in waiting_in_turn(self._waiting, self._running, self._shares):
+            if not self._suspects.may_run(sequence.arrival):
+                passed_over.append(sequence)
+                continue
             if not (self.has_room or self._make_room(sequence)):
                 passed_over.append(sequence)
                 break
@@ -300,11 +315,12 @@ class Scheduler:
 
     # Failures
 
-    def give_up_newest(self, step: Step) -> str | None:
-        """Takes back a step that failed, and with it the request that came last -> its id; None if there was none.
+    def failed(self, step: Step) -> str | None:
+        """Takes back a step that failed -> the id of the request at fault, if that is known now.
 
-        States of its sequences may have moved on: those that stay begin again, as after any preemption. Messages for
-        the store and canonical passes in it are given up.
+        States of its sequences may have moved on: all that run begin again, as after any preemption, and those of the
+        step as suspects. Messages for the store and canonical passes in it are given up; then these may have been at
+        fault, and nobody is suspected.
         """
         others = [chunk.prefill for chunk in step.chunks if chunk.sequence is None]
         for prefill in others:
@@ -312,15 +328,27 @@ class Scheduler:
                 self.messages.end(prefill)
             elif prefill in self.canonical:
                 self.canonical.end(prefill)
-        taking_part = {*(c.sequence for c in step.chunks if c.sequence is not None), *step.decodes, *step.resumed}
-        sequences = [s for s in taking_part if s.phase in (Phase.PREFILL, Phase.DECODE)]
-        self._preempt_all(sequences)
-        newest = max(sequences, key=lambda s: s.rank, default=None)
-        if newest is None or others:  # which may have been at fault, and are not tried again
-            return None
-        for sequence in [s for s in self.sequences() if s.request.id == newest.request.id]:
-            self.finish(sequence)
-        return newest.request.id
+        ends = {chunk.sequence.rank: chunk.end for chunk in step.chunks if chunk.sequence is not None}
+        arrivals = {sequence.arrival for sequence in step.sequences}
+        goals = {s.rank: ends.get(s.rank, s.fed + 1) for s in self._running if s.arrival in arrivals}
+        self._preempt_all(self._running)
+        arrival = None if others else self._suspects.failed(goals)
+        self._max_running = self._suspects.fewer(self._max_running)
+        return next((s.request.id for s in self._waiting if s.arrival == arrival), None)
+
+    def passed(self, step: Step) -> None:
+        """To be called after a step that has not failed."""
+        if not self._suspects:
+            return self._suspects.rest()
+        for sequence in step.sequences:
+            decodes = sequence.phase is Phase.DECODE
+            self._suspects.reached(sequence.rank, sequence.fed if decodes else sequence.prefill.computed)
+
+    def add_alone(self, sequence: Sequence) -> None:
+        """Takes in a sequence that runs before all others and by itself."""
+        self._preempt_all(self._running)
+        self.add(sequence)
+        self._suspects.try_alone(sequence.rank)
 
     # Device memory
 

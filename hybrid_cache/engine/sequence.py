@@ -110,7 +110,7 @@ class Sequence:
     arrival: int  # order of submission, and of service
     prefill: Prefill
     chooser: TokenChooser
-    stopper: Stopper | None
+    stopper: Stopper | None = None  # made with the first token
     generated: list[int] = field(default_factory=list)
     submitted_s: float = 0.0
     started_s: float = 0.0  # first admission
@@ -138,9 +138,19 @@ class Sequence:
         """The token that the coming decode row holds."""
         return self.generated[self.fed - len(self.prefill.tokens)]
 
+    def unscored(self, start: int, end: int) -> tuple[slice, list[int]]:
+        """Of computed rows [start, end) of the prompt, those whose next token is not scored yet, and these tokens."""
+        if not self.prompt_logprobs:
+            self.prompt_logprobs.append(None)  # nothing predicts the first token
+        tokens = self.prefill.tokens[start + 1 : end + 1]
+        new = slice(len(self.prompt_logprobs) - 1 - start, len(tokens))
+        return new, tokens[new].tolist()
+
     def finish_reason(self, max_length: int) -> FinishReason | None:
-        """Whether the last generated token ends the sequence."""
+        """Whether the last generated token ends the sequence. Raises what the request's stopper raises."""
         token, sampling = self.generated[-1], self.request.sampling
+        if self.stopper is None and self.request.make_stopper is not None:
+            self.stopper = self.request.make_stopper()
         stopped = self.stopper is not None and self.stopper(token)
         if (stopped or token in sampling.stop_token_ids) and len(self.generated) >= sampling.min_tokens:
             return FinishReason.STOP

@@ -1,7 +1,8 @@
 """The engine on its thread: streams, aborts, a full queue, draining, and a model that fails."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
-from hybrid_cache.engine.async_engine import AsyncEngine, Stream
-from hybrid_cache.engine.engine import MOST_FAILURES
+from hybrid_cache.engine.async_engine import END_S, AsyncEngine, Stream
+from hybrid_cache.engine.engine import MOST_FAILURES, Engine, Outputs
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
@@ -137,16 +138,112 @@ class FailingModel(SumModel):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_model_that_fails_ends_all_streams_and_the_engine_says_so() -> None:
-    async def main() -> Coroutine[None, None, None] | None:
+    async def main() -> None:
         async with running(FailingModel()) as engine:
             for i in range(MOST_FAILURES):
+                assert engine.alive
                 with pytest.raises(RequestFailed):
                     await drain(engine.submit(request(f"a{i}")))
+            await until(lambda: engine.failed)
+            assert not engine.hung
             with pytest.raises(EngineStopped, match="PassFailed: FloatingPointError: bad luck"):
-                await drain(engine.submit(request("a")))
-            await until(lambda: not engine.alive)
-            with pytest.raises(EngineStopped):
                 engine.submit(request("b"))
-        return None
 
     asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_request_that_comes_while_the_engine_fails_does_not_wait_for_ever() -> None:
+    """It fails between the look at it and the moment at which it would know the stream."""
+
+    class Breaking(Engine):
+        def step(self) -> Outputs:
+            raise FloatingPointError("bad luck")
+
+    async def main() -> None:
+        engine = AsyncEngine(SumModel(), EngineConfig(budget_bytes=1 << 20))
+        check = engine._engine.check_request
+        engine._engine.__class__ = Breaking
+        engine.start()
+
+        def check_slowly(asked: Request) -> None:
+            check(asked)
+            engine.abort("nobody")
+            engine._thread.join()
+
+        engine._engine.check_request = check_slowly  # type: ignore[method-assign]
+        with pytest.raises(EngineStopped):
+            async with asyncio.timeout(5):
+                await drain(engine.submit(request("a")))
+
+    asyncio.run(main())
+
+
+class StuckModel(SumModel):
+    """Waits in each step while its gate is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        assert self.gate.wait(30)
+        return super().forward(batch, cache)
+
+
+def test_a_step_that_hangs_is_seen_and_refuses_requests_until_it_ends() -> None:
+    async def main() -> None:
+        model = StuckModel()
+        engine = AsyncEngine(model, EngineConfig(budget_bytes=1 << 20), hung_after_s=0.2)
+        engine.start()
+        await asyncio.sleep(0.3)
+        assert not engine.hung  # it has nothing to do
+        stream = engine.submit(request("a"))
+        assert not engine.hung
+        await until(lambda: engine.hung)
+        assert engine.alive
+        assert engine.stats().step_age_s > 0.2
+        with pytest.raises(EngineStopped, match="hangs: a step has not ended for 0 s"):
+            engine.submit(request("b"))
+        model.gate.set()
+        assert await tokens(stream) == sum_model_answer(stream.request.prompt.tokens, 5)
+        await until(lambda: engine.stats().step_age_s == 0)
+        assert await tokens(engine.submit(request("b"))) == sum_model_answer(stream.request.prompt.tokens, 5)
+        await engine.stop(0)
+
+    asyncio.run(main())
+
+
+def test_stopping_does_not_wait_for_a_step_that_hangs() -> None:
+    async def main() -> None:
+        model = StuckModel()
+        engine = AsyncEngine(model, EngineConfig(budget_bytes=1 << 20), hung_after_s=0.1)
+        engine.start()
+        stream = engine.submit(request("a"))
+        await until(lambda: engine.hung)
+        async with asyncio.timeout(END_S + 2):
+            await engine.stop(30)
+        assert not engine.stopped
+        with pytest.raises(EngineStopped):
+            await drain(stream)
+        model.gate.set()
+        await until(lambda: engine.stopped)
+
+    asyncio.run(main())
+
+
+def test_a_reader_whose_loop_has_ended_harms_nobody() -> None:
+    engine = AsyncEngine(SumModel(), EngineConfig(budget_bytes=1 << 20))
+    engine.start()
+
+    async def ask() -> None:
+        engine.submit(request("a", max_tokens=300))
+
+    async def listen() -> list[int]:
+        found = await tokens(engine.submit(request("b")))
+        await engine.stop(10)
+        return found
+
+    asyncio.run(ask())
+    assert len(asyncio.run(listen())) == 5
+    assert not engine.failed

@@ -14,7 +14,7 @@ from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
-from hybrid_cache.request import Request
+from hybrid_cache.request import FailedOutput, Request
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 from hybrid_cache.work import Command, OutOfDeviceMemory
@@ -100,26 +100,17 @@ def test_what_fits_is_never_taken_back() -> None:
     assert answer_all(SmallDevice(tiles=16, decodes=4), 4).stats().num_out_of_memory == 0
 
 
-def test_a_step_that_cannot_be_smaller_is_an_error() -> None:
-    engine = Engine(SmallDevice(tiles=0), EngineConfig(budget_bytes=1 << 22))
-    engine.submit(make_request("a", tokens_of(0, 300)))
-    with pytest.raises(OutOfDeviceMemory):
-        engine.run_until_idle()
-
-
 @pytest.mark.parametrize("answered", [0, 1], ids=["a tile", "a decode row"])
-def test_a_step_that_cannot_be_smaller_changes_nothing(answered: int) -> None:
+def test_a_step_that_cannot_be_smaller_ends_its_request_and_changes_nothing_else(answered: int) -> None:
     model = SmallDevice()
     engine = Engine(model, EngineConfig(budget_bytes=1 << 22))
     engine.submit(make_request("a", tokens_of(0, 50)))
     for _ in range(answered):
         engine.step()
     model.room = (0, 0, 1000)
-    with pytest.raises(OutOfDeviceMemory):
-        engine.step()
+    assert engine.step() == [("a", FailedOutput("tried to allocate 20.00 MiB"))]
     after = engine.stats()
-    assert (after.num_preemptions, after.num_out_of_memory, after.running) == (0, 0, 1)
-    engine.abort("a")
+    assert (after.num_out_of_memory, after.running, after.cache.working_bytes) == (0, 0, 0)
     engine.check()
     model.room = (16, 4, 1000)  # as much as ever
     engine.submit(make_request("b", tokens := tokens_of(1, 1000), 6))

@@ -22,7 +22,9 @@ OPS = dispatch.select("torch")
 
 
 def choose(one: TokenChooser, logits: torch.Tensor) -> int:
-    return choose_tokens(logits[None], [one], OPS)[0]
+    (token,) = choose_tokens(logits[None], [one], OPS)
+    one.note(token)
+    return token
 
 
 def drawn(probs: list[float], count: int = 2000, **params: object) -> Counter[int]:

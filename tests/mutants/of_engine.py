@@ -9,6 +9,8 @@ SCHEDULER = ("tests/engine/test_scheduler.py",)
 BOTH = SCHEDULER + ENGINE
 OUT_OF_MEMORY = ("tests/engine/test_out_of_memory.py",)
 SAMPLER = ("tests/engine/test_sampler.py",)
+FAILURES = ("tests/engine/test_failures.py",)
+SUSPECTS = ("tests/engine/test_suspects.py",)
 ORDER = ("tests/choreography/test_order.py",)
 BESIDE = "tests/choreography/test_beside_exact.py::"
 TURNS = ("tests/choreography/test_layers.py::test_keys_turn_to_wherever_a_message_stands",)
@@ -27,6 +29,7 @@ engine = partial(Mutant, "hybrid_cache/engine/engine.py")
 sequence = partial(Mutant, "hybrid_cache/engine/sequence.py")
 request = partial(Mutant, "hybrid_cache/request.py")
 sampler = partial(Mutant, "hybrid_cache/device/sampler.py")
+suspects = partial(Mutant, "hybrid_cache/engine/suspects.py")
 
 SCHEDULING = [
     scheduler(
@@ -260,17 +263,46 @@ SHARING = [
         "if held:",
         FAIR,
     ),
+    suspects(
+        "a request is given up with others beside it",
+        "        if len(arrivals) > 1:\n",
+        "        if len(arrivals) > 2:\n",
+        SUSPECTS,
+    ),
+    suspects(
+        "those who came first are tried first",
+        "tuple(arrivals[middle:]), tuple(arrivals[:middle])",
+        "tuple(arrivals[:middle]), tuple(arrivals[middle:])",
+        SUSPECTS,
+    ),
+    suspects(
+        "one step that passes clears a suspect",
+        "if num_tokens >= self._goals.get(rank, num_tokens + 1):",
+        "if rank in self._goals:",
+        SUSPECTS,
+    ),
+    suspects("requests that only fail together run one by one", "return most // 2", "return 1", SUSPECTS),
+    suspects("old failures count for ever", "        if self._quiet == QUIET:\n", "        if False:\n", SUSPECTS),
     scheduler(
-        "the request that came first is given up",
-        "newest = max(sequences, key=lambda s: s.rank, default=None)",
-        "newest = min(sequences, key=lambda s: s.rank, default=None)",
-        ("tests/engine/test_failures.py",),
+        "requests are suspected for a message's fault",
+        "arrival = None if others else self._suspects.failed(goals)",
+        "arrival = self._suspects.failed(goals)",
+        SUSPECTS,
     ),
     engine(
         "an engine that fails goes on for ever",
-        "        self._failures += request_id is not None\n",
-        "        self._failures = 0\n",
-        ("tests/engine/test_failures.py",),
+        "        if self._failures >= MOST_FAILURES:\n",
+        "        if self._failures < 0:\n",
+        FAILURES,
+    ),
+    engine(
+        "a few bad requests end the engine",
+        "        if request_id == OWN:\n",
+        "        if self._failures > MOST_FAILURES:\n",
+        FAILURES,
+    ),
+    sampling(
+        "a choice that failed takes a number", "        if self._point is None:\n", "        if True:\n", FAILURES
     ),
     pace(
         "decode takes no time of a step",
@@ -378,9 +410,9 @@ STEPPING = [
         "if sequence.index > 0:",
         SCHEDULER,
     ),
-    engine(
+    sequence(
         "a preempted prompt is scored twice",
-        "new = slice(len(known) - 1 - chunk.start, len(tokens))",
+        "new = slice(len(self.prompt_logprobs) - 1 - start, len(tokens))",
         "new = slice(0, len(tokens))",
         SCHEDULER,
     ),

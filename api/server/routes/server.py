@@ -1,6 +1,7 @@
 """The server about itself: its models, its health, its version, its metrics."""
 
 from pathlib import PurePath
+from typing import Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -38,9 +39,10 @@ def router(serving: Serving) -> APIRouter:
 
     @routes.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
-        """Whether the engine runs; a draining engine still does."""
+        """Whether the engine runs; a draining engine still does, one that has not ended a step for long does not."""
+        status: Literal["ok", "hung", "failed"] = "failed" if not engine.alive else "hung" if engine.hung else "ok"
         body = Health(
-            status="ok" if engine.alive else "failed",
+            status=status,
             exact=settings.exact,
             inexact=list(settings.inexact),
             backend=settings.backend,
@@ -50,17 +52,19 @@ def router(serving: Serving) -> APIRouter:
             dtype=model.dtype,
             version=__version__,
         )
-        return JSONResponse(body.model_dump(), 200 if engine.alive else UNAVAILABLE)
+        return JSONResponse(body.model_dump(), 200 if status == "ok" else UNAVAILABLE)
 
     @routes.get("/ready", response_model=Ready, responses={503: {"model": Ready}})
     async def ready() -> Response:
         """Whether new requests are welcome."""
-        status: Readiness = "failed" if not engine.alive else "draining" if engine.draining else "ready"
+        status: Readiness = "draining" if engine.draining else "ready"
+        if engine.hung or not engine.alive:
+            status = "hung" if engine.hung else "failed"
         return JSONResponse(Ready(status=status).model_dump(), 200 if status == "ready" else UNAVAILABLE)
 
-    @routes.get("/ping", response_class=Response, responses={503: {"description": "The engine has failed."}})
+    @routes.get("/ping", response_class=Response, responses={503: {"description": "The engine has failed or hangs."}})
     async def ping() -> Response:
-        return Response(status_code=200 if engine.alive else UNAVAILABLE)
+        return Response(status_code=200 if engine.alive and not engine.hung else UNAVAILABLE)
 
     @routes.get("/version")
     async def version() -> Version:

@@ -20,7 +20,7 @@ class ModelList(Response):
 
 
 class Health(Response):
-    status: Literal["ok", "failed"]
+    status: Literal["ok", "hung", "failed"]
     exact: bool
     inexact: list[str]  # why not
     backend: str
@@ -31,7 +31,7 @@ class Health(Response):
     version: str
 
 
-Readiness = Literal["ready", "draining", "failed"]
+Readiness = Literal["ready", "draining", "hung", "failed"]
 
 
 class Ready(Response):

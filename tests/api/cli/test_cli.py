@@ -108,7 +108,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         f"serve some/model --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
         "--budget 64MiB --policy lru --backend torch --dtype float32 --threads 1 --max-running 3 --max-waiting 4 "
         "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics "
-        "--drain-timeout 1.5 --fast --max-step-ms 0 --shared-cache --api-key first --api-key other "
+        "--drain-timeout 1.5 --hung-after 7 --fast --max-step-ms 0 --shared-cache --api-key first --api-key other "
         "--allow-host a.example --allow-host b.example --allow-origin * --allow-origin https://c.example "
         "--forwarded-allow-ips 10.0.0.0/8,::1 --max-connections 7 "
         "--header-timeout 1 --body-timeout 2 --reader-timeout 3 --special-tokens-in-content --message-book 2MiB"
@@ -139,6 +139,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "max_body_bytes": 1 << 20,
         "vllm_metrics": True,
         "drain_timeout_s": 1.5,
+        "hung_after_s": 7.0,
     }
 
 

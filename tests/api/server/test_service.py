@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
+from hybrid_cache.errors import OwnershipError
 from tests.api.servers import GatedModel, events_of, in_process, new_app, new_engine, prompt_for, until_free
 from tests.fakes import SumModel
 
@@ -131,14 +132,14 @@ def test_draining_finishes_what_runs_and_refuses_what_comes(sum_text: TextModel)
 
 
 class FailingModel(SumModel):
-    """Fails at its tenth step."""
+    """Finds at its tenth step that nothing can be relied on."""
 
     steps = 0
 
     def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
         self.steps += 1
         if self.steps == 10:
-            raise MemoryError("secret place")
+            raise OwnershipError("secret place")
         return super().forward(batch, cache)
 
 
