@@ -88,7 +88,7 @@ def test_a_thread_that_hangs_and_a_reader_that_does_not_read_do_not_keep_the_pro
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             body = '{"prompt": "a", "max_tokens": 20000, "ignore_eos": true, "stream": true, "n": 4}'
             kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}"
-            connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: a\r\n{kind}\r\n\r\n{body}".encode())
+            connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n\r\n{body}".encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
             time.sleep(1)
             seconds, code = seconds_to_end(started, signal.SIGTERM)
