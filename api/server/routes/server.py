@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from hybrid_cache import __version__
+from hybrid_cache.api.server.errors import ModelNotFound
 from hybrid_cache.api.server.openapi import LOOKUP_ERRORS, UNAVAILABLE
 from hybrid_cache.api.server.schemas.server import Health, ModelCard, ModelList, Readiness, Ready, Version
 from hybrid_cache.api.server.serving import Serving
@@ -34,6 +35,8 @@ def router(serving: Serving) -> APIRouter:
 
     @routes.get("/v1/models/{name:path}", responses=LOOKUP_ERRORS)
     async def one_model(name: str) -> ModelCard:
+        if not name:
+            raise ModelNotFound("a model has a name", param="model")
         model.check_name(name)
         return card(name)
 

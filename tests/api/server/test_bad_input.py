@@ -250,6 +250,7 @@ def test_unknown_models_routes_and_methods(client: httpx.Client) -> None:
     assert error["code"] == "model_not_found"
     assert "gpt-9" in error["message"]
     assert error_of(client.get("/v1/models/gpt-9"), 404)["code"] == "model_not_found"
+    assert error_of(client.get("/v1/models/"), 404)["code"] == "model_not_found"
     assert error_of(client.get("/v2"), 404)["code"] == "not_found"
     assert error_of(client.get(CHAT), 405)["code"] == "method_not_allowed"
 
