@@ -44,15 +44,14 @@ def _fault_of_error(case: Case, reply: Reply) -> str | None:
 
 def _fault_of_stream(body: bytes) -> str | None:
     found = events(body)
-    if not found or found[-1] != "[DONE]":
-        return f"a stream without an end: {body[-200:]!r}"
-    for event in found[:-1]:
-        if not _is_json(event):
+    for event in found:
+        if event != "[DONE]" and not _is_json(event):
             return f"an event without JSON: {event[:200]!r}"
-        error = json.loads(event).get("error")
-        if error and error.get("code") != "server_overloaded":
-            return f"a stream with an error: {event[:200]}"
-    return None
+    errors = [json.loads(event)["error"]["code"] for event in found if '"error":' in event]
+    if any(code != "server_overloaded" for code in errors):
+        return f"a stream with an error: {found[-2:]}"
+    ended = bool(errors) or found[-1:] == ["[DONE]"]
+    return None if ended else f"a stream without an end: {body[-200:]!r}"
 
 
 def _is_json(text: str | bytes) -> bool:

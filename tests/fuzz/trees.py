@@ -122,6 +122,7 @@ TEXTS: tuple[str, ...] = (
     *("{{ 7 * 7 }}", "{% for x in range(10**9) %}", "../../etc/passwd", "msg_", "%s%n", "null", "[object Object]"),
     *("1e999", "24h", "999999s", "0s", "NaN", "system", "exact", "any", "json_schema", "required"),
 )
+EMPTY: tuple[Node, ...] = (True, False, None, [], Pairs([]), [None], [[]], [Pairs([])])
 KEYS = ("", "__proto__", "ref", "content", "role", "max_tokens", "n", "stream", "model", "\ud800", "\0", "additional")
 
 
@@ -135,7 +136,7 @@ def hostile(rng: Random) -> Node:
     if kind < 6:
         return rng.choice(TEXTS)
     if kind < 7:
-        return rng.choice((True, False, None, [], Pairs([]), [None], [[]], [Pairs([])]))
+        return rng.choice(EMPTY)
     if kind < 8:
         return rng.choice(TEXTS) * rng.choice((2, 30, 300))
     if kind < 9:
@@ -211,10 +212,13 @@ EDITS: tuple[Callable[[Random, Place], None], ...] = (
 )
 
 
-def edit(tree: Node, rng: Random) -> Node:
-    """Changes a tree in one place -> the tree, or what stands for all of it."""
+def edit(tree: Node, rng: Random, *, gently: bool = False) -> Node:
+    """Changes a tree in one place -> the tree, or what stands for all of it. gently: a text, so that more are served"""
     found = places(tree)
-    if not found or rng.random() < 0.01:
+    if gently:
+        found = [place for place in found if isinstance(value_at(place), str)]
+    elif not found or rng.random() < 0.01:
         return hostile(rng)
-    rng.choice(EDITS)(rng, rng.choice(found))
+    if found:
+        (_alter if gently else rng.choice(EDITS))(rng, rng.choice(found))
     return tree

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tests.soak.server import KEYS, Server, metrics, num_files, serve
 from tests.soak.watch import Watch, watching
@@ -126,10 +127,8 @@ def parse(text: str | None, defaults: Options, *uses: str) -> Options:
         else:
             parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
     parser.add_argument("--serve-args", type=shlex.split, default=defaults.serve_args, help="more options of `serve`")
-    asked = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args()).items()
-    }
-    return replace(defaults, **asked)
+    asked: dict[str, Any] = vars(parser.parse_args())
+    return replace(defaults, **{name: tuple(v) if isinstance(v, list) else v for name, v in asked.items()})
 
 
 async def returned(scene: Scene, files_before: int) -> None:

@@ -86,7 +86,7 @@ def get(port: int, path: str, *, key: str = "", timeout_s: float = 60.0) -> tupl
 
 
 def metrics(port: int, *, key: str = "", timeout_s: float = 60.0) -> Mapping[str, float]:
-    """What the server counts: `requests_running`, `cache_bytes.working` where there are kinds; empty without an answer."""
+    """What the server counts: `requests_running`, `cache_bytes.working` by kind; empty without an answer."""
     text = get(port, "/metrics", key=key, timeout_s=timeout_s)[1].decode()
     return {f"{name}.{kind}" if kind else name: float(value) for name, kind, value in _SAMPLE.findall(text)}
 

@@ -79,7 +79,15 @@ class Watch:
 
     def probes(self, begin: float = 0.0, end: float = float("inf")) -> list[Probe]:
         """Those whose answer was awaited between two moments."""
-        found = [Probe(*values) for kind, values in self._lines() if kind == "probe"]  # type: ignore[arg-type]
+        found, asked = [], 0.0
+        for kind, values in self._lines():
+            if kind == "ask":
+                asked = values[0]
+            elif kind == "probe":
+                found.append(Probe(asked, values[0], int(values[1])))
+                asked = 0.0
+        if asked:
+            found.append(Probe(asked, time.monotonic() - asked, 0))  # has no answer so far
         return [p for p in found if p.begun < end and p.begun + p.seconds > begin]
 
     def health(self, begin: float = 0.0, end: float = float("inf")) -> Latencies:
@@ -116,8 +124,9 @@ def _probe_for_ever(port: int) -> None:
     due = time.monotonic()
     while True:
         begun = time.monotonic()
+        _write("ask", begun)
         status, _ = get(port, "/health")
-        _write("probe", begun, time.monotonic() - begun, status)
+        _write("probe", time.monotonic() - begun, status)
         due = max(due + PROBE_S, time.monotonic())
         time.sleep(max(due - time.monotonic(), 0))
 
