@@ -127,8 +127,9 @@ def parse(text: str | None, defaults: Options, *uses: str) -> Options:
         else:
             parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
     parser.add_argument("--serve-args", type=shlex.split, default=defaults.serve_args, help="more options of `serve`")
-    asked: dict[str, Any] = vars(parser.parse_args())
-    return replace(defaults, **{name: tuple(v) if isinstance(v, list) else v for name, v in asked.items()})
+    given = vars(parser.parse_args())
+    asked: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return replace(defaults, **asked)
 
 
 async def returned(scene: Scene, files_before: int) -> None:
