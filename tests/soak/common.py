@@ -19,6 +19,7 @@ RETURN_S = 60.0  # after which nothing may be held any more
 @dataclass(frozen=True, slots=True)
 class Options:
     """seconds: how long the load lasts   clients: how many at once   cases: how many tries   replay: only these
+    tokens: of a long prompt   model: embedded or granite-150m
 
     A script reads some of them, and offers no others.
     """
@@ -28,6 +29,8 @@ class Options:
     cases: int = 1000
     seed: int = 0
     replay: tuple[int, ...] = ()
+    tokens: int = 30_000
+    model: str = "embedded"
     serve_args: tuple[str, ...] = ()
 
 
