@@ -25,8 +25,16 @@ DEFAULTS = Options(cases=100)
 
 
 async def abandoned(scene: Scene) -> None:
-    server, report = scene.server, scene.report
-    files, rng = num_files(server.pid), Random(scene.options.seed)
+    files = num_files(scene.server.pid)
+    await leave(scene)
+    for name, path, body in wrong_bodies():
+        await refuse(scene, name, path, body)
+    await returned(scene, files)
+
+
+async def leave(scene: Scene) -> None:
+    """Clients that leave do not keep the next one waiting."""
+    server, report, rng = scene.server, scene.report, Random(scene.options.seed)
     alone = [await _ordinary(scene, rng) for _ in range(REPEATS)]
     memory, begin = resident_mib(server.pid), time.monotonic()
     await asyncio.gather(*(_abandon(scene, Random(f"{rng.random()}")) for _ in range(scene.options.cases)))
@@ -40,9 +48,6 @@ async def abandoned(scene: Scene) -> None:
     report.at_most("ordinary prompt after the abandoned ones, s", waited, max(MAX_WAIT_S, 3 * median(alone)))
     report.at_most("abandoned: growth of resident memory, MiB", peak - memory, MAX_GROWTH_MIB)
     report.at_most("abandoned: longest /health, s", health.longest, HEALTH_S)
-    for name, path, body in wrong_bodies():
-        await _refused(scene, name, path, body)
-    await returned(scene, files)
 
 
 async def _ordinary(scene: Scene, rng: Random) -> float:
@@ -96,7 +101,7 @@ def _biases(count: int) -> bytes:
     return b",".join(b'"%d":"x"' % i for i in range(count))
 
 
-async def _refused(scene: Scene, name: str, path: str, body: bytes) -> None:
+async def refuse(scene: Scene, name: str, path: str, body: bytes) -> None:
     """Sends one body, and says what it cost."""
     server, report = scene.server, scene.report
     begin, memory, cpu = time.monotonic(), resident_mib(server.pid), cpu_seconds(server.pid)

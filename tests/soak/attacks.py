@@ -41,23 +41,13 @@ Outcome = tuple[bool, str]
 async def attacks(scene: Scene) -> None:
     files = num_files(scene.server.pid)
     for volley in volleys(scene.server.key):
-        await _told(scene, volley.name, _fire(scene, volley))
-    others: tuple[tuple[str, Callable[[Scene], Awaitable[Outcome]]], ...] = (
-        ("a key finds what another has cached", _cached_by_another),
-        ("a key reads a message of another", _message_of_another),
-        ("a salt finds what another has cached", _cached_under_another_salt),
-        ("a salt that makes the id of another's message", _message_ids),
-        ("control tokens in a message", _control_tokens),
-        ("an answer names origins", _origins),
-        ("memory kept for messages that no template shows", _hidden_memory),
-        ("a new salt each time", _many_salts),
-    )
-    for name, attack in others:
-        await _told(scene, name, attack(scene))
+        await told(scene, volley.name, fire(scene, volley))
+    for name, attack in OTHERS:
+        await told(scene, name, attack(scene))
     await returned(scene, files)
 
 
-async def _told(scene: Scene, name: str, attack: Awaitable[Outcome]) -> None:
+async def told(scene: Scene, name: str, attack: Awaitable[Outcome]) -> None:
     begin = time.monotonic()
     kept, result = await attack
     await asyncio.sleep(0.1)
@@ -66,7 +56,7 @@ async def _told(scene: Scene, name: str, attack: Awaitable[Outcome]) -> None:
     scene.report.holds(name, kept, f"{result}; /health {longest:.2f} s", "as a client may expect, /health in 1 s")
 
 
-async def _fire(scene: Scene, volley: Volley) -> Outcome:
+async def fire(scene: Scene, volley: Volley) -> Outcome:
     counts = Counter([(await _ask(scene, raw)).status for raw in volley.requests])
     return counts.keys() <= volley.allowed, f"{dict(sorted(counts.items()))}, allowed {sorted(volley.allowed)}"
 
@@ -182,6 +172,18 @@ async def _many_salts(scene: Scene) -> Outcome:
     kept = resident_mib(scene.server.pid) - before
     nodes = (await asyncio.to_thread(metrics, scene.server.port)).get("cache_nodes", -1.0)
     return kept <= MAX_ROOTS_MIB, f"{SALTS} salts: +{kept:.0f} MiB, {nodes:.0f} nodes"
+
+
+OTHERS: tuple[tuple[str, Callable[[Scene], Awaitable[Outcome]]], ...] = (
+    ("a key finds what another has cached", _cached_by_another),
+    ("a key reads a message of another", _message_of_another),
+    ("a salt finds what another has cached", _cached_under_another_salt),
+    ("a salt that makes the id of another's message", _message_ids),
+    ("control tokens in a message", _control_tokens),
+    ("an answer names origins", _origins),
+    ("memory kept for messages that no template shows", _hidden_memory),
+    ("a new salt each time", _many_salts),
+)
 
 
 if __name__ == "__main__":

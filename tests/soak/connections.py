@@ -13,26 +13,39 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from tests.soak.common import HEALTH_S, Options, Report, Scene, parse, play, returned, told
 from tests.soak.overload import kind_of
 from tests.soak.server import KEYS, get, metrics, num_files, resident_mib, serve
 from tests.soak.wire import exchange, head, post
 
-FEW_FILES, IDLE = 64, 120
-HALF_OPEN, LARGE, SLOW, STREAMS = 200, 30, 40, 500
+FEW_FILES = 64
 LARGE_BYTES, ROOM = 9_900_000, 1.3  # what a byte of an unfinished body may take
 MAX_LOG_BYTES = 100_000  # what the server may write meanwhile
 STORY = {"prompt": "Once upon a time", "max_tokens": 200, "stream": True, "ignore_eos": True}
 DEFAULTS = Options(seconds=75.0, clients=1)
 
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Connections of each kind."""
+
+    idle: int = 120
+    half_open: int = 200
+    large: int = 30
+    slow: int = 40
+    streams: int = 500
+
+
+FULL = Counts()
 Opened = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @asynccontextmanager
-async def opened(port: int, count: int):  # type: ignore[no-untyped-def]
+async def opened(port: int, count: int) -> AsyncIterator[list[Opened]]:
     """Connections that are open until the end; those that are refused are left out."""
     made: list[Opened] = []
     try:
@@ -47,11 +60,11 @@ async def opened(port: int, count: int):  # type: ignore[no-untyped-def]
             writer.transport.abort()
 
 
-async def few_files(scene: Scene) -> None:
+async def few_files(scene: Scene, counts: Counts = FULL) -> None:
     """For a server with FEW_FILES. Connections that say nothing do not keep others from being answered."""
     written = scene.server.log.stat().st_size
     begin = time.monotonic()
-    async with opened(scene.server.port, IDLE) as idle:
+    async with opened(scene.server.port, counts.idle) as idle:
         scene.report.figure("few files: connections open", len(idle))
         await asyncio.sleep(min(scene.options.seconds, 20.0))
         _promise_health(scene, "few files", begin)
@@ -64,14 +77,14 @@ async def few_files(scene: Scene) -> None:
     scene.report.at_most("few files: bytes of log", scene.server.log.stat().st_size - written, MAX_LOG_BYTES)
 
 
-async def half_open(scene: Scene) -> None:
+async def half_open(scene: Scene, counts: Counts = FULL) -> None:
     """A head without an end, a head that stops in a line, a body without its second half, a chunk without an end."""
     key = scene.server.key
     begun = post("/v1/completions", STORY, key=key)
     chunked = head("POST", "/v1/completions", key=key, headers={"Transfer-Encoding": "chunked"}) + b"10\r\n{"
     starts = (b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n", b"GET /hea", begun[:-20], chunked)
     begin = time.monotonic()
-    async with opened(scene.server.port, HALF_OPEN) as made:
+    async with opened(scene.server.port, counts.half_open) as made:
         for i, (_, writer) in enumerate(made):
             writer.write(starts[i % len(starts)])
         num_open = len(made)
@@ -87,17 +100,19 @@ def _is_closed(reader: asyncio.StreamReader) -> bool:
     return reader.at_eof() or reader.exception() is not None or getattr(reader, "_eof", False)
 
 
-async def large(scene: Scene) -> None:
+async def large(scene: Scene, counts: Counts = FULL) -> None:
     """Unfinished bodies take what they weigh, and no more."""
     begin, before = time.monotonic(), resident_mib(scene.server.pid)
-    async with opened(scene.server.port, LARGE) as made:
+    async with opened(scene.server.port, counts.large) as made:
         start = head("POST", "/tokenize", key=scene.server.key, headers={"Content-Length": str(LARGE_BYTES + 1)})
         await asyncio.gather(*(_send(writer, start + b" " * LARGE_BYTES) for _, writer in made))
         await asyncio.sleep(min(scene.options.seconds, 3.0))
         taken = resident_mib(scene.server.pid) - before
     await asyncio.sleep(1)
     scene.report.figure("large: MiB kept after they left", resident_mib(scene.server.pid) - before)
-    scene.report.at_most("large: MiB taken by 30 x 9.9 MB", taken, ROOM * LARGE * LARGE_BYTES / 2**20)
+    scene.report.at_most(
+        f"large: MiB taken by {counts.large} x 9.9 MB", taken, ROOM * counts.large * LARGE_BYTES / 2**20
+    )
     _promise_health(scene, "large", begin)
 
 
@@ -109,18 +124,18 @@ async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
         return
 
 
-async def slow(scene: Scene) -> None:
+async def slow(scene: Scene, counts: Counts = FULL) -> None:
     """Readers that dawdle keep no place in the engine."""
     begin, before = time.monotonic(), resident_mib(scene.server.pid)
-    async with opened(scene.server.port, SLOW) as made:
+    async with opened(scene.server.port, counts.slow) as made:
         for _, writer in made:
             writer.write(post("/v1/completions", STORY, key=scene.server.key))
         running = 1.0
         while running and time.monotonic() - begin < max(scene.options.seconds, 20.0):
             await asyncio.gather(*(_read_one(reader) for reader, _ in made))
             await asyncio.sleep(1)
-            counts = await asyncio.to_thread(metrics, scene.server.port)
-            running = counts.get("requests_running", 1.0) + counts.get("requests_waiting", 0.0)
+            found = await asyncio.to_thread(metrics, scene.server.port)
+            running = found.get("requests_running", 1.0) + found.get("requests_waiting", 0.0)
         scene.report.figure("slow: s until the engine was free", time.monotonic() - begin)
         scene.report.at_most("slow: sequences still in the engine", running, 0)
         scene.report.at_most("slow: MiB taken", resident_mib(scene.server.pid) - before, 64)
@@ -134,15 +149,15 @@ async def _read_one(reader: asyncio.StreamReader) -> None:
         return
 
 
-async def streams(scene: Scene) -> None:
+async def streams(scene: Scene, counts: Counts = FULL) -> None:
     """Each is answered to its end, or refused."""
     begin, keys = time.monotonic(), scene.server.keys
     body = {**STORY, "max_tokens": 20}
-    asked = (exchange(scene.server.port, post("/v1/completions", body, key=keys[i % 2])) for i in range(STREAMS))
-    counts = Counter(kind_of(reply, left=False) for reply in await asyncio.gather(*asked))
-    scene.report.figure("streams: answers", dict(counts))
-    wrong = {kind: count for kind, count in counts.items() if kind not in ("200", "429", "503")}
-    scene.report.holds("streams: only 200, 429 and 503", not wrong and counts["200"] > 0, wrong or dict(counts))
+    asked = (exchange(scene.server.port, post("/v1/completions", body, key=keys[i % 2])) for i in range(counts.streams))
+    answers = Counter(kind_of(reply, left=False) for reply in await asyncio.gather(*asked))
+    scene.report.figure("streams: answers", dict(answers))
+    wrong = {kind: count for kind, count in answers.items() if kind not in ("200", "429", "503")}
+    scene.report.holds("streams: only 200, 429 and 503", not wrong and answers["200"] > 0, wrong or dict(answers))
     _promise_health(scene, "streams", begin)
 
 
@@ -153,12 +168,11 @@ def _promise_health(scene: Scene, what: str, begin: float) -> None:
     scene.report.at_most(f"{what}: /health unanswered", health.unanswered, 0)
 
 
-async def others(scene: Scene) -> None:
+async def others(scene: Scene, counts: Counts = FULL) -> None:
     """All but the one that needs a server of its own."""
     files = num_files(scene.server.pid)
-    kinds: tuple[Callable[[Scene], Awaitable[None]], ...] = (half_open, large, slow, streams)
-    for kind in kinds:
-        await kind(scene)
+    for kind in (half_open, large, slow, streams):
+        await kind(scene, counts)
     await returned(scene, files)
 
 

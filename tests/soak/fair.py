@@ -30,13 +30,23 @@ from tests.soak.common import Options, Report, parse, told
 from tests.soak.server import Server, serve
 from tests.soak.wire import exchange, post
 
-SHORT, FLOOD, FLOOD_TOKENS, EVERY_S = 50, 60, 2_000, 0.3
-ALONE = 30  # short prompts by themselves
-MIXTURE = (2_000,) * 12 + (SHORT,) * 24
+SHORT, FLOOD_TOKENS, EVERY_S = 50, 2_000, 0.3
 STEP_MS, BUDGET_BYTES = 50.0, 1 << 30
 MAX_BEHIND, MAX_FLOOD, MIN_THROUGHPUT = 3.0, 1.5, 0.98  # times what it is alone, p99 alone, first come first served
 SERVE = ("--budget", "1GiB", "--threads", "1")
 A, B = "tenant a", "tenant b"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Prompts of each kind; alone: short ones by themselves."""
+
+    alone: int = 30
+    flood: int = 60
+    mixture: tuple[int, ...] = (FLOOD_TOKENS,) * 12 + (SHORT,) * 24
+
+
+FULL = Counts()
 
 
 @dataclass(slots=True)
@@ -121,9 +131,10 @@ class InProcess:
         return times
 
 
-def measure_in_process(model: HybridModel, options: Options) -> Times:
+def measure_in_process(model: HybridModel, options: Options, counts: Counts = FULL) -> Times:
     times, rng, engine = Times(), Random(options.seed), InProcess(model, options.seed)
-    for _ in range(ALONE):
+    sizes = tuple(min(size, options.tokens) for size in counts.mixture)
+    for _ in range(counts.alone):
         engine.submit(SHORT, A, due=time.perf_counter())
         times.alone += engine.until_answered()
     engine.submit(options.tokens, A)
@@ -132,23 +143,23 @@ def measure_in_process(model: HybridModel, options: Options) -> Times:
         begin = time.perf_counter()
         times.behind += engine.step()
         number += 1
-        if number % 5 == 3 and engine.engine.has_work:  # it came at some moment of the step that was running
+        if number % 5 == 1 and engine.engine.has_work:  # it came at some moment of the step that was running
             engine.submit(SHORT, A, due=time.perf_counter() - rng.random() * (time.perf_counter() - begin))
-    times.calm += engine.every(EVERY_S, ALONE)
+    times.calm += engine.every(EVERY_S, counts.alone)
     for _ in range(options.cases):
-        for _ in range(FLOOD):
+        for _ in range(counts.flood):
             engine.submit(min(FLOOD_TOKENS, options.tokens), A)
         times.flooded += engine.every(EVERY_S, 1)
     for pair in range(options.cases):
         contenders = [(times.fair, True), (times.in_turn, False)]
         for found, bounded in contenders if pair % 2 else contenders[::-1]:
-            found.append(_mixture(InProcess(model, pair, bounded=bounded), options, (A, B) if bounded else (A, A)))
+            found.append(_mixture(InProcess(model, pair, bounded=bounded), sizes, (A, B) if bounded else (A, A)))
     return times
 
 
-def _mixture(engine: InProcess, options: Options, tenants: tuple[str, str]) -> float:
-    for number, size in enumerate(MIXTURE):
-        engine.submit(min(size, options.tokens), tenants[number % 2])
+def _mixture(engine: InProcess, sizes: tuple[int, ...], tenants: tuple[str, str]) -> float:
+    for number, size in enumerate(sizes):
+        engine.submit(size, tenants[number % 2])
     begin = time.perf_counter()
     engine.engine.run_until_idle()
     return time.perf_counter() - begin
@@ -181,7 +192,7 @@ class OverHttp:
 
     async def one_by_one(self, key: str, busy: Callable[[], bool]) -> list[float]:
         """Short prompts at random moments while something else goes on; never two of them at once."""
-        times = []
+        times = [await self.ask(SHORT, key)]
         while busy():
             times.append(await self.ask(SHORT, key))
             await asyncio.sleep(self._rng.uniform(0.1, 0.3))
@@ -193,17 +204,17 @@ class OverHttp:
         return time.perf_counter() - begin
 
 
-async def measure_over_http(fair: Server, in_turn: Server, options: Options) -> Times:
+async def measure_over_http(fair: Server, in_turn: Server, options: Options, counts: Counts = FULL) -> Times:
     """in_turn: a server whose steps have no bound"""
     times, client = Times(), OverHttp(fair, options.seed)
-    key, sizes = fair.keys[0], tuple(min(size, options.tokens) for size in MIXTURE)
+    key, sizes = fair.keys[0], tuple(min(size, options.tokens) for size in counts.mixture)
     for _ in range(5):
         await client.ask(500, key)
-    times.alone = [await client.ask(SHORT, key) for _ in range(ALONE)]
+    times.alone = [await client.ask(SHORT, key) for _ in range(counts.alone)]
     times.behind = await _beside(client.ask(options.tokens, key), lambda busy: client.one_by_one(key, busy))
-    times.calm = await client.every(EVERY_S, lambda: False, ALONE)
+    times.calm = await client.every(EVERY_S, lambda: False, counts.alone)
     for _ in range(options.cases):
-        flood = client.flood((min(FLOOD_TOKENS, options.tokens),) * FLOOD, (key, key))
+        flood = client.flood((min(FLOOD_TOKENS, options.tokens),) * counts.flood, (key, key))
         times.flooded += await _beside(flood, lambda busy: client.every(EVERY_S, busy, 1))
     for pair in range(options.cases):
         contenders = [(times.fair, fair, fair.keys), (times.in_turn, in_turn, (key, key))]
