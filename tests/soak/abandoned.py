@@ -21,14 +21,16 @@ ORDINARY_CHARACTERS, REPEATS = 5_000, 5
 MAX_WAIT_S = 3.0  # of the ordinary prompt, right after everybody has left
 MAX_GROWTH_MIB = 256.0
 MAX_CPU_S, MAX_BODY_MIB = 2.0, 300.0  # of one wrong body of at most 10 MB
+SIZES = (2**20, 60_000)  # items of wrong bodies: as many as fit, and about as many as a request may have
 DEFAULTS = Options(cases=100)
 
 
 async def abandoned(scene: Scene) -> None:
     files = num_files(scene.server.pid)
     await leave(scene)
-    for name, path, body in wrong_bodies():
-        await refuse(scene, name, path, body)
+    for many in SIZES:
+        for name, path, body in wrong_bodies(many):
+            await refuse(scene, name, path, body)
     await returned(scene, files)
 
 
@@ -69,32 +71,37 @@ async def _abandon(scene: Scene, rng: Random) -> Reply:
     return await exchange(scene.server.port, raw, leave_after_s=LEAVE_S)
 
 
-def wrong_bodies() -> Iterator[tuple[str, str, bytes]]:
-    """Name, path, body: each is wrong, or at least large, in every item."""
-    many = 2**20
-    yield "2^20 wrong tokens", "/detokenize", b'{"tokens":[' + b",".join([b'""'] * many) + b"]}"
-    yield "2^20 right tokens", "/detokenize", b'{"tokens":[' + b",".join([b"9"] * many) + b"]}"
-    for name, item in (("0", b"0"), ("{}", b"{}")):
-        message = b'{"role":"assistant","tool_calls":[' + b",".join([item] * 128) + b"]}"
-        body = b'{"messages":[' + b",".join([message] * 4096) + b"]}"
-        yield f"4096 messages of 128 tool calls {name}", "/v1/chat/completions", body
-    parts = b'{"role":"user","content":[' + b",".join([b'{"type":"text"}'] * 4096) + b"]}"
+def wrong_bodies(many: int) -> Iterator[tuple[str, str, bytes]]:
+    """Name, path, body: each is wrong, or at least large, in about so many items."""
+
+    def listed(item: bytes, count: int) -> bytes:
+        return b"[" + b",".join([item] * count) + b"]"
+
+    def said(messages: bytes, more: bytes = b"") -> bytes:
+        return b'{"messages":' + messages + more + b"}"
+
+    chat, text, user = "/v1/chat/completions", "/v1/completions", b'{"role":"user","content":"x"}'
+    yield f"{many} wrong tokens", "/detokenize", b'{"tokens":' + listed(b'""', many) + b"}"
+    yield f"{many} right tokens", "/detokenize", b'{"tokens":' + listed(b"9", many) + b"}"
+    for item in (b"0", b"{}"):
+        message = b'{"role":"assistant","tool_calls":' + listed(item, 128) + b"}"
+        yield f"{many // 256} messages of 128 calls {item.decode()}", chat, said(listed(message, many // 256))
+    parts = b'{"role":"user","content":' + listed(b'{"type":"text"}', 4096) + b"}"
+    yield f"{many // 8192} messages of 4096 wrong parts", chat, said(listed(parts, many // 8192))
     yield (
-        "100 messages of 4096 wrong parts",
-        "/v1/chat/completions",
-        b'{"messages":[' + b",".join([parts] * 100) + b"]}",
+        f"{many // 512} wrong tools",
+        chat,
+        said(listed(user, 1), b',"tools":' + listed(b'{"type":"function"}', many // 512)),
     )
-    tools = b",".join([b'{"type":"function"}'] * 128)
+    yield f"{4 * many} token ids", text, b'{"prompt":' + listed(b"9", 4 * many) + b"}"
+    yield f"{many} messages", chat, said(listed(b"{}", many))
+    yield f"{many} stops", text, b'{"prompt":"x","stop":' + listed(b"{}", many) + b"}"
+    yield f"{many} biases", text, b'{"prompt":"x","logit_bias":{' + _biases(many // 2) + b"}}"
     yield (
-        "128 wrong tools",
-        "/v1/chat/completions",
-        b'{"messages":[{"role":"user","content":"x"}],"tools":[' + tools + b"]}",
+        f"{many} unknown keys",
+        "/tokenize",
+        b'{"prompt":"x",' + b",".join(b'"k%d":0' % i for i in range(many // 2)) + b"}",
     )
-    yield "5,000,000 token ids", "/v1/completions", b'{"prompt":[' + b",".join([b"9"] * 5_000_000) + b"]}"
-    yield "2^20 messages", "/v1/chat/completions", b'{"messages":[' + b",".join([b"{}"] * many) + b"]}"
-    yield "2^20 stops", "/v1/completions", b'{"prompt":"x","stop":[' + b",".join([b"{}"] * many) + b"]}"
-    yield "2^19 biases", "/v1/completions", b'{"prompt":"x","logit_bias":{' + _biases(2**19) + b"}}"
-    yield "10^5 unknown keys", "/tokenize", b'{"prompt":"x",' + b",".join(b'"k%d":0' % i for i in range(10**5)) + b"}"
 
 
 def _biases(count: int) -> bytes:

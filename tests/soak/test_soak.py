@@ -49,13 +49,13 @@ def test_a_few_abandoned_prompts_and_wrong_bodies_end(server: Server) -> None:
     async def soak(scene: Scene) -> None:
         files = num_files(scene.server.pid)
         await abandoned.leave(scene)
-        for name, path, body in abandoned.wrong_bodies():
-            if len(body) < 100_000:
-                await abandoned.refuse(scene, name, path, body)
+        for name, path, body in abandoned.wrong_bodies(8192):
+            await abandoned.refuse(scene, name, path, body)
         await returned(scene, files)
 
     found = kept(soak, server, Options(cases=2))
-    assert all(found[name] for name in ("128 wrong tools: 200 or 4xx", "128 wrong tools: MiB", *HELD))
+    assert all(kept for name, kept in found.items() if "200 or 4xx" in name)
+    assert all(found[name] for name in ("16 wrong tools: MiB", *HELD))
 
 
 def test_a_few_idle_half_open_and_slow_connections_end(server: Server) -> None:
@@ -151,13 +151,13 @@ def test_a_server_that_stands_still_is_seen(server: Server) -> None:
     with watching(server) as watch:
         begin = time.monotonic()
         server.process.send_signal(signal.SIGSTOP)
-        time.sleep(0.8)
+        time.sleep(1.5)
         stuck = watch.health(begin)
         server.process.send_signal(signal.SIGCONT)
         time.sleep(0.3)
-        assert stuck.longest > 0.4
+        assert stuck.longest > 1
         assert stuck.unanswered == 1
-        assert watch.health(begin).longest > 0.6
+        assert watch.health(begin).longest > 1.2
         assert watch.health(begin).unanswered == 0
 
 

@@ -20,6 +20,7 @@ from tests.soak.server import ROOT, Server, get, metrics, num_files, resident_mi
 
 PROBE_S = 0.05
 SAMPLE_S = 0.5
+PATIENCE_S = 1.0  # after which a probe counts though its answer may still come
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,8 @@ class Watch:
             elif kind == "probe":
                 found.append(Probe(asked, values[0], int(values[1])))
                 asked = 0.0
-        if asked:
-            found.append(Probe(asked, time.monotonic() - asked, 0))  # has no answer so far
+        if asked and (waited := time.monotonic() - asked) > PATIENCE_S:
+            found.append(Probe(asked, waited, 0))  # has no answer so far
         return [p for p in found if p.begun < end and p.begun + p.seconds > begin]
 
     def health(self, begin: float = 0.0, end: float = float("inf")) -> Latencies:
