@@ -1,0 +1,67 @@
+"""What the server owes to any request at all."""
+
+import json
+
+from tests.fuzz.cases import Case
+from tests.soak.wire import Reply, events
+
+ERROR_FIELDS = {"message", "type", "param", "code"}
+
+
+def fault_of(case: Case, reply: Reply) -> str | None:
+    """How an answer breaks the promises; None if it does not."""
+    if not reply.status:
+        return "no answer" if case.framed and case.leave_after_s > 1 else None
+    if reply.status >= 400:
+        return _fault_of_error(case, reply)
+    if reply.status >= 300:
+        return f"sends elsewhere: {reply.headers['location']}" if "evil" in reply.headers.get("location", "") else None
+    kind = reply.headers.get("content-type", "")
+    if kind.startswith("text/event-stream"):
+        return _fault_of_stream(reply.body)
+    if kind.startswith("application/json") and case.method != "HEAD":
+        return None if _is_json(reply.body) else f"{reply.status} without JSON: {reply.body[:200]!r}"
+    return None
+
+
+def _fault_of_error(case: Case, reply: Reply) -> str | None:
+    if case.method == "HEAD":
+        return f"status {reply.status}" if reply.status >= 500 else None
+    by_the_framework = reply.headers.get("content-type", "").startswith("text/plain")
+    if not case.framed and reply.status < 500 and by_the_framework:
+        return None  # what is no HTTP never reaches the application
+    try:
+        error = json.loads(reply.body)["error"]
+        formed = set(error) == ERROR_FIELDS and isinstance(error["message"], str) and bool(error["message"])
+    except (ValueError, TypeError, KeyError):
+        formed = False
+    if not formed:
+        return f"{reply.status} without our error: {reply.body[:200]!r}"
+    if reply.status >= 500 and not (reply.status == 503 and error["code"] == "server_overloaded"):
+        return f"status {reply.status}: {error['message'][:200]}"
+    return None
+
+
+def _fault_of_stream(body: bytes) -> str | None:
+    found = events(body)
+    for event in found:
+        if event != "[DONE]" and not _is_json(event):
+            return f"an event without JSON: {event[:200]!r}"
+    errors = [json.loads(event)["error"]["code"] for event in found if '"error":' in event]
+    if any(code != "server_overloaded" for code in errors):
+        return f"a stream with an error: {found[-2:]}"
+    ended = bool(errors) or found[-1:] == ["[DONE]"]
+    return None if ended else f"a stream without an end: {body[-200:]!r}"
+
+
+def _is_json(text: str | bytes) -> bool:
+    """NaN and Infinity are none."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        json.loads(text, parse_constant=refuse)
+    except ValueError:
+        return False
+    return True
