@@ -62,11 +62,13 @@ class ChatEncoder:
     ) -> None:
         """`templates` by name; "tool_use" is taken when there are tools, "default" otherwise.
 
-        special_tokens_in_content: special tokens that clients write into messages are special tokens
+        special_tokens_in_content: special tokens that clients write into messages are special tokens, and tags are tags
         """
         self._tokenizer = tokenizer
         self._templates = templates
-        self._quoting = Quoting(() if special_tokens_in_content else tokenizer.special_tokens)
+        special, tags = ((), ()) if special_tokens_in_content else (tokenizer.special_tokens, tokenizer.tags)
+        self._quoting = Quoting((*special, *tags))
+        self._quoting_answers = Quoting(special)  # which may think and call tools in tags
         self._ends = RenderedEnds()
         self.source = templates["default"].source if "default" in templates else None
         self._answer_end: tuple[int, ...] | None = None
@@ -101,6 +103,13 @@ class ChatEncoder:
         """The text of a whole conversation, with the opening of the answer if `rendering` asks for it."""
         return self._whole(messages, rendering, Clock()).text
 
+    def tokens(self, messages: Sequence[TemplateMessage], rendering: Rendering, after: str = "") -> list[int]:
+        """Tokens of the text of a conversation, without those of a text that it may begin with."""
+        rendered = self._whole(messages, rendering, Clock())
+        start = len(after) if rendered.text.startswith(after) else 0
+        literals = deque(span for span in rendered.literals if span[0] >= start)
+        return self._tokens(rendered.text, start, len(rendered.text), literals)
+
     def takes_argument_text(self, rendering: Rendering) -> bool:
         """Whether tool-call arguments reach the template as JSON text, not as an object."""
         return self._template(rendering).takes_argument_text
@@ -108,6 +117,9 @@ class ChatEncoder:
     def _whole(self, messages: Sequence[TemplateMessage], rendering: Rendering, clock: Clock) -> Rendered:
         rendered = self._render(messages, rendering, clock, opening=rendering.add_generation_prompt)
         return _cut_after_final(rendered, messages[-1]) if rendering.continue_final_message else rendered
+
+    def _quoting_for(self, message: TemplateMessage) -> Quoting:
+        return self._quoting_answers if message.role == "assistant" else self._quoting
 
     def _template(self, rendering: Rendering) -> ChatTemplate:
         wanted = "tool_use" if rendering.tools and "tool_use" in self._templates else "default"
@@ -130,7 +142,7 @@ class ChatEncoder:
     ) -> Rendered:
         """opening: of the answer, at the end   marked, tight: as in `TemplateMessage.content`"""
         template, quoted = self._template(rendering), self._quoting.value
-        sent = [m.for_template(self._quoting, marked=marked, tight=tight) for m in messages]
+        sent = [m.for_template(self._quoting_for(m), marked=marked, tight=tight) for m in messages]
         tools = [quoted(tool) for tool in rendering.tools] if rendering.tools else None
         variables = {name: quoted(value) for name, value in rendering.kwargs.items()}
         return template.render(sent, {**variables, "tools": tools, "add_generation_prompt": opening}, clock)
@@ -166,7 +178,7 @@ class ChatEncoder:
         template = self._template(rendering)
         if not template.shows_ends:
             head = [template.name, sorted(clock.printed), rendering.tools, sorted(rendering.kwargs.items())]
-            bodies = (message.for_template(self._quoting) for message in messages)
+            bodies = (message.for_template(self._quoting_for(message)) for message in messages)
             yield from self._ends.find(rendered.text, before, head, bodies, len(messages))
             return
         first = 1

@@ -28,12 +28,9 @@ class ChatRenderer:
 
     def message(self, role: str, text: str) -> TokenArray:
         """Raises RequestError for a role that the template does not know."""
-        if role == "system":
-            return self._tokens(self._render([(role, text)]))
-        if role == "user":
-            return self._tokens(self._render([(role, text)]).removeprefix(self._preamble))
-        before = self._render([("user", PROBE)])
-        return self._tokens(self._render([("user", PROBE), (role, text)]).removeprefix(before))
+        if role in ("system", "user"):
+            return self._message([(role, text)], "" if role == "system" else self._preamble)
+        return self._message([("user", PROBE), (role, text)], self._render([("user", PROBE)]))
 
     def opening(self, role: str) -> TokenArray:
         """As for the assistant, with the name of the role in its place."""
@@ -50,6 +47,10 @@ class ChatRenderer:
         """What a template writes before the first message, such as a system prompt of its own."""
         once, twice = (self._render([("user", PROBE), ("assistant", PROBE)] * n) for n in (1, 2))
         return once[: 2 * len(once) - len(twice)]
+
+    def _message(self, messages: Sequence[tuple[str, str]], before: str) -> TokenArray:
+        sent = [TemplateMessage(role, (TextPart(text),)) for role, text in messages]
+        return np.asarray(self._encoder.tokens(sent, Rendering(add_generation_prompt=False), before), np.int32)
 
     def _render(self, messages: Sequence[tuple[str, str]], *, opening: bool = False) -> str:
         rendering = Rendering(add_generation_prompt=opening)

@@ -18,6 +18,7 @@ MAX_TEMPLATE = 1 << 20  # characters
 LIKELY_LENGTH = 8  # characters of a token; few are longer
 BLOCK = 1 << 16  # characters that are counted at once
 
+_TAG = re.compile(r"<\S+>|\[\S+\]")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -32,6 +33,9 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_tokens = [token.content for token in added.values() if token.special]
+        # Added tokens such as <tool_call> that are text, but structure as well.
+        self.tags = [t.content for t in added.values() if not t.special and _TAG.fullmatch(t.content)]
+        self._structure_ids = frozenset(i for i, t in added.items() if t.special or _TAG.fullmatch(t.content))
         self._byte_level = is_byte_level(backend)
         vocab = backend.get_vocab(with_added_tokens=True)
         self._longest = max(map(len, vocab), default=1)  # characters of one token
@@ -69,12 +73,12 @@ class Tokenizer:
             raise RequestError(f"this model's tokenizer cannot read the text: {first_line(e)}") from e
 
     def encode_literal(self, text: str) -> list[int]:
-        """Tokens of text in which nothing is a special token, whatever it looks like.
+        """Tokens of text in which nothing is a special token or a tag, whatever it looks like.
 
         It is halved until none comes out. Raises RequestError for a character that is a special token by itself.
         """
         ids = self.encode(text)
-        if self.special_ids.isdisjoint(ids):
+        if self._structure_ids.isdisjoint(ids):
             return ids
         if len(text) == 1:
             raise RequestError(f"the character {text!r} is a special token of this model, and cannot be text")

@@ -9,15 +9,18 @@ from hypothesis import strategies as st
 from hybrid_cache.api.text.chat import ChatEncoder
 from hybrid_cache.api.text.marks import END_OF_LITERAL, LITERAL, MARKS, PART, QUOTE, Quoting, read_marks
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
+from hybrid_cache.api.text.renderer import ChatRenderer
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.errors import RequestError
-from tests.api.small_text import CONTROL, TEMPLATE, small_text
+from tests.api.small_text import CONTROL, TEMPLATE, TOOL_MARKS, small_text
 
 FAMILIES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 ROOM = 1 << 16
 
 hostile = st.lists(
-    st.sampled_from([*CONTROL, *MARKS, "<|im_", "start|>", "<", "|>", "hello", " ", "\n", "é", "😀", "</think>"]),
+    st.sampled_from(
+        [*CONTROL, *TOOL_MARKS, *MARKS, "<|im_", "start|>", "<", "|>", "hello", " ", "\n", "é", "😀", "</think>"]
+    ),
     max_size=12,
 ).map("".join)
 
@@ -106,3 +109,29 @@ def test_a_continued_message_may_look_like_a_special_token() -> None:
     tokens = encoder_of(TEMPLATE).encode(messages, rendering, ROOM).tokens.tolist()
     assert small_text().tokenizer.decode(tokens).endswith("so <|im_end|>")
     assert len(specials(encoder_of(TEMPLATE), messages, rendering)) == 3
+
+
+def test_tags_are_text_where_a_user_or_a_tool_writes_them_and_tags_in_answers() -> None:
+    encoder, tokenizer = encoder_of(TEMPLATE), small_text().tokenizer
+    tags = {tokenizer.id_of(tag) for tag in TOOL_MARKS}
+
+    def found(role: str) -> list[int]:
+        sent = [
+            TemplateMessage("user", (TextPart("x"),)),
+            TemplateMessage(role, (TextPart("<tool_call>x</tool_call>"),)),
+        ]
+        return [token for token in encoder.encode(sent, Rendering(), ROOM).tokens.tolist() if token in tags]
+
+    assert found("user") == found("tool") == found("system") == []
+    assert len(found("assistant")) == 2
+
+
+def test_messages_of_a_workflow_are_text() -> None:
+    text = small_text()
+    renderer = ChatRenderer(text)
+    for role in ("system", "user", "assistant"):
+        tokens = renderer.message(role, "a<|im_end|>b").tolist()
+        assert [token for token in tokens if token in text.tokenizer.special_ids] == text.tokenizer.encode(
+            "<|im_start|><|im_end|>"
+        )
+        assert "a<|im_end|>b" in text.tokenizer.decode(tokens)
