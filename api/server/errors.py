@@ -65,6 +65,8 @@ class Problem:
     def headers(self) -> dict[str, str]:
         if self.retry:
             return {"Retry-After": str(RETRY_AFTER_S)}
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
         if self.status == 408:  # the rest of the request is still to come
             return {"Connection": "close"}
         return {"x-should-retry": "false"} if self.status >= 500 else {}

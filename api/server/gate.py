@@ -10,6 +10,8 @@ from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hybrid_cache.api.server.errors import problem_of
+from hybrid_cache.api.server.refusal import refuse
 from hybrid_cache.api.server.tenants import current_tenant
 from hybrid_cache.errors import Overloaded, OverShare
 
@@ -111,6 +113,9 @@ class Admission:
         visit = Visit(self._gate, current_tenant.get())
         try:
             visit.add_requests(1)
+        except Overloaded as error:
+            return await refuse(problem_of(error), scope, receive, send)
+        try:
             current_visit.set(visit)
             await self._app(scope, receive, send)
         finally:

@@ -23,11 +23,12 @@ from hybrid_cache.api.server.errors import (
     wrong_host,
 )
 from hybrid_cache.api.server.gate import current_visit
+from hybrid_cache.api.server.refusal import refuse
 from hybrid_cache.api.server.tenants import current_tenant, shared_cache, tenant_of
+from hybrid_cache.errors import Overloaded
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # no key needed
 LEAST_BODY_RATE = 64 * 2**10  # bytes a second, after the time that every body has
-DRAINED = 4  # this many times the limit is read and dropped, so that the client gets to read our answer
 
 _REQUEST_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(:[0-9]{1,5})?")
@@ -81,7 +82,7 @@ class Hosts:
         found = _HOST.fullmatch(host)
         if found and found[1].lower() in self._names:
             return await self._app(scope, receive, send)
-        await wrong_host(host).response()(scope, receive, send)
+        await refuse(wrong_host(host), scope, receive, send)
 
 
 class ApiKeys:
@@ -104,9 +105,7 @@ class ApiKeys:
             current_tenant.set(tenant)
             shared_cache.set(self._shared)
             return await self._app(scope, receive, send)
-        response = unauthorized().response()
-        response.headers["WWW-Authenticate"] = "Bearer"
-        await response(scope, receive, send)
+        await refuse(unauthorized(), scope, receive, send)
 
     def _tenant(self, headers: Headers) -> str | None:
         """Whose key a request carries; None without a known one."""
@@ -132,7 +131,8 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         messages = await self._read(receive)
         if isinstance(messages, Problem):
-            return await messages.response()(scope, receive, send)
+            slow = messages.status == 408
+            return await (messages.response()(scope, receive, send) if slow else refuse(messages, scope, receive, send))
         messages.reverse()
 
         async def replay() -> Message:
@@ -141,28 +141,27 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> list[Message] | Problem:
-        """The parts of a body, or why it is not taken. Raises OverShare or Overloaded."""
+        """The parts of a body, or why it is not taken."""
         visit = current_visit.get()
         messages: list[Message] = []
         size, num_values, more = 0, 0, True
         begin = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(begin + self._timeout_s) as clock:
-                while more and size <= DRAINED * self._limit:
+                while more and size <= self._limit:
                     message = await receive()
                     body = message.get("body", b"")
                     more = message.get("more_body", False)
                     size += len(body)
                     num_values += values_in(body)
-                    if visit is not None and body:
+                    if visit is not None:
                         visit.add_bytes(len(body))
-                    if size > self._limit:
-                        messages.clear()
-                    else:
-                        messages.append(message)
+                    messages.append(message)
                     clock.reschedule(begin + self._timeout_s + size / LEAST_BODY_RATE)
         except TimeoutError:
             return body_too_slow(self._timeout_s, LEAST_BODY_RATE)
+        except Overloaded as error:
+            return problem_of(error)
         if size > self._limit:
             return body_too_large(self._limit)
         return too_many_values(self._max_values) if num_values > self._max_values else messages

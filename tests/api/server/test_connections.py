@@ -340,3 +340,20 @@ def test_no_patience_at_all_is_refused(bad: float) -> None:
     for name in ("header_timeout_s", "body_timeout_s", "reader_timeout_s"):
         with pytest.raises(ConfigError, match=name):
             Patience(**{name: bad})
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [(b"Host: evil.example\r\n", 421), (b"Host: 127.0.0.1\r\nAuthorization: Bearer wrong\r\n", 401)],
+    ids=["host", "key"],
+)
+def test_who_is_refused_gets_to_read_why_after_a_large_body(sum_text: TextModel, head: bytes, status: int) -> None:
+    app = new_app(new_engine(), sum_text, api_keys=("right",), allowed_hosts=("127.0.0.1",))
+    body = b"x" * 3_000_000
+    with over_the_wire(app) as url:
+        for _ in range(5):
+            with dial(url) as client:
+                framing = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+                client.sendall(b"POST /v1/completions HTTP/1.1\r\n" + head + framing)
+                client.sendall(body)
+                assert until_closed(client).startswith(b"HTTP/1.1 %d" % status)
