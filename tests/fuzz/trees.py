@@ -9,6 +9,9 @@ from tests.fuzz.bodies import BODIES, REFERENCE
 from tests.soak.wire import Json
 
 
+MAX_DEPTH = 300
+
+
 @dataclass(frozen=True, slots=True)
 class Raw:
     """Written as it is."""
@@ -37,14 +40,18 @@ def grow(value: Json) -> Node:
     return value
 
 
-def write(node: Node, *, ascii_only: bool) -> str:
+def write(node: Node, *, ascii_only: bool, depth: int = 0) -> str:
+    """Deeper than MAX_DEPTH is null: edits may have put a tree into itself."""
     if isinstance(node, Raw):
         return node.text
+    if depth > MAX_DEPTH:
+        return "null"
     if isinstance(node, Pairs):
-        pairs = (f"{json.dumps(k, ensure_ascii=ascii_only)}: {write(v, ascii_only=ascii_only)}" for k, v in node.items)
-        return "{" + ", ".join(pairs) + "}"
+        keys = (json.dumps(key, ensure_ascii=ascii_only) for key, _ in node.items)
+        values = [write(value, ascii_only=ascii_only, depth=depth + 1) for _, value in node.items]
+        return "{" + ", ".join(f"{key}: {value}" for key, value in zip(keys, values, strict=True)) + "}"
     if isinstance(node, list):
-        return "[" + ", ".join(write(item, ascii_only=ascii_only) for item in node) + "]"
+        return "[" + ", ".join([write(item, ascii_only=ascii_only, depth=depth + 1) for item in node]) + "]"
     return json.dumps(node, ensure_ascii=ascii_only)
 
 
