@@ -8,7 +8,6 @@ from random import Random
 from tests.fuzz.bodies import BODIES, REFERENCE
 from tests.soak.wire import Json
 
-
 MAX_DEPTH = 300
 
 
