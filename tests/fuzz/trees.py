@@ -9,6 +9,7 @@ from tests.fuzz.bodies import BODIES, REFERENCE
 from tests.soak.wire import Json
 
 MAX_DEPTH = 300
+MAX_NODES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +40,25 @@ def grow(value: Json) -> Node:
     return value
 
 
-def write(node: Node, *, ascii_only: bool, depth: int = 0) -> str:
-    """Deeper than MAX_DEPTH is null: edits may have put a tree into itself."""
-    if isinstance(node, Raw):
-        return node.text
-    if depth > MAX_DEPTH:
-        return "null"
-    if isinstance(node, Pairs):
-        keys = (json.dumps(key, ensure_ascii=ascii_only) for key, _ in node.items)
-        values = [write(value, ascii_only=ascii_only, depth=depth + 1) for _, value in node.items]
-        return "{" + ", ".join(f"{key}: {value}" for key, value in zip(keys, values, strict=True)) + "}"
-    if isinstance(node, list):
-        return "[" + ", ".join([write(item, ascii_only=ascii_only, depth=depth + 1) for item in node]) + "]"
-    return json.dumps(node, ensure_ascii=ascii_only)
+def write(node: Node, *, ascii_only: bool) -> str:
+    """Where it is too deep or too large it is null: edits may have put a tree into itself."""
+    left = MAX_NODES
+
+    def written(node: Node, depth: int) -> str:
+        nonlocal left
+        left -= 1
+        if isinstance(node, Raw):
+            return node.text
+        if depth > MAX_DEPTH or left < 0:
+            return "null"
+        if isinstance(node, Pairs):
+            pairs = [f"{json.dumps(k, ensure_ascii=ascii_only)}: {written(v, depth + 1)}" for k, v in node.items]
+            return "{" + ", ".join(pairs) + "}"
+        if isinstance(node, list):
+            return "[" + ", ".join([written(item, depth + 1) for item in node]) + "]"
+        return json.dumps(node, ensure_ascii=ascii_only)
+
+    return written(node, 0)
 
 
 def places(node: Node) -> list[Place]:
