@@ -41,7 +41,7 @@ def grow(value: Json) -> Node:
 
 
 def write(node: Node, *, ascii_only: bool) -> str:
-    """Where it is too deep or too large it is null: edits may have put a tree into itself."""
+    """Where it is too deep or too large it is null: edits may have put one part into many places."""
     left = MAX_NODES
 
     def written(node: Node, depth: int) -> str:
@@ -62,11 +62,14 @@ def write(node: Node, *, ascii_only: bool) -> str:
 
 
 def places(node: Node) -> list[Place]:
-    """Where a value stands, for every value of a tree but its root."""
+    """Where a value stands, for every value of a tree but its root. What stands in it often is looked at once."""
     found: list[Place] = []
-    waiting = [node]
+    waiting, seen = [node], set[int]()
     while waiting:
         parent = waiting.pop()
+        if id(parent) in seen:
+            continue
+        seen.add(id(parent))
         if isinstance(parent, Pairs):
             found += [(parent, i) for i in range(len(parent.items))]
             waiting += [value for _, value in parent.items]
