@@ -18,7 +18,7 @@ import numpy as np
 
 from hybrid_cache.api.text.boundaries import check_length, limited
 from hybrid_cache.api.text.marks import Quoting
-from hybrid_cache.api.text.messages import PART_SEPARATOR, Rendering, TemplateMessage, TextPart
+from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.rendered_ends import RenderedEnds
 from hybrid_cache.api.text.template import RESERVED, ChatTemplate, Clock, Rendered
 from hybrid_cache.api.text.tokenizer import Tokenizer
@@ -66,9 +66,12 @@ class ChatEncoder:
         """
         self._tokenizer = tokenizer
         self._templates = templates
-        special, tags = ((), ()) if special_tokens_in_content else (tokenizer.special_tokens, tokenizer.tags)
-        self._quoting = Quoting((*special, *tags))
-        self._quoting_answers = Quoting(special)  # which may think and call tools in tags
+        tokens = [] if special_tokens_in_content else [*tokenizer.special_tokens, *tokenizer.tags]
+        self._quoting = Quoting(tokens)
+        # Answers may think and call tools in tags, and templates look for these.
+        looked_for = " ".join(text for template in templates.values() for text in template.looks_for)
+        special = () if special_tokens_in_content else tokenizer.special_tokens
+        self._quoting_answers = Quoting([t for t in special if t not in looked_for], wherever=False)
         self._ends = RenderedEnds()
         self.source = templates["default"].source if "default" in templates else None
         self._answer_end: tuple[int, ...] | None = None
@@ -79,6 +82,8 @@ class ChatEncoder:
 
     def conversation(self, messages: Sequence[TemplateMessage], rendering: Rendering, max_tokens: int) -> Conversation:
         """Raises RequestError, and ContextTooLong for more than `max_tokens` tokens."""
+        sent = sum(len(part.text) for message in messages for part in message.parts or ())
+        self._tokenizer.check_length(sent, max_tokens, "messages")
         clock = Clock()
         rendered = self._whole(messages, rendering, clock)
         self._tokenizer.check_fits(rendered.text, max_tokens, "messages")
@@ -107,7 +112,7 @@ class ChatEncoder:
         """Tokens of the text of a conversation, without those of a text that it may begin with."""
         rendered = self._whole(messages, rendering, Clock())
         start = len(after) if rendered.text.startswith(after) else 0
-        literals = deque(span for span in rendered.literals if span[0] >= start)
+        literals = deque(span for span in self._literals(rendered) if span[0] >= start)
         return self._tokens(rendered.text, start, len(rendered.text), literals)
 
     def takes_argument_text(self, rendering: Rendering) -> bool:
@@ -116,7 +121,24 @@ class ChatEncoder:
 
     def _whole(self, messages: Sequence[TemplateMessage], rendering: Rendering, clock: Clock) -> Rendered:
         rendered = self._render(messages, rendering, clock, opening=rendering.add_generation_prompt)
-        return _cut_after_final(rendered, messages[-1]) if rendering.continue_final_message else rendered
+        if not rendering.continue_final_message:
+            return rendered
+        end = self._end_of_final(messages, rendering, rendered.text, clock)
+        return replace(rendered, text=rendered.text[:end])
+
+    def _end_of_final(self, messages: Sequence[TemplateMessage], rendering: Rendering, text: str, clock: Clock) -> int:
+        """Where the content of the last message ends, so that the answer continues it. Raises RequestError."""
+        content = messages[-1].content(Quoting(())) or ""
+        marked = [*messages[:-1], replace(messages[-1], parts=(TextPart(content, marked=True),))]
+        if content.strip():
+            opening = rendering.add_generation_prompt
+            rendered = self._render(marked, rendering, clock, opening=opening, marked=True, tight=True)
+            if rendered.parts and rendered.text == text:
+                return rendered.parts[-1]
+        raise RequestError(
+            "continue_final_message needs a last message whose text the chat template shows as it is",
+            param="continue_final_message",
+        )
 
     def _quoting_for(self, message: TemplateMessage) -> Quoting:
         return self._quoting_answers if message.role == "assistant" else self._quoting
@@ -176,7 +198,7 @@ class ChatEncoder:
             return self._render(messages[:count], rendering, clock, opening=False).text
 
         template = self._template(rendering)
-        if not template.shows_ends:
+        if not template.shows_ends or rendered.end is None:
             head = [template.name, sorted(clock.printed), rendering.tools, sorted(rendering.kwargs.items())]
             bodies = (message.for_template(self._quoting_for(message)) for message in messages)
             yield from self._ends.find(rendered.text, before, head, bodies, len(messages))
@@ -231,7 +253,7 @@ class ChatEncoder:
         """The tokens between the cuts, in pieces that end where messages do; what ends in a piece is in it."""
         pieces, names, done = list[Piece](), list[int | None](), 0  # `done` messages are in them
         tokens, boundaries, position = list[int](), list[Boundary](), 0  # of the next piece
-        literals = deque(rendered.literals)
+        literals = deque(self._literals(rendered))
         for cut in sorted(cuts, key=lambda c: (c.position, c.messages is not None)):
             tokens += self._tokens(rendered.text, position, cut.position, literals)
             position = cut.position
@@ -246,6 +268,10 @@ class ChatEncoder:
         if done == num_messages or not tokens:
             return Conversation(tuple(pieces), tuple(names), rest)
         return Conversation((*pieces, rest), (*names, None), _piece([], []))
+
+    def _literals(self, rendered: Rendered) -> list[tuple[int, int]]:
+        """Spans that look like special tokens, and are text of a client."""
+        return self._quoting.literals(rendered.text, rendered.clients)
 
     def _tokens(self, text: str, start: int, end: int, literals: deque[tuple[int, int]]) -> list[int]:
         """Tokens of text[start:end]. Takes the literal spans that are in it."""
@@ -272,18 +298,6 @@ def _cuts_after(
             return
         ttl = part.ttl_s if part.ttl_s is not None else default_ttl_s
         yield _Cut(position, Boundary(0, BoundaryKind.EXPLICIT, ttl) if part.marked else None)
-
-
-def _cut_after_final(rendered: Rendered, message: TemplateMessage) -> Rendered:
-    """Drops what the template writes after the content of the last message, so that the answer continues it."""
-    content = PART_SEPARATOR.join(part.text for part in message.parts or ()).strip()
-    place = rendered.text.rfind(content) if content else -1
-    if place < 0:
-        raise RequestError(
-            "continue_final_message needs a last message whose text the chat template shows as it is",
-            param="continue_final_message",
-        )
-    return replace(rendered, text=rendered.text[: place + len(content)])
 
 
 def _common_length(a: str, b: str) -> int:

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import loopcontrols as LoopControls
 
 from hybrid_cache.api.text.marks import read_marks
-from hybrid_cache.api.text.sandbox import ALLOWANCE, MAX_RENDERED, Allowance, Sandbox, TooMuch
+from hybrid_cache.api.text.sandbox import ALLOWANCE, MAX_RENDERED, Allowance, GenerationBlock, Sandbox, TooMuch
 from hybrid_cache.api.text.text_work import still_wanted
 from hybrid_cache.errors import ModelError, RequestError
 
@@ -20,6 +21,9 @@ RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_excep
 _TALK: list[Message] = [
     {"role": role, "content": f"{role[0]}{i}"} for i, role in enumerate(("system", *("user", "assistant") * 2, "user"))
 ]
+
+
+MAX_FORM = 256  # characters that say how a time is to be shown
 
 
 class TooCostly(RequestError):
@@ -34,6 +38,8 @@ class Clock:
         self.printed: set[str] = set()  # what templates have shown of it
 
     def strftime(self, form: str) -> str:
+        if len(form) > MAX_FORM:
+            raise TemplateError(f"a form of {len(form)} characters for a time, at most {MAX_FORM}")
         text = self._now.strftime(form)
         self.printed.add(text)
         return text
@@ -44,10 +50,10 @@ class Rendered:
     """The text of a conversation, with places in it as the number of characters before them."""
 
     text: str
-    starts: Mapping[int, int]  # of messages by their index, where the template loops over them
+    starts: Mapping[int, int]  # of messages by their index, where the template loops over them in their order
     end: int | None  # of the last message
     parts: tuple[int, ...]  # where marked parts end
-    literals: tuple[tuple[int, int], ...]  # spans that look like special tokens, and are a client's text
+    clients: tuple[int, ...]  # characters that a client wrote, of those that special tokens are made of
 
     def end_of(self, count: int) -> int | None:
         """Where the first `count` messages end; None where that cannot be seen."""
@@ -61,10 +67,11 @@ class ChatTemplate:
         """Raises ModelError for a template that does not compile, or that takes too much for a few words."""
         try:
             self._template = Sandbox().from_string(source)
-        except (TemplateError, RecursionError, SyntaxError, MemoryError) as e:  # the last two: nested too deeply
+        except (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError) as e:
             raise ModelError(f"the chat template does not compile: {e}") from e
         self._special_tokens = dict(special_tokens)
         self.source = source
+        self.looks_for = _texts_looked_for(source)
         self.name = blake2b(source.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         try:
             self.takes_argument_text = self._shows_argument_text()
@@ -126,16 +133,28 @@ class ChatTemplate:
             return None
 
 
+def _texts_looked_for(source: str) -> tuple[str, ...]:
+    """Texts that a template compares others with, or takes them apart at."""
+    tree = Environment(extensions=[LoopControls, GenerationBlock]).parse(source)
+    found = [call.args for call in tree.find_all(nodes.Call)] + [call.args for call in tree.find_all(nodes.Filter)]
+    found += [[compare.expr, *(operand.expr for operand in compare.ops)] for compare in tree.find_all(nodes.Compare)]
+    values = [value for values in found for value in values]
+    return tuple(value.value for value in values if isinstance(value, nodes.Const) and isinstance(value.value, str))
+
+
 def _rendered(raw: str, loops: Sequence[int | None]) -> Rendered:
     """loops: for each mark of a loop the message that begins there, None at the end of a loop"""
     marked = read_marks(raw)
     if len(marked.loops) != len(loops):  # the template has cut or repeated some
-        return Rendered(marked.text, {}, None, marked.parts, marked.literals)
+        return Rendered(marked.text, {}, None, marked.parts, marked.clients)
     starts: dict[int, int] = {}
-    end = None
+    end: int | None = None
     for index, position in zip(loops, marked.loops, strict=True):
         if index is not None:
-            starts[index], end = position, None  # the last loop is the one that writes them
+            starts.pop(index, None)  # the last loop is the one that writes them
+            starts[index], end = position, None
         elif end is None:
             end = position
-    return Rendered(marked.text, starts, end, marked.parts, marked.literals)
+    if [*starts] != sorted(starts) or [*starts.values()] != sorted(starts.values()):
+        starts, end = {}, None
+    return Rendered(marked.text, starts, end, marked.parts, marked.clients)

@@ -25,8 +25,8 @@ NUM_THREADS = min(4, max(2, (os.cpu_count() or 1) // 2))
 _current = threading.local()
 
 
-class Unwanted(Exception):
-    """The client has gone: nobody waits for this work."""
+class Unwanted(BaseException):
+    """The client has gone: nobody waits for this work. No error, and not to be caught as one."""
 
 
 def still_wanted() -> None:

@@ -101,10 +101,14 @@ class Tokenizer:
 
     def check_size(self, text: str, max_tokens: int, param: str) -> None:
         """Raises ContextTooLong for text that cannot fit, without taking the time to tokenise it."""
+        self.check_length(len(text), max_tokens, param)
+
+    def check_length(self, num_characters: int, max_tokens: int, param: str) -> None:
+        """As `check_size`, of text of so many characters."""
         most = max_tokens * self._longest
-        if len(text) > max(most, LONG_TEXT):
+        if num_characters > max(most, LONG_TEXT):
             raise ContextTooLong(
-                f"the text has {len(text)} characters, a context of {max_tokens} tokens holds at most {most}",
+                f"the text has {num_characters} characters, a context of {max_tokens} tokens holds at most {most}",
                 param=param,
             )
 

@@ -1,25 +1,44 @@
 """What clients write is text, and places in a rendering are found again."""
 
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import Environment
 
+from hybrid_cache.api.text import template
 from hybrid_cache.api.text.chat import ChatEncoder
-from hybrid_cache.api.text.marks import END_OF_LITERAL, LITERAL, MARKS, PART, QUOTE, Quoting, read_marks
+from hybrid_cache.api.text.marks import MADE_OF, PART, STAND_INS, Quoting, read_marks
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.renderer import ChatRenderer
 from hybrid_cache.api.text.template import ChatTemplate
+from hybrid_cache.api.text.text_work import Unwanted
 from hybrid_cache.errors import RequestError
 from tests.api.small_text import CONTROL, TEMPLATE, TOOL_MARKS, small_text
 
 FAMILIES = sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 ROOM = 1 << 16
+NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 hostile = st.lists(
     st.sampled_from(
-        [*CONTROL, *TOOL_MARKS, *MARKS, "<|im_", "start|>", "<", "|>", "hello", " ", "\n", "é", "😀", "</think>"]
+        [
+            *CONTROL,
+            *TOOL_MARKS,
+            *NONCHARACTERS,
+            "<|im_",
+            "start|>",
+            "<",
+            "|>",
+            "hello",
+            " ",
+            "\n",
+            "é",
+            "😀",
+            "</think>",
+        ]
     ),
     max_size=12,
 ).map("".join)
@@ -35,24 +54,31 @@ def specials(encoder: ChatEncoder, messages: list[TemplateMessage], rendering: R
     return [token for token in tokens if token in small_text().tokenizer.special_ids]
 
 
-@given(st.text(alphabet=[*MARKS, "a", "<", "é"], max_size=20))
+@given(st.text(alphabet=[*NONCHARACTERS, *"a<é|>"], max_size=20))
 def test_quoted_text_comes_back_as_it_was(text: str) -> None:
-    marked = read_marks(Quoting(CONTROL).text(text))
-    assert (marked.text, marked.parts, marked.loops, marked.literals) == (text, (), (), ())
+    for quoting in (Quoting(CONTROL), Quoting(CONTROL, wherever=False), Quoting([])):
+        marked = read_marks(quoting.text(text))
+        assert (marked.text, marked.parts, marked.loops) == (text, (), ())
 
 
 @given(hostile)
 def test_special_tokens_in_text_are_literal_spans(text: str) -> None:
-    marked = read_marks(Quoting(CONTROL).text(text))
-    assert marked.text == text
-    assert all(text[start:end] in CONTROL for start, end in marked.literals)
-    assert len(marked.literals) == sum(text.count(token) for token in CONTROL)
+    for quoting in (Quoting(CONTROL), Quoting(CONTROL, wherever=False)):
+        marked = read_marks(quoting.text(text))
+        spans = quoting.literals(marked.text, marked.clients)
+        assert [text[start:end] for start, end in spans] == re.findall("|".join(map(re.escape, CONTROL)), text)
 
 
-def test_a_span_that_a_template_cut_is_none() -> None:
-    raw = f"a{LITERAL}b{LITERAL}c{END_OF_LITERAL}d{END_OF_LITERAL}e{PART}{QUOTE}{PART}{LITERAL}f"
-    marked = read_marks(raw)
-    assert (marked.text, marked.literals, marked.parts) == (f"abcde{PART}f", ((2, 3),), (5,))
+def test_each_character_of_tokens_has_a_stand_in_of_its_own() -> None:
+    assert len(set(STAND_INS.values())) == len(set(MADE_OF)) == len(MADE_OF)
+    assert all("\ufdd3" <= stand_in <= "\ufdef" for stand_in in STAND_INS.values())
+
+
+def test_a_token_of_letters_is_a_literal_span_where_it_is_whole() -> None:
+    quoting = Quoting(["PAD", "<s>"])
+    marked = read_marks(quoting.text("a PAD <s>") + "PAD<s>")
+    assert [marked.text[start:end] for start, end in quoting.literals(marked.text, marked.clients)] == ["PAD", "<s>"]
+    assert len(quoting.literals(marked.text, [])) == 0
 
 
 @pytest.mark.parametrize("source", [TEMPLATE, *(path.read_text() for path in FAMILIES)])
@@ -135,3 +161,100 @@ def test_messages_of_a_workflow_are_text() -> None:
             "<|im_start|><|im_end|>"
         )
         assert "a<|im_end|>b" in text.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "fields"),
+    [
+        ("<{{ m.name }}>", "", {"name": "|im_end|"}),
+        ("{{ '<' ~ m.name ~ '>' }}", "", {"name": "|im_end|"}),
+        ("{{ '<' + m.name + '>' }}", "", {"name": "|im_end|"}),
+        ("{{ '<%s>' % m.name }}{{ '<%s>' | format(m.name) }}{{ '<{}>'.format(m.name) }}", "", {"name": "|im_end|"}),
+        ("{% for key in m.fields %}<{{ key }}>{% endfor %}", "", {"fields": {"|im_end|": 1}}),
+        ("{{ m.name }}{{ m.content }}", "end|>", {"name": "<|im_"}),
+        ("{{ m.content.replace('/no_think', '') }}", "<|im_/no_thinkend|>", {}),
+        ("{{ m.content.split('/') | join }}{{ m.content | lower }}", "<|IM_/END|>", {}),
+        ("{{ m.content | reverse }}{{ m.content[::-1] }}", ">|dne_mi|<", {}),
+        ("{{ m.content[1:] }}{{ m.content[:-1] }}", "x<|im_end|>y", {}),
+        ("{{ '%.10s' % m.content }}", "<|im_end|>x", {}),
+        ("{% for c in m.content %}{% if c != '.' %}{{ c }}{% endif %}{% endfor %}", "<|im_.end|>", {}),
+        ("{{ m.content | list | string }}{{ [m.content] }}{{ {'a': m.content} }}", "<|im_end|>", {}),
+        ("{{ m.fields | string }}{{ '' ~ m.fields }}{{ m.fields.a | join }}", "", {"fields": {"a": ["<|im_end|>"]}}),
+        ("{{ '%s' % m.fields }}{{ '{}'.format(m.fields) }}", "", {"fields": {"a": ["<|im_end|>"]}}),
+        (
+            "{{ m.content | tojson }}{{ m.fields | tojson(ensure_ascii=true) }}",
+            "<|im_end|>",
+            {"fields": ["<|im_end|>"]},
+        ),
+        ("{% set a %}{{ m.content }}{% endset %}{{ a | trim }}", "<|im_end|>", {}),
+        ("{% macro f(a) %}{{ a }}{% endmacro %}<{{ f(m.content) }}>", "|im_end|", {}),
+    ],
+)
+def test_no_template_makes_a_special_token_of_what_a_client_writes(
+    source: str, content: str, fields: dict[str, object]
+) -> None:
+    encoder = encoder_of("{% for m in messages %}" + source + "<|im_end|>{% endfor %}")
+    messages = [TemplateMessage("user", (TextPart(content),), fields)]
+    tokens = encoder.encode(messages, Rendering(), ROOM).tokens.tolist()
+    assert [token for token in tokens if token in small_text().tokenizer.special_ids] == tokens[-1:]
+    text = small_text().tokenizer.decode(tokens)
+    assert not re.search("[\ufdd0-\ufdef]|ufd[de]", text)
+    plain = Environment().from_string("{% for m in messages %}" + source + "<|im_end|>{% endfor %}")
+    if "tojson" not in source:
+        assert text == plain.render(messages=[{"role": "user", "content": content, **fields}])
+
+
+def test_what_a_template_looks_for_in_answers_is_found() -> None:
+    source = (
+        "{% for m in messages %}{% if '<|pad|>' in m.content %}[{{ m.content.split('<|pad|>')[1].strip() }}]"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = [TemplateMessage(role, (TextPart(f"a<|pad|> {role} "),)) for role in ("user", "assistant")]
+    assert encoder_of(source).render(messages, Rendering()) == "a<|pad|> user [assistant]"
+
+
+@pytest.mark.parametrize("content", ["im", "end", "<", ">", "user", "a\n", "  a  "])
+def test_an_answer_continues_after_the_content_and_nowhere_else(content: str) -> None:
+    rendering = Rendering(add_generation_prompt=False, continue_final_message=True)
+    messages = [TemplateMessage("user", (TextPart("a"),)), TemplateMessage("assistant", (TextPart(content),))]
+    text = encoder_of(TEMPLATE).render(messages, rendering)
+    assert text == f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n{content.rstrip()}"
+
+
+def test_loops_inside_of_loops_move_no_ends() -> None:
+    source = (
+        "{% for m in messages %}[{{ m.role }}:{% for p in messages[:loop.index0] %}{% endfor %}"
+        "{{ m.content }}]{% endfor %}"
+    )
+    messages = [TemplateMessage(role, (TextPart(role),)) for role in ("user", "assistant", "user")]
+    made = encoder_of(source).conversation(messages, Rendering(add_generation_prompt=False), ROOM)
+    assert made.messages == (0, 1, 2)
+    assert small_text().tokenizer.decode(made.pieces[0].tokens.tolist()) == "[user:user]"
+
+
+def test_messages_out_of_their_order_are_one_piece() -> None:
+    source = "{% for m in (messages[::-1] if messages | length > 7 else messages) %}[{{ m.content }}]{% endfor %}"
+    messages = [TemplateMessage("user", (TextPart(str(i)),)) for i in range(8)]
+    made = encoder_of(source).conversation(messages, Rendering(), ROOM)
+    assert made.messages == (None,)
+    assert encoder_of(source).conversation(messages[:3], Rendering(), ROOM).messages == (0, 1, 2)
+
+
+def test_a_cancelled_rendering_changes_nothing_that_comes_after() -> None:
+    source = "{% for i in range(messages | length) %}{{ messages[i].content }}h{% endfor %}"
+    messages = [TemplateMessage("user", (TextPart("hello"),))] * 20
+    encoder, calls = encoder_of(source), 0
+
+    def gone() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise Unwanted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template, "still_wanted", gone)
+        with pytest.raises(Unwanted):
+            encoder.encode(messages, Rendering(), ROOM)
+    later, fresh = (e.encode(messages, Rendering(), ROOM) for e in (encoder, encoder_of(source)))
+    assert later.tokens.tolist() == fresh.tokens.tolist()
+    assert later.boundaries == fresh.boundaries
