@@ -67,6 +67,7 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._templates = templates
         tokens = [] if special_tokens_in_content else [*tokenizer.special_tokens, *tokenizer.tags]
+        self._quotes = bool(tokens)
         self._quoting = Quoting(tokens)
         # Answers may think and call tools in tags, and templates look for these.
         looked_for = " ".join(text for template in templates.values() for text in template.looks_for)
@@ -280,10 +281,21 @@ class ChatEncoder:
             begin, stop = literals.popleft()
             if stop > end:  # a cut within the span
                 literals.appendleft((end, stop))
-            tokens += self._tokenizer.encode(text[start:begin]) if begin > start else []
+            tokens += self._encode(text[start:begin])
             tokens += self._tokenizer.encode_literal(text[begin : min(stop, end)])
             start = min(stop, end)
-        return tokens + self._tokenizer.encode(text[start:end])
+        return tokens + self._encode(text[start:end])
+
+    def _encode(self, text: str) -> list[int]:
+        """Tokens of text in which special tokens are those of the template. Raises RequestError if there are more."""
+        tokens = self._tokenizer.encode(text) if text else []
+        if self._quotes and self._tokenizer.folds:
+            found, written = self._tokenizer.num_structure_tokens(tokens), self._quoting.num_tokens(text)
+            if found > written:
+                raise RequestError(
+                    "a message holds what this model's tokenizer takes for a special token", param="messages"
+                )
+        return tokens
 
 
 def _piece(tokens: Sequence[int], boundaries: Sequence[Boundary]) -> Piece:

@@ -97,6 +97,10 @@ class Quoting:
             return [self.value(item) for item in value]
         return value
 
+    def num_tokens(self, text: str) -> int:
+        """How many tokens a text without clients' characters holds."""
+        return len(self._tokens.findall(text)) if self._tokens else 0
+
     def literals(self, text: str, clients: Sequence[int]) -> list[tuple[int, int]]:
         """Spans of rendered text that look like tokens, and hold characters of a client."""
         if self._tokens is None or not clients:

@@ -50,7 +50,7 @@ class RenderedEnds:
         keys = _prefix_keys(head, bodies)
         seen, position = blake2b(digest_size=16), 0
         for count in range(1, num_messages + 1):
-            if count > DENSE_MESSAGES and count % SPARSE and count < num_messages:
+            if count > DENSE_MESSAGES and count % SPARSE:
                 continue
             end = self._end(keys[count - 1], before, count)
             if end is None or not position <= end.length <= len(text):

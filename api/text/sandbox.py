@@ -39,7 +39,7 @@ ALLOWANCE = "#allowance"  # no name that a template could write
 FILTERS = frozenset(
     re.findall(
         r"\w+",
-        """abs attr capitalize count d default dictsort e escape first float format groupby indent int items join last
+        """abs attr batch capitalize count d default dictsort e escape first float format groupby indent int items join last
         length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum
         title tojson trim unique upper wordcount""",
     )
@@ -52,7 +52,7 @@ GROWING = frozenset(["d", "default", "format", "join", "replace"])  # what may h
 METHODS = frozenset(
     re.findall(
         r"\w+",
-        """capitalize casefold count endswith find format get index isalnum isalpha isascii isdigit islower isnumeric
+        """capitalize casefold count endswith find format get index isalnum isalpha isascii isdecimal isdigit islower isnumeric
         isspace isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition
         rsplit rstrip split splitlines startswith strip swapcase title upper values""",
     )
@@ -117,7 +117,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         filters = {**self.filters, **own, "string": _text_of}
         kept = {name: _counted(name, filter_) for name, filter_ in filters.items() if name in FILTERS}
         self.filters = {**kept, "hc_look": _look, "hc_made": _made, "hc_text": _text, "hc_at": _at, "hc_after": _after}
-        self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace")}
+        self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "joiner")}
         self.globals["raise_exception"] = _raise
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:

@@ -35,6 +35,8 @@ class Tokenizer:
         self.special_tokens = [token.content for token in added.values() if token.special]
         # Added tokens such as <tool_call> that are text, but structure as well.
         self.tags = [t.content for t in added.values() if not t.special and _TAG.fullmatch(t.content)]
+        # Whether one is found in text that does not hold it as it is written.
+        self.folds = backend.normalizer is not None and any(t.normalized for t in added.values())
         self._structure_ids = frozenset(i for i, t in added.items() if t.special or _TAG.fullmatch(t.content))
         self._byte_level = is_byte_level(backend)
         vocab = backend.get_vocab(with_added_tokens=True)
@@ -72,13 +74,18 @@ class Tokenizer:
                 raise
             raise RequestError(f"this model's tokenizer cannot read the text: {first_line(e)}") from e
 
+    def num_structure_tokens(self, ids: Sequence[int]) -> int:
+        """How many are special tokens or tags; what stands for an unknown character is none."""
+        unknown = self.id_of(self.named_tokens.get("unk_token"))
+        return sum(1 for i in ids if i in self._structure_ids and i != unknown)
+
     def encode_literal(self, text: str) -> list[int]:
         """Tokens of text in which nothing is a special token or a tag, whatever it looks like.
 
         It is halved until none comes out. Raises RequestError for a character that is a special token by itself.
         """
         ids = self.encode(text)
-        if self._structure_ids.isdisjoint(ids):
+        if not self.num_structure_tokens(ids):
             return ids
         if len(text) == 1:
             raise RequestError(f"the character {text!r} is a special token of this model, and cannot be text")

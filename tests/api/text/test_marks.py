@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
+from tokenizers import AddedToken, normalizers
+from tokenizers import Tokenizer as Backend
 
 from hybrid_cache.api.text import template
 from hybrid_cache.api.text.chat import ChatEncoder
@@ -15,6 +17,7 @@ from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.renderer import ChatRenderer
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.api.text.text_work import Unwanted
+from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.errors import RequestError
 from tests.api.small_text import CONTROL, TEMPLATE, TOOL_MARKS, small_text
 
@@ -258,3 +261,26 @@ def test_a_cancelled_rendering_changes_nothing_that_comes_after() -> None:
     later, fresh = (e.encode(messages, Rendering(), ROOM) for e in (encoder, encoder_of(source)))
     assert later.tokens.tolist() == fresh.tokens.tolist()
     assert later.boundaries == fresh.boundaries
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFKC(), normalizers.Lowercase()])
+def test_what_a_tokenizer_folds_into_a_special_token_is_refused(normalizer: normalizers.Normalizer) -> None:
+    backend = Backend.from_str(small_text().tokenizer._backend.to_str())
+    backend.normalizer = normalizer
+    backend.add_special_tokens([AddedToken("<|e|>", normalized=True)])
+    tokenizer = Tokenizer(backend, {})
+    encoder = ChatEncoder(
+        tokenizer, {"default": ChatTemplate("{% for m in messages %}{{ m.content }}<|e|>{% endfor %}", {})}
+    )
+    end = tokenizer.id_of("<|e|>")
+    assert (
+        encoder.encode([TemplateMessage("user", (TextPart("a<|e|>"),))], Rendering(), ROOM).tokens.tolist().count(end)
+        == 1
+    )
+    for text in ("<|E|>", "\uff1c|e|\uff1e"):
+        try:
+            tokens = encoder.encode([TemplateMessage("user", (TextPart(text),))], Rendering(), ROOM).tokens.tolist()
+        except RequestError as error:
+            assert "takes for a special token" in str(error)
+        else:
+            assert tokens.count(end) == 1
