@@ -39,8 +39,8 @@ ALLOWANCE = "#allowance"  # no name that a template could write
 FILTERS = frozenset(
     re.findall(
         r"\w+",
-        """abs attr batch capitalize count d default dictsort e escape first float format groupby indent int items join last
-        length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum
+        """abs attr batch capitalize count d default dictsort e escape first float format groupby indent int items join
+        last length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum
         title tojson trim unique upper wordcount""",
     )
 )
@@ -52,8 +52,8 @@ GROWING = frozenset(["d", "default", "format", "join", "replace"])  # what may h
 METHODS = frozenset(
     re.findall(
         r"\w+",
-        """capitalize casefold count endswith find format get index isalnum isalpha isascii isdecimal isdigit islower isnumeric
-        isspace isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition
+        """capitalize casefold count endswith find format get index isalnum isalpha isascii isdecimal isdigit islower
+        isnumeric isspace isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition
         rsplit rstrip split splitlines startswith strip swapcase title upper values""",
     )
 )

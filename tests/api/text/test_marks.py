@@ -1,6 +1,7 @@
 """What clients write is text, and places in a rendering are found again."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -269,18 +270,12 @@ def test_what_a_tokenizer_folds_into_a_special_token_is_refused(normalizer: norm
     backend.normalizer = normalizer
     backend.add_special_tokens([AddedToken("<|e|>", normalized=True)])
     tokenizer = Tokenizer(backend, {})
-    encoder = ChatEncoder(
-        tokenizer, {"default": ChatTemplate("{% for m in messages %}{{ m.content }}<|e|>{% endfor %}", {})}
-    )
-    end = tokenizer.id_of("<|e|>")
-    assert (
-        encoder.encode([TemplateMessage("user", (TextPart("a<|e|>"),))], Rendering(), ROOM).tokens.tolist().count(end)
-        == 1
-    )
-    for text in ("<|E|>", "\uff1c|e|\uff1e"):
-        try:
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}<|e|>{% endfor %}", {})
+    encoder, end = ChatEncoder(tokenizer, {"default": template}), tokenizer.id_of("<|e|>")
+    for text in ("a<|e|>", "<|E|>", "\uff1c|e|\uff1e"):
+        with suppress(RequestError):  # refused is fine
             tokens = encoder.encode([TemplateMessage("user", (TextPart(text),))], Rendering(), ROOM).tokens.tolist()
-        except RequestError as error:
-            assert "takes for a special token" in str(error)
-        else:
             assert tokens.count(end) == 1
+    folded = "<|E|>" if isinstance(normalizer, normalizers.Lowercase) else "\uff1c|e|\uff1e"
+    with pytest.raises(RequestError, match="takes for a special token"):
+        encoder.encode([TemplateMessage("user", (TextPart(folded),))], Rendering(), ROOM)
