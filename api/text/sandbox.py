@@ -40,8 +40,8 @@ FILTERS = frozenset(
     re.findall(
         r"\w+",
         """abs attr batch capitalize count d default dictsort e escape first float format groupby indent int items join
-        last length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum
-        title tojson trim unique upper wordcount""",
+        last length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string
+        sum title tojson trim unique upper wordcount""",
     )
 )
 QUICK = frozenset(["abs", "attr", "count", "d", "default", "first", "float", "int", "items", "last", "length", "round"])
@@ -53,8 +53,8 @@ METHODS = frozenset(
     re.findall(
         r"\w+",
         """capitalize casefold count endswith find format get index isalnum isalpha isascii isdecimal isdigit islower
-        isnumeric isspace isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition
-        rsplit rstrip split splitlines startswith strip swapcase title upper values""",
+        isnumeric isspace isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rindex
+        rpartition rsplit rstrip split splitlines startswith strip swapcase title upper values""",
     )
 )
 _FORMAT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d+)?(?:\.(\*|\d+))?([a-zA-Z%])?")
