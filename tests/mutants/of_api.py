@@ -1,0 +1,87 @@
+"""Faults of the server's edges: what a client's text becomes, whose turn it is, how much anybody may take."""
+
+from functools import partial
+
+from tests.mutants.mutant import Mutant
+
+MARKS = ("tests/api/text/test_marks.py",)
+SEGMENTS = ("tests/api/text/test_segments.py",)
+WORK = ("tests/api/text/test_text_work.py",)
+GATE = ("tests/api/server/test_gate.py",)
+BAD_INPUT = ("tests/api/server/test_bad_input.py",)
+TEMPLATES = ("tests/api/text/test_text_model.py",)
+
+marks = partial(Mutant, "hybrid_cache/api/text/marks.py")
+chat = partial(Mutant, "hybrid_cache/api/text/chat.py")
+template = partial(Mutant, "hybrid_cache/api/text/template.py")
+sandbox = partial(Mutant, "hybrid_cache/api/text/sandbox.py")
+work = partial(Mutant, "hybrid_cache/api/text/text_work.py")
+gate = partial(Mutant, "hybrid_cache/api/server/gate.py")
+
+MUTANTS = [
+    marks(
+        "a noncharacter that a client sends is a mark",
+        '        text = _MARK.sub(rf"{QUOTE}\\g<0>", text)\n        if self',
+        "        if self",
+        MARKS,
+    ),
+    marks(
+        "only the first character of a span counts",
+        "clients[i] < end",
+        "clients[i] == start",
+        MARKS,
+    ),
+    marks("keys of JSON stay what they are", "{self.value(key): self.value", "{key: self.value", MARKS),
+    marks("lists are shown with stand-ins", "repr(_plain(value))).translate(_ALL)", "repr(_plain(value)))", MARKS),
+    chat(
+        "who asks is quoted like who answers",
+        'if message.role == "assistant" else self._quoting',
+        "if message else 0",
+        MARKS,
+    ),
+    chat(
+        "a literal span is tokenised like any text",
+        "self._tokenizer.encode_literal(text[begin",
+        "self._encode(text[begin",
+        MARKS,
+    ),
+    chat(
+        "an answer continues anywhere behind its content",
+        "            if rendered.parts and rendered.text == text:\n                return rendered.parts[-1]",
+        "            return text.rfind(content.strip()) + len(content.strip())",
+        MARKS,
+    ),
+    chat("an opening is no cut", "if opening and rendered.text.startswith(opening, end):", "if False:", SEGMENTS),
+    template(
+        "messages out of order have ends",
+        "        starts, end = {}, None\n    return",
+        "        pass\n    return",
+        MARKS,
+    ),
+    sandbox(
+        "loops in loops move ends",
+        "        if self._held or self._loops:\n            return watched",
+        "        if self._held:\n            return watched",
+        MARKS,
+    ),
+    sandbox("values may be as deep as they like", "for _ in range(MAX_DEPTH):", "while True:", TEMPLATES),
+    work(
+        "tenants come in the order of their names",
+        "min(self._waiting, key=self._shares.served)",
+        "min(self._waiting)",
+        WORK,
+    ),
+    work("short texts do not go first", "PASSED_BY_S * size", "PASSED_BY_S * 0", WORK),
+    work(
+        "work goes on though nobody waits",
+        "            job.dropped = True\n            self._remove(tenant, job)",
+        "            self._remove(tenant, job)",
+        WORK,
+    ),
+    work(
+        "work that nobody waits for is begun",
+        "            job.dropped = True\n            self._remove(tenant, job)",
+        "            job.dropped = True",
+        WORK,
+    ),
+]
