@@ -7,16 +7,11 @@ from tests.mutants.mutant import Mutant
 MARKS = ("tests/api/text/test_marks.py",)
 SEGMENTS = ("tests/api/text/test_segments.py",)
 WORK = ("tests/api/text/test_text_work.py",)
-GATE = ("tests/api/server/test_gate.py",)
-BAD_INPUT = ("tests/api/server/test_bad_input.py",)
-TEMPLATES = ("tests/api/text/test_text_model.py",)
 
 marks = partial(Mutant, "hybrid_cache/api/text/marks.py")
 chat = partial(Mutant, "hybrid_cache/api/text/chat.py")
 template = partial(Mutant, "hybrid_cache/api/text/template.py")
-sandbox = partial(Mutant, "hybrid_cache/api/text/sandbox.py")
 work = partial(Mutant, "hybrid_cache/api/text/text_work.py")
-gate = partial(Mutant, "hybrid_cache/api/server/gate.py")
 
 MUTANTS = [
     marks(
@@ -58,13 +53,6 @@ MUTANTS = [
         "        pass\n    return",
         MARKS,
     ),
-    sandbox(
-        "loops in loops move ends",
-        "        if self._held or self._loops:\n            return watched",
-        "        if self._held:\n            return watched",
-        MARKS,
-    ),
-    sandbox("values may be as deep as they like", "for _ in range(MAX_DEPTH):", "while True:", TEMPLATES),
     work(
         "tenants come in the order of their names",
         "min(self._waiting, key=self._shares.served)",

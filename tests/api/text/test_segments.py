@@ -25,6 +25,10 @@ TRIMS = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
 BY_NUMBER = (
     "{% for i in range(messages | length) %}{{ messages[i].role }}: {{ messages[i].content }}\n{% endfor %}" + OPENING
 )
+JOINS = (
+    "{% for m in messages %}{{ m.role }}:he{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:he{% endif %}"
+)
 FORGETS = "{% for m in messages %}{{ m.content if loop.last else '...' }}|{% endfor %}"
 USER_LAST = "{% if messages[-1].role != 'user' %}{{ raise_exception('user must be last') }}{% endif %}" + PLAIN
 CLOSED = Rendering(add_generation_prompt=False)
@@ -64,7 +68,7 @@ def test_messages_that_follow_do_not_change_the_tokens_before(
     assert ends(short)[-1] == len(short.tokens)
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, PLAIN, BY_NUMBER], ids=["chatml", "plain", "by-number"])
+@pytest.mark.parametrize("template", [TEMPLATE, PLAIN, BY_NUMBER, JOINS], ids=["chatml", "plain", "by-number", "joins"])
 @settings(deadline=None)
 @given(st.lists(words, min_size=1, max_size=5).filter(lambda c: len(c) % 2 == 1), words, st.lists(words, max_size=2))
 def test_the_opening_of_an_answer_keeps_its_tokens_when_the_answer_is_a_message(
@@ -221,3 +225,10 @@ def test_raw_tokens_have_boundaries_after_runs_of_special_tokens_but_bos(text: T
 def test_a_model_without_a_template_refuses_messages(text: TextModel) -> None:
     with pytest.raises(RequestError, match="no chat template"):
         ChatEncoder(text.tokenizer, {}).encode(said("hello"), Rendering(), ROOM)
+
+
+def test_an_opening_and_the_answer_after_it_are_tokenised_apart(text: TextModel) -> None:
+    encoder = encoder_for(text, JOINS)
+    asked = encoder.encode(said("w"), Rendering(), ROOM)
+    later = encoder.encode(said("w", "llo", "w"), Rendering(), ROOM)
+    assert later.tokens[: len(asked.tokens)].tolist() == asked.tokens.tolist()
