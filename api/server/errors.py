@@ -124,8 +124,10 @@ def wrong_host(host: str) -> Problem:
     return Problem(421, message, code="wrong_host")
 
 
-def invalid_http() -> Problem:
-    return Problem(400, "The request is not valid HTTP, or has more than one length.", code="invalid_http")
+def invalid_http(limit: int) -> Problem:
+    """limit: bytes of headers"""
+    message = f"The request is not valid HTTP, has more than one length, or more than {limit} bytes of headers."
+    return Problem(400, message, code="invalid_http")
 
 
 def printable(text: str) -> str:
@@ -192,9 +194,7 @@ def _problem_of_validation(errors: Sequence[dict[str, object]]) -> Problem:
     context, value = first.get("ctx"), first.get("input")
     if first.get("type") == "json_invalid":
         reason = context.get("error") if isinstance(context, dict) else ""
-        return Problem(
-            400, f"The request body is not valid JSON: {reason} at character {loc[-1]}.", code="invalid_json"
-        )
+        return Problem(400, f"The request body is not valid JSON: {reason}.", code="invalid_json")
     param, message = ".".join(loc[1:]) or None, str(first.get("msg")).removeprefix("Value error, ")
     if first.get("type") == "missing":
         if param is None:

@@ -16,6 +16,7 @@ from hybrid_cache.api.server.tenants import current_tenant
 from hybrid_cache.errors import Overloaded, OverShare
 
 MOST_BODIES = 16  # of the largest size, held at once
+LOOKING = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that ask for no work, and whose body nobody reads
 
 
 class Bound:
@@ -28,10 +29,13 @@ class Bound:
         self._taken: Counter[str] = Counter()
         self.total = 0
 
-    def take(self, tenant: str, amount: int) -> None:
-        """Raises OverShare where others should have what is left, Overloaded where too little is left at all."""
+    def take(self, tenant: str, amount: int, held: int = 0) -> None:
+        """More for a request that has `held` already, which does not count against it.
+
+        Raises OverShare where others should have what is left, Overloaded where too little is left at all.
+        """
         own, left = self._taken[tenant], self._limit - self.total
-        if self._by_tenant and own + amount > left and own > 0:
+        if self._by_tenant and own + amount > left and own > held:
             raise OverShare(
                 f"this API key has {own} {self._what} here, and of {self._limit} only {left} are left for others"
             )
@@ -68,21 +72,23 @@ class Visit:
 
     def add_requests(self, number: int) -> None:
         """It asks for so many more prompts. Raises OverShare or Overloaded."""
-        self._take(self._gate.requests, number)
+        self._take(self._gate.requests, number, self.num_requests)
         self.num_requests += number
 
     def add_bytes(self, number: int) -> None:
         """So much more of its body has come. Raises OverShare or Overloaded."""
-        self._take(self._gate.bytes, number)
+        self._take(self._gate.bytes, number, self.num_bytes)
         self.num_bytes += number
 
     def leave(self) -> None:
+        """Gives back all that it has taken. Idempotent."""
         self._gate.requests.give_back(self._tenant, self.num_requests)
         self._gate.bytes.give_back(self._tenant, self.num_bytes)
+        self.num_requests = self.num_bytes = 0
 
-    def _take(self, bound: Bound, amount: int) -> None:
+    def _take(self, bound: Bound, amount: int, held: int) -> None:
         try:
-            bound.take(self._tenant, amount)
+            bound.take(self._tenant, amount, held)
         except OverShare:
             self._gate.num_over_share += 1
             raise
@@ -108,7 +114,7 @@ class Admission:
         self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["type"] != "http" or scope["method"] in LOOKING:
             return await self._app(scope, receive, send)
         visit = Visit(self._gate, current_tenant.get())
         try:

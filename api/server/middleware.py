@@ -8,6 +8,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,10 +23,10 @@ from hybrid_cache.api.server.errors import (
     unauthorized,
     wrong_host,
 )
-from hybrid_cache.api.server.gate import current_visit
-from hybrid_cache.api.server.refusal import refuse
+from hybrid_cache.api.server.gate import LOOKING, Visit, current_visit
+from hybrid_cache.api.server.refusal import refuse, send_problem
 from hybrid_cache.api.server.tenants import current_tenant, shared_cache, tenant_of
-from hybrid_cache.errors import Overloaded
+from hybrid_cache.errors import EngineStopped, Overloaded
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # no key needed
 LEAST_BODY_RATE = 64 * 2**10  # bytes a second, after the time that every body has
@@ -58,6 +59,10 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # by a server that has waited long enough for this request
+            if started:
+                raise
+            await problem_of(EngineStopped("the server is ending")).response()(scope, receive, send_with_id)
         except Exception as error:
             problem = problem_of(error)
             if problem.status == 500:
@@ -116,6 +121,12 @@ class ApiKeys:
         return found[0] if found else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    problem: Problem
+    more: bool  # of the body comes in meanwhile, and is to be dropped
+
+
 class BodyLimit:
     """Reads the body of a request, whatever its framing; answers 413 when it is too large and 408 when too slow."""
 
@@ -127,12 +138,15 @@ class BodyLimit:
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["method"] in LOOKING:
             return await self._app(scope, receive, send)
-        messages = await self._read(receive)
-        if isinstance(messages, Problem):
-            slow = messages.status == 408
-            return await (messages.response()(scope, receive, send) if slow else refuse(messages, scope, receive, send))
+        visit = current_visit.get()
+        messages = await self._read(receive, visit)
+        if isinstance(messages, _Refusal):
+            if visit is not None:
+                visit.leave()
+            answer = refuse if messages.more else send_problem
+            return await answer(messages.problem, scope, receive, send)
         messages.reverse()
 
         async def replay() -> Message:
@@ -140,9 +154,8 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _read(self, receive: Receive) -> list[Message] | Problem:
+    async def _read(self, receive: Receive, visit: Visit | None) -> list[Message] | _Refusal:
         """The parts of a body, or why it is not taken."""
-        visit = current_visit.get()
         messages: list[Message] = []
         size, num_values, more = 0, 0, True
         begin = asyncio.get_running_loop().time()
@@ -159,12 +172,12 @@ class BodyLimit:
                     messages.append(message)
                     clock.reschedule(begin + self._timeout_s + size / LEAST_BODY_RATE)
         except TimeoutError:
-            return body_too_slow(self._timeout_s, LEAST_BODY_RATE)
+            return _Refusal(body_too_slow(self._timeout_s, LEAST_BODY_RATE), more=False)
         except Overloaded as error:
-            return problem_of(error)
+            return _Refusal(problem_of(error), more)
         if size > self._limit:
-            return body_too_large(self._limit)
-        return too_many_values(self._max_values) if num_values > self._max_values else messages
+            return _Refusal(body_too_large(self._limit), more)
+        return _Refusal(too_many_values(self._max_values), more) if num_values > self._max_values else messages
 
 
 def _digest(key: bytes) -> bytes:

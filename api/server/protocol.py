@@ -19,6 +19,10 @@ from hybrid_cache.api.server.connections import Connections
 from hybrid_cache.api.server.errors import invalid_http
 from hybrid_cache.errors import ConfigError
 
+HEADER_BYTES = 64 * 2**10  # most of one request, its first line included
+TRAILING_BYTES = 64 * 2**10  # read of what comes after a request that is in progress
+READ_BYTES = 8 * 2**10  # at once: in chunks of a byte each these take 20 ms
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:
@@ -35,11 +39,17 @@ class Patience:
 
 
 class StrictConnection(h11.Connection):
-    """Refuses a request with two lengths, of which a proxy may have taken the other one."""
+    """Refuses long headers, and a request with two lengths, of which a proxy may have taken the other one."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, HEADER_BYTES)
 
     def next_event(self) -> Any:
         event = super().next_event()
         if isinstance(event, h11.Request):
+            size = len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
+            if size > HEADER_BYTES:  # h11 looks at the size of what is incomplete alone
+                raise h11.RemoteProtocolError(f"headers of more than {HEADER_BYTES} bytes")
             names = {name for name, _ in event.headers}
             if {b"content-length", b"transfer-encoding"} <= names:
                 raise h11.RemoteProtocolError("Content-Length beside Transfer-Encoding")
@@ -99,7 +109,7 @@ class Protocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = StrictConnection(h11.SERVER)
+        self.conn = StrictConnection()
         self._connections = config.connections
         self._descriptor = -1
         self._header_clock = _Clock(self.loop, config.patience.header_timeout_s, self._drop_slow_writer)
@@ -112,6 +122,8 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if hasattr(transport, "max_size"):  # not under TLS
+            transport.max_size = READ_BYTES
         self._descriptor = transport.get_extra_info("socket").fileno()
         self._header_clock.start()
 
@@ -127,6 +139,11 @@ class Protocol(H11Protocol):
             self._connections.work(self._descriptor)
         else:  # part of a header, or of a body that was answered before its end
             self._header_clock.start()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self._busy and self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < TRAILING_BYTES:
+            self.flow.resume_reading()  # or nobody would see that the client goes away
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # which may begin with the next request
@@ -147,7 +164,7 @@ class Protocol(H11Protocol):
         """Answers what is no HTTP, unless an answer is out already, and closes."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return self.transport.abort()
-        problem = invalid_http()
+        problem = invalid_http(HEADER_BYTES)
         body = json.dumps(problem.body()).encode()
         headers = [
             (b"content-type", b"application/json"),
@@ -161,6 +178,9 @@ class Protocol(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Says nothing: HTTP lets a server go on as if it had not been asked."""
 
     def _watch_reader(self) -> None:
         if self._must_read:

@@ -21,6 +21,11 @@ async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAINED_S):
                 await _drain(receive)
+    await send_problem(problem, scope, receive, send)
+
+
+async def send_problem(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers at once."""
     await problem.response()(scope, receive, send)
 
 

@@ -1,17 +1,16 @@
 """Responses that notice when the client goes away, so that its work in the engine ends within a step."""
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
-from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hybrid_cache.api.server.errors import logger, problem_of
+from hybrid_cache.api.server.json_text import json_bytes
 from hybrid_cache.errors import HybridCacheError
 
 T = TypeVar("T")
@@ -22,13 +21,18 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 def event(data: Mapping[str, object]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return event_of(json_bytes(data))
+
+
+def event_of(data: bytes) -> bytes:
+    """One server-sent event of JSON."""
+    return b"data: " + data + b"\n\n"
 
 
 class Reply(Protocol):
     """An answer in the JSON of one dialect: either whole or as events, and once."""
 
-    async def whole(self) -> BaseModel:
+    async def whole(self) -> bytes:
         """Waits for the end."""
         ...
 
@@ -47,7 +51,7 @@ async def respond(request: Request, reply: Reply, *, stream: bool) -> Response:
         return EventStream(reply.events(), reply.aclose)
     async with aclosing(reply):
         body = await unless_gone(request, reply.whole())
-    return JSONResponse(body.model_dump(exclude_unset=True))
+    return Response(body, media_type="application/json")
 
 
 async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T:

@@ -14,6 +14,7 @@ from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.choreography.book import MessageBook
 from hybrid_cache.engine.async_engine import AsyncEngine
+from hybrid_cache.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,9 @@ class Serving:
 
     async def answer(self, specs: Sequence[GenerationSpec]) -> Answer:
         """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped."""
+        limit = self.text.engine.max_waiting
+        if len(specs) > limit:
+            raise RequestError(f"{len(specs)} prompts in one request, at most {limit} can wait here", param="prompt")
         visit = current_visit.get()
         if visit is not None:
             visit.add_requests(len(specs) - visit.num_requests)

@@ -109,7 +109,7 @@ class TextWork:
         try:
             result, error = job.work(), None
         except BaseException as failure:
-            result, error = None, failure
+            result, error = None, _bearable(failure)
         finally:
             _current.job = None
         try:
@@ -118,7 +118,16 @@ class TextWork:
             return
 
 
-def _settle(done: "asyncio.Future[object]", result: object, error: BaseException | None) -> None:
+def _bearable(failure: BaseException) -> Exception:
+    """An error as an event loop may carry it to whoever waits: some end the loop, and one no future takes."""
+    if isinstance(failure, Exception) and not isinstance(failure, StopIteration):
+        return failure
+    wrapped = RuntimeError(f"text work ended with {type(failure).__name__}")
+    wrapped.__cause__ = failure
+    return wrapped
+
+
+def _settle(done: "asyncio.Future[object]", result: object, error: Exception | None) -> None:
     if done.done():
         return
     if error is None:

@@ -130,6 +130,10 @@ class AsyncEngine:
         return self._engine.longest_sequence
 
     @property
+    def max_waiting(self) -> int:
+        return self._config.max_waiting
+
+    @property
     def max_requests(self) -> int:
         """How many may wait or run at once."""
         return self._config.max_running + self._config.max_waiting

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 
 from hybrid_cache.api.server.openai.choreography import Arranged
 from hybrid_cache.api.server.openai.logprobs import chat_logprob
-from hybrid_cache.api.server.openai.reply import OpenAIReply
+from hybrid_cache.api.server.openai.reply import CHOICE_SIZE, OpenAIReply
 from hybrid_cache.api.server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
-    ChatLogprob,
-    ChatLogprobs,
     ChatRequest,
     ChatResponse,
     Finish,
@@ -32,7 +30,7 @@ class _Choice:
 
     texts: list[str] = field(default_factory=list)
     calls: list[ToolCallOut] = field(default_factory=list)
-    logprobs: list[ChatLogprob] = field(default_factory=list)
+    logprobs: list[dict[str, object]] = field(default_factory=list)  # as `ChatLogprob`
     token_ids: list[int] = field(default_factory=list)
     finish: Finish | None = None
     stop: str | int | None = None
@@ -85,23 +83,33 @@ class ChatReply(OpenAIReply):
                 self._plan = event.plan
         self._choices[event.choice].take(event)
 
-    def _whole(self) -> ChatResponse:
+    def _whole(self) -> dict[str, object]:
         body = ChatResponse(
             id=self._id,
             object="chat.completion",
             created=self._created,
             model=self._model,
             system_fingerprint=self._fingerprint,
-            choices=[self._whole_choice(i, choice) for i, choice in enumerate(self._choices)],
+            choices=[],
             usage=self._usage(),
         )
         if (report := self._report()) is not None:
             body.choreography = report
         if self._asked.return_token_ids:
             body.prompt_token_ids = list(self._prompt_ids)
-        return body
+        choices = [self._whole_choice(i, choice) for i, choice in enumerate(self._choices)]
+        return {**body.model_dump(exclude_unset=True), "choices": choices}
 
-    def _whole_choice(self, index: int, choice: _Choice) -> ChatChoice:
+    def _size(self) -> int:
+        own = sum(CHOICE_SIZE + len(choice.token_ids) for choice in self._choices)
+        entries = 1 if not self._asked.logprobs else 2 + (self._asked.top_logprobs or 0)
+        return own * entries + (len(self._prompt_ids) if self._asked.return_token_ids else 0)
+
+    def _size_of(self, events: Events) -> int:
+        first = events[0]
+        return len(first.tokens) if isinstance(first, Begin) and self._asked.return_token_ids else 0
+
+    def _whole_choice(self, index: int, choice: _Choice) -> dict[str, object]:
         assert choice.finish is not None
         content = None if choice.calls and not choice.text else choice.text
         message = AssistantMessage(role="assistant", content=content, refusal=None)
@@ -110,13 +118,16 @@ class ChatReply(OpenAIReply):
         whole = ChatChoice(
             index=index,
             message=message,
-            logprobs=ChatLogprobs(content=choice.logprobs, refusal=None) if self._asked.logprobs else None,
+            logprobs=None,
             finish_reason=choice.finish,
             stop_reason=choice.stop,
         )
         if self._asked.return_token_ids:
             whole.token_ids = choice.token_ids
-        return whole
+        shown = whole.model_dump(exclude_unset=True)
+        if self._asked.logprobs:
+            shown["logprobs"] = {"content": choice.logprobs, "refusal": None}
+        return shown
 
     def _report(self) -> ChoreographyReport | None:
         """What became of an arranged request, once it has been answered."""
@@ -155,7 +166,7 @@ class ChatReply(OpenAIReply):
     def _detail(self, token: Token | None) -> dict[str, object]:
         detail: dict[str, object] = {}
         if (entry := self._logprob(token)) is not None:
-            detail["logprobs"] = {"content": [entry.model_dump()], "refusal": None}
+            detail["logprobs"] = {"content": [entry], "refusal": None}
         if self._asked.return_token_ids and token is not None:
             detail["token_ids"] = [token.id]
         return detail
@@ -165,10 +176,10 @@ class ChatReply(OpenAIReply):
         ended = {"finish_reason": choice.finish, "stop_reason": choice.stop}
         return self._chunk(_shown(index, {}, ended), {"choreography": report.model_dump()} if report else None)
 
-    def _logprob(self, token: Token | None) -> ChatLogprob | None:
+    def _logprob(self, token: Token | None) -> dict[str, object] | None:
         if token is None or token.logprob is None:
             return None
-        return chat_logprob(self._serving.text.tokenizer, token.logprob)
+        return chat_logprob(self._serving.text.tokenizer, token.logprob).model_dump()
 
 
 def _shown(index: int, delta: Mapping[str, object], detail: Mapping[str, object] | None = None) -> dict[str, object]:

@@ -2,14 +2,41 @@
 
 import math
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
 from hybrid_cache.api.server.schemas.chat import ChatLogprob, TopLogprob
-from hybrid_cache.api.server.schemas.completions import CompletionLogprobs
 from hybrid_cache.api.text.stream import Detokenizer
+from hybrid_cache.api.text.text_work import still_wanted
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.sampling import TokenLogprob
 
 IMPOSSIBLE = -9999.0  # JSON has no infinities
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Log-probabilities as in `CompletionLogprobs`: one entry a token in each list."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+    def __add__(self, other: "Columns") -> "Columns":
+        return Columns(
+            self.tokens + other.tokens,
+            self.token_logprobs + other.token_logprobs,
+            self.top_logprobs + other.top_logprobs,
+            self.text_offset + other.text_offset,
+        )
+
+    def shown(self) -> dict[str, object]:
+        return {
+            "tokens": self.tokens,
+            "token_logprobs": self.token_logprobs,
+            "top_logprobs": self.top_logprobs,
+            "text_offset": self.text_offset,
+        }
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
@@ -33,10 +60,10 @@ def chat_logprob(tokenizer: Tokenizer, logprob: TokenLogprob) -> ChatLogprob:
 
 def completion_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], offsets: Sequence[int]
-) -> CompletionLogprobs:
+) -> Columns:
     """One entry a token; nothing predicts the first token of a prompt. A token itself is always in its top."""
     assert len(tokens) == len(logprobs) == len(offsets)
-    return CompletionLogprobs(
+    return Columns(
         tokens=[token_name(tokenizer, token) for token in tokens],
         token_logprobs=[None if logprob is None else _finite(logprob.logprob) for logprob in logprobs],
         top_logprobs=[None if logprob is None else _top(tokenizer, logprob) for logprob in logprobs],
@@ -48,12 +75,14 @@ def prompt_offsets(tokenizer: Tokenizer, tokens: Sequence[int], hidden: Containe
     """Where the text of each token of a prompt begins, in characters. `hidden` tokens have no text."""
     detokenizer, offsets, length = Detokenizer(tokenizer, [], hidden), [], 0
     for token in tokens:
+        still_wanted()
         offsets.append(length)
         length += len(detokenizer.push(token))
     return offsets
 
 
 def _top(tokenizer: Tokenizer, logprob: TokenLogprob) -> dict[str, float]:
+    still_wanted()
     top: dict[str, float] = {}
     for token, value in (*logprob.top, (logprob.token, logprob.logprob)):
         top.setdefault(token_name(tokenizer, token), _finite(value))  # of two that read alike, the likelier one

@@ -3,12 +3,18 @@
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from functools import partial
 
-from hybrid_cache.api.server.responses import DONE, event
-from hybrid_cache.api.server.schemas.common import GenerationRequest, PromptTokensDetails, Response, Usage
+from hybrid_cache.api.server.json_text import json_bytes, json_in_pieces
+from hybrid_cache.api.server.responses import DONE, event, event_of
+from hybrid_cache.api.server.schemas.common import GenerationRequest, PromptTokensDetails, Usage
 from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.answer import Answer, Events
+from hybrid_cache.api.text.text_work import LONG_TEXT
+
+CHOICE_SIZE = 8  # of a choice beside its tokens, in these
 
 
 class OpenAIReply(ABC):
@@ -19,6 +25,8 @@ class OpenAIReply(ABC):
     def __init__(self, serving: Serving, asked: GenerationRequest, answer: Answer, prefix: str) -> None:
         """`prefix` begins the reply's id."""
         self._answer = answer
+        self._work = serving.text.work
+        self._tenant = current_tenant_or(asked.cache_salt)
         self._id = f"{prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = asked.model or serving.model.name
@@ -27,17 +35,20 @@ class OpenAIReply(ABC):
         self._reports_usage = options is not None and bool(options.include_usage)
         self._reports_usage_so_far = options is not None and bool(options.continuous_usage_stats)
 
-    async def whole(self) -> Response:
+    async def whole(self) -> bytes:
         """Waits for the end of all choices."""
         async for events in self._answer:
             self._take(events)
-        return self._whole()
+        return await self._work.run(self._tenant, self._size(), lambda: json_in_pieces(self._whole()))
 
     async def events(self) -> AsyncGenerator[bytes]:
         """An event for each thing to show, as it comes; usage if asked for; [DONE]."""
         async for events in self._answer:
-            for chunk in self._chunks(events):
-                yield event(chunk)
+            chunks = iter(self._chunks(events))
+            size = self._size_of(events)
+            next_chunk = partial(_next_chunk, chunks, json_in_pieces if size > LONG_TEXT else json_bytes)
+            while (data := await self._work.run(self._tenant, size, next_chunk)) is not None:
+                yield event_of(data)
         if self._reports_usage:
             yield event({**self._head(), "choices": [], "usage": self._usage().model_dump()})
         yield DONE
@@ -51,12 +62,20 @@ class OpenAIReply(ABC):
         """Adds events to what is known of the answer."""
 
     @abstractmethod
-    def _whole(self) -> Response:
-        """The reply, once all is known."""
+    def _whole(self) -> Mapping[str, object]:
+        """The reply, once all is known. Called on a thread if it is large."""
 
     @abstractmethod
     def _chunks(self, events: Events) -> Iterable[Mapping[str, object]]:
-        """Takes events -> what to show of them."""
+        """Takes events -> what to show of them. Each is made on a thread if it is large."""
+
+    @abstractmethod
+    def _size(self) -> int:
+        """Tokens and log-probabilities in the whole reply."""
+
+    @abstractmethod
+    def _size_of(self, events: Events) -> int:
+        """The same of the largest of the chunks that events cause."""
 
     def _chunk(self, choice: Mapping[str, object], extra: Mapping[str, object] | None = None) -> dict[str, object]:
         chunk = {**self._head(), "choices": [choice], **(extra or {})}
@@ -81,3 +100,8 @@ class OpenAIReply(ABC):
             total_tokens=used.prompt + used.completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=used.cached, cache_write_tokens=used.written),
         )
+
+
+def _next_chunk(chunks: Iterator[Mapping[str, object]], written: Callable[[object], bytes]) -> bytes | None:
+    chunk = next(chunks, None)
+    return None if chunk is None else written(chunk)

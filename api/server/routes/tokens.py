@@ -1,8 +1,12 @@
 """Text to tokens and back, and what the tokenizer says of itself."""
 
+from collections.abc import Callable
+
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from hybrid_cache.api.server.bodies import JsonRoute
+from hybrid_cache.api.server.json_text import json_in_pieces
 from hybrid_cache.api.server.openai.messages import conversation_of
 from hybrid_cache.api.server.openapi import ERRORS
 from hybrid_cache.api.server.responses import unless_gone
@@ -16,6 +20,8 @@ from hybrid_cache.api.server.schemas.tokens import (
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.api.text.text_work import still_wanted
+from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Prompt
 
@@ -25,26 +31,34 @@ def router(serving: Serving) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute, tags=["Tokens"], responses=ERRORS)
     text, tokenizer = serving.text, serving.text.tokenizer
 
-    @routes.post("/tokenize", response_model_exclude_unset=True)
-    async def tokenize(asked: TokenizeRequest, request: Request) -> TokenizeResponse:
+    @routes.post("/tokenize", response_model=TokenizeResponse)
+    async def tokenize(asked: TokenizeRequest, request: Request) -> Response:
         """The tokens that the same prompt or messages would have in a completion."""
         serving.model.check_name(asked.model)
-        tokens = (await unless_gone(request, _prompt(text, asked))).tokens.tolist()
-        reply = TokenizeResponse(count=len(tokens), max_model_len=text.max_length, tokens=tokens)
-        if asked.return_token_strs:
-            reply.token_strs = [tokenizer.token_bytes(token).decode("utf-8", "replace") for token in tokens]
-        return reply
+        prompt = await unless_gone(request, _prompt(text, asked))
 
-    @routes.post("/detokenize")
-    async def detokenize(asked: DetokenizeRequest, request: Request) -> DetokenizeResponse:
+        def reply() -> bytes:
+            tokens = prompt.tokens.tolist()
+            shown = TokenizeResponse(count=len(tokens), max_model_len=text.max_length, tokens=tokens)
+            if asked.return_token_strs:
+                shown.token_strs = [_token_text(tokenizer, token) for token in tokens]
+            return json_in_pieces(shown.model_dump(exclude_unset=True))
+
+        return await _made(text, request, len(prompt.tokens), reply)
+
+    @routes.post("/detokenize", response_model=DetokenizeResponse)
+    async def detokenize(asked: DetokenizeRequest, request: Request) -> Response:
         """The text of some tokens, special ones included."""
         serving.model.check_name(asked.model)
         size = text.vocab_size
-        wrong = next((token for token in asked.tokens if token >= size), None)
-        if wrong is not None:
-            raise RequestError(f"token {wrong} is outside the vocabulary [0, {size})", param="tokens")
-        decoding = text.work.run(current_tenant_or(None), len(asked.tokens), lambda: tokenizer.decode(asked.tokens))
-        return DetokenizeResponse(prompt=await unless_gone(request, decoding))
+
+        def reply() -> bytes:
+            wrong = next((token for token in asked.tokens if token >= size), None)
+            if wrong is not None:
+                raise RequestError(f"token {wrong} is outside the vocabulary [0, {size})", param="tokens")
+            return json_in_pieces(DetokenizeResponse(prompt=tokenizer.decode(asked.tokens)).model_dump())
+
+        return await _made(text, request, len(asked.tokens), reply)
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:
@@ -68,3 +82,14 @@ async def _prompt(text: TextEngine, asked: TokenizeRequest) -> Prompt:
         return (await conversation_of(text, asked, asked.messages)).prompt
     special = asked.add_special_tokens is not False
     return await text.prompt(asked.prompt or "", current_tenant_or(None), add_special_tokens=special)
+
+
+async def _made(text: TextEngine, request: Request, size: int, reply: Callable[[], bytes]) -> Response:
+    """A reply about `size` tokens, made on a thread if they are many."""
+    body = await unless_gone(request, text.work.run(current_tenant_or(None), size, reply))
+    return Response(body, media_type="application/json")
+
+
+def _token_text(tokenizer: Tokenizer, token: int) -> str:
+    still_wanted()
+    return tokenizer.token_bytes(token).decode("utf-8", "replace")

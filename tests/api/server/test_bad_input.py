@@ -213,7 +213,7 @@ def test_a_long_text_just_below_the_limit_is_too_many_tokens(client: httpx.Clien
 
 def test_a_place_in_the_body_is_told(client: httpx.Client) -> None:
     reply = client.post(TEXTS, content=b'{"prompt":\n  tru}', headers={"Content-Type": "application/json"})
-    assert "at character 16" in error_of(reply)["message"]
+    assert "at line 2, column 6." in error_of(reply)["message"]
 
 
 def test_a_byte_order_mark_is_let_pass(client: httpx.Client) -> None:
@@ -313,7 +313,7 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(
     error = error_of(client.post(path, content=body, headers={"Content-Type": "application/json"}))
     assert error["code"] == "invalid_json"
     assert "surrogates" in error["message"]
-    assert "at character" in error["message"]
+    assert "at line 1, column" in error["message"]
 
 
 @pytest.mark.parametrize("body", [b'{"prompt": "\xed\xa0\x80"}', '{"prompt": "\\ud800"}'.encode("utf-16")])

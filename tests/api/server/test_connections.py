@@ -8,8 +8,10 @@ import os
 import re
 import resource
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from urllib.parse import urlsplit
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from hybrid_cache.api.server import connections
 from hybrid_cache.api.server.connections import Connections, Listener, connection_limit
-from hybrid_cache.api.server.protocol import Patience
+from hybrid_cache.api.server.protocol import HEADER_BYTES, TRAILING_BYTES, Patience
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ConfigError
@@ -259,6 +261,97 @@ def test_nonsense_after_an_answer_leaves_no_traceback(sum_text: TextModel, caplo
         client.sendall(b"this is no chunk\r\n")
         assert until_closed(client) == b""
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+LONG_HEADERS = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: "
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.05])
+@pytest.mark.parametrize(("size", "status"), [(HEADER_BYTES - 1000, 200), (HEADER_BYTES, 400)])
+def test_headers_have_one_bound_however_they_come(quick: str, size: int, status: int, pause_s: float) -> None:
+    rest = b"x" * size + b"\r\n\r\n"
+    with dial(quick) as client:
+        client.sendall(LONG_HEADERS + rest[:10_000])
+        time.sleep(pause_s)
+        client.sendall(rest[10_000:])
+        received = answer(client)
+    assert received.startswith(b"HTTP/1.1 %d" % status)
+    assert status == 200 or b"more than 65536 bytes of headers" in received
+
+
+@pytest.mark.parametrize("late", [b"\r\n", HEALTH, b"x" * 10_000])
+def test_who_goes_after_sending_more_is_noticed(sum_text: TextModel, late: bytes) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 4000, "ignore_eos": True})
+    engine = new_engine(SlowModel())  # it would take 12 seconds
+    with over_the_wire(new_app(engine, sum_text)) as url:
+        with dial(url) as client:
+            client.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n{body}".encode() + late)
+            while not engine.stats().generated_tokens:
+                time.sleep(0.01)
+        asyncio.run(until_free(engine))
+        assert engine.stats().generated_tokens < 3000
+
+
+def test_what_comes_during_a_request_is_read_to_a_bound_and_answered(sum_text: TextModel) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 50, "ignore_eos": True})
+    number = 2 * TRAILING_BYTES // len(HEALTH)
+    with over_the_wire(new_app(new_engine(SlowModel()), sum_text)) as url, dial(url) as client:
+        client.sendall(POST + f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        sender = threading.Thread(target=client.sendall, args=(HEALTH * number,))
+        sender.start()
+        received = b""
+        while received.count(b"HTTP/1.1 200") < number + 1:
+            received += client.recv(1 << 16)
+        sender.join(10)
+
+
+def test_the_body_of_a_get_is_not_waited_for(quick: str) -> None:
+    with dial(quick) as client:
+        client.sendall(HEALTH[:-2] + b"Content-Length: 100000\r\n\r\n" + b"x" * 50_000)
+        assert answer(client).startswith(b"HTTP/1.1 200")
+        client.sendall(b"x" * 50_000 + HEALTH)
+        assert answer(client).startswith(b"HTTP/1.1 200")
+
+
+def test_chunks_of_a_byte_leave_others_their_turn(quick: str) -> None:
+    with dial(quick) as client:
+        client.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+        with ThreadPoolExecutor(1) as threads:
+            client.sendall(b"1\r\n \r\n" * 100_000 + b"0\r\n\r\n")
+            answered, served = threads.submit(answer, client), 0
+            while not answered.done():
+                assert httpx.get(f"{quick}/health", timeout=5).status_code == 200
+                served += 1
+    assert answered.result().startswith(b"HTTP/1.1 400")
+    assert served > 3
+
+
+def test_a_body_refused_at_its_end_is_refused_at_once(sum_text: TextModel) -> None:
+    app = new_app(new_engine(), sum_text, max_body_bytes=1 << 20)
+    with over_the_wire(app) as url:
+        begin = time.monotonic()
+        reply = httpx.post(f"{url}/v1/completions", content=b"," * 600_000)
+        assert reply.status_code == 413
+        assert time.monotonic() - begin < 2
+
+
+def test_a_request_to_upgrade_is_answered_in_silence(quick: str, caplog: pytest.LogCaptureFixture) -> None:
+    with dial(quick) as client:
+        client.sendall(HEALTH[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+        assert answer(client).startswith(b"HTTP/1.1 200")
+    assert caplog.records == []
+
+
+def test_a_body_awaited_at_the_end_of_the_server_is_503(sum_text: TextModel, caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack:
+        with over_the_wire(new_app(new_engine(), sum_text), timeout_graceful_shutdown=1) as url:
+            client = stack.enter_context(dial(url))
+            client.sendall(POST + b"Content-Length: 1000\r\n\r\n{")
+            time.sleep(0.2)
+        received = until_closed(client)
+    assert received.startswith(b"HTTP/1.1 503")
+    assert b'"the server is ending"' in received
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_without_descriptors_the_idle_leave_and_nothing_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:

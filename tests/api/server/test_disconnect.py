@@ -67,12 +67,19 @@ def test_a_stream_that_is_closed_half_way_stops_and_its_prompt_stays_cached(sum_
 
 def test_a_failure_while_queueing_aborts_the_prompts_queued_before(sum_text: TextModel) -> None:
     async def test() -> None:
-        engine = new_engine(max_waiting=2, max_running=1)
+        model = GatedModel()
+        engine = new_engine(model, max_waiting=2, max_running=4)
         async with in_process(new_app(engine, sum_text)) as client:
-            body = {"prompt": [prompt_for(i) for i in range(300, 310)], "max_tokens": 500, "ignore_eos": True}
+            short = [asyncio.create_task(client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}))]
+            await asyncio.to_thread(model.reached.wait, 10)
+            short.append(asyncio.create_task(client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})))
+            await asyncio.sleep(0.05)  # one more can wait
+            body = {"prompt": [prompt_for(i) for i in (300, 301)], "max_tokens": 500, "ignore_eos": True}
             assert (await client.post("/v1/completions", json=body)).status_code == 503
+            model.gate.set()
+            assert [(await reply).status_code for reply in short] == [200, 200]
             await until_free(engine)
-            assert engine.stats().generated_tokens < 1000
+            assert engine.stats().generated_tokens < 500
 
     run(test)
 

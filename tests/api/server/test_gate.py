@@ -106,3 +106,28 @@ def test_prompts_and_bytes_of_a_request_are_counted(sum_text: TextModel) -> None
             assert "hybrid_cache_request_body_bytes 0.0" in (await client.get("/metrics")).text
 
     run(test)
+
+
+def test_one_request_may_take_all_and_a_second_one_of_its_key_may_not() -> None:
+    bound = Bound("things", 12, by_tenant=True)
+    bound.take("a", 1)
+    bound.take("a", 11, held=1)
+    assert bound.total == 12
+    bound.give_back("a", 4)
+    with pytest.raises(OverShare, match="8 things here, and of 12 only 4"):
+        bound.take("a", 1)
+
+
+def test_more_prompts_than_ever_fit_are_refused_for_good(sum_text: TextModel) -> None:
+    async def test() -> None:
+        app = new_app(new_engine(max_running=2, max_waiting=6), sum_text, api_keys=("alice", "bob"))
+        async with in_process(app) as client:
+            for number, status in ((6, 200), (7, 400)):
+                asked = {"prompt": ["x"] * number, "max_tokens": 1}
+                reply = await client.post(TEXTS, json=asked, headers={"x-api-key": "alice"})
+                assert reply.status_code == status
+            error = reply.json()["error"]
+            assert (error["message"], error["param"]) == ("7 prompts in one request, at most 6 can wait here", "prompt")
+            assert "hybrid_cache_requests_open 0.0" in (await client.get("/metrics")).text
+
+    run(test)

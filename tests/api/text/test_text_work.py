@@ -55,6 +55,18 @@ def test_an_error_reaches_whoever_waits() -> None:
     asyncio.run(test())
 
 
+@pytest.mark.parametrize("kind", [StopIteration, KeyboardInterrupt, SystemExit, asyncio.CancelledError])
+def test_what_would_end_an_event_loop_is_an_error_of_the_work(kind: type[BaseException]) -> None:
+    async def test() -> None:
+        def fails() -> None:
+            raise kind
+
+        with pytest.raises(RuntimeError, match=kind.__name__):
+            await asyncio.wait_for(TextWork(1).run("", LONG, fails), 10)
+
+    asyncio.run(test())
+
+
 def test_tenants_take_turns_and_short_texts_go_before_long_ones() -> None:
     async def test() -> None:
         work, held = TextWork(1), Held()
