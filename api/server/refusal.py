@@ -10,6 +10,7 @@ from hybrid_cache.api.server.errors import Problem
 
 DRAINED_BYTES = 40 * 2**20  # four times the default limit
 DRAINED_S = 5.0
+SILENCE_S = 0.3  # who sends nothing for so long waits for the answer
 
 
 async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,6 +33,7 @@ async def send_problem(problem: Problem, scope: Scope, receive: Receive, send: S
 async def _drain(receive: Receive) -> None:
     size, more = 0, True
     while more and size < DRAINED_BYTES:
-        message = await receive()
+        async with asyncio.timeout(SILENCE_S):
+            message = await receive()
         size += len(message.get("body", b""))
         more = message.get("more_body", False)

@@ -313,14 +313,15 @@ def test_the_body_of_a_get_is_not_waited_for(quick: str) -> None:
         assert answer(client).startswith(b"HTTP/1.1 200")
 
 
-def test_chunks_of_a_byte_leave_others_their_turn(quick: str) -> None:
-    with dial(quick) as client:
+def test_chunks_of_a_byte_leave_others_their_turn(sum_text: TextModel) -> None:
+    with over_the_wire(new_app(new_engine(), sum_text)) as url, dial(url) as client:
+        client.settimeout(30)
         client.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
         with ThreadPoolExecutor(1) as threads:
             client.sendall(b"1\r\n \r\n" * 100_000 + b"0\r\n\r\n")
             answered, served = threads.submit(answer, client), 0
             while not answered.done():
-                assert httpx.get(f"{quick}/health", timeout=5).status_code == 200
+                assert httpx.get(f"{url}/health", timeout=5).status_code == 200
                 served += 1
     assert answered.result().startswith(b"HTTP/1.1 400")
     assert served > 3
