@@ -19,7 +19,7 @@ def json_bytes(value: object) -> bytes:
 
 def json_in_pieces(value: object) -> bytes:
     """The same of a large value: between two pieces other threads run, and work that nobody wants ends."""
-    return "".join(_pieces(value, DEPTH)).encode()
+    return b"".join(piece.encode() for piece in _pieces(value, DEPTH))
 
 
 def _pieces(value: object, depth: int) -> Iterator[str]:

@@ -47,7 +47,7 @@ class StrictConnection(h11.Connection):
     def next_event(self) -> Any:
         event = super().next_event()
         if isinstance(event, h11.Request):
-            size = len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
+            size = len(event.target) + sum(len(name) + len(value) + 3 for name, value in event.headers)
             if size > HEADER_BYTES:  # h11 looks at the size of what is incomplete alone
                 raise h11.RemoteProtocolError(f"headers of more than {HEADER_BYTES} bytes")
             names = {name for name, _ in event.headers}
