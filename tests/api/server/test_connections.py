@@ -279,6 +279,13 @@ def test_headers_have_one_bound_however_they_come(quick: str, size: int, status:
     assert status == 200 or b"more than 65536 bytes of headers" in received
 
 
+@pytest.mark.parametrize(("number", "status"), [(15_000, 200), (17_000, 400)])
+def test_so_have_many_short_headers_at_once(quick: str, number: int, status: int) -> None:
+    with dial(quick) as client:
+        client.sendall(HEALTH[:-2] + b"a:\r\n" * number + b"\r\n")
+        assert answer(client).startswith(b"HTTP/1.1 %d" % status)
+
+
 @pytest.mark.parametrize("late", [b"\r\n", HEALTH, b"x" * 10_000])
 def test_who_goes_after_sending_more_is_noticed(sum_text: TextModel, late: bytes) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 4000, "ignore_eos": True})
