@@ -65,6 +65,7 @@ class ChatReply(OpenAIReply):
         self._asked = asked
         self._arranged = arranged
         self._plan: Plan | None = None
+        self._reported: ChoreographyReport | None = None  # of a whole reply
         self._prompt_ids: Sequence[int] = ()
         self._choices = [_Choice() for _ in range(asked.n or 1)]
 
@@ -73,6 +74,8 @@ class ChatReply(OpenAIReply):
             self._take_event(event)
             if isinstance(event, Text | ToolCall) and (entry := self._logprob(event.token)):
                 self._choices[event.choice].logprobs.append(entry)
+        if self._arranged is not None and all(choice.finish for choice in self._choices):
+            self._reported = self._report()  # here, not where the reply is built: it writes to the message book
 
     def _take_event(self, event: Event) -> None:
         match event:
@@ -93,8 +96,8 @@ class ChatReply(OpenAIReply):
             choices=[],
             usage=self._usage(),
         )
-        if (report := self._report()) is not None:
-            body.choreography = report
+        if self._reported is not None:
+            body.choreography = self._reported
         if self._asked.return_token_ids:
             body.prompt_token_ids = list(self._prompt_ids)
         choices = [self._whole_choice(i, choice) for i, choice in enumerate(self._choices)]

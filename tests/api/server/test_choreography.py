@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
@@ -55,6 +56,23 @@ def said(body: Any) -> str:
 
 def actions(body: Any) -> list[str]:
     return [item["action"] for item in body["choreography"]["plan"]["items"]]
+
+
+def test_a_large_reply_enters_its_answer_in_the_book_on_the_event_loop(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, add = [], book.MessageBook.add
+
+    def noted(*args: object, **fields: object) -> object:
+        names.append(threading.current_thread().name)
+        return add(*args, **fields)
+
+    monkeypatch.setattr(book.MessageBook, "add", noted)
+    scored = {"logprobs": True, "top_logprobs": 20, "max_tokens": 250, "ignore_eos": True}
+    body = ask(client, user(GARAGE), user(ASK), choreography=COMPOSED, **scored)
+    assert len(body["choices"][0]["logprobs"]["content"]) == 250
+    assert ask(client, ref(body["choreography"]["answer"]), user(ASK), choreography=COMPOSED)
+    assert not [name for name in names if name.startswith("hybrid-cache-text")]
 
 
 def test_messages_are_named_and_used_again_in_another_order(client: httpx.Client) -> None:
