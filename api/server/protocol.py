@@ -50,6 +50,8 @@ class StrictConnection(h11.Connection):
             size = len(event.target) + sum(len(name) + len(value) + 3 for name, value in event.headers)
             if size > HEADER_BYTES:  # h11 looks at the size of what is incomplete alone
                 raise h11.RemoteProtocolError(f"headers of more than {HEADER_BYTES} bytes")
+            if event.http_version not in (b"1.0", b"1.1"):
+                raise h11.RemoteProtocolError("no version that is spoken here")
             names = {name for name, _ in event.headers}
             if {b"content-length", b"transfer-encoding"} <= names:
                 raise h11.RemoteProtocolError("Content-Length beside Transfer-Encoding")

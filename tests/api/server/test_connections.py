@@ -458,3 +458,10 @@ def test_who_is_refused_gets_to_read_why_after_a_large_body(sum_text: TextModel,
                 client.sendall(b"POST /v1/completions HTTP/1.1\r\n" + head + framing)
                 client.sendall(body)
                 assert until_closed(client).startswith(b"HTTP/1.1 %d" % status)
+
+
+@pytest.mark.parametrize("version", [b"2.0", b"9.9", b"0.9"])
+def test_a_version_that_nobody_speaks_is_refused(quick: str, version: bytes) -> None:
+    with dial(quick) as client:
+        client.sendall(HEALTH.replace(b"HTTP/1.1", b"HTTP/" + version))
+        assert until_closed(client).startswith(b"HTTP/1.1 400")
