@@ -85,7 +85,7 @@ class Tokenizer:
         It is halved until none comes out. Raises RequestError for a character that is a special token by itself.
         """
         ids = self.encode(text)
-        if not self.num_structure_tokens(ids):
+        if self._structure_ids.isdisjoint(ids):
             return ids
         if len(text) == 1:
             raise RequestError(f"the character {text!r} is a special token of this model, and cannot be text")

@@ -279,3 +279,13 @@ def test_what_a_tokenizer_folds_into_a_special_token_is_refused(normalizer: norm
     folded = "<|E|>" if isinstance(normalizer, normalizers.Lowercase) else "\uff1c|e|\uff1e"
     with pytest.raises(RequestError, match="takes for a special token"):
         encoder.encode([TemplateMessage("user", (TextPart(folded),))], Rendering(), ROOM)
+
+
+def test_the_token_of_unknown_characters_is_text_where_a_client_writes_it() -> None:
+    backend = Backend.from_str(small_text().tokenizer._backend.to_str())
+    backend.add_special_tokens(["<unk>"])
+    tokenizer = Tokenizer(backend, {"unk_token": "<unk>"})
+    encoder = ChatEncoder(tokenizer, {"default": ChatTemplate(TEMPLATE, {})})
+    tokens = encoder.encode([TemplateMessage("user", (TextPart("a <unk> b"),))], Rendering(), ROOM).tokens.tolist()
+    assert tokenizer.id_of("<unk>") not in tokens
+    assert "a <unk> b" in tokenizer.decode(tokens)
