@@ -84,7 +84,7 @@ class ChatEncoder:
     def conversation(self, messages: Sequence[TemplateMessage], rendering: Rendering, max_tokens: int) -> Conversation:
         """Raises RequestError, and ContextTooLong for more than `max_tokens` tokens."""
         sent = sum(len(part.text) for message in messages for part in message.parts or ())
-        self._tokenizer.check_length(sent, max_tokens, "messages")
+        self._tokenizer.check_characters(sent, max_tokens, "messages")
         clock = Clock()
         rendered = self._whole(messages, rendering, clock)
         self._tokenizer.check_fits(rendered.text, max_tokens, "messages")

@@ -94,7 +94,7 @@ class Tokenizer:
 
     def check_fits(self, text: str, max_tokens: int, param: str) -> None:
         """Raises ContextTooLong for long text with more than `max_tokens` tokens, when so many have been counted."""
-        self.check_size(text, max_tokens, param)
+        self.check_characters(len(text), max_tokens, param)
         if len(text) <= max(BLOCK, LIKELY_LENGTH * max_tokens):
             return
         count = 0
@@ -106,12 +106,8 @@ class Tokenizer:
                     param=param,
                 )
 
-    def check_size(self, text: str, max_tokens: int, param: str) -> None:
-        """Raises ContextTooLong for text that cannot fit, without taking the time to tokenise it."""
-        self.check_length(len(text), max_tokens, param)
-
-    def check_length(self, num_characters: int, max_tokens: int, param: str) -> None:
-        """As `check_size`, of text of so many characters."""
+    def check_characters(self, num_characters: int, max_tokens: int, param: str) -> None:
+        """Raises ContextTooLong for text that cannot fit by its length, without taking the time to tokenise it."""
         most = max_tokens * self._longest
         if num_characters > max(most, LONG_TEXT):
             raise ContextTooLong(

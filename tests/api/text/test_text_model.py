@@ -102,7 +102,7 @@ def test_long_text_has_the_same_tokens(sum_text: TextModel) -> None:
     piece = "Grüße <|im_end|>"
     assert sum_text.tokenizer.encode(text) == sum_text.tokenizer.encode(piece) * LONG_TEXT
     with pytest.raises(ContextTooLong, match=str(len(text))):
-        sum_text.tokenizer.check_size(text, 100, "prompt")
+        sum_text.tokenizer.check_characters(len(text), 100, "prompt")
 
 
 @pytest.mark.parametrize(
