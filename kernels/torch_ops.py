@@ -507,7 +507,7 @@ def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: 
     if window is not None:
         visible &= positions > positions[-TILE:, None] - window
     scores.masked_fill_(~visible, -torch.inf)
-    y = scores.softmax(-1).flatten(1, 2) @ values
+    y = _softmax(scores).flatten(1, 2) @ values
     return y.view(heads, TILE, d).transpose(0, 1).to(q.dtype)
 
 
@@ -515,7 +515,12 @@ def _attend_last(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
     """q [heads, d], keys, values [kv_heads, T, d] -> [heads, d]."""
     grouped = q.float().reshape(len(keys), -1, q.shape[-1])
     scores = (grouped @ keys.contiguous().transpose(1, 2)) * scale
-    return (scores.softmax(-1) @ values.contiguous()).view(q.shape).to(q.dtype)
+    return (_softmax(scores) @ values.contiguous()).view(q.shape).to(q.dtype)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """The weights of the last dimension, without those that are no normal numbers: a CPU multiplies these slowly."""
+    return F.threshold_(scores.softmax(-1), torch.finfo(torch.float32).tiny, 0.0)
 
 
 # Mamba-2

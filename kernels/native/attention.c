@@ -8,6 +8,7 @@
 #include "vec.h"
 
 #define LOG2_E 1.44269504088896341f
+#define LEAST -160.0f /* 2^-160 is 0 */
 
 typedef struct {
     int64_t num_heads, num_kv_heads, head_dim;
@@ -21,7 +22,7 @@ typedef struct {
 /* One query of one head, while the pages go by. */
 typedef struct {
     const void *query; /* [d], of the rows' type where pairs are multiplied, else float32 */
-    float *result;     /* [dp], then highest and total */
+    float *result;     /* [dp], then the sums of weights [16] and the highest score */
 } Query;
 
 /* Of one thread: keys [dp, 64] transposed, values [64, dp], and room for as many queries as a task has. */
@@ -30,23 +31,25 @@ typedef struct {
     Query *queries;
 } Memory;
 
-/* Floats of one query: its result, highest and total, and the query itself in float32. */
-static int64_t query_size(const Attention *a) { return 2 * ROUND_UP(a->head_dim) + 2; }
+/* Floats of one query: its result, sums and highest score, and the query itself in float32; whole cache lines. */
+static int64_t query_size(const Attention *a) { return 2 * (ROUND_UP(a->head_dim) + LANES); }
 
 static int64_t most_queries(const Layout *l, const Attention *a) {
     const int64_t rows = l->num_tiles && l->num_decode < TILE ? TILE : l->num_decode;
     return rows * (a->num_heads / a->num_kv_heads);
 }
 
+static int64_t pointers_size(const Layout *l, const Attention *a) {
+    return ROUND_UP(most_queries(l, a) * (int64_t)(sizeof(Query) / sizeof(float)));
+}
+
 static int64_t thread_size(const Layout *l, const Attention *a) {
-    const int64_t pointers = sizeof(Query) / sizeof(float);
-    return ROUND_UP(2 * TILE * ROUND_UP(a->head_dim) + most_queries(l, a) * (query_size(a) + pointers));
+    return 2 * TILE * ROUND_UP(a->head_dim) + pointers_size(l, a) + most_queries(l, a) * query_size(a);
 }
 
 static Memory memory_of(const Layout *l, const Attention *a, float *mine) {
     float *values = mine + TILE * ROUND_UP(a->head_dim), *queries = values + TILE * ROUND_UP(a->head_dim);
-    const int64_t pointers = sizeof(Query) / sizeof(float);
-    return (Memory){mine, values, queries + most_queries(l, a) * pointers, (Query *)queries};
+    return (Memory){mine, values, queries + pointers_size(l, a), (Query *)queries};
 }
 
 int64_t attention_scratch(const Layout *l, const Attention *a, int64_t num_threads) {
@@ -91,12 +94,13 @@ static Span span_of(const Attention *a, int64_t page, int64_t length) {
 }
 
 /* scores [64] of one query -> weights exp2(scale * score - highest), in float32 or, `pairs`, in bfloat16; -> what to
- * multiply earlier results with. scale: log2(e) times that of the scores. seen: the highest score, times scale, and the
- * sum of the weights so far */
+ * multiply earlier results with. scale: log2(e) times that of the scores. seen: the sums of the weights so far [16], then
+ * the highest score, times scale */
 INLINE float soften(const float *scores, float scale, Span span, float *seen, void *weights, const int pairs) {
     const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vf hidden = splat(-__builtin_inff());
     const int32_t first = (int32_t)span.first, end = (int32_t)span.end;
+    float *highest = seen + LANES, keep = 1.0f;
     vf s[4];
     if (first >= end) { /* the window has left this page behind, or it lies ahead */
         memset(weights, 0, TILE * (pairs ? 2 : 4));
@@ -108,15 +112,18 @@ INLINE float soften(const float *scores, float scale, Span span, float *seen, vo
             const vi token = lane + LANES * j;
             s[j] = choose((token >= first) & (token < end), s[j], hidden);
         }
-    const float now = largest(vmax(vmax(s[0], s[1]), vmax(s[2], s[3]))), before = seen[0];
-    seen[0] = now > before ? now : before;
+    const vf most = vmax(vmax(s[0], s[1]), vmax(s[2], s[3]));
+    if (any_above(most, *highest)) { /* seldom, after the first pages */
+        const float now = largest(most), less = *highest - now;
+        keep = vexp2(splat(less > LEAST ? less : LEAST))[0];
+        *highest = now;
+    }
     for (int j = 0; j < 4; j++) {
-        s[j] = vexp2(vmax(s[j] - seen[0], splat(-160.0f)));
+        s[j] = vexp2(vmax(s[j] - *highest, splat(LEAST)));
         store(weights, LANES * j, s[j], pairs);
     }
-    const vf keep = vexp2(splat(before - seen[0] > -160.0f ? before - seen[0] : -160.0f));
-    seen[1] = keep[0] * seen[1] + sum((s[0] + s[1]) + (s[2] + s[3]));
-    return keep[0];
+    store_f32(seen, keep * load_f32(seen) + ((s[0] + s[1]) + (s[2] + s[3])));
+    return keep;
 }
 
 /* How a page multiplies: in float32, or, for bfloat16 rows where the CPU can, in pairs of bfloat16. Then the weights are
@@ -188,8 +195,8 @@ static void read_page_pairs(const Attention *a, int64_t page, int64_t kv_head, i
 INLINE void attend_block(const Attention *a, const Query *q, const Span *spans, const int64_t step, const float *keys,
                          const float *values, const int pairs, const int rows) {
     const int64_t d = a->head_dim, dp = ROUND_UP(d);
-    float scores[BLOCK][TILE], keep[BLOCK], *to[BLOCK], *results[BLOCK];
-    uint16_t rounded[BLOCK][TILE];
+    float scores[BLOCK][TILE] __attribute__((aligned(64))), keep[BLOCK], *to[BLOCK], *results[BLOCK];
+    uint16_t rounded[BLOCK][TILE] __attribute__((aligned(64)));
     const void *queries[BLOCK], *weights[BLOCK];
     int64_t end = 0;
     for (int i = 0; i < rows; i++) {
@@ -232,23 +239,36 @@ INLINE void read_kv(const Attention *a, int64_t page, int64_t kv_head, int64_t n
         read_page(a, page, kv_head, num_tokens, keys, values, bf16);
 }
 
-/* Query and result of one head of one row, before its first page; `floats` [2 dp + 2]. */
+/* Asks for the rows of a page that read_kv will want. */
+INLINE void prefetch_kv(const Attention *a, int64_t page, int64_t kv_head, int bf16) {
+    const int64_t d = a->head_dim, row = a->num_kv_heads * d, line = bf16 ? 32 : 16;
+    const int64_t k = page * a->key_page_size + kv_head * d, v = page * a->value_page_size + kv_head * d;
+    for (int64_t t = 0; t < TILE; t++)
+        for (int64_t i = 0; i < d; i += line) {
+            __builtin_prefetch(at(a->keys, k + t * row + i, bf16), 0, 2);
+            __builtin_prefetch(at(a->values, v + t * row + i, bf16), 0, 2);
+        }
+}
+
+/* Query and result of one head of one row, before its first page. */
 INLINE Query new_query(const Attention *a, const void *q, int64_t head, float *floats, int bf16) {
     const int64_t d = a->head_dim, dp = ROUND_UP(d);
     Query new = {at(q, head * d, bf16), floats};
-    memset(floats, 0, (size_t)(dp + 2) * sizeof *floats);
-    floats[dp] = -__builtin_inff();
+    float *own = floats + dp + 2 * LANES;
+    memset(floats, 0, (size_t)(dp + LANES) * sizeof *floats);
+    floats[dp + LANES] = -__builtin_inff();
     if (bf16 && !PAIRS(a, bf16)) {
-        new.query = floats + dp + 2;
-        for (int64_t i = 0; i < d; i += LANES) store_n(floats + dp + 2, i, load_n(q, head * d + i, d - i, 1), d - i, 0);
+        new.query = own;
+        for (int64_t i = 0; i < d; i += LANES) store_n(own, i, load_n(q, head * d + i, d - i, 1), d - i, 0);
     }
     return new;
 }
 
 INLINE void write_result(const Attention *a, const Query *q, void *out, int64_t head, int bf16) {
-    const int64_t d = a->head_dim, dp = ROUND_UP(d);
+    const int64_t d = a->head_dim;
+    const float total = sum(load_f32(q->result + ROUND_UP(d)));
     for (int64_t i = 0; i < d; i += LANES)
-        store_n(out, head * d + i, load_f32(q->result + i) / q->result[dp + 1], d - i, bf16);
+        store_n(out, head * d + i, load_f32(q->result + i) / total, d - i, bf16);
 }
 
 /* One tile of queries for the heads that share a kv head. Its tokens follow `start` others; they lie in one page, or,
@@ -265,6 +285,7 @@ INLINE void attend_tile(const Attention *a, const void *q, void *out, const int6
         Span spans[TILE];
         for (int64_t t = 0; t < TILE; t++) spans[t] = span_of(a, page, start + t + 1);
         read_kv(a, pages[page], kv_head, page == last ? end - page * TILE : TILE, m->keys, m->values, bf16);
+        if (page < last) prefetch_kv(a, pages[page + 1], kv_head, bf16);
         for (int64_t g = 0; g < group; g++)
             attend_page(a, m->queries + g * TILE, spans, 1, num_tokens, m->keys, m->values, PAIRS(a, bf16));
     }
@@ -321,6 +342,7 @@ INLINE void run(const Layout *l, const Attention *a, const void *q, const void *
     const int64_t row = a->num_heads * a->head_dim;
 #pragma omp parallel num_threads(num_threads)
     {
+        FLUSH_SUBNORMALS;
         const Memory memory = memory_of(l, a, scratch + THREAD() * thread_size(l, a));
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < l->num_rows; r++) {

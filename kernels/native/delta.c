@@ -264,6 +264,7 @@ INLINE void run(const Layout *l, const Heads *m, void *out, Pool state, float *s
                 const int bf16, const int by_column) {
 #pragma omp parallel num_threads(num_threads)
     {
+        FLUSH_SUBNORMALS;
         Work w;
         const int64_t size = divide(m, 0, &w);
         divide(m, scratch + THREAD() * size, &w);

@@ -93,14 +93,18 @@ INLINE void some_rows(const uint16_t *x, int64_t stride, int64_t in, const uint1
 void linear(const uint16_t *x, int64_t stride, int64_t num_rows, int64_t in, int64_t out, const uint16_t *weight,
             const float *bias, uint16_t *y, int64_t num_threads) {
     const int64_t num_panels = (out + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t p = 0; p < num_panels; p++) {
-        const uint16_t *panel = weight + p * in * PANEL;
-        const float *b = bias ? bias + p * PANEL : 0;
-        const int64_t n = out - p * PANEL < PANEL ? out - p * PANEL : PANEL;
-        some_rows(x, stride, in, panel, b, y + p * PANEL, out, n, num_rows, 8192);
-        for (int64_t r = BLOCK_ROWS; r < num_rows; r += BLOCK_ROWS)
-            some_rows(x + r * stride, stride, in, panel, b, y + r * out + p * PANEL, out, n, num_rows - r, 0);
+#pragma omp parallel num_threads(num_threads)
+    {
+        FLUSH_SUBNORMALS;
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < num_panels; p++) {
+            const uint16_t *panel = weight + p * in * PANEL;
+            const float *b = bias ? bias + p * PANEL : 0;
+            const int64_t n = out - p * PANEL < PANEL ? out - p * PANEL : PANEL;
+            some_rows(x, stride, in, panel, b, y + p * PANEL, out, n, num_rows, 8192);
+            for (int64_t r = BLOCK_ROWS; r < num_rows; r += BLOCK_ROWS)
+                some_rows(x + r * stride, stride, in, panel, b, y + r * out + p * PANEL, out, n, num_rows - r, 0);
+        }
     }
 }
 

@@ -14,6 +14,7 @@ INLINE void convolve(const Layout *l, const void *x, int64_t stride, int64_t cha
                      const float *bias, void *out, Pool conv, int64_t num_threads, int activation, int bf16) {
 #pragma omp parallel num_threads(num_threads)
     {
+        FLUSH_SUBNORMALS;
 #pragma omp single nowait
         clear_unused_rows(l, out, channels * (bf16 ? 2 : 4));
 #pragma omp for schedule(static) nowait
@@ -139,6 +140,7 @@ INLINE void run(const Layout *l, const Scan *s, void *out, Pool state, float *sc
     const int64_t num_blocks = (s->channels + MOST_CHANNELS - 1) / MOST_CHANNELS;
 #pragma omp parallel num_threads(num_threads)
     {
+        FLUSH_SUBNORMALS;
 #pragma omp single nowait
         clear_unused_rows(l, out, s->channels * (bf16 ? 2 : 4));
 #pragma omp for schedule(static) nowait

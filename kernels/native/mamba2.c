@@ -238,6 +238,7 @@ INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, P
     const int64_t num_groups = w->num_groups, tasks = l->num_tiles * (num_groups + 1);
 #pragma omp parallel num_threads(num_threads)
     {
+        FLUSH_SUBNORMALS;
         float *mine = p->threads + THREAD() * p->thread_size;
 #pragma omp for schedule(dynamic) nowait
         for (int64_t task = 0; task < tasks; task++) {

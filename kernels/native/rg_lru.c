@@ -47,6 +47,7 @@ INLINE void run(const Layout *l, const Unit *u, void *out, Pool state, int64_t n
     const int64_t num_blocks = (u->channels + MOST_CHANNELS - 1) / MOST_CHANNELS;
 #pragma omp parallel num_threads(num_threads)
     {
+        FLUSH_SUBNORMALS;
 #pragma omp single nowait
         clear_unused_rows(l, out, u->channels * (bf16 ? 2 : 4));
 #pragma omp for schedule(dynamic) nowait

@@ -4,17 +4,21 @@
 
 INLINE void norm_rows(const void *x, int64_t stride, int64_t num_rows, int64_t size, const void *weight, float eps,
                       void *out, int64_t num_threads, int bf16) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t r = 0; r < num_rows; r++) {
-        vf squares = splat(0);
-        for (int64_t i = 0; i < size; i += LANES) {
-            vf v = load_n(x, r * stride + i, size - i, bf16);
-            squares += v * v;
-        }
-        const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)size + eps);
-        for (int64_t i = 0; i < size; i += LANES) {
-            vf v = load_n(x, r * stride + i, size - i, bf16) * scale * load_n(weight, i, size - i, bf16);
-            store_n(out, r * size + i, v, size - i, bf16);
+#pragma omp parallel num_threads(num_threads)
+    {
+        FLUSH_SUBNORMALS;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < num_rows; r++) {
+            vf squares = splat(0);
+            for (int64_t i = 0; i < size; i += LANES) {
+                vf v = load_n(x, r * stride + i, size - i, bf16);
+                squares += v * v;
+            }
+            const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)size + eps);
+            for (int64_t i = 0; i < size; i += LANES) {
+                vf v = load_n(x, r * stride + i, size - i, bf16) * scale * load_n(weight, i, size - i, bf16);
+                store_n(out, r * size + i, v, size - i, bf16);
+            }
         }
     }
 }
@@ -29,13 +33,17 @@ void rms_norm(const void *x, int64_t stride, int64_t num_rows, int64_t size, con
 
 INLINE void silu_mul_rows(const void *x, int64_t stride, int64_t num_rows, int64_t size, void *out, int64_t num_threads,
                           int bf16) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t r = 0; r < num_rows; r++)
-        for (int64_t i = 0; i < size; i += LANES) {
-            vf gate = load_n(x, r * stride + i, size - i, bf16);
-            vf up = load_n(x, r * stride + size + i, size - i, bf16);
-            store_n(out, r * size + i, vsilu(gate) * up, size - i, bf16);
-        }
+#pragma omp parallel num_threads(num_threads)
+    {
+        FLUSH_SUBNORMALS;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < num_rows; r++)
+            for (int64_t i = 0; i < size; i += LANES) {
+                vf gate = load_n(x, r * stride + i, size - i, bf16);
+                vf up = load_n(x, r * stride + size + i, size - i, bf16);
+                store_n(out, r * size + i, vsilu(gate) * up, size - i, bf16);
+            }
+    }
 }
 
 /* x rows [2 * size] -> out rows [size] */
@@ -49,16 +57,20 @@ void silu_mul(const void *x, int64_t stride, int64_t num_rows, int64_t size, voi
 
 INLINE void turn_rows(const void *x, int64_t stride, int64_t num_rows, int64_t num_heads, int64_t half,
                       const float *cos, const float *sin, void *out, int64_t num_threads, int bf16) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t r = 0; r < num_rows; r++)
-        for (int64_t h = 0; h < num_heads; h++)
-            for (int64_t i = 0; i < half; i += LANES) {
-                const int64_t from = r * stride + 2 * h * half + i, to = (r * num_heads + h) * 2 * half + i;
-                vf a = load_n(x, from, half - i, bf16), b = load_n(x, from + half, half - i, bf16);
-                vf c = load_n(cos, r * half + i, half - i, 0), s = load_n(sin, r * half + i, half - i, 0);
-                store_n(out, to, a * c - b * s, half - i, bf16);
-                store_n(out, to + half, b * c + a * s, half - i, bf16);
-            }
+#pragma omp parallel num_threads(num_threads)
+    {
+        FLUSH_SUBNORMALS;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < num_rows; r++)
+            for (int64_t h = 0; h < num_heads; h++)
+                for (int64_t i = 0; i < half; i += LANES) {
+                    const int64_t from = r * stride + 2 * h * half + i, to = (r * num_heads + h) * 2 * half + i;
+                    vf a = load_n(x, from, half - i, bf16), b = load_n(x, from + half, half - i, bf16);
+                    vf c = load_n(cos, r * half + i, half - i, 0), s = load_n(sin, r * half + i, half - i, 0);
+                    store_n(out, to, a * c - b * s, half - i, bf16);
+                    store_n(out, to + half, b * c + a * s, half - i, bf16);
+                }
+    }
 }
 
 /* x rows [num_heads, 2 * half], cos and sin [num_rows, half] -> out rows [num_heads, 2 * half] */
@@ -84,21 +96,25 @@ INLINE void move_rows(const Pages *k, const Pages *v, const int64_t *sources, co
                       const int64_t *delta, const float *cos, const float *sin, int64_t head_dim, int64_t first,
                       int64_t half, int64_t num_threads, int bf16) {
     const size_t size = bf16 ? 2 : 4;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t r = 0; r < num_rows; r++) {
-        memcpy(page_row(v, targets[r], bf16), page_row(v, sources[r], bf16), (size_t)v->row * size);
-        void *to = page_row(k, targets[r], bf16);
-        const void *from = page_row(k, sources[r], bf16);
-        memcpy(to, from, (size_t)k->row * size);
-        if (!cos || !delta[r]) continue;
-        for (int64_t h = first; h < k->row; h += head_dim)
-            for (int64_t i = 0; i < half; i += LANES) {
-                const int64_t n = half - i;
-                vf a = load_n(from, h + i, n, bf16), b = load_n(from, h + half + i, n, bf16);
-                vf c = load_n(cos, r * half + i, n, 0), s = load_n(sin, r * half + i, n, 0);
-                store_n(to, h + i, a * c - b * s, n, bf16);
-                store_n(to, h + half + i, b * c + a * s, n, bf16);
-            }
+#pragma omp parallel num_threads(num_threads)
+    {
+        FLUSH_SUBNORMALS;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < num_rows; r++) {
+            memcpy(page_row(v, targets[r], bf16), page_row(v, sources[r], bf16), (size_t)v->row * size);
+            void *to = page_row(k, targets[r], bf16);
+            const void *from = page_row(k, sources[r], bf16);
+            memcpy(to, from, (size_t)k->row * size);
+            if (!cos || !delta[r]) continue;
+            for (int64_t h = first; h < k->row; h += head_dim)
+                for (int64_t i = 0; i < half; i += LANES) {
+                    const int64_t n = half - i;
+                    vf a = load_n(from, h + i, n, bf16), b = load_n(from, h + half + i, n, bf16);
+                    vf c = load_n(cos, r * half + i, n, 0), s = load_n(sin, r * half + i, n, 0);
+                    store_n(to, h + i, a * c - b * s, n, bf16);
+                    store_n(to, h + half + i, b * c + a * s, n, bf16);
+                }
+        }
     }
 }
 

@@ -188,23 +188,31 @@ static int64_t sample_row(const float *logits, int64_t vocab, const Draws *d, in
 /* logits [num_rows, vocab] -> tokens [num_rows] */
 void sample(const float *logits, int64_t num_rows, int64_t vocab, const Draws *draws, int64_t *tokens, float *scratch,
             int64_t num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t r = 0; r < num_rows; r++)
-        tokens[r] = sample_row(logits + r * vocab, vocab, draws, r, scratch + THREAD() * row_size(vocab));
+#pragma omp parallel num_threads(num_threads)
+    {
+        FLUSH_SUBNORMALS;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < num_rows; r++)
+            tokens[r] = sample_row(logits + r * vocab, vocab, draws, r, scratch + THREAD() * row_size(vocab));
+    }
 }
 
 /* logits [num_rows, vocab] -> the largest of each row, and the sum of exp(logit - largest) */
 void log_sum_exp(const float *logits, int64_t num_rows, int64_t vocab, float *most, float *sums, float *scratch,
                  int64_t num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t r = 0; r < num_rows; r++) {
-        float *weights = scratch + THREAD() * row_size(vocab), *of_block = weights + ROUND_UP(vocab);
-        most[r] = maxima(logits + r * vocab, vocab, of_block);
-        if (__builtin_isinf(most[r])) {
-            sums[r] = 1;
-            continue;
+#pragma omp parallel num_threads(num_threads)
+    {
+        FLUSH_SUBNORMALS;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < num_rows; r++) {
+            float *weights = scratch + THREAD() * row_size(vocab), *of_block = weights + ROUND_UP(vocab);
+            most[r] = maxima(logits + r * vocab, vocab, of_block);
+            if (__builtin_isinf(most[r])) {
+                sums[r] = 1;
+                continue;
+            }
+            weigh(logits + r * vocab, vocab, most[r], 1, weights, of_block);
+            sums[r] = (float)add_up(weights, vocab, 0, of_block);
         }
-        weigh(logits + r * vocab, vocab, most[r], 1, weights, of_block);
-        sums[r] = (float)add_up(weights, vocab, 0, of_block);
     }
 }

@@ -20,6 +20,42 @@
 #define INLINE static inline __attribute__((always_inline))
 #define ROUND_UP(n) (((n) + LANES - 1) / LANES * LANES)
 
+/* For the rest of a block, numbers below 2^-126 are zero, whatever the calling thread has set. The weights of a softmax and
+ * the decays of a state are full of them, and each would cost a product a hundred cycles. Stands first in each parallel
+ * region, since each thread has a mode of its own. */
+#define FLUSH_SUBNORMALS \
+    const uint64_t mode_before __attribute__((cleanup(restore_mode), unused)) = flush_subnormals()
+
+#if defined(__SSE2__)
+#define GET_MODE() __builtin_ia32_stmxcsr()
+#define SET_MODE(mode) __builtin_ia32_ldmxcsr((uint32_t)(mode))
+#define FLUSH 0x8040 /* of results, of operands */
+#elif defined(__aarch64__)
+INLINE uint64_t GET_MODE(void) {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+}
+INLINE void SET_MODE(uint64_t mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+#define FLUSH (1 << 24)
+#else
+#define GET_MODE() 0
+#define SET_MODE(mode) (void)(mode)
+#define FLUSH 0
+#endif
+
+INLINE void restore_mode(const uint64_t *mode) {
+    __asm__ volatile("" : : : "memory");
+    SET_MODE(*mode);
+}
+
+INLINE uint64_t flush_subnormals(void) {
+    const uint64_t before = GET_MODE();
+    SET_MODE(before | FLUSH);
+    __asm__ volatile("" : : : "memory"); /* nothing is computed from memory before this */
+    return before;
+}
+
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
@@ -121,6 +157,19 @@ INLINE float largest(vf v) {
     float most = v[0];
     for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
     return most;
+}
+#endif
+
+/* Is one of them above b? A NaN is not. */
+#ifdef __AVX512F__
+INLINE int any_above(vf a, float b) {
+    return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(b), _CMP_GT_OQ) != 0;
+}
+#else
+INLINE int any_above(vf a, float b) {
+    int above = 0;
+    for (int i = 0; i < LANES; i++) above |= a[i] > b;
+    return above;
 }
 #endif
 

@@ -64,6 +64,42 @@ def test_rows_may_be_views(problem, turned):
     assert same(bits(Views(problem, turned)), bits(problem))
 
 
+LEAST = 2.0**-126  # of normal numbers
+
+
+class Scaled:
+    """A problem with inputs so large or small that weights, decays or products are smaller than a normal number."""
+
+    def __init__(self, problem, scale):
+        self._problem, self._scale = problem, scale
+        self.inputs, self.cache = problem.inputs, problem.cache
+
+    def apply(self, ops, inputs, layout, cache):
+        return self._problem.apply(ops, [self._scaled(x) for x in inputs], layout, cache)
+
+    def _scaled(self, x):
+        y = self._scale * x.double()
+        return y.where(y.abs() > 1.01 * LEAST, 0).to(x.dtype)
+
+
+@pytest.fixture
+def flush():
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("scale", [30.0, 2.0**-64, 2.0**-123], ids=["large", "small", "least"])
+def test_numbers_below_the_normal_ones_are_zero_whatever_the_thread_has_set(problem, scale, flush):
+    flush(True)
+    expected = bits(Scaled(problem, scale))
+    assert torch.tensor(2.0**-100) * 2.0**-30 == 0  # its mode is as before
+    flush(False)
+    found = bits(Scaled(problem, scale))
+    assert torch.tensor(2.0**-100) * 2.0**-30 > 0
+    assert same(found, expected)
+    assert not any(((x != 0) & (x.abs() < LEAST)).any() for x in found)
+
+
 def test_rows_of_no_token_come_out_as_zeros(problem):
     """Padding behind a chunk of 70 tokens, and behind a decode row."""
     layout, _ = arrange([Run(0, 70, 0, 0, True, [0, 1], [])], [Run(0, 1, 64, 1, False, [2, 3], [])], packed=False)
