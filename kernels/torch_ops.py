@@ -520,7 +520,8 @@ def _attend_last(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
 
 def _softmax(scores: Tensor) -> Tensor:
     """The weights of the last dimension, without those that are no normal numbers: a CPU multiplies these slowly."""
-    return F.threshold_(scores.softmax(-1), torch.finfo(torch.float32).tiny, 0.0)
+    weights = scores.softmax(-1)
+    return F.threshold(weights, torch.finfo(torch.float32).tiny, 0.0, inplace=True)
 
 
 # Mamba-2
