@@ -18,7 +18,8 @@ from hybrid_cache.choreography.arrangement import Encoding, Fidelity, Style, clo
 from hybrid_cache.choreography.assembly import Piece, arranged
 from hybrid_cache.choreography.book import Message, MessageBook
 from hybrid_cache.choreography.plan import Plan
-from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import RequestError, RequestFailed
 from hybrid_cache.request import FailedOutput, FinishReason, PromptOutput, Request, TokenOutput, namespace_of
 from hybrid_cache.sampling import SamplingParams, TokenLogprob

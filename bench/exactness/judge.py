@@ -12,7 +12,7 @@ from hybrid_cache.bench.exactness.traffic import Traffic, room
 from hybrid_cache.choreography.arrangement import Fidelity
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.engine.engine import Outputs
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams

@@ -23,7 +23,8 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Worker
-from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.kernels import reference, sampling, selfcheck
 from hybrid_cache.kernels.grid import TILE

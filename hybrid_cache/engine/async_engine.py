@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
 from hybrid_cache.request import FailedOutput, Output, Request, TokenOutput
 from hybrid_cache.stats import EngineStats

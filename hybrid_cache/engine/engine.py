@@ -5,7 +5,7 @@ Nothing is published before the pass that fills it has completed. `async_engine`
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hybrid_cache.cache.books import Books
@@ -19,13 +19,10 @@ from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.intake import OWN, Intake
-from hybrid_cache.engine.prefills import Chunk
+from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
-from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
-from hybrid_cache.engine.tally import Tally
 from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
-from hybrid_cache.request import FailedOutput, FinishReason, Output, Request, TokenOutput
-from hybrid_cache.sampling import TokenLogprob
+from hybrid_cache.request import Request
 from hybrid_cache.stats import EngineStats
 from hybrid_cache.work import Command, OutOfDeviceMemory, PassFailed
 
@@ -36,13 +33,9 @@ MOST_FAILURES = 3  # requests given up with no step between that passed; then a 
 
 logger = logging.getLogger("hybrid_cache")
 
-Outputs = list[tuple[str, Output | FailedOutput]]  # (request id, output), in the order in which they arose
-
 
 class Engine:
     """Requests in, outputs out, one step at a time. Not thread-safe.
-
-    It hands tensors from the worker back to the worker, and looks at none.
 
     watch: called with each step before its work is done
     """
@@ -75,8 +68,7 @@ class Engine:
         self._scheduler = Scheduler(self.cache, self._cost, config, self._compiler, self._stage)
         limits = model.fingerprint, model.vocab_size, model.max_length
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler)
-        self._open: dict[str, int] = {}  # request id -> choices that have not finished
-        self._tally = Tally()
+        self._outcomes = Outcomes(model, self.cache, self.worker, self._stage, self._scheduler, self._intake)
         self._failures = 0  # requests given up since a step passed
 
     @property
@@ -135,19 +127,17 @@ class Engine:
             raise RequestError(f"request id {request.id!r} is in use", param="id")
         if not self.has_room:
             raise Overloaded(f"{self._scheduler.num_waiting} requests wait, limit {self._config.max_waiting}")
-        self._open[request.id] = request.n
+        self._outcomes.open[request.id] = request.n
         # The first choice computes the prompt; the others fork from its end.
         self._scheduler.add(self._intake.sequence(request, 0))
 
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""
-        for sequence in [s for s in self._scheduler.sequences() if s.request.id == request_id]:
-            self._scheduler.finish(sequence)
-        self._open.pop(request_id, None)
+        self._outcomes.abort(request_id)
 
     def is_open(self, request_id: str) -> bool:
         """True from `submit` until the last choice has finished or the request was aborted."""
-        return request_id in self._open
+        return request_id in self._outcomes.open
 
     def step(self) -> Outputs:
         """Runs one step -> the outputs that arose from it."""
@@ -155,7 +145,7 @@ class Engine:
         if step.empty:
             self.settle()
             return []
-        self._tally.steps += 1
+        self._outcomes.tally.steps += 1
         self.watch(step)
         started_s = time.perf_counter()
         outputs: Outputs = []
@@ -163,7 +153,7 @@ class Engine:
             hidden = self._run(step)
             if hidden is None:
                 return []
-            self._end(step, hidden, outputs)
+            self._outcomes.end(step, hidden, outputs)
         except (PassFailed, OutOfDeviceMemory) as error:
             if isinstance(error, OutOfDeviceMemory) and error.lost:
                 raise
@@ -177,7 +167,7 @@ class Engine:
 
     def _fail(self, step: Step, error: HybridCacheError) -> Outputs:
         """Takes back a step that failed; gives up the request at fault once it is known."""
-        self._tally.failures += 1
+        self._outcomes.tally.failures += 1
         logger.error("a step failed: %s", error, exc_info=error)
         request_id = self._scheduler.failed(step)
         self.worker.free_memory()
@@ -187,16 +177,11 @@ class Engine:
             logger.critical("%d requests in a row failed, and so does a prompt of our own", self._failures)
             raise error
         self._failures += 1
-        outputs = self._give_up(request_id, str(error))
+        outputs = self._outcomes.give_up(request_id, str(error))
         if self._failures >= MOST_FAILURES:
-            self._open[OWN] = 1
+            self._outcomes.open[OWN] = 1
             self._scheduler.add_alone(self._intake.own())
         return outputs
-
-    def _give_up(self, request_id: str, why: str) -> Outputs:
-        logger.error("request %s is given up: %s", request_id, why)
-        self.abort(request_id)
-        return [(request_id, FailedOutput(why))]
 
     def _run(self, step: Step) -> Hidden | None:
         """None where the device ran out of memory: then the step is taken back, and smaller ones follow."""
@@ -229,161 +214,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         graphs = self.worker.graphs
-        return self._tally.stats(self._scheduler, graphs.num_replays if graphs else 0, self.cache.stats())
+        return self._outcomes.tally.stats(self._scheduler, graphs.num_replays if graphs else 0, self.cache.stats())
 
     @property
     def fallbacks(self) -> dict[str, str]:
         """What runs in a slower way than it could on this device, and why."""
         graphs = self.worker.graphs
         return {"cuda graphs": graphs.reason} if graphs and graphs.reason else {}
-
-    # After the forward pass
-
-    def _end(self, step: Step, hidden: Hidden, outputs: Outputs) -> None:
-        """Publishes, moves sequences on, chooses tokens; adds what arises to `outputs`, also where it fails."""
-        outputs += self._announce(step.resumed)
-        ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
-        num_rows = 0
-        for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
-            num_rows += chunk.rows.num_wanted
-            outputs += self._end_chunk(chunk, rows, num_rows - 1, ready)
-        ready += self._end_decodes(step.decodes, hidden.decodes)
-        for sequence, row in zip(step.resumed, hidden.kept, strict=True):
-            ready += self._begin_decode(sequence, row)
-        outputs += self._end_unanswered(ready)
-        if ready := [each for each in ready if each[0].phase is Phase.DECODE]:
-            self._choose(ready, outputs)
-
-    def _announce(self, sequences: Iterable[Sequence]) -> Outputs:
-        """The PromptOutput of sequences that are about to give their first token."""
-        outputs: Outputs = []
-        for sequence in sequences:
-            if sequence.announced or sequence.index > 0:
-                continue
-            sequence.announced = True
-            lease, program = sequence.prefill.lease, sequence.prefill.program
-            assert lease is not None
-            plan = program.plan if program else self._intake.exact_plan(sequence.request, lease.length)
-            outputs.append((sequence.request.id, self._tally.prompt(sequence, plan, self._cost)))
-        return outputs
-
-    def _end_chunk(
-        self, chunk: Chunk, rows: "Tensor", last_row: int, ready: "list[tuple[Sequence, Tensor]]"
-    ) -> Outputs:
-        """Publishes what a chunk has written and, at the end of the prompt, starts decoding.
-
-        rows: those that the chunk wanted   last_row: the last of them, among the rows of the whole pass
-        """
-        prefill, sequence = chunk.prefill, chunk.sequence
-        assert prefill.lease is not None
-        prefill.computed = chunk.end
-        self.cache.publish(prefill.lease, grid_floor(chunk.end))
-        self._tally.flops_computed += self._cost.flops(chunk.start, chunk.end)
-        if prefill.program is not None:
-            prefill.computed = self._stage.advance(prefill.program, prefill.lease, prefill.computed)
-        if sequence is None and prefill.program is not None:
-            if prefill.done:
-                self._scheduler.messages.end(prefill)
-            return []
-        if sequence is None:
-            self._tally.commit_tokens += chunk.end - chunk.start
-            if prefill.done:
-                self._scheduler.canonical.end(prefill)
-            return []
-        self._tally.computed_tokens += chunk.end - chunk.start
-        if sequence.request.sampling.prompt_logprobs is not None:
-            new, tokens = sequence.unscored(chunk.start, chunk.end)
-            sequence.prompt_logprobs += self.worker.score(rows[new], tokens, sequence.request.sampling.prompt_logprobs)
-        if not prefill.done:
-            return []
-        if prefill.publish:
-            self.cache.publish_end(prefill.lease, last_row)
-        outputs = self._announce([sequence])
-        ready += self._begin_decode(sequence, rows[-1])
-        return outputs
-
-    def _begin_decode(self, sequence: Sequence, hidden: "Tensor") -> "list[tuple[Sequence, Tensor]]":
-        """The prompt is in the state -> the sequence and its forks, which choose their next token from `hidden`."""
-        sequence.phase = Phase.DECODE
-        self._watch_answer(sequence)
-        started = [] if sequence.generated else [(sequence, hidden)]
-        if sequence.index == 0 and not sequence.forked:
-            started += [(s, hidden) for s in self._fork(sequence)]
-            sequence.forked = True
-        return started
-
-    def _fork(self, first: Sequence) -> list[Sequence]:
-        """The other choices of a request, on copies of the state -> those that found room; the rest wait."""
-        forks = []
-        for index in range(1, first.request.n):
-            sequence = self._intake.sequence(first.request, index)
-            sequence.arrival = first.arrival
-            assert first.prefill.lease is not None
-            room = self._scheduler.has_room
-            lease = self.cache.fork(first.prefill.lease, len(first.prefill.tokens)) if room else None
-            if lease is None:
-                self._scheduler.add(sequence)
-                continue
-            sequence.prefill.lease, sequence.prefill.computed = lease, len(first.prefill.tokens)
-            if first.prefill.program is not None:
-                sequence.prefill.program = first.prefill.program.fork()
-            sequence.fed = len(first.prefill.tokens)
-            self._scheduler.adopt(sequence)
-            forks.append(sequence)
-        return forks
-
-    def _end_decodes(self, decodes: tuple[Sequence, ...], hidden: "Tensor") -> "list[tuple[Sequence, Tensor]]":
-        """Moves each decoding sequence on by the token it was fed -> those with a new token to choose."""
-        ready = []
-        for sequence, row in zip(decodes, hidden, strict=True):
-            if sequence.replaying:
-                self._tally.replayed_tokens += 1
-            else:
-                ready.append((sequence, row))
-            sequence.fed += 1
-            self._watch_answer(sequence)
-        return ready
-
-    def _end_unanswered(self, ready: "list[tuple[Sequence, Tensor]]") -> Outputs:
-        """Ends the sequences that want no token."""
-        outputs: Outputs = []
-        for sequence, _ in ready:
-            if sequence.request.sampling.max_tokens == 0:
-                outputs.append((sequence.request.id, TokenOutput(sequence.index, None, finish=FinishReason.LENGTH)))
-                self._finish(sequence)
-        return outputs
-
-    def _choose(self, ready: "list[tuple[Sequence, Tensor]]", outputs: Outputs) -> None:
-        """Chooses the next token of each sequence from its hidden row."""
-        choosers = [sequence.chooser for sequence, _ in ready]
-        chosen = self.worker.choose([r for _, r in ready], choosers, [s.request.sampling.logprobs for s, _ in ready])
-        for (sequence, _), (token, logprob) in zip(ready, chosen, strict=True):
-            if sequence.phase is Phase.DECODE:  # else its request was given up
-                outputs += self._append(sequence, token, logprob)
-
-    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Outputs:
-        """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
-        sequence.generated.append(token)
-        sequence.chooser.note(token)
-        self._tally.generated_tokens += 1
-        try:
-            finish = sequence.finish_reason(self.model.max_length)
-        except Exception as error:  # of a stopper, which is the caller's
-            logger.exception("a stopper failed")
-            return self._give_up(sequence.request.id, f"{type(error).__name__}: {error}")
-        if finish is not None:
-            self._scheduler.messages.keep_answer(sequence)
-            self._finish(sequence)
-            self._scheduler.canonical.add_turn(sequence)
-        return [(sequence.request.id, TokenOutput(sequence.index, token, logprob, finish))]
-
-    def _finish(self, sequence: Sequence) -> None:
-        self._scheduler.finish(sequence)
-        self._open[sequence.request.id] -= 1
-        if self._open[sequence.request.id] == 0:
-            del self._open[sequence.request.id]
-
-    def _watch_answer(self, sequence: Sequence) -> None:
-        prefill = sequence.prefill
-        if prefill.program is not None and prefill.lease is not None and sequence.request.n == 1:
-            self._stage.before_decode(prefill.program, prefill.lease, sequence.fed)

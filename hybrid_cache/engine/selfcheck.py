@@ -10,7 +10,8 @@ import numpy as np
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import Request, TokenOutput

@@ -11,7 +11,8 @@ from torch import Tensor
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.engine.async_engine import END_S, AsyncEngine, Stream
-from hybrid_cache.engine.engine import MOST_FAILURES, Engine, Outputs
+from hybrid_cache.engine.engine import MOST_FAILURES, Engine
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import BadSampling, ContextTooLong, Overloaded, RequestError
 from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams

@@ -12,7 +12,8 @@ from torch import Tensor
 from hybrid_cache.choreography.arrangement import Arrangement, Fidelity, Part
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
-from hybrid_cache.engine.engine import Engine, Outputs
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.engine.suspects import MOST_IN_VAIN, QUIET, Suspects
 from hybrid_cache.request import FailedOutput, PromptOutput, Request
 from hybrid_cache.sampling import SamplingParams

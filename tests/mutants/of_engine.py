@@ -26,6 +26,7 @@ sampling = partial(Mutant, "hybrid_cache/sampling.py")
 worker = partial(Mutant, "hybrid_cache/device/worker.py")
 scheduler = partial(Mutant, "hybrid_cache/engine/scheduler.py")
 engine = partial(Mutant, "hybrid_cache/engine/engine.py")
+outcomes = partial(Mutant, "hybrid_cache/engine/outcomes.py")
 sequence = partial(Mutant, "hybrid_cache/engine/sequence.py")
 request = partial(Mutant, "hybrid_cache/request.py")
 sampler = partial(Mutant, "hybrid_cache/device/sampler.py")
@@ -338,7 +339,7 @@ STEPPING = [
         "",
         ENGINE,
     ),
-    engine(
+    outcomes(
         "the end of a prompt is kept with the row of another",
         "            num_rows += chunk.rows.num_wanted\n",
         "            num_rows = chunk.rows.num_wanted\n",
@@ -362,25 +363,25 @@ STEPPING = [
         "sequence.all_tokens(), True, True, generated=True)",
         SCHEDULER,
     ),
-    engine(
+    outcomes(
         "choices are forked again after a preemption",
         "if sequence.index == 0 and not sequence.forked:",
         "if sequence.index == 0:",
         BOTH,
     ),
-    engine(
+    outcomes(
         "choices run though there are as many as may",
         "room = self._scheduler.has_room\n",
         "room = True\n",
         SCHEDULER,
     ),
-    engine(
+    outcomes(
         "choices of an arranged prompt lose its positions",
         "                sequence.prefill.program = first.prefill.program.fork()\n",
         "                pass\n",
         stored("several_answers_to_siblings_at_one_place_have_the_positions_of_one"),
     ),
-    engine(
+    outcomes(
         "a preempted sequence chooses again what it has chosen",
         "            if sequence.replaying:\n",
         "            if sequence.fed < 0:\n",
@@ -404,7 +405,7 @@ STEPPING = [
         "if not self._config.prefix_cache:",
         stage_test("requests_may_leave_the_cache_alone"),
     ),
-    engine(
+    outcomes(
         "a preempted prompt is told of twice",
         "if sequence.announced or sequence.index > 0:",
         "if sequence.index > 0:",
@@ -416,7 +417,7 @@ STEPPING = [
         "new = slice(0, len(tokens))",
         SCHEDULER,
     ),
-    engine(
+    outcomes(
         "no answer becomes a message",
         "            self._scheduler.messages.keep_answer(sequence)\n",
         "            pass\n",

@@ -1,0 +1,205 @@
+"""What follows from a forward pass: what it has written is published, sequences move on, tokens are chosen."""
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from hybrid_cache.cache.books import Books
+from hybrid_cache.choreography.stage import Stage
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.worker import Hidden, Worker
+from hybrid_cache.engine.intake import Intake
+from hybrid_cache.engine.prefills import Chunk
+from hybrid_cache.engine.scheduler import Scheduler, Step
+from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
+from hybrid_cache.engine.tally import Tally
+from hybrid_cache.request import FailedOutput, FinishReason, Output, TokenOutput
+from hybrid_cache.sampling import TokenLogprob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("hybrid_cache")
+
+Outputs = list[tuple[str, Output | FailedOutput]]  # (request id, output), in the order in which they arose
+
+
+class Outcomes:
+    """Ends passes, and with them requests. It hands tensors from the worker back to the worker, and looks at none.
+
+    open: request id -> choices that have not finished
+    """
+
+    def __init__(
+        self, model: HybridModel, cache: Books, worker: Worker, stage: Stage, scheduler: Scheduler, intake: Intake
+    ) -> None:
+        self.open: dict[str, int] = {}
+        self.tally = Tally()
+        self._max_length = model.max_length
+        self._cost = model.prefill_cost
+        self._cache = cache
+        self._worker = worker
+        self._stage = stage
+        self._scheduler = scheduler
+        self._intake = intake
+
+    def abort(self, request_id: str) -> None:
+        """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""
+        for sequence in [s for s in self._scheduler.sequences() if s.request.id == request_id]:
+            self._scheduler.finish(sequence)
+        self.open.pop(request_id, None)
+
+    def give_up(self, request_id: str, why: str) -> Outputs:
+        """Aborts a request after an error."""
+        logger.error("request %s is given up: %s", request_id, why)
+        self.abort(request_id)
+        return [(request_id, FailedOutput(why))]
+
+    def end(self, step: Step, hidden: Hidden, outputs: Outputs) -> None:
+        """Publishes, moves sequences on, chooses tokens; adds what arises to `outputs`, also where it fails."""
+        outputs += self._announce(step.resumed)
+        ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
+        num_rows = 0
+        for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
+            num_rows += chunk.rows.num_wanted
+            outputs += self._end_chunk(chunk, rows, num_rows - 1, ready)
+        ready += self._end_decodes(step.decodes, hidden.decodes)
+        for sequence, row in zip(step.resumed, hidden.kept, strict=True):
+            ready += self._begin_decode(sequence, row)
+        outputs += self._end_unanswered(ready)
+        if ready := [each for each in ready if each[0].phase is Phase.DECODE]:
+            self._choose(ready, outputs)
+
+    def _announce(self, sequences: Iterable[Sequence]) -> Outputs:
+        """The PromptOutput of sequences that are about to give their first token."""
+        outputs: Outputs = []
+        for sequence in sequences:
+            if sequence.announced or sequence.index > 0:
+                continue
+            sequence.announced = True
+            lease, program = sequence.prefill.lease, sequence.prefill.program
+            assert lease is not None
+            plan = program.plan if program else self._intake.exact_plan(sequence.request, lease.length)
+            outputs.append((sequence.request.id, self.tally.prompt(sequence, plan, self._cost)))
+        return outputs
+
+    def _end_chunk(
+        self, chunk: Chunk, rows: "Tensor", last_row: int, ready: "list[tuple[Sequence, Tensor]]"
+    ) -> Outputs:
+        """Publishes what a chunk has written and, at the end of the prompt, starts decoding.
+
+        rows: those that the chunk wanted   last_row: the last of them, among the rows of the whole pass
+        """
+        prefill, sequence = chunk.prefill, chunk.sequence
+        assert prefill.lease is not None
+        prefill.computed = chunk.end
+        self._cache.publish(prefill.lease, grid_floor(chunk.end))
+        self.tally.flops_computed += self._cost.flops(chunk.start, chunk.end)
+        if prefill.program is not None:
+            prefill.computed = self._stage.advance(prefill.program, prefill.lease, prefill.computed)
+        if sequence is None and prefill.program is not None:
+            if prefill.done:
+                self._scheduler.messages.end(prefill)
+            return []
+        if sequence is None:
+            self.tally.commit_tokens += chunk.end - chunk.start
+            if prefill.done:
+                self._scheduler.canonical.end(prefill)
+            return []
+        self.tally.computed_tokens += chunk.end - chunk.start
+        if sequence.request.sampling.prompt_logprobs is not None:
+            new, tokens = sequence.unscored(chunk.start, chunk.end)
+            sequence.prompt_logprobs += self._worker.score(rows[new], tokens, sequence.request.sampling.prompt_logprobs)
+        if not prefill.done:
+            return []
+        if prefill.publish:
+            self._cache.publish_end(prefill.lease, last_row)
+        outputs = self._announce([sequence])
+        ready += self._begin_decode(sequence, rows[-1])
+        return outputs
+
+    def _begin_decode(self, sequence: Sequence, hidden: "Tensor") -> "list[tuple[Sequence, Tensor]]":
+        """The prompt is in the state -> the sequence and its forks, which choose their next token from `hidden`."""
+        sequence.phase = Phase.DECODE
+        self._watch_answer(sequence)
+        started = [] if sequence.generated else [(sequence, hidden)]
+        if sequence.index == 0 and not sequence.forked:
+            started += [(s, hidden) for s in self._fork(sequence)]
+            sequence.forked = True
+        return started
+
+    def _fork(self, first: Sequence) -> list[Sequence]:
+        """The other choices of a request, on copies of the state -> those that found room; the rest wait."""
+        forks = []
+        for index in range(1, first.request.n):
+            sequence = self._intake.sequence(first.request, index)
+            sequence.arrival = first.arrival
+            assert first.prefill.lease is not None
+            room = self._scheduler.has_room
+            lease = self._cache.fork(first.prefill.lease, len(first.prefill.tokens)) if room else None
+            if lease is None:
+                self._scheduler.add(sequence)
+                continue
+            sequence.prefill.lease, sequence.prefill.computed = lease, len(first.prefill.tokens)
+            if first.prefill.program is not None:
+                sequence.prefill.program = first.prefill.program.fork()
+            sequence.fed = len(first.prefill.tokens)
+            self._scheduler.adopt(sequence)
+            forks.append(sequence)
+        return forks
+
+    def _end_decodes(self, decodes: tuple[Sequence, ...], hidden: "Tensor") -> "list[tuple[Sequence, Tensor]]":
+        """Moves each decoding sequence on by the token it was fed -> those with a new token to choose."""
+        ready = []
+        for sequence, row in zip(decodes, hidden, strict=True):
+            if sequence.replaying:
+                self.tally.replayed_tokens += 1
+            else:
+                ready.append((sequence, row))
+            sequence.fed += 1
+            self._watch_answer(sequence)
+        return ready
+
+    def _end_unanswered(self, ready: "list[tuple[Sequence, Tensor]]") -> Outputs:
+        """Ends the sequences that want no token."""
+        outputs: Outputs = []
+        for sequence, _ in ready:
+            if sequence.request.sampling.max_tokens == 0:
+                outputs.append((sequence.request.id, TokenOutput(sequence.index, None, finish=FinishReason.LENGTH)))
+                self._finish(sequence)
+        return outputs
+
+    def _choose(self, ready: "list[tuple[Sequence, Tensor]]", outputs: Outputs) -> None:
+        """Chooses the next token of each sequence from its hidden row."""
+        choosers = [sequence.chooser for sequence, _ in ready]
+        chosen = self._worker.choose([r for _, r in ready], choosers, [s.request.sampling.logprobs for s, _ in ready])
+        for (sequence, _), (token, logprob) in zip(ready, chosen, strict=True):
+            if sequence.phase is Phase.DECODE:  # else its request was given up
+                outputs += self._append(sequence, token, logprob)
+
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Outputs:
+        """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
+        sequence.generated.append(token)
+        sequence.chooser.note(token)
+        self.tally.generated_tokens += 1
+        try:
+            finish = sequence.finish_reason(self._max_length)
+        except Exception as error:  # of a stopper, which is the caller's
+            logger.exception("a stopper failed")
+            return self.give_up(sequence.request.id, f"{type(error).__name__}: {error}")
+        if finish is not None:
+            self._scheduler.messages.keep_answer(sequence)
+            self._finish(sequence)
+            self._scheduler.canonical.add_turn(sequence)
+        return [(sequence.request.id, TokenOutput(sequence.index, token, logprob, finish))]
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        self.open[sequence.request.id] -= 1
+        if self.open[sequence.request.id] == 0:
+            del self.open[sequence.request.id]
+
+    def _watch_answer(self, sequence: Sequence) -> None:
+        prefill = sequence.prefill
+        if prefill.program is not None and prefill.lease is not None and sequence.request.n == 1:
+            self._stage.before_decode(prefill.program, prefill.lease, sequence.fed)
