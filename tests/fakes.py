@@ -63,6 +63,7 @@ class SumModel:
             if place >= 0:
                 keys[place // TILE, place % TILE] = batch.token_ids[row]
                 values[place // TILE, place % TILE] = batch.positions[row]
+        batch.pause()
 
         def finish_row(row: int, state: Tensor, pages: Tensor) -> None:
             position = int(batch.positions[row])
@@ -84,6 +85,7 @@ class SumModel:
                 if i + 1 in captures:
                     states.state[captures[i + 1]] = state
             states.state[slot] = state
+        batch.pause()
         first = layout.decode_row
         for d in range(layout.num_decode):
             state = states.state[int(layout.decode_slot[d])]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybrid_cache.bench.exactness.report import Report
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.device.batch import ForwardBatch, HybridModel
+from hybrid_cache.device.batch import ForwardBatch, HybridModel, go_on
 from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.prefills import Chunk
@@ -58,8 +58,8 @@ def watched_engine(
     class Recorder(Worker):
         step: Step | None = None  # until its rows have been seen
 
-        def run(self, work: Work) -> Hidden:
-            hidden, step = super().run(work), self.step
+        def run(self, work: Work, pause: Callable[[], None] = go_on) -> Hidden:
+            hidden, step = super().run(work, pause), self.step
             if step is not None and step.decodes:  # launches were replayed, which knows of decode rows only
                 exact = [i for i, sequence in enumerate(step.decodes) if is_exact(sequence.prefill)]
                 self._show([(key, origin) for key, origin, _ in decode_rows(step, 0)], hidden.decodes[exact])

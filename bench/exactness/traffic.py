@@ -12,6 +12,7 @@ from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import FailedOutput, Output, PromptOutput
@@ -42,6 +43,8 @@ class Traffic:
         self.given = Given()
         self._clock, self._phase, self._rng, self._report = Clock(), phase, rng, report
         self.engine = watched_engine(model, _config(model, phase, rng), self.watcher, self._clock)
+        self.engine.between_layers = self._between_layers
+        self._to_come = 0  # requests of this round
         self._asked: dict[str, Asked] = {}
         self._aborts: dict[str, int] = {}  # steps that are left to requests which will be aborted
         self._silent_steps = 0
@@ -49,7 +52,8 @@ class Traffic:
     def round(self, num_requests: int) -> list[Asked]:
         """Submits `num_requests` new requests -> them, when all are done."""
         self._asked, self._aborts = {}, {}
-        for _ in range(num_requests):
+        self._to_come = num_requests
+        while self._to_come:
             self._submit()
             self._pause(self._rng.choice(self._phase.arrivals))
         while not self.engine.idle:
@@ -73,12 +77,17 @@ class Traffic:
         mixed["digests compared"] += self.engine.worker.memory.digests.num_compared
 
     def _submit(self) -> None:
+        if self._rng.random() < 0.02:
+            self._report.mixed["dropped caches"] += 1
+            self.engine.cache.drop(self._rng.choice((None, *self.mix.namespaces.values())))
+        self._submit_next()
+        self._abort()
+
+    def _submit_next(self) -> None:
         rng, asked, mixed = self._rng, self.mix.next(), self._report.mixed
         request = asked.request
+        self._to_come -= 1
         mixed.update(["requests", *traits(asked)])
-        if rng.random() < 0.02:
-            mixed["dropped caches"] += 1
-            self.engine.cache.drop(rng.choice((None, *self.mix.namespaces.values())))
         if request.arrangement is not None and rng.random() < 0.1:
             mixed["plans asked for"] += 1
             self.engine.plan(request)
@@ -86,7 +95,14 @@ class Traffic:
         self.engine.submit(request)
         if rng.random() < 0.15:
             self._aborts[request.id] = rng.choice((0, 1, 1, 2, 3, 5, 10, 25))
-        self._abort()
+
+    def _between_layers(self) -> None:
+        """Some requests come while a pass is under way."""
+        if self._to_come and self._rng.random() < 0.15:
+            steps = self.engine.stats().steps
+            self._submit_next()
+            self._hear(self.engine.step_between())
+            self._report.mixed["steps between layers"] += self.engine.stats().steps - steps
 
     def _pause(self, steps: int) -> None:
         if steps < 0:
@@ -99,14 +115,17 @@ class Traffic:
     def _step(self) -> None:
         self._clock.now += self._rng.choice((0.01, 0.1, 1.0))
         outputs = self.engine.step()
-        for name, output in outputs:
-            if isinstance(output, FailedOutput):
-                raise HybridCacheError(f"{name} failed: {output.why}")
-            self._take(self._asked[name], output)
+        self._hear(outputs)
         self._silent_steps = 0 if outputs or self.engine.idle else self._silent_steps + 1
         if self._silent_steps > PATIENCE * self._phase.most_tokens:
             raise Stuck(f"no output of {self._silent_steps} steps: {self.engine.stats()}")
         self._abort()
+
+    def _hear(self, outputs: Outputs) -> None:
+        for name, output in outputs:
+            if isinstance(output, FailedOutput):
+                raise HybridCacheError(f"{name} failed: {output.why}")
+            self._take(self._asked[name], output)
 
     def _take(self, asked: Asked, output: Output) -> None:
         if isinstance(output, PromptOutput):

@@ -46,6 +46,10 @@ class EffectRecorder(Protocol):
         ...
 
 
+def go_on() -> None:
+    """Nothing to do between two layers."""
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """R packed rows, laid out as `RowLayout` describes; padding rows hold token 0 at position 0."""
@@ -55,6 +59,7 @@ class ForwardBatch:
     layout: RowLayout
     output_rows: Tensor  # [L] int64, the rows whose hidden state is wanted
     effects: EffectRecorder | None = None  # every layer that keeps something reports to it
+    pause: Callable[[], None] = go_on  # called between layers; may run another batch, of other sequences
 
     def to(self, device: torch.device) -> "ForwardBatch":
         rows = (t.to(device, non_blocking=True) for t in (self.token_ids, self.positions, self.output_rows))

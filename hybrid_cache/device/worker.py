@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.choreography import commands as choreography
-from hybrid_cache.device.batch import ForwardBatch, HybridModel
+from hybrid_cache.device.batch import ForwardBatch, HybridModel, go_on
 from hybrid_cache.device.composition import Composer
 from hybrid_cache.device.cuda_graphs import DecodeGraphs
 from hybrid_cache.device.memory import CacheMemory
@@ -42,13 +42,16 @@ class Worker:
         self.composer = Composer(memory, model.ops, model.cache_spec.effect_sums)
         self.graphs = DecodeGraphs(model, memory, spare_slot()) if model.device.type == "cuda" else None
 
-    def run(self, work: Work) -> Hidden:
-        """Raises OutOfDeviceMemory, or PublishedBytesChanged if the memory compares what was published."""
+    def run(self, work: Work, pause: Callable[[], None] = go_on) -> Hidden:
+        """pause: called between layers on a CPU; it may have work on other sequences done
+
+        Raises OutOfDeviceMemory, or PublishedBytesChanged if the memory compares what was published.
+        """
         with torch.inference_mode():
             if work.commands:
                 self._carry_out(work.commands)
             try:
-                return self._pass(work)
+                return self._pass(work, pause)
             except HybridCacheError:
                 raise
             except Exception as error:
@@ -74,18 +77,20 @@ class Worker:
         else:
             self.memory.run(command)
 
-    def _pass(self, work: Work) -> Hidden:
+    def _pass(self, work: Work, pause: Callable[[], None]) -> Hidden:
         hidden = nothing = self.memory.rows[:0]
         if work.chunks or work.decodes:
-            hidden = self.memory.rows = self._forward(work)
+            hidden = self.memory.rows = self._forward(work, pause)
         kept = self.memory.hidden(work.kept) if work.kept else nothing
         if not work.chunks:
             return Hidden((), hidden, kept)
         *chunks, decodes = torch.split(hidden, [*(rows.num_wanted for rows in work.chunks), len(work.decodes)])
         return Hidden(tuple(chunks), decodes, kept)
 
-    def _forward(self, work: Work) -> Tensor:
+    def _forward(self, work: Work, pause: Callable[[], None]) -> Tensor:
         batch = build_batch(work, packed=self.model.packs)
+        if self.model.device.type == "cpu":  # elsewhere the layers are only queued here
+            batch = replace(batch, pause=pause)
         recorder = self.composer.recorder(noted_rows(work, batch.layout))
         if recorder is not None:
             batch = replace(batch, effects=recorder)

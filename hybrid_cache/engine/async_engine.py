@@ -79,6 +79,7 @@ class AsyncEngine:
     def __init__(self, model: HybridModel, config: EngineConfig, *, hung_after_s: float = HUNG_AFTER_S) -> None:
         """hung_after_s: seconds without an end after which a step counts as hung"""
         self._engine = Engine(model, config)
+        self._engine.between_layers = self._between_layers
         self._config = config
         self._hung_after_s = hung_after_s
         self._wake = threading.Condition()
@@ -230,6 +231,18 @@ class AsyncEngine:
         if aborts:
             self._stats = self._engine.stats()
         return not self._stopping
+
+    def _between_layers(self) -> None:
+        """Short prompts that came since the pass began need not wait for its end."""
+        if not self._inbox.requests:
+            return
+        with self._wake:
+            requests, self._inbox.requests = self._inbox.requests, deque()
+        for request in requests:
+            self._submit_now(request)
+        if outputs := self._engine.step_between():
+            self._stats = self._engine.stats()
+            self._deliver(outputs)
 
     def _submit_now(self, request: Request) -> None:
         try:

@@ -15,12 +15,13 @@ from hybrid_cache.choreography.compiler import Compiler, Traits, key_of
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.batch import HybridModel, go_on
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.intake import OWN, Intake
 from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
+from hybrid_cache.engine.turns import Gap
 from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
 from hybrid_cache.request import Request
 from hybrid_cache.stats import EngineStats
@@ -38,6 +39,8 @@ class Engine:
     """Requests in, outputs out, one step at a time. Not thread-safe.
 
     watch: called with each step before its work is done
+    between_layers: called between the layers of a pass with prompts in it, on a CPU. It may submit requests and call
+        `step_between`, and do nothing else to the engine
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Engine:
         """
         self.model = model
         self.watch: Callable[[Step], None] = lambda step: None
+        self.between_layers: Callable[[], None] = go_on
         self._config = config
         self._cost = model.prefill_cost
         self._commands: list[Command] = []  # decided, and carried out before the next pass
@@ -70,6 +74,8 @@ class Engine:
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler)
         self._outcomes = Outcomes(model, self.cache, self.worker, self._stage, self._scheduler, self._intake)
         self._failures = 0  # requests given up since a step passed
+        self._gap: Gap | None = None  # while a pass is under way
+        self._between_s = 0.0  # of it that steps between its layers took
 
     @property
     def has_work(self) -> bool:
@@ -147,7 +153,7 @@ class Engine:
             return []
         self._outcomes.tally.steps += 1
         self.watch(step)
-        started_s = time.perf_counter()
+        started_s, self._between_s = time.perf_counter(), 0.0
         outputs: Outputs = []
         try:
             hidden = self._run(step)
@@ -162,8 +168,35 @@ class Engine:
         self._scheduler.passed(step)
         if self._scheduler.pace.bounds:
             flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
-            self._scheduler.pace.note(time.perf_counter() - started_s, flops, decodes=bool(step.decodes))
+            seconds = time.perf_counter() - started_s - self._between_s
+            self._scheduler.pace.note(seconds, flops, decodes=bool(step.decodes))
         return [output for output in outputs if output[0] != OWN]
+
+    def step_between(self) -> Outputs:
+        """From `between_layers`: computes short prompts that came since the pass began -> the outputs that arose.
+
+        They get the bits that they would get alone, as always; the sequences of the pass are not touched.
+        """
+        gap, started_s = self._gap, time.perf_counter()
+        step = Step() if gap is None else self._scheduler.schedule_between(gap)
+        outputs: Outputs = []
+        if step.empty:
+            return outputs
+        self._gap = None
+        self._outcomes.tally.steps += 1
+        self.watch(step)
+        try:
+            self._outcomes.end(step, self._work(step), outputs)
+            self._gap = gap
+        except (PassFailed, OutOfDeviceMemory) as error:
+            if isinstance(error, OutOfDeviceMemory) and error.lost:
+                raise  # which takes back all of the pass, too
+            self._outcomes.tally.failures += 1
+            logger.error("a step between layers failed, and its prompts begin again: %s", error, exc_info=error)
+            self._scheduler.take_back(step)
+        self._work(Step())  # what is kept of its hidden rows: the pass overwrites them
+        self._between_s += time.perf_counter() - started_s
+        return outputs
 
     def _fail(self, step: Step, error: HybridCacheError) -> Outputs:
         """Takes back a step that failed; gives up the request at fault once it is known."""
@@ -185,16 +218,22 @@ class Engine:
 
     def _run(self, step: Step) -> Hidden | None:
         """None where the device ran out of memory: then the step is taken back, and smaller ones follow."""
-        work = step.work(tuple(self._commands))
-        self._commands.clear()
-        self.cache.pool.check_unpublished(Kind.SLOT, work.written_slots())
+        self._gap = self._scheduler.gap(step)
         try:
-            return self.worker.run(work)
+            return self._work(step, self.between_layers if self._gap else go_on)
         except OutOfDeviceMemory as error:
             if not self._scheduler.out_of_memory(step, error.lost):
                 raise
+        finally:
+            self._gap = None
         self.worker.free_memory()  # now that nothing holds the tensors of the step
         return None
+
+    def _work(self, step: Step, pause: Callable[[], None] = go_on) -> Hidden:
+        work = step.work(tuple(self._commands))
+        self._commands.clear()
+        self.cache.pool.check_unpublished(Kind.SLOT, work.written_slots())
+        return self.worker.run(work, pause)
 
     def settle(self) -> None:
         """Carries out what was decided since the last pass."""

@@ -28,7 +28,7 @@ from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
 from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
 from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
 from hybrid_cache.engine.suspects import Suspects
-from hybrid_cache.engine.turns import MOST_PASSED_OVER, prompts_in_turn, waiting_in_turn
+from hybrid_cache.engine.turns import MOST_PASSED_OVER, Gap, prompts_in_turn, waiting_in_turn
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.tokens import TokenArray
@@ -70,6 +70,7 @@ class Scheduler:
 
     def __init__(self, cache: Books, cost: PrefillCost, config: EngineConfig, compiler: Compiler, stage: Stage) -> None:
         self._cache = cache
+        self._cost = cost
         self._stage = stage
         self._max_running = config.max_running
         self._max_tiles = config.max_tiles
@@ -81,7 +82,7 @@ class Scheduler:
         self.canonical = CanonicalPasses(cache, self._prefills)
         self._shares = Shares()
         self._suspects = Suspects()
-        self._aged_last = False  # the last step with a prompt began with one that had been passed over too often
+        self._aged_last = False  # in the last step with a prompt, one that had been passed over too often went first
         self.pace = Pace(cost, None if config.max_step_ms is None else config.max_step_ms / 1e3)
         self._decode_steps = 0  # since the last tile of a canonical pass
         self.num_preemptions = 0
@@ -141,14 +142,33 @@ class Scheduler:
         if self._suspects.advance():
             self._preempt_all(self._running)
         decodes, num_preemptions = self._extend_decodes(), self.num_preemptions
-        resumed = self._admit()
+        admitted = self._admit()
         if self.num_preemptions > num_preemptions:  # some gave way
-            decodes, resumed = (tuple(s for s in each if s.phase is Phase.DECODE) for each in (decodes, resumed))
+            decodes = tuple(s for s in decodes if s.phase is Phase.DECODE)
+        resumed = tuple(s for s in admitted if s.phase is Phase.DECODE)
         chunks = self._cut_chunks(self._max_tiles_beside_decode if decodes else self._max_tiles, bool(decodes))
         if self._shares.compares:
             for sequence in decodes:
                 self._shares.charge(sequence.request.tenant, DECODE_WEIGHT)
         return Step(chunks or self._spare_tile(), decodes, resumed)
+
+    def gap(self, step: Step) -> Gap | None:
+        """What fits between the layers of a pass; None if it has to stay by itself."""
+        if self._suspects or not step.chunks or any(chunk.sequence is None for chunk in step.chunks):
+            return None
+        flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
+        return Gap(flops, frozenset(step.sequences))
+
+    def schedule_between(self, gap: Gap) -> Step:
+        """Chooses whole prompts that need not wait for the end of a pass, and takes the room that they need."""
+        admitted = self._admit(gap)
+        chunks = list[Chunk]()
+        for sequence in admitted:
+            if sequence.phase is Phase.PREFILL:
+                chunk = self._prefills.cut(sequence.prefill, sequence, sequence.prefill.tiles_left)
+                chunks.append(chunk)
+                self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)
+        return Step(tuple(chunks), (), tuple(s for s in admitted if s.phase is Phase.DECODE))
 
     def _num_waiting_for(self, name: str) -> int:
         """Waiting prompts with a message of this id."""
@@ -193,14 +213,17 @@ class Scheduler:
 
     # Admission
 
-    def _admit(self) -> tuple[Sequence, ...]:
-        """Moves waiting sequences to running while there is room -> those whose whole prompt was kept."""
-        resumed, passed_over = [], list[Sequence]()
+    def _admit(self, gap: Gap | None = None) -> list[Sequence]:
+        """Moves waiting sequences to running while there is room, and a gap if one is given -> those that were moved.
+
+        One whose whole prompt is kept decodes, the others have theirs computed.
+        """
+        admitted, passed_over = list[Sequence](), list[Sequence]()
         for sequence in waiting_in_turn(self._waiting, self._running, self._shares):
-            if not self._suspects.may_run(sequence.arrival):
+            if not (self._suspects.may_run(sequence.arrival) and (not gap or gap.may_enter(sequence, self._shares))):
                 passed_over.append(sequence)
                 continue
-            if not (self.has_room or self._make_room(sequence)):
+            if not (self.has_room or self._make_room(sequence, gap.under_way if gap else ())):
                 passed_over.append(sequence)
                 break
             if self.messages.wanted(sequence.prefill):
@@ -210,6 +233,9 @@ class Scheduler:
             if self._someone_computes_more(sequence.prefill, match):
                 passed_over.append(sequence)  # it is admitted when the shared prefix is there
                 continue
+            if gap and not gap.take(self._cost.flops(match.length, len(sequence.prefill.tokens))):
+                passed_over.append(sequence)
+                continue
             if not self._acquire(sequence.prefill, match):
                 passed_over.append(sequence)
                 break
@@ -217,15 +243,15 @@ class Scheduler:
             sequence.started_s = sequence.started_s or time.monotonic()
             sequence.fed = len(sequence.prefill.tokens)
             sequence.phase = Phase.DECODE if sequence.prefill.done else Phase.PREFILL
-            if sequence.prefill.done:
-                resumed.append(sequence)
+            admitted.append(sequence)
         self._waiting.extendleft(reversed(passed_over))
-        return tuple(resumed)
+        return admitted
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, sequence: Sequence, kept: Collection[Sequence]) -> bool:
         """Takes a place from the tenant who holds most for one who holds less than its share -> whether it did.
 
-        The sequence that gives way is one for which least was computed; not for one that would wait all the same.
+        The sequence that gives way is one for which least was computed, and none of those that are `kept`; not for one
+        that would wait all the same.
         """
         if not self._shares.compares:
             return False
@@ -238,7 +264,9 @@ class Scheduler:
             return False
         if self._someone_computes_more(sequence.prefill, self._prefills.match(sequence.prefill)):
             return False
-        candidates = [s for s in self._running if s.request.tenant == most]
+        candidates = [s for s in self._running if s.request.tenant == most and s not in kept]
+        if not candidates:
+            return False
         self._preempt(min(candidates, key=lambda s: (s.phase is Phase.DECODE, s.prefill.computed + len(s.generated))))
         return True
 
@@ -284,7 +312,8 @@ class Scheduler:
         that end in it: more would delay its first token several times.
         """
         chunks, room, ends, quarter = list[Chunk](), self.pace.room(decodes=decodes), False, tiles - tiles // 4
-        prompts = prompts_in_turn(self._running, self._shares, aged_first=not self._aged_last)
+        aged_first = not self._aged_last
+        prompts = prompts_in_turn(self._running, self._shares, aged_first=aged_first)
         if not (prompts or self.messages):
             return ()
         for prefill, sequence in [*((message, None) for message in self.messages), *((s.prefill, s) for s in prompts)]:
@@ -297,7 +326,9 @@ class Scheduler:
             room.take(chunk.start, chunk.end)
             tiles -= chunk.num_tiles
             if not chunks[1:]:
-                self._aged_last = prefill.passed_over >= MOST_PASSED_OVER
+                self._aged_last = aged_first and prefill.passed_over >= MOST_PASSED_OVER
+                if sequence is not None:
+                    self._shares.take_turn(sequence.request.tenant)
             prefill.passed_over = 0
             if sequence is not None:
                 self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)
@@ -335,6 +366,10 @@ class Scheduler:
         arrival = None if others else self._suspects.failed(goals)
         self._max_running = self._suspects.fewer(self._max_running)
         return next((s.request.id for s in self._waiting if s.arrival == arrival), None)
+
+    def take_back(self, step: Step) -> None:
+        """Takes back a step between the layers of a pass that failed: its sequences begin again in another step."""
+        self._preempt_all([sequence for sequence in self._running if sequence in set(step.sequences)])
 
     def passed(self, step: Step) -> None:
         """To be called after a step that has not failed."""

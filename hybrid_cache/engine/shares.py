@@ -2,7 +2,8 @@
 
 Virtual token counters (Sheng et al. 2024, arXiv 2401.00588): each tenant's counter grows with the tokens that are
 computed for it, and the one with the lowest goes first. A tenant who comes, or comes back, starts from the lowest
-counter of those who are there: time in which it asked for nothing is not made up for.
+counter of those who are there: time in which it asked for nothing is not made up for. Of tenants with equal counters
+the one goes first whose last turn, or coming, is longest ago; who comes during a turn goes before the one who had it.
 """
 
 from collections import Counter
@@ -17,11 +18,14 @@ class Shares:
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
         self._present: Counter[str] = Counter()  # requests that wait or run
+        self._num_turns = 0
+        self._since: dict[str, int] = {}  # twice the number of the turn at which a tenant came or was served
 
     def enter(self, tenant: str) -> None:
         """A request of this tenant has come."""
         if tenant not in self._present:
             self._served[tenant] = max(self._served.get(tenant, 0.0), self._lowest())
+            self._since[tenant] = 2 * self._num_turns - 1
         self._present[tenant] += 1
 
     def leave(self, tenant: str) -> None:
@@ -29,12 +33,22 @@ class Shares:
         self._present[tenant] -= 1
         if self._present[tenant]:
             return
-        del self._present[tenant]
+        del self._present[tenant], self._since[tenant]
         if len(self._served) > MOST_REMEMBERED:  # those who would be lifted to the lowest in any case
             lowest = self._lowest()
             self._served = {t: s for t, s in self._served.items() if t in self._present or s > lowest}
         if not self._present:
             self._served.clear()
+
+    def take_turn(self, tenant: str) -> None:
+        """A step begins with work for this tenant."""
+        self._num_turns += 1
+        if tenant in self._since:
+            self._since[tenant] = 2 * self._num_turns
+
+    def turn(self, tenant: str) -> tuple[float, int]:
+        """The lowest goes first."""
+        return self._served.get(tenant, 0.0), self._since.get(tenant, 0)
 
     def charge(self, tenant: str, num_tokens: float) -> None:
         """So much is computed for a tenant."""

@@ -82,4 +82,5 @@ class SharedBlockStack:
         embedded, entries = hidden.clone(), iter(cache)
         for layer in self.layers:
             hidden = layer(hidden, embedded, batch, entries)
+            batch.pause()
         return wanted_rows(hidden, batch)

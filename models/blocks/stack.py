@@ -45,7 +45,9 @@ class HybridStack:
             hidden = layer.mix(hidden, batch, entries)
             if layer is self._last_mixer:
                 hidden = wanted_rows(hidden, batch)
+            batch.pause()
             hidden = layer.feed_forward(hidden)
+            batch.pause()
         return hidden
 
 

@@ -1,6 +1,7 @@
 """What an engine has had done, done again by another worker on other memory: the same bits, from integers alone."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 
@@ -46,8 +47,8 @@ def test_a_second_worker_gives_the_same_bits(case, seed, folder) -> None:
     run = worker.run
     worker.memory._arena._buffer.zero_()
 
-    def recorded(work: Work) -> Hidden:
-        hidden = run(work)
+    def recorded(work: Work, _pause: Callable[[], None]) -> Hidden:
+        hidden = run(work)  # one after the other
         done.append((work, rows_of(hidden)))
         return hidden
 

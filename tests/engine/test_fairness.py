@@ -65,6 +65,20 @@ def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
     assert ended <= 4 * (MOST_PASSED_OVER + 1) + 4  # 16 tiles, four at a time
 
 
+def test_nor_by_so_many_that_each_of_them_waits_as_long() -> None:
+    engine, _ = engine_of(max_tiles=2)
+    engine.submit(make_request("long", tokens_of(0, 1000), 1))
+    for i in range(60):
+        engine.submit(make_request(f"first {i}", tokens_of(1000 + i, 60), 1))
+    for step in range(100):
+        for i in range(2):
+            engine.submit(make_request(f"short {step} {i}", tokens_of(10 * step + i, 60), 1))
+        if answers(engine.step(), "long"):
+            break
+    else:
+        pytest.fail("it was not answered")
+
+
 @pytest.mark.parametrize("max_running", [4, 32])
 def test_a_tenant_who_floods_does_not_keep_another_waiting(max_running: int) -> None:
     engine, _ = engine_of(max_tiles=4, max_running=max_running)

@@ -4,9 +4,11 @@ A prompt that begins with three times one of these tokens, or is this text, does
 """
 
 import time
+from collections.abc import Callable
 
 from hybrid_cache.api.cli.main import main
 from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.device.batch import go_on
 from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine import async_engine
 from hybrid_cache.engine.engine import Engine
@@ -20,7 +22,7 @@ HANGING_TEXT = "a text that takes for ever"
 
 
 class FaultyWorker(Worker):
-    def run(self, work: Work) -> Hidden:
+    def run(self, work: Work, pause: Callable[[], None] = go_on) -> Hidden:
         begins = {rows.tokens[0] for rows in work.chunks if rows.start == 0 and len(set(rows.tokens[:3])) == 1}
         if HANGS in begins:
             time.sleep(10_000)
@@ -28,10 +30,10 @@ class FaultyWorker(Worker):
             time.sleep(2)
         if ENDS in begins:
             raise OwnershipError("as asked")
-        return super().run(work)
+        return super().run(work, pause)
 
-    def _pass(self, work: Work) -> Hidden:
-        hidden = super()._pass(work)
+    def _pass(self, work: Work, pause: Callable[[], None]) -> Hidden:
+        hidden = super()._pass(work, pause)
         if any(rows.start == 0 and tuple(rows.tokens[:3]) == (FAILS,) * 3 for rows in work.chunks):
             raise ZeroDivisionError("as asked")
         return hidden
