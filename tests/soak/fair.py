@@ -25,6 +25,7 @@ from hybrid_cache import Engine, EngineConfig, Prompt, Request, SamplingParams
 from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.bench.choreography.models import GRANITE_150M, open_subject
 from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.request import TokenOutput
 from tests.soak.common import Options, Report, parse, told
 from tests.soak.server import Server, serve
@@ -81,80 +82,94 @@ def promise(report: Report, where: str, times: Times) -> None:
 
 
 class InProcess:
-    """Requests to an engine on this thread."""
+    """Requests to an engine on this thread. Those that are due while it computes come between two layers."""
 
     def __init__(self, model: HybridModel, seed: int, *, bounded: bool = True) -> None:
         bound = STEP_MS if bounded else None
         self.engine = Engine(model, EngineConfig(budget_bytes=BUDGET_BYTES, max_step_ms=bound, verify=False))
+        self.engine.between_layers = self._between_layers
         self._vocab, self._rng = model.vocab_size, np.random.default_rng(seed)
         self._count = 0
+        self._coming: list[tuple[float, str]] = []  # when a short prompt is due, and whose it is; the next one last
         self._due: dict[str, float] = {}  # of short prompts that wait for their token
+        self._times: list[float] = []
         for _ in range(3):  # the rates that bound a step are measured
             self.submit(500, A)
             self.engine.run_until_idle()
 
-    def submit(self, num_tokens: int, tenant: str, due: float | None = None) -> str:
+    def submit(self, num_tokens: int, tenant: str) -> str:
         self._count += 1
         name = str(self._count)
         tokens = self._rng.integers(3, self._vocab, num_tokens).astype(np.int32)
         sampling = SamplingParams(temperature=0, max_tokens=1, min_tokens=1)
         self.engine.submit(Request(name, Prompt(tokens), sampling, tenant=tenant))
-        if due is not None:
-            self._due[name] = due
         return name
 
-    def step(self) -> list[float]:
-        """-> the times of short prompts that were answered."""
-        done = {name for name, output in self.engine.step() if isinstance(output, TokenOutput)}
+    def short(self, tenant: str, seconds: float) -> None:
+        """A short prompt is due in so many seconds from now, and before all others that are to come."""
+        self._coming.append((time.perf_counter() + seconds, tenant))
+
+    def run(self, until: Callable[[], bool]) -> list[float]:
+        """Until something is so -> the times of short prompts that were answered since the last call."""
+        while not until():
+            self._arrive()
+            if self.engine.has_work:
+                self._hear(self.engine.step())
+            else:
+                time.sleep(max(self._coming[-1][0] - time.perf_counter(), 0))
+        times, self._times = self._times, []
+        return times
+
+    @property
+    def all_answered(self) -> bool:
+        return not (self._coming or self._due)
+
+    def _arrive(self) -> bool:
+        count = self._count
+        while self._coming and self._coming[-1][0] <= time.perf_counter():
+            due, tenant = self._coming.pop()
+            self._due[self.submit(SHORT, tenant)] = due
+        return self._count > count
+
+    def _between_layers(self) -> None:
+        if self._arrive():
+            self._hear(self.engine.step_between())
+
+    def _hear(self, outputs: Outputs) -> None:
         now = time.perf_counter()
-        return [now - self._due.pop(name) for name in done & self._due.keys()]
-
-    def until_answered(self) -> list[float]:
-        times: list[float] = []
-        while self._due:
-            times += self.step()
-        return times
-
-    def every(self, seconds: float, count: int) -> list[float]:
-        """B's short prompts, one each EVERY_S, as long as there is other work, and for so many at least."""
-        times: list[float] = []
-        due = time.perf_counter()
-        while count or self.engine.has_work:
-            now = time.perf_counter()
-            if now >= due:
-                self.submit(SHORT, B, due=due)
-                due, count = due + seconds, max(count - 1, 0)
-            elif not self.engine.has_work:
-                time.sleep(due - now)
-                continue
-            times += self.step()
-        return times
+        answered = {name for name, output in outputs if isinstance(output, TokenOutput)}
+        self._times += [now - self._due.pop(name) for name in answered & self._due.keys()]
 
 
 def measure_in_process(model: HybridModel, options: Options, counts: Counts = FULL) -> Times:
     times, rng, engine = Times(), Random(options.seed), InProcess(model, options.seed)
     sizes = tuple(min(size, options.tokens) for size in counts.mixture)
     for _ in range(counts.alone):
-        engine.submit(SHORT, A, due=time.perf_counter())
-        times.alone += engine.until_answered()
+        engine.short(A, 0)
+        times.alone += engine.run(lambda: engine.all_answered)
     engine.submit(options.tokens, A)
-    number = 0
     while engine.engine.has_work:
-        begin = time.perf_counter()
-        times.behind += engine.step()
-        number += 1
-        if number % 5 == 1 and engine.engine.has_work:  # it came at some moment of the step that was running
-            engine.submit(SHORT, A, due=time.perf_counter() - rng.random() * (time.perf_counter() - begin))
-    times.calm += engine.every(EVERY_S, counts.alone)
+        engine.short(A, rng.uniform(0.05, 0.2))
+        times.behind += engine.run(lambda: engine.all_answered)
+    times.behind.pop()  # the long one may have ended before
+    times.calm += _every(engine, counts.alone)
     for _ in range(options.cases):
         for _ in range(counts.flood):
             engine.submit(min(FLOOD_TOKENS, options.tokens), A)
-        times.flooded += engine.every(EVERY_S, 1)
+        while engine.engine.has_work:
+            times.flooded += _every(engine, 1)
     for pair in range(options.cases):
         contenders = [(times.fair, True), (times.in_turn, False)]
         for found, bounded in contenders if pair % 2 else contenders[::-1]:
             found.append(_mixture(InProcess(model, pair, bounded=bounded), sizes, (A, B) if bounded else (A, A)))
     return times
+
+
+def _every(engine: InProcess, count: int) -> list[float]:
+    """B's short prompts, one each EVERY_S."""
+    for number in range(count, 0, -1):
+        engine.short(B, number * EVERY_S)
+    return engine.run(lambda: engine.all_answered)
 
 
 def _mixture(engine: InProcess, sizes: tuple[int, ...], tenants: tuple[str, str]) -> float:
