@@ -10,6 +10,7 @@ from hybrid_cache.engine.prefills import Chunk, Prefills
 from hybrid_cache.engine.sequence import Prefill, Sequence, grid_floor
 
 MAX_WAITING = 64  # finished turns that wait; the oldest is dropped
+DECODE_STEPS_A_TILE = 320  # steps that only decode, for each tile of a canonical pass among them
 
 
 class CanonicalPasses:
@@ -19,6 +20,7 @@ class CanonicalPasses:
         self._cache = cache
         self._prefills = prefills
         self._queue: deque[Prefill] = deque()
+        self._decode_steps = 0  # since the last tile among them
 
     def __contains__(self, prefill: Prefill) -> bool:
         return prefill in self._queue
@@ -60,6 +62,15 @@ class CanonicalPasses:
                 return self._prefills.cut(turn, None, 1)
             self._queue.popleft()
         return None
+
+    def spare_tile(self) -> tuple[Chunk, ...]:
+        """Now and then a tile in a step that only decodes: endless streams would starve the passes."""
+        self._decode_steps += 1
+        if self._decode_steps < DECODE_STEPS_A_TILE or not self._queue:
+            return ()
+        self._decode_steps = 0
+        chunk = self.next_chunk()
+        return () if chunk is None else (chunk,)
 
     def _start(self, turn: Prefill) -> bool:
         # A match leaves at least one token to compute; as a beginning, all of ours may be there.

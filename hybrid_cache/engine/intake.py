@@ -15,6 +15,7 @@ from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.scheduler import Scheduler
 from hybrid_cache.engine.sequence import Sequence, new_prefill
+from hybrid_cache.engine.sharing import soon_known
 from hybrid_cache.errors import BadSampling, ContextTooLong, RequestError
 from hybrid_cache.request import CacheMode, Request, namespace_of
 from hybrid_cache.sampling import SamplingParams, TokenChooser
@@ -81,7 +82,8 @@ class Intake:
         asked = request.arrangement
         arranged = asked is not None and not self.why_exact(request)
         if index == 0 and asked is not None and asked.order is Order.ANY and not arranged:  # forks have its prompt
-            known = partial(self._scheduler.known, namespace_of(request.namespace, self._fingerprint))
+            namespace, earlier = namespace_of(request.namespace, self._fingerprint), tuple(self._scheduler.sequences())
+            known = partial(soon_known, self._cache, earlier, namespace)
             prompt, asked = best_order(request.prompt, asked, known)
             request = replace(request, prompt=prompt, arrangement=asked)
         prefill = new_prefill(request, self._fingerprint, enabled=self._config.prefix_cache, arranged=arranged)

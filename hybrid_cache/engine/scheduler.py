@@ -7,16 +7,11 @@ in the same steps. Without room the newest sequence gives its pages back and is 
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-
-import numpy as np
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.lease import Match
-from hybrid_cache.cache.policies.base import Wish
-from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.choreography import commands as choreography
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.stage import Stage
@@ -25,19 +20,15 @@ from hybrid_cache.engine.canonical import CanonicalPasses
 from hybrid_cache.engine.encodings import Encodings
 from hybrid_cache.engine.pace import Pace
 from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
-from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
+from hybrid_cache.engine.sequence import Phase, Prefill, Sequence
 from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
+from hybrid_cache.engine.sharing import someone_computes_more
 from hybrid_cache.engine.suspects import Suspects
 from hybrid_cache.engine.turns import MOST_PASSED_OVER, Gap, prompts_in_turn, waiting_in_turn
-from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
-from hybrid_cache.tokens import TokenArray
 from hybrid_cache.work import Command, Work
 
 logger = logging.getLogger("hybrid_cache")
-
-DECODE_STEPS_A_TILE = 320  # steps that only decode, for each tile of a canonical pass among them
-MOST_EARLIER = 16  # prompts that an order of messages is chosen by
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +75,6 @@ class Scheduler:
         self._suspects = Suspects()
         self._aged_last = False  # in the last step with a prompt, one that had been passed over too often went first
         self.pace = Pace(cost, None if config.max_step_ms is None else config.max_step_ms / 1e3)
-        self._decode_steps = 0  # since the last tile of a canonical pass
         self.num_preemptions = 0
         self.num_out_of_memory = 0
 
@@ -141,34 +131,25 @@ class Scheduler:
             return Step() if chunk is None else Step((chunk,))
         if self._suspects.advance():
             self._preempt_all(self._running)
-        decodes, num_preemptions = self._extend_decodes(), self.num_preemptions
-        admitted = self._admit()
-        if self.num_preemptions > num_preemptions:  # some gave way
-            decodes = tuple(s for s in decodes if s.phase is Phase.DECODE)
-        resumed = tuple(s for s in admitted if s.phase is Phase.DECODE)
+        running, admitted = self._extend_decodes(), self._admit()
+        decodes, resumed = _decoding(running), _decoding(admitted)  # some may have given way
         chunks = self._cut_chunks(self._max_tiles_beside_decode if decodes else self._max_tiles, bool(decodes))
         if self._shares.compares:
             for sequence in decodes:
                 self._shares.charge(sequence.request.tenant, DECODE_WEIGHT)
-        return Step(chunks or self._spare_tile(), decodes, resumed)
+        return Step(chunks or self.canonical.spare_tile(), decodes, resumed)
 
     def gap(self, step: Step) -> Gap | None:
         """What fits between the layers of a pass; None if it has to stay by itself."""
         if self._suspects or not step.chunks or any(chunk.sequence is None for chunk in step.chunks):
             return None
-        flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
-        return Gap(flops, frozenset(step.sequences))
+        return Gap(sum(self._cost.flops(c.start, c.end) for c in step.chunks), frozenset(step.sequences))
 
     def schedule_between(self, gap: Gap) -> Step:
         """Chooses whole prompts that need not wait for the end of a pass, and takes the room that they need."""
         admitted = self._admit(gap)
-        chunks = list[Chunk]()
-        for sequence in admitted:
-            if sequence.phase is Phase.PREFILL:
-                chunk = self._prefills.cut(sequence.prefill, sequence, sequence.prefill.tiles_left)
-                chunks.append(chunk)
-                self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)
-        return Step(tuple(chunks), (), tuple(s for s in admitted if s.phase is Phase.DECODE))
+        chunks = tuple(self._cut(s.prefill, s, s.prefill.tiles_left) for s in admitted if s.phase is Phase.PREFILL)
+        return Step(chunks, (), _decoding(admitted))
 
     def _num_waiting_for(self, name: str) -> int:
         """Waiting prompts with a message of this id."""
@@ -179,10 +160,10 @@ class Scheduler:
 
     def _extend_decodes(self) -> tuple[Sequence, ...]:
         """Sequences that decode in this step, each with room for one more token; preempts from the newest."""
-        for sequence in [s for s in self._running if s.phase is Phase.DECODE]:
+        for sequence in _decoding(self._running):
             while sequence.phase is Phase.DECODE and not self._extend(sequence):
                 self._preempt(max(self._running, key=lambda s: s.rank))
-        return tuple(s for s in self._running if s.phase is Phase.DECODE)
+        return _decoding(self._running)
 
     def _extend(self, sequence: Sequence) -> bool:
         assert sequence.prefill.lease is not None
@@ -223,22 +204,18 @@ class Scheduler:
             if not (self._suspects.may_run(sequence.arrival) and (not gap or gap.may_enter(sequence, self._shares))):
                 passed_over.append(sequence)
                 continue
-            if not (self.has_room or self._make_room(sequence, gap.under_way if gap else ())):
+            if not (self.has_room or self._make_room(sequence, gap)):
                 passed_over.append(sequence)
                 break
-            if self.messages.wanted(sequence.prefill):
-                passed_over.append(sequence)
-                continue
-            match = self._prefills.match(sequence.prefill)
-            if self._someone_computes_more(sequence.prefill, match):
-                passed_over.append(sequence)  # it is admitted when the shared prefix is there
-                continue
-            if gap and not gap.take(self._cost.flops(match.length, len(sequence.prefill.tokens))):
+            match = self._match_now(sequence.prefill, gap)
+            if match is None:
                 passed_over.append(sequence)
                 continue
             if not self._acquire(sequence.prefill, match):
                 passed_over.append(sequence)
                 break
+            if gap:
+                gap.flops -= self._flops_left(sequence.prefill, match)
             self._running.append(sequence)
             sequence.started_s = sequence.started_s or time.monotonic()
             sequence.fed = len(sequence.prefill.tokens)
@@ -247,10 +224,22 @@ class Scheduler:
         self._waiting.extendleft(reversed(passed_over))
         return admitted
 
-    def _make_room(self, sequence: Sequence, kept: Collection[Sequence]) -> bool:
+    def _match_now(self, prefill: Prefill, gap: Gap | None) -> Match | None:
+        """What the cache has of a prompt; None while it waits for its messages, a prefix on its way or a larger gap."""
+        if self.messages.wanted(prefill):
+            return None
+        match = self._prefills.match(prefill)
+        if someone_computes_more(self._running, prefill, match):
+            return None
+        return match if gap is None or self._flops_left(prefill, match) <= gap.flops else None
+
+    def _flops_left(self, prefill: Prefill, match: Match) -> float:
+        return self._cost.flops(match.length, len(prefill.tokens))
+
+    def _make_room(self, sequence: Sequence, gap: Gap | None) -> bool:
         """Takes a place from the tenant who holds most for one who holds less than its share -> whether it did.
 
-        The sequence that gives way is one for which least was computed, and none of those that are `kept`; not for one
+        The sequence that gives way is one for which least was computed, and none whose pass is under way; not for one
         that would wait all the same.
         """
         if not self._shares.compares:
@@ -260,12 +249,9 @@ class Scheduler:
         most, count = held.most_common(1)[0]
         if held[sequence.request.tenant] >= share or count <= share:
             return False
-        if self.messages.wanted(sequence.prefill):
-            return False
-        if self._someone_computes_more(sequence.prefill, self._prefills.match(sequence.prefill)):
-            return False
-        candidates = [s for s in self._running if s.request.tenant == most and s not in kept]
-        if not candidates:
+        under_way = gap.under_way if gap else ()
+        candidates = [s for s in self._running if s.request.tenant == most and s not in under_way]
+        if not candidates or self._match_now(sequence.prefill, gap) is None:
             return False
         self._preempt(min(candidates, key=lambda s: (s.phase is Phase.DECODE, s.prefill.computed + len(s.generated))))
         return True
@@ -273,31 +259,6 @@ class Scheduler:
     def prefix_of(self, prefill: Prefill) -> int:
         """Tokens of a prompt that the cache has a state for."""
         return self._prefills.match(prefill).length
-
-    def known(self, namespace: str, tokens: TokenArray) -> tuple[int, int]:
-        """Tokens of a prefix that have a state, or will have one soon; tokens that have rows."""
-        match = self._cache.match(namespace, tokens)
-        most = match.length
-        for prefill in (sequence.prefill for sequence in islice(self.sequences(), MOST_EARLIER)):
-            if prefill.publish and prefill.namespace == namespace:
-                needed = grid_floor(max(most, prefill.computed)) + TILE
-                most = max(most, grid_floor(common_prefix(prefill.tokens, tokens, needed)))
-        return most, match.shared
-
-    def _someone_computes_more(self, prefill: Prefill, match: Match) -> bool:
-        """True while a running prompt will publish a longer shared prefix; asks it for a checkpoint there."""
-        if not prefill.reuse or match.end is not None or prefill.arrangement is not None:
-            return False
-        for other in (s.prefill for s in self._running if s.phase is Phase.PREFILL):
-            if not other.publish or other.namespace != prefill.namespace:
-                continue
-            if np.array_equal(other.tokens, prefill.tokens):
-                return True
-            shared = grid_floor(min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens) - 1))
-            if shared > max(other.computed, match.length):
-                other.wish(Wish(shared, CheckpointKind.BRANCH))
-                return True
-        return False
 
     def _acquire(self, prefill: Prefill, match: Match) -> bool:
         if self._prefills.acquire(prefill, match, self._num_waiting_for):
@@ -321,7 +282,7 @@ class Scheduler:
             if most <= 0 or (ends and prefill.tiles_left > most):
                 prefill.passed_over += 1
                 continue
-            chunk = self._prefills.cut(prefill, sequence, most)
+            chunk = self._cut(prefill, sequence, most)
             chunks.append(chunk)
             room.take(chunk.start, chunk.end)
             tiles -= chunk.num_tiles
@@ -331,18 +292,14 @@ class Scheduler:
                     self._shares.take_turn(sequence.request.tenant)
             prefill.passed_over = 0
             if sequence is not None:
-                self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)
                 ends = ends or (chunk.end == len(prefill.tokens) and tiles >= quarter)
         return tuple(chunks)
 
-    def _spare_tile(self) -> tuple[Chunk, ...]:
-        """Now and then a tile of a canonical pass in a step that only decodes: endless streams would starve it."""
-        self._decode_steps += 1
-        if self._decode_steps < DECODE_STEPS_A_TILE or not self.canonical:
-            return ()
-        self._decode_steps = 0
-        chunk = self.canonical.next_chunk()
-        return () if chunk is None else (chunk,)
+    def _cut(self, prefill: Prefill, sequence: Sequence | None, tiles: int) -> Chunk:
+        chunk = self._prefills.cut(prefill, sequence, tiles)
+        if sequence is not None:
+            self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)
+        return chunk
 
     # Failures
 
@@ -368,8 +325,8 @@ class Scheduler:
         return next((s.request.id for s in self._waiting if s.arrival == arrival), None)
 
     def take_back(self, step: Step) -> None:
-        """Takes back a step between the layers of a pass that failed: its sequences begin again in another step."""
-        self._preempt_all([sequence for sequence in self._running if sequence in set(step.sequences)])
+        """Takes back a step between layers: those of its sequences that still run begin again in another one."""
+        self._preempt_all(set(self._running).intersection(step.sequences))
 
     def passed(self, step: Step) -> None:
         """To be called after a step that has not failed."""
@@ -450,11 +407,5 @@ class Scheduler:
             self._preempt(sequence)
 
 
-def common_prefix(a: TokenArray, b: TokenArray, needed: int = 1) -> int:
-    """Number of leading tokens that a and b share; 0 if these are fewer than `needed`."""
-    n = min(len(a), len(b))
-    if n < needed or a[needed - 1] != b[needed - 1]:
-        return 0
-    differs = np.flatnonzero(a[:n] != b[:n])
-    shared = int(differs[0]) if len(differs) else n
-    return shared if shared >= needed else 0
+def _decoding(sequences: Iterable[Sequence]) -> tuple[Sequence, ...]:
+    return tuple(sequence for sequence in sequences if sequence.phase is Phase.DECODE)

@@ -14,7 +14,7 @@ MOST_PASSED_OVER = 8  # steps in which a prompt may see others computed that cam
 class Gap:
     """Between two layers of a pass: what prompts that came since may take.
 
-    flops      of them together; as many as the pass itself has, so that it takes twice its time at most
+    flops      left for them, at first as many as the pass itself has, so that it takes twice its time at most
     under_way  the sequences of the pass: nothing is taken from them
     """
 
@@ -28,13 +28,6 @@ class Gap:
         """
         most = max(shares.served(s.request.tenant) for s in self.under_way)
         return sequence.prefill.arrangement is None and shares.served(sequence.request.tenant) <= most
-
-    def take(self, flops: float) -> bool:
-        """Whether a prompt of so many FLOPs still fits; then they are taken."""
-        if flops > self.flops:
-            return False
-        self.flops -= flops
-        return True
 
 
 def waiting_in_turn(waiting: deque[Sequence], running: Iterable[Sequence], shares: Shares) -> Iterator[Sequence]:

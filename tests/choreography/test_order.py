@@ -17,6 +17,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import intake
 from hybrid_cache.engine.scheduler import Scheduler
 from hybrid_cache.engine.sequence import Prefill, grid_floor
+from hybrid_cache.engine.sharing import soon_known
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
@@ -192,7 +193,7 @@ def test_what_is_known_soon_is_the_longest_beginning_that_an_earlier_prompt_stil
         mine = [p for p in prefills if p.publish and p.namespace == "n"]
         coming = [n for p in mine if (n := shared(p.tokens, asked)) > p.computed]
         match = cache.match("n", asked)
-        assert scheduler.known("n", asked) == (max([match.length, *coming]), match.shared)
+        assert soon_known(cache, scheduler.sequences(), "n", asked) == (max([match.length, *coming]), match.shared)
 
 
 def test_the_choices_of_a_request_share_the_order_of_the_first(folder, monkeypatch) -> None:

@@ -157,14 +157,17 @@ def test_nothing_is_taken_from_the_sequences_of_the_pass() -> None:
     busy.engine.check()
 
 
-def test_nobody_is_under_way_who_could_give_way() -> None:
-    busy = Busy(max_running=1)
-    busy.engine.submit(of_tenant("a", long_prompt()))
-    outputs = busy.step(of_tenant("b", short(1)))
+def test_nor_where_only_they_could_give_way() -> None:
+    busy = Busy(max_running=2)
+    for number in (1, 2):
+        busy.engine.submit(of_tenant("a", short(number, 300)))
+    outputs = busy.step(of_tenant("b", short(3)))
     assert not busy.between
+    assert busy.engine.stats().num_preemptions == 0
     outputs += busy.engine.run_until_idle()
-    assert answers(outputs, "1") == sum_model_answer(tokens_of(1, 50), 3)
-    assert answers(outputs, "long") == sum_model_answer(tokens_of(0, 1000), 3)
+    for number, length in ((1, 300), (2, 300), (3, 50)):
+        assert answers(outputs, str(number)) == sum_model_answer(tokens_of(number, length), 3)
+    busy.engine.check()
 
 
 def test_a_full_cache_takes_nothing_from_the_pass() -> None:
@@ -203,16 +206,22 @@ def without_poison(seed: int, length: int) -> list[int]:
     return tokens
 
 
-def test_a_step_between_layers_that_fails_ends_one_request() -> None:
+@pytest.mark.parametrize("aborted", [False, True])
+def test_a_step_between_layers_that_fails_ends_one_request(aborted: bool) -> None:
     busy = Busy(Fragile(), max_tiles=8)
-    good, other, bad = without_poison(0, 700), without_poison(1, 40), without_poison(2, 40)
+    good, other, bad = without_poison(0, 700), without_poison(1, 200), without_poison(2, 40)
     bad[-1] = POISON
+    busy.engine.submit(make_request("beginning", other[:150], 1))  # so that the other goes on from its state
+    busy.engine.run_until_idle()
     busy.engine.submit(make_request("good", good, 3))
     outputs = busy.step(make_request("bad", bad, 3), make_request("other", other, 3))
     assert not busy.between
     assert busy.engine.stats().failures == 1
+    if aborted:
+        busy.engine.abort("bad")
     outputs += busy.engine.run_until_idle()
-    assert [type(o).__name__ for name, o in outputs if name == "bad"][-1] == "FailedOutput"
+    assert busy.engine.stats().failures == 1 or not aborted
+    assert [type(o).__name__ for name, o in outputs if name == "bad"] == ["FailedOutput"] * (not aborted)
     assert answers(outputs, "good") == sum_model_answer(good, 3)
     assert answers(outputs, "other") == sum_model_answer(other, 3)
     busy.engine.check()
@@ -246,9 +255,10 @@ def test_a_canonical_pass_is_left_alone() -> None:
     while not busy.engine.idle:
         busy.engine.step()
     assert busy.engine.has_work
-    busy.step(short(1))
+    outputs = busy.step(short(1)) + busy.engine.run_until_idle()
     assert not busy.between
-    busy.engine.run_until_idle()
+    assert answers(outputs, "1") == sum_model_answer(tokens_of(1, 50), 3)
+    assert busy.engine.stats().failures == 0
     busy.engine.check()
 
 

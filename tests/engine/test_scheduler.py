@@ -12,9 +12,9 @@ from hybrid_cache.cache.keys import Keys, keys_of
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.engine import sequence
+from hybrid_cache.engine.canonical import DECODE_STEPS_A_TILE
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
-from hybrid_cache.engine.scheduler import DECODE_STEPS_A_TILE
 from hybrid_cache.engine.sequence import new_prefill
 from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams

@@ -25,6 +25,7 @@ prefills = partial(Mutant, "hybrid_cache/engine/prefills.py")
 sampling = partial(Mutant, "hybrid_cache/sampling.py")
 worker = partial(Mutant, "hybrid_cache/device/worker.py")
 scheduler = partial(Mutant, "hybrid_cache/engine/scheduler.py")
+sharing = partial(Mutant, "hybrid_cache/engine/sharing.py")
 engine = partial(Mutant, "hybrid_cache/engine/engine.py")
 outcomes = partial(Mutant, "hybrid_cache/engine/outcomes.py")
 sequence = partial(Mutant, "hybrid_cache/engine/sequence.py")
@@ -57,28 +58,28 @@ SCHEDULING = [
         "match):\n                passed_over.append(sequence)\n                continue\n",
         SCHEDULER,
     ),
-    scheduler(
+    sharing(
         "a prompt waits for one of another namespace",
         "if not other.publish or other.namespace != prefill.namespace:",
         "if not other.publish:",
         SCHEDULER,
     ),
-    scheduler(
+    sharing(
         "a prompt waits for one that publishes nothing",
         "if not other.publish or other.namespace != prefill.namespace:",
         "if other.namespace != prefill.namespace:",
         SCHEDULER,
     ),
-    scheduler(
+    sharing(
         "a prompt waits for a state at its very end",
         "min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens) - 1)",
         "min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens))",
         SCHEDULER,
     ),
-    scheduler(
+    sharing(
         "nobody waits for a prefix that is on its way",
-        "                other.wish(Wish(shared, CheckpointKind.BRANCH))\n                return True\n",
-        "                pass\n",
+        "            other.wish(Wish(shared, CheckpointKind.BRANCH))\n            return True\n",
+        "            pass\n",
         ENGINE,
     ),
     prefills(
@@ -195,13 +196,13 @@ SCHEDULING = [
         "prefill.keys.beginning(end)",
         stored("an_arranged_request_that_wants_nothing_cached_starts_from_no_prefix"),
     ),
-    scheduler(
+    sharing(
         "an order is chosen by prompts of another namespace",
         "if prefill.publish and prefill.namespace == namespace:",
         "if prefill.publish:",
         ORDER,
     ),
-    scheduler(
+    sharing(
         "an order is chosen by prompts that publish nothing",
         "if prefill.publish and prefill.namespace == namespace:",
         "if prefill.namespace == namespace:",
@@ -222,6 +223,7 @@ SCHEDULING = [
 ]
 
 FAIR = ("tests/engine/test_fairness.py",)
+BETWEEN = ("tests/engine/test_between_layers.py",)
 shares = partial(Mutant, "hybrid_cache/engine/shares.py")
 pace = partial(Mutant, "hybrid_cache/engine/pace.py")
 turns = partial(Mutant, "hybrid_cache/engine/turns.py")
@@ -236,8 +238,8 @@ SHARING = [
     shares("nobody is forgotten", "if len(self._served) > MOST_REMEMBERED:", "if not self._served:", FAIR),
     scheduler(
         "what is computed counts for nobody",
-        "                self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)\n",
-        "                pass\n",
+        "            self._shares.charge(sequence.request.tenant, chunk.end - chunk.start)\n",
+        "            pass\n",
         FAIR,
     ),
     turns(
@@ -251,6 +253,54 @@ SHARING = [
         "aged = aged_first and prefill.passed_over >= MOST_PASSED_OVER",
         "aged = prefill.passed_over < 0",
         FAIR,
+    ),
+    scheduler(
+        "a long prompt is starved by short ones that all wait long",
+        "self._aged_last = aged_first and prefill.passed_over",
+        "self._aged_last = prefill.passed_over",
+        FAIR,
+    ),
+    shares(
+        "whoever was just served goes before who comes",
+        "= 2 * self._num_turns - 1\n",
+        "= 2 * self._num_turns + 1\n",
+        BETWEEN,
+    ),
+    turns(
+        "a tenant goes on between layers however much it got",
+        " and shares.served(sequence.request.tenant) <= most",
+        "",
+        BETWEEN,
+    ),
+    scheduler(
+        "prompts without end go between the layers of one pass",
+        "                gap.flops -= self._flops_left(sequence.prefill, match)\n",
+        "                pass\n",
+        BETWEEN,
+    ),
+    scheduler(
+        "a sequence under way gives its place to one between layers",
+        "        under_way = gap.under_way if gap else ()\n",
+        "        under_way = ()\n",
+        BETWEEN,
+    ),
+    scheduler(
+        "canonical passes have steps between their layers",
+        "if self._suspects or not step.chunks or any(chunk.sequence is None for chunk in step.chunks):",
+        "if self._suspects or not step.chunks or not list(step.sequences) and not self.idle:",
+        BETWEEN,
+    ),
+    engine(
+        "the end of a prompt between layers is kept with a row of the pass",
+        "        self._work(Step())  # what is kept of its hidden rows: the pass overwrites them\n",
+        "",
+        BETWEEN,
+    ),
+    engine(
+        "a step between layers that fails takes back nothing",
+        "            self._scheduler.take_back(step)\n",
+        "",
+        BETWEEN,
     ),
     scheduler(
         "a long prompt shares the step that a short one ends in",

@@ -1,0 +1,53 @@
+"""Prefixes that running prompts will have in common with others: who waits for them, and what is counted on."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.lease import Match
+from hybrid_cache.cache.policies.base import Wish
+from hybrid_cache.cache.tree import CheckpointKind
+from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, grid_floor
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.tokens import TokenArray
+
+MOST_EARLIER = 16  # prompts that an order of messages is chosen by
+
+
+def someone_computes_more(running: Iterable[Sequence], prefill: Prefill, match: Match) -> bool:
+    """True while a running prompt will publish a longer shared prefix; asks it for a checkpoint there."""
+    if not prefill.reuse or match.end is not None or prefill.arrangement is not None:
+        return False
+    for other in (s.prefill for s in running if s.phase is Phase.PREFILL):
+        if not other.publish or other.namespace != prefill.namespace:
+            continue
+        if np.array_equal(other.tokens, prefill.tokens):
+            return True
+        shared = grid_floor(min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens) - 1))
+        if shared > max(other.computed, match.length):
+            other.wish(Wish(shared, CheckpointKind.BRANCH))
+            return True
+    return False
+
+
+def soon_known(cache: Books, sequences: Iterable[Sequence], namespace: str, tokens: TokenArray) -> tuple[int, int]:
+    """Tokens of a prefix that have a state, or will have one soon; tokens that have rows."""
+    match = cache.match(namespace, tokens)
+    most = match.length
+    for prefill in (sequence.prefill for sequence in islice(sequences, MOST_EARLIER)):
+        if prefill.publish and prefill.namespace == namespace:
+            needed = grid_floor(max(most, prefill.computed)) + TILE
+            most = max(most, grid_floor(common_prefix(prefill.tokens, tokens, needed)))
+    return most, match.shared
+
+
+def common_prefix(a: TokenArray, b: TokenArray, needed: int = 1) -> int:
+    """Number of leading tokens that a and b share; 0 if these are fewer than `needed`."""
+    n = min(len(a), len(b))
+    if n < needed or a[needed - 1] != b[needed - 1]:
+        return 0
+    differs = np.flatnonzero(a[:n] != b[:n])
+    shared = int(differs[0]) if len(differs) else n
+    return shared if shared >= needed else 0
