@@ -240,9 +240,9 @@ class AsyncEngine:
             requests, self._inbox.requests = self._inbox.requests, deque()
         for request in requests:
             self._submit_now(request)
-        if outputs := self._engine.step_between():
-            self._stats = self._engine.stats()
-            self._deliver(outputs)
+        outputs = self._engine.step_between()
+        self._stats = self._engine.stats()
+        self._deliver(outputs)
 
     def _submit_now(self, request: Request) -> None:
         try:

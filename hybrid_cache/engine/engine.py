@@ -177,10 +177,8 @@ class Engine:
 
         They get the bits that they would get alone, as always; the sequences of the pass are not touched.
         """
-        gap, started_s = self._gap, time.perf_counter()
-        step = Step() if gap is None else self._scheduler.schedule_between(gap)
-        outputs: Outputs = []
-        if step.empty:
+        gap, started_s, outputs = self._gap, time.perf_counter(), Outputs()
+        if gap is None or (step := self._scheduler.schedule_between(gap)).empty:
             return outputs
         self._gap = None
         self._outcomes.tally.steps += 1
@@ -193,7 +191,7 @@ class Engine:
                 raise  # which takes back all of the pass, too
             self._outcomes.tally.failures += 1
             logger.error("a step between layers failed, and its prompts begin again: %s", error, exc_info=error)
-            self._scheduler.take_back(step)
+            self._scheduler.take_back(step, gap)
         self._work(Step())  # what is kept of its hidden rows: the pass overwrites them
         self._between_s += time.perf_counter() - started_s
         return outputs

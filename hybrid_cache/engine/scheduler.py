@@ -324,9 +324,10 @@ class Scheduler:
         self._max_running = self._suspects.fewer(self._max_running)
         return next((s.request.id for s in self._waiting if s.arrival == arrival), None)
 
-    def take_back(self, step: Step) -> None:
-        """Takes back a step between layers: those of its sequences that still run begin again in another one."""
-        self._preempt_all(set(self._running).intersection(step.sequences))
+    def take_back(self, step: Step, gap: Gap) -> None:
+        """Takes back a step between layers: its sequences begin again in another one, with what forked from them."""
+        arrivals = {sequence.arrival for sequence in step.sequences}
+        self._preempt_all([s for s in self._running if s.arrival in arrivals and s not in gap.under_way])
 
     def passed(self, step: Step) -> None:
         """To be called after a step that has not failed."""

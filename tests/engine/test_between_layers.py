@@ -15,6 +15,7 @@ from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.engine.scheduler import Step
 from hybrid_cache.engine.shares import Shares
 from hybrid_cache.engine.turns import MOST_PASSED_OVER
+from hybrid_cache.errors import Overloaded
 from hybrid_cache.request import Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
@@ -227,6 +228,33 @@ def test_a_step_between_layers_that_fails_ends_one_request(aborted: bool) -> Non
     busy.engine.check()
 
 
+class Choosy(SumModel):
+    """Fails to choose, once it is told to."""
+
+    fails = False
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if self.fails:
+            self.fails = False
+            raise ZeroDivisionError("a bug")
+        return super().logits(hidden)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_choices_that_fail_between_layers_begin_again_with_their_forks(n: int) -> None:
+    model = Choosy()
+    busy = Busy(model)
+    busy.engine.submit(long_prompt())
+    model.fails = True
+    outputs = busy.step(replace(short(1), n=n))
+    assert busy.engine.stats().failures == 1
+    outputs = busy.between + outputs + busy.engine.run_until_idle()
+    for index in range(n):
+        assert answers(outputs, "1", index) == sum_model_answer(tokens_of(1, 50), 3)
+    assert answers(outputs, "long") == sum_model_answer(tokens_of(0, 1000), 3)
+    busy.engine.check()
+
+
 def test_a_pass_that_fails_leaves_those_between_its_layers_with_their_answers() -> None:
     busy = Busy(Fragile(), max_tiles=8)
     good, bad = without_poison(1, 40), without_poison(0, 300)
@@ -302,6 +330,29 @@ def test_a_client_is_answered_while_another_ones_pass_goes_on() -> None:
             model.end.set()
             await engine.stop(1)
         assert not engine.failed
+
+    asyncio.run(main())
+
+
+def test_who_came_between_layers_counts_as_waiting() -> None:
+    async def main() -> None:
+        model = Slow()
+        engine = AsyncEngine(model, EngineConfig(budget_bytes=1 << 24, max_waiting=2))
+        engine.start()
+        try:
+            sampling = SamplingParams(temperature=0, max_tokens=1)
+            engine.submit(Request("long", Prompt(tokens_of(0, 600)), sampling))
+            await asyncio.to_thread(model.under_way.wait, 10)
+            for name in ("x", "y"):
+                engine.submit(Request(name, Prompt(tokens_of(1, 700)), sampling))  # no shorter than the pass
+            async with asyncio.timeout(10):
+                while engine.stats().waiting < 2:
+                    await asyncio.sleep(0.002)
+            with pytest.raises(Overloaded):
+                engine.submit(Request("z", Prompt(tokens_of(2, 700)), sampling))
+        finally:
+            model.end.set()
+            await engine.stop(1)
 
     asyncio.run(main())
 

@@ -298,7 +298,7 @@ SHARING = [
     ),
     engine(
         "a step between layers that fails takes back nothing",
-        "            self._scheduler.take_back(step)\n",
+        "            self._scheduler.take_back(step, gap)\n",
         "",
         BETWEEN,
     ),
