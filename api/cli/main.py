@@ -89,6 +89,13 @@ def serve(
         bool,
         typer.Option("--shared-cache", help="All API keys share one cache; else each has its own."),
     ] = False,
+    keep_billing_header: Annotated[
+        bool,
+        typer.Option(
+            help="Keep the billing header that Anthropic's clients put before the system prompt. It is dropped "
+            "otherwise: it differs in each request, so that no two prompts would begin alike.",
+        ),
+    ] = False,
     special_tokens_in_content: Annotated[
         bool,
         typer.Option(
@@ -215,6 +222,7 @@ def serve(
         ),
         shared_cache=shared_cache,
         special_tokens_in_content=special_tokens_in_content,
+        keep_billing_header=keep_billing_header,
         max_body_bytes=parse_bytes(max_body),
         message_book_bytes=parse_bytes(message_book),
         vllm_metrics=vllm_metrics,

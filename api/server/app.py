@@ -11,7 +11,7 @@ from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
-from hybrid_cache.api.server.routes import chat, completions, server, tokens
+from hybrid_cache.api.server.routes import chat, completions, messages, server, tokens
 from hybrid_cache.api.server.serving import new_serving
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -38,7 +38,7 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
         redoc_url=None,
         redirect_slashes=False,
     )
-    for routes in (chat, completions, tokens, server):
+    for routes in (chat, completions, messages, tokens, server):
         app.include_router(routes.router(serving))
     install_error_handlers(app)
     # The last one added is the outermost.

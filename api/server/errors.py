@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,6 +26,18 @@ from hybrid_cache.errors import (
 RETRY_AFTER_S = 1
 MAX_MESSAGE = 600  # characters of an error message; more is cut
 MAX_VALUE = 100  # characters of a value quoted in one
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+current_request_id: ContextVar[str | None] = ContextVar("current_request_id", default=None)
 
 logger = logging.getLogger("hybrid_cache.api")
 
@@ -47,6 +61,21 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class AnthropicErrorDetail(BaseModel):
+    """What went wrong, in Anthropic's fields."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(BaseModel):
+    """The same below `/v1/messages`."""
+
+    type: Literal["error"] = "error"
+    error: AnthropicErrorDetail
+    request_id: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A failure as a client sees it."""
@@ -62,6 +91,15 @@ class Problem:
         detail = ErrorDetail(message=printable(self.message), type=self.type, param=self.param, code=self.code)
         return ErrorBody(error=detail).model_dump()
 
+    def body_for(self, path: str) -> dict[str, object]:
+        """In the dialect of those who ask for a path."""
+        if not path.startswith(ANTHROPIC_PATH):
+            return self.body()
+        kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        where = f"{self.param}: " if self.param and self.param not in self.message else ""
+        detail = AnthropicErrorDetail(type=kind, message=printable(where + self.message))
+        return AnthropicErrorBody(error=detail, request_id=current_request_id.get()).model_dump()
+
     def headers(self) -> dict[str, str]:
         if self.retry:
             return {"Retry-After": str(RETRY_AFTER_S)}
@@ -71,8 +109,8 @@ class Problem:
             return {"Connection": "close"}
         return {"x-should-retry": "false"} if self.status >= 500 else {}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers())
+    def response(self, path: str) -> JSONResponse:
+        return JSONResponse(self.body_for(path), self.status, self.headers())
 
 
 def problem_of(error: BaseException) -> Problem:
@@ -149,15 +187,15 @@ def install_error_handlers(app: FastAPI) -> None:
     """Makes every failure of the app leave as an OpenAI error body."""
 
     async def on_ours(request: Request, error: Exception) -> Response:
-        return problem_of(error).response()
+        return problem_of(error).response(request.url.path)
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _problem_of_validation(error.errors()).response()
+        return _problem_of_validation(error.errors()).response(request.url.path)
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        response = _problem_of_http(request, error).response()
+        response = _problem_of_http(request, error).response(request.url.path)
         response.headers.update(error.headers or {})
         return response
 
@@ -165,7 +203,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return Response(status_code=400)  # nobody is there to read it
 
     async def on_bug(request: Request, error: Exception) -> Response:
-        return problem_of(error).response()  # the server logs the traceback
+        return problem_of(error).response(request.url.path)  # the server logs the traceback
 
     app.add_exception_handler(HybridCacheError, on_ours)
     app.add_exception_handler(RequestValidationError, on_invalid)

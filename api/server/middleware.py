@@ -18,6 +18,7 @@ from hybrid_cache.api.server.errors import (
     Problem,
     body_too_large,
     body_too_slow,
+    current_request_id,
     problem_of,
     too_many_values,
     unauthorized,
@@ -38,7 +39,10 @@ logger = logging.getLogger("hybrid_cache.api")
 
 
 class RequestIds:
-    """Gives every response an `x-request-id`, the client's own if it sent one. Outermost: it also answers for bugs."""
+    """Gives every response an `x-request-id` and a `request-id`, the client's own if it sent one.
+
+    Outermost: it also answers for bugs.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -48,13 +52,15 @@ class RequestIds:
             return await self._app(scope, receive, send)
         asked = Headers(scope=scope).get("x-request-id", "")
         request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        current_request_id.set(request_id)
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = request_id  # OpenAI's name and Anthropic's
             await send(message)
 
         try:
@@ -62,14 +68,15 @@ class RequestIds:
         except asyncio.CancelledError:  # by a server that has waited long enough for this request
             if started:
                 raise
-            await problem_of(EngineStopped("the server is ending")).response()(scope, receive, send_with_id)
+            problem = problem_of(EngineStopped("the server is ending"))
+            await problem.response(scope["path"])(scope, receive, send_with_id)
         except Exception as error:
             problem = problem_of(error)
             if problem.status == 500:
                 logger.exception("request %s failed", request_id)
             if started:
                 raise
-            await problem.response()(scope, receive, send_with_id)
+            await problem.response(scope["path"])(scope, receive, send_with_id)
 
 
 class Hosts:

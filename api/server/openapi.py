@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hybrid_cache.api.server.errors import ErrorBody
+from hybrid_cache.api.server.errors import AnthropicErrorBody, ErrorBody
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -23,3 +23,4 @@ ERRORS: Responses = {
 EVENTS: Responses = {
     200: {"content": {"text/event-stream": {}}, "description": "With `stream`, server-sent events that end in [DONE]."}
 }
+ANTHROPIC_ERRORS: Responses = {status: {**shown, "model": AnthropicErrorBody} for status, shown in ERRORS.items()}

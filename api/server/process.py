@@ -45,6 +45,7 @@ class ServeOptions:
     api_keys: tuple[str, ...]
     shared_cache: bool
     special_tokens_in_content: bool
+    keep_billing_header: bool
     max_body_bytes: int
     message_book_bytes: int
     vllm_metrics: bool
@@ -69,6 +70,7 @@ class ServeOptions:
             api_keys=self.api_keys,
             shared_cache=self.shared_cache,
             special_tokens_in_content=self.special_tokens_in_content,
+            keep_billing_header=self.keep_billing_header,
             allowed_hosts=hosts,
             allowed_origins=self.exposure.allow_origins,
             body_timeout_s=self.exposure.patience.body_timeout_s,

@@ -27,7 +27,7 @@ async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -
 
 async def send_problem(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
     """Answers at once."""
-    await problem.response()(scope, receive, send)
+    await problem.response(scope["path"])(scope, receive, send)
 
 
 async def _drain(receive: Receive) -> None:

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from hybrid_cache.api.server.errors import logger, problem_of
+from hybrid_cache.api.server.errors import Problem, logger, problem_of
 from hybrid_cache.api.server.json_text import json_bytes
 from hybrid_cache.errors import HybridCacheError
 
@@ -40,6 +40,10 @@ class Reply(Protocol):
         """Server-sent events, as the answer comes."""
         ...
 
+    def failed(self, problem: Problem) -> bytes:
+        """The last event of a stream that fails."""
+        ...
+
     async def aclose(self) -> None:
         """Aborts what still runs. Idempotent."""
         ...
@@ -48,7 +52,7 @@ class Reply(Protocol):
 async def respond(request: Request, reply: Reply, *, stream: bool) -> Response:
     """The reply, whole or as a stream. What still runs is aborted when the client goes away."""
     if stream:
-        return EventStream(reply.events(), reply.aclose)
+        return EventStream(reply.events(), reply.aclose, reply.failed)
     async with aclosing(reply):
         body = await unless_gone(request, reply.whole())
     return Response(body, media_type="application/json")
@@ -77,6 +81,7 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[bytes],
         close: Callable[[], Awaitable[None]],
+        failed: Callable[[Problem], bytes],
         *,
         keep_alive_s: float = KEEP_ALIVE_S,
     ) -> None:
@@ -85,6 +90,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events = events
         self._close = close
+        self._failed = failed
         self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,10 +126,10 @@ class EventStream(Response):
         try:
             return await anext(self._events, None)
         except HybridCacheError as error:
-            return event(problem_of(error).body())
+            return self._failed(problem_of(error))
         except Exception as error:
             logger.exception("a stream failed")
-            return event(problem_of(error).body())
+            return self._failed(problem_of(error))
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -27,6 +27,7 @@ from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt
 
 PROBE = "x"
+PROBES = ("x", "y")  # a text begins like one of them at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class ChatEncoder:
         rendered = self._whole(messages, rendering, clock)
         self._tokenizer.check_fits(rendered.text, max_tokens, "messages")
         cuts = [*self._message_cuts(messages, rendering, rendered, clock)]
+        cuts += self._tools_cut(messages, rendering, rendered.text, clock)
         cuts += self._part_cuts(messages, rendering, rendered.text, clock)
         made = self._tokenise(rendered, cuts, len(messages))
         check_length(sum(len(piece.tokens) for piece in (*made.pieces, made.opening)), max_tokens)
@@ -184,11 +186,30 @@ class ChatEncoder:
                 continue
             position = end
             if count <= closed:
-                yield _Cut(end, Boundary(0, role=messages[count - 1].role), count)
+                message = messages[count - 1]
+                mark = message.mark or (rendering.tools_mark if count == 1 and _is_system(message) else None)
+                kind = BoundaryKind.EXPLICIT if mark else BoundaryKind.MESSAGE_END
+                yield _Cut(end, Boundary(0, kind, mark.ttl_s if mark else None, role=message.role), count)
             if count < len(messages) and messages[count].role == "assistant":
                 opening = self._opening(rendering, clock) if opening is None else opening
                 if opening and rendered.text.startswith(opening, end):
                     yield _Cut(end + len(opening))
+
+    def _tools_cut(
+        self, messages: Sequence[TemplateMessage], rendering: Rendering, text: str, clock: Clock
+    ) -> Iterator[_Cut]:
+        """A marked cut behind tools that no system message is rendered with: where the first message's text begins."""
+        if rendering.tools_mark is None or _is_system(messages[0]):
+            return
+        ends = []
+        for probe in PROBES:
+            try:
+                other = self._render([TemplateMessage("user", (TextPart(probe),))], rendering, clock, opening=False)
+            except RequestError:
+                return
+            ends.append(_common_length(other.text, text))
+        if min(ends):
+            yield _Cut(min(ends), Boundary(0, BoundaryKind.EXPLICIT, rendering.tools_mark.ttl_s))
 
     def _message_ends(
         self, messages: Sequence[TemplateMessage], rendering: Rendering, rendered: Rendered, clock: Clock
@@ -205,7 +226,7 @@ class ChatEncoder:
             yield from self._ends.find(rendered.text, before, head, bodies, len(messages))
             return
         first = 1
-        if messages[0].role in ("system", "developer"):  # often not where the others are
+        if _is_system(messages[0]):  # often not where the others are
             first = 2
             try:
                 text = before(1)
@@ -296,6 +317,10 @@ class ChatEncoder:
                     "a message holds what this model's tokenizer takes for a special token", param="messages"
                 )
         return tokens
+
+
+def _is_system(message: TemplateMessage) -> bool:
+    return message.role in ("system", "developer")
 
 
 def _piece(tokens: Sequence[int], boundaries: Sequence[Boundary]) -> Piece:

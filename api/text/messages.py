@@ -1,7 +1,7 @@
 """What a client sends to be answered, as templates see it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hybrid_cache.api.text.marks import PART, Quoting
 
@@ -18,12 +18,24 @@ class TextPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """A cache breakpoint, and how many seconds it is to be kept at least."""
+
+    ttl_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TemplateMessage:
     """What the client sent. `parts` is None for an assistant's message that only calls tools."""
 
     role: str
     parts: tuple[TextPart, ...] | None
     fields: Mapping[str, object] = field(default_factory=dict)  # name, tool_calls, tool_call_id ...
+    mark: Mark | None = None  # at its very end
+
+    def marked_at_end(self, mark: Mark | None) -> "TemplateMessage":
+        """The same, with a mark at its end if there is one."""
+        return self if mark is None else replace(self, mark=mark)
 
     def content(self, quoting: Quoting, *, marked: bool = False, tight: bool = False) -> str | None:
         """The text as templates see it, if `marked` with a mark at the end of each part that has one or that another
@@ -62,3 +74,8 @@ class Rendering:
     continue_final_message: bool = False
     kwargs: Mapping[str, object] = field(default_factory=dict)
     default_ttl_s: float | None = None  # for marked parts without a lifetime of their own
+    tools_mark: Mark | None = None  # at the end of the tools, and of the system message that they stand in
+
+    def continuing(self) -> "Rendering":
+        """The same, for an answer that continues the last message."""
+        return replace(self, add_generation_prompt=False, continue_final_message=True)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from functools import partial
 
+from hybrid_cache.api.server.errors import Problem
 from hybrid_cache.api.server.json_text import json_bytes, json_in_pieces
 from hybrid_cache.api.server.responses import DONE, event, event_of
 from hybrid_cache.api.server.schemas.common import GenerationRequest, PromptTokensDetails, Usage
@@ -56,6 +57,10 @@ class OpenAIReply(ABC):
     async def aclose(self) -> None:
         """Aborts what still runs. Idempotent."""
         await self._answer.aclose()
+
+    def failed(self, problem: Problem) -> bytes:
+        """The last event of a stream that fails."""
+        return event(problem.body())
 
     @abstractmethod
     def _take(self, events: Events) -> None:

@@ -1,0 +1,163 @@
+"""An answer in Anthropic's JSON: a message of content blocks, whole or as events."""
+
+import json
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hybrid_cache.api.server.errors import Problem
+from hybrid_cache.api.server.json_text import json_bytes, json_in_pieces
+from hybrid_cache.api.server.schemas.anthropic import (
+    CacheCreation,
+    MessageResponse,
+    MessagesRequest,
+    MessageUsage,
+    StopReason,
+)
+from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.server.tenants import current_tenant_or
+from hybrid_cache.api.text.answer import Answer
+from hybrid_cache.api.text.generation import Begin, End, Event, GenerationSpec, Text, ToolCall, Usage
+from hybrid_cache.request import FinishReason
+from hybrid_cache.tokens import Boundary
+
+HOUR_S = 3600.0
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """The content of a message as it grows."""
+
+    done: list[dict[str, object]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # of the text block that is open
+
+    def close_text(self) -> bool:
+        """Ends the text block -> whether one was open."""
+        if not self.texts:
+            return False
+        self.done.append({"type": "text", "text": "".join(self.texts)})
+        self.texts = []
+        return True
+
+
+class MessageReply:
+    """The reply to one request."""
+
+    def __init__(self, serving: Serving, asked: MessagesRequest, spec: GenerationSpec, answer: Answer) -> None:
+        self._answer = answer
+        self._asked = asked
+        self._work = serving.text.work
+        self._tenant = current_tenant_or(None)
+        self._id = f"msg_{uuid.uuid4().hex}"
+        self._boundaries: Sequence[Boundary] = spec.prompt.boundaries
+        self._blocks = _Blocks()
+        self._stop_reason: StopReason | None = None
+        self._stop_sequence: str | None = None
+
+    async def whole(self) -> bytes:
+        """Waits for the end."""
+        async for events in self._answer:
+            for event in events:
+                for _ in self._take(event):
+                    pass
+        size = sum(len(str(block)) for block in self._blocks.done)
+        return await self._work.run(self._tenant, size, lambda: json_in_pieces(self._message().model_dump()))
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """Events by name, as the answer comes."""
+        async for events in self._answer:
+            for event in events:
+                for name, data in self._take(event):
+                    yield named_event(name, data)
+
+    async def aclose(self) -> None:
+        """Aborts what still runs. Idempotent."""
+        await self._answer.aclose()
+
+    def failed(self, problem: Problem) -> bytes:
+        """The last event of a stream that fails."""
+        return named_event("error", problem.body_for("/v1/messages"))
+
+    def _take(self, event: Event) -> Iterator[tuple[str, Mapping[str, object]]]:
+        """Adds an event to what is known of the answer -> what to show of it."""
+        blocks = self._blocks
+        match event:
+            case Begin():
+                yield "message_start", {"message": self._message().model_dump()}
+            case Text(text=text) if text:
+                index = len(blocks.done)
+                if not blocks.texts:
+                    yield "content_block_start", {"index": index, "content_block": {"type": "text", "text": ""}}
+                blocks.texts.append(text)
+                yield "content_block_delta", {"index": index, "delta": {"type": "text_delta", "text": text}}
+            case ToolCall():
+                yield from self._end_text()
+                yield from self._tool_use(event)
+            case End():
+                yield from self._end_text()
+                self._end(event)
+                ended = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
+                yield "message_delta", {"delta": ended, "usage": self._usage(event.usage).model_dump()}
+                yield "message_stop", {}
+
+    def _end_text(self) -> Iterator[tuple[str, Mapping[str, object]]]:
+        if self._blocks.close_text():
+            yield "content_block_stop", {"index": len(self._blocks.done) - 1}
+
+    def _tool_use(self, call: ToolCall) -> Iterator[tuple[str, Mapping[str, object]]]:
+        index, arguments = len(self._blocks.done), _object(call.arguments)
+        block: dict[str, object] = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": call.name}
+        self._blocks.done.append({**block, "input": arguments})
+        yield "content_block_start", {"index": index, "content_block": {**block, "input": {}}}
+        delta = {"type": "input_json_delta", "partial_json": json.dumps(arguments, ensure_ascii=False)}
+        yield "content_block_delta", {"index": index, "delta": delta}
+        yield "content_block_stop", {"index": index}
+
+    def _end(self, event: End) -> None:
+        if event.finish is not FinishReason.STOP:
+            full = event.usage.completion < self._asked.max_tokens
+            self._stop_reason = "model_context_window_exceeded" if full else "max_tokens"
+        elif any(block["type"] == "tool_use" for block in self._blocks.done):
+            self._stop_reason = "tool_use"
+        elif isinstance(event.stop, str) and event.stop in (self._asked.stop_sequences or ()):
+            self._stop_reason, self._stop_sequence = "stop_sequence", event.stop
+        else:
+            self._stop_reason = "end_turn"
+
+    def _message(self) -> MessageResponse:
+        return MessageResponse(
+            id=self._id,
+            model=self._asked.model,
+            content=self._blocks.done,
+            stop_reason=self._stop_reason,
+            stop_sequence=self._stop_sequence,
+            usage=self._usage(self._answer.usage),
+        )
+
+    def _usage(self, used: Usage) -> MessageUsage:
+        """Tokens that are new in the cache count to the longest life that a mark at or after them has asked for."""
+        marks = [b.position for b in self._boundaries if b.ttl_s is not None and b.ttl_s >= HOUR_S]
+        for_an_hour = min(max(max(marks, default=0) - used.cached, 0), used.written)
+        return MessageUsage(
+            input_tokens=used.prompt - used.cached - used.written,
+            cache_creation_input_tokens=used.written,
+            cache_read_input_tokens=used.cached,
+            cache_creation=CacheCreation(
+                ephemeral_5m_input_tokens=used.written - for_an_hour, ephemeral_1h_input_tokens=for_an_hour
+            ),
+            output_tokens=used.completion,
+        )
+
+
+def named_event(name: str, data: Mapping[str, object]) -> bytes:
+    """One server-sent event with a name, which its data repeats."""
+    return b"event: " + name.encode() + b"\ndata: " + json_bytes({"type": name, **data}) + b"\n\n"
+
+
+def _object(arguments: str) -> dict[str, object]:
+    """Arguments as the model wrote them, as the object that this API wants."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        value = arguments
+    return value if isinstance(value, dict) else {"arguments": value}

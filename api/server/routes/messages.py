@@ -1,0 +1,36 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's dialect"""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from hybrid_cache.api.server.anthropic.parsing import check_served, conversation_of, spec_of
+from hybrid_cache.api.server.anthropic.reply import MessageReply
+from hybrid_cache.api.server.bodies import JsonRoute
+from hybrid_cache.api.server.openapi import ANTHROPIC_ERRORS, EVENTS
+from hybrid_cache.api.server.responses import respond, unless_gone
+from hybrid_cache.api.server.schemas.anthropic import CountRequest, MessageResponse, MessagesRequest, TokenCount
+from hybrid_cache.api.server.serving import Serving
+
+
+def router(serving: Serving) -> APIRouter:
+    """The routes, bound to what they serve."""
+    routes = APIRouter(route_class=JsonRoute, tags=["Anthropic"], responses=ANTHROPIC_ERRORS)
+    keep_billing = serving.settings.keep_billing_header
+
+    @routes.post("/v1/messages", response_model=MessageResponse, responses=EVENTS)
+    async def messages(asked: MessagesRequest, request: Request) -> Response:
+        serving.model.check_name(asked.model)
+        check_served(asked)
+        conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))
+        spec = spec_of(serving.text, asked, conversation.prompt)
+        answer = await serving.answer([spec])
+        return await respond(request, MessageReply(serving, asked, spec, answer), stream=bool(asked.stream))
+
+    @routes.post("/v1/messages/count_tokens")
+    async def count_tokens(asked: CountRequest, request: Request) -> TokenCount:
+        """The tokens that the same messages would have as a prompt."""
+        serving.model.check_name(asked.model)
+        conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))
+        return TokenCount(input_tokens=len(conversation.prompt.tokens))
+
+    return routes

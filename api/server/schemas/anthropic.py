@@ -1,0 +1,227 @@
+"""The JSON of Anthropic's Messages API."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.server.schemas.common import Count, Request, Response
+from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
+from hybrid_cache.api.text.generation import MAX_STOP_LENGTH, MAX_STOPS
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class CacheControl(Request):
+    """Marks the end of a prefix that will be used again, and how long it is kept at least."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class TextBlock(Request):
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl | None = None
+
+
+class ToolUseBlock(Request):
+    """A call that the model has made."""
+
+    type: Literal["tool_use"]
+    id: Name
+    name: Name
+    input: dict[str, object]
+    cache_control: CacheControl | None = None
+
+
+class ThinkingBlock(Request):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str | None = None
+
+
+class RedactedThinkingBlock(Request):
+    """Thinking that nobody here can read: it is left out."""
+
+    type: Literal["redacted_thinking"]
+    data: str
+
+
+def _blocks(value: object, kinds: dict[str, type[Request]]) -> list[object]:
+    """Read by hand so that an error names the kind of block that the client chose, not all of them."""
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of content blocks")
+    if len(value) > MAX_PARTS:
+        raise ValueError(f"{len(value)} content blocks, at most {MAX_PARTS} are allowed")
+    return [_block(block, kinds) for block in value]
+
+
+def _block(value: object, kinds: dict[str, type[Request]]) -> object:
+    if isinstance(value, Request):
+        return value
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"a content block of type {quoted(kind)} is not supported here, only {', '.join(kinds)}")
+    return kinds[kind].model_validate(value)
+
+
+def _texts(value: object) -> str | list[TextBlock]:
+    return value if isinstance(value, str) else _blocks(value, {"text": TextBlock})  # type: ignore[return-value]
+
+
+Texts = Annotated[str | list[TextBlock], PlainValidator(_texts, json_schema_input_type=str | list[TextBlock])]
+
+
+class ToolResultBlock(Request):
+    """What a tool has answered."""
+
+    type: Literal["tool_result"]
+    tool_use_id: Name
+    content: Texts | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
+_KINDS: dict[str, type[Request]] = {
+    "text": TextBlock,
+    "tool_use": ToolUseBlock,
+    "tool_result": ToolResultBlock,
+    "thinking": ThinkingBlock,
+    "redacted_thinking": RedactedThinkingBlock,
+}
+
+
+def _content(value: object) -> str | list[Block]:
+    return value if isinstance(value, str) else _blocks(value, _KINDS)  # type: ignore[return-value]
+
+
+Content = Annotated[str | list[Block], PlainValidator(_content, json_schema_input_type=str | list[Block])]
+
+
+class Message(Request):
+    """A turn; turns of one role in a row are one."""
+
+    role: Literal["user", "assistant"]
+    content: Content
+
+    @model_validator(mode="after")
+    def _of_its_role(self) -> "Message":
+        wrong = (ToolUseBlock, ThinkingBlock, RedactedThinkingBlock) if self.role == "user" else (ToolResultBlock,)
+        for block in self.content if isinstance(self.content, list) else ():
+            if isinstance(block, wrong):
+                raise ValueError(f"a message with role '{self.role}' has no block of type '{block.type}'")
+        return self
+
+
+def _few_items(messages: object) -> object:
+    """Bounds what is looked at one by one."""
+    if isinstance(messages, list):
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        num_items = sum(len(content) for content in contents if isinstance(content, list))
+        if num_items > MAX_ITEMS:
+            raise ValueError(f"{num_items} content blocks, at most {MAX_ITEMS} are allowed")
+    return messages
+
+
+class Tool(Request):
+    """A tool of the client's own."""
+
+    type: Literal["custom"] | None = None
+    name: Name
+    description: str | None = None
+    input_schema: dict[str, object]
+    cache_control: CacheControl | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runs_at_the_client(cls, value: object) -> object:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind not in (None, "custom"):
+            raise ValueError(f"tools of type {quoted(kind)} run at the vendor and are not supported, only 'custom'")
+        return value
+
+
+class ToolChoice(Request):
+    type: Literal["auto", "any", "tool", "none"]
+    name: Name | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Request):
+    model_config = ConfigDict(extra="allow", strict=True)
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Count | None = None
+
+
+class CountRequest(Request):
+    """POST /v1/messages/count_tokens"""
+
+    model: str
+    messages: Annotated[
+        list[Message],
+        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES),
+        BeforeValidator(_few_items, json_schema_input_type=list[Message]),
+    ]
+    system: Texts | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    cache_control: CacheControl | None = None
+
+
+class Metadata(Request):
+    user_id: str | None = None
+
+
+class MessagesRequest(CountRequest):
+    """POST /v1/messages"""
+
+    max_tokens: Annotated[Count, Field(ge=1)]
+    stream: bool | None = None
+    stop_sequences: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+            Field(fail_fast=True, max_length=MAX_STOPS),
+        ]
+        | None
+    ) = None
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Count, Field(ge=0)] | None = None
+    metadata: Metadata | None = None
+    output_config: dict[str, object] | None = None
+
+
+class TokenCount(Response):
+    input_tokens: int
+
+
+class CacheCreation(Response):
+    ephemeral_5m_input_tokens: int
+    ephemeral_1h_input_tokens: int
+
+
+class MessageUsage(Response):
+    """input_tokens: those that were neither read from the cache nor written to it"""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    cache_creation: CacheCreation
+    output_tokens: int
+
+
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
+
+
+class MessageResponse(Response):
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[dict[str, object]]
+    stop_reason: StopReason | None
+    stop_sequence: str | None
+    usage: MessageUsage
