@@ -104,7 +104,7 @@ def test_a_silent_stream_is_kept_alive_with_comments() -> None:
             await asyncio.sleep(10)
             raise AssertionError
 
-        await EventStream(slow(), close, keep_alive_s=0.1)({"type": "http"}, receive, send)
+        await EventStream(slow(), close, lambda problem: b"", keep_alive_s=0.1)({"type": "http"}, receive, send)
         assert sent == [b"", b": keep-alive\n\n", b": keep-alive\n\n", b"data: x\n\n", b""]
         assert closed.is_set()
 
