@@ -21,6 +21,7 @@ from hybrid_cache.api.cli.options import (
     api_keys,
 )
 from hybrid_cache.api.cli.train import train_lora
+from hybrid_cache.api.text.tool_formats import FORMATS
 from hybrid_cache.errors import HybridCacheError
 
 app = typer.Typer(
@@ -96,6 +97,10 @@ def serve(
             "otherwise: it differs in each request, so that no two prompts would begin alike.",
         ),
     ] = False,
+    tool_parser: Annotated[
+        str,
+        typer.Option(help=f"How the model writes tool calls: auto (by its chat template), {', '.join(FORMATS)}."),
+    ] = "auto",
     special_tokens_in_content: Annotated[
         bool,
         typer.Option(
@@ -223,6 +228,7 @@ def serve(
         shared_cache=shared_cache,
         special_tokens_in_content=special_tokens_in_content,
         keep_billing_header=keep_billing_header,
+        tool_parser=None if tool_parser == "auto" else tool_parser,
         max_body_bytes=parse_bytes(max_body),
         message_book_bytes=parse_bytes(message_book),
         vllm_metrics=vllm_metrics,

@@ -46,6 +46,7 @@ class ServeOptions:
     shared_cache: bool
     special_tokens_in_content: bool
     keep_billing_header: bool
+    tool_parser: str | None
     max_body_bytes: int
     message_book_bytes: int
     vllm_metrics: bool
@@ -71,6 +72,7 @@ class ServeOptions:
             shared_cache=self.shared_cache,
             special_tokens_in_content=self.special_tokens_in_content,
             keep_billing_header=self.keep_billing_header,
+            tool_parser=self.tool_parser,
             allowed_hosts=hosts,
             allowed_origins=self.exposure.allow_origins,
             body_timeout_s=self.exposure.patience.body_timeout_s,

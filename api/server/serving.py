@@ -60,7 +60,12 @@ class Serving:
 
 def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> Serving:
     gate = Gate(engine.max_requests, MOST_BODIES * settings.max_body_bytes, by_tenant=len(settings.api_keys) > 1)
-    text_engine = TextEngine.of(engine, text, special_tokens_in_content=settings.special_tokens_in_content)
+    text_engine = TextEngine.of(
+        engine,
+        text,
+        special_tokens_in_content=settings.special_tokens_in_content,
+        tool_parser=settings.tool_parser,
+    )
     book = MessageBook(settings.message_book_bytes)
     metrics = Metrics(engine, settings, book)
     metrics.also(lambda: gate_families(gate, text_engine.work))

@@ -24,6 +24,7 @@ class ServerSettings:
     shared_cache: bool = False  # all API keys share one cache
     special_tokens_in_content: bool = False  # what clients write may hold special tokens
     keep_billing_header: bool = False  # of Anthropic's clients, in the prompt
+    tool_parser: str | None = None  # the format of tool calls; None to find it from the chat template
     allowed_hosts: tuple[str, ...] = ()  # names that the Host header may have; empty if any
     allowed_origins: tuple[str, ...] = ()  # web pages that may read answers; "*" for all
     max_body_bytes: int = MAX_BODY_BYTES

@@ -5,12 +5,23 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 
-from hybrid_cache.api.text.generation import Begin, End, Event, GenerationSpec, Text, Token, ToolCall, Usage
+from hybrid_cache.api.text import answer_parser
+from hybrid_cache.api.text.answer_parser import AnswerParser, Item
+from hybrid_cache.api.text.generation import (
+    Begin,
+    End,
+    Event,
+    GenerationSpec,
+    Text,
+    Thought,
+    Token,
+    ToolCall,
+    Usage,
+)
 from hybrid_cache.api.text.records import RequestRecord, Stopwatch
 from hybrid_cache.api.text.stream import ChoiceText, Detokenizer, Piece, make_stopper
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import Tokenizer
-from hybrid_cache.api.text.tools import CLOSE, OPEN, ParsedCall, ToolCallParser
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 
 Events = tuple[Event, ...]  # what one output of the engine causes, in order
@@ -170,7 +181,7 @@ class _Choice:
             spec.named_stop_ids,
             include_stop=spec.include_stop,
         )
-        self._parser = ToolCallParser() if spec.tools else None
+        self._parser = AnswerParser(spec.form) if spec.form.marks or spec.form.tools else None
 
     def push(self, output: TokenOutput) -> tuple[Events, str | int | None]:
         """Takes the next output of this choice -> what it adds, and what the client named that has ended it."""
@@ -182,14 +193,16 @@ class _Choice:
         return (self._event(first, token), *(self._event(item, None) for item in others)), piece.stop
 
     @staticmethod
-    def _parsed(parser: ToolCallParser, piece: Piece) -> list[str | ParsedCall]:
+    def _parsed(parser: AnswerParser, piece: Piece) -> list[Item]:
         found = parser.push(piece.text)
         return found if piece.output.finish is None else found + parser.finish()
 
-    def _event(self, item: str | ParsedCall, token: Token | None) -> Text | ToolCall:
+    def _event(self, item: Item, token: Token | None) -> Text | Thought | ToolCall:
         if isinstance(item, str):
             return Text(self.number, item, token)
-        return ToolCall(self.number, item.name, item.arguments, token)
+        if isinstance(item, answer_parser.Thought):
+            return Thought(self.number, item.text, token)
+        return ToolCall(self.number, item.name, item.arguments, token, item.id)
 
 
 async def _pump(generation: _Generation, queue: "asyncio.Queue[Events | Exception | None]") -> None:
@@ -203,8 +216,7 @@ async def _pump(generation: _Generation, queue: "asyncio.Queue[Events | Exceptio
 
 
 def _hidden(tokenizer: Tokenizer, spec: GenerationSpec) -> frozenset[int]:
-    """Tokens that have no text: special ones, except those that mark tool calls."""
+    """Tokens that have no text: special ones, except those that mark thoughts and tool calls."""
     if spec.show_special:
         return frozenset()
-    tags = [tokenizer.id_of(tag) for tag in (OPEN, CLOSE)] if spec.tools else []
-    return tokenizer.special_ids.difference(tags)
+    return tokenizer.special_ids.difference(tokenizer.id_of(mark) for mark in spec.form.marks)

@@ -4,8 +4,9 @@ A dialect parses a request into a `GenerationSpec`, and renders the events of th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.request import CacheMode, FinishReason
@@ -42,7 +43,7 @@ class GenerationSpec:
     named_stop_ids: tuple[int, ...] = ()  # of the stop tokens, those that `End.stop` may name
     include_stop: bool = False  # what ends a choice is part of its text
     show_special: bool = False  # special tokens have text
-    tools: bool = False  # tool calls are separated from text
+    form: AnswerForm = field(default_factory=AnswerForm)  # what is separated from text: thoughts, tool calls
     namespace: str = ""
     tenant: str = ""  # whose share of the engine this takes
     cache_mode: CacheMode = CacheMode.IMPLICIT
@@ -95,6 +96,15 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Thought:
+    """More of what a choice thinks before it answers."""
+
+    choice: int
+    text: str
+    token: Token | None  # as in `Text`
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """A whole tool call in a choice."""
 
@@ -102,6 +112,7 @@ class ToolCall:
     name: str
     arguments: str  # JSON as the model wrote it
     token: Token | None  # as in `Text`
+    id: str | None = None  # where the model gives one
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,4 +126,4 @@ class End:
     plan: Plan | None  # of an arranged prompt: what was really done
 
 
-Event = Begin | Text | ToolCall | End
+Event = Begin | Text | Thought | ToolCall | End

@@ -1,18 +1,21 @@
 """A model that is talked to in text: an engine, what turns text into tokens, and the room for both sides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.boundaries import prompt_of_tokens
 from hybrid_cache.api.text.chat import ChatEncoder, Conversation
 from hybrid_cache.api.text.defaults import GenerationDefaults
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage
 from hybrid_cache.api.text.text_work import TextWork
 from hybrid_cache.api.text.tokenizer import TextModel, Tokenizer
+from hybrid_cache.api.text.tool_formats import ThoughtFormat, ToolFormat, format_of, thoughts_of
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong
 from hybrid_cache.tokens import Prompt
 
+THOUGHT_TOKENS = 16  # at the end of a prompt: the mark that opens a thought is among them
 MESSAGE_SIZE = 64  # in characters: what a message costs beside its text
 
 
@@ -25,12 +28,35 @@ class TextEngine:
     chat: ChatEncoder
     defaults: GenerationDefaults
     work: TextWork
+    tools: ToolFormat  # in which the model writes calls
+    thoughts: ThoughtFormat | None  # and thoughts, if it has any
 
     @classmethod
-    def of(cls, engine: AsyncEngine, text: TextModel, *, special_tokens_in_content: bool = False) -> "TextEngine":
-        """special_tokens_in_content: as in `ChatEncoder`"""
+    def of(
+        cls,
+        engine: AsyncEngine,
+        text: TextModel,
+        *,
+        special_tokens_in_content: bool = False,
+        tool_parser: str | None = None,
+    ) -> "TextEngine":
+        """special_tokens_in_content: as in `ChatEncoder`
+        tool_parser: the name of a `ToolFormat`; None to find it from the chat template
+
+        Raises ConfigError for an unknown one.
+        """
         chat = ChatEncoder(text.tokenizer, text.chat_templates, special_tokens_in_content=special_tokens_in_content)
-        return cls(engine, text.tokenizer, chat, text.defaults, TextWork())
+        sources = [template.source for template in text.chat_templates.values()]
+        tools = format_of(sources, tool_parser)
+        return cls(engine, text.tokenizer, chat, text.defaults, TextWork(), tools, thoughts_of(sources))
+
+    def answer_form(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] | None) -> AnswerForm:
+        """How an answer to a conversation is read. tools: definitions of functions; None where calls are text"""
+        end = self.tokenizer.decode(prompt.tokens[-THOUGHT_TOKENS:].tolist()).rstrip() if self.thoughts else ""
+        thinking = self.thoughts is not None and end.endswith(self.thoughts.begin)
+        if not tools:
+            return AnswerForm(thoughts=self.thoughts, thinking=thinking)
+        return AnswerForm(self.tools, _types(tools), self.thoughts, thinking)
 
     @property
     def vocab_size(self) -> int:
@@ -86,3 +112,15 @@ class TextEngine:
             return self.tokenizer.encode_prompt(prompt) if add_special_tokens else self.tokenizer.encode(prompt)
 
         return await self.work.run(tenant, len(prompt), lambda: prompt_of_tokens(tokens(), self.tokenizer))
+
+
+def _types(tools: Sequence[Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
+    """Tool -> parameter -> its schema, as far as the definitions say."""
+    types: dict[str, Mapping[str, object]] = {}
+    for tool in tools:
+        function = tool.get("function")
+        parameters = function.get("parameters") if isinstance(function, dict) else None
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        if isinstance(function, dict) and isinstance(properties, dict):
+            types[str(function.get("name"))] = properties
+    return types

@@ -45,10 +45,10 @@ async def conversation_of(text: TextEngine, asked: CountRequest, *, keep_billing
 
     keep_billing: a billing header with a number of its own in each request stays, and no two prompts begin alike
     """
-    tools = [] if asked.tool_choice is not None and asked.tool_choice.type == "none" else asked.tools or []
+    tools = _tools(asked)
     rendering = Rendering(
         tools=[_tool(tool) for tool in tools] or None,
-        tools_mark=next((mark for tool in reversed(tools) if (mark := _mark(tool.cache_control))), None),
+        tools_mark=next((mark for tool in reversed([*tools]) if (mark := _mark(tool.cache_control))), None),
     )
     messages = [*_system(asked, keep_billing), *_turns(asked.messages, text.chat.takes_argument_text(rendering))]
     if asked.cache_control is not None:
@@ -70,15 +70,19 @@ def spec_of(text: TextEngine, asked: MessagesRequest, prompt: Prompt) -> Generat
         max_tokens=text.answer_length(prompt, asked.max_tokens, text.max_length, "messages"),
         stop_token_ids=text.eos_ids,
     )
-    calls_tools = bool(asked.tools) and (asked.tool_choice is None or asked.tool_choice.type != "none")
     return GenerationSpec(
         prompt,
         sampling,
         stops=(*(asked.stop_sequences or ()), *defaults.stops),
-        tools=calls_tools,
+        form=text.answer_form(prompt, [_tool(tool) for tool in _tools(asked)]),
         namespace=salt_of(None),
         tenant=current_tenant_or(None),
     )
+
+
+def _tools(asked: CountRequest) -> Sequence[Tool]:
+    """Those that the model may call."""
+    return () if asked.tool_choice is not None and asked.tool_choice.type == "none" else asked.tools or ()
 
 
 def _system(asked: CountRequest, keep_billing: bool) -> Iterator[TemplateMessage]:

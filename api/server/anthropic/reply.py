@@ -4,6 +4,7 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hybrid_cache.api.server.errors import Problem
 from hybrid_cache.api.server.json_text import json_bytes, json_in_pieces
@@ -17,7 +18,7 @@ from hybrid_cache.api.server.schemas.anthropic import (
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.answer import Answer
-from hybrid_cache.api.text.generation import Begin, End, Event, GenerationSpec, Text, ToolCall, Usage
+from hybrid_cache.api.text.generation import Begin, End, Event, GenerationSpec, Text, Thought, ToolCall, Usage
 from hybrid_cache.request import FinishReason
 from hybrid_cache.tokens import Boundary
 
@@ -29,15 +30,22 @@ class _Blocks:
     """The content of a message as it grows."""
 
     done: list[dict[str, object]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)  # of the text block that is open
+    kind: Literal["text", "thinking"] = "text"  # of the block that is open
+    texts: list[str] = field(default_factory=list)  # in it; empty if none is open
 
-    def close_text(self) -> bool:
-        """Ends the text block -> whether one was open."""
+    def close(self) -> bool:
+        """Ends the open block -> whether there was one."""
         if not self.texts:
             return False
-        self.done.append({"type": "text", "text": "".join(self.texts)})
+        self.done.append({**_empty(self.kind), self.kind: "".join(self.texts)})
         self.texts = []
         return True
+
+
+def _empty(kind: str) -> dict[str, object]:
+    """A block to which text is to come. Nobody checks a signature here, but clients want one."""
+    block: dict[str, object] = {"type": kind, kind: ""}
+    return {**block, "signature": ""} if kind == "thinking" else block
 
 
 class MessageReply:
@@ -80,33 +88,41 @@ class MessageReply:
 
     def _take(self, event: Event) -> Iterator[tuple[str, Mapping[str, object]]]:
         """Adds an event to what is known of the answer -> what to show of it."""
-        blocks = self._blocks
         match event:
             case Begin():
                 yield "message_start", {"message": self._message().model_dump()}
             case Text(text=text) if text:
-                index = len(blocks.done)
-                if not blocks.texts:
-                    yield "content_block_start", {"index": index, "content_block": {"type": "text", "text": ""}}
-                blocks.texts.append(text)
-                yield "content_block_delta", {"index": index, "delta": {"type": "text_delta", "text": text}}
+                yield from self._say("text", text)
+            case Thought(text=text):
+                yield from self._say("thinking", text)
             case ToolCall():
-                yield from self._end_text()
+                yield from self._end_block()
                 yield from self._tool_use(event)
             case End():
-                yield from self._end_text()
+                yield from self._end_block()
                 self._end(event)
                 ended = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
                 yield "message_delta", {"delta": ended, "usage": self._usage(event.usage).model_dump()}
                 yield "message_stop", {}
 
-    def _end_text(self) -> Iterator[tuple[str, Mapping[str, object]]]:
-        if self._blocks.close_text():
+    def _say(self, kind: Literal["text", "thinking"], text: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+        blocks = self._blocks
+        if blocks.kind != kind:
+            yield from self._end_block()
+            blocks.kind = kind
+        if not blocks.texts:
+            yield "content_block_start", {"index": len(blocks.done), "content_block": _empty(kind)}
+        blocks.texts.append(text)
+        yield "content_block_delta", {"index": len(blocks.done), "delta": {"type": f"{kind}_delta", kind: text}}
+
+    def _end_block(self) -> Iterator[tuple[str, Mapping[str, object]]]:
+        if self._blocks.close():
             yield "content_block_stop", {"index": len(self._blocks.done) - 1}
 
     def _tool_use(self, call: ToolCall) -> Iterator[tuple[str, Mapping[str, object]]]:
         index, arguments = len(self._blocks.done), _object(call.arguments)
-        block: dict[str, object] = {"type": "tool_use", "id": f"toolu_{uuid.uuid4().hex[:24]}", "name": call.name}
+        name = call.id or f"toolu_{uuid.uuid4().hex[:24]}"
+        block: dict[str, object] = {"type": "tool_use", "id": name, "name": call.name}
         self._blocks.done.append({**block, "input": arguments})
         yield "content_block_start", {"index": index, "content_block": {**block, "input": {}}}
         delta = {"type": "input_json_delta", "partial_json": json.dumps(arguments, ensure_ascii=False)}

@@ -19,7 +19,7 @@ from hybrid_cache.api.server.schemas.chat import (
 from hybrid_cache.api.server.schemas.choreography import ChoreographyReport
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.text.answer import Answer, Events
-from hybrid_cache.api.text.generation import Begin, End, Event, Text, Token, ToolCall
+from hybrid_cache.api.text.generation import Begin, End, Event, Text, Thought, Token, ToolCall
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.request import FinishReason
 
@@ -29,13 +29,14 @@ class _Choice:
     """One answer as it grows."""
 
     texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
     calls: list[ToolCallOut] = field(default_factory=list)
     logprobs: list[dict[str, object]] = field(default_factory=list)  # as `ChatLogprob`
     token_ids: list[int] = field(default_factory=list)
     finish: Finish | None = None
     stop: str | int | None = None
 
-    def take(self, event: Text | ToolCall | End) -> None:
+    def take(self, event: Text | Thought | ToolCall | End) -> None:
         match event:
             case End():
                 stopped = event.finish is FinishReason.STOP
@@ -44,6 +45,8 @@ class _Choice:
                 return
             case Text():
                 self.texts.append(event.text)
+            case Thought():
+                self.thoughts.append(event.text)
             case ToolCall():
                 self.calls.append(_call_out(event))
         if event.token is not None:
@@ -72,7 +75,7 @@ class ChatReply(OpenAIReply):
     def _take(self, events: Events) -> None:
         for event in events:
             self._take_event(event)
-            if isinstance(event, Text | ToolCall) and (entry := self._logprob(event.token)):
+            if isinstance(event, Text | Thought | ToolCall) and (entry := self._logprob(event.token)):
                 self._choices[event.choice].logprobs.append(entry)
         if self._arranged is not None and all(choice.finish for choice in self._choices):
             self._reported = self._report()  # here, not where the reply is built: it writes to the message book
@@ -116,6 +119,8 @@ class ChatReply(OpenAIReply):
         assert choice.finish is not None
         content = None if choice.calls and not choice.text else choice.text
         message = AssistantMessage(role="assistant", content=content, refusal=None)
+        if choice.thoughts:
+            message.reasoning_content = "".join(choice.thoughts)
         if choice.calls:
             message.tool_calls = choice.calls
         whole = ChatChoice(
@@ -155,12 +160,15 @@ class ChatReply(OpenAIReply):
         extra = {"prompt_token_ids": list(self._prompt_ids)} if shows_prompt else None
         return self._chunk(_shown(index, {"role": "assistant", "content": ""}), extra)
 
-    def _delta(self, event: Text | ToolCall) -> Iterator[dict[str, object]]:
+    def _delta(self, event: Text | Thought | ToolCall) -> Iterator[dict[str, object]]:
         """What an event adds. The log-probability of a token goes with the first thing that the token lets out."""
         detail = self._detail(event.token)
         if isinstance(event, Text):
             if event.text or detail:
                 yield self._chunk(_shown(event.choice, {"content": event.text}, detail))
+            return
+        if isinstance(event, Thought):
+            yield self._chunk(_shown(event.choice, {"reasoning_content": event.text}, detail))
             return
         calls = self._choices[event.choice].calls
         call = {"index": len(calls) - 1, **calls[-1].model_dump()}
@@ -191,4 +199,4 @@ def _shown(index: int, delta: Mapping[str, object], detail: Mapping[str, object]
 
 def _call_out(call: ToolCall) -> ToolCallOut:
     function = FunctionOut(name=call.name, arguments=call.arguments)
-    return ToolCallOut(id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=function)
+    return ToolCallOut(id=call.id or f"call_{uuid.uuid4().hex[:24]}", type="function", function=function)

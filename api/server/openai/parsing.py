@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from hybrid_cache.api.server.schemas.common import GenerationRequest
 from hybrid_cache.api.server.tenants import current_tenant_or, salt_of
+from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.choreography.arrangement import Arrangement
@@ -19,7 +20,7 @@ def spec_of(
     prompt: Prompt,
     sampling: SamplingParams,
     *,
-    tools: bool = False,
+    form: AnswerForm | None = None,
     arrangement: Arrangement | None = None,
 ) -> GenerationSpec:
     return GenerationSpec(
@@ -30,7 +31,7 @@ def spec_of(
         named_stop_ids=tuple(asked.stop_token_ids or ()),
         include_stop=bool(asked.include_stop_str_in_output),
         show_special=asked.skip_special_tokens is False,
-        tools=tools,
+        form=form or AnswerForm(),
         namespace=salt_of(asked.cache_salt),
         tenant=current_tenant_or(asked.cache_salt),
         cache_mode=_cache_mode(asked, sampling),

@@ -64,5 +64,6 @@ def _spec(
     max_tokens = text.answer_length(prompt, wanted, text.max_length, "messages")
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     sampling = sampling_params(text, asked, max_tokens, logprobs=logprobs)
-    tools = bool(asked.tools) and asked.tool_choice != "none"
-    return spec_of(text, asked, prompt, sampling, tools=tools, arrangement=arrangement)
+    tools = None if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
+    form = text.answer_form(prompt, tools)
+    return spec_of(text, asked, prompt, sampling, form=form, arrangement=arrangement)

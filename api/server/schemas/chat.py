@@ -77,6 +77,7 @@ class ToolCallOut(Response):
 class AssistantMessage(Response):
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | None = None
     refusal: None = None
     tool_calls: list[ToolCallOut] | None = None
 

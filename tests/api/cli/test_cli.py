@@ -112,7 +112,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "--allow-host a.example --allow-host b.example --allow-origin * --allow-origin https://c.example "
         "--forwarded-allow-ips 10.0.0.0/8,::1 --max-connections 7 "
         "--header-timeout 1 --body-timeout 2 --reader-timeout 3 --special-tokens-in-content --message-book 2MiB "
-        "--keep-billing-header"
+        "--keep-billing-header --tool-parser jamba"
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
@@ -136,6 +136,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "shared_cache": True,
         "special_tokens_in_content": True,
         "keep_billing_header": True,
+        "tool_parser": "jamba",
         "served_names": ("a", "b"),
         "api_keys": ("first", "other", "secret"),
         "max_body_bytes": 1 << 20,

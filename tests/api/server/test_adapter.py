@@ -53,7 +53,7 @@ def test_a_loaded_model_and_what_is_served_are_named_after_the_adapter(adapter: 
     assert (loaded.name, loaded.adapter) == ("embedded+quiet", "quiet")
     assert loaded.model.fingerprint != base.model.fingerprint
     engine = SimpleNamespace()
-    options = ServeOptions(LoadOptions(), engine, None, "", 0, (), (), False, False, False, 1, 1, False, 1.0)  # type: ignore[arg-type]
+    options = ServeOptions(LoadOptions(), engine, None, "", 0, (), (), False, False, False, None, 1, 1, False, 1.0)  # type: ignore[arg-type]
     settings = options.settings(loaded, [], 0)
     assert (settings.served_names, settings.adapter) == (("embedded+quiet",), "quiet")
 

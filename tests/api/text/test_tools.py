@@ -4,14 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.api.text.tools import ParsedCall, ToolCallParser
+from hybrid_cache.api.text.answer_parser import AnswerForm, AnswerParser
+from hybrid_cache.api.text.tool_formats import DEFAULT, ParsedCall
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a":  1}}\n</tool_call>'
 ADD = ParsedCall("add", '{"a":  1}')
 
 
 def parse(pieces: list[str]) -> list[str | ParsedCall]:
-    parser, found = ToolCallParser(), []
+    parser, found = AnswerParser(AnswerForm(DEFAULT)), []
     for piece in pieces:
         found += parser.push(piece)
     found += parser.finish()
@@ -58,6 +59,6 @@ def test_the_pieces_in_which_text_comes_do_not_matter(name: str, data: st.DataOb
 
 
 def test_text_that_cannot_begin_a_call_is_shown_at_once() -> None:
-    parser = ToolCallParser()
+    parser = AnswerParser(AnswerForm(DEFAULT))
     assert parser.push("hi <t") == ["hi "]
     assert parser.push("a>") == ["<ta>"]
