@@ -151,7 +151,8 @@ def measure_in_process(model: HybridModel, options: Options, counts: Counts = FU
     while engine.engine.has_work:
         engine.short(A, rng.uniform(0.05, 0.2))
         times.behind += engine.run(lambda: engine.all_answered)
-    times.behind.pop()  # the long one may have ended before
+    if times.behind[1:]:
+        times.behind.pop()  # the long one may have ended before
     times.calm += _every(engine, counts.alone)
     for _ in range(options.cases):
         for _ in range(counts.flood):

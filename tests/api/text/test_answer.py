@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from hybrid_cache.api.text.answer import Answer, Events
+from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.generation import Begin, End, GenerationSpec, Text, ToolCall, Usage
 from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import TextModel
+from hybrid_cache.api.text.tool_formats import DEFAULT
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.request import FinishReason
@@ -101,7 +103,7 @@ def test_a_stop_token_is_told_only_if_the_client_named_it(sum_text: TextModel) -
 def test_each_token_comes_once_though_it_lets_out_text_and_a_call(tmp_path: Path) -> None:
     write_text_model(tmp_path, CALLS)
     text = TextModel.load(tmp_path)
-    events = [event for step in steps_of(text, [spec_for(CALLS, tools=True)]) for event in step]
+    events = [event for step in steps_of(text, [spec_for(CALLS, form=AnswerForm(DEFAULT))]) for event in step]
     calls = [event for event in events if isinstance(event, ToolCall)]
     assert [(call.name, call.arguments) for call in calls] == [("f", '{"x": [1]}')]
     said = [event for event in events if isinstance(event, Text | ToolCall)]

@@ -94,7 +94,7 @@ def test_a_resumed_state_that_gives_another_answer_is_found() -> None:
 def test_a_write_to_somebody_elses_rows_is_reported_with_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lease, "rows_to_fill", lambda lease, start, end: lease.rows(start, end) * 0)
     monkeypatch.setattr(SumModel, "forward", lambda model, batch, cache: _overwrite(batch, cache))
-    report = run(SumModel())
+    report = run(SumModel(), requests_per_round=8)
     assert [f.request for f in report.findings][-1] == "the engine"
     assert "PublishedBytesChanged" in report.findings[-1].what
     assert report.findings[-1].round >= 1
