@@ -6,7 +6,7 @@ from enum import Enum
 
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
-from hybrid_cache.sampling import SamplingParams, TokenLogprob
+from hybrid_cache.sampling import Constraint, SamplingParams, TokenLogprob
 from hybrid_cache.tokens import Prompt
 
 
@@ -38,6 +38,7 @@ class Request:
     namespace: str = ""  # tenant salt; no cache entry crosses it
     cache_mode: CacheMode = CacheMode.IMPLICIT
     make_stopper: Callable[[], Stopper] | None = None  # one per choice, e.g. for stop strings
+    make_constraint: Callable[[], Constraint] | None = None  # one per choice, e.g. a grammar
     arrangement: Arrangement | None = None  # messages reused in this order; approximate, and labelled
     tenant: str = ""  # whose share of the engine it takes
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -83,11 +84,31 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # best first; includes `token` when it is among them
 
 
+class Constraint(Protocol):
+    """Which tokens one continuation may consist of, such as those of a grammar. It goes along with the tokens."""
+
+    def mask(self) -> npt.NDArray[np.uint8]:
+        """Bits [V / 8, rounded up], the lowest first: the tokens that may come next, one at least."""
+        ...
+
+    def note(self, token: int) -> None:
+        """A token was chosen. Raises ValueError for one that may not come."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing may follow."""
+        ...
+
+
 class TokenChooser:
     """What one continuation asks of its tokens; owns its random numbers and its counts of past tokens."""
 
-    def __init__(self, params: SamplingParams, prompt: TokenArray, index: int) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt: TokenArray, index: int, constraint: Constraint | None = None
+    ) -> None:
         self.params = params
+        self.constraint = constraint
         # A fixed seed gives each of the n choices a stream of its own; no seed, fresh entropy.
         entropy = None if params.seed is None else [params.seed & (2**64 - 1), index]
         self._random = np.random.default_rng(entropy)
@@ -99,7 +120,7 @@ class TokenChooser:
     @property
     def adjusts(self) -> bool:
         """True when the choice is not from the model's logits as they are."""
-        return bool(self.params.logit_bias) or self._penalised or self.holds_back
+        return bool(self.params.logit_bias) or self._penalised or self.holds_back or self.constraint is not None
 
     @property
     def _penalised(self) -> bool:
@@ -124,8 +145,10 @@ class TokenChooser:
         return self._seen
 
     def note(self, token: int) -> None:
-        """Counts a token that was chosen, and goes on to the next one."""
+        """Counts a token that was chosen, and goes on to the next one. Raises what the constraint raises."""
         self._point = None
         self.counts[token] += 1
         if self._seen is not None and token not in self._seen:
             self._seen = np.append(self._seen, token)
+        if self.constraint is not None:
+            self.constraint.note(token)

@@ -121,6 +121,7 @@ class _Generation:
                 namespace=spec.namespace,
                 cache_mode=spec.cache_mode,
                 make_stopper=make_stopper(detokenizer, spec.stops) if spec.stops else None,
+                make_constraint=spec.grammar.start if spec.grammar else None,
                 arrangement=spec.arrangement,
                 tenant=spec.tenant,
             )

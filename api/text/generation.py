@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hybrid_cache.api.text.answer_parser import AnswerForm
+from hybrid_cache.api.text.grammars import Grammar
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.request import CacheMode, FinishReason
@@ -44,6 +45,7 @@ class GenerationSpec:
     include_stop: bool = False  # what ends a choice is part of its text
     show_special: bool = False  # special tokens have text
     form: AnswerForm = field(default_factory=AnswerForm)  # what is separated from text: thoughts, tool calls
+    grammar: Grammar | None = None  # what the answer has to be
     namespace: str = ""
     tenant: str = ""  # whose share of the engine this takes
     cache_mode: CacheMode = CacheMode.IMPLICIT

@@ -7,6 +7,7 @@ from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.boundaries import prompt_of_tokens
 from hybrid_cache.api.text.chat import ChatEncoder, Conversation
 from hybrid_cache.api.text.defaults import GenerationDefaults
+from hybrid_cache.api.text.grammars import Grammar, Grammars, Source
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage
 from hybrid_cache.api.text.text_work import TextWork
 from hybrid_cache.api.text.tokenizer import TextModel, Tokenizer
@@ -30,6 +31,7 @@ class TextEngine:
     work: TextWork
     tools: ToolFormat  # in which the model writes calls
     thoughts: ThoughtFormat | None  # and thoughts, if it has any
+    grammars: Grammars
 
     @classmethod
     def of(
@@ -48,7 +50,9 @@ class TextEngine:
         chat = ChatEncoder(text.tokenizer, text.chat_templates, special_tokens_in_content=special_tokens_in_content)
         sources = [template.source for template in text.chat_templates.values()]
         tools = format_of(sources, tool_parser)
-        return cls(engine, text.tokenizer, chat, text.defaults, TextWork(), tools, thoughts_of(sources))
+        eos_ids = [token for token in text.defaults.eos_ids if token < engine.model.vocab_size]
+        grammars = Grammars(text.tokenizer, engine.model.vocab_size, eos_ids)
+        return cls(engine, text.tokenizer, chat, text.defaults, TextWork(), tools, thoughts_of(sources), grammars)
 
     def answer_form(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] | None) -> AnswerForm:
         """How an answer to a conversation is read. tools: definitions of functions; None where calls are text"""
@@ -91,6 +95,12 @@ class TextEngine:
                 param=param,
             )
         return min(longest, room - num_tokens)
+
+    async def grammar(self, source: Source | None, tenant: str) -> Grammar | None:
+        """Compiles what an answer has to be, if anything is asked. Raises RequestError."""
+        if source is None:
+            return None
+        return await self.work.run(tenant, len(source.text), lambda: self.grammars.compile(source))
 
     async def conversation(
         self, messages: Sequence[TemplateMessage], rendering: Rendering, tenant: str, size: int = 0

@@ -53,6 +53,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def as_json(self) -> str:
+        """The text of a tokenizer.json."""
+        return self._backend.to_str()
+
     def id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
 

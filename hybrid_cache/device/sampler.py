@@ -6,6 +6,7 @@ one uniform number per token, so a seed gives the same tokens after a preemption
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ LEAST = 1e-6  # temperature or top_p: below it, single precision leaves only the
 
 
 def adjust(logits: Tensor, chooser: TokenChooser) -> None:
-    """Applies bias, penalties and the hold on stop tokens to logits [V], in place."""
+    """Applies bias, penalties, the hold on stop tokens and the constraint to logits [V], in place."""
     p, device = chooser.params, logits.device
     if p.logit_bias:
         tokens, bias = torch.tensor(list(p.logit_bias), device=device), list(p.logit_bias.values())
@@ -30,6 +31,9 @@ def adjust(logits: Tensor, chooser: TokenChooser) -> None:
         logits[tokens] -= p.presence_penalty + p.frequency_penalty * counts
     if chooser.holds_back:
         logits[list(p.stop_token_ids)] = -torch.inf
+    if chooser.constraint is not None:
+        allowed = np.unpackbits(chooser.constraint.mask(), count=len(logits), bitorder="little")
+        logits[torch.from_numpy(allowed == 0).to(device)] = -torch.inf
 
 
 def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], ops: Ops) -> list[int]:

@@ -87,13 +87,14 @@ class Intake:
             prompt, asked = best_order(request.prompt, asked, known)
             request = replace(request, prompt=prompt, arrangement=asked)
         prefill = new_prefill(request, self._fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
+        constraint = None if request.make_constraint is None else request.make_constraint()
         self._arrivals += 1
         return Sequence(
             request=request,
             index=index,
             arrival=self._arrivals,
             prefill=prefill,
-            chooser=TokenChooser(request.sampling, request.prompt.tokens, index),
+            chooser=TokenChooser(request.sampling, request.prompt.tokens, index, constraint),
             submitted_s=time.monotonic(),
         )
 

@@ -180,12 +180,12 @@ class Outcomes:
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Outputs:
         """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
         sequence.generated.append(token)
-        sequence.chooser.note(token)
         self.tally.generated_tokens += 1
         try:
+            sequence.chooser.note(token)
             finish = sequence.finish_reason(self._max_length)
-        except Exception as error:  # of a stopper, which is the caller's
-            logger.exception("a stopper failed")
+        except Exception as error:  # of a stopper or a constraint, which are the caller's
+            logger.exception("a stopper or a constraint failed")
             return self.give_up(sequence.request.id, f"{type(error).__name__}: {error}")
         if finish is not None:
             self._scheduler.messages.keep_answer(sequence)

@@ -154,6 +154,8 @@ class Sequence:
         stopped = self.stopper is not None and self.stopper(token)
         if (stopped or token in sampling.stop_token_ids) and len(self.generated) >= sampling.min_tokens:
             return FinishReason.STOP
+        if self.chooser.constraint is not None and self.chooser.constraint.done:
+            return FinishReason.STOP
         if len(self.generated) >= sampling.max_tokens or self.num_tokens >= max_length:
             return FinishReason.LENGTH
         return None

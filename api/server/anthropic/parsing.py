@@ -20,8 +20,10 @@ from hybrid_cache.api.server.schemas.anthropic import (
 from hybrid_cache.api.server.tenants import current_tenant_or, salt_of
 from hybrid_cache.api.text.chat import Conversation
 from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.grammars import Source, json_source
 from hybrid_cache.api.text.messages import Mark, Rendering, TemplateMessage, TextPart
 from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.api.text.tool_grammars import call_source
 from hybrid_cache.errors import RequestError
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
@@ -30,14 +32,18 @@ BILLING = "x-anthropic-billing-header:"
 TTL_S = {"5m": 300.0, "1h": 3600.0}
 
 
-def check_served(asked: CountRequest) -> None:
-    """Raises RequestError for what would need constrained decoding: the caller counts on the form of the answer."""
-    if asked.tool_choice is not None and asked.tool_choice.type not in ("auto", "none"):
-        raise RequestError(
-            f"tool_choice is '{asked.tool_choice.type}', only 'auto' and 'none' are supported", param="tool_choice"
-        )
-    if isinstance(asked, MessagesRequest) and (asked.output_config or {}).get("format") is not None:
-        raise RequestError("output_config.format is not supported", param="output_config")
+def _source(text: TextEngine, asked: MessagesRequest) -> Source | None:
+    """What the answer has to be. Raises RequestError."""
+    choice, output = asked.tool_choice, asked.output_config
+    schema = output.format.schema_ if output is not None and output.format is not None else None
+    if choice is None or choice.type in ("auto", "none"):
+        return None if schema is None else json_source(schema, "output_config")
+    if schema is not None:
+        raise RequestError("tool_choice asks for a call, and output_config for another form", param="tool_choice")
+    functions = [{"name": tool.name, "parameters": tool.input_schema} for tool in asked.tools or ()]
+    parallel = choice.type == "any" and not choice.disable_parallel_tool_use
+    only = choice.name if choice.type == "tool" else None
+    return call_source(text.tools, functions, text.tokenizer, only=only, parallel=parallel)
 
 
 async def conversation_of(text: TextEngine, asked: CountRequest, *, keep_billing: bool) -> Conversation:
@@ -58,7 +64,7 @@ async def conversation_of(text: TextEngine, asked: CountRequest, *, keep_billing
     return await text.conversation(messages, rendering, current_tenant_or(None), body_size())
 
 
-def spec_of(text: TextEngine, asked: MessagesRequest, prompt: Prompt) -> GenerationSpec:
+async def spec_of(text: TextEngine, asked: MessagesRequest, prompt: Prompt) -> GenerationSpec:
     """What the request asks for, else what the model's generation_config.json says, else the API's defaults."""
     defaults = text.defaults
     sampling = SamplingParams(
@@ -70,11 +76,15 @@ def spec_of(text: TextEngine, asked: MessagesRequest, prompt: Prompt) -> Generat
         max_tokens=text.answer_length(prompt, asked.max_tokens, text.max_length, "messages"),
         stop_token_ids=text.eos_ids,
     )
+    form, source = text.answer_form(prompt, [_tool(tool) for tool in _tools(asked)]), _source(text, asked)
+    if source is not None and form.thinking and form.thoughts is not None:
+        source = source.after_thought(form.thoughts.end)
     return GenerationSpec(
         prompt,
         sampling,
         stops=(*(asked.stop_sequences or ()), *defaults.stops),
-        form=text.answer_form(prompt, [_tool(tool) for tool in _tools(asked)]),
+        form=form,
+        grammar=await text.grammar(source, current_tenant_or(None)),
         namespace=salt_of(None),
         tenant=current_tenant_or(None),
     )

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from hybrid_cache.api.server.schemas.common import GenerationRequest
+from hybrid_cache.api.server.schemas.common import GenerationRequest, StructuredOutputs
 from hybrid_cache.api.server.tenants import current_tenant_or, salt_of
 from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.grammars import Grammar, Source, choice_source, json_source
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.choreography.arrangement import Arrangement
-from hybrid_cache.errors import BadSampling
+from hybrid_cache.errors import BadSampling, RequestError
 from hybrid_cache.request import CacheMode
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
@@ -21,6 +22,7 @@ def spec_of(
     sampling: SamplingParams,
     *,
     form: AnswerForm | None = None,
+    grammar: Grammar | None = None,
     arrangement: Arrangement | None = None,
 ) -> GenerationSpec:
     return GenerationSpec(
@@ -32,6 +34,7 @@ def spec_of(
         include_stop=bool(asked.include_stop_str_in_output),
         show_special=asked.skip_special_tokens is False,
         form=form or AnswerForm(),
+        grammar=grammar,
         namespace=salt_of(asked.cache_salt),
         tenant=current_tenant_or(asked.cache_salt),
         cache_mode=_cache_mode(asked, sampling),
@@ -66,6 +69,33 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def source_of(asked: GenerationRequest) -> Source | None:
+    """What an answer has to be, by `response_format` or vLLM's `structured_outputs`. Raises RequestError."""
+    form, outputs = asked.response_format, asked.structured_outputs
+    constrained = form is not None and form.type != "text"
+    if constrained and outputs is not None:
+        raise RequestError("response_format and structured_outputs cannot both be there", param="structured_outputs")
+    if form is not None and form.type == "json_object":
+        return json_source({"type": "object"}, "response_format")
+    if form is not None and form.json_schema is not None and form.type == "json_schema":
+        return json_source(form.json_schema.schema_, "response_format")
+    return None if outputs is None else _source_of_outputs(outputs)
+
+
+def _source_of_outputs(outputs: StructuredOutputs) -> Source:
+    param = "structured_outputs"
+    if outputs.json_ is not None:
+        return json_source(outputs.json_, param)
+    if outputs.json_object:
+        return json_source({"type": "object"}, param)
+    if outputs.regex is not None:
+        return Source("regex", outputs.regex, param)
+    if outputs.choice is not None:
+        return choice_source(outputs.choice, param)
+    assert outputs.grammar is not None
+    return Source("lark", outputs.grammar, param, own=True)
 
 
 def check_tokens(text: TextEngine, asked: GenerationRequest) -> None:

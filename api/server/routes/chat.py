@@ -7,13 +7,16 @@ from hybrid_cache.api.server.bodies import JsonRoute
 from hybrid_cache.api.server.openai.chat_reply import ChatReply
 from hybrid_cache.api.server.openai.choreography import Arranged, arranged_prompt, is_arranged
 from hybrid_cache.api.server.openai.messages import conversation_of
-from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, spec_of
+from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, source_of, spec_of
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS
 from hybrid_cache.api.server.responses import respond, unless_gone
-from hybrid_cache.api.server.schemas.chat import ChatRequest, ChatResponse
+from hybrid_cache.api.server.schemas.chat import ChatRequest, ChatResponse, NamedTool
 from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.grammars import Source
 from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.api.text.tool_grammars import call_source
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Prompt
@@ -26,7 +29,6 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=ChatResponse, responses={**ERRORS, **EVENTS})
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
-        _refuse_unsupported(asked)
         spec, arranged = await unless_gone(request, _parse(serving, asked))
         answer = await serving.answer([spec])
         return await respond(request, ChatReply(serving, asked, answer, arranged), stream=bool(asked.stream))
@@ -34,29 +36,16 @@ def router(serving: Serving) -> APIRouter:
     return routes
 
 
-def _refuse_unsupported(asked: ChatRequest) -> None:
-    """What would need constrained decoding is refused, not ignored: the caller counts on the form of the answer."""
-    if asked.response_format is not None and asked.response_format.type != "text":
-        raise RequestError(
-            f"response_format is '{asked.response_format.type}', only 'text' is supported", param="response_format"
-        )
-    if asked.structured_outputs:
-        raise RequestError("structured_outputs is not supported", param="structured_outputs")
-    if asked.tool_choice not in (None, "none", "auto"):
-        shown = asked.tool_choice if isinstance(asked.tool_choice, str) else "a function"
-        raise RequestError(f"tool_choice is {shown}, only 'auto' and 'none' are supported", param="tool_choice")
-
-
 async def _parse(serving: Serving, asked: ChatRequest) -> tuple[GenerationSpec, Arranged | None]:
     """What is wanted, and of a choreography what its reply needs."""
     if is_arranged(asked):
         arranged = await arranged_prompt(serving, asked)
-        return _spec(serving.text, asked, arranged.prompt, arranged.arrangement), arranged
+        return await _spec(serving.text, asked, arranged.prompt, arranged.arrangement), arranged
     conversation = await conversation_of(serving.text, asked, asked.messages)
-    return _spec(serving.text, asked, conversation.prompt), None
+    return await _spec(serving.text, asked, conversation.prompt), None
 
 
-def _spec(
+async def _spec(
     text: TextEngine, asked: ChatRequest, prompt: Prompt, arrangement: Arrangement | None = None
 ) -> GenerationSpec:
     check_tokens(text, asked)
@@ -66,4 +55,24 @@ def _spec(
     sampling = sampling_params(text, asked, max_tokens, logprobs=logprobs)
     tools = None if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
     form = text.answer_form(prompt, tools)
-    return spec_of(text, asked, prompt, sampling, form=form, arrangement=arrangement)
+    source = _source(text, asked)
+    if source is not None and form.thinking and form.thoughts is not None:
+        source = source.after_thought(form.thoughts.end)
+    grammar = await text.grammar(source, current_tenant_or(asked.cache_salt))
+    return spec_of(text, asked, prompt, sampling, form=form, grammar=grammar, arrangement=arrangement)
+
+
+def _source(text: TextEngine, asked: ChatRequest) -> Source | None:
+    """What the answer has to be. Raises RequestError."""
+    source, choice = source_of(asked), asked.tool_choice
+    if choice in (None, "none", "auto"):
+        return source
+    if source is not None:
+        raise RequestError("tool_choice asks for a call, and another form is asked for, too", param="tool_choice")
+    return call_source(
+        text.tools,
+        [tool.function.model_dump() for tool in asked.tools or ()],
+        text.tokenizer,
+        only=choice.function.name if isinstance(choice, NamedTool) else None,
+        parallel=asked.parallel_tool_calls is not False and choice == "required",
+    )

@@ -5,13 +5,14 @@ from fastapi.responses import Response
 
 from hybrid_cache.api.server.bodies import JsonRoute
 from hybrid_cache.api.server.openai.completion_reply import CompletionReply
-from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, spec_of
+from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, source_of, spec_of
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS
 from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.schemas.completions import CompletionRequest, CompletionResponse
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.grammars import Grammar
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Prompt
@@ -29,7 +30,9 @@ def router(serving: Serving) -> APIRouter:
         serving.model.check_name(asked.model)
         _refuse_unsupported(asked)
         prompts = await unless_gone(request, _prompts(serving.text, asked))
-        answer = await serving.answer([_spec(serving.text, asked, prompt) for prompt in prompts])
+        tenant = current_tenant_or(asked.cache_salt)
+        grammar = await unless_gone(request, serving.text.grammar(source_of(asked), tenant))
+        answer = await serving.answer([_spec(serving.text, asked, prompt, grammar) for prompt in prompts])
         return await respond(request, CompletionReply(serving, asked, answer), stream=bool(asked.stream))
 
     return routes
@@ -49,9 +52,9 @@ async def _prompts(text: TextEngine, asked: CompletionRequest) -> list[Prompt]:
     return [await text.prompt(prompt, tenant, add_special_tokens=special) for prompt in asked.prompt]
 
 
-def _spec(text: TextEngine, asked: CompletionRequest, prompt: Prompt) -> GenerationSpec:
+def _spec(text: TextEngine, asked: CompletionRequest, prompt: Prompt, grammar: Grammar | None) -> GenerationSpec:
     check_tokens(text, asked)
     max_tokens = text.answer_length(prompt, asked.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
     scored = asked.logprobs if asked.echo else None
     sampling = sampling_params(text, asked, max_tokens, logprobs=asked.logprobs, prompt_logprobs=scored)
-    return spec_of(text, asked, prompt, sampling)
+    return spec_of(text, asked, prompt, sampling, grammar=grammar)

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from hybrid_cache.api.server.anthropic.parsing import check_served, conversation_of, spec_of
+from hybrid_cache.api.server.anthropic.parsing import conversation_of, spec_of
 from hybrid_cache.api.server.anthropic.reply import MessageReply
 from hybrid_cache.api.server.bodies import JsonRoute
 from hybrid_cache.api.server.openapi import ANTHROPIC_ERRORS, EVENTS
@@ -20,9 +20,8 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/messages", response_model=MessageResponse, responses=EVENTS)
     async def messages(asked: MessagesRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
-        check_served(asked)
         conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))
-        spec = spec_of(serving.text, asked, conversation.prompt)
+        spec = await unless_gone(request, spec_of(serving.text, asked, conversation.prompt))
         answer = await serving.answer([spec])
         return await respond(request, MessageReply(serving, asked, spec, answer), stream=bool(asked.stream))
 

@@ -148,6 +148,12 @@ class ToolChoice(Request):
     name: Name | None = None
     disable_parallel_tool_use: bool | None = None
 
+    @model_validator(mode="after")
+    def _names_a_tool(self) -> "ToolChoice":
+        if self.type == "tool" and self.name is None:
+            raise ValueError("type tool needs a name")
+        return self
+
 
 class Thinking(Request):
     model_config = ConfigDict(extra="allow", strict=True)
@@ -171,6 +177,16 @@ class CountRequest(Request):
     cache_control: CacheControl | None = None
 
 
+class OutputFormat(Request):
+    type: Literal["json_schema"]
+    schema_: dict[str, object] = Field(alias="schema")
+
+
+class OutputConfig(Request):
+    format: OutputFormat | None = None
+    effort: str | None = None
+
+
 class Metadata(Request):
     user_id: str | None = None
 
@@ -191,7 +207,7 @@ class MessagesRequest(CountRequest):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Count, Field(ge=0)] | None = None
     metadata: Metadata | None = None
-    output_config: dict[str, object] | None = None
+    output_config: OutputConfig | None = None
 
 
 class TokenCount(Response):

@@ -19,10 +19,6 @@ class NamedTool(Request):
     function: NamedFunction
 
 
-class ResponseFormat(Request):
-    type: Literal["text", "json_object", "json_schema"]
-
-
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions"""
 
@@ -30,14 +26,12 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
-    structured_outputs: dict[str, object] | None = None
     choreography: Choreography | None = None
 
     @model_validator(mode="after")

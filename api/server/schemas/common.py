@@ -20,6 +20,7 @@ MAX_STOP_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_SALT = 1024
+MAX_CHOICES = 1024
 MAX_TTL_S = 24 * 3600.0
 OBJECT_BYTES = 1024  # of a parsed object beside the text in it
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
@@ -124,6 +125,40 @@ class StreamOptions(Request):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchema(Request):
+    name: str | None = None
+    schema_: dict[str, object] | bool = Field(alias="schema", default=True)
+    strict: bool | None = None
+
+
+class ResponseFormat(Request):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_a_schema(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type json_schema needs a json_schema")
+        return self
+
+
+class StructuredOutputs(Request):
+    """As in vLLM: one of these."""
+
+    json_: dict[str, object] | str | None = Field(alias="json", default=None)
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "StructuredOutputs":
+        given = [self.json_, self.json_object or None, self.regex, self.choice, self.grammar]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("one of json, json_object, regex, choice and grammar is needed, and only one")
+        return self
+
+
 class CacheBreakpoint(Request):
     """Marks the exact end of a reusable prefix."""
 
@@ -160,6 +195,7 @@ class GenerationRequest(Request):
     frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
     logit_bias: LogitBias = None
     user: str | None = None
+    response_format: ResponseFormat | None = None
     # As in vLLM
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT, description="0 and -1 keep all")] | None = None
     min_p: Annotated[float, _within("min_p")] | None = None
@@ -170,6 +206,7 @@ class GenerationRequest(Request):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
     # The cache
     cache_salt: Annotated[str, Field(max_length=MAX_SALT)] | None = None
     prompt_cache_key: str | None = None

@@ -1,0 +1,152 @@
+"""Answers in a form that is asked for, through both dialects and their own clients, from a model that would say something else."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+from pydantic import BaseModel
+
+from hybrid_cache.api.text.tokenizer import TextModel
+from tests.api.servers import script_messages, script_prompt
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "sure": {"type": "boolean"}},
+    "required": ["name", "sure"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
+
+
+class Found(BaseModel):
+    sure: bool
+
+
+@pytest.fixture(scope="module")
+def api(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def messages(sum_text: TextModel) -> Any:
+    return script_messages(sum_text)
+
+
+def test_a_schema(api: openai.OpenAI, messages: Any) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    for seed in range(5):
+        reply = api.chat.completions.create(
+            model="sum", messages=messages, response_format=form, temperature=1, seed=seed, max_tokens=400
+        )
+        found = json.loads(reply.choices[0].message.content or "")
+        assert list(found) == ["name", "sure"]
+        assert isinstance(found["sure"], bool)
+        assert reply.choices[0].finish_reason == "stop"
+
+
+def test_the_clients_own_parser(api: openai.OpenAI, messages: Any) -> None:
+    reply = api.chat.completions.parse(model="sum", messages=messages, response_format=Found, max_tokens=400)
+    assert isinstance(reply.choices[0].message.parsed, Found)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_vllms_fields(client: httpx.Client, stream: bool) -> None:
+    for outputs, said in (
+        ({"regex": "[ab]{3}c"}, None),
+        ({"choice": ["yes", "no"]}, None),
+        ({"grammar": 'start: "q"'}, "q"),
+    ):
+        asked = {"prompt": script_prompt(), "structured_outputs": outputs, "max_tokens": 50, "stream": stream}
+        reply = client.post("/v1/completions", json=asked)
+        assert reply.status_code == 200, reply.text
+        if stream:
+            blocks = [block.removeprefix("data: ") for block in reply.text.split("\n\n")[:-2]]
+            text = "".join(json.loads(block)["choices"][0]["text"] for block in blocks)
+        else:
+            text = reply.json()["choices"][0]["text"]
+        assert text == said or text in ("yes", "no") or (len(text) == 4 and text[3] == "c")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
+def test_a_call_that_has_to_be_made(api: openai.OpenAI, messages: Any, choice: Any) -> None:
+    for seed in range(5):
+        reply = api.chat.completions.create(
+            model="sum",
+            messages=messages,
+            tools=TOOLS,
+            tool_choice=choice,
+            temperature=1,
+            seed=seed,
+            max_tokens=900,
+            parallel_tool_calls=False,
+        )
+        [call] = reply.choices[0].message.tool_calls or []
+        assert call.function.name == "look"  # type: ignore[union-attr]
+        assert list(json.loads(call.function.arguments)) == ["name", "sure"]  # type: ignore[union-attr]
+        assert reply.choices[0].finish_reason == "tool_calls"
+
+
+def test_the_same_for_anthropics_client(url: str, messages: Any) -> None:
+    tools: Any = [{"name": "look", "input_schema": SCHEMA}]
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as api:
+        for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "look"}):
+            reply: Any = api.messages.create(
+                model="sum",
+                max_tokens=900,
+                messages=messages,
+                tools=tools,
+                tool_choice=choice,  # type: ignore[arg-type]
+            )
+            assert [block.type for block in reply.content] == ["tool_use"]
+            assert list(reply.content[0].input) == ["name", "sure"]
+            assert reply.stop_reason == "tool_use"
+        form: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
+        reply = api.messages.create(model="sum", max_tokens=900, messages=messages, output_config=form)
+        assert list(json.loads(reply.content[0].text)) == ["name", "sure"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "named"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format", "needs a json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "xml"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}}},
+            "response_format",
+            "foo",
+        ),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "only one"),
+        ({"structured_outputs": {}}, "structured_outputs", "one of json"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+            "cannot both",
+        ),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "'g', which is none",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tool_choice",
+            "another form",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked_for(
+    client: httpx.Client, messages: Any, fields: dict[str, Any], param: str, named: str
+) -> None:
+    reply = client.post("/v1/chat/completions", json={"messages": messages, **fields})
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["param"] == param
+    assert named in error["message"]

@@ -1,0 +1,187 @@
+"""Answers in a form that is asked for: whatever a model prefers, what comes out is of that form."""
+
+import json
+import random
+import time
+from typing import Any
+
+import jsonschema_rs
+import numpy as np
+import pytest
+
+from hybrid_cache.api.text.answer_parser import AnswerForm, AnswerParser
+from hybrid_cache.api.text.grammars import Grammar, Grammars, Source, choice_source, json_source
+from hybrid_cache.api.text.tool_formats import FORMATS, ParsedCall
+from hybrid_cache.api.text.tool_grammars import call_source
+from hybrid_cache.errors import RequestError
+from tests.api.small_text import NUM_TOKENS, small_text
+
+LOOK: dict[str, Any] = {
+    "name": "look",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "at": {"type": "string", "maxLength": 9},
+            "times": {"type": "integer", "minimum": 0, "maximum": 99},
+            "how": {"type": "string", "enum": ["fast", "slow"]},
+        },
+        "required": ["at", "times", "how"],
+        "additionalProperties": False,
+    },
+}
+WAIT: dict[str, Any] = {"name": "wait"}
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    tokenizer = small_text().tokenizer
+    return Grammars(tokenizer, NUM_TOKENS, [tokenizer.id_of("<|im_end|>") or 0])
+
+
+def walk(grammar: Grammar, rng: random.Random, most: int = 4000) -> str | None:
+    """What a model says that likes all tokens as much; None if it comes to no end."""
+    way, tokens, end = grammar.start(), list[int](), small_text().tokenizer.id_of("<|im_end|>")
+    while not way.done:
+        allowed = np.flatnonzero(np.unpackbits(way.mask(), count=NUM_TOKENS, bitorder="little")).tolist()
+        assert allowed
+        token = end if end in allowed else rng.choice(allowed)
+        way.note(token)
+        if token != end:
+            tokens.append(token)
+        if len(tokens) > most:
+            return None
+    return small_text().tokenizer.decode(tokens)
+
+
+def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
+    kind = rng.choice(["string", "integer", "number", "boolean", "null", "enum", "const", "array", "object", "anyOf"])
+    if kind == "string":
+        low = rng.randrange(4)
+        shapes = ({}, {"minLength": low, "maxLength": low + rng.randrange(9)}, {"pattern": "^[a-c]{1,4}x?$"})
+        return {"type": "string", **rng.choice([*shapes[1:], {"maxLength": 12}])}
+    if kind in ("integer", "number"):
+        low = rng.randrange(-50, 50)
+        return {"type": kind, "minimum": low, "maximum": low + rng.randrange(1, 100)}
+    if kind == "enum":
+        return {"enum": rng.sample(["a", 1, None, True, "\u20ac\n", 2.5, ""], rng.randrange(1, 5))}
+    if kind == "const":
+        return {"const": rng.choice(["x", 7, None, [1, {"a": 2}]])}
+    if kind in ("array", "object", "anyOf") and depth == 0:
+        return {"type": "boolean"}
+    if kind == "array":
+        low = rng.randrange(3)
+        return {
+            "type": "array",
+            "items": random_schema(rng, depth - 1),
+            "minItems": low,
+            "maxItems": low + rng.randrange(3),
+        }
+    if kind == "object":
+        names = rng.sample(["a", "b c", "\u00fc", 'd"', "e"], rng.randrange(1, 5))
+        properties = {name: random_schema(rng, depth - 1) for name in names}
+        required = [name for name in names if rng.random() < 0.7]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    if kind == "anyOf":
+        return {"anyOf": [random_schema(rng, depth - 1) for _ in range(rng.randrange(1, 4))]}
+    return {"type": kind}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_comes_of_a_schema_is_valid(grammars: Grammars, seed: int) -> None:
+    rng, ended = random.Random(seed), 0
+    for _ in range(20):
+        schema = random_schema(rng)
+        said = walk(grammars.compile(json_source(schema, "response_format")), rng)
+        if said is not None:
+            ended += 1
+            jsonschema_rs.validator_for(schema).validate(json.loads(said))
+    assert ended > 10
+
+
+def test_expressions_choices_and_grammars(grammars: Grammars) -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        said = walk(grammars.compile(Source("regex", "[A-C][a-z]{2,5} is [0-9]{2}", "p")), rng)
+        assert said is not None
+        assert said[0] in "ABC"
+        assert said[-6:-2] == " is "
+        assert walk(grammars.compile(choice_source(['a "b"', "c/\\"], "p")), rng) in ('a "b"', "c/\\")
+        assert walk(grammars.compile(Source("lark", 'start: "a" | "b" "c"', "p")), rng) in ("a", "bc")
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        (json_source({"type": "foo"}, "p"), "foo"),
+        (json_source({"$ref": "#/q"}, "p"), "/q"),
+        (json_source({"type": "integer", "minimum": 5, "maximum": 1}, "p"), "Unsatisfiable"),
+        (json_source({"type": "string", "pattern": "(a"}, "p"), "unclosed group"),
+        (json_source({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "p"), "nothing"),
+        (json_source("{", "p"), ""),
+        (Source("regex", "(", "p"), "unclosed group"),
+        (Source("lark", "begin: 1", "p"), ""),
+        (Source("regex", "a" * 300_000, "p"), "at most 262144"),
+    ],
+    ids=str,
+)
+def test_what_is_no_grammar_is_refused_soon(grammars: Grammars, source: Source, named: str) -> None:
+    begin = time.process_time()
+    with pytest.raises(RequestError) as found:
+        grammars.compile(source)
+    assert named in str(found.value)
+    assert found.value.param == "p"
+    assert time.process_time() - begin < 10
+
+
+def test_a_schema_without_a_bottom() -> None:
+    schema: dict[str, Any] = {}
+    schema["a"] = schema
+    with pytest.raises(RequestError, match="nested"):
+        json_source(schema, "p")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("only", [None, "look"])
+def test_a_call_that_has_to_be_made_is_made(grammars: Grammars, name: str, only: str | None) -> None:
+    rng, tools = random.Random(name), FORMATS[name]
+    types = {"look": LOOK["parameters"]["properties"]}
+    parallel = only is None
+    source = call_source(tools, [LOOK, WAIT], small_text().tokenizer, only=only, parallel=parallel)
+    grammar, ended = grammars.compile(source), 0
+    for _ in range(20):
+        said = walk(grammar, rng)
+        if said is None:
+            continue
+        ended += 1
+        parser = AnswerParser(AnswerForm(tools, types))
+        calls = [*parser.push(said), *parser.finish()]
+        assert calls, said
+        assert parallel or len(calls) == 1
+        for call in calls:
+            assert isinstance(call, ParsedCall), said
+            assert call.name in (("look",) if only else ("look", "wait"))
+            if call.name == "look":
+                jsonschema_rs.validator_for(LOOK["parameters"]).validate(json.loads(call.arguments))
+    assert ended > 5
+
+
+def test_a_tool_that_is_not_there() -> None:
+    tokenizer = small_text().tokenizer
+    with pytest.raises(RequestError, match="'g', which is none of the tools"):
+        call_source(FORMATS["hermes"], [LOOK], tokenizer, only="g", parallel=False)
+    with pytest.raises(RequestError, match="there are no tools"):
+        call_source(FORMATS["hermes"], [], tokenizer, only=None, parallel=False)
+
+
+@pytest.mark.parametrize(
+    "source", [json_source({"const": "a"}, "p"), Source("regex", "a/b", "p"), choice_source(["a"], "p")], ids=str
+)
+def test_behind_a_thought(grammars: Grammars, source: Source) -> None:
+    way = grammars.compile(source.after_thought("</think>")).start()
+    expected = {"json": '"a"', "regex": "a/b", "lark": "a"}[source.kind]
+    for token in small_text().tokenizer.encode("why\n not</think>\n\n" + expected):
+        assert not way.done
+        way.note(token)
+    assert way.done
+    with pytest.raises(RequestError, match="cannot follow a thought"):
+        Source("lark", 'start: "a"', "p", own=True).after_thought("</think>")
