@@ -75,15 +75,17 @@ def test_preemptions_and_the_cache_change_nothing() -> None:
         engine.submit(constrained(str(i), i, 4 + 9 * i))
         alone[str(i)] = answers(engine.run_until_idle(), str(i))
         check(alone[str(i)], 4 + 9 * i)
-    engine = Engine(SumModel(), EngineConfig(budget_bytes=40_000, max_running=6, max_tiles=2))
-    for _ in range(2):
-        for i in range(12):
-            engine.submit(constrained(str(i), i, 4 + 9 * i))
-        outputs = engine.run_until_idle()
-        assert {name: answers(outputs, name) for name in alone} == alone
-    assert engine.stats().num_preemptions > 0
-    assert engine.stats().cached_tokens > 0
-    engine.check()
+    for budget_bytes in (20_000, 1 << 22):
+        engine = Engine(SumModel(), EngineConfig(budget_bytes=budget_bytes, max_running=12, max_tiles=2))
+        for _ in range(2):
+            for i in range(12):
+                engine.submit(constrained(str(i), i, 4 + 9 * i))
+            outputs = engine.run_until_idle()
+            assert {name: answers(outputs, name) for name in alone} == alone
+        tight = budget_bytes < 1 << 22
+        assert (engine.stats().num_preemptions > 0) == tight
+        assert (engine.stats().cached_tokens > 0) == (not tight)
+        engine.check()
 
 
 @pytest.mark.parametrize("n", [1, 2])
