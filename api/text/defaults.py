@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybrid_cache.api.text.generation import stops_of
+from hybrid_cache.api.text.stops import stops_of
 from hybrid_cache.errors import BadSampling, ModelError
 from hybrid_cache.models.files import errors_begin_with, read_json_if_there, shown
 from hybrid_cache.sampling import MAX_INT, SamplingParams

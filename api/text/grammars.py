@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.errors import RequestError
-
-if TYPE_CHECKING:
-    from hybrid_cache.api.text.tokenizer import Tokenizer
 
 MAX_SOURCE = 1 << 18  # characters of a schema or a grammar
 MOST_KEPT = 64  # compiled grammars
@@ -100,7 +98,7 @@ class Grammar:
 class Grammars:
     """Compiles grammars for one tokenizer, and keeps the latest. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: "Tokenizer", vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
         """vocab_size: of the logits   eos_ids: tokens that may end an answer"""
         self._text = tokenizer
         self._vocab_size = vocab_size

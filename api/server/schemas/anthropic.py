@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_v
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.common import Count, Request, Response
 from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
-from hybrid_cache.api.text.generation import MAX_STOP_LENGTH, MAX_STOPS
+from hybrid_cache.api.text.stops import MAX_STOP_LENGTH, MAX_STOPS
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 

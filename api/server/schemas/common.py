@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from pydantic.fields import FieldInfo
 
 from hybrid_cache.api.server.errors import quoted
-from hybrid_cache.api.text.generation import MAX_STOP_LENGTH, MAX_STOPS, stops_of
+from hybrid_cache.api.text.stops import MAX_STOP_LENGTH, MAX_STOPS, stops_of
 from hybrid_cache.errors import RequestError
 from hybrid_cache.sampling import BOUNDS, MAX_INT
 

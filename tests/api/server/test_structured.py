@@ -1,4 +1,4 @@
-"""Answers in a form that is asked for, through both dialects and their own clients, from a model that would say something else."""
+"""Answers in a form that is asked for, in both dialects, from a model that would say something else."""
 
 import json
 from collections.abc import Iterator
