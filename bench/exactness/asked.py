@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from hybrid_cache.choreography.arrangement import Encoding
 from hybrid_cache.request import CacheMode, PromptOutput, Request, Stopper, TokenOutput
@@ -78,6 +79,7 @@ def traits(asked: Asked) -> Iterator[str]:
         "min tokens": sampling.min_tokens > 0,
         "stop tokens": bool(sampling.stop_token_ids),
         "stoppers": request.make_stopper is not None,
+        "constraints": request.make_constraint is not None,
         "sampled": not sampling.greedy,
         "prompt logprobs": sampling.prompt_logprobs is not None,
         "no answer wanted": sampling.max_tokens == 0,
@@ -113,3 +115,23 @@ class _StopAt:
 
 def stop_at(rest: int) -> Callable[[], Stopper]:
     return lambda: _StopAt(rest)
+
+
+class Some:
+    """A constraint: of each token and its place, the sum is no multiple of a number."""
+
+    def __init__(self, vocab_size: int, number: int) -> None:
+        self._vocab_size, self._number = vocab_size, number
+        self._place = 0
+
+    def mask(self) -> npt.NDArray[np.uint8]:
+        return np.packbits((np.arange(self._vocab_size) + self._place) % self._number != 0, bitorder="little")
+
+    def note(self, token: int) -> None:
+        if (token + self._place) % self._number == 0:
+            raise ValueError(f"token {token} may not be number {self._place}")
+        self._place += 1
+
+    @property
+    def done(self) -> bool:
+        return False

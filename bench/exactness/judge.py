@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -59,7 +60,9 @@ class Judge:
         if asked.publishes:
             self._give(asked, prompt, traffic)
         sampling = request.sampling if asked.reported else SamplingParams(max_tokens=0)
-        outputs = self._answer(Request(name, Prompt(prompt), sampling, request.n, make_stopper=request.make_stopper))
+        again = Request(name, Prompt(prompt), sampling, request.n)
+        again = replace(again, make_stopper=request.make_stopper, make_constraint=request.make_constraint)
+        outputs = self._answer(again)
         if not asked.aborted:
             self._compare(asked, outputs)
 

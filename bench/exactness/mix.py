@@ -3,11 +3,12 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
-from hybrid_cache.bench.exactness.asked import Asked, Said, stop_at
+from hybrid_cache.bench.exactness.asked import Asked, Said, Some, stop_at
 from hybrid_cache.choreography.arrangement import (
     SEAMS,
     Arrangement,
@@ -265,8 +266,10 @@ class Mix:
             prompt = Prompt(prompt.tokens, tuple(replace(b, kind=BoundaryKind.MESSAGE_END) for b in prompt.boundaries))
         make_stopper = stop_at(rng.randrange(7)) if rng.random() < self._phase.stopped / 2 else None
         number = rng.choice((1, 1, 1, 1, 1, 1, 2, 3))
-        tenant = f"tenant {self._count % 3}"
-        return Request(f"r{self._count}", prompt, sampling, number, salt, mode, make_stopper, tenant=tenant)
+        tenant, divisor = f"tenant {self._count % 3}", rng.randrange(2, 6)
+        constraint = partial(Some, self._vocab, divisor) if rng.random() < 0.15 else None
+        name = f"r{self._count}"
+        return Request(name, prompt, sampling, number, salt, mode, make_stopper, constraint, tenant=tenant)
 
     def _sampling(self) -> SamplingParams:
         rng, most = self._rng, self._rng.choice(self._phase.answers)

@@ -52,7 +52,10 @@ async def conversation_of(text: TextEngine, asked: CountRequest, *, keep_billing
     keep_billing: a billing header with a number of its own in each request stays, and no two prompts begin alike
     """
     tools = _tools(asked)
+    if asked.thinking is not None and asked.thinking.type == "enabled" and text.thoughts is None:
+        raise RequestError("thinking is enabled, and this model's chat template knows of no thoughts", param="thinking")
     rendering = Rendering(
+        kwargs={} if asked.thinking is None else {"enable_thinking": asked.thinking.type != "disabled"},
         tools=[_tool(tool) for tool in tools] or None,
         tools_mark=next((mark for tool in reversed([*tools]) if (mark := _mark(tool.cache_control))), None),
     )

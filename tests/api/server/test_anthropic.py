@@ -282,6 +282,7 @@ def result(name: str = "t1") -> dict[str, Any]:
         ({"messages": [USE, result(), result()]}, 400, "invalid_request_error", "'t1' answers no tool_use"),
         ({"messages": [TWICE, result()]}, 400, "invalid_request_error", "same id"),
         ({"messages": [{"role": "user", "content": USE["content"]}]}, 400, "invalid_request_error", "tool_use"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "invalid_request_error", "no thoughts"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "invalid_request_error", "bash_20250124"),
         ({"messages": [{"role": "user", "content": "a" * 9000}]}, 400, "invalid_request_error", "context"),
     ],

@@ -19,7 +19,8 @@ THOUGHT, ANSWER = "They ask.\n", "Yes, I do."
 def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
     folder: Path = tmp_path_factory.mktemp("thoughts")
     write_text_model(folder, SCRIPT)
-    (folder / "chat_template.jinja").write_text(TEMPLATE + "{# knows of <think> #}")
+    ending = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(TEMPLATE + ending)
     return TextModel.load(folder)
 
 
@@ -38,6 +39,16 @@ def test_reasoning_content_of_a_chat_completion(url: str, text: TextModel) -> No
     deltas: list[Any] = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == THOUGHT
     assert "".join(delta.content or "" for delta in deltas) == ANSWER
+
+
+def test_thoughts_that_are_switched_off(url: str, text: TextModel) -> None:
+    messages: Any = script_messages(text, SCRIPT)
+    with anthropic.Anthropic(base_url=url, api_key="none") as client:
+        counts = {
+            kind: client.messages.count_tokens(model="sum", messages=messages, thinking={"type": kind}).input_tokens  # type: ignore[typeddict-item]
+            for kind in ("adaptive", "disabled")
+        }
+    assert counts["disabled"] - counts["adaptive"] == len(text.tokenizer.encode("<think>\n\n</think>\n\n"))
 
 
 def test_thinking_blocks_of_a_message(url: str, text: TextModel) -> None:

@@ -94,7 +94,7 @@ def test_a_resumed_state_that_gives_another_answer_is_found() -> None:
 def test_a_write_to_somebody_elses_rows_is_reported_with_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lease, "rows_to_fill", lambda lease, start, end: lease.rows(start, end) * 0)
     monkeypatch.setattr(SumModel, "forward", lambda model, batch, cache: _overwrite(batch, cache))
-    report = run(SumModel(), requests_per_round=8)
+    report = run(SumModel(), requests_per_round=17)
     assert [f.request for f in report.findings][-1] == "the engine"
     assert "PublishedBytesChanged" in report.findings[-1].what
     assert report.findings[-1].round >= 1
@@ -108,7 +108,7 @@ def _overwrite(batch: ForwardBatch, cache: CacheTensors) -> Tensor:
 
 def test_tight_rounds_follow_until_a_run_has_met_what_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_few_requests() -> Report:
-        return compare(SumModel(), Report("fake", "float32", seed=4), 1, requests_per_round=4)
+        return compare(SumModel(), Report("fake", "float32", seed=8), 1, requests_per_round=4)
 
     monkeypatch.setattr(rounds, "MORE_ROUNDS", 0)
     assert of_few_requests().untried == ("preemptions", "evictions")
