@@ -66,7 +66,35 @@ _CACHE = {
 _ARRANGED = {"fidelity": "exact", "order": "any", "seam": 0, "composition": "ordered", "positions": "consecutive"}
 _TEXT = "Once upon a time there was a cat"
 
+_SCHEMA = {
+    "type": "object",
+    "properties": {"word": {"type": "string", "maxLength": 9, "pattern": "^[a-z]+$"}, "n": {"enum": [1, None, "x"]}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
+_MARK = {"type": "ephemeral", "ttl": "1h"}
+_BLOCKS = [
+    {"role": "user", "content": [{"type": "text", "text": "Look up owl.", "cache_control": _MARK}]},
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "A tool knows that.", "signature": ""},
+            {"type": "text", "text": "I look."},
+            {"type": "tool_use", "id": "toolu_1", "name": "look_up", "input": {"word": "owl"}},
+        ],
+    },
+    {
+        "role": "user",
+        "content": [
+            {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "A bird."}]},
+            {"type": "text", "text": "Go on."},
+        ],
+    },
+]
+_OUR_TOOL = {"name": "look_up", "description": "Looks up.", "input_schema": _SCHEMA, "cache_control": _MARK}
+
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
+MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 
 BODIES: tuple[tuple[str, Json], ...] = (
     (CHAT, {"messages": [_USER], "max_tokens": 2}),
@@ -87,6 +115,49 @@ BODIES: tuple[tuple[str, Json], ...] = (
     ),
     (CHAT, {"messages": _TALK, "choreography": {"fidelity": "relocated", "encode": "alone"}, "max_tokens": 2}),
     (CHAT, {"messages": [_USER], "choreography": {}, "stream": True, "n": 2, "max_tokens": 2, **_CACHE}),
+    (
+        CHAT,
+        {
+            "messages": [_USER],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": _SCHEMA, "strict": True}},
+            "max_tokens": 2,
+        },
+    ),
+    (CHAT, {"messages": [_USER], "structured_outputs": {"regex": "[a-z]{1,4}"}, "max_tokens": 3}),
+    (CHAT, {"messages": [_USER], "tools": [_TOOL], "tool_choice": "required", "n": 2, "max_tokens": 2}),
+    (COMPLETIONS, {"prompt": _TEXT, "structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 2}),
+    (COMPLETIONS, {"prompt": _TEXT, "structured_outputs": {"grammar": 'start: "a" | "b" "c"*'}, "max_tokens": 2}),
+    (MESSAGES, {"model": "embedded", "messages": [_USER], "max_tokens": 2}),
+    (
+        MESSAGES,
+        {
+            "model": "embedded",
+            "system": [
+                {"type": "text", "text": "x-anthropic-billing-header: cch=1\nBe brief.", "cache_control": _MARK}
+            ],
+            "messages": _BLOCKS,
+            "tools": [_OUR_TOOL],
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+            "thinking": {"type": "adaptive"},
+            "stop_sequences": ["END"],
+            "metadata": {"user_id": "ann"},
+            "stream": True,
+            "max_tokens": 2,
+        },
+    ),
+    (
+        MESSAGES,
+        {
+            "model": "embedded",
+            "messages": _TALK[1:3],
+            "output_config": {"format": {"type": "json_schema", "schema": _SCHEMA}},
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 5,
+            "max_tokens": 2,
+        },
+    ),
+    (COUNT, {"model": "embedded", "system": "Be brief.", "messages": _BLOCKS, "tools": [_OUR_TOOL]}),
     (COMPLETIONS, {"prompt": _TEXT, "max_tokens": 2}),
     (COMPLETIONS, {"prompt": _TEXT, "max_tokens": 2, "echo": True, "logprobs": 2, "n": 2, "best_of": 2, **_SAMPLING}),
     (COMPLETIONS, {"prompt": [5, 6, 7, 8, 9], "max_tokens": 2, "stream": True, **_CACHE}),

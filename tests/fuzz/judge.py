@@ -6,6 +6,7 @@ from tests.fuzz.cases import Case
 from tests.soak.wire import Reply, events
 
 ERROR_FIELDS = {"message", "type", "param", "code"}
+ANTHROPIC_FIELDS = {"message", "type"}
 
 
 def fault_of(case: Case, reply: Reply) -> str | None:
@@ -32,12 +33,14 @@ def _fault_of_error(case: Case, reply: Reply) -> str | None:
         return None  # what is no HTTP never reaches the application
     try:
         error = json.loads(reply.body)["error"]
-        formed = set(error) == ERROR_FIELDS and isinstance(error["message"], str) and bool(error["message"])
+        theirs = ANTHROPIC_FIELDS if case.path.startswith("/v1/messages") else ERROR_FIELDS
+        formed = set(error) == theirs and isinstance(error["message"], str) and bool(error["message"])
     except (ValueError, TypeError, KeyError):
         formed = False
     if not formed:
         return f"{reply.status} without our error: {reply.body[:200]!r}"
-    if reply.status >= 500 and not (reply.status == 503 and error["code"] == "server_overloaded"):
+    full = error.get("code") == "server_overloaded" or error["type"] == "overloaded_error"
+    if reply.status >= 500 and not (reply.status == 503 and full):
         return f"status {reply.status}: {error['message'][:200]}"
     return None
 
@@ -47,10 +50,10 @@ def _fault_of_stream(body: bytes) -> str | None:
     for event in found:
         if event != "[DONE]" and not _is_json(event):
             return f"an event without JSON: {event[:200]!r}"
-    errors = [json.loads(event)["error"]["code"] for event in found if '"error":' in event]
-    if any(code != "server_overloaded" for code in errors):
+    errors = [json.loads(event)["error"] for event in found if '"error":' in event]
+    if any(error.get("code") != "server_overloaded" and error["type"] != "overloaded_error" for error in errors):
         return f"a stream with an error: {found[-2:]}"
-    ended = bool(errors) or found[-1:] == ["[DONE]"]
+    ended = bool(errors) or found[-1:] == ["[DONE]"] or any('"message_stop"' in event for event in found[-1:])
     return None if ended else f"a stream without an end: {body[-200:]!r}"
 
 
