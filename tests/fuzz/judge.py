@@ -7,6 +7,7 @@ from tests.soak.wire import Reply, events
 
 ERROR_FIELDS = {"message", "type", "param", "code"}
 ANTHROPIC_FIELDS = {"message", "type"}
+OVERLOADED = {"server_overloaded", "overloaded_error"}  # in OpenAI's words and in Anthropic's
 
 
 def fault_of(case: Case, reply: Reply) -> str | None:
@@ -33,13 +34,17 @@ def _fault_of_error(case: Case, reply: Reply) -> str | None:
         return None  # what is no HTTP never reaches the application
     try:
         error = json.loads(reply.body)["error"]
-        theirs = ANTHROPIC_FIELDS if case.path.startswith("/v1/messages") else ERROR_FIELDS
-        formed = set(error) == theirs and isinstance(error["message"], str) and bool(error["message"])
+        ours = not case.path.startswith("/v1/messages") or ("param" in error and not case.framed)
+        formed = (
+            set(error) == (ERROR_FIELDS if ours else ANTHROPIC_FIELDS)
+            and isinstance(error["message"], str)
+            and bool(error["message"])
+        )
     except (ValueError, TypeError, KeyError):
         formed = False
     if not formed:
         return f"{reply.status} without our error: {reply.body[:200]!r}"
-    full = error.get("code") == "server_overloaded" or error["type"] == "overloaded_error"
+    full = OVERLOADED & {error.get("code"), error.get("type")}
     if reply.status >= 500 and not (reply.status == 503 and full):
         return f"status {reply.status}: {error['message'][:200]}"
     return None
@@ -51,7 +56,7 @@ def _fault_of_stream(body: bytes) -> str | None:
         if event != "[DONE]" and not _is_json(event):
             return f"an event without JSON: {event[:200]!r}"
     errors = [json.loads(event)["error"] for event in found if '"error":' in event]
-    if any(error.get("code") != "server_overloaded" and error["type"] != "overloaded_error" for error in errors):
+    if not all(OVERLOADED & {error.get("code"), error.get("type")} for error in errors):
         return f"a stream with an error: {found[-2:]}"
     ended = bool(errors) or found[-1:] == ["[DONE]"] or any('"message_stop"' in event for event in found[-1:])
     return None if ended else f"a stream without an end: {body[-200:]!r}"
