@@ -54,8 +54,10 @@ def is_panic(error: BaseException) -> bool:
 def _parsed(text: str) -> Backend:
     try:
         return Backend.from_str(text)
-    except Exception as e:  # the library raises plain Exception
-        raise ModelError(f"{FILE} cannot be read: the tokenizer is not understood: {first_line(e)}") from e
+    except BaseException as e:  # the library raises plain Exception, or panics
+        if isinstance(e, Exception) or is_panic(e):
+            raise ModelError(f"{FILE} cannot be read: the tokenizer is not understood: {first_line(e)}") from e
+        raise
 
 
 def _converted(folder: Path) -> Backend:
@@ -72,8 +74,10 @@ def _converted(folder: Path) -> Backend:
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as e:
-        raise ModelError(f"the tokenizer cannot be converted: {first_line(e)}") from e
+    except BaseException as e:
+        if isinstance(e, Exception) or is_panic(e):
+            raise ModelError(f"the tokenizer cannot be converted: {first_line(e)}") from e
+        raise
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         raise ModelError(f"this kind of tokenizer has no {FILE} form")

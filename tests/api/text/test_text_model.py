@@ -349,3 +349,14 @@ def test_the_length_of_a_conversation_takes_no_time() -> None:
     source = "{% for m in messages %}{{ (messages | length) - loop.index }}{% endfor %}"
     messages = [{"role": "user", "content": "x" * 1000} for _ in range(2000)]
     assert len(ChatTemplate(source, {}).render(messages, {}, Clock()).text) == sum(len(str(i)) for i in range(2000))
+
+
+def test_a_tokenizer_that_makes_the_library_panic_is_refused_in_a_line(sum_folder: Path, tmp_path: Path) -> None:
+    """Merges are read without the prefix of what continues a word, however long it is."""
+    folder = Path(shutil.copytree(sum_folder, tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["model"]["continuing_subword_prefix"] = 40 * "#"
+    settings["model"]["merges"] = [["a", "b"]]
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="cannot be read: the tokenizer is not understood"):
+        TextModel.load(folder)
