@@ -6,6 +6,7 @@ from enum import Enum
 
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
+from hybrid_cache.errors import RequestError
 from hybrid_cache.sampling import Constraint, SamplingParams, TokenLogprob
 from hybrid_cache.tokens import Prompt
 
@@ -74,9 +75,10 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class FailedOutput:
-    """The last output of a request that the engine gave up after an error of its own, all choices of it."""
+    """The last output of a request that the engine gave up, all choices of it."""
 
     why: str  # for logs
+    fault: RequestError | None = None  # of the request itself; None after an error of the engine's own
 
 
 Output = PromptOutput | TokenOutput

@@ -92,7 +92,7 @@ class Constraint(Protocol):
         ...
 
     def note(self, token: int) -> None:
-        """A token was chosen. Raises ValueError for one that may not come."""
+        """A token was chosen. Raises RequestError if the constraint cannot be followed any further."""
         ...
 
     @property

@@ -3,7 +3,7 @@
 Beside weights and cache a server needs at most
 
     step      TILE * max_tiles + max_running rows, for each two copies of what the widest part of the model computes
-              and a few rows as wide as the model, all in float32
+              and a few rows as wide as the model, all in float32; on a CPU twice, for a step between its layers
     keys      where a backend gathers the keys of one sequence: three copies of a layer's keys and values, and the
               scores of a tile, of the longest context
     logits    of the rows that choose a token, or of one tile whose prompt is scored: three copies in float32
@@ -12,6 +12,7 @@ Beside weights and cache a server needs at most
     bodies    MOST_BODIES request bodies of the largest size
     messages  the message book
     history   places that prompts have returned to, with which the policy learns
+    grammars  those that are kept, the ways of running answers through them, and the process that tries them out
     program   what Python, threads and allocators take after the model has been loaded
 
 bytes. On a GPU the first three and what CUDA itself takes are in the GPU's memory, where the cache is as well.
@@ -24,6 +25,7 @@ import torch
 
 from hybrid_cache.api.server.gate import MOST_BODIES
 from hybrid_cache.api.server.launch import Loaded
+from hybrid_cache.api.text.grammar_trial import MOST_BYTES
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.free_memory import ROOT, FreeMemory, free_memory, taken
 from hybrid_cache.errors import ConfigError
@@ -41,6 +43,8 @@ QUEUE_TOKENS = 4096
 TOKEN_BYTES = 16  # of a waiting prompt: as numbers, and as the keys of its pages
 PROGRAM_BYTES = 256 << 20  # the most of it: what oneDNN prepares for each number of rows of float32 weights
 HISTORY_BYTES = 64 << 20
+KEPT_GRAMMARS_BYTES = 64 << 20  # measured: 26 MiB when MOST_KEPT characters of them are kept
+WALK_BYTES = 2 << 20  # of one answer through a grammar; measured: 0.5 MiB after 60 tokens
 GPU_BYTES = 512 << 20  # CUDA graphs, workspaces of libraries, and what torch keeps for itself
 GATHERING = ("torch", "torch-compile", "mamba_ssm")  # backends that gather the keys of a sequence
 
@@ -56,6 +60,7 @@ class Beside:
     bodies: int
     messages: int
     books_per_byte: float  # of the cache
+    grammars: int = 0
     history: int = HISTORY_BYTES
     program: int = PROGRAM_BYTES
     on_gpu: bool = False
@@ -66,7 +71,7 @@ class Beside:
         passes = self.step + self.keys + self.logits
         if self.on_gpu:
             return passes + GPU_BYTES
-        return passes + self.queue + self.bodies + self.messages + self.history + self.program
+        return passes + self.queue + self.bodies + self.messages + self.grammars + self.history + self.program
 
     def total(self, budget_bytes: int) -> int:
         """Bytes in the memory that the cache is in."""
@@ -128,15 +133,17 @@ def beside(
     spec, hidden = shape.cache_spec, shape.hidden_size
     widest = max(layer.cost.per_token for layer in shape.layers) / (2 * hidden)  # a number is a product of `hidden`
     rows = TILE * config.max_tiles + max(config.max_running, MIN_ROWS)
+    on_gpu = device is not None and device.type == "cuda"
     return Beside(
-        step=int(rows * (2 * widest + WIDE_ROWS * hidden) * 4),
+        step=int(rows * (2 * widest + WIDE_ROWS * hidden) * 4) * (1 if on_gpu else 2),
         keys=max(map(_bytes_per_key, shape.layers)) * max_length if backend in GATHERING else 0,
         logits=3 * 4 * shape.vocab_size * max(config.max_running, TILE),
         queue=(config.max_running + config.max_waiting) * min(max_length, QUEUE_TOKENS) * TOKEN_BYTES,
         bodies=MOST_BODIES * max_body_bytes,
         messages=book_bytes,
         books_per_byte=NODE_BYTES / (spec.page_bytes or spec.slot_bytes / TILE),
-        on_gpu=device is not None and device.type == "cuda",
+        grammars=KEPT_GRAMMARS_BYTES + WALK_BYTES * config.max_running + MOST_BYTES,
+        on_gpu=on_gpu,
     )
 
 

@@ -13,16 +13,15 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
+from hybrid_cache.api.text.grammar_trial import LIMITS, Trials, compiled, first_lines
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.errors import RequestError
 
-MAX_SOURCE = 1 << 18  # characters of a schema or a grammar
-MOST_KEPT = 64  # compiled grammars
-# Space between the parts of a JSON value: an answer that goes on with nothing else would never end.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
-LIMITS = LLParserLimits(max_grammar_size=200_000, max_lexer_states=100_000)
+MAX_SOURCE = 1 << 17  # characters of a schema or a grammar
+MOST_KEPT = 1 << 18  # characters of all that are kept when they are compiled
+MOST_GRAMMARS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +65,22 @@ def choice_source(choices: Sequence[str], param: str) -> Source:
 class Walk:
     """One answer's way through a grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, first: npt.NDArray[np.uint8]) -> None:
+        """first: the mask of its first token"""
         self._matcher = matcher
+        self._mask = first
 
     def mask(self) -> npt.NDArray[np.uint8]:
-        """See `sampling.Constraint`. Raises ValueError where the grammar takes more than its limits."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error())
-        return bits
+        """See `sampling.Constraint`."""
+        return self._mask
 
     def note(self, token: int) -> None:
-        if not self._matcher.consume_token(token) or self._matcher.is_error():
-            raise ValueError(self._matcher.get_error() or f"token {token} may not come here")
+        """Raises RequestError where the grammar takes more than its limits from here on."""
+        if self._matcher.consume_token(token) and not self._matcher.is_stopped():
+            self._mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            why = first_lines(self._matcher.get_error().partition("<state>")[0])
+            raise RequestError(f"the form that is asked for cannot be followed any further: {why}")
 
     @property
     def done(self) -> bool:
@@ -90,9 +92,10 @@ class Grammar:
     """A grammar that is compiled. Safe to use from several threads."""
 
     matcher: LLMatcher
+    first: npt.NDArray[np.uint8]  # the mask of the first token
 
     def start(self) -> Walk:
-        return Walk(self.matcher.deep_copy())
+        return Walk(self.matcher.deep_copy(), self.first)
 
 
 class Grammars:
@@ -103,11 +106,12 @@ class Grammars:
         self._text = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
+        self._trials = Trials()
         self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
         self._lock = Lock()
 
     def compile(self, source: Source) -> Grammar:
-        """Takes milliseconds, at times a second. Raises RequestError for what is no grammar, or too large a one."""
+        """Takes milliseconds, at times seconds. Raises RequestError for what is no grammar, or too large a one."""
         key = (source.kind, source.text)
         with self._lock:
             if key in self._kept:
@@ -117,42 +121,25 @@ class Grammars:
             raise RequestError(
                 f"{len(source.text)} characters of a schema or a grammar, at most {MAX_SOURCE}", param=source.param
             )
-        grammar = Grammar(self._matcher(source))
+        if fault := self._trials.fault_of(source.kind, source.text):
+            raise RequestError(fault, param=source.param)
+        grammar = self._compile(source)
         with self._lock:
             self._kept[key] = grammar
-            while len(self._kept) > MOST_KEPT:
+            while sum(len(text) for _, text in self._kept) > MOST_KEPT or len(self._kept) > MOST_GRAMMARS:
                 self._kept.popitem(last=False)
         return grammar
 
-    def _matcher(self, source: Source) -> LLMatcher:
-        try:
-            matcher = LLMatcher(self._tokenizer, _compiled(source), log_level=0, limits=LIMITS)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(str(error).splitlines()[0], param=source.param) from None
-        if matcher.is_error():
-            raise RequestError(_first_lines(matcher.get_error()), param=source.param)
-        warnings = matcher.get_grammar_warnings()
-        if warnings:
-            raise RequestError(_first_lines(warnings[0]), param=source.param)
+    def _compile(self, source: Source) -> Grammar:
+        matcher = LLMatcher(self._tokenizer, compiled(source.kind, source.text), log_level=0, limits=LIMITS)
         probe = matcher.deep_copy()
-        possible = any(probe.compute_bitmask())
-        if probe.is_error() or not possible:  # a schema that holds nothing but itself, or takes more than the limits
-            why = "nothing that this model can say is of this form, or it takes too much to say"
-            raise RequestError(why, param=source.param)
-        return matcher
+        first = np.frombuffer(probe.compute_bitmask(), np.uint8)
+        if matcher.is_error() or probe.is_error() or not first.any():  # such as a schema that holds nothing but itself
+            why = first_lines(matcher.get_error().partition("<state>")[0])
+            nothing = "nothing that this model can say is of this form, or it takes too much to say"
+            raise RequestError(why or nothing, param=source.param)
+        return Grammar(matcher, first)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         return LLTokenizer(self._text.as_json(), n_vocab=self._vocab_size, eos_token=self._eos_ids)
-
-
-def _compiled(source: Source) -> str:
-    if source.kind == "json":
-        return LLMatcher.grammar_from_json_schema(source.text, overrides={"whitespace_pattern": WHITESPACE})
-    if source.kind == "regex":
-        return LLMatcher.grammar_from_regex(source.text)
-    return LLMatcher.grammar_from_lark(source.text)
-
-
-def _first_lines(text: str) -> str:
-    return " ".join(line.strip() for line in text.splitlines()[:4] if line.strip())

@@ -9,7 +9,7 @@ from hybrid_cache.api.text.chat import ChatEncoder, Conversation
 from hybrid_cache.api.text.defaults import GenerationDefaults
 from hybrid_cache.api.text.grammars import Grammar, Grammars, Source
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage
-from hybrid_cache.api.text.text_work import TextWork
+from hybrid_cache.api.text.text_work import LONG_TEXT, TextWork
 from hybrid_cache.api.text.tokenizer import TextModel, Tokenizer
 from hybrid_cache.api.text.tool_formats import ThoughtFormat, ToolFormat, format_of, thoughts_of
 from hybrid_cache.engine.async_engine import AsyncEngine
@@ -100,7 +100,8 @@ class TextEngine:
         """Compiles what an answer has to be, if anything is asked. Raises RequestError."""
         if source is None:
             return None
-        return await self.work.run(tenant, len(source.text), lambda: self.grammars.compile(source))
+        size = max(len(source.text), LONG_TEXT + 1)  # however short, it may take long
+        return await self.work.run(tenant, size, lambda: self.grammars.compile(source))
 
     async def conversation(
         self, messages: Sequence[TemplateMessage], rendering: Rendering, tenant: str, size: int = 0

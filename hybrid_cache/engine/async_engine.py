@@ -41,7 +41,7 @@ class Stream:
             await self.aclose()
             raise
         if isinstance(item, FailedOutput):
-            item = RequestFailed("the engine gave this request up after an error of its own")
+            item = item.fault or RequestFailed("the engine gave this request up after an error of its own")
         if isinstance(item, Exception):
             self._open_choices = 0
             raise item

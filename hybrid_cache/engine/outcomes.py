@@ -13,6 +13,7 @@ from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
 from hybrid_cache.engine.tally import Tally
+from hybrid_cache.errors import RequestError
 from hybrid_cache.request import FailedOutput, FinishReason, Output, TokenOutput
 from hybrid_cache.sampling import TokenLogprob
 
@@ -49,11 +50,11 @@ class Outcomes:
             self._scheduler.finish(sequence)
         self.open.pop(request_id, None)
 
-    def give_up(self, request_id: str, why: str) -> Outputs:
-        """Aborts a request after an error."""
-        logger.error("request %s is given up: %s", request_id, why)
+    def give_up(self, request_id: str, why: str, fault: RequestError | None = None) -> Outputs:
+        """Aborts a request after an error; `fault` if that is the request's own."""
+        logger.log(logging.WARNING if fault else logging.ERROR, "request %s is given up: %s", request_id, why)
         self.abort(request_id)
-        return [(request_id, FailedOutput(why))]
+        return [(request_id, FailedOutput(why, fault))]
 
     def end(self, step: Step, hidden: Hidden, outputs: Outputs) -> None:
         """Publishes, moves sequences on, chooses tokens; adds what arises to `outputs`, also where it fails."""
@@ -184,6 +185,8 @@ class Outcomes:
         try:
             sequence.chooser.note(token)
             finish = sequence.finish_reason(self._max_length)
+        except RequestError as error:
+            return self.give_up(sequence.request.id, str(error), error)
         except Exception as error:  # of a stopper or a constraint, which are the caller's
             logger.exception("a stopper or a constraint failed")
             return self.give_up(sequence.request.id, f"{type(error).__name__}: {error}")

@@ -25,6 +25,7 @@ from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
 from hybrid_cache.engine.sharing import someone_computes_more
 from hybrid_cache.engine.suspects import Suspects
 from hybrid_cache.engine.turns import MOST_PASSED_OVER, Gap, prompts_in_turn, waiting_in_turn
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.work import Command, Work
 
@@ -143,7 +144,8 @@ class Scheduler:
         """What fits between the layers of a pass; None if it has to stay by itself."""
         if self._suspects or not step.chunks or any(chunk.sequence is None for chunk in step.chunks):
             return None
-        return Gap(sum(self._cost.flops(c.start, c.end) for c in step.chunks), frozenset(step.sequences))
+        flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
+        return Gap(flops, self._max_tiles, frozenset(step.sequences))
 
     def schedule_between(self, gap: Gap) -> Step:
         """Chooses whole prompts that need not wait for the end of a pass, and takes the room that they need."""
@@ -215,7 +217,7 @@ class Scheduler:
                 passed_over.append(sequence)
                 break
             if gap:
-                gap.flops -= self._flops_left(sequence.prefill, match)
+                gap.take(*_left(self._cost, sequence.prefill, match))
             self._running.append(sequence)
             sequence.started_s = sequence.started_s or time.monotonic()
             sequence.fed = len(sequence.prefill.tokens)
@@ -231,10 +233,8 @@ class Scheduler:
         match = self._prefills.match(prefill)
         if someone_computes_more(self._running, prefill, match):
             return None
-        return match if gap is None or self._flops_left(prefill, match) <= gap.flops else None
-
-    def _flops_left(self, prefill: Prefill, match: Match) -> float:
-        return self._cost.flops(match.length, len(prefill.tokens))
+        flops, tiles = _left(self._cost, prefill, match)
+        return match if gap is None or (flops <= gap.flops and tiles <= gap.tiles) else None
 
     def _make_room(self, sequence: Sequence, gap: Gap | None) -> bool:
         """Takes a place from the tenant who holds most for one who holds less than its share -> whether it did.
@@ -410,3 +410,9 @@ class Scheduler:
 
 def _decoding(sequences: Iterable[Sequence]) -> tuple[Sequence, ...]:
     return tuple(sequence for sequence in sequences if sequence.phase is Phase.DECODE)
+
+
+def _left(cost: PrefillCost, prefill: Prefill, match: Match) -> tuple[float, int]:
+    """FLOPs and tiles of what the cache lacks of a prompt."""
+    num_tokens = len(prefill.tokens)
+    return cost.flops(match.length, num_tokens), -(-(num_tokens - match.length) // TILE)

@@ -15,10 +15,12 @@ class Gap:
     """Between two layers of a pass: what prompts that came since may take.
 
     flops      left for them, at first as many as the pass itself has, so that it takes twice its time at most
+    tiles      left for them, at first as many as any step may have: a tile deep in a prompt has the FLOPs of many
     under_way  the sequences of the pass: nothing is taken from them
     """
 
     flops: float
+    tiles: int
     under_way: frozenset[Sequence]
 
     def may_enter(self, sequence: Sequence, shares: Shares) -> bool:
@@ -28,6 +30,11 @@ class Gap:
         """
         most = max(shares.served(s.request.tenant) for s in self.under_way)
         return sequence.prefill.arrangement is None and shares.served(sequence.request.tenant) <= most
+
+    def take(self, flops: float, tiles: int) -> None:
+        """A prompt has entered."""
+        self.flops -= flops
+        self.tiles -= tiles
 
 
 def waiting_in_turn(waiting: deque[Sequence], running: Iterable[Sequence], shares: Shares) -> Iterator[Sequence]:

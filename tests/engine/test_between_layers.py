@@ -92,6 +92,18 @@ def test_together_they_take_no_more_than_the_pass() -> None:
     busy.engine.check()
 
 
+def test_nor_more_tiles_than_a_step_may_have() -> None:
+    """A tile deep in a prompt has the FLOPs of many at the beginning of one."""
+    busy = Busy(max_tiles=2)
+    busy.engine.submit(long_prompt(4000))
+    while busy.engine._scheduler._running == [] or busy.engine._scheduler._running[0].prefill.computed < 3700:
+        busy.engine.step()
+    busy.step(short(1, 300), short(2, 100), short(3, 40))
+    assert [name for name, output in busy.between if isinstance(output, TokenOutput)] == ["2"]
+    busy.engine.run_until_idle()
+    busy.engine.check()
+
+
 def test_a_tenant_for_whom_more_was_computed_waits_for_the_end() -> None:
     busy = Busy(max_tiles=4)
     busy.engine.submit(of_tenant("a", make_request("a", tokens_of(50, 3000), 1)))
@@ -101,7 +113,7 @@ def test_a_tenant_for_whom_more_was_computed_waits_for_the_end() -> None:
     busy.engine._scheduler._shares.charge("b", 10_000)
     busy.step(of_tenant("b", short(11, 200, 1)))
     assert not busy.between
-    busy.step(of_tenant("a", short(12, 200, 1)), of_tenant("new", short(13, 20, 1)))
+    busy.step(of_tenant("a", short(12, 150, 1)), of_tenant("new", short(13, 20, 1)))
     assert [name for name, output in busy.between if isinstance(output, TokenOutput)] == ["13", "12"]
     busy.engine.run_until_idle()
     busy.engine.check()

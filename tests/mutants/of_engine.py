@@ -274,7 +274,7 @@ SHARING = [
     ),
     scheduler(
         "prompts without end go between the layers of one pass",
-        "                gap.flops -= self._flops_left(sequence.prefill, match)\n",
+        "                gap.take(*_left(self._cost, sequence.prefill, match))\n",
         "                pass\n",
         BETWEEN,
     ),

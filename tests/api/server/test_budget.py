@@ -146,10 +146,18 @@ def peak(key):
 
 def run(lengths, **sampling):
     rng, engine = np.random.default_rng(0), Engine(model, settings)
-    for i, length in enumerate(lengths):
-        prompt = Prompt(rng.integers(0, 20_000, length).astype(np.int32))
-        engine.submit(Request(str(i), prompt, SamplingParams(max_tokens=3, **sampling)))
+    prompts = [Prompt(rng.integers(0, 20_000, length).astype(np.int32)) for length in lengths]
+    requests = [Request(str(i), prompt, SamplingParams(max_tokens=3, **sampling)) for i, prompt in enumerate(prompts)]
+
+    def between_layers():
+        while len(requests) < len(prompts) and requests:
+            engine.submit(requests.pop(0))
+        engine.step_between()
+
+    engine.between_layers = between_layers
+    engine.submit(requests.pop(0))
     engine.run_until_idle()
+    assert not requests
     stats = engine.stats().cache
     return stats.budget_bytes - stats.free_bytes
 
@@ -164,7 +172,8 @@ def grown():
 
 
 run([65, 3])
-limit = beside(info.shape, settings, max_length=8192, backend=backend).total(settings.budget_bytes) - HISTORY_BYTES
+said = beside(info.shape, settings, max_length=8192, backend=backend)
+limit = said.total(settings.budget_bytes) - HISTORY_BYTES - said.grammars
 print(grown(), grown(), limit, PROGRAM_BYTES)
 """
 

@@ -120,7 +120,9 @@ def test_expressions_choices_and_grammars(grammars: Grammars) -> None:
         (json_source("{", "p"), ""),
         (Source("regex", "(", "p"), "unclosed group"),
         (Source("lark", "begin: 1", "p"), ""),
-        (Source("regex", "a" * 300_000, "p"), "at most 262144"),
+        (json_source({"patternProperties": {f"^k{i}[a-z]*$": True for i in range(1000)}}, "p"), "more than 2 seconds"),
+        (Source("lark", "start: <[123456789]>", "p"), "123456789"),
+        (Source("regex", "a" * 300_000, "p"), "at most 131072"),
     ],
     ids=str,
 )
