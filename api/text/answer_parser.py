@@ -1,9 +1,13 @@
 """What an answer consists of, found as its text comes: text, thoughts and tool calls, in linear time."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hybrid_cache.api.text.tool_formats import ParsedCall, ThoughtFormat, ToolFormat, Types
+
+MOST_MARKS_WITHIN = 64  # end marks in one section: each has all of it read again
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,11 @@ class MarkFinder:
         return text[: len(text) - keep], None, ""
 
 
+def ends_in_string(text: str) -> bool:
+    """Whether a string of JSON is open where a text ends."""
+    return '"' in _STRING.sub("", text)
+
+
 def _beginning(text: str, mark: str) -> int:
     """How many of the last characters of a text may be the first of a mark."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
@@ -63,6 +72,7 @@ class AnswerParser:
         self._thinking = form.thinking and form.thoughts is not None
         self._layout = ""  # characters that are dropped before the next text
         self._called = False
+        self._marks_within = 0  # that turned out to stand in a string of the section
         self._finder = self._new_finder()
         bare = form.tools is not None and not form.tools.begin
         self._undecided: list[str] | None = [] if bare else None  # the answer may be a call as a whole
@@ -130,8 +140,12 @@ class AnswerParser:
             self._section = []
         else:
             assert form.tools is not None
-            text, self._section = "".join(self._section), None
+            text = "".join(self._section)
             calls = form.tools.read(text, form.types)
+            if calls is None and self._marks_within < MOST_MARKS_WITHIN and ends_in_string(text):
+                self._section, self._marks_within = [text + mark], self._marks_within + 1
+                return
+            self._section, self._marks_within = None, 0
             self._called = self._called or calls is not None
             if calls is None:
                 self._say(form.tools.begin + text + form.tools.end, found)

@@ -96,10 +96,12 @@ class TextEngine:
             )
         return min(longest, room - num_tokens)
 
-    async def grammar(self, source: Source | None, tenant: str) -> Grammar | None:
-        """Compiles what an answer has to be, if anything is asked. Raises RequestError."""
+    async def grammar(self, source: Source | None, form: AnswerForm, tenant: str) -> Grammar | None:
+        """Compiles what an answer of a form has to be, if anything is asked. Raises RequestError."""
         if source is None:
             return None
+        if form.thinking and form.thoughts is not None:
+            source = source.after_thought(form.thoughts.end)
         size = max(len(source.text), LONG_TEXT + 1)  # however short, it may take long
         return await self.work.run(tenant, size, lambda: self.grammars.compile(source))
 

@@ -18,7 +18,9 @@ _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>", re.DOTALL)
 _INVOKE = re.compile(r'\s*<invoke name="([^"\n]+)">(.*?)</invoke>', re.DOTALL)
 _NAMED = re.compile(r'\s*<parameter name="([^"\n]+)">(.*?)</parameter>', re.DOTALL)
 _KIMI = re.compile(
-    r"\s*<\|tool_call_begin\|>\s*([^\s<]+?)\s*<\|tool_call_argument_begin\|>(.*?)<\|tool_call_end\|>", re.DOTALL
+    r"\s*<\|tool_call_begin\|>\s*([^\s<]+?)\s*<\|tool_call_argument_begin\|>"
+    r"((?:\"(?:[^\"\\]|\\.)*\"|[^\"])*?)<\|tool_call_end\|>",  # but not within a string
+    re.DOTALL,
 )
 _KIMI_ID = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?")
 _CONSTANTS = {"true": True, "false": False, "null": None}

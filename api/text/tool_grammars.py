@@ -55,8 +55,13 @@ def _text_rule(name: str, schema: Mapping[str, object]) -> str:
     return f"{name}: /[^<]{{{low},{high}}}/"
 
 
-def _schema(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, dict) else {}
+def _properties(function: Tool) -> list[tuple[str, Mapping[str, object], bool]]:
+    """Name, schema, and whether it is required, of each parameter in the order of the schema."""
+    schema = _parameters(function)
+    properties, required = schema.get("properties"), schema.get("required")
+    needed = required if isinstance(required, list) else []
+    items = properties.items() if isinstance(properties, dict) else ()
+    return [(key, value if isinstance(value, dict) else {}, key in needed) for key, value in items]
 
 
 def _one_object(functions: Sequence[Tool], arguments: str) -> dict[str, object]:
@@ -119,33 +124,27 @@ def _tagged_parameters(head: str, foot: str, parameter: str, close: str) -> Call
         yield f'start: {mark(tools.begin)} "\\n" {_repeated("one", parallel)} {mark(tools.end)}'
         yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
         for i, function in enumerate(functions):
-            schema = _parameters(function)
-            properties, required = schema.get("properties"), schema.get("required")
-            properties = properties if isinstance(properties, dict) else {}
-            needed = required if isinstance(required, list) else []
-            parts = [f"p{i}x{j}{'' if key in needed else '?'}" for j, key in enumerate(properties)]
+            properties = _properties(function)
+            parts = [f"p{i}x{j}{'' if needed else '?'}" for j, (_, _, needed) in enumerate(properties)]
             opening = json.dumps(head.format(function["name"]) + "\n")
             yield f"call{i}: {opening} {' '.join(parts)} {json.dumps(foot + chr(10))}"
-            for j, (key, value) in enumerate(properties.items()):
+            for j, (key, value, _) in enumerate(properties):
                 yield f"p{i}x{j}: {json.dumps(parameter.format(key))} v{i}x{j} {json.dumps(close + chr(10))}"
-                yield _text_rule(f"v{i}x{j}", _schema(value))
+                yield _text_rule(f"v{i}x{j}", value)
 
     return rules
 
 
 def _python(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
-    """LFM2: calls with keyword arguments, whose values are written as in JSON."""
+    """LFM2: calls with keyword arguments, those that are required, whose values are written as in JSON."""
     yield f'start: {mark(tools.begin)} "[" {_repeated("one", parallel, chr(34) + ", " + chr(34))} "]" {mark(tools.end)}'
     yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
     for i, function in enumerate(functions):
-        schema = _parameters(function)
-        properties, required = schema.get("properties"), schema.get("required")
-        properties = properties if isinstance(properties, dict) else {}
-        needed = [key for key in properties if not isinstance(required, list) or key in required]
-        arguments = ' ", " '.join(f"{json.dumps(key + '=')} v{i}x{j}" for j, key in enumerate(needed))
+        required = [(key, value) for key, value, needed in _properties(function) if needed]
+        arguments = ' ", " '.join(f"{json.dumps(key + '=')} v{i}x{j}" for j, (key, _) in enumerate(required))
         yield f'call{i}: {json.dumps(str(function["name"]) + "(")} {arguments} ")"'
-        for j, key in enumerate(needed):
-            yield _json_rule(f"v{i}x{j}", _schema(properties[key]))
+        for j, (_, value) in enumerate(required):
+            yield _json_rule(f"v{i}x{j}", value)
 
 
 _GRAMMARS: Mapping[str, Callable[[ToolFormat, Sequence[Tool], Marked, bool], Iterator[str]]] = {

@@ -37,6 +37,10 @@ BOS, IM_START, IM_END = 256, 257, 260  # the walk that ends in the last of them 
 Script = tuple[str | bytes, ...]
 SCRIPT: Script = ("Hel", "lo", " ", b"\xe2", b"\x82\xac", " ST", "OP", " and", " on")
 TEXT = "Hello € STOP and on"
+CALLS: Script = (  # text, and two calls in Hermes' form
+    *("Let me", " see.", " <tool", "_call>", '{"name": "f", "argu', 'ments": {"x": [1]}}', "</tool_call>"),
+    *("\n", '<tool_call>{"name": "g"}</tool_call>'),
+)
 TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
 {%- for call in message.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{% endfor %}

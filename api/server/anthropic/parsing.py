@@ -79,15 +79,13 @@ async def spec_of(text: TextEngine, asked: MessagesRequest, prompt: Prompt) -> G
         max_tokens=text.answer_length(prompt, asked.max_tokens, text.max_length, "messages"),
         stop_token_ids=text.eos_ids,
     )
-    form, source = text.answer_form(prompt, [_tool(tool) for tool in _tools(asked)]), _source(text, asked)
-    if source is not None and form.thinking and form.thoughts is not None:
-        source = source.after_thought(form.thoughts.end)
+    form = text.answer_form(prompt, [_tool(tool) for tool in _tools(asked)])
     return GenerationSpec(
         prompt,
         sampling,
         stops=(*(asked.stop_sequences or ()), *defaults.stops),
         form=form,
-        grammar=await text.grammar(source, current_tenant_or(None)),
+        grammar=await text.grammar(_source(text, asked), form, current_tenant_or(None)),
         namespace=salt_of(None),
         tenant=current_tenant_or(None),
     )

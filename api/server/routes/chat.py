@@ -55,10 +55,7 @@ async def _spec(
     sampling = sampling_params(text, asked, max_tokens, logprobs=logprobs)
     tools = None if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
     form = text.answer_form(prompt, tools)
-    source = _source(text, asked)
-    if source is not None and form.thinking and form.thoughts is not None:
-        source = source.after_thought(form.thoughts.end)
-    grammar = await text.grammar(source, current_tenant_or(asked.cache_salt))
+    grammar = await text.grammar(_source(text, asked), form, current_tenant_or(asked.cache_salt))
     return spec_of(text, asked, prompt, sampling, form=form, grammar=grammar, arrangement=arrangement)
 
 

@@ -11,6 +11,7 @@ from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.schemas.completions import CompletionRequest, CompletionResponse
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import current_tenant_or
+from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.grammars import Grammar
 from hybrid_cache.api.text.text_engine import TextEngine
@@ -31,7 +32,7 @@ def router(serving: Serving) -> APIRouter:
         _refuse_unsupported(asked)
         prompts = await unless_gone(request, _prompts(serving.text, asked))
         tenant = current_tenant_or(asked.cache_salt)
-        grammar = await unless_gone(request, serving.text.grammar(source_of(asked), tenant))
+        grammar = await unless_gone(request, serving.text.grammar(source_of(asked), AnswerForm(), tenant))
         answer = await serving.answer([_spec(serving.text, asked, prompt, grammar) for prompt in prompts])
         return await respond(request, CompletionReply(serving, asked, answer), stream=bool(asked.stream))
 

@@ -11,9 +11,8 @@ import pytest
 
 from hybrid_cache.api.text.tokenizer import TextModel
 from tests.api.servers import (
-    SCRIPT,
+    CALLS,
     TEXT,
-    Script,
     new_app,
     new_engine,
     over_the_wire,
@@ -21,10 +20,6 @@ from tests.api.servers import (
     write_text_model,
 )
 
-CALLS: Script = (
-    *("Let me", " see.", " <tool", "_call>", '{"name": "f", "argu', 'ments": {"x": [1]}}', "</tool_call>"),
-    *("\n", '<tool_call>{"name": "g"}</tool_call>'),
-)
 TOOLS = [{"name": name, "input_schema": {"type": "object"}} for name in "fg"]
 LONG = "You answer in one word. " * 12
 
@@ -317,5 +312,4 @@ def test_what_is_no_json_is_an_error_of_the_dialect(client: httpx.Client) -> Non
         assert reply.json()["error"]["type"] == "invalid_request_error"
         assert reply.json()["request_id"] == reply.headers["request-id"] == reply.headers["x-request-id"]
     assert client.get("/v1/messages").json()["type"] == "error"
-    assert SCRIPT  # the other dialect keeps its own form
     assert "type" not in client.post("/v1/chat/completions", content=b"{").json()

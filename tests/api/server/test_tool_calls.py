@@ -9,21 +9,17 @@ import openai
 import pytest
 
 from hybrid_cache.api.text.tokenizer import TextModel
-from tests.api.servers import Script, events_of, new_app, new_engine, over_the_wire, script_messages, write_text_model
+from tests.api.servers import CALLS, events_of, new_app, new_engine, over_the_wire, script_messages, write_text_model
 
-SCRIPT: Script = (
-    *("Let me", " see.", " <tool", "_call>", '{"name": "f", "argu', 'ments": {"x": [1]}}', "</tool_call>"),
-    *("\n", '<tool_call>{"name": "g"}</tool_call>'),
-)
 PLAIN = "Let me see. "
-WHOLE = "".join(str(piece) for piece in SCRIPT)
+WHOLE = "".join(str(piece) for piece in CALLS)
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "fg"]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
     folder: Path = tmp_path_factory.mktemp("tools")
-    write_text_model(folder, SCRIPT)
+    write_text_model(folder, CALLS)
     return TextModel.load(folder)
 
 
@@ -34,7 +30,7 @@ def url(text: TextModel) -> Iterator[str]:
 
 
 def asked(text: TextModel, **fields: object) -> dict[str, object]:
-    return {"messages": script_messages(text, SCRIPT), "tools": TOOLS, **fields}
+    return {"messages": script_messages(text, CALLS), "tools": TOOLS, **fields}
 
 
 def test_calls_are_taken_out_of_the_text(client: httpx.Client, text: TextModel) -> None:
@@ -75,7 +71,7 @@ def test_a_stream_shows_each_call_when_it_is_complete(client: httpx.Client, text
 
 def test_the_openai_client_collects_the_calls(url: str, text: TextModel) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-        messages = script_messages(text, SCRIPT)
+        messages = script_messages(text, CALLS)
         with client.chat.completions.stream(model="sum", messages=messages, tools=TOOLS) as stream:
             message = stream.get_final_completion().choices[0].message
         assert [call.function.name for call in message.tool_calls] == ["f", "g"]

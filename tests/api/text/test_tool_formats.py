@@ -101,6 +101,18 @@ def test_what_is_no_call_stays_text(name: str, body: str) -> None:
     assert parse(form(name), [text[:-4]]) == [text[:-4]]
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_marks_within_strings_end_nothing(name: str) -> None:
+    tools = FORMATS[name]
+    if name in ("qwen3_coder", "minimax_m2", "llama3"):  # text is written as it is there, or there are no marks
+        return
+    said = {"at": "".join(tools.marks) * 2 + '\\"'}
+    written = json.dumps(said)
+    text = SAID[name].replace(AS_JSON, written).replace(PYTHON, f"look(at={json.dumps(said['at'])})")
+    found = parse(form(name), [text])
+    assert [json.loads(call.arguments) for call in found if isinstance(call, ParsedCall)] == [said, said], found
+
+
 def test_an_answer_with_a_brace_that_is_no_call_stays_text() -> None:
     for text in ('{"a": 1}', "{ and so on", "  ", "<|python", "<|python_tag|>print(1)"):
         assert parse(form("llama3"), [text]) == [text.lstrip() if "{" in text else text]
