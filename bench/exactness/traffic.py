@@ -98,7 +98,7 @@ class Traffic:
 
     def _between_layers(self) -> None:
         """Some requests come while a pass is under way."""
-        if self._to_come and self._rng.random() < 0.15:
+        if self._to_come and self._rng.random() < 0.4:
             steps = self.engine.stats().steps
             self._submit_next()
             self._hear(self.engine.step_between())

@@ -129,7 +129,8 @@ def test_a_branch_reads_its_dialogue_and_nothing_of_another_branch(codec: Codec)
 
 
 def test_transformers_computes_the_same_logits_from_a_saved_folder(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     net.save(net.Network(TINY), tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -145,7 +146,8 @@ def test_any_text_survives_the_tokenizer(codec: Codec) -> None:
 
 
 def test_the_template_renders_what_was_trained_and_each_message_for_itself(codec: Codec) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
     dialogue = examined("count", Random(5))
     messages = [{"role": t.role, "content": t.text} for t in dialogue.turns]
