@@ -42,6 +42,7 @@ class Request:
     make_constraint: Callable[[], Constraint] | None = None  # one per choice, e.g. a grammar
     arrangement: Arrangement | None = None  # messages reused in this order; approximate, and labelled
     tenant: str = ""  # whose share of the engine it takes
+    commits: bool = True  # its answer is computed again as a prompt; else `Engine.commit` is told what comes next
 
 
 def namespace_of(salt: str, fingerprint: str) -> str:

@@ -65,6 +65,7 @@ class EngineStats:
     computed_tokens: int
     generated_tokens: int
     commit_tokens: int
+    committing: int  # finished turns that are still to be computed again
     flops_saved: float
     flops_computed: float
     cache: CacheStats

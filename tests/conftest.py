@@ -8,7 +8,10 @@ import gc
 import os
 
 import torch
+from hypothesis import settings
 
+settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("untimed")
 gc.disable()  # until the tests are collected
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -41,8 +41,9 @@ class EnginePartner:
 
     async def reply(self, turns: Sequence[Turn]) -> AsyncGenerator[str | Usage, None]:
         messages = [TemplateMessage(turn.role, (TextPart(turn.content),)) for turn in turns]
-        prompt = (await self._text.conversation(messages, Rendering(), "")).prompt
-        spec = GenerationSpec(prompt, self._sampling(prompt), stops=self._text.defaults.stops)
+        conversation = await self._text.conversation(messages, Rendering(), "")
+        prompt, stops = conversation.prompt, self._text.defaults.stops
+        spec = GenerationSpec(prompt, self._sampling(prompt), stops=stops, talk=conversation.talk)
         async with await Answer.to(self._text, [spec]) as answer:
             async for step in answer:
                 for event in step:

@@ -18,6 +18,7 @@ from hybrid_cache.api.text.generation import (
     ToolCall,
     Usage,
 )
+from hybrid_cache.api.text.next_turn import Said
 from hybrid_cache.api.text.records import RequestRecord, Stopwatch
 from hybrid_cache.api.text.stream import ChoiceText, Detokenizer, Piece, make_stopper
 from hybrid_cache.api.text.text_engine import TextEngine
@@ -124,8 +125,10 @@ class _Generation:
                 make_constraint=spec.grammar.start if spec.grammar else None,
                 arrangement=spec.arrangement,
                 tenant=spec.tenant,
+                commits=spec.talk is None,
             )
         )
+        self._text, self._spec = text, spec
         self._watch = Stopwatch(spec.n)
         self._observe = observe
 
@@ -157,6 +160,8 @@ class _Generation:
         if output.finish is None:
             return said
         self._watch.end(output.index, output.finish.value)
+        if choice.said is not None:
+            self._text.expect(self._spec, choice.said)
         return (*said, End(choice.number, output.finish, stop, self.usage, self._output.plan))
 
     async def aclose(self) -> None:
@@ -183,15 +188,18 @@ class _Choice:
             include_stop=spec.include_stop,
         )
         self._parser = AnswerParser(spec.form) if spec.form.marks or spec.form.tools else None
+        self.said = None if spec.talk is None else Said()
 
     def push(self, output: TokenOutput) -> tuple[Events, str | int | None]:
         """Takes the next output of this choice -> what it adds, and what the client named that has ended it."""
         piece = self._text.push(output)
         token = None if output.token is None else Token(output.token, piece.offset, output.logprob)
-        if self._parser is None:
-            return (Text(self.number, piece.text, token),), piece.stop
-        first, *others = self._parsed(self._parser, piece) or [""]
-        return (self._event(first, token), *(self._event(item, None) for item in others)), piece.stop
+        first, *others = ([piece.text] if self._parser is None else self._parsed(self._parser, piece)) or [""]
+        events = self._event(first, token), *(self._event(item, None) for item in others)
+        if self.said is not None:
+            for event in events:
+                self.said.take(event)
+        return events, piece.stop
 
     @staticmethod
     def _parsed(parser: AnswerParser, piece: Piece) -> list[Item]:
@@ -203,7 +211,7 @@ class _Choice:
             return Text(self.number, item, token)
         if isinstance(item, answer_parser.Thought):
             return Thought(self.number, item.text, token)
-        return ToolCall(self.number, item.name, item.arguments, token, item.id)
+        return ToolCall(self.number, item.name, item.arguments, token, item.id or f"call_{uuid.uuid4().hex[:24]}")
 
 
 async def _pump(generation: _Generation, queue: "asyncio.Queue[Events | Exception | None]") -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from hybrid_cache.api.text.boundaries import check_length, limited
 from hybrid_cache.api.text.marks import Quoting
-from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
+from hybrid_cache.api.text.messages import Rendering, Talk, TemplateMessage, TextPart
 from hybrid_cache.api.text.rendered_ends import RenderedEnds
 from hybrid_cache.api.text.template import RESERVED, ChatTemplate, Clock, Rendered
 from hybrid_cache.api.text.tokenizer import Tokenizer
@@ -37,6 +37,7 @@ class Conversation:
     Messages whose end the rendering does not show share a piece with those after them.
     """
 
+    talk: Talk
     pieces: tuple[Piece, ...]
     messages: tuple[int | None, ...]  # of each piece, the index of the message that it is; None for several
     opening: Piece  # without tokens if there is none
@@ -44,6 +45,15 @@ class Conversation:
     @property
     def prompt(self) -> Prompt:
         return limited(joined([*self.pieces, self.opening]))
+
+    def num_tokens(self, count: int) -> int | None:
+        """Tokens of the first `count` messages; None where their end cannot be seen."""
+        total = 0
+        for piece, message in zip(self.pieces, self.messages, strict=True):
+            total += len(piece.tokens)
+            if message == count - 1:
+                return total
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +102,7 @@ class ChatEncoder:
         cuts = [*self._message_cuts(messages, rendering, rendered, clock)]
         cuts += self._tools_cut(messages, rendering, rendered.text, clock)
         cuts += self._part_cuts(messages, rendering, rendered.text, clock)
-        made = self._tokenise(rendered, cuts, len(messages))
+        made = self._tokenise(rendered, cuts, Talk(messages, rendering))
         check_length(sum(len(piece.tokens) for piece in (*made.pieces, made.opening)), max_tokens)
         return made
 
@@ -271,7 +281,7 @@ class ChatEncoder:
                 break
         return list(_cuts_after(best, same, parts, rendering.default_ttl_s))
 
-    def _tokenise(self, rendered: Rendered, cuts: Iterable[_Cut], num_messages: int) -> Conversation:
+    def _tokenise(self, rendered: Rendered, cuts: Iterable[_Cut], talk: Talk) -> Conversation:
         """The tokens between the cuts, in pieces that end where messages do; what ends in a piece is in it."""
         pieces, names, done = list[Piece](), list[int | None](), 0  # `done` messages are in them
         tokens, boundaries, position = list[int](), list[Boundary](), 0  # of the next piece
@@ -287,9 +297,9 @@ class ChatEncoder:
                 tokens, boundaries, done = [], [], cut.messages
         tokens += self._tokens(rendered.text, position, len(rendered.text), literals)
         rest = _piece(tokens, boundaries)
-        if done == num_messages or not tokens:
-            return Conversation(tuple(pieces), tuple(names), rest)
-        return Conversation((*pieces, rest), (*names, None), _piece([], []))
+        if done == len(talk.messages) or not tokens:
+            return Conversation(talk, tuple(pieces), tuple(names), rest)
+        return Conversation(talk, (*pieces, rest), (*names, None), _piece([], []))
 
     def _literals(self, rendered: Rendered) -> list[tuple[int, int]]:
         """Spans that look like special tokens, and are text of a client."""

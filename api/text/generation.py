@@ -5,14 +5,23 @@ A dialect parses a request into a `GenerationSpec`, and renders the events of th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from hybrid_cache.api.text.answer_parser import AnswerForm
-from hybrid_cache.api.text.grammars import Grammar
+from hybrid_cache.api.text.messages import Talk
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.request import CacheMode, FinishReason
-from hybrid_cache.sampling import SamplingParams, TokenLogprob
+from hybrid_cache.sampling import Constraint, SamplingParams, TokenLogprob
 from hybrid_cache.tokens import Prompt
+
+
+class Form(Protocol):
+    """What answers have to be, such as those of a grammar."""
+
+    def start(self) -> Constraint:
+        """For one more choice."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +36,12 @@ class GenerationSpec:
     include_stop: bool = False  # what ends a choice is part of its text
     show_special: bool = False  # special tokens have text
     form: AnswerForm = field(default_factory=AnswerForm)  # what is separated from text: thoughts, tool calls
-    grammar: Grammar | None = None  # what the answer has to be
+    grammar: Form | None = None  # what the answer has to be
     namespace: str = ""
     tenant: str = ""  # whose share of the engine this takes
     cache_mode: CacheMode = CacheMode.IMPLICIT
     arrangement: Arrangement | None = None
+    talk: Talk | None = None  # the conversation that goes on from here, if that is to be expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,7 @@ class ToolCall:
     name: str
     arguments: str  # JSON as the model wrote it
     token: Token | None  # as in `Text`
-    id: str | None = None  # where the model gives one
+    id: str  # the model's where it gives one
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """What a client sends to be answered, as templates see it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hybrid_cache.api.text.marks import PART, Quoting
 
 PART_SEPARATOR = "\n"
+MESSAGE_SIZE = 64  # in characters: what a message costs beside its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,19 @@ class TemplateMessage:
         return [p for i, p in enumerate(parts) if p.marked or i < len(parts) - 1]
 
 
+def tool_call(call_id: str, name: str, arguments: object) -> dict[str, object]:
+    """A call as templates see it."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def arguments_object(arguments: str) -> object:
+    """Arguments in JSON as the object that most templates expect: they quote a string. Itself if it is no JSON."""
+    try:
+        return json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+
+
 @dataclass(frozen=True, slots=True)
 class Rendering:
     """How a conversation is to be rendered."""
@@ -76,6 +91,28 @@ class Rendering:
     default_ttl_s: float | None = None  # for marked parts without a lifetime of their own
     tools_mark: Mark | None = None  # at the end of the tools, and of the system message that they stand in
 
+    def answered(self) -> "Rendering":
+        """The same, for a later request, whose last message has come to an end."""
+        return replace(self, add_generation_prompt=True, continue_final_message=False)
+
     def continuing(self) -> "Rendering":
         """The same, for an answer that continues the last message."""
         return replace(self, add_generation_prompt=False, continue_final_message=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """What was said so far, as a request has it.
+
+    objects: arguments of calls come back as objects, not as the text that the model wrote
+    """
+
+    messages: Sequence[TemplateMessage]
+    rendering: Rendering
+    objects: bool = False
+
+    @property
+    def size(self) -> int:
+        """How much there is to render, in characters."""
+        texts = sum(len(part.text) for message in self.messages for part in message.parts or ())
+        return texts + MESSAGE_SIZE * len(self.messages)

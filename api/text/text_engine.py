@@ -1,23 +1,26 @@
 """A model that is talked to in text: an engine, what turns text into tokens, and the room for both sides."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.boundaries import prompt_of_tokens
 from hybrid_cache.api.text.chat import ChatEncoder, Conversation
 from hybrid_cache.api.text.defaults import GenerationDefaults
+from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.grammars import Grammar, Grammars, Source
-from hybrid_cache.api.text.messages import Rendering, TemplateMessage
+from hybrid_cache.api.text.messages import Rendering, Talk, TemplateMessage
+from hybrid_cache.api.text.next_turn import Said, beginnings
 from hybrid_cache.api.text.text_work import LONG_TEXT, TextWork
 from hybrid_cache.api.text.tokenizer import TextModel, Tokenizer
 from hybrid_cache.api.text.tool_formats import ThoughtFormat, ToolFormat, format_of, thoughts_of
 from hybrid_cache.engine.async_engine import AsyncEngine
-from hybrid_cache.errors import ContextTooLong
+from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.tokens import Prompt
 
 THOUGHT_TOKENS = 16  # at the end of a prompt: the mark that opens a thought is among them
-MESSAGE_SIZE = 64  # in characters: what a message costs beside its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class TextEngine:
     tools: ToolFormat  # in which the model writes calls
     thoughts: ThoughtFormat | None  # and thoughts, if it has any
     grammars: Grammars
+    expecting: set[asyncio.Task[None]] = field(default_factory=set)  # work on turns that are still to come
 
     @classmethod
     def of(
@@ -112,8 +116,25 @@ class TextEngine:
 
         size: characters of everything, if there is more than the text of the messages
         """
-        size = max(size, sum(len(part.text) for m in messages for part in m.parts or ()) + MESSAGE_SIZE * len(messages))
+        size = max(size, Talk(messages, rendering).size)
         return await self.work.run(tenant, size, lambda: self.chat.conversation(messages, rendering, self.max_length))
+
+    def expect(self, spec: GenerationSpec, said: Said) -> None:
+        """Has the cache hold what the next request will begin with, now that an answer to a conversation is there."""
+        task = asyncio.ensure_future(self._commit(spec, said))
+        self.expecting.add(task)
+        task.add_done_callback(self.expecting.discard)
+
+    async def _commit(self, spec: GenerationSpec, said: Said) -> None:
+        talk = spec.talk
+        assert talk is not None
+        size = talk.size + sum(map(len, said.texts))
+        with suppress(RequestError):  # which a later request would get, too
+            found = await self.work.run(
+                spec.tenant, size, lambda: beginnings(self.chat, talk, said, self.engine.longest_sequence)
+            )
+            for prompt in found:
+                self.engine.commit(spec.namespace, prompt)
 
     async def prompt(self, prompt: str | list[int], tenant: str, *, add_special_tokens: bool) -> Prompt:
         """A text, or tokens as they are. Raises RequestError, and ContextTooLong for text that cannot fit."""

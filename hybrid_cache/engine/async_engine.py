@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.canonical import MAX_WAITING
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
 from hybrid_cache.request import FailedOutput, Output, Request, TokenOutput
 from hybrid_cache.stats import EngineStats
+from hybrid_cache.tokens import Prompt
 
 HUNG_AFTER_S = 120.0  # a first step may wait for a compiler
 END_S = 0.5  # for a step under way to end, once the engine is stopped
@@ -70,7 +72,12 @@ class _Inbox:
     """What other threads ask of the engine's thread."""
 
     requests: deque[Request] = field(default_factory=deque)
+    commits: deque[tuple[str, Prompt]] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
     aborts: deque[str] = field(default_factory=deque)
+
+    @property
+    def any(self) -> bool:
+        return bool(self.requests or self.commits or self.aborts)
 
 
 class AsyncEngine:
@@ -83,7 +90,7 @@ class AsyncEngine:
         self._config = config
         self._hung_after_s = hung_after_s
         self._wake = threading.Condition()
-        self._inbox = _Inbox()
+        self._inbox, self._taken = _Inbox(), _Inbox()
         self._streams: dict[str, Stream] = {}
         self._stats = self._engine.stats()
         self._stopping = False
@@ -150,7 +157,8 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """The state after the latest step."""
-        return replace(self._stats, step_age_s=self.step_age_s)
+        committing = len(self._inbox.commits) + len(self._taken.commits) + self._stats.committing
+        return replace(self._stats, step_age_s=self.step_age_s, committing=committing)
 
     def submit(self, request: Request) -> Stream:
         """Queues a request -> its outputs. Raises RequestError, Overloaded or EngineStopped at once."""
@@ -183,6 +191,12 @@ class AsyncEngine:
         with self._wake:
             self._streams.pop(request_id, None)
             self._inbox.aborts.append(request_id)
+            self._wake.notify()
+
+    def commit(self, namespace: str, prompt: Prompt) -> None:
+        """As `Engine.commit`; nothing happens where that would raise."""
+        with self._wake:
+            self._inbox.commits.append((namespace, prompt))
             self._wake.notify()
 
     async def stop(self, grace_s: float) -> None:
@@ -219,17 +233,21 @@ class AsyncEngine:
     def _take_inbox(self) -> bool:
         """Waits for work, then moves requests and aborts into the engine -> False to end the thread."""
         with self._wake:
-            while not (self._engine.has_work or self._inbox.requests or self._inbox.aborts or self._stopping):
+            while not (self._engine.has_work or self._inbox.any or self._stopping):
                 self._wake.wait()
             self._step_began_s = time.monotonic()
-            requests, aborts = list(self._inbox.requests), list(self._inbox.aborts)
-            self._inbox = _Inbox()
-        for request in requests:
+            inbox, self._inbox = self._inbox, _Inbox()
+            self._taken = inbox
+        for request in inbox.requests:
             self._submit_now(request)
-        for request_id in aborts:
+        for namespace, prompt in inbox.commits:
+            with suppress(RequestError):
+                self._engine.commit(namespace, prompt)
+        for request_id in inbox.aborts:
             self._engine.abort(request_id)
-        if aborts:
+        if inbox.aborts or inbox.commits:
             self._stats = self._engine.stats()
+            self._taken = _Inbox()
         return not self._stopping
 
     def _between_layers(self) -> None:

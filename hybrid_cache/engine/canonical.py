@@ -1,6 +1,7 @@
 """Canonical passes: generated tokens of finished turns are computed again as a prompt, so that the tree may have them.
 
-What decode leaves in states and pages has other bits than prefill, and so never enters the tree.
+What decode leaves in states and pages has other bits than prefill, and so never enters the tree. Where a caller knows
+how the next prompt will have a turn, that is computed.
 """
 
 from collections import deque
@@ -8,6 +9,7 @@ from collections import deque
 from hybrid_cache.cache.books import Books
 from hybrid_cache.engine.prefills import Chunk, Prefills
 from hybrid_cache.engine.sequence import Prefill, Sequence, grid_floor
+from hybrid_cache.tokens import Boundary, TokenArray
 
 MAX_WAITING = 64  # finished turns that wait; the oldest is dropped
 DECODE_STEPS_A_TILE = 320  # steps that only decode, for each tile of a canonical pass among them
@@ -30,14 +32,22 @@ class CanonicalPasses:
 
     def add_turn(self, sequence: Sequence) -> None:
         """Has the generated tokens of a finished sequence computed again, if any of them fill a page."""
-        end = grid_floor(sequence.num_tokens)
-        if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):
+        prefill = sequence.prefill
+        if not (prefill.publish and sequence.request.commits) or prefill.only_marked:
             return
-        turn = Prefill(sequence.prefill.namespace, sequence.all_tokens()[:end], True, True, generated=True)
+        if grid_floor(sequence.num_tokens) > grid_floor(len(prefill.tokens)):
+            self.add(prefill.namespace, sequence.all_tokens())
+
+    def add(self, namespace: str, tokens: TokenArray, boundaries: tuple[Boundary, ...] = ()) -> None:
+        """Has the full pages of tokens computed, with states at boundaries and at the end of the last page."""
+        end = grid_floor(len(tokens))
+        if end == 0:
+            return
+        within = tuple(boundary for boundary in boundaries if boundary.position <= end)
         if len(self._queue) == MAX_WAITING:
             self.give_room()
             self._queue.popleft()
-        self._queue.append(turn)
+        self._queue.append(Prefill(namespace, tokens[:end], True, True, within, generated=True))
 
     def end(self, turn: Prefill) -> None:
         self._prefills.release(turn)

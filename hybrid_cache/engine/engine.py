@@ -25,6 +25,7 @@ from hybrid_cache.engine.turns import Gap
 from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
 from hybrid_cache.request import Request
 from hybrid_cache.stats import EngineStats
+from hybrid_cache.tokens import Prompt
 from hybrid_cache.work import Command, OutOfDeviceMemory, PassFailed
 
 if TYPE_CHECKING:
@@ -136,6 +137,13 @@ class Engine:
         self._outcomes.open[request.id] = request.n
         # The first choice computes the prompt; the others fork from its end.
         self._scheduler.add(self._intake.sequence(request, 0))
+
+    def commit(self, namespace: str, prompt: Prompt) -> None:
+        """Has the beginning of a prompt that is still to come computed, when nobody waits for an answer.
+
+        namespace: as in `Request`   The oldest of too many is forgotten. Raises as `check_request`.
+        """
+        self._intake.commit(namespace, prompt)
 
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""

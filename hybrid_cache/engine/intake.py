@@ -54,9 +54,7 @@ class Intake:
 
     def check(self, request: Request) -> None:
         """Raises RequestError, ContextTooLong or BadSampling for a request that can never be served."""
-        n, limit = len(request.prompt.tokens), self._max_length
-        if n == 0:
-            raise RequestError("the prompt has 0 tokens, must have at least 1", param="prompt")
+        n, limit = self._check_prompt(request.prompt), self._max_length
         if (n >= limit and request.sampling.max_tokens > 0) or n > limit:
             raise ContextTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
         longest = min(n + request.sampling.max_tokens, limit)
@@ -67,15 +65,29 @@ class Intake:
             request.arrangement.check(n)
         if request.n < 1:
             raise BadSampling(f"n is {request.n}, must be at least 1", param="n")
-        low, high = int(request.prompt.tokens.min()), int(request.prompt.tokens.max())
+        for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
+            if not 0 <= token < self._vocab_size:
+                raise BadSampling(f"token {token} is outside the vocabulary [0, {self._vocab_size})")
+
+    def commit(self, namespace: str, prompt: Prompt) -> None:
+        """See `Engine.commit`."""
+        n = self._check_prompt(prompt)
+        if n > self.longest_sequence:
+            raise ContextTooLong(f"the prompt has {n} tokens, context and cache hold {self.longest_sequence}")
+        if self._config.prefix_cache:
+            self._scheduler.canonical.add(namespace_of(namespace, self._fingerprint), prompt.tokens, prompt.boundaries)
+
+    def _check_prompt(self, prompt: Prompt) -> int:
+        """-> its number of tokens. Raises RequestError."""
+        if len(prompt.tokens) == 0:
+            raise RequestError("the prompt has 0 tokens, must have at least 1", param="prompt")
+        low, high = int(prompt.tokens.min()), int(prompt.tokens.max())
         if low < 0 or high >= self._vocab_size:
             wrong = low if low < 0 else high
             raise RequestError(
                 f"prompt token {wrong} is outside the vocabulary [0, {self._vocab_size})", param="prompt"
             )
-        for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
-            if not 0 <= token < self._vocab_size:
-                raise BadSampling(f"token {token} is outside the vocabulary [0, {self._vocab_size})")
+        return len(prompt.tokens)
 
     def sequence(self, request: Request, index: int) -> Sequence:
         """One of the `n` continuations of a request."""

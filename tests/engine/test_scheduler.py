@@ -1,6 +1,7 @@
 """Whose turn it is, who waits for whom, who gives up its room, and what is computed in which step."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,12 +17,13 @@ from hybrid_cache.engine.canonical import DECODE_STEPS_A_TILE
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.engine.sequence import new_prefill
+from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from tests.engine.test_engine import BUDGET, answers, make_request, new_engine, prompt_output, run
 from tests.engine.test_out_of_memory import SmallDevice, SmallStage, arranged
-from tests.fakes import SumModel, sum_model_answer, tokens_of
+from tests.fakes import VOCAB, SumModel, sum_model_answer, tokens_of
 
 UNIT = SumModel.cache_spec.page_bytes  # a page is one unit of the budget, a state three
 
@@ -197,6 +199,44 @@ def test_the_answer_to_a_request_that_wants_no_caching_is_not_kept_either(mode: 
     run(engine, make_request("a", tokens_of(11, 100), 100, boundaries=(70,), cache_mode=mode))
     assert engine.stats().commit_tokens == 0
     assert engine.cache.stats().nodes == 0
+
+
+def test_what_comes_next_is_computed_in_place_of_the_answer_as_it_was() -> None:
+    """From the state before the part that another rendering changes, with states where its messages end."""
+    engine, _ = new_engine()
+    prompt = tokens_of(1, 300)
+    run(engine, replace(make_request("a", prompt, 100, boundaries=(200,)), commits=False))
+    assert engine.stats().commit_tokens == 0
+    following = np.concatenate([prompt[:210], tokens_of(2, 300)])
+    engine.commit("", Prompt(following, (Boundary(400),)))
+    assert engine.stats().committing == 1
+    engine.run_until_idle()
+    engine.check()
+    assert engine.stats().committing == 0
+    assert engine.stats().commit_tokens == 448 - 192
+    outputs = run(engine, make_request("b", np.concatenate([following[:401], tokens_of(3, 50)])))
+    assert prompt_output(outputs, "b").cached_tokens == 384
+    whole = np.concatenate([following, tokens_of(4, 50)])
+    outputs = run(engine, make_request("c", whole))
+    assert prompt_output(outputs, "c").cached_tokens == 448
+    assert answers(outputs, "c") == sum_model_answer(whole, 5)
+    other = run(engine, replace(make_request("d", whole), namespace="other"))
+    assert prompt_output(other, "d").cached_tokens == 0
+
+
+def test_what_cannot_come_next_is_refused_or_forgotten() -> None:
+    engine, _ = new_engine()
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        engine.commit("", Prompt(np.asarray([5, VOCAB], np.int32)))
+    with pytest.raises(RequestError, match="0 tokens"):
+        engine.commit("", Prompt(np.zeros(0, np.int32)))
+    with pytest.raises(ContextTooLong, match="4097 tokens"):
+        engine.commit("", Prompt(np.zeros(4097, np.int32)))
+    engine.commit("", Prompt(tokens_of(1, 63)))
+    assert not engine.has_work, "it fills no page"
+    off = Engine(SumModel(), EngineConfig(budget_bytes=BUDGET, prefix_cache=False))
+    off.commit("", Prompt(tokens_of(1, 200)))
+    assert not off.has_work
 
 
 # Room

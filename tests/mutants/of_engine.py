@@ -403,14 +403,14 @@ STEPPING = [
     ),
     canonical(
         "the answer to a request that publishes nothing is published",
-        "if not sequence.prefill.publish or end <= grid_floor(len(sequence.prefill.tokens)):",
-        "if end <= grid_floor(len(sequence.prefill.tokens)):",
+        "if not (prefill.publish and sequence.request.commits) or prefill.only_marked:",
+        "if not sequence.request.commits or prefill.only_marked:",
         SCHEDULER,
     ),
     canonical(
         "the last token of an answer is not fed, but committed",
-        "sequence.all_tokens()[:end], True, True, generated=True)",
-        "sequence.all_tokens(), True, True, generated=True)",
+        "Prefill(namespace, tokens[:end], True, True, within, generated=True)",
+        "Prefill(namespace, tokens, True, True, within, generated=True)",
         SCHEDULER,
     ),
     outcomes(

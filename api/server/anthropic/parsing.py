@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from hybrid_cache.api.server.gate import body_size
@@ -21,12 +22,11 @@ from hybrid_cache.api.server.tenants import current_tenant_or, salt_of
 from hybrid_cache.api.text.chat import Conversation
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.grammars import Source, json_source
-from hybrid_cache.api.text.messages import Mark, Rendering, TemplateMessage, TextPart
+from hybrid_cache.api.text.messages import Mark, Rendering, TemplateMessage, TextPart, tool_call
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tool_grammars import call_source
 from hybrid_cache.errors import RequestError
 from hybrid_cache.sampling import SamplingParams
-from hybrid_cache.tokens import Prompt
 
 BILLING = "x-anthropic-billing-header:"
 TTL_S = {"5m": 300.0, "1h": 3600.0}
@@ -67,9 +67,9 @@ async def conversation_of(text: TextEngine, asked: CountRequest, *, keep_billing
     return await text.conversation(messages, rendering, current_tenant_or(None), body_size())
 
 
-async def spec_of(text: TextEngine, asked: MessagesRequest, prompt: Prompt) -> GenerationSpec:
+async def spec_of(text: TextEngine, asked: MessagesRequest, conversation: Conversation) -> GenerationSpec:
     """What the request asks for, else what the model's generation_config.json says, else the API's defaults."""
-    defaults = text.defaults
+    defaults, prompt = text.defaults, conversation.prompt
     sampling = SamplingParams(
         temperature=defaults.temperature if asked.temperature is None else asked.temperature,
         top_p=defaults.top_p if asked.top_p is None else asked.top_p,
@@ -88,6 +88,7 @@ async def spec_of(text: TextEngine, asked: MessagesRequest, prompt: Prompt) -> G
         grammar=await text.grammar(_source(text, asked), form, current_tenant_or(None)),
         namespace=salt_of(None),
         tenant=current_tenant_or(None),
+        talk=replace(conversation.talk, objects=True),
     )
 
 
@@ -170,9 +171,8 @@ def _assistant(blocks: Sequence[Block], as_text: bool) -> TemplateMessage:
 
 
 def _call(block: ToolUseBlock, as_text: bool) -> dict[str, object]:
-    """Templates that do not ask whether arguments are text expect an object."""
     arguments = json.dumps(block.input, ensure_ascii=False) if as_text else block.input
-    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
+    return tool_call(block.id, block.name, arguments)
 
 
 def _tool(tool: Tool) -> dict[str, object]:

@@ -121,8 +121,7 @@ class MessageReply:
 
     def _tool_use(self, call: ToolCall) -> Iterator[tuple[str, Mapping[str, object]]]:
         index, arguments = len(self._blocks.done), _object(call.arguments)
-        name = call.id or f"toolu_{uuid.uuid4().hex[:24]}"
-        block: dict[str, object] = {"type": "tool_use", "id": name, "name": call.name}
+        block: dict[str, object] = {"type": "tool_use", "id": call.id, "name": call.name}
         self._blocks.done.append({**block, "input": arguments})
         yield "content_block_start", {"index": index, "content_block": {**block, "input": {}}}
         delta = {"type": "input_json_delta", "partial_json": json.dumps(arguments, ensure_ascii=False)}

@@ -1,6 +1,5 @@
 """Chat completions: an answer in their JSON."""
 
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -199,4 +198,4 @@ def _shown(index: int, delta: Mapping[str, object], detail: Mapping[str, object]
 
 def _call_out(call: ToolCall) -> ToolCallOut:
     function = FunctionOut(name=call.name, arguments=call.arguments)
-    return ToolCallOut(id=call.id or f"call_{uuid.uuid4().hex[:24]}", type="function", function=function)
+    return ToolCallOut(id=call.id, type="function", function=function)

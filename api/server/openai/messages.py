@@ -1,6 +1,5 @@
 """From the JSON of messages to tokens."""
 
-import json
 from collections.abc import Sequence
 
 from hybrid_cache.api.server.gate import body_size
@@ -10,7 +9,7 @@ from hybrid_cache.api.server.schemas.messages import ChatMessage, ContentPart, T
 from hybrid_cache.api.server.schemas.tokens import TokenizeRequest
 from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.chat import Conversation
-from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart
+from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart, arguments_object, tool_call
 from hybrid_cache.api.text.text_engine import TextEngine
 
 
@@ -63,11 +62,5 @@ def _part(sent: ContentPart) -> TextPart:
 
 
 def _tool_call(call: ToolCall, as_text: bool) -> dict[str, object]:
-    """Templates that do not ask whether arguments are text expect an object."""
-    arguments: object = call.function.arguments
-    if not as_text:
-        try:
-            arguments = json.loads(call.function.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = call.function.arguments
-    return {"id": call.id or "", "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    arguments = call.function.arguments
+    return tool_call(call.id or "", call.function.name, arguments if as_text else arguments_object(arguments))

@@ -7,6 +7,7 @@ from hybrid_cache.api.server.tenants import current_tenant_or, salt_of
 from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.grammars import Grammar, Source, choice_source, json_source
+from hybrid_cache.api.text.messages import Talk
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.errors import BadSampling, RequestError
@@ -24,7 +25,9 @@ def spec_of(
     form: AnswerForm | None = None,
     grammar: Grammar | None = None,
     arrangement: Arrangement | None = None,
+    talk: Talk | None = None,
 ) -> GenerationSpec:
+    mode = _cache_mode(asked, sampling)
     return GenerationSpec(
         prompt,
         sampling,
@@ -37,8 +40,9 @@ def spec_of(
         grammar=grammar,
         namespace=salt_of(asked.cache_salt),
         tenant=current_tenant_or(asked.cache_salt),
-        cache_mode=_cache_mode(asked, sampling),
+        cache_mode=mode,
         arrangement=arrangement,
+        talk=talk if mode is CacheMode.IMPLICIT else None,
     )
 
 

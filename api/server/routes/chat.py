@@ -15,6 +15,7 @@ from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.grammars import Source
+from hybrid_cache.api.text.messages import Talk
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tool_grammars import call_source
 from hybrid_cache.choreography.arrangement import Arrangement
@@ -42,11 +43,15 @@ async def _parse(serving: Serving, asked: ChatRequest) -> tuple[GenerationSpec, 
         arranged = await arranged_prompt(serving, asked)
         return await _spec(serving.text, asked, arranged.prompt, arranged.arrangement), arranged
     conversation = await conversation_of(serving.text, asked, asked.messages)
-    return await _spec(serving.text, asked, conversation.prompt), None
+    return await _spec(serving.text, asked, conversation.prompt, talk=conversation.talk), None
 
 
 async def _spec(
-    text: TextEngine, asked: ChatRequest, prompt: Prompt, arrangement: Arrangement | None = None
+    text: TextEngine,
+    asked: ChatRequest,
+    prompt: Prompt,
+    arrangement: Arrangement | None = None,
+    talk: Talk | None = None,
 ) -> GenerationSpec:
     check_tokens(text, asked)
     wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
@@ -56,7 +61,7 @@ async def _spec(
     tools = None if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
     form = text.answer_form(prompt, tools)
     grammar = await text.grammar(_source(text, asked), form, current_tenant_or(asked.cache_salt))
-    return spec_of(text, asked, prompt, sampling, form=form, grammar=grammar, arrangement=arrangement)
+    return spec_of(text, asked, prompt, sampling, form=form, grammar=grammar, arrangement=arrangement, talk=talk)
 
 
 def _source(text: TextEngine, asked: ChatRequest) -> Source | None:

@@ -21,7 +21,7 @@ def router(serving: Serving) -> APIRouter:
     async def messages(asked: MessagesRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
         conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))
-        spec = await unless_gone(request, spec_of(serving.text, asked, conversation.prompt))
+        spec = await unless_gone(request, spec_of(serving.text, asked, conversation))
         answer = await serving.answer([spec])
         return await respond(request, MessageReply(serving, asked, spec, answer), stream=bool(asked.stream))
 

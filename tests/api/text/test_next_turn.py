@@ -1,0 +1,78 @@
+"""What the cache is told of the next turn is what the next request begins with, for every family's template."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_cache.api.text.chat import ChatEncoder
+from hybrid_cache.api.text.generation import Text, Thought, ToolCall
+from hybrid_cache.api.text.messages import Rendering, Talk, TemplateMessage, arguments_object, tool_call
+from hybrid_cache.api.text.next_turn import Said, beginnings
+from tests.api.text.test_family_templates import (
+    NO_SYSTEM,
+    NO_TOOLS,
+    ROOM,
+    each_template,
+    encoder_for,
+    message,
+    rendering_for,
+    words,
+)
+
+WRITTEN = '{"at":  "%s",\n "n": 1}'  # as a model may write arguments, and no template
+
+
+@st.composite
+def answers(draw: st.DrawFn, name: str) -> Said:
+    """Text, thoughts and calls, in the spaces that models write."""
+    said = Said()
+    space = st.sampled_from(["", " ", "\n"])
+    if draw(st.booleans()):
+        said.take(Thought(0, draw(words), None))
+    calls = draw(st.integers(0, 1 if name == "llama3" else 2)) if name not in NO_TOOLS else 0
+    for i in range(calls):
+        said.take(ToolCall(0, "look", WRITTEN % i, None, f"call_{i}"))
+    if not calls or (name != "llama3" and draw(st.booleans())):
+        said.take(Text(0, draw(space) + draw(words) + draw(space), None))
+    return said
+
+
+def sent_back(encoder: ChatEncoder, said: Said, *, thoughts: bool, objects: bool = False) -> TemplateMessage:
+    """The answer as a client sends it again."""
+    text = "".join(said.texts)
+    as_text = encoder.takes_argument_text(Rendering()) and not objects
+    calls = [tool_call(c.id, c.name, c.arguments if as_text else arguments_object(c.arguments)) for c in said.calls]
+    fields: dict[str, object] = {"tool_calls": calls} if calls else {}
+    if thoughts and said.thoughts:
+        fields["reasoning_content"] = "".join(said.thoughts)
+    return message("assistant", None if calls and not text else text, **fields)
+
+
+def following(said: Said, text: str) -> Sequence[TemplateMessage]:
+    if not said.calls:
+        return [message("user", text)]
+    return [message("tool", text, tool_call_id=call.id, name=call.name) for call in said.calls]
+
+
+@each_template
+@settings(deadline=None, max_examples=6)
+@given(data=st.data())
+def test_the_next_request_begins_as_was_expected(name: str, data: st.DataObject) -> None:
+    encoder, rendering = encoder_for(name), rendering_for(name, opening=True)
+    messages = [message("system", "You help.")] if name not in NO_SYSTEM else []
+    keeps = data.draw(st.booleans(), "the client sends thoughts back")
+    messages.append(message("user", data.draw(words)))
+    for _ in range(3):
+        said = data.draw(answers(name))
+        expected = beginnings(encoder, Talk(messages, rendering), said, ROOM)
+        messages.append(sent_back(encoder, said, thoughts=keeps))
+        count = len(messages)
+        messages += following(said, data.draw(words))
+        made = encoder.conversation(messages, rendering, ROOM)
+        sent, end = made.prompt.tokens, made.num_tokens(count)
+        assert 1 <= len(expected) <= 2
+        begun = [len(e.tokens) for e in expected if np.array_equal(sent[: len(e.tokens)], e.tokens)]
+        assert begun, "neither with thoughts nor without them"
+        assert end is None or end in begun
