@@ -42,6 +42,7 @@ class Request:
     make_constraint: Callable[[], Constraint] | None = None  # one per choice, e.g. a grammar
     arrangement: Arrangement | None = None  # messages reused in this order; approximate, and labelled
     tenant: str = ""  # whose share of the engine it takes
+    session: str = ""  # which of the tenant's conversations it belongs to, as the client says; decides nothing
 
 
 def namespace_of(salt: str, fingerprint: str) -> str:

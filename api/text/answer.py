@@ -124,9 +124,10 @@ class _Generation:
                 make_constraint=spec.grammar.start if spec.grammar else None,
                 arrangement=spec.arrangement,
                 tenant=spec.tenant,
+                session=spec.session,
             )
         )
-        self._watch = Stopwatch(spec.n)
+        self._watch = Stopwatch(spec.n, spec.session)
         self._observe = observe
 
     @property

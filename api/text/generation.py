@@ -32,6 +32,7 @@ class GenerationSpec:
     tenant: str = ""  # whose share of the engine this takes
     cache_mode: CacheMode = CacheMode.IMPLICIT
     arrangement: Arrangement | None = None
+    session: str = ""  # which of the tenant's conversations this belongs to, as the client says
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ def router(serving: Serving) -> APIRouter:
         serving.model.check_name(asked.model)
         conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))
         spec = await unless_gone(request, spec_of(serving.text, asked, conversation.prompt))
-        answer = await serving.answer([spec])
+        answer = await serving.answer([spec], request.headers, asked)
         return await respond(request, MessageReply(serving, asked, spec, answer), stream=bool(asked.stream))
 
     @routes.post("/v1/messages/count_tokens")

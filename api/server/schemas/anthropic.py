@@ -207,6 +207,7 @@ class MessagesRequest(CountRequest):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Count, Field(ge=0)] | None = None
     metadata: Metadata | None = None
+    session_id: str | None = None
     output_config: OutputConfig | None = None
 
 

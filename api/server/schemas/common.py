@@ -210,6 +210,7 @@ class GenerationRequest(Request):
     # The cache
     cache_salt: Annotated[str, Field(max_length=MAX_SALT)] | None = None
     prompt_cache_key: str | None = None
+    session_id: str | None = None
     prompt_cache_options: CacheOptions | None = None
 
     @model_validator(mode="after")
