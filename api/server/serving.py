@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel
 
 from hybrid_cache import __version__
+from hybrid_cache.api.server.anthropic.diagnostics import Diagnoses
+from hybrid_cache.api.server.cache_report import wants_report
 from hybrid_cache.api.server.errors import ModelNotFound, quoted
 from hybrid_cache.api.server.gate import MOST_BODIES, Gate, current_visit
 from hybrid_cache.api.server.metrics import Metrics, gate_families
 from hybrid_cache.api.server.sessions import session_of
 from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.server.tenants import owner_of
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.text_engine import TextEngine
@@ -49,6 +52,7 @@ class Serving:
     metrics: Metrics
     book: MessageBook  # messages that requests may refer to
     gate: Gate
+    diagnoses: Diagnoses
 
     async def answer(self, specs: Sequence[GenerationSpec], headers: Mapping[str, str], asked: BaseModel) -> Answer:
         """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped.
@@ -61,8 +65,8 @@ class Serving:
         visit = current_visit.get()
         if visit is not None:
             visit.add_requests(len(specs) - visit.num_requests)
-        session = session_of(headers, asked)
-        specs = [replace(spec, session=session) for spec in specs]
+        session, owner, reports = session_of(headers, asked), owner_of(), wants_report(headers, asked)
+        specs = [replace(spec, session=session, owner=owner, reports=reports) for spec in specs]
         return await Answer.to(self.text, specs, self.metrics.observe)
 
 
@@ -84,6 +88,7 @@ def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) 
         metrics=metrics,
         book=book,
         gate=gate,
+        diagnoses=Diagnoses(),
     )
 
 

@@ -29,3 +29,13 @@ def salt_of(cache_salt: str | None) -> str:
     """
     tenant = "" if shared_cache.get() else current_tenant.get()
     return f"{tenant}:{cache_salt or ''}" if tenant else cache_salt or ""
+
+
+def owner_of() -> str | None:
+    """What the salts begin with of all that is the tenant's whose request is being handled, see `Request.owner`.
+
+    Without keys, salts tell tenants apart, and nobody owns two; where keys share one cache, nobody owns any.
+    """
+    if shared_cache.get():
+        return None
+    return f"{tenant}:" if (tenant := current_tenant.get()) else ""

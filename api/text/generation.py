@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.grammars import Grammar
+from hybrid_cache.cache.misses import Found
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.request import CacheMode, FinishReason
@@ -33,6 +34,8 @@ class GenerationSpec:
     cache_mode: CacheMode = CacheMode.IMPLICIT
     arrangement: Arrangement | None = None
     session: str = ""  # which of the tenant's conversations this belongs to, as the client says
+    owner: str | None = ""  # as in `Request`
+    reports: bool = False  # the client wants to know why tokens of its prompt were not cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,15 @@ class Usage:
             self.cached + other.cached,
             self.written + other.written,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What became of a prompt in the cache."""
+
+    prompt: Prompt
+    cached: int  # tokens that were not computed
+    found: Found | None  # None for an arranged prompt, whose plan says it
 
 
 @dataclass(frozen=True, slots=True)

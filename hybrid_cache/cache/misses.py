@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
@@ -199,12 +199,13 @@ class Inquest:
         pages, index = lease.keys.pages, len(lease.nodes)
         rest = pages[index] if index < len(pages) else lease.keys.tail
         best, text, follower = 0, b"", None
-        for key, child in islice(reversed(lease.tip.children.items()), MOST_NEIGHBOURS):
-            if (common := _common(key, rest)) > best or not text:
-                best, text, follower = common, key, child
-        for tail in islice(reversed(lease.tip.ends), MOST_NEIGHBOURS):
-            if (common := _common(tail, rest)) > best or not text:
-                best, text, follower = common, tail, None
+        known: Iterator[tuple[bytes, Node | None]] = chain(
+            islice(reversed(lease.tip.children.items()), MOST_NEIGHBOURS),
+            ((tail, None) for tail in islice(reversed(lease.tip.ends), MOST_NEIGHBOURS)),
+        )
+        for key, child in known:
+            if not text or key[: best + TOKEN] == rest[: best + TOKEN]:
+                best, text, follower = _common(key, rest), key, child
         theirs = text[best:] + _following(follower)
         tokens = np.frombuffer(theirs, "<i4", min(len(theirs) // TOKEN, MOST_SHOWN))
         return Nearest(lease.shared + best // TOKEN, tuple(tokens.tolist()))

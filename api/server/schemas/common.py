@@ -211,6 +211,7 @@ class GenerationRequest(Request):
     cache_salt: Annotated[str, Field(max_length=MAX_SALT)] | None = None
     prompt_cache_key: str | None = None
     session_id: str | None = None
+    cache_report: bool | None = None
     prompt_cache_options: CacheOptions | None = None
 
     @model_validator(mode="after")
