@@ -11,6 +11,7 @@ TENANT_CHARACTERS = 16  # of a digest: as many for each key, so that no key and 
 
 current_tenant: ContextVar[str] = ContextVar("current_tenant", default="")
 shared_cache: ContextVar[bool] = ContextVar("shared_cache", default=False)
+is_operator: ContextVar[bool] = ContextVar("is_operator", default=False)  # may look after what all tenants have cached
 
 
 def tenant_of(key: str) -> str:

@@ -177,7 +177,9 @@ class Inquest:
         if not owner:
             return None
         roots = islice(reversed(self._tree.roots.values()), MOST_ROOTS)
-        others = (r.namespace for r in roots if r.namespace != keys.namespace and _salt(r.namespace).startswith(owner))
+        others = (
+            r.namespace for r in roots if r.namespace != keys.namespace and salt_in(r.namespace).startswith(owner)
+        )
         most = max((len(self._tree.walk(namespace, keys.pages)) for namespace in others), default=0)
         return Part(start, min(most * self._step, last), Reason.OTHER_NAMESPACE)
 
@@ -219,7 +221,7 @@ def _loss(fate: Fate, now: float) -> Loss:
     return Loss(fate.kind.value, now - fate.time, fate.score)
 
 
-def _salt(namespace: str) -> str:
+def salt_in(namespace: str) -> str:
     """See `request.namespace_of`."""
     return namespace.partition("/")[2]
 

@@ -213,6 +213,7 @@ class Pool:
     def stamp(self, kept: Kept, path: Iterable[Node]) -> None:
         """Notes that a state was made or used now."""
         self.policy.used(kept, path)
+        kept.last_used, kept.uses = self.clock(), kept.uses + 1
         if isinstance(kept, Checkpoint) and kept.ttl_s:
             kept.keep_until = self.clock() + kept.ttl_s
 

@@ -45,3 +45,36 @@ class CacheReport(Response):
     reason: Reason | None  # of the largest part
     missed: list[MissedPart]
     nearest: NearestConversation | None
+
+
+class CachedState(Response):
+    """A place from which a request can go on."""
+
+    name: str
+    kind: str
+    tokens: int
+    bytes: int
+    hits: int  # requests that started from it
+    age_s: float  # since it was made or used
+    score: float | None  # the policy's; the lowest goes first
+
+
+class ConversationInfo(CachedState):
+    """A cached conversation: a state that no other goes on from. `bytes` and `hits` are those of all that it has to
+    itself: pages and states after the last place where another conversation branches off."""
+
+    namespace: str  # the tenant's digest and the salt; empty for neither
+
+
+class ConversationList(Response):
+    data: list[ConversationInfo]
+    total: int  # of which the list has those used last
+
+
+class ConversationDetail(ConversationInfo):
+    states: list[CachedState]
+    text: str  # the last of it
+
+
+class Dropped(Response):
+    freed_bytes: int
