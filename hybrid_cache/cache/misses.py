@@ -31,7 +31,8 @@ from hybrid_cache.cache.tree import Node, PrefixTree
 
 LEAST_ALIKE = 16  # tokens: less in common comes from the template, and is no conversation that a prompt differs from
 MOST_NEIGHBOURS = 64  # continuations of one prefix that are compared, the latest
-MOST_ROOTS = 256  # namespaces that are looked at, the latest
+MOST_ROOTS = 64  # namespaces that are looked at, the latest
+MOST_WALKS = 4  # of these, so many in which a prompt's first page is known
 MOST_SHOWN = 24  # tokens of the nearest conversation
 TOKEN = 4  # bytes
 
@@ -174,20 +175,21 @@ class Inquest:
 
     def _elsewhere(self, keys: Keys, start: int, last: int, owner: str | None) -> Part | None:
         """Pages that another namespace of the same owner has, further than this one."""
-        if not owner:
+        if not (owner and keys.pages):
             return None
         roots = islice(reversed(self._tree.roots.values()), MOST_ROOTS)
-        others = (
-            r.namespace for r in roots if r.namespace != keys.namespace and salt_in(r.namespace).startswith(owner)
-        )
-        most = max((len(self._tree.walk(namespace, keys.pages)) for namespace in others), default=0)
+        others = (r for r in roots if r.namespace != keys.namespace and salt_in(r.namespace).startswith(owner))
+        known = islice((root.namespace for root in others if keys.pages[0] in root.children), MOST_WALKS)
+        most = max((len(self._tree.walk(namespace, keys.pages)) for namespace in known), default=0)
         return Part(start, min(most * self._step, last), Reason.OTHER_NAMESPACE)
 
     def _rest(self, keys: Keys, at: int, last: int, nearest: Nearest | None, now: float) -> Iterator[Part]:
         end = keys.num_tokens
         if at == last:
             fate = self._fates.of_state(keys.end_name)
-            yield Part(at, end, *((Reason.TILE_REMAINDER,) if fate is None else (_reason(fate), _loss(fate, now))))
+            yield (
+                Part(at, end, Reason.TILE_REMAINDER) if fate is None else Part(at, end, _reason(fate), _loss(fate, now))
+            )
             return
         if nearest is None or nearest.position < LEAST_ALIKE:
             yield Part(at, end, Reason.NEVER_SEEN)

@@ -11,6 +11,8 @@ import httpx
 import openai
 import pytest
 
+from hybrid_cache.api.server.anthropic.diagnostics import Diagnoses, Earlier, fingerprint
+from hybrid_cache.api.server.schemas.anthropic import MessagesRequest
 from hybrid_cache.api.text.tokenizer import TextModel
 from tests.api.servers import events_of, in_process, new_app, new_engine, over_the_wire
 
@@ -269,6 +271,15 @@ def test_diagnostics_say_what_has_changed_since_an_earlier_message(messages_api:
     ) as stream:
         final: Any = stream.get_final_message()
     assert final.diagnostics.cache_miss_reason.type == "system_changed"
+
+
+def test_the_oldest_requests_are_forgotten() -> None:
+    kept = Diagnoses(most=2)
+    asked = MessagesRequest.model_validate({"model": "m", "max_tokens": 1, "messages": turns("x")[1:]})
+    for name in "abc":
+        kept.keep(name, Earlier(fingerprint(asked, "t", None), 7))
+    assert [kept.find(name, "t") is not None for name in "abc"] == [False, True, True]
+    assert kept.find("c", "u") is None
 
 
 def test_a_message_of_another_key_was_never_sent(sum_text: TextModel) -> None:
