@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from hybrid_cache.cache.misses import Found
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.errors import RequestError
@@ -43,6 +44,9 @@ class Request:
     arrangement: Arrangement | None = None  # messages reused in this order; approximate, and labelled
     tenant: str = ""  # whose share of the engine it takes
     commits: bool = True  # its answer is computed again as a prompt; else `Engine.commit` is told what comes next
+    session: str = ""  # which of the tenant's conversations it belongs to, as the client says; decides nothing
+    owner: str | None = ""  # what salts of namespaces begin with that it may be told of beside its own; empty: none;
+    # None: others use its own, too, and it is not told what is in there
 
 
 def namespace_of(salt: str, fingerprint: str) -> str:
@@ -62,6 +66,7 @@ class PromptOutput:
     logprobs: tuple[TokenLogprob | None, ...] | None = None  # per prompt token; the first has none
     queued_s: float = field(default=0.0, compare=False)  # from submission to the first step
     plan: Plan | None = None  # of an arranged request: what was really done
+    found: Found | None = field(default=None, compare=False)  # why the rest was not cached; None of arranged requests
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ class CacheStats:
     admissions: dict[str, int]  # by kind
     declines: dict[str, int]  # by kind
     evictions: dict[str, int]  # by kind, and "page"
+    misses: dict[str, int]  # prompts that did not find all, by the reason for their largest part, see `cache.misses`
+    missed_tokens: dict[str, int]  # of all parts, by reason
     compactions: int
 
     @property

@@ -32,3 +32,4 @@ class Prompt:
 
     tokens: TokenArray
     boundaries: tuple[Boundary, ...] = ()
+    ends: tuple[int, ...] = ()  # tokens before the end of each message, where there are messages

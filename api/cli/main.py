@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from hybrid_cache import __version__
-from hybrid_cache.api.cli import bench, models
+from hybrid_cache.api.cli import bench, cache, models
 from hybrid_cache.api.cli.options import (
     Adapter,
     AutoBudget,
@@ -19,6 +19,7 @@ from hybrid_cache.api.cli.options import (
     Model,
     Threads,
     api_keys,
+    read_api_keys,
 )
 from hybrid_cache.api.cli.train import train_lora
 from hybrid_cache.api.text.tool_formats import FORMATS
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(models.app, name="model")
 app.add_typer(bench.app, name="bench")
+app.add_typer(cache.app, name="cache")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -86,6 +88,13 @@ def serve(
         typer.Option(help="A key that clients must send; may be given several times. Other users may see it in ps."),
     ] = None,
     api_key_file: KeyFile = None,
+    operator_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with more API keys, one a line, whose owners may see and drop what all keys have cached; any "
+            "other key is for its own."
+        ),
+    ] = None,
     shared_cache: Annotated[
         bool,
         typer.Option("--shared-cache", help="All API keys share one cache; else each has its own."),
@@ -234,6 +243,7 @@ def serve(
         vllm_metrics=vllm_metrics,
         drain_timeout_s=drain_timeout,
         hung_after_s=hung_after,
+        operator_keys=read_api_keys(operator_key_file) if operator_key_file else (),
     )
     with unhindered():
         status = process.serve(options)

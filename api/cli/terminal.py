@@ -82,7 +82,7 @@ class ServerPartner:
         self.name = model or ""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        base = _server_root(url)
+        base = server_root(url)
         self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=timeout, trust_env=False)
         given = {"temperature": asked.temperature, "max_tokens": asked.max_tokens, "seed": asked.seed}
         self._options = {name: value for name, value in given.items() if value is not None}
@@ -93,7 +93,7 @@ class ServerPartner:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         if response.status_code != 200:
-            raise _refused(response)
+            raise refused(response)
         try:
             self.name = self.name or _ModelList.model_validate_json(response.content).data[0].id
         except (ValidationError, IndexError) as error:
@@ -114,7 +114,7 @@ class ServerPartner:
             async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    raise _refused(response)
+                    raise refused(response)
                 async for line in response.aiter_lines():
                     data = line.removeprefix("data:").strip()
                     if line.startswith("data:") and data != "[DONE]":
@@ -129,7 +129,7 @@ class ServerPartner:
         return ServerFailed(f"no connection to {self._http.base_url}: {str(error) or type(error).__name__}")
 
 
-def _server_root(url: str) -> httpx.URL:
+def server_root(url: str) -> httpx.URL:
     """The root of a server, also if the address of its `/v1` was given."""
     try:
         root = httpx.URL(url.rstrip("/").removesuffix("/v1"))
@@ -188,7 +188,7 @@ class _ModelList(BaseModel):
     data: list[_Model]
 
 
-def _refused(response: httpx.Response) -> ServerFailed:
+def refused(response: httpx.Response) -> ServerFailed:
     try:
         error = _Event.model_validate_json(response.content).error
     except ValidationError:
@@ -265,12 +265,12 @@ class Chat:
                     continue
                 stamps.append(time.perf_counter())
                 pieces.append(item)
-                self._answers.print(_harmless(item), end="", soft_wrap=True)
+                self._answers.print(harmless(item), end="", soft_wrap=True)
         self._answers.print()
         self._notes.print(_summary(usage, begin, stamps), style="dim")
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Without characters that a terminal would interpret."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 

@@ -11,7 +11,7 @@ from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
-from hybrid_cache.api.server.routes import chat, completions, messages, server, tokens
+from hybrid_cache.api.server.routes import cache, chat, completions, messages, server, tokens
 from hybrid_cache.api.server.serving import new_serving
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -38,7 +38,7 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
         redoc_url=None,
         redirect_slashes=False,
     )
-    for routes in (chat, completions, messages, tokens, server):
+    for routes in (chat, completions, messages, tokens, cache, server):
         app.include_router(routes.router(serving))
     install_error_handlers(app)
     # The last one added is the outermost.
@@ -48,7 +48,9 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
     )
     app.add_middleware(Admission, gate=serving.gate)
     if settings.api_keys:
-        app.add_middleware(ApiKeys, keys=settings.api_keys, shared=settings.shared_cache)
+        app.add_middleware(
+            ApiKeys, keys=settings.api_keys, shared=settings.shared_cache, operator_keys=settings.operator_keys
+        )
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -11,7 +11,8 @@ Beside weights and cache a server needs at most
     queue     the prompts of a full engine and a full queue, QUEUE_TOKENS each on average
     bodies    MOST_BODIES request bodies of the largest size
     messages  the message book
-    history   places that prompts have returned to, with which the policy learns
+    history   places that prompts have returned to, with which the policy learns, what has left the cache, and what
+              requests were, for `diagnostics`
     grammars  those that are kept, the ways of running answers through them, and the process that tries them out
     program   what Python, threads and allocators take after the model has been loaded
 
@@ -23,9 +24,11 @@ from pathlib import Path
 
 import torch
 
+from hybrid_cache.api.server.anthropic.diagnostics import REQUESTS_BYTES
 from hybrid_cache.api.server.gate import MOST_BODIES
 from hybrid_cache.api.server.launch import Loaded
 from hybrid_cache.api.text.grammar_trial import MOST_BYTES
+from hybrid_cache.cache.fates import RECORDS_BYTES
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.free_memory import ROOT, FreeMemory, free_memory, taken
 from hybrid_cache.errors import ConfigError
@@ -42,7 +45,7 @@ NODE_BYTES = 1536  # measured: 1,100 at 16,000 nodes
 QUEUE_TOKENS = 4096
 TOKEN_BYTES = 16  # of a waiting prompt: as numbers, and as the keys of its pages
 PROGRAM_BYTES = 256 << 20  # the most of it: what oneDNN prepares for each number of rows of float32 weights
-HISTORY_BYTES = 64 << 20
+HISTORY_BYTES = (64 << 20) + RECORDS_BYTES + REQUESTS_BYTES
 KEPT_GRAMMARS_BYTES = 64 << 20  # measured: 26 MiB when MOST_KEPT characters of them are kept
 WALK_BYTES = 2 << 20  # of one answer through a grammar; measured: 0.5 MiB after 60 tokens
 GPU_BYTES = 512 << 20  # CUDA graphs, workspaces of libraries, and what torch keeps for itself

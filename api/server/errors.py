@@ -46,6 +46,14 @@ class ModelNotFound(RequestError):
     """The request names a model that is not served here."""
 
 
+class NoSuchConversation(RequestError):
+    """The request names a cached conversation that is not there, or not for this client."""
+
+
+class NotAllowed(RequestError):
+    """The request is one for others."""
+
+
 class ErrorDetail(BaseModel):
     """What went wrong, in OpenAI's fields."""
 
@@ -118,6 +126,10 @@ def problem_of(error: BaseException) -> Problem:
     match error:
         case ModelNotFound():
             return Problem(404, str(error), "invalid_request_error", error.param, "model_not_found")
+        case NoSuchConversation():
+            return Problem(404, str(error), "invalid_request_error", error.param, "conversation_not_found")
+        case NotAllowed():
+            return Problem(403, str(error), "permission_error", error.param, "not_allowed")
         case UnknownMessage():
             return Problem(404, str(error), "invalid_request_error", error.param, error.code)
         case MessageGone():

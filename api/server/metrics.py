@@ -217,6 +217,15 @@ def _cache_families(cache: CacheStats) -> Iterator[Metric]:
     yield _by_kind(CounterMetricFamily, "admissions", "States kept.", cache.admissions)
     yield _by_kind(CounterMetricFamily, "declines", "States not kept.", cache.declines)
     yield _by_kind(CounterMetricFamily, "evictions", "States and pages that went.", cache.evictions)
+    yield _by_kind(
+        CounterMetricFamily, "misses", "Prompts by the reason why most of what they missed was.", cache.misses
+    )
+    yield _by_kind(
+        CounterMetricFamily,
+        "missed_tokens",
+        "Prompt tokens by the reason why they were not cached.",
+        cache.missed_tokens,
+    )
     yield _counter("compactions", "Times that small items were moved to make room for a large one.", cache.compactions)
 
 

@@ -26,7 +26,7 @@ from hybrid_cache.api.server.errors import (
 )
 from hybrid_cache.api.server.gate import LOOKING, Visit, current_visit
 from hybrid_cache.api.server.refusal import refuse, send_problem
-from hybrid_cache.api.server.tenants import current_tenant, shared_cache, tenant_of
+from hybrid_cache.api.server.tenants import current_tenant, is_operator, shared_cache, tenant_of
 from hybrid_cache.errors import EngineStopped, Overloaded
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # no key needed
@@ -103,11 +103,16 @@ class ApiKeys:
     Only digests are kept, and all of them are compared. A key comes as `Authorization: Bearer KEY` or `x-api-key: KEY`.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], *, shared: bool = False) -> None:
-        """shared: all keys share one cache; each has its share of the engine all the same"""
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], *, shared: bool = False, operator_keys: Sequence[str] = ()
+    ) -> None:
+        """shared: all keys share one cache; each has its share of the engine all the same
+        operator_keys: of these, those that may look after the whole cache
+        """
         self._app = app
         self._tenants = [(_digest(key.encode()), tenant_of(key)) for key in keys]
         self._shared = shared
+        self._operators = frozenset(map(tenant_of, operator_keys))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
@@ -116,6 +121,7 @@ class ApiKeys:
         if tenant is not None:
             current_tenant.set(tenant)
             shared_cache.set(self._shared)
+            is_operator.set(tenant in self._operators)
             return await self._app(scope, receive, send)
         await refuse(unauthorized(), scope, receive, send)
 

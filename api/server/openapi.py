@@ -12,6 +12,14 @@ LOOKUP_ERRORS: Responses = {
     404: {"model": ErrorBody, "description": "No such model, or no such message."},
     421: {"model": ErrorBody, "description": "The Host header names another server."},
 }
+CACHE_ERRORS: Responses = {
+    400: {"model": ErrorBody, "description": "The request cannot be served as it stands."},
+    401: LOOKUP_ERRORS[401],
+    403: {"model": ErrorBody, "description": "The cache is shared by all keys, and shown to its operator only."},
+    404: {"model": ErrorBody, "description": "No such conversation, or more than one."},
+    421: LOOKUP_ERRORS[421],
+    503: {"model": ErrorBody, "description": "The engine has stopped or hangs."},
+}
 ERRORS: Responses = {
     **LOOKUP_ERRORS,
     400: {"model": ErrorBody, "description": "The request cannot be served as it stands."},

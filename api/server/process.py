@@ -53,8 +53,11 @@ class ServeOptions:
     drain_timeout_s: float
     exposure: Exposure = field(default_factory=Exposure)
     hung_after_s: float = HUNG_AFTER_S
+    operator_keys: tuple[str, ...] = ()  # beside these, for the whole cache
 
     def __post_init__(self) -> None:
+        if self.operator_keys and not self.api_keys:
+            raise ConfigError("there is an operator's key and no other API key: then anybody could use this server")
         if "*" in self.exposure.allow_origins and not self.api_keys:
             raise ConfigError("allow_origin is '*' without an API key: any web page could use this server")
 
@@ -68,7 +71,8 @@ class ServeOptions:
             model_path=str(loaded.path),
             adapter=loaded.adapter,
             fallbacks=getattr(loaded.ops, "reasons", {}),
-            api_keys=self.api_keys,
+            api_keys=tuple(dict.fromkeys((*self.api_keys, *self.operator_keys))),
+            operator_keys=self.operator_keys,
             shared_cache=self.shared_cache,
             special_tokens_in_content=self.special_tokens_in_content,
             keep_billing_header=self.keep_billing_header,

@@ -1,13 +1,19 @@
 """What the routes share: a model that is talked to in text, and facts about it and its server."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import BaseModel
 
 from hybrid_cache import __version__
+from hybrid_cache.api.server.anthropic.diagnostics import Diagnoses
+from hybrid_cache.api.server.cache_report import wants_report
 from hybrid_cache.api.server.errors import ModelNotFound, quoted
 from hybrid_cache.api.server.gate import MOST_BODIES, Gate, current_visit
 from hybrid_cache.api.server.metrics import Metrics, gate_families
+from hybrid_cache.api.server.sessions import session_of
 from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.server.tenants import owner_of
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.text_engine import TextEngine
@@ -46,15 +52,21 @@ class Serving:
     metrics: Metrics
     book: MessageBook  # messages that requests may refer to
     gate: Gate
+    diagnoses: Diagnoses
 
-    async def answer(self, specs: Sequence[GenerationSpec]) -> Answer:
-        """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped."""
+    async def answer(self, specs: Sequence[GenerationSpec], headers: Mapping[str, str], asked: BaseModel) -> Answer:
+        """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped.
+
+        headers, asked: of the request, for what it says of itself
+        """
         limit = self.text.engine.max_waiting
         if len(specs) > limit:
             raise RequestError(f"{len(specs)} prompts in one request, at most {limit} can wait here", param="prompt")
         visit = current_visit.get()
         if visit is not None:
             visit.add_requests(len(specs) - visit.num_requests)
+        session, owner, reports = session_of(headers, asked), owner_of(), wants_report(headers, asked)
+        specs = [replace(spec, session=session, owner=owner, reports=reports) for spec in specs]
         return await Answer.to(self.text, specs, self.metrics.observe)
 
 
@@ -76,6 +88,7 @@ def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) 
         metrics=metrics,
         book=book,
         gate=gate,
+        diagnoses=Diagnoses(),
     )
 
 

@@ -21,6 +21,7 @@ class ServerSettings:
     inexact: Sequence[str] = ()  # why the cache is not exact; empty if it is
     fallbacks: Mapping[str, str] = field(default_factory=dict)  # operations the backend leaves to torch, and why
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    operator_keys: tuple[str, ...] = field(default=(), repr=False)  # of these, those for the whole cache
     shared_cache: bool = False  # all API keys share one cache
     special_tokens_in_content: bool = False  # what clients write may hold special tokens
     keep_billing_header: bool = False  # of Anthropic's clients, in the prompt
@@ -51,3 +52,5 @@ class ServerSettings:
             raise ConfigError(f"drain_timeout_s is {self.drain_timeout_s}, must be at least 0")
         if not all(self.api_keys):
             raise ConfigError("an API key is empty")
+        if not set(self.operator_keys) <= set(self.api_keys):
+            raise ConfigError("an operator's key is none of the API keys")

@@ -11,6 +11,7 @@ TENANT_CHARACTERS = 16  # of a digest: as many for each key, so that no key and 
 
 current_tenant: ContextVar[str] = ContextVar("current_tenant", default="")
 shared_cache: ContextVar[bool] = ContextVar("shared_cache", default=False)
+is_operator: ContextVar[bool] = ContextVar("is_operator", default=False)  # may look after what all tenants have cached
 
 
 def tenant_of(key: str) -> str:
@@ -29,3 +30,13 @@ def salt_of(cache_salt: str | None) -> str:
     """
     tenant = "" if shared_cache.get() else current_tenant.get()
     return f"{tenant}:{cache_salt or ''}" if tenant else cache_salt or ""
+
+
+def owner_of() -> str | None:
+    """What the salts begin with of all that is the tenant's whose request is being handled, see `Request.owner`.
+
+    Without keys, salts tell tenants apart, and nobody owns two; where keys share one cache, nobody owns any.
+    """
+    if shared_cache.get():
+        return None
+    return f"{tenant}:" if (tenant := current_tenant.get()) else ""

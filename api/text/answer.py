@@ -12,6 +12,7 @@ from hybrid_cache.api.text.generation import (
     End,
     Event,
     GenerationSpec,
+    Lookup,
     Text,
     Thought,
     Token,
@@ -60,6 +61,11 @@ class Answer:
         """Of all prompts so far."""
         return sum((generation.usage for generation in self._generations), Usage())
 
+    @property
+    def lookups(self) -> list[Lookup]:
+        """Of the prompts that have been read and were to be reported of."""
+        return [lookup for generation in self._generations if (lookup := generation.lookup) is not None]
+
     async def __aiter__(self) -> AsyncIterator[Events]:
         if len(self._generations) == 1:
             async for events in self._generations[0]:
@@ -104,8 +110,11 @@ class _Generation:
     ) -> None:
         """Queues the request. Raises RequestError, Overloaded or EngineStopped."""
         self._number = number
+        self._prompt = spec.prompt
+        self._reports = spec.reports
         self._tokens: list[int] = spec.prompt.tokens.tolist()
         self._output = PromptOutput(cached_tokens=0, written_tokens=0)
+        self._has_begun = False
         self._num_generated = 0
         hidden = _hidden(text.tokenizer, spec)
 
@@ -126,16 +135,24 @@ class _Generation:
                 arrangement=spec.arrangement,
                 tenant=spec.tenant,
                 commits=spec.talk is None,
+                session=spec.session,
+                owner=spec.owner,
             )
         )
         self._text, self._spec = text, spec
-        self._watch = Stopwatch(spec.n)
+        self._watch = Stopwatch(spec.n, spec.session)
         self._observe = observe
 
     @property
     def usage(self) -> Usage:
         output = self._output
         return Usage(len(self._tokens), self._num_generated, output.cached_tokens, output.written_tokens)
+
+    @property
+    def lookup(self) -> Lookup | None:
+        if not (self._reports and self._has_begun):
+            return None
+        return Lookup(self._prompt, self._output.cached_tokens, self._output.found)
 
     def __aiter__(self) -> "_Generation":
         return self
@@ -148,7 +165,7 @@ class _Generation:
             raise
         if isinstance(output, TokenOutput):
             return self._events(output)
-        self._output = output
+        self._output, self._has_begun = output, True
         return (Begin(self._number, self._tokens, output.logprobs),)
 
     def _events(self, output: TokenOutput) -> Events:

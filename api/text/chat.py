@@ -44,7 +44,20 @@ class Conversation:
 
     @property
     def prompt(self) -> Prompt:
-        return limited(joined([*self.pieces, self.opening]))
+        return replace(limited(joined([*self.pieces, self.opening])), ends=tuple(self._ends()))
+
+    def _ends(self) -> Iterator[int]:
+        """Messages that share a piece end where it ends."""
+        end = num_ended = 0
+        for piece, message in zip(self.pieces, self.messages, strict=True):
+            for _ in range(num_ended, message or num_ended):
+                yield end
+            end += len(piece.tokens)
+            if message is not None:
+                yield end
+                num_ended = message + 1
+        if self.messages and self.messages[-1] is None:
+            yield end
 
     def num_tokens(self, count: int) -> int | None:
         """Tokens of the first `count` messages; None where their end cannot be seen."""

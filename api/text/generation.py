@@ -9,6 +9,7 @@ from typing import Protocol
 
 from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.messages import Talk
+from hybrid_cache.cache.misses import Found
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.request import CacheMode, FinishReason
@@ -42,6 +43,9 @@ class GenerationSpec:
     cache_mode: CacheMode = CacheMode.IMPLICIT
     arrangement: Arrangement | None = None
     talk: Talk | None = None  # the conversation that goes on from here, if that is to be expected
+    session: str = ""  # which of the tenant's conversations this belongs to, as the client says
+    owner: str | None = ""  # as in `Request`
+    reports: bool = False  # the client wants to know why tokens of its prompt were not cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,15 @@ class Usage:
             self.cached + other.cached,
             self.written + other.written,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What became of a prompt in the cache."""
+
+    prompt: Prompt
+    cached: int  # tokens that were not computed
+    found: Found | None  # None for an arranged prompt, whose plan says it
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,14 @@ class RequestRecord:
     first_token_s: float | None  # from submission; None when no token came
     inter_token_s: tuple[float, ...]  # between consecutive tokens of one choice
     total_s: float
+    session: str = ""  # as in `GenerationSpec`
 
 
 class Stopwatch:
     """When the tokens of a request came, and how its choices ended."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, session: str = "") -> None:
+        self._session = session
         self._finish_reasons = ["abort"] * n
         self._start = time.monotonic()
         self._first: float | None = None
@@ -51,4 +53,5 @@ class Stopwatch:
             first_token_s=self._first,
             inter_token_s=tuple(self._gaps),
             total_s=time.monotonic() - self._start,
+            session=self._session,
         )

@@ -7,12 +7,15 @@ from hybrid_cache.cache.commands import Item
 from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.messages import MessageStore
+from hybrid_cache.cache.misses import Inquest
 from hybrid_cache.cache.pool import Pool
 from hybrid_cache.cache.tree import Kept, Node, PromptEnd
 from hybrid_cache.stats import CacheStats
 
 
-def stats_of(pool: Pool, messages: MessageStore, tokens: Mapping[str, int], budget_bytes: int) -> CacheStats:
+def stats_of(
+    pool: Pool, messages: MessageStore, tokens: Mapping[str, int], inquest: Inquest, budget_bytes: int
+) -> CacheStats:
     """What the budget holds now, and what has happened since the start.
 
     tokens: of prompts, those that were in the cache (hit), that had pages but no state (kv_only), and all others (miss)
@@ -46,6 +49,8 @@ def stats_of(pool: Pool, messages: MessageStore, tokens: Mapping[str, int], budg
         admissions=dict(pool.admissions),
         declines=dict(pool.declines),
         evictions=dict(pool.evictions),
+        misses=dict(inquest.misses),
+        missed_tokens=dict(inquest.tokens),
         compactions=pool.num_compactions,
     )
 

@@ -25,6 +25,7 @@ from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.keys import Keys, keys_of
 from hybrid_cache.cache.lease import Lease, Match, Reservation, find
 from hybrid_cache.cache.messages import MessageStore
+from hybrid_cache.cache.misses import Inquest
 from hybrid_cache.cache.policies.base import Outline, Policy, Wish
 from hybrid_cache.cache.pool import Pool
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Node, PrefixTree, PromptEnd, StoredMessage
@@ -65,6 +66,7 @@ class Books:
         )
         self._candidates = Candidates(self.pool, cost, stateless=self._stateless)
         self.messages = MessageStore(self.pool, cost, 4 * spec.effect_size)
+        self.inquest = Inquest(self.tree, self.pool.fates, clock, stateless=self._stateless)
         self.leases: set[Lease] = set()
         self.scratch: int | None = None
         self.tokens: Counter[str] = Counter()  # of prompts: hit, kv_only, miss
@@ -368,7 +370,7 @@ class Books:
         self.tokens.update(hit=match.length, kv_only=kv_only, miss=num_tokens - match.length - kv_only)
 
     def stats(self) -> CacheStats:
-        return stats_of(self.pool, self.messages, self.tokens, self.budget_bytes)
+        return stats_of(self.pool, self.messages, self.tokens, self.inquest, self.budget_bytes)
 
     def check(self) -> set[Item]:
         """Proves that the books are in order -> all published items."""

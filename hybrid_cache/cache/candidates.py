@@ -36,7 +36,9 @@ class Candidates:
         self._pool.declines[kind.value] += 1
         last = min(position // self._page_tokens, len(lease.nodes)) - 1
         above = nearest_checkpoint(lease.nodes[last]) if last >= 0 else None
-        self._pool.policy.lost(self._name(lease, position, kind), -math.inf if score is None else score, above)
+        name = self._name(lease, position, kind)
+        self._pool.policy.lost(name, -math.inf if score is None else score, above)
+        self._pool.fates.lost(name, kind, score, declined=True)
 
     def _name(self, lease: Lease, position: int, kind: CheckpointKind) -> Name:
         """Names the prefix of a lease's prompt that a state at `position` would stand for."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from hybrid_cache.cache.allocator import Allocator, Ledger
 from hybrid_cache.cache.commands import Copy, Emit, Item, Move, Seal, Unseal, Verify
 from hybrid_cache.cache.eviction import EvictionQueues
+from hybrid_cache.cache.fates import Fates
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.base import Policy, Worth
 from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PrefixTree, PromptEnd, StoredMessage
@@ -62,6 +63,7 @@ class Pool:
         self.declines: Counter[str] = Counter()
         self.evictions: Counter[str] = Counter()
         self.num_compactions = 0
+        self.fates = Fates(clock)
 
     @property
     def extra_kind(self) -> Kind:
@@ -211,6 +213,7 @@ class Pool:
     def stamp(self, kept: Kept, path: Iterable[Node]) -> None:
         """Notes that a state was made or used now."""
         self.policy.used(kept, path)
+        kept.last_used, kept.uses = self.clock(), kept.uses + 1
         if isinstance(kept, Checkpoint) and kept.ttl_s:
             kept.keep_until = self.clock() + kept.ttl_s
 
@@ -241,6 +244,7 @@ class Pool:
         self.give(Kind.PAGE, node.page)
         del self.page_owner[node.page]
         self.evictions["page"] += 1
+        self.fates.lost_page(node.name)
         self._report_rise(node.parent, 1)
         self.settle(node.parent)
 
@@ -263,6 +267,7 @@ class Pool:
         self.policy.lost(kept.name, score, above)
         if isinstance(kept, StoredMessage):
             return
+        self.fates.lost(kept.name, kept.kind, score, declined=False)
         if self.policy.wants_rises:
             self.rescore_below(kept.node)
         self.settle(kept.node)

@@ -90,6 +90,8 @@ class Checkpoint:
     ttl_s: float = 0.0  # minimum life after each use, if a client asked for one
     keep_until: float = 0.0
     base: float = 0.0  # the policy's clock when last used
+    last_used: float = 0.0  # in seconds
+    uses: int = 0  # its making included
 
     @property
     def attached(self) -> bool:
@@ -138,6 +140,8 @@ class PromptEnd:
     kind: CheckpointKind = CheckpointKind.PROMPT_END
     keep_until: float = 0.0
     base: float = 0.0
+    last_used: float = 0.0
+    uses: int = 0
 
     @property
     def attached(self) -> bool:
@@ -187,6 +191,8 @@ class StoredMessage:
     kind: CheckpointKind = CheckpointKind.EXPLICIT
     keep_until: float = 0.0
     base: float = 0.0
+    last_used: float = 0.0
+    uses: int = 0
 
     @property
     def attached(self) -> bool:

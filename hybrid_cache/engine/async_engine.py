@@ -4,8 +4,10 @@ import asyncio
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
@@ -17,6 +19,7 @@ from hybrid_cache.request import FailedOutput, Output, Request, TokenOutput
 from hybrid_cache.stats import EngineStats
 from hybrid_cache.tokens import Prompt
 
+T = TypeVar("T")
 HUNG_AFTER_S = 120.0  # a first step may wait for a compiler
 END_S = 0.5  # for a step under way to end, once the engine is stopped
 
@@ -68,16 +71,48 @@ class Stream:
 
 
 @dataclass(slots=True)
+class _Question:
+    """A function of the engine, and whoever waits for its result."""
+
+    function: Callable[[Engine], Any]
+    answer: "asyncio.Future[Any]"
+    loop: asyncio.AbstractEventLoop
+
+    def ask(self, engine: Engine) -> None:
+        try:
+            result, error = self.function(engine), None
+        except Exception as raised:
+            result, error = None, raised
+        self._put(result, error)
+
+    def fail(self, error: Exception) -> None:
+        self._put(None, error)
+
+    def _put(self, result: object, error: Exception | None) -> None:
+        def put() -> None:
+            if self.answer.done():  # nobody waits any more
+                return
+            if error is None:
+                self.answer.set_result(result)
+            else:
+                self.answer.set_exception(error)
+
+        with suppress(RuntimeError):  # as for `Stream.put`
+            self.loop.call_soon_threadsafe(put)
+
+
+@dataclass(slots=True)
 class _Inbox:
     """What other threads ask of the engine's thread."""
+
+    questions: deque[_Question] = field(default_factory=deque)
 
     requests: deque[Request] = field(default_factory=deque)
     commits: deque[tuple[str, Prompt]] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
     aborts: deque[str] = field(default_factory=deque)
 
-    @property
-    def any(self) -> bool:
-        return bool(self.requests or self.commits or self.aborts)
+    def __bool__(self) -> bool:
+        return bool(self.questions or self.requests or self.commits or self.aborts)
 
 
 class AsyncEngine:
@@ -199,6 +234,21 @@ class AsyncEngine:
             self._inbox.commits.append((namespace, prompt))
             self._wake.notify()
 
+    async def ask(self, function: Callable[[Engine], T]) -> T:
+        """The result of a function of the engine, called on its thread between two steps. It must not take long.
+
+        Raises EngineStopped, and what the function raises.
+        """
+        loop = asyncio.get_running_loop()
+        question = _Question(function, loop.create_future(), loop)
+        with self._wake:
+            if not self.alive or self.hung or self._stopping:
+                raise EngineStopped("the engine hangs" if self.hung else "the engine has stopped")
+            self._inbox.questions.append(question)
+            self._wake.notify()
+        result: T = await question.answer
+        return result
+
     async def stop(self, grace_s: float) -> None:
         """Refuses new requests, gives running ones `grace_s` seconds to finish, aborts the rest, ends the thread.
 
@@ -233,7 +283,7 @@ class AsyncEngine:
     def _take_inbox(self) -> bool:
         """Waits for work, then moves requests and aborts into the engine -> False to end the thread."""
         with self._wake:
-            while not (self._engine.has_work or self._inbox.any or self._stopping):
+            while not (self._engine.has_work or self._inbox or self._stopping):
                 self._wake.wait()
             self._step_began_s = time.monotonic()
             inbox, self._inbox = self._inbox, _Inbox()
@@ -245,7 +295,9 @@ class AsyncEngine:
                 self._engine.commit(namespace, prompt)
         for request_id in inbox.aborts:
             self._engine.abort(request_id)
-        if inbox.aborts or inbox.commits:
+        for question in inbox.questions:
+            question.ask(self._engine)
+        if inbox.aborts or inbox.commits or inbox.questions:
             self._stats = self._engine.stats()
             self._taken = _Inbox()
         return not self._stopping
@@ -287,8 +339,11 @@ class AsyncEngine:
     def _fail_streams(self, error: EngineStopped) -> None:
         with self._wake:
             streams, self._streams = list(self._streams.values()), {}
+            questions, self._inbox.questions = self._inbox.questions, deque()
         for stream in streams:
             stream.put([error])
+        for question in questions:
+            question.fail(error)
 
 
 def _why(failure: BaseException) -> str:

@@ -99,6 +99,7 @@ class Intake:
             prompt, asked = best_order(request.prompt, asked, known)
             request = replace(request, prompt=prompt, arrangement=asked)
         prefill = new_prefill(request, self._fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
+        prefill.asks = index == 0 and not arranged
         constraint = None if request.make_constraint is None else request.make_constraint()
         self._arrivals += 1
         return Sequence(

@@ -72,6 +72,10 @@ class Prefills:
             if prefill.from_zero:
                 self._stage.clear(lease)
             return True
+        if prefill.asks and prefill.found is None:
+            inquest = self._cache.inquest
+            off = not prefill.reuse
+            prefill.found = inquest.off(len(prefill.tokens)) if off else inquest.of(lease, prefill.owner)
         wishes = self._cache.propose(
             lease,
             prefill.boundaries,

@@ -9,6 +9,7 @@ import numpy as np
 
 from hybrid_cache.cache.keys import Keys, keys_of
 from hybrid_cache.cache.lease import Lease
+from hybrid_cache.cache.misses import Found
 from hybrid_cache.cache.policies.base import Wish
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.program import Program
@@ -48,6 +49,9 @@ class Prefill:
     program: Program | None = None
     refused: set[str] = field(default_factory=set)  # messages that could not be stored for it
     passed_over: int = 0  # steps in a row in which others were computed and this was not
+    owner: str | None = ""  # as in `Request`
+    asks: bool = False  # whether its client may ask what was found of it
+    found: Found | None = None  # once it was admitted
     in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
 
     @cached_property
@@ -175,4 +179,5 @@ def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: 
         return Prefill(namespace, request.prompt.tokens, False, not off, arrangement=request.arrangement)
     only_marked = request.cache_mode is CacheMode.EXPLICIT
     boundaries = marked if only_marked else request.prompt.boundaries
-    return Prefill(namespace, request.prompt.tokens, not off, not off, boundaries, only_marked)
+    on = not off
+    return Prefill(namespace, request.prompt.tokens, on, on, boundaries, only_marked, owner=request.owner)

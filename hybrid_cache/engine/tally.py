@@ -29,6 +29,7 @@ class Tally(Counters):
             logprobs=tuple(sequence.prompt_logprobs) if wants_logprobs else None,
             queued_s=sequence.started_s - sequence.submitted_s,
             plan=plan,
+            found=prefill.found,
         )
 
     def stats(self, scheduler: Scheduler, num_graph_replays: int, cache: CacheStats) -> EngineStats:

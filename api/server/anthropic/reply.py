@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hybrid_cache.api.server.anthropic.diagnostics import Changes, Earlier
+from hybrid_cache.api.server.cache_report import shown_report
 from hybrid_cache.api.server.errors import Problem
 from hybrid_cache.api.server.json_text import json_bytes, json_in_pieces
 from hybrid_cache.api.server.schemas.anthropic import (
@@ -51,14 +53,26 @@ def _empty(kind: str) -> dict[str, object]:
 class MessageReply:
     """The reply to one request."""
 
-    def __init__(self, serving: Serving, asked: MessagesRequest, spec: GenerationSpec, answer: Answer) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        asked: MessagesRequest,
+        spec: GenerationSpec,
+        answer: Answer,
+        changes: Changes | None = None,
+    ) -> None:
+        """changes: since an earlier request, if the client wants to know"""
         self._answer = answer
+        self._tokenizer = serving.text.tokenizer
+        self._changes = changes
         self._asked = asked
         self._work = serving.text.work
         self._tenant = current_tenant_or(None)
         self._id = f"msg_{uuid.uuid4().hex}"
         self._boundaries: Sequence[Boundary] = spec.prompt.boundaries
         self._blocks = _Blocks()
+        if changes is not None:
+            serving.diagnoses.keep(self._id, Earlier(changes.now, len(spec.prompt.tokens)))
         self._stop_reason: StopReason | None = None
         self._stop_sequence: str | None = None
 
@@ -69,7 +83,7 @@ class MessageReply:
                 for _ in self._take(event):
                     pass
         size = sum(len(str(block)) for block in self._blocks.done)
-        return await self._work.run(self._tenant, size, lambda: json_in_pieces(self._message().model_dump()))
+        return await self._work.run(self._tenant, size, lambda: json_in_pieces(self._message()))
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Events by name, as the answer comes."""
@@ -90,7 +104,7 @@ class MessageReply:
         """Adds an event to what is known of the answer -> what to show of it."""
         match event:
             case Begin():
-                yield "message_start", {"message": self._message().model_dump()}
+                yield "message_start", {"message": self._message()}
             case Text(text=text) if text:
                 yield from self._say("text", text)
             case Thought(text=text):
@@ -102,7 +116,8 @@ class MessageReply:
                 yield from self._end_block()
                 self._end(event)
                 ended = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
-                yield "message_delta", {"delta": ended, "usage": self._usage(event.usage).model_dump()}
+                usage = self._usage(event.usage).model_dump()
+                yield "message_delta", {"delta": ended, "usage": usage, **self._cache_report()}
                 yield "message_stop", {}
 
     def _say(self, kind: Literal["text", "thinking"], text: str) -> Iterator[tuple[str, Mapping[str, object]]]:
@@ -139,15 +154,23 @@ class MessageReply:
         else:
             self._stop_reason = "end_turn"
 
-    def _message(self) -> MessageResponse:
-        return MessageResponse(
+    def _message(self) -> dict[str, object]:
+        used, diagnostics = self._answer.usage, None
+        if self._changes is not None:
+            diagnostics = self._changes.diagnosis(used.cached)
+        message = MessageResponse(
             id=self._id,
             model=self._asked.model,
             content=self._blocks.done,
             stop_reason=self._stop_reason,
             stop_sequence=self._stop_sequence,
-            usage=self._usage(self._answer.usage),
+            usage=self._usage(used),
+            diagnostics=diagnostics,
         )
+        return {**message.model_dump(exclude={"cache_report"}), **self._cache_report()}
+
+    def _cache_report(self) -> dict[str, object]:
+        return shown_report(self._tokenizer, self._answer)
 
     def _usage(self, used: Usage) -> MessageUsage:
         """Tokens that are new in the cache count to the longest life that a mark at or after them has asked for."""

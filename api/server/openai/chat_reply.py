@@ -189,7 +189,7 @@ class ChatReply(OpenAIReply):
     def _logprob(self, token: Token | None) -> dict[str, object] | None:
         if token is None or token.logprob is None:
             return None
-        return chat_logprob(self._serving.text.tokenizer, token.logprob).model_dump()
+        return chat_logprob(self._tokenizer, token.logprob).model_dump()
 
 
 def _shown(index: int, delta: Mapping[str, object], detail: Mapping[str, object] | None = None) -> dict[str, object]:

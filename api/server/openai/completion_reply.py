@@ -111,7 +111,6 @@ class CompletionReply(OpenAIReply):
     def __init__(self, serving: Serving, asked: CompletionRequest, answer: Answer) -> None:
         super().__init__(serving, asked, answer, "cmpl")
         self._asked = asked
-        self._tokenizer = serving.text.tokenizer
         self._n = asked.n or 1
         self._choices = [_Choice(serving, asked, i) for i in range(len(asked.prompt) * self._n)]
         self._prompt_ids: list[Sequence[int]] = [()] * len(asked.prompt)

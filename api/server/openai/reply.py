@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from functools import partial
 
+from hybrid_cache.api.server.cache_report import shown_report
 from hybrid_cache.api.server.errors import Problem
 from hybrid_cache.api.server.json_text import json_bytes, json_in_pieces
 from hybrid_cache.api.server.responses import DONE, event, event_of
@@ -26,6 +27,7 @@ class OpenAIReply(ABC):
     def __init__(self, serving: Serving, asked: GenerationRequest, answer: Answer, prefix: str) -> None:
         """`prefix` begins the reply's id."""
         self._answer = answer
+        self._tokenizer = serving.text.tokenizer
         self._work = serving.text.work
         self._tenant = current_tenant_or(asked.cache_salt)
         self._id = f"{prefix}-{uuid.uuid4().hex}"
@@ -40,7 +42,9 @@ class OpenAIReply(ABC):
         """Waits for the end of all choices."""
         async for events in self._answer:
             self._take(events)
-        return await self._work.run(self._tenant, self._size(), lambda: json_in_pieces(self._whole()))
+        return await self._work.run(
+            self._tenant, self._size(), lambda: json_in_pieces({**self._whole(), **self._cache_report()})
+        )
 
     async def events(self) -> AsyncGenerator[bytes]:
         """An event for each thing to show, as it comes; usage if asked for; [DONE]."""
@@ -51,7 +55,8 @@ class OpenAIReply(ABC):
             while (data := await self._work.run(self._tenant, size, next_chunk)) is not None:
                 yield event_of(data)
         if self._reports_usage:
-            yield event({**self._head(), "choices": [], "usage": self._usage().model_dump()})
+            usage = self._usage().model_dump()
+            yield event({**self._head(), "choices": [], "usage": usage, **self._cache_report()})
         yield DONE
 
     async def aclose(self) -> None:
@@ -86,7 +91,12 @@ class OpenAIReply(ABC):
         chunk = {**self._head(), "choices": [choice], **(extra or {})}
         if self._reports_usage:
             chunk["usage"] = self._usage().model_dump() if self._reports_usage_so_far else None
+        elif choice["finish_reason"] is not None:
+            chunk |= self._cache_report()
         return chunk
+
+    def _cache_report(self) -> dict[str, object]:
+        return shown_report(self._tokenizer, self._answer)
 
     def _head(self) -> dict[str, object]:
         return {

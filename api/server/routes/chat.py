@@ -31,7 +31,7 @@ def router(serving: Serving) -> APIRouter:
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
         spec, arranged = await unless_gone(request, _parse(serving, asked))
-        answer = await serving.answer([spec])
+        answer = await serving.answer([spec], request.headers, asked)
         return await respond(request, ChatReply(serving, asked, answer, arranged), stream=bool(asked.stream))
 
     return routes

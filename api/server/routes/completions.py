@@ -33,7 +33,8 @@ def router(serving: Serving) -> APIRouter:
         prompts = await unless_gone(request, _prompts(serving.text, asked))
         tenant = current_tenant_or(asked.cache_salt)
         grammar = await unless_gone(request, serving.text.grammar(source_of(asked), AnswerForm(), tenant))
-        answer = await serving.answer([_spec(serving.text, asked, prompt, grammar) for prompt in prompts])
+        specs = [_spec(serving.text, asked, prompt, grammar) for prompt in prompts]
+        answer = await serving.answer(specs, request.headers, asked)
         return await respond(request, CompletionReply(serving, asked, answer), stream=bool(asked.stream))
 
     return routes

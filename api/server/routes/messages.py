@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from hybrid_cache.api.server.anthropic.diagnostics import changes_of
 from hybrid_cache.api.server.anthropic.parsing import conversation_of, spec_of
 from hybrid_cache.api.server.anthropic.reply import MessageReply
 from hybrid_cache.api.server.bodies import JsonRoute
@@ -22,8 +23,9 @@ def router(serving: Serving) -> APIRouter:
         serving.model.check_name(asked.model)
         conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))
         spec = await unless_gone(request, spec_of(serving.text, asked, conversation))
-        answer = await serving.answer([spec])
-        return await respond(request, MessageReply(serving, asked, spec, answer), stream=bool(asked.stream))
+        changes = await unless_gone(request, changes_of(serving.text.work, serving.diagnoses, asked))
+        answer = await serving.answer([spec], request.headers, asked)
+        return await respond(request, MessageReply(serving, asked, spec, answer, changes), stream=bool(asked.stream))
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(asked: CountRequest, request: Request) -> TokenCount:

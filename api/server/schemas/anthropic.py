@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.server.schemas.cache import CacheReport
 from hybrid_cache.api.server.schemas.common import Count, Request, Response
 from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from hybrid_cache.api.text.stops import MAX_STOP_LENGTH, MAX_STOPS
@@ -191,6 +192,12 @@ class Metadata(Request):
     user_id: str | None = None
 
 
+class Diagnostics(Request):
+    """Asks what has changed since an earlier request; without one, a later request may ask that of this one."""
+
+    previous_message_id: Annotated[str, Field(max_length=256)] | None = None
+
+
 class MessagesRequest(CountRequest):
     """POST /v1/messages"""
 
@@ -207,6 +214,9 @@ class MessagesRequest(CountRequest):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Count, Field(ge=0)] | None = None
     metadata: Metadata | None = None
+    session_id: str | None = None
+    cache_report: bool | None = None
+    diagnostics: Diagnostics | None = None
     output_config: OutputConfig | None = None
 
 
@@ -241,3 +251,5 @@ class MessageResponse(Response):
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
+    diagnostics: dict[str, object] | None = None
+    cache_report: CacheReport | None = None

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from hybrid_cache.api.server.schemas.cache import CacheReport
 from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport
 from hybrid_cache.api.server.schemas.common import MAX_TOP_LOGPROBS, Count, GenerationRequest, Request, Response, Usage
 from hybrid_cache.api.server.schemas.messages import ChatMessages, Tools, check_one_of_them
@@ -96,5 +97,6 @@ class ChatResponse(Response):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    cache_report: CacheReport | None = None
     choreography: ChoreographyReport | None = None
     prompt_token_ids: list[int] | None = None

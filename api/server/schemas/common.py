@@ -210,6 +210,8 @@ class GenerationRequest(Request):
     # The cache
     cache_salt: Annotated[str, Field(max_length=MAX_SALT)] | None = None
     prompt_cache_key: str | None = None
+    session_id: str | None = None
+    cache_report: bool | None = None
     prompt_cache_options: CacheOptions | None = None
 
     @model_validator(mode="after")

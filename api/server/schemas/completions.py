@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.server.schemas.cache import CacheReport
 from hybrid_cache.api.server.schemas.common import (
     MAX_N,
     MAX_TOP_LOGPROBS,
@@ -105,3 +106,4 @@ class CompletionResponse(Response):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+    cache_report: CacheReport | list[CacheReport] | None = None

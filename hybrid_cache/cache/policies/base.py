@@ -117,6 +117,10 @@ class Policy(Protocol):
         """All states that may be evicted."""
         ...
 
+    def score_of(self, kept: Kept) -> float | None:
+        """The score of a state now, for people; None for one that may not be evicted. Changes nothing."""
+        ...
+
 
 def interior_positions(start: int, end: int) -> list[int]:
     """Grid positions inside [start, end) at which a long stretch deserves a checkpoint that no client asked for.
@@ -212,6 +216,9 @@ class ScoredPolicy:
         scores = self._heap.items()
         assert all(score <= self._score(kept) for kept, score in scores.items()), "a fall that was not reported"
         return scores
+
+    def score_of(self, kept: Kept) -> float | None:
+        return self._score(kept) if kept in self._heap else None
 
     def _score(self, kept: Kept) -> float:
         return self.score(kept.base, kept.kind, self._worth_of(kept))

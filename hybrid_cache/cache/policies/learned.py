@@ -151,6 +151,10 @@ class Learned:
     def items(self) -> Iterable[Kept]:
         return list(self._kept)
 
+    def score_of(self, kept: Kept) -> float | None:
+        row = self._rows.get(kept)
+        return None if row is None else self._score(row)
+
     def _file(self, row: int, place: Place) -> None:
         """Writes the row of a state whose place is now `place`, which may be that of another state it stands in for."""
         self._write(row, place)

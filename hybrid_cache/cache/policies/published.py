@@ -133,6 +133,10 @@ class RankedPolicy:
             assert self._columns[CANDIDATE, row] or not self.is_candidate(kept), "a candidate that was not reported"
         return list(self._kept)
 
+    def score_of(self, kept: Kept) -> float | None:
+        row, columns = self._rows.get(kept), self._columns[:, : len(self._kept)]
+        return None if row is None else float(self.scores(self._now + 1 - columns[LAST], columns[VALUE])[row])
+
     def _refresh(self, row: int) -> bool:
         """Brings a column up to date -> whether it was not."""
         kept = self._kept[row]

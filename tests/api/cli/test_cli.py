@@ -61,7 +61,10 @@ def test_talking_to_a_server_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], ["serve", "chat", "model", "bench"]),
+        ([], ["serve", "chat", "model", "cache", "bench"]),
+        (["cache"], ["ls", "show", "drop"]),
+        (["cache", "ls"], ["--url", "--api-key", "--salt", "--limit", "--json"]),
+        (["cache", "drop"], ["--all", "--api-key-file", "--json"]),
         (
             ["serve"],
             ["--host", "--port", "--api-key-file", "--budget", "--policy", "--backend", "--fast", "--drain-timeout"],
@@ -104,6 +107,8 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
     keys = tmp_path / "keys"
     keys.write_text("# mine\nsecret\n\nother \n")
+    operators = tmp_path / "operators"
+    operators.write_text("root\n")
     line = (
         f"serve some/model --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
         "--budget 64MiB --policy lru --backend torch --dtype float32 --threads 1 --max-running 3 --max-waiting 4 "
@@ -112,7 +117,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "--allow-host a.example --allow-host b.example --allow-origin * --allow-origin https://c.example "
         "--forwarded-allow-ips 10.0.0.0/8,::1 --max-connections 7 "
         "--header-timeout 1 --body-timeout 2 --reader-timeout 3 --special-tokens-in-content --message-book 2MiB "
-        "--keep-billing-header --tool-parser jamba"
+        f"--keep-billing-header --tool-parser jamba --operator-key-file {operators}"
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
@@ -143,7 +148,15 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "vllm_metrics": True,
         "drain_timeout_s": 1.5,
         "hung_after_s": 7.0,
+        "operator_keys": ("root",),
     }
+
+
+def test_an_operators_key_needs_another_one_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    operators = tmp_path / "operators"
+    operators.write_text("root\n")
+    assert exit_code("serve", "--operator-key-file", str(operators)) == 2
+    assert "operator" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

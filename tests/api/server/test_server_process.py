@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import re
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -264,6 +266,26 @@ def test_chat_talks_to_a_running_server(
     notes = captured.err.splitlines()
     assert notes[0].startswith("0 cached + ")
     assert " + 0 computed prompt tokens" in notes[1]
+
+
+def test_what_is_cached_can_be_listed_and_dropped(
+    guarded: Server, key_file: Path, client: openai.OpenAI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(client, [{"role": "system", "content": LONG_SYSTEM}, {"role": "user", "content": "Will you remember this?"}])
+    where = ["--url", guarded.url, "--api-key-file", str(key_file)]
+
+    def run(*args: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["cache", *args, *where, "--json"])
+        assert not end.value.code
+        return dict(json.loads(capsys.readouterr().out))
+
+    newest = run("ls")["data"][0]
+    shown = run("show", newest["name"])
+    assert "Will you remember this?" in shown["text"]
+    assert shown["states"][-1]["name"] == newest["name"]
+    assert run("drop", "--all")["freed_bytes"] >= newest["bytes"] > 0
+    assert run("ls") == {"data": [], "total": 0}
 
 
 def test_chat_without_the_key_ends_in_one_line(guarded: Server, capsys: pytest.CaptureFixture[str]) -> None:

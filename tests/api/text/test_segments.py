@@ -1,5 +1,6 @@
 """Messages to prompts: the tokens of a message do not depend on what follows it."""
 
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -111,6 +112,19 @@ def test_each_message_end_is_a_boundary_and_text_is_what_the_template_says(text:
         "<|im_start|>user\nhello<|im_end|>\n",
         "<|im_start|>assistant\n",
     ]
+
+
+def test_a_prompt_says_where_each_message_ends(text: TextModel) -> None:
+    """Messages whose end the template does not show end together."""
+    messages = said("hello", "he", "lo")
+    prompt = encoder_for(text, PLAIN).encode(messages, Rendering(), ROOM)
+    lines = ["user: hello\n", "assistant: he\n", "user: lo\n"]
+    starts = (0, *prompt.ends)
+    decoded = [text.tokenizer.decode(prompt.tokens[a:b].tolist()) for a, b in pairwise(starts)]
+    assert decoded == lines
+    forgets = encoder_for(text, FORGETS).encode(messages, Rendering(), ROOM)
+    assert set(forgets.ends) == {len(forgets.tokens)}
+    assert prompt_of_tokens([1, 2], text.tokenizer).ends == ()
 
 
 def test_boundaries_say_whose_message_ends_there(text: TextModel) -> None:

@@ -1,0 +1,73 @@
+"""The commands about what a running server has cached. Nothing heavy is imported before one runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hybrid_cache.api.cli.options import Json, KeyFile, api_keys
+
+app = typer.Typer(help="What a running server has cached: yours, or with an operator's key all.", no_args_is_help=True)
+
+Url = Annotated[str, typer.Option(help="The server.")]
+Key = Annotated[str | None, typer.Option(help="Your API key there. Other users may see it in ps.")]
+Salt = Annotated[str | None, typer.Option(help="Only what was cached with this cache_salt.")]
+Name = typer.Argument(help="A name from `cache ls`, or its first digits.")
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@app.command()
+def ls(
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    api_key_file: KeyFile = None,
+    salt: Salt = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Conversations that are listed at most.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """The conversations that are cached, those used last first."""
+    from hybrid_cache.api.cli.server_cache import ServerCache, list_conversations
+
+    with ServerCache(url, _key(api_key, api_key_file), salt) as server:
+        list_conversations(server, limit, as_json=as_json)
+
+
+@app.command()
+def show(
+    name: Annotated[str, Name],
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    api_key_file: KeyFile = None,
+    salt: Salt = None,
+    as_json: Json = False,
+) -> None:
+    """The states of a cached conversation, and its last text."""
+    from hybrid_cache.api.cli.server_cache import ServerCache, show_conversation
+
+    with ServerCache(url, _key(api_key, api_key_file), salt) as server:
+        show_conversation(server, name, as_json=as_json)
+
+
+@app.command()
+def drop(
+    name: Annotated[str | None, Name] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that `cache ls` knows of, instead of one.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+    api_key_file: KeyFile = None,
+    salt: Salt = None,
+    as_json: Json = False,
+) -> None:
+    """Drops a cached conversation, or all, as far as no request uses it now."""
+    from hybrid_cache.api.cli.server_cache import ServerCache, drop_conversations
+    from hybrid_cache.errors import ConfigError
+
+    if (name is None) is not everything:
+        raise ConfigError("give either the name of a conversation or --all")
+    with ServerCache(url, _key(api_key, api_key_file), salt) as server:
+        drop_conversations(server, name, as_json=as_json)
+
+
+def _key(given: str | None, path: Path | None) -> str | None:
+    keys = api_keys((given,) if given else (), path)
+    return keys[0] if keys else None
