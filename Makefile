@@ -1,6 +1,7 @@
 # make serve   talk to the embedded model on http://127.0.0.1:8000 (PORT=8123 MODEL=dir HOST=0.0.0.0 ARGS="--budget 4GiB")
 # make test    what CI runs on code: pytest, without the slow sweeps (WORKERS=2 processes, ARGS="-k scheduler")
 # make test-all   the slow sweeps as well
+# make conformance   clients that need versions of their own: LiteLLM, instructor, lm-eval (1 GB in .venv/conformance)
 # make check   lint, types, tests
 # make install only sets up .venv
 
@@ -14,10 +15,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # The oldest Triton that kernels have to compile under, beside the one that is used; tests look for it here.
 OLD_TRITON := 3.6.0
+# Clients whose versions do not go together with ours; they talk to a server of .venv.
+CLIENTS := litellm instructor lm_eval
+CLIENTS_VENV := .venv/conformance
 
 PYTEST = OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install serve test test-all lint check clean
+.PHONY: install serve test test-all conformance lint check clean
 
 install: $(STAMP)
 
@@ -38,6 +42,15 @@ test: install
 
 test-all: install
 	$(PYTEST) $(ARGS)
+
+$(CLIENTS_VENV)/.installed: tests/conformance/requirements.txt
+	test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/conformance/requirements.txt
+	touch $@
+
+conformance: install $(CLIENTS_VENV)/.installed
+	HYBRID_CACHE_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS_VENV)/bin/python -m pytest -W ignore \
+		--confcutdir=tests/conformance $(CLIENTS:%=tests/conformance/test_%.py) $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from hybrid_cache.api.text.grammars import Source
 from hybrid_cache.api.text.tokenizer import Tokenizer
@@ -10,6 +11,7 @@ from hybrid_cache.errors import RequestError
 
 ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 Tool = Mapping[str, object]  # the definition of a function
+_OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if")
 
 
 def call_source(
@@ -39,8 +41,18 @@ def _mark(mark: str, tokenizer: Tokenizer) -> str:
 
 
 def _parameters(function: Tool) -> Mapping[str, object]:
+    """The schema of the arguments. One that lists them, and does not say that there may be others, means no others."""
     schema = function.get("parameters")
-    return schema if isinstance(schema, dict) and schema else {"type": "object"}
+    if not isinstance(schema, dict) or not schema:
+        return {"type": "object"}
+    return {**schema, "additionalProperties": False} if _lists_all(schema) else schema
+
+
+def _lists_all(schema: Mapping[str, object]) -> bool:
+    """Nothing else in the schema lets in, or asks for, an argument that is not among its properties."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    listed = isinstance(properties, dict) and isinstance(required, list) and set(required) <= properties.keys()
+    return listed and schema.keys().isdisjoint(_OPEN)
 
 
 def _text_rule(name: str, schema: Mapping[str, object]) -> str:
@@ -55,27 +67,50 @@ def _text_rule(name: str, schema: Mapping[str, object]) -> str:
     return f"{name}: /[^<]{{{low},{high}}}/"
 
 
+def _moved(schema: Any, place: str) -> Any:
+    """A schema, or a part of one, for another document: what it refers to is found under `place`, a JSON pointer.
+
+    LiteLLM writes references without their `#`.
+    """
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    match schema.get("$ref"):
+        case str(pointer) if pointer == "#" or pointer.startswith(("#/", "/")):
+            moved["$ref"] = f"#{place}{pointer.removeprefix('#')}"
+    return moved
+
+
+def _part(function: Tool, schema: Mapping[str, object]) -> Mapping[str, object]:
+    """The schema of one argument as a document, with all that it refers to."""
+    if '"$ref"' not in json.dumps(schema):
+        return schema
+    part, whole = _moved([schema, _parameters(function)], "/$defs/arguments")
+    return {**part, "$defs": {"arguments": whole}}
+
+
 def _properties(function: Tool) -> list[tuple[str, Mapping[str, object], bool]]:
     """Name, schema, and whether it is required, of each parameter in the order of the schema."""
     schema = _parameters(function)
     properties, required = schema.get("properties"), schema.get("required")
     needed = required if isinstance(required, list) else []
     items = properties.items() if isinstance(properties, dict) else ()
-    return [(key, value if isinstance(value, dict) else {}, key in needed) for key, value in items]
+    return [(key, _part(function, value) if isinstance(value, dict) else {}, key in needed) for key, value in items]
 
 
-def _one_object(functions: Sequence[Tool], arguments: str) -> dict[str, object]:
-    """A schema of a call as an object."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": function["name"]}, arguments: _parameters(function)},
-            "required": ["name", arguments],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+def _one_object(functions: Sequence[Tool], arguments: str, place: str = "") -> dict[str, object]:
+    """A schema of a call as an object. place: where in a document, as a JSON pointer"""
+    if len(functions) > 1:
+        return {"anyOf": [_one_object([each], arguments, f"{place}/anyOf/{i}") for i, each in enumerate(functions)]}
+    parameters = _moved(_parameters(functions[0]), f"{place}/properties/{arguments}")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": functions[0]["name"]}, arguments: parameters},
+        "required": ["name", arguments],
+        "additionalProperties": False,
+    }
 
 
 def _json_rule(name: str, schema: Mapping[str, object]) -> str:
@@ -98,7 +133,9 @@ def _tagged_list(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, par
     """Jamba, Nemotron: all calls in one list."""
     yield f"start: {mark(tools.begin)} calls {mark(tools.end)}"
     most = {} if parallel else {"maxItems": 1}
-    yield _json_rule("calls", {"type": "array", "items": _one_object(functions, "arguments"), "minItems": 1, **most})
+    yield _json_rule(
+        "calls", {"type": "array", "items": _one_object(functions, "arguments", "/items"), "minItems": 1, **most}
+    )
 
 
 def _bare_object(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
@@ -114,7 +151,7 @@ def _kimi(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: 
     for i, function in enumerate(functions):
         name = json.dumps(f"functions.{function['name']}:")
         yield f"call{i}: {mark(begin)} {name} /[0-9]{{1,3}}/ {mark(argument)} arguments{i} {mark(end)}"
-        yield _json_rule(f"arguments{i}", _parameters(function))
+        yield _json_rule(f"arguments{i}", _moved(_parameters(function), ""))
 
 
 def _tagged_parameters(head: str, foot: str, parameter: str, close: str) -> Callable[..., Iterator[str]]:

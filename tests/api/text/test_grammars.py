@@ -30,6 +30,7 @@ LOOK: dict[str, Any] = {
     },
 }
 WAIT: dict[str, Any] = {"name": "wait"}
+CLOSED: dict[str, Any] = {"additionalProperties": False}
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,64 @@ def test_a_call_that_has_to_be_made_is_made(grammars: Grammars, name: str, only:
             if call.name == "look":
                 jsonschema_rs.validator_for(LOOK["parameters"]).validate(json.loads(call.arguments))
     assert ended > 5
+
+
+PLACE = {"type": "object", "properties": {"row": {"enum": ["up", "down"]}}, "required": ["row"]} | CLOSED
+REFERRING: dict[str, Any] = {
+    "$defs": {"Place": PLACE, "Places": {"type": "array", "items": {"$ref": "#/$defs/Place"}, "maxItems": 2}},
+    "type": "object",
+    "properties": {"at": {"$ref": "#/$defs/Place"}, "near": {"$ref": "#/$defs/Places"}},
+    "required": ["at", "near"],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("num_tools", [1, 2])
+@pytest.mark.parametrize("hash_sign", ["#", ""], ids=["standard", "as-LiteLLM-has-it"])
+def test_a_schema_may_refer_to_its_own_definitions(
+    grammars: Grammars, name: str, num_tools: int, hash_sign: str
+) -> None:
+    schema = json.loads(json.dumps(REFERRING).replace("#/", f"{hash_sign}/"))
+    functions = [{"name": f"look{i}", "parameters": schema} for i in range(num_tools)]
+    source = call_source(FORMATS[name], functions, small_text().tokenizer, only=None, parallel=False)
+    grammar, rng, ended = grammars.compile(source), random.Random(name), 0
+    for said in filter(None, (walk(grammar, rng) for _ in range(5))):
+        ended += 1
+        parser = AnswerParser(AnswerForm(FORMATS[name], {f["name"]: schema["properties"] for f in functions}))
+        [call] = [*parser.push(said), *parser.finish()]
+        assert isinstance(call, ParsedCall)
+        jsonschema_rs.validator_for({**REFERRING, **CLOSED}).validate(json.loads(call.arguments))
+    assert ended > 2
+
+
+@pytest.mark.parametrize(
+    ("more", "others"),
+    [
+        ({}, False),
+        (CLOSED, False),
+        ({"additionalProperties": True}, True),
+        ({"patternProperties": {"^b": {"type": "boolean"}}}, True),
+        ({"allOf": [{"required": ["b"]}]}, True),
+        ({"required": ["b"]}, True),
+    ],
+    ids=str,
+)
+def test_a_call_has_no_arguments_that_its_tool_does_not_list(
+    grammars: Grammars, more: dict[str, Any], others: bool
+) -> None:
+    """Unless the schema says, somehow, that there are others."""
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, **more}
+    function = {"name": "f", "parameters": schema}
+    source = call_source(FORMATS["llama3"], [function], small_text().tokenizer, only=None, parallel=False)
+    way = grammars.compile(source).start()
+    said = '{"name": "f", "parameters": {"a": true, "b": true}}'
+    allowed = []
+    for token in small_text().tokenizer.encode(said):
+        allowed.append(bool(np.unpackbits(way.mask(), bitorder="little")[token]))
+        if not allowed[-1]:
+            break
+        way.note(token)
+    assert all(allowed) == others
 
 
 def test_a_tool_that_is_not_there() -> None:
