@@ -1,7 +1,7 @@
 """How tokens are chosen: what a request asks, and what one continuation has had so far. See `device.sampler`."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -101,6 +101,13 @@ class Constraint(Protocol):
         ...
 
 
+def _allows_others(mask: npt.NDArray[np.uint8], tokens: Sequence[int]) -> bool:
+    """Whether a mask, as of `Constraint`, allows more than these tokens."""
+    bits = np.unpackbits(mask, bitorder="little")
+    bits[list(tokens)] = 0
+    return bool(bits.any())
+
+
 class TokenChooser:
     """What one continuation asks of its tokens; owns its random numbers and its counts of past tokens."""
 
@@ -129,8 +136,11 @@ class TokenChooser:
 
     @property
     def holds_back(self) -> bool:
-        """Whether stop tokens are not to be chosen yet."""
-        return bool(self.params.stop_token_ids) and self.counts.total() < self.params.min_tokens
+        """Whether stop tokens are not to be chosen yet. A constraint that allows nothing else goes before that."""
+        stops = self.params.stop_token_ids
+        if not (stops and self.counts.total() < self.params.min_tokens):
+            return False
+        return self.constraint is None or _allows_others(self.constraint.mask(), stops)
 
     def point(self) -> float:
         """Where the next token is drawn, in [0, 1): the same until a token is noted."""

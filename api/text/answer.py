@@ -5,18 +5,22 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 
-from hybrid_cache.api.text import answer_parser
 from hybrid_cache.api.text.answer_parser import AnswerParser, Item
+from hybrid_cache.api.text.answer_parser import Thought as ThoughtItem
+from hybrid_cache.api.text.call_readers import Arguments, CallBegun
 from hybrid_cache.api.text.generation import (
     Begin,
+    CallArguments,
+    CallBegin,
+    CallEnd,
     End,
     Event,
     GenerationSpec,
     Lookup,
+    Part,
     Text,
     Thought,
     Token,
-    ToolCall,
     Usage,
 )
 from hybrid_cache.api.text.next_turn import Said
@@ -223,12 +227,17 @@ class _Choice:
         found = parser.push(piece.text)
         return found if piece.output.finish is None else found + parser.finish()
 
-    def _event(self, item: Item, token: Token | None) -> Text | Thought | ToolCall:
-        if isinstance(item, str):
-            return Text(self.number, item, token)
-        if isinstance(item, answer_parser.Thought):
-            return Thought(self.number, item.text, token)
-        return ToolCall(self.number, item.name, item.arguments, token, item.id or f"call_{uuid.uuid4().hex[:24]}")
+    def _event(self, item: Item, token: Token | None) -> Part:
+        match item:
+            case str():
+                return Text(self.number, item, token)
+            case ThoughtItem():
+                return Thought(self.number, item.text, token)
+            case CallBegun():
+                return CallBegin(self.number, item.name, token, item.id or f"call_{uuid.uuid4().hex[:24]}")
+            case Arguments():
+                return CallArguments(self.number, item.text, token)
+        return CallEnd(self.number, item.complete, token)
 
 
 async def _pump(generation: _Generation, queue: "asyncio.Queue[Events | Exception | None]") -> None:

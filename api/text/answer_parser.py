@@ -1,13 +1,11 @@
 """What an answer consists of, found as its text comes: text, thoughts and tool calls, in linear time."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from hybrid_cache.api.text.tool_formats import ParsedCall, ThoughtFormat, ToolFormat, Types
-
-MOST_MARKS_WITHIN = 64  # end marks in one section: each has all of it read again
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+from hybrid_cache.api.text.call_readers import Arguments, CallBegun, CallDone, CallItem, Calls, Types
+from hybrid_cache.api.text.incoming import Broken, Ended, Incoming, Waiting, marks_of
+from hybrid_cache.api.text.tool_formats import PYTHON_TAG, ThoughtFormat, ToolFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +13,8 @@ class Thought:
     text: str
 
 
-Item = str | Thought | ParsedCall
+Item = str | Thought | CallItem
+Items = Generator[Item | None, None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class AnswerForm:
     """How an answer is read. tools: None where calls are text; thinking: it begins within a thought"""
 
     tools: ToolFormat | None = None
-    types: Types = field(default_factory=dict)
+    types: Types = field(default_factory=dict)  # of all tools of the request
     thoughts: ThoughtFormat | None = None
     thinking: bool = False
 
@@ -34,141 +33,152 @@ class AnswerForm:
         return (*of_thoughts, *(self.tools.marks if self.tools else ()))
 
 
-class MarkFinder:
-    """Looks for marks in text that comes in pieces. Holds back what may be the beginning of one."""
-
-    def __init__(self, marks: Sequence[str]) -> None:
-        self._marks = tuple(filter(None, marks))
-        self.held = ""
-
-    def push(self, text: str) -> tuple[str, str | None, str]:
-        """Takes text -> what comes before the first mark or is certain to be none, the mark, what follows it."""
-        text, self.held = self.held + text, ""
-        found = [(place, mark) for mark in self._marks if (place := text.find(mark)) >= 0]
-        if found:
-            place, mark = min(found, key=lambda each: (each[0], -len(each[1])))
-            return text[:place], mark, text[place + len(mark) :]
-        keep = max((_beginning(text, mark) for mark in self._marks), default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep], None, ""
-
-
-def ends_in_string(text: str) -> bool:
-    """Whether a string of JSON is open where a text ends."""
-    return '"' in _STRING.sub("", text)
-
-
-def _beginning(text: str, mark: str) -> int:
-    """How many of the last characters of a text may be the first of a mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
-
-
 class AnswerParser:
-    """Text in, items out. A section that is no well-formed call, or is never closed, stays text."""
+    """Text in, items out.
+
+    A call to a tool of the request begins with its arguments, and these come as they are written; any other is held
+    back until it is whole. What has begun stays a call: where it breaks off, at the end of the answer or at a character
+    that does not belong there, it ends with the arguments so far, which are then the beginning of an object and never
+    one; a part of them that is not whole is lost. What else is no call stays text, from the mark or the call before it,
+    and text goes on where the form broke. Only if the answer ends within a section in which a call was made, the rest
+    of that section is dropped.
+    """
 
     def __init__(self, form: AnswerForm) -> None:
         self._form = form
-        self._section: list[str] | None = None  # of calls, while it is open
-        self._thinking = form.thinking and form.thoughts is not None
-        self._layout = ""  # characters that are dropped before the next text
+        self._text = Incoming()
+        self._marks = marks_of(form.thoughts.begin if form.thoughts else "", form.tools.begin if form.tools else "")
+        self.thinking = form.thinking and form.thoughts is not None  # the text so far ends within a thought
         self._called = False
-        self._marks_within = 0  # that turned out to stand in a string of the section
-        self._finder = self._new_finder()
-        bare = form.tools is not None and not form.tools.begin
-        self._undecided: list[str] | None = [] if bare else None  # the answer may be a call as a whole
+        self._ids: set[str] = set()
+        self._reading = self._answer()
+
+    @property
+    def may_begin_mark(self) -> bool:
+        """Whether the text so far ends with what may be the beginning of a mark."""
+        return self._text.unread
 
     def push(self, text: str) -> list[Item]:
-        """Takes text -> what is now certain, in order."""
-        if self._undecided is not None:
-            text = self._decide(text)
-        found: list[Item] = []
-        while True:
-            before, mark, text = self._finder.push(text)
-            self._take(before, found)
-            if mark is None:
-                return found
-            self._turn(mark, found)
+        """Takes text -> what is now certain, in order; neighbours of one kind are one item."""
+        self._text.feed(text)
+        return self._certain()
 
     def finish(self) -> list[Item]:
         """What was held back."""
+        self._text.end()
+        return self._certain()
+
+    def _certain(self) -> list[Item]:
         found: list[Item] = []
-        if self._undecided is not None:
-            self._take("".join(self._undecided), found)
-        held, self._finder.held = self._finder.held, ""
-        self._take(held, found)
-        if self._section is None:
-            return found
-        text, tools = "".join(self._section), self._form.tools
-        self._section = None
-        assert tools is not None
-        calls = tools.read(text, self._form.types) if not tools.end else None
-        return [*found, *calls] if calls else [*found, tools.begin + text]
+        parts: list[str] = []  # of the last item
+        for item in self._reading:
+            if item is None:
+                break
+            if parts and type(item) is not type(found[-1]):
+                found[-1], parts = _of_parts(found[-1], parts), []
+            if isinstance(item, CallBegun | CallDone):
+                found.append(item)
+                continue
+            if not parts:
+                found.append(item)
+            parts.append(item if isinstance(item, str) else item.text)
+        if parts:
+            found[-1] = _of_parts(found[-1], parts)
+        return found
 
-    def _decide(self, text: str) -> str:
-        """An answer that begins with a brace, with the mark of code before it or not, may be a call to its end.
+    def _answer(self) -> Items:
+        if self.thinking and self._form.thoughts is not None:
+            yield from self._thought(self._form.thoughts.end)
+        if self._form.tools is not None and not self._form.tools.begin:
+            yield from self._bare(self._form.tools)
+        while mark := (yield from self._said()):
+            if self._form.thoughts is not None and mark == self._form.thoughts.begin:
+                yield from self._thought(self._form.thoughts.end)
+            elif self._form.tools is not None:
+                yield from self._section(mark, self._form.tools)
 
-        -> what is now certain
-        """
-        assert self._undecided is not None
-        self._undecided.append(text)
-        whole = "".join(self._undecided).lstrip()
-        bare = whole.removeprefix("<|python_tag|>").lstrip()
-        if not bare or (whole.startswith("<|") and _beginning(whole, "<|python_tag|>") == len(whole)):
-            return ""
-        self._undecided = None
-        if bare.startswith("{"):
-            self._section, self._finder = [], MarkFinder(())
-            return bare
-        return whole
+    def _said(self) -> Generator[str | None, None, str]:
+        """Text up to a mark -> that. Space around calls is layout."""
+        space = (yield from self._text.spaces()) if self._called else ""
+        for piece in self._text.before(self._marks):
+            yield piece and space + piece
+            space = "" if piece else space
+        return self._text.take_mark(self._marks)
 
-    def _new_finder(self) -> MarkFinder:
-        form = self._form
-        if self._thinking:
-            assert form.thoughts is not None
-            return MarkFinder((form.thoughts.end,))
-        if self._section is not None:
-            assert form.tools is not None
-            return MarkFinder((form.tools.end,))
-        return MarkFinder((form.thoughts.begin if form.thoughts else "", form.tools.begin if form.tools else ""))
+    def _thought(self, end: str) -> Items:
+        """Line breaks around it are layout."""
+        self.thinking = True
+        yield from self._line_breaks()
+        for piece in self._text.before(marks_of(end)):
+            yield None if piece is None else Thought(piece)
+        self._text.take_mark(marks_of(end))
+        self.thinking = False
+        yield from self._line_breaks()
 
-    def _turn(self, mark: str, found: list[Item]) -> None:
-        """A mark has come: another section begins."""
-        form = self._form
-        if form.thoughts is not None and mark in (form.thoughts.begin, form.thoughts.end):
-            self._thinking, self._layout = mark == form.thoughts.begin, "\n"
-        elif self._section is None:
-            self._section = []
-        else:
-            assert form.tools is not None
-            text = "".join(self._section)
-            calls = form.tools.read(text, form.types)
-            if calls is None and self._marks_within < MOST_MARKS_WITHIN and ends_in_string(text):
-                self._section, self._marks_within = [text + mark], self._marks_within + 1
-                return
-            self._section, self._marks_within = None, 0
-            self._called = self._called or calls is not None
-            if calls is None:
-                self._say(form.tools.begin + text + form.tools.end, found)
-            else:
-                found += calls
-        self._finder = self._new_finder()
+    def _line_breaks(self) -> Waiting[None]:
+        while (yield from self._text.peek()) == "\n":
+            self._text.take()
 
-    def _take(self, text: str, found: list[Item]) -> None:
-        if not text:
-            return
-        if self._section is not None:
-            self._section.append(text)
-            return
-        text = text.lstrip(self._layout) if self._layout else text
-        if not text:
-            return
-        self._layout = ""
-        if self._thinking:
-            found.append(Thought(text))
-        else:
-            self._say(text, found)
+    def _bare(self, tools: ToolFormat) -> Items:
+        """An answer that begins with a brace, with the mark of code before it or not, may be calls to its end."""
+        with self._text.recorded() as read:
+            yield from self._text.spaces()
+            try:
+                if (yield from self._text.at(PYTHON_TAG)):
+                    self._text.take(len(PYTHON_TAG))
+                    yield from self._text.spaces()
+            except Ended:
+                pass
+            is_call = (yield from self._text.peek()) == "{"
+            before = "".join(read)
+        if is_call:
+            yield from self._section(before, tools)
+        elif before:
+            yield before
 
-    def _say(self, text: str, found: list[Item]) -> None:
-        """Space around calls is layout, not an answer."""
-        if not (self._called and text.isspace()):
-            found.append(text)
+    def _section(self, mark: str, tools: ToolFormat) -> Items:
+        """What a mark opens: calls, or text with the mark."""
+        made = False
+        with self._text.recorded() as read:
+            try:
+                for item in self._calls(tools):
+                    if item is not None:
+                        read.clear()
+                        mark, made, self._called = "", True, True
+                    yield self._with_own_id(item)
+            except Broken as why:
+                if isinstance(why, Ended):
+                    self._text.rest()
+                rest = mark + "".join(read)
+                if rest and not (made and isinstance(why, Ended)):
+                    yield rest
+
+    def _with_own_id(self, item: CallItem | None) -> CallItem | None:
+        """Clients tell calls apart by their ids: one that a call before it has is no id."""
+        if not isinstance(item, CallBegun) or item.id is None:
+            return item
+        repeated = item.id in self._ids
+        self._ids.add(item.id)
+        return CallBegun(item.name) if repeated else item
+
+    def _calls(self, tools: ToolFormat) -> Calls:
+        """All calls of a section, and its end. Raises Broken."""
+        made = False
+        while True:
+            while (at := (yield from self._text.peek())) and at in tools.between:
+                self._text.take()
+            if (yield from self._text.at(tools.end)) if tools.end else not at:
+                break
+            for item in tools.read(self._text, self._form.types):
+                if not tools.begin and isinstance(item, CallBegun) and item.name not in self._form.types:
+                    raise Broken  # the answer is JSON of its own
+                yield item
+            made = True
+        self._text.take(len(tools.end))
+        if not made:
+            raise Broken
+
+
+def _of_parts(item: Item, parts: list[str]) -> Item:
+    text = "".join(parts)
+    return text if isinstance(item, str) else Thought(text) if isinstance(item, Thought) else Arguments(text)

@@ -112,14 +112,31 @@ class Thought:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A whole tool call in a choice."""
+class CallBegin:
+    """A tool call in a choice: its arguments follow, then its end, before anything else of the choice that has text."""
 
     choice: int
     name: str
-    arguments: str  # JSON as the model wrote it
     token: Token | None  # as in `Text`
-    id: str  # the model's where it gives one
+    id: str  # the model's where it gives one that no call before it in the choice has
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """More of the arguments of the call: together JSON as the model wrote it, an object."""
+
+    choice: int
+    text: str
+    token: Token | None  # as in `Text`
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """The end of the call. Where it broke off, its arguments are the beginning of an object and no JSON."""
+
+    choice: int
+    complete: bool
+    token: Token | None  # as in `Text`
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,4 +150,5 @@ class End:
     plan: Plan | None  # of an arranged prompt: what was really done
 
 
-Event = Begin | Text | Thought | ToolCall | End
+Part = Text | Thought | CallBegin | CallArguments | CallEnd  # what tokens cause
+Event = Begin | Part | End

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from hybrid_cache.api.text.chat import PROBES, ChatEncoder
-from hybrid_cache.api.text.generation import Text, Thought, ToolCall
+from hybrid_cache.api.text.generation import Part, Text, Thought
 from hybrid_cache.api.text.marks import Quoting
 from hybrid_cache.api.text.messages import Talk, TemplateMessage, TextPart, arguments_object, tool_call
+from hybrid_cache.api.text.whole_calls import ToolCall, WholeCalls
 from hybrid_cache.tokens import Prompt
 
 THOUGHTS = "reasoning_content"
@@ -26,15 +27,17 @@ class Said:
     texts: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
+    _whole: WholeCalls = field(default_factory=WholeCalls)
 
-    def take(self, event: Text | Thought | ToolCall) -> None:
-        match event:
-            case Text():
-                self.texts.append(event.text)
-            case Thought():
-                self.thoughts.append(event.text)
-            case ToolCall():
-                self.calls.append(event)
+    def take(self, event: Part | ToolCall) -> None:
+        for part in self._whole.take(event):
+            match part:
+                case Text():
+                    self.texts.append(part.text)
+                case Thought():
+                    self.thoughts.append(part.text)
+                case ToolCall():
+                    self.calls.append(part)
 
 
 def beginnings(chat: ChatEncoder, talk: Talk, said: Said, max_tokens: int) -> list[Prompt]:

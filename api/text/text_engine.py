@@ -153,8 +153,8 @@ def _types(tools: Sequence[Mapping[str, object]]) -> dict[str, Mapping[str, obje
     types: dict[str, Mapping[str, object]] = {}
     for tool in tools:
         function = tool.get("function")
-        parameters = function.get("parameters") if isinstance(function, dict) else None
-        properties = parameters.get("properties") if isinstance(parameters, dict) else None
-        if isinstance(function, dict) and isinstance(properties, dict):
-            types[str(function.get("name"))] = properties
+        if isinstance(function, dict):
+            parameters = function.get("parameters")
+            properties = parameters.get("properties") if isinstance(parameters, dict) else None
+            types[str(function.get("name"))] = properties if isinstance(properties, dict) else {}
     return types

@@ -1,12 +1,23 @@
 """Grammars of tool calls, from the records that they are read by: an answer that has to call a tool cannot fail to."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hybrid_cache.api.text.call_readers import (
+    KEYWORD,
+    KIMI_ID,
+    NAMES,
+    PYTHON_NAME,
+    Tags,
+    branches_of,
+    kinds_of,
+    values_of,
+)
 from hybrid_cache.api.text.grammars import Source
 from hybrid_cache.api.text.tokenizer import Tokenizer
-from hybrid_cache.api.text.tool_formats import ToolFormat
+from hybrid_cache.api.text.tool_formats import MINIMAX, QWEN, ToolFormat
 from hybrid_cache.errors import RequestError
 
 ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -32,6 +43,7 @@ def call_source(
 
 
 Marked = Callable[[str], str]
+Rules = Callable[[ToolFormat, Sequence[Tool], Marked, bool], Iterator[str]]
 
 
 def _mark(mark: str, tokenizer: Tokenizer) -> str:
@@ -56,15 +68,32 @@ def _lists_all(schema: Mapping[str, object]) -> bool:
 
 
 def _text_rule(name: str, schema: Mapping[str, object]) -> str:
-    """A value that is written as it is where it is text, and as JSON else."""
-    if schema.get("type") != "string":
+    """A value that is written as it is where it may be text, and as JSON else."""
+    if "string" not in kinds_of(schema):
         return _json_rule(name, schema)
-    if isinstance(values := schema.get("enum", [schema["const"]] if "const" in schema else None), list):
-        return f"{name}: " + " | ".join(json.dumps(str(value)) for value in values)
+    return f"{name}: " + " | ".join(_texts(schema))
+
+
+def _texts(schema: Mapping[str, object]) -> Iterator[str]:
+    """What a value may be that is read as text, or as null."""
+    kinds, values = kinds_of(schema), values_of(schema)
+    if values is not None:
+        yield from (json.dumps("null" if each is None else each) for each in values if isinstance(each, str | None))
+    elif "type" not in schema:
+        for branch in branches_of(schema):
+            yield from _texts(branch)
+    else:
+        if "null" in kinds:
+            yield json.dumps("null")
+        if "string" in kinds:
+            yield _text(schema)
+
+
+def _text(schema: Mapping[str, object]) -> str:
     if isinstance(pattern := schema.get("pattern"), str):
-        return f"{name}: /{pattern.removeprefix('^').removesuffix('$').replace('/', chr(92) + '/')}/"
+        return f"/{pattern.removeprefix('^').removesuffix('$').replace('/', chr(92) + '/')}/"
     low, high = schema.get("minLength", 0), schema.get("maxLength", "")
-    return f"{name}: /[^<]{{{low},{high}}}/"
+    return f"/[^<]{{{low},{high}}}/"
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -91,26 +120,32 @@ def _part(function: Tool, schema: Mapping[str, object]) -> Mapping[str, object]:
     return {**part, "$defs": {"arguments": whole}}
 
 
-def _properties(function: Tool) -> list[tuple[str, Mapping[str, object], bool]]:
-    """Name, schema, and whether it is required, of each parameter in the order of the schema."""
+def _named(function: Tool, names: re.Pattern[str]) -> str:
+    """The name of a tool. names: those that can be read in this form. Raises RequestError for any other."""
+    name = str(function["name"])
+    if not _fits(name, names):
+        raise RequestError(f"{name!r} cannot be called in this model's form of calls", param="tools")
+    return name
+
+
+def _fits(name: str, names: re.Pattern[str]) -> bool:
+    return names.fullmatch(name) is not None and name == name.strip()
+
+
+def _properties(function: Tool, names: re.Pattern[str]) -> list[tuple[str, Mapping[str, object], bool]]:
+    """Name, schema, and whether it is required, of each parameter in the order of the schema.
+
+    One whose name cannot be read in this form is never written; if it is required, this raises RequestError.
+    """
     schema = _parameters(function)
     properties, required = schema.get("properties"), schema.get("required")
     needed = required if isinstance(required, list) else []
     items = properties.items() if isinstance(properties, dict) else ()
-    return [(key, _part(function, value) if isinstance(value, dict) else {}, key in needed) for key, value in items]
-
-
-def _one_object(functions: Sequence[Tool], arguments: str, place: str = "") -> dict[str, object]:
-    """A schema of a call as an object. place: where in a document, as a JSON pointer"""
-    if len(functions) > 1:
-        return {"anyOf": [_one_object([each], arguments, f"{place}/anyOf/{i}") for i, each in enumerate(functions)]}
-    parameters = _moved(_parameters(functions[0]), f"{place}/properties/{arguments}")
-    return {
-        "type": "object",
-        "properties": {"name": {"const": functions[0]["name"]}, arguments: parameters},
-        "required": ["name", arguments],
-        "additionalProperties": False,
-    }
+    found = [(key, _part(function, value) if isinstance(value, dict) else {}, key in needed) for key, value in items]
+    missing = next((key for key, _, needs in found if needs and not _fits(key, names)), None)
+    if missing is not None:
+        raise RequestError(f"the parameter {missing!r} cannot be written in this model's form of calls", param="tools")
+    return [each for each in found if _fits(each[0], names)]
 
 
 def _json_rule(name: str, schema: Mapping[str, object]) -> str:
@@ -122,26 +157,36 @@ def _repeated(rule: str, parallel: bool, between: str = "") -> str:
     return f"{rule} ({between} {rule})*" if parallel else rule
 
 
+def _literal(*parts: str) -> str:
+    return json.dumps("".join(parts))
+
+
+def _objects(functions: Sequence[Tool], arguments: str) -> Iterator[str]:
+    """Rule `call`: a call as an object. arguments: their key"""
+    yield "call: " + " | ".join(f"call{i}" for i in range(len(functions)))
+    for i, function in enumerate(functions):
+        head = _literal('{"name": ', json.dumps(function["name"]), f', "{arguments}": ')
+        yield f'call{i}: {head} arguments{i} "}}"'
+        yield _json_rule(f"arguments{i}", _moved(_parameters(function), ""))
+
+
 def _tagged_objects(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
     """Hermes: each call in tags of its own."""
     yield "start: " + _repeated("one", parallel, '"\\n"')
     yield f'one: {mark(tools.begin)} "\\n" call "\\n" {mark(tools.end)}'
-    yield _json_rule("call", _one_object(functions, "arguments"))
+    yield from _objects(functions, "arguments")
 
 
 def _tagged_list(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
     """Jamba, Nemotron: all calls in one list."""
-    yield f"start: {mark(tools.begin)} calls {mark(tools.end)}"
-    most = {} if parallel else {"maxItems": 1}
-    yield _json_rule(
-        "calls", {"type": "array", "items": _one_object(functions, "arguments", "/items"), "minItems": 1, **most}
-    )
+    yield f'start: {mark(tools.begin)} "[" {_repeated("call", parallel, _literal(", "))} "]" {mark(tools.end)}'
+    yield from _objects(functions, "arguments")
 
 
 def _bare_object(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
     """Llama-3: the answer is a call."""
-    yield "start: " + _repeated("call", parallel, '"; "')
-    yield _json_rule("call", _one_object(functions, "parameters"))
+    yield "start: " + _repeated("call", parallel, _literal("; "))
+    yield from _objects(functions, "parameters")
 
 
 def _kimi(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
@@ -149,48 +194,60 @@ def _kimi(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: 
     yield f"start: {mark(tools.begin)} {_repeated('one', parallel)} {mark(tools.end)}"
     yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
     for i, function in enumerate(functions):
-        name = json.dumps(f"functions.{function['name']}:")
+        name = _literal("functions.", _named(function, KIMI_ID), ":")
         yield f"call{i}: {mark(begin)} {name} /[0-9]{{1,3}}/ {mark(argument)} arguments{i} {mark(end)}"
         yield _json_rule(f"arguments{i}", _moved(_parameters(function), ""))
 
 
-def _tagged_parameters(head: str, foot: str, parameter: str, close: str) -> Callable[..., Iterator[str]]:
-    """Functions and parameters in tags: those that are required, then others, in the order of the schema."""
+def _tagged_parameters(tags: Tags) -> Rules:
+    """Functions and parameters in tags, in the order of the schema."""
 
     def rules(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
         yield f'start: {mark(tools.begin)} "\\n" {_repeated("one", parallel)} {mark(tools.end)}'
         yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
         for i, function in enumerate(functions):
-            properties = _properties(function)
+            properties = _properties(function, NAMES[tags.close])
             parts = [f"p{i}x{j}{'' if needed else '?'}" for j, (_, _, needed) in enumerate(properties)]
-            opening = json.dumps(head.format(function["name"]) + "\n")
-            yield f"call{i}: {opening} {' '.join(parts)} {json.dumps(foot + chr(10))}"
+            opening = _literal(tags.function, _named(function, NAMES[tags.close]), tags.close, "\n")
+            yield f"call{i}: {opening} {' '.join(parts)} {_literal(tags.function_end, chr(10))}"
             for j, (key, value, _) in enumerate(properties):
-                yield f"p{i}x{j}: {json.dumps(parameter.format(key))} v{i}x{j} {json.dumps(close + chr(10))}"
+                head = _literal(tags.parameter, key, tags.close, tags.layout)
+                yield f"p{i}x{j}: {head} v{i}x{j} {_literal(tags.layout, tags.parameter_end, chr(10))}"
                 yield _text_rule(f"v{i}x{j}", value)
 
     return rules
 
 
 def _python(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
-    """LFM2: calls with keyword arguments, those that are required, whose values are written as in JSON."""
-    yield f'start: {mark(tools.begin)} "[" {_repeated("one", parallel, chr(34) + ", " + chr(34))} "]" {mark(tools.end)}'
+    """LFM2: calls with keyword arguments in the order of the schema, whose values are written as in JSON."""
+    yield f'start: {mark(tools.begin)} "[" {_repeated("one", parallel, _literal(", "))} "]" {mark(tools.end)}'
     yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
     for i, function in enumerate(functions):
-        required = [(key, value) for key, value, needed in _properties(function) if needed]
-        arguments = ' ", " '.join(f"{json.dumps(key + '=')} v{i}x{j}" for j, (key, _) in enumerate(required))
-        yield f'call{i}: {json.dumps(str(function["name"]) + "(")} {arguments} ")"'
-        for j, (_, value) in enumerate(required):
+        properties = _properties(function, KEYWORD)
+        yield f'call{i}: {_literal(_named(function, PYTHON_NAME), "(")} a{i} ")"'
+        yield from _keywords(i, [needed for _, _, needed in properties])
+        for j, (key, value, _) in enumerate(properties):
+            yield f"p{i}x{j}: {_literal(key, '=')} v{i}x{j}"
             yield _json_rule(f"v{i}x{j}", value)
 
 
-_GRAMMARS: Mapping[str, Callable[[ToolFormat, Sequence[Tool], Marked, bool], Iterator[str]]] = {
+def _keywords(i: int, needed: Sequence[bool]) -> Iterator[str]:
+    """Rule `a{i}`: parameters with commas between them. Rule `r{i}x{j}`: those from the j-th on, behind others."""
+    first = next((j for j, needs in enumerate(needed) if needs), len(needed))  # of those that have to be there
+    begins = [f"p{i}x{j} r{i}x{j + 1}" for j in range(min(first + 1, len(needed)))]
+    yield f"a{i}: " + " | ".join([*begins, *(['""'] if first == len(needed) else [])])
+    for j, needs in enumerate(needed):
+        yield f'r{i}x{j}: (", " p{i}x{j}){"" if needs else "?"} r{i}x{j + 1}'
+    yield f'r{i}x{len(needed)}: ""'
+
+
+_GRAMMARS: Mapping[str, Rules] = {
     "hermes": _tagged_objects,
-    "qwen3_coder": _tagged_parameters("<function={}>", "</function>", "<parameter={}>\n", "\n</parameter>"),
+    "qwen3_coder": _tagged_parameters(QWEN),
     "jamba": _tagged_list,
     "nemotron": _tagged_list,
     "lfm2": _python,
-    "minimax_m2": _tagged_parameters('<invoke name="{}">', "</invoke>", '<parameter name="{}">', "</parameter>"),
+    "minimax_m2": _tagged_parameters(MINIMAX),
     "kimi": _kimi,
     "llama3": _bare_object,
 }

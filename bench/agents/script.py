@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hybrid_cache.api.text.chat import ChatEncoder
-from hybrid_cache.api.text.generation import Text, Thought, ToolCall
+from hybrid_cache.api.text.generation import Text, Thought
 from hybrid_cache.api.text.messages import (
     Rendering,
     Talk,
@@ -17,6 +17,7 @@ from hybrid_cache.api.text.messages import (
 )
 from hybrid_cache.api.text.next_turn import THOUGHTS, Said
 from hybrid_cache.api.text.tool_formats import ThoughtFormat
+from hybrid_cache.api.text.whole_calls import ToolCall
 from hybrid_cache.bench.serving.scenarios import ENGLISH
 from hybrid_cache.errors import RequestError
 

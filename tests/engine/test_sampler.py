@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -19,6 +20,20 @@ def chooser(index: int = 0, **params: object) -> TokenChooser:
 
 
 OPS = dispatch.select("torch")
+
+
+class Only:
+    """A constraint that always allows the same tokens, all below 8."""
+
+    done = False
+
+    def __init__(self, allowed: tuple[int, ...]) -> None:
+        self._bits = np.packbits([token in allowed for token in range(8)], bitorder="little")
+
+    def mask(self) -> npt.NDArray[np.uint8]:
+        return self._bits
+
+    def note(self, token: int) -> None: ...
 
 
 def choose(one: TokenChooser, logits: torch.Tensor) -> int:
@@ -124,6 +139,14 @@ def test_a_temperature_or_a_share_next_to_nothing_takes_the_largest_logit() -> N
     logits = torch.tensor([0.0, 3.0, 2.999])
     assert choose(chooser(temperature=1e-40), logits) == 1
     assert choose(chooser(top_p=1e-40), logits) == 1
+
+
+def test_stop_tokens_do_not_wait_where_a_constraint_allows_nothing_else() -> None:
+    params = SamplingParams(temperature=0, max_tokens=9, stop_token_ids=(1, 3), min_tokens=2)
+    logits = torch.tensor([[0.0, 9.0, 1.0, 8.0]])
+    for allowed, chosen in (((1, 2, 3), 2), ((1, 3), 1), ((3,), 3), ((0,), 0)):
+        one = TokenChooser(params, PROMPT, 0, Only(allowed))
+        assert choose_tokens(logits, [one], OPS) == [chosen]
 
 
 def test_stop_tokens_wait_for_min_tokens() -> None:

@@ -7,11 +7,18 @@ from tests.mutants.mutant import Mutant
 MARKS = ("tests/api/text/test_marks.py",)
 SEGMENTS = ("tests/api/text/test_segments.py",)
 WORK = ("tests/api/text/test_text_work.py",)
+CALLS = ("tests/api/text/test_call_deltas.py",)
+GRAMMARS = ("tests/api/text/test_grammars.py",)
 
 marks = partial(Mutant, "hybrid_cache/api/text/marks.py")
 chat = partial(Mutant, "hybrid_cache/api/text/chat.py")
 template = partial(Mutant, "hybrid_cache/api/text/template.py")
 work = partial(Mutant, "hybrid_cache/api/text/text_work.py")
+incoming = partial(Mutant, "hybrid_cache/api/text/incoming.py")
+values = partial(Mutant, "hybrid_cache/api/text/json_pieces.py")
+calls = partial(Mutant, "hybrid_cache/api/text/call_readers.py")
+answers = partial(Mutant, "hybrid_cache/api/text/answer_parser.py")
+call_grammars = partial(Mutant, "hybrid_cache/api/text/tool_grammars.py")
 
 MUTANTS = [
     marks(
@@ -71,5 +78,36 @@ MUTANTS = [
         "            job.dropped = True\n            self._remove(tenant, job)",
         "            job.dropped = True",
         WORK,
+    ),
+    incoming(
+        "what has been read is kept to the end",
+        "self._text, self._place = self._text[self._place :] + text, 0",
+        "self._text += text",
+        CALLS,
+    ),
+    incoming("a mark that has begun is let out", " - marks.begun(self._text, self._place)", "", CALLS),
+    values(
+        "half a character is let out",
+        "        if high and not low:\n            yield LOST",
+        "        if high and not low:\n            yield high",
+        CALLS,
+    ),
+    values("a brace in quotes is lost", 'last = "}" if said.endswith("}") else ""', 'last = ""', CALLS),
+    values(
+        "a comma too many stays",
+        "if at != closer:\n            return said + comma, True",
+        "if at:\n            return said + comma, True",
+        CALLS,
+    ),
+    calls("any name is a tool's", "if name not in tools:", "if not name:", CALLS),
+    calls("a call that broke off is complete", "yield CallDone(False)", "yield CallDone(True)", CALLS),
+    calls("marks end values within strings", "if (yield from text.char()) in JSON.brackets:", "if False:", CALLS),
+    answers("ids come twice", "return CallBegun(item.name) if repeated else item", "return item", CALLS),
+    answers("text within a section is lost", 'rest = mark + "".join(read)', "rest = mark", CALLS),
+    call_grammars(
+        "parameters that may be left out are left out",
+        "for j in range(min(first + 1, len(needed)))",
+        "for j in range(first, min(first + 1, len(needed)))",
+        GRAMMARS,
     ),
 ]

@@ -1,10 +1,11 @@
 """An answer in Anthropic's JSON: a message of content blocks, whole or as events."""
 
-import json
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from pydantic_core import from_json
 
 from hybrid_cache.api.server.anthropic.diagnostics import Changes, Earlier
 from hybrid_cache.api.server.cache_report import shown_report
@@ -20,11 +21,25 @@ from hybrid_cache.api.server.schemas.anthropic import (
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.answer import Answer
-from hybrid_cache.api.text.generation import Begin, End, Event, GenerationSpec, Text, Thought, ToolCall, Usage
+from hybrid_cache.api.text.generation import (
+    Begin,
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    End,
+    Event,
+    GenerationSpec,
+    Text,
+    Thought,
+    Usage,
+)
 from hybrid_cache.request import FinishReason
 from hybrid_cache.tokens import Boundary
 
 HOUR_S = 3600.0
+
+
+Shown = Iterator[tuple[str, Mapping[str, object]]]  # names of events, and their data
 
 
 @dataclass(slots=True)
@@ -32,15 +47,22 @@ class _Blocks:
     """The content of a message as it grows."""
 
     done: list[dict[str, object]] = field(default_factory=list)
-    kind: Literal["text", "thinking"] = "text"  # of the block that is open
-    texts: list[str] = field(default_factory=list)  # in it; empty if none is open
+    opened: Mapping[str, object] | None = None  # the block that is open, as it began
+    texts: list[str] = field(default_factory=list)  # in it
+
+    @property
+    def kind(self) -> object:
+        """Of the block that is open."""
+        return self.opened and self.opened["type"]
 
     def close(self) -> bool:
         """Ends the open block -> whether there was one."""
-        if not self.texts:
+        if self.opened is None:
             return False
-        self.done.append({**_empty(self.kind), self.kind: "".join(self.texts)})
-        self.texts = []
+        text = "".join(self.texts)
+        content = {"input": _object(text)} if self.kind == "tool_use" else {str(self.kind): text}
+        self.done.append({**self.opened, **content})
+        self.opened, self.texts = None, []
         return True
 
 
@@ -100,7 +122,7 @@ class MessageReply:
         """The last event of a stream that fails."""
         return named_event("error", problem.body_for("/v1/messages"))
 
-    def _take(self, event: Event) -> Iterator[tuple[str, Mapping[str, object]]]:
+    def _take(self, event: Event) -> Shown:
         """Adds an event to what is known of the answer -> what to show of it."""
         match event:
             case Begin():
@@ -109,9 +131,12 @@ class MessageReply:
                 yield from self._say("text", text)
             case Thought(text=text):
                 yield from self._say("thinking", text)
-            case ToolCall():
+            case CallBegin():
+                yield from self._begin_block({"type": "tool_use", "id": event.id, "name": event.name, "input": {}})
+            case CallArguments(text=text):
+                yield self._add(text, {"type": "input_json_delta", "partial_json": text})
+            case CallEnd():
                 yield from self._end_block()
-                yield from self._tool_use(event)
             case End():
                 yield from self._end_block()
                 self._end(event)
@@ -120,28 +145,23 @@ class MessageReply:
                 yield "message_delta", {"delta": ended, "usage": usage, **self._cache_report()}
                 yield "message_stop", {}
 
-    def _say(self, kind: Literal["text", "thinking"], text: str) -> Iterator[tuple[str, Mapping[str, object]]]:
-        blocks = self._blocks
-        if blocks.kind != kind:
-            yield from self._end_block()
-            blocks.kind = kind
-        if not blocks.texts:
-            yield "content_block_start", {"index": len(blocks.done), "content_block": _empty(kind)}
-        blocks.texts.append(text)
-        yield "content_block_delta", {"index": len(blocks.done), "delta": {"type": f"{kind}_delta", kind: text}}
+    def _say(self, kind: Literal["text", "thinking"], text: str) -> Shown:
+        if self._blocks.kind != kind:
+            yield from self._begin_block(_empty(kind))
+        yield self._add(text, {"type": f"{kind}_delta", kind: text})
 
-    def _end_block(self) -> Iterator[tuple[str, Mapping[str, object]]]:
+    def _begin_block(self, block: Mapping[str, object]) -> Shown:
+        yield from self._end_block()
+        self._blocks.opened = block
+        yield "content_block_start", {"index": len(self._blocks.done), "content_block": block}
+
+    def _add(self, text: str, delta: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
+        self._blocks.texts.append(text)
+        return "content_block_delta", {"index": len(self._blocks.done), "delta": delta}
+
+    def _end_block(self) -> Shown:
         if self._blocks.close():
             yield "content_block_stop", {"index": len(self._blocks.done) - 1}
-
-    def _tool_use(self, call: ToolCall) -> Iterator[tuple[str, Mapping[str, object]]]:
-        index, arguments = len(self._blocks.done), _object(call.arguments)
-        block: dict[str, object] = {"type": "tool_use", "id": call.id, "name": call.name}
-        self._blocks.done.append({**block, "input": arguments})
-        yield "content_block_start", {"index": index, "content_block": {**block, "input": {}}}
-        delta = {"type": "input_json_delta", "partial_json": json.dumps(arguments, ensure_ascii=False)}
-        yield "content_block_delta", {"index": index, "delta": delta}
-        yield "content_block_stop", {"index": index}
 
     def _end(self, event: End) -> None:
         if event.finish is not FinishReason.STOP:
@@ -193,9 +213,6 @@ def named_event(name: str, data: Mapping[str, object]) -> bytes:
 
 
 def _object(arguments: str) -> dict[str, object]:
-    """Arguments as the model wrote them, as the object that this API wants."""
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        value = arguments
-    return value if isinstance(value, dict) else {"arguments": value}
+    """Arguments as the object that this API wants; where a call broke off, what clients make of it in a stream."""
+    value: dict[str, object] = from_json(arguments, allow_partial=True)
+    return value

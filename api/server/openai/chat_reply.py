@@ -18,9 +18,33 @@ from hybrid_cache.api.server.schemas.chat import (
 from hybrid_cache.api.server.schemas.choreography import ChoreographyReport
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.text.answer import Answer, Events
-from hybrid_cache.api.text.generation import Begin, End, Event, Text, Thought, Token, ToolCall
+from hybrid_cache.api.text.generation import (
+    Begin,
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    End,
+    Event,
+    Part,
+    Text,
+    Thought,
+    Token,
+)
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.request import FinishReason
+
+
+@dataclass(slots=True)
+class _Call:
+    """A tool call as it grows."""
+
+    name: str
+    id: str
+    arguments: list[str] = field(default_factory=list)
+
+    def shown(self) -> ToolCallOut:
+        function = FunctionOut(name=self.name, arguments="".join(self.arguments))
+        return ToolCallOut(id=self.id, type="function", function=function)
 
 
 @dataclass(slots=True)
@@ -29,13 +53,13 @@ class _Choice:
 
     texts: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
-    calls: list[ToolCallOut] = field(default_factory=list)
+    calls: list[_Call] = field(default_factory=list)
     logprobs: list[dict[str, object]] = field(default_factory=list)  # as `ChatLogprob`
     token_ids: list[int] = field(default_factory=list)
     finish: Finish | None = None
     stop: str | int | None = None
 
-    def take(self, event: Text | Thought | ToolCall | End) -> None:
+    def take(self, event: Part | End) -> None:
         match event:
             case End():
                 stopped = event.finish is FinishReason.STOP
@@ -46,8 +70,10 @@ class _Choice:
                 self.texts.append(event.text)
             case Thought():
                 self.thoughts.append(event.text)
-            case ToolCall():
-                self.calls.append(_call_out(event))
+            case CallBegin():
+                self.calls.append(_Call(event.name, event.id))
+            case CallArguments():
+                self.calls[-1].arguments.append(event.text)
         if event.token is not None:
             self.token_ids.append(event.token.id)
 
@@ -74,7 +100,7 @@ class ChatReply(OpenAIReply):
     def _take(self, events: Events) -> None:
         for event in events:
             self._take_event(event)
-            if isinstance(event, Text | Thought | ToolCall) and (entry := self._logprob(event.token)):
+            if not isinstance(event, Begin | End) and (entry := self._logprob(event.token)):
                 self._choices[event.choice].logprobs.append(entry)
         if self._arranged is not None and all(choice.finish for choice in self._choices):
             self._reported = self._report()  # here, not where the reply is built: it writes to the message book
@@ -121,7 +147,7 @@ class ChatReply(OpenAIReply):
         if choice.thoughts:
             message.reasoning_content = "".join(choice.thoughts)
         if choice.calls:
-            message.tool_calls = choice.calls
+            message.tool_calls = [call.shown() for call in choice.calls]
         whole = ChatChoice(
             index=index,
             message=message,
@@ -159,19 +185,23 @@ class ChatReply(OpenAIReply):
         extra = {"prompt_token_ids": list(self._prompt_ids)} if shows_prompt else None
         return self._chunk(_shown(index, {"role": "assistant", "content": ""}), extra)
 
-    def _delta(self, event: Text | Thought | ToolCall) -> Iterator[dict[str, object]]:
+    def _delta(self, event: Part) -> Iterator[dict[str, object]]:
         """What an event adds. The log-probability of a token goes with the first thing that the token lets out."""
-        detail = self._detail(event.token)
-        if isinstance(event, Text):
-            if event.text or detail:
-                yield self._chunk(_shown(event.choice, {"content": event.text}, detail))
-            return
-        if isinstance(event, Thought):
-            yield self._chunk(_shown(event.choice, {"reasoning_content": event.text}, detail))
-            return
-        calls = self._choices[event.choice].calls
-        call = {"index": len(calls) - 1, **calls[-1].model_dump()}
-        yield self._chunk(_shown(event.choice, {"tool_calls": [call]}, detail))
+        detail, calls = self._detail(event.token), self._choices[event.choice].calls
+        match event:
+            case Thought():
+                delta: dict[str, object] = {"reasoning_content": event.text}
+            case CallBegin():
+                call = _Call(event.name, calls[-1].id).shown()
+                delta = {"tool_calls": [{"index": len(calls) - 1, **call.model_dump()}]}
+            case CallArguments():
+                delta = {"tool_calls": [{"index": len(calls) - 1, "function": {"arguments": event.text}}]}
+            case Text() | CallEnd():
+                text = event.text if isinstance(event, Text) else ""
+                if not (text or detail):
+                    return
+                delta = {"content": text}
+        yield self._chunk(_shown(event.choice, delta, detail))
 
     def _detail(self, token: Token | None) -> dict[str, object]:
         detail: dict[str, object] = {}
@@ -194,8 +224,3 @@ class ChatReply(OpenAIReply):
 
 def _shown(index: int, delta: Mapping[str, object], detail: Mapping[str, object] | None = None) -> dict[str, object]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(detail or {})}
-
-
-def _call_out(call: ToolCall) -> ToolCallOut:
-    function = FunctionOut(name=call.name, arguments=call.arguments)
-    return ToolCallOut(id=call.id, type="function", function=function)

@@ -13,7 +13,7 @@ from hybrid_cache.api.server.schemas.completions import (
 )
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.text.answer import Answer, Events
-from hybrid_cache.api.text.generation import Begin, End, Text, Token, ToolCall
+from hybrid_cache.api.text.generation import Begin, CallArguments, CallBegin, CallEnd, End, Text, Thought, Token
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.request import FinishReason
 
@@ -126,7 +126,7 @@ class CompletionReply(OpenAIReply):
                             choice.begin(echo)
                 case Text() | End():
                     self._choices[event.choice].push(event)
-                case ToolCall():
+                case Thought() | CallBegin() | CallArguments() | CallEnd():
                     raise AssertionError("no tools were offered")
 
     def _whole(self) -> dict[str, object]:

@@ -54,6 +54,15 @@ def test_the_clients_own_parser(api: openai.OpenAI, messages: Any) -> None:
     assert isinstance(reply.choices[0].message.parsed, Found)
 
 
+def test_a_form_that_is_complete_ends_an_answer_before_min_tokens(client: httpx.Client, sum_text: TextModel) -> None:
+    asked = {"messages": script_messages(sum_text), "min_tokens": 30, "max_tokens": 40}
+    for form, said in (({"choice": ["yes"]}, "yes"), ({"regex": "a?"}, None), ({"regex": "(yes)?"}, None)):
+        reply = client.post("/v1/chat/completions", json={**asked, "structured_outputs": form}).json()
+        choice = reply["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        assert said is None or choice["message"]["content"] == said
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_vllms_fields(client: httpx.Client, stream: bool) -> None:
     forms: list[dict[str, Any]] = [{"regex": "[ab]{3}c"}, {"choice": ["yes", "no"]}, {"grammar": 'start: "q"'}]

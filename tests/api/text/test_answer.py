@@ -10,11 +10,12 @@ import pytest
 
 from hybrid_cache.api.text.answer import Answer, Events
 from hybrid_cache.api.text.answer_parser import AnswerForm
-from hybrid_cache.api.text.generation import Begin, End, GenerationSpec, Text, ToolCall, Usage
+from hybrid_cache.api.text.generation import Begin, End, GenerationSpec, Text, Usage
 from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.api.text.tool_formats import DEFAULT
+from hybrid_cache.api.text.whole_calls import ToolCall, WholeCalls
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.request import FinishReason
@@ -104,9 +105,12 @@ def test_each_token_comes_once_though_it_lets_out_text_and_a_call(tmp_path: Path
     write_text_model(tmp_path, CALLS)
     text = TextModel.load(tmp_path)
     events = [event for step in steps_of(text, [spec_for(CALLS, form=AnswerForm(DEFAULT))]) for event in step]
-    calls = [event for event in events if isinstance(event, ToolCall)]
-    assert [(call.name, call.arguments) for call in calls] == [("f", '{"x": [1]}')]
-    said = [event for event in events if isinstance(event, Text | ToolCall)]
+    whole = WholeCalls()
+    said = [part for event in events for part in whole.take(event) if isinstance(part, Text | ToolCall)]
+    calls = [part for part in said if isinstance(part, ToolCall)]
+    assert [(call.name, call.arguments, call.complete) for call in calls] == [("f", '{"x": [1]}', True)]
+    of_parts = [event for event in events if not isinstance(event, Begin | End)]
+    assert [event.token.id for event in of_parts if event.token is not None] == script_ids(CALLS)
     assert [event.token.id for event in said if event.token is not None] == script_ids(CALLS)
     assert "".join(event.text for event in said if isinstance(event, Text)) == "Let me see. "
 

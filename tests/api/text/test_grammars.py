@@ -9,12 +9,14 @@ import jsonschema_rs
 import numpy as np
 import pytest
 
-from hybrid_cache.api.text.answer_parser import AnswerForm, AnswerParser
+from hybrid_cache.api.text.answer_parser import AnswerForm
+from hybrid_cache.api.text.call_readers import json_call
 from hybrid_cache.api.text.grammars import Grammar, Grammars, Source, choice_source, json_source
-from hybrid_cache.api.text.tool_formats import FORMATS, ParsedCall
+from hybrid_cache.api.text.tool_formats import FORMATS
 from hybrid_cache.api.text.tool_grammars import call_source
 from hybrid_cache.errors import RequestError
 from tests.api.small_text import NUM_TOKENS, small_text
+from tests.api.text.reading import Call, parse
 
 LOOK: dict[str, Any] = {
     "name": "look",
@@ -147,7 +149,7 @@ def test_a_schema_without_a_bottom() -> None:
 @pytest.mark.parametrize("only", [None, "look"])
 def test_a_call_that_has_to_be_made_is_made(grammars: Grammars, name: str, only: str | None) -> None:
     rng, tools = random.Random(name), FORMATS[name]
-    types = {"look": LOOK["parameters"]["properties"]}
+    types = {"look": LOOK["parameters"]["properties"], "wait": {}}
     parallel = only is None
     source = call_source(tools, [LOOK, WAIT], small_text().tokenizer, only=only, parallel=parallel)
     grammar, ended = grammars.compile(source), 0
@@ -156,12 +158,12 @@ def test_a_call_that_has_to_be_made_is_made(grammars: Grammars, name: str, only:
         if said is None:
             continue
         ended += 1
-        parser = AnswerParser(AnswerForm(tools, types))
-        calls = [*parser.push(said), *parser.finish()]
+        calls = parse(AnswerForm(tools, types), [said])
         assert calls, said
         assert parallel or len(calls) == 1
         for call in calls:
-            assert isinstance(call, ParsedCall), said
+            assert isinstance(call, Call), said
+            assert call.complete
             assert call.name in (("look",) if only else ("look", "wait"))
             if call.name == "look":
                 jsonschema_rs.validator_for(LOOK["parameters"]).validate(json.loads(call.arguments))
@@ -189,9 +191,9 @@ def test_a_schema_may_refer_to_its_own_definitions(
     grammar, rng, ended = grammars.compile(source), random.Random(name), 0
     for said in filter(None, (walk(grammar, rng) for _ in range(5))):
         ended += 1
-        parser = AnswerParser(AnswerForm(FORMATS[name], {f["name"]: schema["properties"] for f in functions}))
-        [call] = [*parser.push(said), *parser.finish()]
-        assert isinstance(call, ParsedCall)
+        form = AnswerForm(FORMATS[name], {f["name"]: schema["properties"] for f in functions})
+        [call] = parse(form, [said])
+        assert isinstance(call, Call)
         jsonschema_rs.validator_for({**REFERRING, **CLOSED}).validate(json.loads(call.arguments))
     assert ended > 2
 
@@ -224,6 +226,65 @@ def test_a_call_has_no_arguments_that_its_tool_does_not_list(
             break
         way.note(token)
     assert all(allowed) == others
+
+
+OPTIONAL: dict[str, Any] = {
+    "name": "look",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "first": {"type": "integer", "minimum": 1, "maximum": 3},
+            "needed": {"$ref": "#/$defs/pace"},
+            "maybe": {"anyOf": [{"type": "string", "maxLength": 4}, {"type": "null"}]},
+            "last": {"type": ["string", "null"], "pattern": "^[a-c]{2}$"},
+        },
+        "required": ["needed"],
+        "additionalProperties": False,
+        "$defs": {"pace": {"enum": ["fast", "slow", 7]}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("required", [["needed"], [], ["last"], ["first", "maybe"]], ids=str)
+def test_parameters_that_may_be_left_out_are_written_at_times(
+    grammars: Grammars, name: str, required: list[str]
+) -> None:
+    rng, seen = random.Random(name), set[frozenset[str]]()
+    tool = {**OPTIONAL, "parameters": {**OPTIONAL["parameters"], "required": required}}
+    form = AnswerForm(FORMATS[name], {"look": tool["parameters"]["properties"]})
+    source = call_source(FORMATS[name], [tool], small_text().tokenizer, only="look", parallel=False)
+    grammar, valid = grammars.compile(source), jsonschema_rs.validator_for(tool["parameters"])
+    for _ in range(30):
+        said = walk(grammar, rng)
+        assert said is not None
+        [call] = parse(form, [said])
+        assert isinstance(call, Call), said
+        valid.validate(json.loads(call.arguments))
+        seen.add(frozenset(json.loads(call.arguments)))
+    assert len(seen) > 2
+    assert {"first", "maybe"} <= frozenset().union(*seen)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_names_that_a_form_cannot_say(grammars: Grammars, name: str) -> None:
+    tokenizer, tools = small_text().tokenizer, FORMATS[name]
+    properties = {'a=">\n(': {"const": 1}, "b": {"const": 2}}
+    tool: dict[str, Any] = {"name": "f\n> ", "parameters": {"type": "object", "properties": properties}}
+    if tools.read is json_call:
+        grammars.compile(call_source(tools, [tool], tokenizer, only=None, parallel=False))
+        return
+    with pytest.raises(RequestError, match=r"'f\\n> ' cannot be called"):
+        call_source(tools, [tool], tokenizer, only=None, parallel=False)
+    tool["name"] = "f"
+    said = walk(grammars.compile(call_source(tools, [tool], tokenizer, only=None, parallel=False)), random.Random(0))
+    [call] = parse(AnswerForm(tools, {"f": properties}), [said or ""])
+    assert isinstance(call, Call)
+    if name != "kimi":
+        assert "a" not in call.arguments
+        tool["parameters"]["required"] = ['a=">\n(']
+        with pytest.raises(RequestError, match="cannot be written"):
+            call_source(tools, [tool], tokenizer, only=None, parallel=False)
 
 
 def test_a_tool_that_is_not_there() -> None:

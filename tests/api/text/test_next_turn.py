@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_cache.api.text.chat import ChatEncoder
-from hybrid_cache.api.text.generation import Text, Thought, ToolCall
+from hybrid_cache.api.text.generation import Text, Thought
 from hybrid_cache.api.text.messages import Rendering, Talk, TemplateMessage, arguments_object, tool_call
 from hybrid_cache.api.text.next_turn import Said, beginnings
+from hybrid_cache.api.text.whole_calls import ToolCall
 from tests.api.text.test_family_templates import (
     NO_SYSTEM,
     NO_TOOLS,

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.api.text.answer_parser import AnswerForm, AnswerParser, Item, Thought
-from hybrid_cache.api.text.tool_formats import FORMATS, ParsedCall, ThoughtFormat, format_of, thoughts_of
+from hybrid_cache.api.text.answer_parser import AnswerForm, Thought
+from hybrid_cache.api.text.tool_formats import FORMATS, ThoughtFormat, format_of, thoughts_of
 from hybrid_cache.errors import ConfigError
+from tests.api.text.reading import Call, parse, pieces_of
 
 TYPES = {"look": {"at": {"type": "string"}, "times": {"type": "integer"}, "how": {"type": ["object", "null"]}}}
 TEMPLATES = Path(__file__).parent / "templates"
@@ -47,32 +48,10 @@ def form(name: str, **more: object) -> AnswerForm:
     return AnswerForm(FORMATS[name], TYPES, **more)  # type: ignore[arg-type]
 
 
-def parse(of: AnswerForm, pieces: list[str]) -> list[Item]:
-    """All items, text and thoughts joined."""
-    parser, found = AnswerParser(of), list[Item]()
-    for piece in pieces:
-        found += parser.push(piece)
-    joined: list[Item] = []
-    for item in [*found, *parser.finish()]:
-        last = joined[-1] if joined else None
-        if isinstance(item, str) and isinstance(last, str):
-            joined[-1] = last + item
-        elif isinstance(item, Thought) and isinstance(last, Thought):
-            joined[-1] = Thought(last.text + item.text)
-        else:
-            joined.append(item)
-    return joined
-
-
-def pieces_of(text: str, rng: random.Random) -> list[str]:
-    cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(12)))
-    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_two_calls(name: str) -> None:
     found = parse(form(name), [SAID[name]])
-    calls = [item for item in found if isinstance(item, ParsedCall)]
+    calls = [item for item in found if isinstance(item, Call)]
     assert [item for item in found if isinstance(item, str)] == ([] if name == "llama3" else ["Sure."])
     assert [call.name for call in calls] == ["look", "look"]
     assert [json.loads(call.arguments) for call in calls] == [ARGUMENTS, ARGUMENTS]
@@ -104,19 +83,25 @@ def test_what_is_no_call_stays_text(name: str, body: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_marks_within_strings_end_nothing(name: str) -> None:
     tools = FORMATS[name]
-    if name in ("qwen3_coder", "minimax_m2", "llama3"):  # text is written as it is there, or there are no marks
+    if name == "llama3":  # there are none
+        return
+    if name in ("qwen3_coder", "minimax_m2"):  # text is written as it is there, but objects are JSON
+        how = {"fast": "</parameter></function></invoke>" + tools.end}
+        found = parse(form(name), [SAID[name].replace('{"fast": true, "none": null}', json.dumps(how))])
+        calls = [json.loads(call.arguments) for call in found if isinstance(call, Call)]
+        assert calls == [{**ARGUMENTS, "how": how}] * 2, found
         return
     said = {"at": "".join(tools.marks) * 2 + '\\"'}
     written = json.dumps(said)
     text = SAID[name].replace(AS_JSON, written).replace(PYTHON, f"look(at={json.dumps(said['at'])})")
     found = parse(form(name), [text])
-    assert [json.loads(call.arguments) for call in found if isinstance(call, ParsedCall)] == [said, said], found
+    assert [json.loads(call.arguments) for call in found if isinstance(call, Call)] == [said, said], found
 
 
 def test_an_answer_with_a_brace_that_is_no_call_stays_text() -> None:
     for text in ('{"a": 1}', "{ and so on", "  ", "<|python", "<|python_tag|>print(1)"):
-        assert parse(form("llama3"), [text]) == [text.lstrip() if "{" in text else text]
-    assert parse(form("llama3"), [f"<|python_tag|>{OBJECT}"]) == [ParsedCall("look", AS_JSON)]
+        assert parse(form("llama3"), [text]) == [text]
+    assert parse(form("llama3"), [f"<|python_tag|>{OBJECT}"]) == [Call("look", AS_JSON)]
 
 
 def test_thoughts_come_before_the_answer_and_between_calls() -> None:
@@ -130,7 +115,7 @@ def test_thoughts_come_before_the_answer_and_between_calls() -> None:
     assert parse(inside, ["why</thi", "nk>So."]) == [Thought("why"), "So."]
     assert parse(inside, ["why"]) == [Thought("why")]
     mixed = parse(form("hermes", thoughts=thoughts), ["<think>a</think>" + SAID["hermes"] + "<think>b</think>c"])
-    assert [type(item).__name__ for item in mixed] == ["Thought", "str", "ParsedCall", "ParsedCall", "Thought", "str"]
+    assert [type(item).__name__ for item in mixed] == ["Thought", "str", "Call", "Call", "Thought", "str"]
 
 
 @pytest.mark.parametrize(
