@@ -124,7 +124,13 @@ def written(chat: ChatEncoder, talk: Talk, said: Said, thoughts: ThoughtFormat |
 
 
 def unchanged(chat: ChatEncoder, talk: Talk, count: int, max_tokens: int) -> int:
-    """Tokens of a prompt before whatever follows its first `count` messages."""
+    """Tokens of a prompt before whatever follows its first `count` messages.
+
+    Where a template does not show their end, the opening of the next message is among these.
+    """
+    end = chat.conversation(talk.messages, talk.rendering, max_tokens).num_tokens(count)
+    if end is not None:
+        return end
     other = [*talk.messages[:count], *map(_reworded, talk.messages[count:])]
     prompts = [chat.conversation(messages, talk.rendering, max_tokens).prompt for messages in (talk.messages, other)]
     ours, theirs = (prompt.tokens.tolist() for prompt in prompts)

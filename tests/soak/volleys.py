@@ -171,13 +171,36 @@ def _fields(key: str) -> Iterable[Volley]:
             post(CHAT, body, key=key)
             for body in (
                 _messages("x", response_format={"type": "json_schema"}),
-                _messages("x", structured_outputs={"regex": "(a+)+$"}),
                 _messages("x", tool_choice="required"),
                 _messages("x", chat_template_kwargs={"messages": []}),
                 _messages([{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]),
             )
         ),
         REFUSED,
+    )
+    deep: dict[str, object] = {"type": "integer"}
+    for _ in range(200):
+        deep = {"type": "object", "properties": {"a": deep}, "required": ["a"]}
+    circle = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+    outputs: list[dict[str, object]] = [
+        {"regex": "(a+)+$"},
+        {"regex": "((a{1,99}){1,99}){1,99}"},
+        {"regex": "(" * 5000 + ")" * 5000},
+        {"regex": "(?=a)b(?<!c)"},
+        {"json": deep},
+        {"json": circle},
+        {"json": {"type": "string", "pattern": "^(([a-z])+.)+[A-Z]([a-z])+$", "minLength": 10**6}},
+        {"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}},
+        {"json": {"enum": [f"{i}" * 9 for i in range(9999)]}},
+        {"grammar": "start: start start"},
+        {"grammar": 'start: ("a" | start "b")+ start'},
+        {"grammar": "start: /" + "(a?){30}" * 300 + "/"},
+        {"choice": ["x" * 10**4] * 9},
+    ]
+    yield Volley(
+        "grammars that explode",
+        tuple(post(CHAT, _messages("x", structured_outputs=each, max_tokens=4), key=key) for each in outputs),
+        frozenset({200, 400}),
     )
     template = {"chat_template": "{{ 7 * 7 }}", "tokenize": False, "x": "{{ 7 * 7 }}"}
     yield Volley(
