@@ -8,9 +8,9 @@ from hybrid_cache.api.server.openai.response_turns import item_name
 from hybrid_cache.api.text.generation import Event, Text, Thought, Token, ToolCall
 
 Shown = Iterator[tuple[str, dict[str, object]]]  # names of events, and what they hold beside their numbers
-Kind = Literal["message", "reasoning"]
+Kind = Literal["message", "reasoning", "function_call"]
 ENTRY_SIZE = 64  # characters of a log-probability
-_PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
+_PARTS = {"message": "output_text", "reasoning": "reasoning_text", "function_call": "function_call_arguments"}
 
 
 class Output:
@@ -30,6 +30,7 @@ class Output:
         self.size = 0  # characters in all, with log-probabilities
         self._kind: Kind | None = None  # of the item that is open
         self._texts: list[str] = []  # in it
+        self._called: dict[str, object] = {}  # name and id, if it is a call
         self._logprobs: list[dict[str, object]] = []  # of it
         self._untold: list[dict[str, object]] = []  # of tokens that have let out nothing yet
 
@@ -45,8 +46,9 @@ class Output:
                 yield from self._say("reasoning", text)
             case ToolCall():
                 self._untold = []  # of its marks
+                yield from self._call(event.name, event.id)
+                yield from self._say("function_call", event.arguments)
                 yield from self._close("completed")
-                yield from self._call(event)
 
     def finish(self, *, whole: bool) -> Shown:
         """Nothing follows. whole: the answer has come to its own end"""
@@ -68,19 +70,25 @@ class Output:
         self.size += len(text)
         yield from self._delta(text)
 
+    def _call(self, name: str, call_id: str | None) -> Shown:
+        yield from self._close("completed")
+        self._called = {"call_id": call_id or f"call_{uuid.uuid4().hex[:24]}", "name": name}
+        yield from self._open("function_call")
+
     def _delta(self, text: str) -> Shown:
-        delta: dict[str, object] = {**self._place, "content_index": 0, "delta": text}
+        delta: dict[str, object] = {**self._place, **self._content_index, "delta": text}
         if self._kind == "message":
             delta["logprobs"] = self._untold
             self._logprobs += self._untold
             self._untold = []
-        yield f"response.{_PARTS[self._kind or 'message']}.delta", delta
+        yield f"{self._event}.delta", delta
 
     def _open(self, kind: Kind) -> Shown:
         yield from self._close("completed")
         self._kind = kind
-        yield "response.output_item.added", {"output_index": len(self.items), "item": self._item("in_progress", [])}
-        yield "response.content_part.added", {**self._place, "content_index": 0, "part": self._part()}
+        yield "response.output_item.added", {"output_index": len(self.items), "item": self._item("in_progress")}
+        if kind != "function_call":
+            yield "response.content_part.added", {**self._place, **self._content_index, "part": self._part}
 
     def _close(self, status: str) -> Shown:
         """Ends the open item, if there is one."""
@@ -88,48 +96,47 @@ class Output:
             return
         if self._kind == "message" and self._untold:
             yield from self._delta("")
-        place, part = {**self._place, "content_index": 0}, self._part()
-        done: dict[str, object] = {**place, "text": part["text"]}
-        if self._kind == "message":
-            done["logprobs"] = self._logprobs
-        yield f"response.{_PARTS[self._kind]}.done", done
-        yield "response.content_part.done", {**place, "part": part}
-        item, index = self._item(status, [part]), len(self.items)
+        item, place, part = self._item(status), {**self._place, **self._content_index}, self._part
+        yield f"{self._event}.done", {**place, **self._whole}
+        if self._kind != "function_call":
+            yield "response.content_part.done", {**place, "part": part}
+        index = len(self.items)
         self.items.append(item)
         self._kind, self._texts, self._logprobs = None, [], []
         yield "response.output_item.done", {"output_index": index, "item": item}
 
-    def _part(self) -> dict[str, object]:
+    @property
+    def _event(self) -> str:
+        """How events about the text of the open item are called."""
+        return f"response.{_PARTS[self._kind or 'message']}"
+
+    @property
+    def _content_index(self) -> dict[str, object]:
+        return {} if self._kind == "function_call" else {"content_index": 0}
+
+    @property
+    def _whole(self) -> dict[str, object]:
+        """The text of the open item as its last event has it."""
         text = "".join(self._texts)
-        if self._kind == "reasoning":
-            return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "annotations": [], "logprobs": self._logprobs, "text": text}
+        if self._kind == "function_call":
+            return {"name": self._called["name"], "arguments": text}
+        return {"text": text, "logprobs": self._logprobs} if self._kind == "message" else {"text": text}
 
-    def _item(self, status: str, content: list[dict[str, object]]) -> dict[str, object]:
-        head: dict[str, object] = {"id": self._place["item_id"], "type": self._kind, "status": status}
+    @property
+    def _part(self) -> dict[str, object]:
+        """The content of the open item, if it has any."""
         if self._kind == "message":
-            return {**head, "role": "assistant", "content": content}
-        if self._encoded is not None:
-            head["encrypted_content"] = self._encoded("".join(self._texts))
-        return {**head, "summary": [], "content": content}
+            return {"type": "output_text", "annotations": [], **self._whole}
+        return {"type": "reasoning_text", **self._whole}
 
-    def _call(self, call: ToolCall) -> Shown:
-        index = len(self.items)
-        name = item_name(self._key, "function_call", f"o{index}")
-        item: dict[str, object] = {
-            "id": name,
-            "type": "function_call",
-            "status": "completed",
-            "call_id": call.id or f"call_{uuid.uuid4().hex[:24]}",
-            "name": call.name,
-            "arguments": call.arguments,
-        }
-        self.items.append(item)
-        self.size += len(call.arguments)
-        place: dict[str, object] = {"item_id": name, "output_index": index}
-        started = {**item, "status": "in_progress", "arguments": ""}
-        yield "response.output_item.added", {"output_index": index, "item": started}
-        yield "response.function_call_arguments.delta", {**place, "delta": call.arguments}
-        done = {**place, "name": call.name, "arguments": call.arguments}
-        yield "response.function_call_arguments.done", done
-        yield "response.output_item.done", {"output_index": index, "item": item}
+    def _item(self, status: str) -> dict[str, object]:
+        """The open item; it has no content before there is text."""
+        item: dict[str, object] = {"id": self._place["item_id"], "type": self._kind, "status": status}
+        if self._kind == "function_call":
+            return {**item, **self._called, "arguments": "".join(self._texts)}
+        content = [] if status == "in_progress" else [self._part]
+        if self._kind == "message":
+            return {**item, "role": "assistant", "content": content}
+        if self._encoded is not None:
+            item["encrypted_content"] = self._encoded("".join(self._texts))
+        return {**item, "summary": [], "content": content}

@@ -164,14 +164,15 @@ def _places(units: Sequence[Unit], step: int) -> list[int]:
 
     A conversation that grows is so cut at the same place for a while, and its turns begin alike.
     """
-    places, size, due = {0, len(units) - 1}, 0, step
+    of_user = {place for place, unit in enumerate(units) if not _of_model(unit[0])}
+    last_of_user = max(of_user, default=-1)
+    places, size, due = [0], 0, step
     for place, unit in enumerate(units):
-        if size >= due:
-            later = (i for i in range(place, len(units)) if not _of_model(units[i][0]))
-            places.add(next(later, place))
+        if size >= due and (place in of_user or place > last_of_user):
+            places.append(place)
             due = (size // step + 1) * step
         size += sum(map(_num_characters, unit))
-    return sorted(places)
+    return places if places[-1] == len(units) - 1 else [*places, len(units) - 1]
 
 
 def _num_characters(item: Said) -> int:
@@ -191,12 +192,14 @@ def _of_model(item: Said) -> bool:
 
 def _messages(items: Sequence[Said], as_text: bool) -> Iterator[TemplateMessage]:
     """What the model has said in one answer is one message."""
-    names = {item.call_id: item.name for item in items if isinstance(item, FunctionCallItem)}
+    names: dict[str, str] = {}
     for of_model, group in itertools.groupby(items, key=_of_model):
+        said = list(group)
+        names |= {item.call_id: item.name for item in said if isinstance(item, FunctionCallItem)}
         if of_model:
-            yield from (_answer(answer, as_text) for answer in _answers(group))
+            yield from (_answer(answer, as_text) for answer in _answers(said))
             continue
-        for item in group:
+        for item in said:
             if isinstance(item, FunctionOutputItem):
                 fields = {"tool_call_id": item.call_id, "name": names[item.call_id]}
                 yield TemplateMessage("tool", _parts(item.parts), fields)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybrid_cache.api.server.bodies import parse_json
 from hybrid_cache.api.server.errors import ResponseNotFound, quoted
-from hybrid_cache.api.server.gate import current_visit
+from hybrid_cache.api.server.gate import body_size, current_visit
 from hybrid_cache.api.server.response_store import Stored
 from hybrid_cache.api.server.schemas.messages import MAX_MESSAGES
 from hybrid_cache.api.server.schemas.responses import (
@@ -59,8 +59,12 @@ async def turn_of(serving: Serving, asked: ResponsesRequest) -> Turn:
     if len(items) > MAX_MESSAGES:
         raise RequestError(f"{len(items)} items in all, at most {MAX_MESSAGES} are allowed", param="input")
     _check(items)
-    named = [_shown(item, item_name(key, item.type, f"i{i}")) for i, item in enumerate(own)]
-    return Turn(key, items, named, stored_bytes)
+
+    def named() -> list[dict[str, object]]:
+        return [_shown(item, item_name(key, item.type, f"i{i}")) for i, item in enumerate(own)]
+
+    tenant = current_tenant_or(asked.cache_salt)
+    return Turn(key, items, await serving.text.work.run(tenant, body_size(), named), stored_bytes)
 
 
 async def stored_items(serving: Serving, texts: Sequence[bytes]) -> list[Said]:
