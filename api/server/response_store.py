@@ -54,7 +54,7 @@ _CHAIN = """
 WITH RECURSIVE chain (name, place) AS (
     VALUES (?1, 0)
     UNION ALL SELECT previous, place + 1 FROM responses JOIN chain USING (name)
-    WHERE owner = ?2 AND previous IS NOT NULL AND place < ?3
+    WHERE previous IS NOT NULL AND place < ?3
 )
 """
 
@@ -303,7 +303,7 @@ def _refused_as_config_error(path: Path | None) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
-        why = "another process uses it" if "locked" in str(error) else error
+        why = "another process uses it" if "locked" in str(error) else getattr(error, "strerror", None) or error
         raise ConfigError(f"responses cannot be kept in {path}: {why}") from error
 
 
@@ -329,6 +329,7 @@ def _prepare(database: sqlite3.Connection) -> None:
     database.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     database.execute(f"PRAGMA cache_size = -{FILE_CACHE_BYTES >> 10}")
     database.execute("PRAGMA locking_mode = EXCLUSIVE")
+    database.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
     if value("SELECT COUNT(*) FROM sqlite_master") and value("PRAGMA application_id") != APPLICATION:
         raise sqlite3.DatabaseError("it is a database of something else")
     if (fault := value("PRAGMA quick_check(1)")) != "ok":

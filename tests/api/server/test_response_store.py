@@ -15,7 +15,7 @@ import pytest
 from hybrid_cache.api.server.errors import ResponseNotFound
 from hybrid_cache.api.server.response_store import LEAST_BYTES, ResponseStore, Stored, memory_bytes, parse_life
 from hybrid_cache.api.server.tenants import current_tenant
-from hybrid_cache.errors import ConfigError, RequestError
+from hybrid_cache.errors import ConfigError, RequestError, RequestFailed
 from tests.api.servers import in_process, new_app, new_engine
 
 MIB = 1 << 20
@@ -257,6 +257,48 @@ def test_a_response_that_cannot_be_written_is_answered_all_the_same(sum_text: An
             reply = (await client.post("/v1/responses", json=large)).json()
             assert reply["store"] is True
             assert (await client.get(f"/v1/responses/{reply['id']}")).json() == reply
+
+    asyncio.run(run())
+
+
+def test_a_conversation_goes_on_after_a_restart(sum_text: Any, tmp_path: Path) -> None:
+    async def say(text: str, previous: str | None) -> dict[str, Any]:
+        app = new_app(new_engine(), sum_text, response_store=tmp_path / "responses")
+        async with in_process(app) as client:
+            asked = {"input": text, "previous_response_id": previous, "max_output_tokens": 1, "temperature": 0}
+            reply: dict[str, Any] = (await client.post("/v1/responses", json=asked)).json()
+            if previous is not None:
+                items = (await client.get(f"/v1/responses/{reply['id']}/input_items?order=asc")).json()["data"]
+                assert [item["role"] for item in items] == ["user", "assistant", "user"]
+                assert (await client.delete(f"/v1/responses/{previous}")).json() == {
+                    "id": previous,
+                    "object": "response",
+                    "deleted": True,
+                }
+            return reply
+
+    async def run() -> None:
+        first = await say("one", None)
+        second = await say("two", first["id"])
+        assert second["usage"]["input_tokens"] > first["usage"]["input_tokens"]
+
+    asyncio.run(run())
+
+
+def test_a_database_that_fails_keeps_nothing_and_says_so(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = ResponseStore(tmp_path / "responses", LEAST_BYTES)
+        for number in range(11):
+            assert await store.put(stored(number, size=100_000), None)
+        held = store.num_bytes, store._num_responses
+        assert not await store.put(stored(10, size=100_000), None)  # the oldest was to make room, but the name is taken
+        assert (store.num_bytes, store._num_responses) == held
+        assert await kept(store, range(11)) == list(range(1, 11))
+        await store._run(lambda: store._rows("DROP TABLE responses"))
+        assert not await store.put(stored(2), None)
+        with pytest.raises(RequestFailed, match="no such table"):
+            await store.find(name_of(1), None)
+        await store.aclose()
 
     asyncio.run(run())
 
