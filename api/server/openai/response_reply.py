@@ -2,8 +2,9 @@
 
 import itertools
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from hybrid_cache.api.server.errors import Problem, printable
@@ -59,14 +60,14 @@ class ResponseReply:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Events by name and number, as the answer comes."""
-        begun = await self._written({**self._head(), "output": []}, self._head_size)
+        begun = await self._written(lambda: {**self._head(), "output": []}, self._head_size)
         yield self._of_response("response.created", begun)
         yield self._of_response("response.in_progress", begun)
         async for events in self._answer:
             for event in events:
                 for name, data in self._take(event):
                     size = 0 if name.endswith(".delta") else self._output.size
-                    yield self._event(name, (await self._written(data, size))[1:-1])
+                    yield self._event(name, (await self._written(partial(dict, data), size))[1:-1])
         yield self._of_response(f"response.{self._status}", (await self._ended()).body)
 
     async def aclose(self) -> None:
@@ -91,17 +92,18 @@ class ResponseReply:
 
     async def _ended(self) -> Stored:
         """The whole response, which is kept from now on if it is to be."""
-        output = await self._written(self._output.items, self._output.size)
-        head = await self._written(self._head(), self._head_size)
-        own = await self._written(self._turn.own, self._head_size)
+        output = await self._written(lambda: self._output.items, self._output.size)
+        head = await self._written(self._head, self._head_size)
+        own = await self._written(lambda: self._turn.own, self._head_size)
         stored = Stored(self._turn.name, self._asked.previous_response_id, head, own, output)
         if self._kept and not await self._serving.responses.put(stored, self._asked.cache_salt):
             self._kept = False
-            stored = replace(stored, head=await self._written(self._head(), self._head_size))
+            stored = replace(stored, head=await self._written(self._head, self._head_size))
         return stored
 
-    async def _written(self, value: object, size: int) -> bytes:
-        return await self._serving.text.work.run(self._tenant, size, lambda: json_in_pieces(value))
+    async def _written(self, make: Callable[[], object], size: int) -> bytes:
+        """JSON of what `make` returns, on a thread if it is large."""
+        return await self._serving.text.work.run(self._tenant, size, lambda: json_in_pieces(make()))
 
     def _of_response(self, name: str, body: bytes) -> bytes:
         return self._event(name, b'"response":' + body)

@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 
+from hybrid_cache.api.server.openai.response_items import Output
+from hybrid_cache.api.text.generation import Text, Thought, ToolCall
 from hybrid_cache.api.text.tokenizer import TextModel
 from tests.api.servers import (
     CALLS,
@@ -146,8 +148,8 @@ def _tokens_in_chat(caller: openai.OpenAI, messages: Any, first: Any) -> int:
     return int(reply.usage.prompt_tokens)
 
 
-@pytest.mark.parametrize("streamed", [True, False])
-def test_a_turn_by_name_hits_as_well_as_the_conversation_sent_whole(sum_text: TextModel, streamed: bool) -> None:
+def test_a_turn_by_name_hits_as_well_as_the_conversation_sent_whole(sum_text: TextModel) -> None:
+    """The former as a stream."""
     turns = [{"role": "user", "content": f"{number} is what I ask. " * 8} for number in range(3)]
     cached: list[list[int]] = []
     for stored in (True, False):
@@ -161,7 +163,7 @@ def test_a_turn_by_name_hits_as_well_as_the_conversation_sent_whole(sum_text: Te
                 said.append(turn)
                 asked = {"previous_response_id": previous, "input": [turn]} if stored else {"input": said}
                 fields = {"model": "sum", "instructions": LONG, "max_output_tokens": 5, "temperature": 0, **asked}
-                if streamed:
+                if stored:
                     with api.responses.stream(**fields) as stream:
                         reply: Any = [event for event in stream][-1].response  # type: ignore[union-attr]
                 else:
@@ -173,6 +175,73 @@ def test_a_turn_by_name_hits_as_well_as_the_conversation_sent_whole(sum_text: Te
     assert cached[0] == cached[1]
     total, hit = cached[0][-1]
     assert hit >= 64 * ((total - len(turns[-1]["content"]) - 60) // 64) > 400
+
+
+def test_items_are_the_same_conversation_as_a_chat_completion(api: openai.OpenAI, client: httpx.Client) -> None:
+    """What one answer consists of is one message; what is said to the system at first, too."""
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    theirs = [
+        {"role": "system", "content": "Be kind.\nBe short."},
+        {"role": "user", "content": "one\ntwo"},
+        {
+            "role": "assistant",
+            "content": "I call. Done.",
+            "tool_calls": [{"id": "c1", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "4\n2"},
+        {"role": "assistant", "content": "It is."},
+        {"role": "assistant", "content": "And so on."},
+        {"role": "user", "content": "Go on"},
+    ]
+    ours: Any = [
+        {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": [{"type": "input_text", "text": text} for text in ("one", "two")]},
+        {"type": "reasoning", "summary": [], "id": "rs_1"},
+        {"role": "assistant", "content": "I call."},
+        {"type": "function_call", "call_id": "c1", **call},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": " Done."}]},
+        {
+            "type": "function_call_output",
+            "call_id": "c1",
+            "output": [{"type": "input_text", "text": text} for text in "42"],
+        },
+        {"role": "assistant", "content": "It is."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "And so on."}]},
+        {"role": "user", "content": "Go on"},
+    ]
+    first = client.post("/v1/chat/completions", json={"messages": theirs, "max_tokens": 4, "temperature": 0}).json()
+    reply = ask(api, instructions="Be kind.", input=ours, max_output_tokens=4, temperature=0)
+    assert reply.usage.input_tokens_details.cached_tokens == first["usage"]["prompt_tokens"] == reply.usage.input_tokens
+    assert reply.output_text == first["choices"][0]["message"]["content"]
+    stored: Any = list(api.responses.input_items.list(reply.id, order="asc"))
+    assert [item.type for item in stored] == [item.get("type", "message") for item in ours]
+    again = ask(api, instructions="Be kind.", input=[item.to_dict() for item in stored], max_output_tokens=1)
+    assert again.usage.input_tokens == reply.usage.input_tokens
+
+
+def test_items_follow_each_other_as_they_were_said() -> None:
+    said = [Thought(0, "Hm", None), Text(0, "I ", None), Text(0, "call", None), ToolCall(0, "f", "{}", None, "own")]
+    output = Output("key", lambda token: None)
+    events = [each for event in [*said, Text(0, "Done", None)] for each in output.take(event)]
+    events += output.finish(whole=False)
+    assert [(item["type"], item["id"], item["status"]) for item in output.items] == [
+        ("reasoning", "rs_keyo0", "completed"),
+        ("message", "msg_keyo1", "completed"),
+        ("function_call", "fc_keyo2", "completed"),
+        ("message", "msg_keyo3", "incomplete"),
+    ]
+    assert output.items[2]["call_id"] == "own"
+    done = [data["item"] for name, data in events if name == "response.output_item.done"]
+    added = [data["item"]["id"] for name, data in events if name == "response.output_item.added"]  # type: ignore[index]
+    assert (done, added) == (output.items, [item["id"] for item in output.items])
+    assert [data["delta"] for name, data in events if name == "response.output_text.delta"] == ["I ", "call", "Done"]
+
+
+@pytest.mark.parametrize(("whole", "kinds"), [(True, ["message"]), (False, [])])
+def test_an_answer_without_a_word(whole: bool, kinds: list[str]) -> None:
+    output = Output("key", lambda token: None)
+    assert bool(list(output.finish(whole=whole))) == whole
+    assert [item["type"] for item in output.items] == kinds
 
 
 def test_instructions_are_not_carried_over(api: openai.OpenAI) -> None:
