@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, beside, conversation_bytes
+from hybrid_cache.api.server.response_store import memory_bytes
 from hybrid_cache.api.server.settings import MAX_BODY_BYTES, MESSAGE_BOOK_BYTES, RESPONSE_STORE_BYTES
 from hybrid_cache.api.text.defaults import listed, load_defaults
 from hybrid_cache.config import EngineConfig
@@ -155,7 +156,7 @@ def _beside_bytes(shape: ModelShape, max_length: int, budget_bytes: int) -> int:
         max_length=max_length,
         max_body_bytes=MAX_BODY_BYTES,
         book_bytes=MESSAGE_BOOK_BYTES,
-        response_bytes=RESPONSE_STORE_BYTES,
+        response_bytes=memory_bytes(None, RESPONSE_STORE_BYTES),
     )
     return needed.total(budget_bytes)
 

@@ -26,7 +26,7 @@ from prometheus_client.metrics_core import Metric
 
 from hybrid_cache.api.server.errors import ResponseNotFound, quoted
 from hybrid_cache.api.server.settings import RESPONSE_LIFE_S, RESPONSE_STORE_BYTES
-from hybrid_cache.api.server.tenants import current_tenant, current_tenant_or
+from hybrid_cache.api.server.tenants import current_tenant
 from hybrid_cache.errors import ConfigError, RequestError, RequestFailed
 from hybrid_cache.sizes import format_bytes
 
@@ -84,8 +84,8 @@ class Stored:
 
 
 def memory_bytes(path: Path | None, most_bytes: int) -> int:
-    """Most that a store takes of the process's memory."""
-    return most_bytes if path is None else FILE_CACHE_BYTES
+    """Most that a store takes of the process's memory, with what one change may take back."""
+    return most_bytes + 2 * most_bytes // SHARE if path is None else FILE_CACHE_BYTES
 
 
 def owner_of(cache_salt: str | None) -> str:
@@ -142,7 +142,7 @@ class ResponseStore:
 
     async def put(self, stored: Stored, cache_salt: str | None) -> bool:
         """Keeps a response -> whether it is kept: a large one is not, nor one that cannot be written."""
-        owner, tenant = owner_of(cache_salt), current_tenant_or(cache_salt)
+        owner, tenant = owner_of(cache_salt), current_tenant.get()
         try:
             return await self._run(lambda: self._put(stored, owner, tenant))
         except RequestFailed:
@@ -213,9 +213,10 @@ class ResponseStore:
 
     def _whole_or_not_at_all(self, work: Callable[[], T]) -> T:
         try:
+            self._expire()
             with self._database:
                 return work()
-        except sqlite3.Error:
+        except Exception:
             with suppress(sqlite3.Error):
                 self._count()
             raise
@@ -246,14 +247,12 @@ class ResponseStore:
         return True
 
     def _find(self, name: str, owner: str) -> Stored | None:
-        self._expire()
         self._touch(name, owner, self._now())
         columns = "name, previous, head, input, output"
         rows = self._rows(f"SELECT {columns} FROM responses WHERE name = ? AND owner = ?", name, owner)
         return Stored(*rows[0]) if rows else None
 
     def _chain(self, name: str, owner: str, room: int) -> list[Stored] | None:
-        self._expire()
         chain = "FROM chain JOIN responses USING (name) WHERE owner = ?2 ORDER BY place DESC"
         [(size,)] = self._rows(f"{_CHAIN} SELECT SUM(LENGTH(input) + LENGTH(output)) {chain}", name, owner, MOST_CHAIN)
         if (size or 0) > room:
@@ -273,15 +272,18 @@ class ResponseStore:
         )
 
     def _delete(self, name: str, owner: str) -> bool:
-        self._expire()
         return self._drop("deleted", "name = ? AND owner = ?", name, owner) > 0
 
     def _expire(self) -> None:
-        self._drop("expired", "used < ?", self._now() - self.life_s)
+        """One at a time: what a transaction may take back is in memory until its end."""
+        oldest, due = "SELECT name FROM responses WHERE used < ? LIMIT 1", self._now() - self.life_s
+        dropped = 1
+        while dropped:
+            with self._database:
+                dropped = self._drop("expired", f"name IN ({oldest})", due)
 
     def _make_room(self, size: int) -> None:
         """For so many bytes. Of one chain the latest leave first: the others can still be used."""
-        self._expire()
         while self.num_bytes + size > self.most_bytes:
             tenant = max(self._held, key=self._held.__getitem__)
             oldest = "SELECT name FROM responses WHERE tenant = ? ORDER BY used, rowid DESC LIMIT 1"
@@ -316,6 +318,8 @@ def _opened(path: Path | None) -> sqlite3.Connection:
     try:
         with _refused_as_config_error(path):
             _prepare(database)
+            if path is not None:
+                database.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
     except BaseException:
         database.close()
         raise
@@ -329,7 +333,6 @@ def _prepare(database: sqlite3.Connection) -> None:
     database.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     database.execute(f"PRAGMA cache_size = -{FILE_CACHE_BYTES >> 10}")
     database.execute("PRAGMA locking_mode = EXCLUSIVE")
-    database.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
     if value("SELECT COUNT(*) FROM sqlite_master") and value("PRAGMA application_id") != APPLICATION:
         raise sqlite3.DatabaseError("it is a database of something else")
     if (fault := value("PRAGMA quick_check(1)")) != "ok":

@@ -157,6 +157,24 @@ def test_a_response_lives_for_a_time_after_its_last_use() -> None:
     asyncio.run(run())
 
 
+def test_a_look_that_is_refused_changes_no_counts() -> None:
+    async def run() -> None:
+        seconds = 0.0
+        store = ResponseStore(None, life_s=10, now=lambda: seconds)
+        await store.put(stored(1), None)
+        seconds = 8
+        await store.put(stored(2), None)
+        seconds = 11  # the first has expired
+        with pytest.raises(RequestError, match="at most 9 can be continued"):
+            await store.chain(name_of(2), None, 9)
+        held = store.num_bytes, store._num_responses
+        await store._run(store._count)
+        assert (store.num_bytes, store._num_responses) == held
+        await store.aclose()
+
+    asyncio.run(run())
+
+
 def test_a_file_outlives_its_process_and_is_for_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "responses"
 
@@ -304,7 +322,7 @@ def test_a_database_that_fails_keeps_nothing_and_says_so(tmp_path: Path) -> None
 
 
 def test_memory_and_durations(tmp_path: Path) -> None:
-    assert memory_bytes(None, 7 * MIB) == 7 * MIB
+    assert memory_bytes(None, 8 * MIB) == 10 * MIB
     assert memory_bytes(tmp_path / "x", 1 << 40) == 2 * MIB
     assert [parse_life(text) for text in ("90s", "30m", "24h", " 7d ")] == [90, 1800, 86400, 604800]
     for text in ("", "0h", "1.5h", "h", "24", "1w", "\u0661h", "99999999d"):
