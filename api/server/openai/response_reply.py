@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
+from hybrid_cache.api.server.cache_report import shown_report
 from hybrid_cache.api.server.errors import Problem, printable
 from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.json_text import json_bytes, json_in_pieces
@@ -152,7 +153,8 @@ class ResponseReply:
             user=asked.user,
             output=[],
         )
-        return shown.model_dump(exclude={"output"})
+        report = {} if self._status == "in_progress" else shown_report(self._serving.text.tokenizer, self._answer)
+        return {**shown.model_dump(exclude={"output", "cache_report"}), **report}
 
 
 def _usage(used: Usage) -> ResponseUsage:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PlainValidator, model_validator
 
 from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.server.schemas.cache import CacheReport
 from hybrid_cache.api.server.schemas.common import (
     MAX_SALT,
     MAX_TOP_LOGPROBS,
@@ -341,6 +342,7 @@ class ResponsesRequest(Request):
     cache_salt: Annotated[str, Field(max_length=MAX_SALT)] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: ResponseCacheOptions | None = None
+    cache_report: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -432,6 +434,7 @@ class ResponseObject(Response):
     truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
     user: str | None
+    cache_report: CacheReport | None = None  # only where one was asked for
     output: list[JsonObject]
 
 

@@ -365,6 +365,16 @@ def test_marks_and_salts_of_the_cache(api: openai.OpenAI) -> None:
     assert 128 <= counts[1] < 216
 
 
+def test_a_report_about_the_cache_where_one_is_asked_for(client: httpx.Client) -> None:
+    asked = {"input": "Why was this computed?" * 9, "max_output_tokens": 1, "cache_report": True}
+    reply = client.post("/v1/responses", json=asked).json()
+    assert reply["cache_report"]["prompt_tokens"] == reply["usage"]["input_tokens"]
+    assert reply["cache_report"]["missed"][-1]["end"] == reply["usage"]["input_tokens"]
+    events = events_of(client.post("/v1/responses", json={**asked, "stream": True}).text)
+    assert events[-1][1]["response"]["cache_report"]["missed"] == []
+    assert "cache_report" not in client.post("/v1/responses", json={**asked, "cache_report": False}).json()
+
+
 def test_a_response_may_go_on_without_new_input(api: openai.OpenAI) -> None:
     first = ask(api, input="one", max_output_tokens=1)
     more = ask(api, previous_response_id=first.id, max_output_tokens=1)
