@@ -58,16 +58,6 @@ class AnswerParser:
         """Whether the text so far ends with what may be the beginning of a mark."""
         return self._text.unread
 
-    @property
-    def thinking(self) -> bool:
-        """Whether the text so far ends within a thought."""
-        return self._thinking
-
-    @property
-    def may_begin_mark(self) -> bool:
-        """Whether it ends with what may be the beginning of a mark."""
-        return bool(self._finder.held)
-
     def push(self, text: str) -> list[Item]:
         """Takes text -> what is now certain, in order; neighbours of one kind are one item."""
         self._text.feed(text)

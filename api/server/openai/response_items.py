@@ -1,11 +1,10 @@
 """The output of a response as it grows: items, and the events that tell of them."""
 
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 from hybrid_cache.api.server.openai.response_turns import item_name
-from hybrid_cache.api.text.generation import Event, Text, Thought, Token, ToolCall
+from hybrid_cache.api.text.generation import CallArguments, CallBegin, CallEnd, Event, Text, Thought, Token
 
 Shown = Iterator[tuple[str, dict[str, object]]]  # names of events, and what they hold beside their numbers
 Kind = Literal["message", "reasoning", "function_call"]
@@ -44,11 +43,15 @@ class Output:
                 yield from self._say("message", text)
             case Thought(text=text):
                 yield from self._say("reasoning", text)
-            case ToolCall():
+            case CallBegin():
                 self._untold = []  # of its marks
-                yield from self._call(event.name, event.id)
-                yield from self._say("function_call", event.arguments)
                 yield from self._close("completed")
+                self._called = {"call_id": event.id, "name": event.name}
+                yield from self._open("function_call")
+            case CallArguments(text=text):
+                yield from self._say("function_call", text)
+            case CallEnd(complete=complete):
+                yield from self._close("completed" if complete else "incomplete")
 
     def finish(self, *, whole: bool) -> Shown:
         """Nothing follows. whole: the answer has come to its own end"""
@@ -69,11 +72,6 @@ class Output:
         self._texts.append(text)
         self.size += len(text)
         yield from self._delta(text)
-
-    def _call(self, name: str, call_id: str | None) -> Shown:
-        yield from self._close("completed")
-        self._called = {"call_id": call_id or f"call_{uuid.uuid4().hex[:24]}", "name": name}
-        yield from self._open("function_call")
 
     def _delta(self, text: str) -> Shown:
         delta: dict[str, object] = {**self._place, **self._content_index, "delta": text}

@@ -35,7 +35,7 @@ class Turn:
     """A response to be made, and what comes before it."""
 
     key: str  # what its name and those of its items have in common
-    items: Sequence[Said]  # oldest first, its own input last
+    items: Sequence[Said]  # oldest first, its own input last, without calls that broke off
     own: Sequence[dict[str, object]]  # its input as clients get it
     stored_bytes: int  # of the items before its input
 
@@ -55,7 +55,7 @@ async def turn_of(serving: Serving, asked: ResponsesRequest) -> Turn:
     key, own = uuid.uuid4().hex, list[Said]()
     for item in asked.input or ():
         own.append(await _referred(serving, asked, item.id) if isinstance(item, ItemReference) else item)
-    items = [*before, *own]
+    items = [item for item in (*before, *own) if not _broke_off(item)]
     if len(items) > MAX_MESSAGES:
         raise RequestError(f"{len(items)} items in all, at most {MAX_MESSAGES} are allowed", param="input")
     _check(items)
@@ -119,6 +119,11 @@ async def _referred(serving: Serving, asked: ResponsesRequest, name: str) -> Sai
         if item.id == name:
             return item
     raise ResponseNotFound(f"Item with id {quoted(name)} not found: {serving.responses.terms}", param="input")
+
+
+def _broke_off(item: Said) -> bool:
+    """A call that the end of its answer has cut: nobody can answer it, and templates want whole arguments."""
+    return isinstance(item, FunctionCallItem) and item.status == "incomplete"
 
 
 def _check(items: Iterable[Said]) -> None:

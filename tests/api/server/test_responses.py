@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from hybrid_cache.api.server.openai.response_items import Output
-from hybrid_cache.api.text.generation import Text, Thought, ToolCall
+from hybrid_cache.api.text.generation import CallArguments, CallBegin, CallEnd, Text, Thought
 from hybrid_cache.api.text.tokenizer import TextModel
 from tests.api.servers import (
     CALLS,
@@ -220,9 +220,15 @@ def test_items_are_the_same_conversation_as_a_chat_completion(api: openai.OpenAI
 
 
 def test_items_follow_each_other_as_they_were_said() -> None:
-    said = [Thought(0, "Hm", None), Text(0, "I ", None), Text(0, "call", None), ToolCall(0, "f", "{}", None, "own")]
+    said = [Thought(0, "Hm", None), Text(0, "I ", None), Text(0, "call", None)]
+    call = [
+        CallBegin(0, "f", None, "own"),
+        CallArguments(0, "{", None),
+        CallArguments(0, "}", None),
+        CallEnd(0, True, None),
+    ]
     output = Output("key", lambda token: None)
-    events = [each for event in [*said, Text(0, "Done", None)] for each in output.take(event)]
+    events = [each for event in (*said, *call, Text(0, "Done", None)) for each in output.take(event)]
     events += output.finish(whole=False)
     assert [(item["type"], item["id"], item["status"]) for item in output.items] == [
         ("reasoning", "rs_keyo0", "completed"),
@@ -230,11 +236,24 @@ def test_items_follow_each_other_as_they_were_said() -> None:
         ("function_call", "fc_keyo2", "completed"),
         ("message", "msg_keyo3", "incomplete"),
     ]
-    assert output.items[2]["call_id"] == "own"
+    assert (output.items[2]["call_id"], output.items[2]["arguments"]) == ("own", "{}")
     done = [data["item"] for name, data in events if name == "response.output_item.done"]
     added = [data["item"]["id"] for name, data in events if name == "response.output_item.added"]  # type: ignore[index]
     assert (done, added) == (output.items, [item["id"] for item in output.items])
     assert [data["delta"] for name, data in events if name == "response.output_text.delta"] == ["I ", "call", "Done"]
+
+
+def test_a_call_that_breaks_off_is_no_part_of_what_follows(api: openai.OpenAI) -> None:
+    output = Output("key", lambda token: None)
+    for event in (CallBegin(0, "f", None, "c1"), CallArguments(0, '{"x', None), CallEnd(0, False, None)):
+        list(output.take(event))
+    [call] = output.items
+    assert (call["status"], call["arguments"]) == ("incomplete", '{"x')
+    turns = [{"role": "user", "content": text} for text in ("one", "two")]
+    counts = [
+        ask(api, input=said, max_output_tokens=1).usage.input_tokens for said in ([turns[0], call, turns[1]], turns)
+    ]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(("whole", "kinds"), [(True, ["message"]), (False, [])])
