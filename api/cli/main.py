@@ -143,6 +143,12 @@ def serve(
     message_book: Annotated[
         str, typer.Option(help="Memory for the text of messages that requests may refer to by id.")
     ] = "64MiB",
+    response_store: Annotated[
+        Path | None,
+        typer.Option(help="SQLite file that keeps responses of /v1/responses; without it they are kept in memory."),
+    ] = None,
+    response_store_mb: Annotated[int, typer.Option(min=1, help="MiB of responses, in memory or in the file.")] = 64,
+    response_ttl: Annotated[str, typer.Option(help="How long responses are kept after their last use.")] = "24h",
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse what earlier requests computed.")
     ] = True,
@@ -205,6 +211,7 @@ def serve(
     from hybrid_cache.api.server.exposure import Exposure
     from hybrid_cache.api.server.launch import LoadOptions
     from hybrid_cache.api.server.protocol import Patience
+    from hybrid_cache.api.server.response_store import parse_life
     from hybrid_cache.config import EngineConfig, verify_by_default
     from hybrid_cache.sizes import parse_bytes
 
@@ -240,6 +247,9 @@ def serve(
         tool_parser=None if tool_parser == "auto" else tool_parser,
         max_body_bytes=parse_bytes(max_body),
         message_book_bytes=parse_bytes(message_book),
+        response_store=response_store,
+        response_store_bytes=response_store_mb << 20,
+        response_life_s=parse_life(response_ttl),
         vllm_metrics=vllm_metrics,
         drain_timeout_s=drain_timeout,
         hung_after_s=hung_after,

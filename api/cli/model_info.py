@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, beside, conversation_bytes
-from hybrid_cache.api.server.settings import MAX_BODY_BYTES, MESSAGE_BOOK_BYTES
+from hybrid_cache.api.server.response_store import memory_bytes
+from hybrid_cache.api.server.settings import MAX_BODY_BYTES, MESSAGE_BOOK_BYTES, RESPONSE_STORE_BYTES
 from hybrid_cache.api.text.defaults import listed, load_defaults
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ModelError, UnsupportedModel
@@ -149,7 +150,14 @@ def _facts(shape: ModelShape, info: loading.ModelInfo | None, budget_bytes: int)
 def _beside_bytes(shape: ModelShape, max_length: int, budget_bytes: int) -> int:
     """With the default settings of a server on a CPU."""
     config = EngineConfig()
-    needed = beside(shape, config, max_length=max_length, max_body_bytes=MAX_BODY_BYTES, book_bytes=MESSAGE_BOOK_BYTES)
+    needed = beside(
+        shape,
+        config,
+        max_length=max_length,
+        max_body_bytes=MAX_BODY_BYTES,
+        book_bytes=MESSAGE_BOOK_BYTES,
+        response_bytes=memory_bytes(None, RESPONSE_STORE_BYTES),
+    )
     return needed.total(budget_bytes)
 
 

@@ -11,7 +11,7 @@ from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
-from hybrid_cache.api.server.routes import cache, chat, completions, messages, server, tokens
+from hybrid_cache.api.server.routes import cache, chat, completions, messages, responses, server, tokens
 from hybrid_cache.api.server.serving import new_serving
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -27,6 +27,7 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
         engine.start()
         yield
         await engine.stop(settings.drain_timeout_s)
+        await serving.responses.aclose()
 
     # No documentation pages: they load their scripts from elsewhere. /openapi.json is ours.
     # No redirects either: they would lead to whatever host the client names.
@@ -38,7 +39,7 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
         redoc_url=None,
         redirect_slashes=False,
     )
-    for routes in (chat, completions, messages, tokens, cache, server):
+    for routes in (chat, completions, responses, messages, tokens, cache, server):
         app.include_router(routes.router(serving))
     install_error_handlers(app)
     # The last one added is the outermost.
@@ -55,7 +56,7 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=("x-request-id", "Retry-After"),
         )

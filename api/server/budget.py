@@ -11,6 +11,7 @@ Beside weights and cache a server needs at most
     queue     the prompts of a full engine and a full queue, QUEUE_TOKENS each on average
     bodies    MOST_BODIES request bodies of the largest size
     messages  the message book
+    responses stored responses, or what SQLite holds of their file
     history   places that prompts have returned to, with which the policy learns, what has left the cache, and what
               requests were, for `diagnostics`
     grammars  those that are kept, the ways of running answers through them, and the process that tries them out
@@ -63,6 +64,7 @@ class Beside:
     bodies: int
     messages: int
     books_per_byte: float  # of the cache
+    responses: int = 0
     grammars: int = 0
     history: int = HISTORY_BYTES
     program: int = PROGRAM_BYTES
@@ -74,7 +76,8 @@ class Beside:
         passes = self.step + self.keys + self.logits
         if self.on_gpu:
             return passes + GPU_BYTES
-        return passes + self.queue + self.bodies + self.messages + self.grammars + self.history + self.program
+        asked = self.queue + self.bodies + self.messages + self.responses
+        return passes + asked + self.grammars + self.history + self.program
 
     def total(self, budget_bytes: int) -> int:
         """Bytes in the memory that the cache is in."""
@@ -103,6 +106,7 @@ def plan_memory(
     *,
     max_body_bytes: int = 0,
     book_bytes: int = 0,
+    response_bytes: int = 0,
     root: Path = ROOT,
 ) -> MemoryPlan:
     """To be called once the model has run: `asked` is the budget, None for what is sensible. Raises ConfigError."""
@@ -115,6 +119,7 @@ def plan_memory(
         backend=loaded.ops.name,
         max_body_bytes=max_body_bytes,
         book_bytes=book_bytes,
+        response_bytes=response_bytes,
         device=model.device,
     )
     budget_bytes = fitted(asked, free, needed, spec)
@@ -130,6 +135,7 @@ def beside(
     backend: str = "native",
     max_body_bytes: int = 0,
     book_bytes: int = 0,
+    response_bytes: int = 0,
     device: torch.device | None = None,
 ) -> Beside:
     """What a process with these settings takes beside weights and cache."""
@@ -144,6 +150,7 @@ def beside(
         queue=(config.max_running + config.max_waiting) * min(max_length, QUEUE_TOKENS) * TOKEN_BYTES,
         bodies=MOST_BODIES * max_body_bytes,
         messages=book_bytes,
+        responses=response_bytes,
         books_per_byte=NODE_BYTES / (spec.page_bytes or spec.slot_bytes / TILE),
         grammars=KEPT_GRAMMARS_BYTES + WALK_BYTES * config.max_running + MOST_BYTES,
         on_gpu=on_gpu,

@@ -54,6 +54,10 @@ class NotAllowed(RequestError):
     """The request is one for others."""
 
 
+class ResponseNotFound(RequestError):
+    """The request names a stored response, or an item of one, that is not there for the one who asks."""
+
+
 class ErrorDetail(BaseModel):
     """What went wrong, in OpenAI's fields."""
 
@@ -130,7 +134,7 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(404, str(error), "invalid_request_error", error.param, "conversation_not_found")
         case NotAllowed():
             return Problem(403, str(error), "permission_error", error.param, "not_allowed")
-        case UnknownMessage():
+        case UnknownMessage() | ResponseNotFound():
             return Problem(404, str(error), "invalid_request_error", error.param, error.code)
         case MessageGone():
             return Problem(409, str(error), "invalid_request_error", error.param, error.code)

@@ -9,7 +9,7 @@ Responses = dict[int | str, dict[str, Any]]
 UNAVAILABLE = 503  # the answer to a probe of a server that cannot serve
 LOOKUP_ERRORS: Responses = {
     401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
-    404: {"model": ErrorBody, "description": "No such model, or no such message."},
+    404: {"model": ErrorBody, "description": "No such model, message or response."},
     421: {"model": ErrorBody, "description": "The Host header names another server."},
 }
 CACHE_ERRORS: Responses = {
@@ -30,5 +30,8 @@ ERRORS: Responses = {
 }
 EVENTS: Responses = {
     200: {"content": {"text/event-stream": {}}, "description": "With `stream`, server-sent events that end in [DONE]."}
+}
+NAMED_EVENTS: Responses = {
+    200: {"content": {"text/event-stream": {}}, "description": "With `stream`, server-sent events with names."}
 }
 ANTHROPIC_ERRORS: Responses = {status: {**shown, "model": AnthropicErrorBody} for status, shown in ERRORS.items()}

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -21,6 +22,7 @@ from hybrid_cache.api.server.ending import FLUSH_TIMEOUT_S, FORCE_S, SECOND_S, D
 from hybrid_cache.api.server.exposure import Exposure, is_loopback
 from hybrid_cache.api.server.launch import Loaded, LoadOptions, inexact_reasons, load
 from hybrid_cache.api.server.protocol import ServerConfig
+from hybrid_cache.api.server.response_store import memory_bytes
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.defaults import listed
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -49,6 +51,9 @@ class ServeOptions:
     tool_parser: str | None
     max_body_bytes: int
     message_book_bytes: int
+    response_store: Path | None
+    response_store_bytes: int
+    response_life_s: float
     vllm_metrics: bool
     drain_timeout_s: float
     exposure: Exposure = field(default_factory=Exposure)
@@ -82,6 +87,9 @@ class ServeOptions:
             body_timeout_s=self.exposure.patience.body_timeout_s,
             max_body_bytes=self.max_body_bytes,
             message_book_bytes=self.message_book_bytes,
+            response_store=self.response_store,
+            response_store_bytes=self.response_store_bytes,
+            response_life_s=self.response_life_s,
             beside_bytes=beside_bytes,
             vllm_metrics=self.vllm_metrics,
             drain_timeout_s=self.drain_timeout_s,
@@ -106,6 +114,7 @@ def serve(options: ServeOptions) -> int:
             options.budget_bytes,
             max_body_bytes=options.max_body_bytes,
             book_bytes=options.message_book_bytes,
+            response_bytes=memory_bytes(options.response_store, options.response_store_bytes),
         )
         engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
         engine = AsyncEngine(loaded.model, engine_config, hung_after_s=options.hung_after_s)

@@ -29,6 +29,11 @@ def event_of(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
+def named_event(name: str, data: Mapping[str, object]) -> bytes:
+    """One server-sent event with a name, which its data repeats."""
+    return b"event: " + name.encode() + b"\n" + event({"type": name, **data})
+
+
 class Reply(Protocol):
     """An answer in the JSON of one dialect: either whole or as events, and once."""
 

@@ -11,6 +11,7 @@ from hybrid_cache.api.server.cache_report import wants_report
 from hybrid_cache.api.server.errors import ModelNotFound, quoted
 from hybrid_cache.api.server.gate import MOST_BODIES, Gate, current_visit
 from hybrid_cache.api.server.metrics import Metrics, gate_families
+from hybrid_cache.api.server.response_store import ResponseStore
 from hybrid_cache.api.server.sessions import session_of
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.server.tenants import owner_of
@@ -53,6 +54,7 @@ class Serving:
     book: MessageBook  # messages that requests may refer to
     gate: Gate
     diagnoses: Diagnoses
+    responses: ResponseStore  # that clients may ask for again, or continue
 
     async def answer(self, specs: Sequence[GenerationSpec], headers: Mapping[str, str], asked: BaseModel) -> Answer:
         """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped.
@@ -81,6 +83,8 @@ def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) 
     book = MessageBook(settings.message_book_bytes)
     metrics = Metrics(engine, settings, book)
     metrics.also(lambda: gate_families(gate, text_engine.work))
+    responses = ResponseStore(settings.response_store, settings.response_store_bytes, settings.response_life_s)
+    metrics.also(responses.families)
     return Serving(
         text=text_engine,
         settings=settings,
@@ -89,6 +93,7 @@ def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) 
         book=book,
         gate=gate,
         diagnoses=Diagnoses(),
+        responses=responses,
     )
 
 

@@ -3,11 +3,14 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hybrid_cache.errors import ConfigError
 
 MAX_BODY_BYTES = 10 << 20
 MESSAGE_BOOK_BYTES = 64 << 20
+RESPONSE_STORE_BYTES = 64 << 20
+RESPONSE_LIFE_S = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,9 @@ class ServerSettings:
     allowed_origins: tuple[str, ...] = ()  # web pages that may read answers; "*" for all
     max_body_bytes: int = MAX_BODY_BYTES
     message_book_bytes: int = MESSAGE_BOOK_BYTES  # of messages that requests may refer to
+    response_store: Path | None = None  # the file that keeps responses; None for memory
+    response_store_bytes: int = RESPONSE_STORE_BYTES
+    response_life_s: float = RESPONSE_LIFE_S  # after their last use
     beside_bytes: int = 0  # most that the server takes beside weights and cache, see `budget`; 0 if nobody knows
     body_timeout_s: float = 30.0  # for the body of a request, beside a least rate
     vllm_metrics: bool = False
@@ -46,6 +52,8 @@ class ServerSettings:
         for name in ("max_body_bytes", "message_book_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if not self.response_life_s > 0:
+            raise ConfigError(f"response_life_s is {self.response_life_s}, must be more than 0")
         if not self.body_timeout_s > 0:
             raise ConfigError(f"body_timeout_s is {self.body_timeout_s}, must be more than 0")
         if self.drain_timeout_s < 0:

@@ -149,8 +149,8 @@ class _Generation:
 
     @property
     def usage(self) -> Usage:
-        output = self._output
-        return Usage(len(self._tokens), self._num_generated, output.cached_tokens, output.written_tokens)
+        output, thought = self._output, sum(choice.num_thought for choice in self._choices)
+        return Usage(len(self._tokens), self._num_generated, output.cached_tokens, output.written_tokens, thought)
 
     @property
     def lookup(self) -> Lookup | None:
@@ -210,21 +210,29 @@ class _Choice:
         )
         self._parser = AnswerParser(spec.form) if spec.form.marks or spec.form.tools else None
         self.said = None if spec.talk is None else Said()
+        self.num_thought = 0  # tokens of thoughts, and of the marks around them
+        self._num_held = 0  # tokens that may be the beginning of such a mark
 
     def push(self, output: TokenOutput) -> tuple[Events, str | int | None]:
         """Takes the next output of this choice -> what it adds, and what the client named that has ended it."""
         piece = self._text.push(output)
         token = None if output.token is None else Token(output.token, piece.offset, output.logprob)
-        first, *others = ([piece.text] if self._parser is None else self._parsed(self._parser, piece)) or [""]
+        first, *others = ([piece.text] if self._parser is None else self._parsed(self._parser, piece, token)) or [""]
         events = self._event(first, token), *(self._event(item, None) for item in others)
         if self.said is not None:
             for event in events:
                 self.said.take(event)
         return events, piece.stop
 
-    @staticmethod
-    def _parsed(parser: AnswerParser, piece: Piece) -> list[Item]:
-        found = parser.push(piece.text)
+    def _parsed(self, parser: AnswerParser, piece: Piece, token: Token | None) -> list[Item]:
+        was_thinking, found = parser.thinking, parser.push(piece.text)
+        if token is not None:
+            self._num_held += 1
+            if was_thinking or parser.thinking:
+                self.num_thought += self._num_held
+                self._num_held = 0
+            elif not parser.may_begin_mark:
+                self._num_held = 0
         return found if piece.output.finish is None else found + parser.finish()
 
     def _event(self, item: Item, token: Token | None) -> Part:

@@ -65,6 +65,7 @@ class Usage:
     completion: int = 0
     cached: int = 0  # of the prompt, not computed
     written: int = 0  # of the prompt, new in the cache
+    thought: int = 0  # of the completion, in thoughts and their marks
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -72,6 +73,7 @@ class Usage:
             self.completion + other.completion,
             self.cached + other.cached,
             self.written + other.written,
+            self.thought + other.thought,
         )
 
 

@@ -72,6 +72,7 @@ _SCHEMA = {
     "required": ["word"],
     "additionalProperties": False,
 }
+_POINT = {"mode": "explicit", "ttl": "5m"}
 _MARK = {"type": "ephemeral", "ttl": "1h"}
 _BLOCKS = [
     {"role": "user", "content": [{"type": "text", "text": "Look up owl.", "cache_control": _MARK}]},
@@ -91,9 +92,23 @@ _BLOCKS = [
         ],
     },
 ]
+_ITEMS = [
+    {"role": "user", "content": [{"type": "input_text", "text": "Look up owl.", "prompt_cache_breakpoint": _POINT}]},
+    {
+        "type": "reasoning",
+        "id": "rs_1",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": "A tool knows."}],
+    },
+    {"type": "message", "role": "assistant", "id": "msg_1", "content": [{"type": "output_text", "text": "I look."}]},
+    {"type": "function_call", "call_id": "call_1", "name": "look_up", "arguments": '{"word": "owl"}'},
+    {"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_text", "text": "A bird."}]},
+    {"role": "user", "content": "Go on."},
+]
 _OUR_TOOL = {"name": "look_up", "description": "Looks up.", "input_schema": _SCHEMA, "cache_control": _MARK}
 
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
+RESPONSES = "/v1/responses"
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 
 BODIES: tuple[tuple[str, Json], ...] = (
@@ -157,6 +172,39 @@ BODIES: tuple[tuple[str, Json], ...] = (
             "max_tokens": 2,
         },
     ),
+    (RESPONSES, {"input": _TEXT, "max_output_tokens": 2}),
+    (
+        RESPONSES,
+        {
+            "input": _ITEMS,
+            "instructions": "Be brief.",
+            "tools": [{"type": "function", **_TOOL["function"], "strict": True}],
+            "tool_choice": {"type": "function", "name": "look_up"},
+            "parallel_tool_calls": False,
+            "stream": True,
+            "stream_options": {"include_obfuscation": False},
+            "max_output_tokens": 2,
+            "cache_salt": "salt",
+            "prompt_cache_options": {"mode": "explicit", "ttl": "30m"},
+        },
+    ),
+    (
+        RESPONSES,
+        {
+            "input": [_USER],
+            "text": {"format": {"type": "json_schema", "name": "x", "schema": _SCHEMA, "strict": True}},
+            "reasoning": {"effort": "none", "summary": "auto"},
+            "include": ["message.output_text.logprobs", "reasoning.encrypted_content"],
+            "top_logprobs": 2,
+            "truncation": "auto",
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "metadata": {"a": "b"},
+            "store": False,
+            "service_tier": "auto",
+            "max_output_tokens": 2,
+        },
+    ),
     (COUNT, {"model": "embedded", "system": "Be brief.", "messages": _BLOCKS, "tools": [_OUR_TOOL]}),
     (COMPLETIONS, {"prompt": _TEXT, "max_tokens": 2}),
     (COMPLETIONS, {"prompt": _TEXT, "max_tokens": 2, "echo": True, "logprobs": 2, "n": 2, "best_of": 2, **_SAMPLING}),
@@ -167,5 +215,6 @@ BODIES: tuple[tuple[str, Json], ...] = (
     (TOKENIZE, {"messages": _CALLS, "tools": [_TOOL], "add_generation_prompt": True, "return_token_strs": True}),
     (DETOKENIZE, {"tokens": [5, 6, 7, 300]}),
 )
+NO_RESPONSE = "/v1/responses/resp_00000000000000000000000000000000"
 LOOKUPS = ("/health", "/ready", "/ping", "/version", "/metrics", "/v1/models", "/v1/models/embedded", "/tokenizer_info")
 REFERENCE = {"role": "user", "ref": "msg_000000000000000000000000"}  # of a message that nobody has sent

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from random import Random
 
-from tests.fuzz.bodies import BODIES, LOOKUPS
+from tests.fuzz.bodies import BODIES, LOOKUPS, NO_RESPONSE, RESPONSES
 from tests.fuzz.trees import TEXTS, Node, Pairs, edit, grow, write
 from tests.soak.wire import head
 
 FEW_TOKENS = 2
 MOST_TOKENS = 2**15  # larger counts are refused, smaller ones would be answered in full
-COUNTS = ("max_tokens", "max_completion_tokens")
+COUNTS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 LEAVE_S = 20.0
 
 CONTENT_TYPES = (
@@ -74,6 +74,7 @@ PATHS = (
         "/docs",
         "/openapi.json",
     ),
+    *(NO_RESPONSE, f"{NO_RESPONSE}/cancel", f"{NO_RESPONSE}/input_items?limit=x", "/v1/responses/%00/input_items"),
     *("http://evil.example/health", "*", "/\u00e9", "/health?" + "q" * 9000, "/v1/models/\u0661"),
 )
 ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp037", "utf-7")
@@ -107,7 +108,7 @@ def build(seed: int, number: int, keep: frozenset[int] | None = None) -> Case:
         if keep is None or i in keep:
             tree = edit(tree, Random(f"{seed}/{number}/{i}"), gently=gently)
             told.append(f"tree edit {i}")
-    patient = _bound_answer(tree, rng)
+    patient = _bound_answer(tree, rng, "max_output_tokens" if path == RESPONSES else "max_tokens")
     text = "" if lookup else write(tree, ascii_only=rng.random() < 0.5)
     data = text.encode("utf-8", "surrogatepass")
     headers = {"Content-Type": "application/json", "Content-Length": str(len(data))}
@@ -124,7 +125,7 @@ def edits_of(seed: int, number: int) -> list[int]:
     return [*range(5), *range(100, 103)]
 
 
-def _bound_answer(tree: Node, rng: Random) -> bool:
+def _bound_answer(tree: Node, rng: Random, name: str) -> bool:
     """Keeps answers short, since they are not the point -> False: it may be long, and the client will leave."""
     if not isinstance(tree, Pairs):
         return True
@@ -132,7 +133,7 @@ def _bound_answer(tree: Node, rng: Random) -> bool:
     if any(k in COUNTS and isinstance(v, int) for k, v in tree.items):
         return True
     if rng.random() < 0.9:
-        tree.items.append(("max_tokens", FEW_TOKENS))
+        tree.items.append((name, FEW_TOKENS))
         return True
     return False
 

@@ -3,10 +3,11 @@
 import json
 
 from tests.fuzz.cases import Case
-from tests.soak.wire import Reply, events
+from tests.soak.wire import Json, Reply, events
 
 ERROR_FIELDS = {"message", "type", "param", "code"}
 ANTHROPIC_FIELDS = {"message", "type"}
+LAST = {"message_stop", "response.completed", "response.incomplete"}
 OVERLOADED = {"server_overloaded", "overloaded_error"}  # in OpenAI's words and in Anthropic's
 
 
@@ -55,11 +56,19 @@ def _fault_of_stream(body: bytes) -> str | None:
     for event in found:
         if event != "[DONE]" and not _is_json(event):
             return f"an event without JSON: {event[:200]!r}"
-    errors = [json.loads(event)["error"] for event in found if '"error":' in event]
+    told = [json.loads(event) for event in found if event != "[DONE]"]
+    errors = [error for event in told if (error := _error_in(event))]
     if not all(OVERLOADED & {error.get("code"), error.get("type")} for error in errors):
         return f"a stream with an error: {found[-2:]}"
-    ended = bool(errors) or found[-1:] == ["[DONE]"] or any('"message_stop"' in event for event in found[-1:])
+    ended = bool(errors) or found[-1:] == ["[DONE]"] or any(event.get("type") in LAST for event in told[-1:])
     return None if ended else f"a stream without an end: {body[-200:]!r}"
+
+
+def _error_in(event: Json) -> Json:
+    """What an event says of a failure, in either form."""
+    if event.get("type") == "error":
+        return event.get("error") or event
+    return event.get("error") or (event.get("response") or {}).get("error")
 
 
 def _is_json(text: str | bytes) -> bool:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
-from tests.fuzz.cases import Case
+from tests.fuzz.bodies import RESPONSES
+from tests.fuzz.cases import COUNTS, Case
 from tests.fuzz.judge import fault_of
 from tests.soak.common import HEALTH_S
 from tests.soak.server import serve
@@ -28,7 +29,7 @@ FEW_TOKENS = 2
 def check(case: "schemathesis.Case", key: str) -> None:
     """Sends one case, and judges the answer as that to any other request."""
     if isinstance(case.body, dict):
-        for name in ("max_tokens", "max_completion_tokens"):  # the answers are not the point
+        for name in COUNTS if case.path != RESPONSES else COUNTS[2:]:  # the answers are not the point
             if not isinstance(case.body.get(name), str | list | dict):
                 case.body[name] = FEW_TOKENS
     reply = case.call(headers={"Authorization": f"Bearer {key}"})

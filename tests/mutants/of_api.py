@@ -9,6 +9,8 @@ SEGMENTS = ("tests/api/text/test_segments.py",)
 WORK = ("tests/api/text/test_text_work.py",)
 CALLS = ("tests/api/text/test_call_deltas.py",)
 GRAMMARS = ("tests/api/text/test_grammars.py",)
+STORE = ("tests/api/server/test_response_store.py",)
+RESPONSES = ("tests/api/server/test_responses.py",)
 
 marks = partial(Mutant, "hybrid_cache/api/text/marks.py")
 chat = partial(Mutant, "hybrid_cache/api/text/chat.py")
@@ -19,6 +21,8 @@ values = partial(Mutant, "hybrid_cache/api/text/json_pieces.py")
 calls = partial(Mutant, "hybrid_cache/api/text/call_readers.py")
 answers = partial(Mutant, "hybrid_cache/api/text/answer_parser.py")
 call_grammars = partial(Mutant, "hybrid_cache/api/text/tool_grammars.py")
+store = partial(Mutant, "hybrid_cache/api/server/response_store.py")
+turns = partial(Mutant, "hybrid_cache/api/server/openai/response_turns.py")
 
 MUTANTS = [
     marks(
@@ -110,4 +114,16 @@ MUTANTS = [
         "for j in range(first, min(first + 1, len(needed)))",
         GRAMMARS,
     ),
+    store("anybody deletes a response", '"name = ? AND owner = ?", name, owner', '"name = ?", name', STORE),
+    store("a response continues another owner's", "WHERE owner = ?2 ORDER", "WHERE ?2 != '' ORDER", STORE),
+    store("a use of a response is none of those it continues", "name IN (SELECT name FROM chain)", "name = ?1", STORE),
+    store("the tenant with least makes room", "tenant = max(self._held", "tenant = min(self._held", STORE),
+    store(
+        "what fails leaves wrong counts",
+        "                self._count()\n            raise",
+        "                pass\n            raise",
+        STORE,
+    ),
+    turns("a result without a call is let in", "open_calls.pop(item.call_id, item) is item", "False", RESPONSES),
+    turns("a call stays open", "    if open_calls:\n", "    if False:\n", RESPONSES),
 ]

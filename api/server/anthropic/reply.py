@@ -10,7 +10,8 @@ from pydantic_core import from_json
 from hybrid_cache.api.server.anthropic.diagnostics import Changes, Earlier
 from hybrid_cache.api.server.cache_report import shown_report
 from hybrid_cache.api.server.errors import Problem
-from hybrid_cache.api.server.json_text import json_bytes, json_in_pieces
+from hybrid_cache.api.server.json_text import json_in_pieces
+from hybrid_cache.api.server.responses import named_event
 from hybrid_cache.api.server.schemas.anthropic import (
     CacheCreation,
     MessageResponse,
@@ -205,11 +206,6 @@ class MessageReply:
             ),
             output_tokens=used.completion,
         )
-
-
-def named_event(name: str, data: Mapping[str, object]) -> bytes:
-    """One server-sent event with a name, which its data repeats."""
-    return b"event: " + name.encode() + b"\ndata: " + json_bytes({"type": name, **data}) + b"\n\n"
 
 
 def _object(arguments: str) -> dict[str, object]:

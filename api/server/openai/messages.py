@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.schemas.chat import ChatRequest
-from hybrid_cache.api.server.schemas.common import ttl_seconds
+from hybrid_cache.api.server.schemas.common import CacheBreakpoint, ttl_seconds
 from hybrid_cache.api.server.schemas.messages import ChatMessage, ContentPart, ToolCall
 from hybrid_cache.api.server.schemas.tokens import TokenizeRequest
 from hybrid_cache.api.server.tenants import current_tenant_or
@@ -20,13 +20,13 @@ async def conversation_of(
 
     Raises RequestError, and ContextTooLong when the context does not hold them.
     """
-    rendering = _rendering(asked)
+    rendering = rendering_of(asked)
     as_text = text.chat.takes_argument_text(rendering)
     tenant = current_tenant_or(asked.cache_salt if isinstance(asked, ChatRequest) else None)
     return await text.conversation([_message(m, as_text) for m in sent], rendering, tenant, body_size())
 
 
-def _rendering(asked: ChatRequest | TokenizeRequest) -> Rendering:
+def rendering_of(asked: ChatRequest | TokenizeRequest) -> Rendering:
     """The fields of a request that decide how its messages are rendered."""
     continues = bool(asked.continue_final_message)
     options = asked.prompt_cache_options if isinstance(asked, ChatRequest) else None
@@ -52,13 +52,12 @@ def _message(sent: ChatMessage, as_text: bool) -> TemplateMessage:
 def _parts(content: str | list[ContentPart] | None) -> tuple[TextPart, ...] | None:
     if content is None or isinstance(content, str):
         return None if content is None else (TextPart(content),)
-    return tuple(_part(part) for part in content)
+    return tuple(text_part(part.content or "", part.prompt_cache_breakpoint) for part in content)
 
 
-def _part(sent: ContentPart) -> TextPart:
-    mark = sent.prompt_cache_breakpoint
+def text_part(text: str, mark: CacheBreakpoint | None) -> TextPart:
     ttl = ttl_seconds(mark.ttl) if mark and mark.ttl else None
-    return TextPart(sent.content or "", mark is not None, ttl)
+    return TextPart(text, mark is not None, ttl)
 
 
 def _tool_call(call: ToolCall, as_text: bool) -> dict[str, object]:

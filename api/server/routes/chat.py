@@ -41,18 +41,19 @@ async def _parse(serving: Serving, asked: ChatRequest) -> tuple[GenerationSpec, 
     """What is wanted, and of a choreography what its reply needs."""
     if is_arranged(asked):
         arranged = await arranged_prompt(serving, asked)
-        return await _spec(serving.text, asked, arranged.prompt, arranged.arrangement), arranged
+        return await chat_spec(serving.text, asked, arranged.prompt, arranged.arrangement), arranged
     conversation = await conversation_of(serving.text, asked, asked.messages)
-    return await _spec(serving.text, asked, conversation.prompt, talk=conversation.talk), None
+    return await chat_spec(serving.text, asked, conversation.prompt, talk=conversation.talk), None
 
 
-async def _spec(
+async def chat_spec(
     text: TextEngine,
     asked: ChatRequest,
     prompt: Prompt,
     arrangement: Arrangement | None = None,
     talk: Talk | None = None,
 ) -> GenerationSpec:
+    """What is wanted of a prompt that a conversation has become. Raises RequestError."""
     check_tokens(text, asked)
     wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     max_tokens = text.answer_length(prompt, wanted, text.max_length, "messages")

@@ -117,7 +117,8 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "--allow-host a.example --allow-host b.example --allow-origin * --allow-origin https://c.example "
         "--forwarded-allow-ips 10.0.0.0/8,::1 --max-connections 7 "
         "--header-timeout 1 --body-timeout 2 --reader-timeout 3 --special-tokens-in-content --message-book 2MiB "
-        f"--keep-billing-header --tool-parser jamba --operator-key-file {operators}"
+        f"--keep-billing-header --tool-parser jamba --operator-key-file {operators} "
+        "--response-store-mb 7 --response-ttl 30m"
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
@@ -136,6 +137,9 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert rest == {
         "budget_bytes": 64 << 20,
         "message_book_bytes": 2 << 20,
+        "response_store": None,
+        "response_store_bytes": 7 << 20,
+        "response_life_s": 1800.0,
         "host": "0.0.0.0",
         "port": 0,
         "shared_cache": True,

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import openai
+import pydantic
 import pytest
 
 from hybrid_cache.api.server.app import create_app
@@ -66,6 +67,49 @@ def test_an_agent_of_openais_client(url: str) -> None:
             messages += [message.to_dict(), {"role": "tool", "tool_call_id": call.id, "content": result}]
         last = client.chat.completions.create(model="embedded", messages=messages, tools=tools, max_tokens=20)
         assert last.choices[0].message.content
+
+
+def test_an_agent_that_names_the_response_before(url: str) -> None:
+    tools: Any = [{"type": "function", "name": "look", "description": "Looks.", "parameters": BOX, "strict": True}]
+    asked: Any = "What is in the boxes at last?"
+    fields: Any = {"model": "embedded", "instructions": SYSTEM, "tools": tools, "max_output_tokens": 100}
+    previous = None
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        for step in range(STEPS):
+            with client.responses.stream(
+                input=asked,
+                previous_response_id=previous,
+                tool_choice="required",
+                parallel_tool_calls=False,
+                **fields,
+            ) as stream:
+                reply: Any = stream.get_final_response()
+            [call], usage, previous = reply.output, reply.usage, reply.id
+            assert call.type == "function_call"
+            assert step == 0 or usage.input_tokens_details.cached_tokens >= LEAST_CACHED * usage.input_tokens
+            result = found(json.loads(call.arguments))
+            asked = [{"type": "function_call_output", "call_id": call.call_id, "output": result}]
+        last = client.responses.create(input=asked, previous_response_id=previous, **fields)
+        assert last.output_text
+        items = list(client.responses.input_items.list(last.id, order="asc", limit=5))
+        assert [item.type for item in items] == ["message", *["function_call", "function_call_output"] * STEPS]
+
+
+class Box(pydantic.BaseModel):
+    """As what the tool is asked."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    box: Literal[3, 4]
+    open: bool
+
+
+def test_an_answer_that_is_parsed(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        fields: Any = {"model": "embedded", "input": "Which box?", "text_format": Box, "max_output_tokens": 400}
+        reply = client.responses.parse(**fields)
+        assert isinstance(reply.output_parsed, Box)
+        with client.responses.stream(**fields) as stream:
+            assert isinstance(stream.get_final_response().output_parsed, Box)
 
 
 def test_an_agent_of_anthropics_client(url: str) -> None:

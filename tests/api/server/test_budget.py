@@ -87,6 +87,8 @@ def test_each_part_grows_with_what_it_is_for() -> None:
     assert beside(shape, replace(config, max_running=128), max_length=4096).logits == 2 * plain.logits
     assert plain.logits == 3 * 64 * 32_000 * 4
     assert beside(shape, config, max_length=4096, max_body_bytes=MIB, book_bytes=7).bodies == 16 * MIB
+    plain, storing = (beside(shape, config, max_length=4096, response_bytes=size) for size in (0, 1000))
+    assert storing.shared - plain.shared == 1000
 
 
 @pytest.fixture(scope="module")

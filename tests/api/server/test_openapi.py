@@ -18,6 +18,8 @@ def check(case: "Case") -> None:
 
     if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
         case.body["max_tokens"] = min(case.body["max_tokens"], 2)  # the answers are not the point
+    if isinstance(case.body, dict) and case.path == "/v1/responses":
+        case.body["max_output_tokens"] = 2
     reply = case.call()
     assert reply.status_code < 500, reply.text
     if reply.status_code >= 400:
