@@ -84,11 +84,17 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # best first; includes `token` when it is among them
 
 
+def mask_of(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Whether each token may come [V], as a `Constraint` says it."""
+    bits = np.packbits(allowed, bitorder="little")
+    return np.pad(bits, (0, -len(bits) % 4)).view("<i4").astype(np.int32, copy=False)
+
+
 class Constraint(Protocol):
     """Which tokens one continuation may consist of, such as those of a grammar. It goes along with the tokens."""
 
-    def mask(self) -> npt.NDArray[np.uint8]:
-        """Bits [V / 8, rounded up], the lowest first: the tokens that may come next, one at least."""
+    def mask(self) -> npt.NDArray[np.int32]:
+        """Bits [V / 32, rounded up], the lowest first: the tokens that may come next, one at least."""
         ...
 
     def note(self, token: int) -> None:

@@ -190,6 +190,17 @@ class NativeOps(TorchOps):
         )
         return tokens
 
+    def mask_tokens(self, logits: Tensor, rows: Tensor, words: Tensor) -> None:
+        if logits.dtype not in (torch.float32, torch.bfloat16):
+            return super().mask_tokens(logits, rows, words)
+        vocab = logits.shape[1]
+        assert logits.stride(1) == 1
+        assert words.is_contiguous()
+        self._c.mask_tokens(
+            *(logits.data_ptr(), vocab, logits.stride(0), rows.data_ptr(), words.data_ptr(), len(rows)),
+            *(threads_for(len(rows) * vocab), logits.dtype is torch.bfloat16),
+        )
+
     def log_sum_exp(self, logits: Tensor) -> Tensor:
         logits = logits.contiguous()
         rows, vocab = logits.shape

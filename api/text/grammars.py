@@ -65,19 +65,19 @@ def choice_source(choices: Sequence[str], param: str) -> Source:
 class Walk:
     """One answer's way through a grammar."""
 
-    def __init__(self, matcher: LLMatcher, first: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, matcher: LLMatcher, first: npt.NDArray[np.int32]) -> None:
         """first: the mask of its first token"""
         self._matcher = matcher
         self._mask = first
 
-    def mask(self) -> npt.NDArray[np.uint8]:
+    def mask(self) -> npt.NDArray[np.int32]:
         """See `sampling.Constraint`."""
         return self._mask
 
     def note(self, token: int) -> None:
         """Raises RequestError where the grammar takes more than its limits from here on."""
         if self._matcher.consume_token(token) and not self._matcher.is_stopped():
-            self._mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            self._mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
         if self._matcher.is_error():
             why = first_lines(self._matcher.get_error().partition("<state>")[0])
             raise RequestError(f"the form that is asked for cannot be followed any further: {why}")
@@ -92,7 +92,7 @@ class Grammar:
     """A grammar that is compiled. Safe to use from several threads."""
 
     matcher: LLMatcher
-    first: npt.NDArray[np.uint8]  # the mask of the first token
+    first: npt.NDArray[np.int32]  # the mask of the first token
 
     def start(self) -> Walk:
         return Walk(self.matcher.deep_copy(), self.first)
@@ -133,7 +133,7 @@ class Grammars:
     def _compile(self, source: Source) -> Grammar:
         matcher = LLMatcher(self._tokenizer, compiled(source.kind, source.text), log_level=0, limits=LIMITS)
         probe = matcher.deep_copy()
-        first = np.frombuffer(probe.compute_bitmask(), np.uint8)
+        first = np.frombuffer(probe.compute_bitmask(), np.int32)
         if matcher.is_error() or probe.is_error() or not first.any():  # such as a schema that holds nothing but itself
             why = first_lines(matcher.get_error().partition("<state>")[0])
             nothing = "nothing that this model can say is of this form, or it takes too much to say"

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from hybrid_cache.choreography.arrangement import Encoding
 from hybrid_cache.request import CacheMode, PromptOutput, Request, Stopper, TokenOutput
+from hybrid_cache.sampling import mask_of
 from hybrid_cache.tokens import BoundaryKind, TokenArray
 
 
@@ -124,8 +125,8 @@ class Some:
         self._vocab_size, self._number = vocab_size, number
         self._place = 0
 
-    def mask(self) -> npt.NDArray[np.uint8]:
-        return np.packbits((np.arange(self._vocab_size) + self._place) % self._number != 0, bitorder="little")
+    def mask(self) -> npt.NDArray[np.int32]:
+        return mask_of((np.arange(self._vocab_size) + self._place) % self._number != 0)
 
     def note(self, token: int) -> None:
         if (token + self._place) % self._number == 0:

@@ -9,7 +9,7 @@ import pytest
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.request import FailedOutput, FinishReason, Request, TokenOutput
-from hybrid_cache.sampling import SamplingParams
+from hybrid_cache.sampling import SamplingParams, mask_of
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import VOCAB, SumModel, sum_model_answer, tokens_of
 
@@ -21,9 +21,8 @@ class Counting:
         self.length, self.fails_at = length, fails_at
         self.tokens: list[int] = []
 
-    def mask(self) -> npt.NDArray[np.uint8]:
-        allowed = np.arange(VOCAB) % (len(self.tokens) + 2) == 0
-        return np.packbits(allowed, bitorder="little")
+    def mask(self) -> npt.NDArray[np.int32]:
+        return mask_of(np.arange(VOCAB) % (len(self.tokens) + 2) == 0)
 
     def note(self, token: int) -> None:
         assert token % (len(self.tokens) + 2) == 0

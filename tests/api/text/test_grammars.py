@@ -45,7 +45,7 @@ def walk(grammar: Grammar, rng: random.Random, most: int = 4000) -> str | None:
     """What a model says that likes all tokens as much; None if it comes to no end."""
     way, tokens, end = grammar.start(), list[int](), small_text().tokenizer.id_of("<|im_end|>")
     while not way.done:
-        allowed = np.flatnonzero(np.unpackbits(way.mask(), count=NUM_TOKENS, bitorder="little")).tolist()
+        allowed = np.flatnonzero(np.unpackbits(way.mask().view(np.uint8), count=NUM_TOKENS, bitorder="little")).tolist()
         assert allowed
         token = end if end in allowed else rng.choice(allowed)
         way.note(token)
@@ -221,7 +221,7 @@ def test_a_call_has_no_arguments_that_its_tool_does_not_list(
     said = '{"name": "f", "parameters": {"a": true, "b": true}}'
     allowed = []
     for token in small_text().tokenizer.encode(said):
-        allowed.append(bool(np.unpackbits(way.mask(), bitorder="little")[token]))
+        allowed.append(bool(np.unpackbits(way.mask().view(np.uint8), bitorder="little")[token]))
         if not allowed[-1]:
             break
         way.note(token)
