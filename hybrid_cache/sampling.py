@@ -84,8 +84,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # best first; includes `token` when it is among them
 
 
-def mask_of(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-    """Whether each token may come [V], as a `Constraint` says it."""
+Mask = npt.NDArray[np.int32]  # [V / 32, rounded up]: bit t % 32 of word t / 32 is set if token t may come
+
+
+def mask_of(allowed: npt.NDArray[np.bool_]) -> Mask:
+    """From whether each token may come [V]."""
     bits = np.packbits(allowed, bitorder="little")
     return np.pad(bits, (0, -len(bits) % 4)).view("<i4").astype(np.int32, copy=False)
 
@@ -93,8 +96,8 @@ def mask_of(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
 class Constraint(Protocol):
     """Which tokens one continuation may consist of, such as those of a grammar. It goes along with the tokens."""
 
-    def mask(self) -> npt.NDArray[np.int32]:
-        """Bits [V / 32, rounded up], the lowest first: the tokens that may come next, one at least."""
+    def mask(self) -> Mask:
+        """The tokens that may come next, one at least; the same until a token is noted. Raises what `note` raises."""
         ...
 
     def note(self, token: int) -> None:
@@ -147,6 +150,11 @@ class TokenChooser:
         if not (stops and self.counts.total() < self.params.min_tokens):
             return False
         return self.constraint is None or _allows_others(self.constraint.mask(), stops)
+
+    def prepare(self) -> None:
+        """Has ready what the choice of the next token needs. Raises what the constraint raises."""
+        if self.constraint is not None:
+            self.constraint.mask()
 
     def point(self) -> float:
         """Where the next token is drawn, in [0, 1): the same until a token is noted."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from hybrid_cache.kernels.ops import Draws
 
+WORD = 32  # tokens
+
 
 def sample(logits: Tensor, draws: Draws) -> Tensor:
     """logits [S, V] -> [S] int64, see `Ops.sample`."""
@@ -23,9 +25,16 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
 
 def mask_tokens(logits: Tensor, rows: Tensor, words: Tensor) -> None:
     """See `Ops.mask_tokens`."""
+    check_words(logits, rows, words)
     bits = _bits(logits.device).index_select(0, words.view(torch.uint8).view(-1).int())
     barred = bits.view(torch.bool).view(len(words), -1)[:, : logits.shape[1]]
     logits[rows] = logits[rows].masked_fill_(barred, -torch.inf)
+
+
+def check_words(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    assert words.shape == (len(rows), -(-logits.shape[1] // WORD))
+    assert words.is_contiguous()
+    assert logits.stride(1) == 1
 
 
 @cache

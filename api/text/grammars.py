@@ -6,18 +6,19 @@ https://github.com/guidance-ai/llguidance (MIT). A grammar becomes a mask over t
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 
 from hybrid_cache.api.text.grammar_trial import LIMITS, Trials, compiled, first_lines
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.errors import RequestError
+from hybrid_cache.sampling import Mask
 
 MAX_SOURCE = 1 << 17  # characters of a schema or a grammar
 MOST_KEPT = 1 << 18  # characters of all that are kept when they are compiled
@@ -63,28 +64,46 @@ def choice_source(choices: Sequence[str], param: str) -> Source:
 
 
 class Walk:
-    """One answer's way through a grammar."""
+    """One answer's way through a grammar.
 
-    def __init__(self, matcher: LLMatcher, first: npt.NDArray[np.int32]) -> None:
+    While the model's pass over a token is made, a thread computes the mask of the next one.
+
+    done: see `sampling.Constraint`
+    """
+
+    def __init__(self, matcher: LLMatcher, first: Mask, thread: Executor) -> None:
         """first: the mask of its first token"""
+        self.done = False
         self._matcher = matcher
         self._mask = first
+        self._thread = thread
+        self._coming: Future[Mask] | None = None
 
-    def mask(self) -> npt.NDArray[np.int32]:
+    def mask(self) -> Mask:
         """See `sampling.Constraint`."""
+        if self._coming is not None:
+            self._mask, self._coming = self._coming.result(), None
         return self._mask
 
     def note(self, token: int) -> None:
+        """See `sampling.Constraint`."""
+        self.mask()  # a matcher does one thing at a time
+        self._matcher.consume_token(token)
+        self._check()
+        self.done = self._matcher.is_stopped()
+        if not self.done:
+            self._coming = self._thread.submit(self._next_mask)
+
+    def _next_mask(self) -> Mask:
+        found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: len(self._mask)]
+        self._check()
+        return found
+
+    def _check(self) -> None:
         """Raises RequestError where the grammar takes more than its limits from here on."""
-        if self._matcher.consume_token(token) and not self._matcher.is_stopped():
-            self._mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
         if self._matcher.is_error():
             why = first_lines(self._matcher.get_error().partition("<state>")[0])
             raise RequestError(f"the form that is asked for cannot be followed any further: {why}")
-
-    @property
-    def done(self) -> bool:
-        return bool(self._matcher.is_stopped())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +111,11 @@ class Grammar:
     """A grammar that is compiled. Safe to use from several threads."""
 
     matcher: LLMatcher
-    first: npt.NDArray[np.int32]  # the mask of the first token
+    first: Mask  # of the first token
+    thread: Executor
 
     def start(self) -> Walk:
-        return Walk(self.matcher.deep_copy(), self.first)
+        return Walk(self.matcher.deep_copy(), self.first, self.thread)
 
 
 class Grammars:
@@ -107,6 +127,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
         self._trials = Trials()
+        self._thread = ThreadPoolExecutor(1, "masks")  # of all answers
         self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
         self._lock = Lock()
 
@@ -133,12 +154,12 @@ class Grammars:
     def _compile(self, source: Source) -> Grammar:
         matcher = LLMatcher(self._tokenizer, compiled(source.kind, source.text), log_level=0, limits=LIMITS)
         probe = matcher.deep_copy()
-        first = np.frombuffer(probe.compute_bitmask(), np.int32)
+        first = np.frombuffer(probe.compute_bitmask(), np.int32)[: -(-self._vocab_size // 32)]
         if matcher.is_error() or probe.is_error() or not first.any():  # such as a schema that holds nothing but itself
             why = first_lines(matcher.get_error().partition("<state>")[0])
             nothing = "nothing that this model can say is of this form, or it takes too much to say"
             raise RequestError(why or nothing, param=source.param)
-        return Grammar(matcher, first)
+        return Grammar(matcher, first, self._thread)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:

@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from hybrid_cache.choreography.arrangement import Encoding
 from hybrid_cache.request import CacheMode, PromptOutput, Request, Stopper, TokenOutput
-from hybrid_cache.sampling import mask_of
+from hybrid_cache.sampling import Mask, mask_of
 from hybrid_cache.tokens import BoundaryKind, TokenArray
 
 
@@ -125,7 +124,7 @@ class Some:
         self._vocab_size, self._number = vocab_size, number
         self._place = 0
 
-    def mask(self) -> npt.NDArray[np.int32]:
+    def mask(self) -> Mask:
         return mask_of((np.arange(self._vocab_size) + self._place) % self._number != 0)
 
     def note(self, token: int) -> None:

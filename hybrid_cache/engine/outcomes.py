@@ -68,8 +68,7 @@ class Outcomes:
         for sequence, row in zip(step.resumed, hidden.kept, strict=True):
             ready += self._begin_decode(sequence, row)
         outputs += self._end_unanswered(ready)
-        if ready := [each for each in ready if each[0].phase is Phase.DECODE]:
-            self._choose(ready, outputs)
+        self._choose([each for each in ready if each[0].phase is Phase.DECODE], outputs)
 
     def _announce(self, sequences: Iterable[Sequence]) -> Outputs:
         """The PromptOutput of sequences that are about to give their first token."""
@@ -172,11 +171,30 @@ class Outcomes:
 
     def _choose(self, ready: "list[tuple[Sequence, Tensor]]", outputs: Outputs) -> None:
         """Chooses the next token of each sequence from its hidden row."""
+        for sequence, _ in ready:
+            outputs += self._prepare(sequence)
+        ready = [each for each in ready if each[0].phase is Phase.DECODE]
+        if not ready:
+            return
         choosers = [sequence.chooser for sequence, _ in ready]
         chosen = self._worker.choose([r for _, r in ready], choosers, [s.request.sampling.logprobs for s, _ in ready])
         for (sequence, _), (token, logprob) in zip(ready, chosen, strict=True):
             if sequence.phase is Phase.DECODE:  # else its request was given up
                 outputs += self._append(sequence, token, logprob)
+
+    def _prepare(self, sequence: Sequence) -> Outputs:
+        try:
+            sequence.chooser.prepare()
+        except Exception as error:
+            return self._fault(sequence, error)
+        return []
+
+    def _fault(self, sequence: Sequence, error: Exception) -> Outputs:
+        """Gives up a request whose stopper or constraint, which are the caller's, has just raised an error."""
+        if isinstance(error, RequestError):
+            return self.give_up(sequence.request.id, str(error), error)
+        logger.exception("a stopper or a constraint failed")
+        return self.give_up(sequence.request.id, f"{type(error).__name__}: {error}")
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Outputs:
         """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
@@ -185,11 +203,8 @@ class Outcomes:
         try:
             sequence.chooser.note(token)
             finish = sequence.finish_reason(self._max_length)
-        except RequestError as error:
-            return self.give_up(sequence.request.id, str(error), error)
-        except Exception as error:  # of a stopper or a constraint, which are the caller's
-            logger.exception("a stopper or a constraint failed")
-            return self.give_up(sequence.request.id, f"{type(error).__name__}: {error}")
+        except Exception as error:
+            return self._fault(sequence, error)
         if finish is not None:
             self._scheduler.messages.keep_answer(sequence)
             self._finish(sequence)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid_cache.kernels.ops import Draws
+from hybrid_cache.kernels.sampling import check_words
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
 
 CHUNK = 4096
@@ -146,11 +147,11 @@ def _mask_kernel(logits, rows, words, row_stride, VOCAB: tl.constexpr, NUM_WORDS
 
 def mask_tokens(logits: Tensor, rows: Tensor, words: Tensor) -> None:
     """See `Ops.mask_tokens`."""
+    check_words(logits, rows, words)
     if len(rows):
         vocab = logits.shape[1]
-        assert logits.stride(1) == 1
         _mask_kernel[len(rows), triton.cdiv(vocab, CHUNK)](
-            *(logits, rows.contiguous(), words.contiguous(), logits.stride(0)),
+            *(logits, rows.contiguous(), words, logits.stride(0)),
             VOCAB=vocab,
             NUM_WORDS=words.shape[1],
             CHUNK=CHUNK,

@@ -3,13 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.request import FailedOutput, FinishReason, Request, TokenOutput
-from hybrid_cache.sampling import SamplingParams, mask_of
+from hybrid_cache.sampling import Mask, SamplingParams, mask_of
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import VOCAB, SumModel, sum_model_answer, tokens_of
 
@@ -17,11 +16,13 @@ from tests.fakes import VOCAB, SumModel, sum_model_answer, tokens_of
 class Counting:
     """Each token is a multiple of its place, and the one at `length` is the last."""
 
-    def __init__(self, length: int, fails_at: int = 0) -> None:
-        self.length, self.fails_at = length, fails_at
+    def __init__(self, length: int, fails_at: int = 0, has_no_mask_at: int = 0) -> None:
+        self.length, self.fails_at, self.has_no_mask_at = length, fails_at, has_no_mask_at
         self.tokens: list[int] = []
 
-    def mask(self) -> npt.NDArray[np.int32]:
+    def mask(self) -> Mask:
+        if len(self.tokens) == self.has_no_mask_at > 0:
+            raise ValueError("a bug")
         return mask_of(np.arange(VOCAB) % (len(self.tokens) + 2) == 0)
 
     def note(self, token: int) -> None:
@@ -88,9 +89,10 @@ def test_preemptions_and_the_cache_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_constraint_that_fails_ends_its_request_alone(n: int) -> None:
+@pytest.mark.parametrize("how", ["fails_at", "has_no_mask_at"])
+def test_a_constraint_that_fails_ends_its_request_alone(n: int, how: str) -> None:
     engine = Engine(SumModel(), EngineConfig(budget_bytes=1 << 22))
-    engine.submit(constrained("bad", 1, 9, n=n, make_constraint=lambda: Counting(9, fails_at=3)))
+    engine.submit(constrained("bad", 1, 9, n=n, make_constraint=lambda: Counting(9, **{how: 3})))
     engine.submit(constrained("good", 2, 9))
     outputs = engine.run_until_idle()
     assert [type(output) for name, output in outputs if name == "bad"][-1] is FailedOutput
