@@ -110,9 +110,9 @@ class Constraint(Protocol):
         ...
 
 
-def _allows_others(mask: npt.NDArray[np.uint8], tokens: Sequence[int]) -> bool:
+def _allows_others(mask: Mask, tokens: Sequence[int]) -> bool:
     """Whether a mask, as of `Constraint`, allows more than these tokens."""
-    bits = np.unpackbits(mask, bitorder="little")
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
     bits[list(tokens)] = 0
     return bool(bits.any())
 

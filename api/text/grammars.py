@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from hybrid_cache.api.text.grammar_trial import LIMITS, Trials, compiled, first_lines
+from hybrid_cache.api.text.grammar_trial import LIMITS, OPTIONS, Trials, compiled, first_lines
+from hybrid_cache.api.text.schema_check import fault_of_schema
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.errors import RequestError
 from hybrid_cache.sampling import Mask
@@ -42,20 +43,39 @@ class Source:
         """The same behind a thought that is under way. Raises RequestError for a grammar of the client's own."""
         if self.own:
             raise RequestError("a grammar cannot follow a thought; switch thinking off", param=self.param)
-        bodies = {"json": f"body: %json {self.text}", "regex": f"body: /{self.text.replace('/', chr(92) + '/')}/"}
-        body = bodies.get(self.kind) or self.text.replace("start:", "body:", 1)
+        if self.kind == "json":
+            body = f"body: %json {_with_options(self.text)}"
+        elif self.kind == "regex":
+            body = f"body: /{self.text.replace('/', chr(92) + '/')}/"
+        else:
+            body = self.text.replace("start:", "body:", 1)
         head = f"start: thought SPACE body\nthought[suffix={json.dumps(end)}]: /(.|\\n)*/\nSPACE: /[ \\n]{{0,4}}/"
         return Source("lark", f"{head}\n{body}", self.param)
 
 
 def json_source(schema: object, param: str) -> Source:
     """A schema as JSON has it, or its text. Raises RequestError."""
-    if isinstance(schema, str):
-        return Source("json", schema, param)
     try:
-        return Source("json", json.dumps(schema), param)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the schema is nested too deeply or holds itself: {error}", param=param) from None
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        known = json.loads(text) if len(text) <= MAX_SOURCE else None  # refused when it is compiled
+    except RecursionError as error:
+        raise RequestError(f"the schema is nested too deeply: {error}", param=param) from None
+    except ValueError as error:
+        raise RequestError(f"the schema is no JSON, or holds itself: {error}", param=param) from None
+    check_schema(known, param)
+    return Source("json", text, param)
+
+
+def check_schema(schema: object, param: str) -> None:
+    """Raises RequestError for one that could not be kept to; see `schema_check`."""
+    if fault := fault_of_schema(schema):
+        raise RequestError(fault, param=param)
+
+
+def _with_options(text: str) -> str:
+    """A schema for use within a grammar."""
+    schema = json.loads(text)
+    return json.dumps({**schema, "x-guidance": OPTIONS}) if isinstance(schema, dict) else text
 
 
 def choice_source(choices: Sequence[str], param: str) -> Source:

@@ -120,7 +120,7 @@ def test_expressions_choices_and_grammars(grammars: Grammars) -> None:
         (json_source({"type": "integer", "minimum": 5, "maximum": 1}, "p"), "Unsatisfiable"),
         (json_source({"type": "string", "pattern": "(a"}, "p"), "unclosed group"),
         (json_source({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "p"), "nothing"),
-        (json_source("{", "p"), ""),
+        (Source("json", "{", "p"), ""),
         (Source("regex", "(", "p"), "unclosed group"),
         (Source("lark", "begin: 1", "p"), ""),
         (json_source({"patternProperties": {f"^k{i}[a-z]*$": True for i in range(1000)}}, "p"), "more than 2 seconds"),
@@ -138,10 +138,16 @@ def test_what_is_no_grammar_is_refused_soon(grammars: Grammars, source: Source, 
     assert time.process_time() - begin < 10
 
 
+@pytest.mark.parametrize("text", ["{", '{"a":' * 20_000])
+def test_what_is_no_json_is_no_schema(text: str) -> None:
+    with pytest.raises(RequestError, match=r"no JSON|nested"):
+        json_source(text, "p")
+
+
 def test_a_schema_without_a_bottom() -> None:
     schema: dict[str, Any] = {}
     schema["a"] = schema
-    with pytest.raises(RequestError, match="nested"):
+    with pytest.raises(RequestError, match="holds itself"):
         json_source(schema, "p")
 
 
