@@ -104,6 +104,12 @@ class Constraint(Protocol):
         """A token was chosen. Raises RequestError if the constraint cannot be followed any further."""
         ...
 
+    def ahead(self, most: int) -> Sequence[int]:
+        """Called once a token is noted, and before the next mask is asked for: `most` tokens at most that have to come
+        next, whatever a model says. The tokens noted so far decide which, and nothing else. Raises what `note` raises.
+        """
+        ...
+
     @property
     def done(self) -> bool:
         """Whether nothing may follow."""

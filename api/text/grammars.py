@@ -4,7 +4,7 @@ https://github.com/guidance-ai/llguidance (MIT). A grammar becomes a mask over t
 """
 
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,38 +84,56 @@ def choice_source(choices: Sequence[str], param: str) -> Source:
 
 
 class Walk:
-    """One answer's way through a grammar.
+    """One answer's way through a grammar; see `sampling.Constraint`.
 
     While the model's pass over a token is made, a thread computes the mask of the next one.
 
-    done: see `sampling.Constraint`
+    done: nothing may follow
     """
 
     def __init__(self, matcher: LLMatcher, first: Mask, thread: Executor) -> None:
         """first: the mask of its first token"""
         self.done = False
         self._matcher = matcher
-        self._mask = first
+        self._num_words = len(first)
+        self._mask: Mask | Future[Mask] | None = first
         self._thread = thread
-        self._coming: Future[Mask] | None = None
+        self._forced = deque[int]()  # tokens that the matcher has passed already
 
     def mask(self) -> Mask:
-        """See `sampling.Constraint`."""
-        if self._coming is not None:
-            self._mask, self._coming = self._coming.result(), None
+        if self._mask is None:
+            self._mask = self._next_mask()
+        elif isinstance(self._mask, Future):
+            self._mask = self._mask.result()
         return self._mask
 
     def note(self, token: int) -> None:
-        """See `sampling.Constraint`."""
-        self.mask()  # a matcher does one thing at a time
-        self._matcher.consume_token(token)
+        if self._forced:
+            assert token == self._forced.popleft()
+        else:
+            self.mask()  # a matcher does one thing at a time
+            self._pass([token])
+            self._mask = None
+        self.done = self._ends and not self._forced
+
+    def ahead(self, most: int) -> Sequence[int]:
+        if self.done:
+            return ()
+        forced = self._matcher.compute_ff_tokens()[:most] if most > 0 else []
+        if forced:
+            self._pass(forced)
+            self._forced.extend(forced)
+        if not self._ends:
+            self._mask = self._thread.submit(self._next_mask)
+        return forced
+
+    def _pass(self, tokens: list[int]) -> None:
+        self._matcher.consume_tokens(tokens)
         self._check()
-        self.done = self._matcher.is_stopped()
-        if not self.done:
-            self._coming = self._thread.submit(self._next_mask)
+        self._ends = bool(self._matcher.is_stopped())
 
     def _next_mask(self) -> Mask:
-        found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: len(self._mask)]
+        found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._num_words]
         self._check()
         return found
 

@@ -89,6 +89,9 @@ class Spoken:
     def note(self, token: int) -> None:
         self.place += 1
 
+    def ahead(self, most: int) -> Sequence[int]:
+        return self.tokens[self.place : self.place + most]
+
     @property
     def done(self) -> bool:
         return self.place == len(self.tokens)

@@ -1,6 +1,6 @@
 """One request of `hybrid-cache bench exactness`: what it is made from, what came of it, what is special about it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -123,6 +123,7 @@ class Some:
     def __init__(self, vocab_size: int, number: int) -> None:
         self._vocab_size, self._number = vocab_size, number
         self._place = 0
+        self._last = 0
 
     def mask(self) -> Mask:
         return mask_of((np.arange(self._vocab_size) + self._place) % self._number != 0)
@@ -131,6 +132,17 @@ class Some:
         if (token + self._place) % self._number == 0:
             raise ValueError(f"token {token} may not be number {self._place}")
         self._place += 1
+        self._last = token
+
+    def ahead(self, most: int) -> Sequence[int]:
+        """Behind each third token, up to 13 that are forced."""
+        forced = list[int]()
+        for i in range(0 if self._last % 3 else min(most, self._last // 3 % 14)):
+            token = (self._last + 7 * i) % self._vocab_size
+            if (token + self._place + i) % self._number == 0:
+                break
+            forced.append(token)
+        return forced
 
     @property
     def done(self) -> bool:

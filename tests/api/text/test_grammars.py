@@ -301,6 +301,31 @@ def test_a_tool_that_is_not_there() -> None:
         call_source(FORMATS["hermes"], [], tokenizer, only=None, parallel=False)
 
 
+def test_tokens_that_have_to_come_are_told_ahead(grammars: Grammars) -> None:
+    """With them an answer is as valid, and `most` is kept to."""
+    rng, end, source = (
+        random.Random(0),
+        small_text().tokenizer.id_of("<|im_end|>"),
+        json_source(LOOK["parameters"], "p"),
+    )
+    for most in (1, 3, 31):
+        way, tokens, told = grammars.compile(source).start(), list[int](), 0
+        while not way.done:
+            allowed = np.flatnonzero(np.unpackbits(way.mask().view(np.uint8), count=NUM_TOKENS, bitorder="little"))
+            tokens.append(end if end in allowed else int(rng.choice(allowed.tolist())))
+            way.note(tokens[-1])
+            forced = list(way.ahead(most))
+            assert len(forced) <= most
+            for token in forced:
+                assert not way.done
+                way.note(token)
+            tokens += forced
+            told += len(forced)
+        assert told >= 10
+        text = small_text().tokenizer.decode([token for token in tokens if token != end])
+        jsonschema_rs.validator_for(LOOK["parameters"]).validate(json.loads(text))
+
+
 @pytest.mark.parametrize(
     "source", [json_source({"const": "a"}, "p"), Source("regex", "a/b", "p"), choice_source(["a"], "p")], ids=str
 )

@@ -122,14 +122,13 @@ def grammars() -> Grammars:
 
 
 def accepts(grammars: Grammars, source: Source, text: str) -> bool:
-    walk = grammars.compile(source).start()
-    try:
-        for token in small_text().tokenizer.encode(text + END):
-            if not walk.mask()[token // 32] >> token % 32 & 1:
-                return walk.done
-            walk.note(token)
-    except RequestError:
-        return False
+    walk, end = grammars.compile(source).start(), small_text().tokenizer.id_of(END)
+    for token in small_text().tokenizer.encode(text + END):
+        if walk.done:
+            return token == end
+        if not walk.mask()[token // 32] >> token % 32 & 1:
+            return False
+        walk.note(token)
     return True
 
 
