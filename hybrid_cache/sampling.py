@@ -84,15 +84,30 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # best first; includes `token` when it is among them
 
 
+Mask = npt.NDArray[np.int32]  # [V / 32, rounded up]: bit t % 32 of word t / 32 is set if token t may come
+
+
+def mask_of(allowed: npt.NDArray[np.bool_]) -> Mask:
+    """From whether each token may come [V]."""
+    bits = np.packbits(allowed, bitorder="little")
+    return np.pad(bits, (0, -len(bits) % 4)).view("<i4").astype(np.int32, copy=False)
+
+
 class Constraint(Protocol):
     """Which tokens one continuation may consist of, such as those of a grammar. It goes along with the tokens."""
 
-    def mask(self) -> npt.NDArray[np.uint8]:
-        """Bits [V / 8, rounded up], the lowest first: the tokens that may come next, one at least."""
+    def mask(self) -> Mask:
+        """The tokens that may come next, one at least; the same until a token is noted. Raises what `note` raises."""
         ...
 
     def note(self, token: int) -> None:
         """A token was chosen. Raises RequestError if the constraint cannot be followed any further."""
+        ...
+
+    def ahead(self, most: int) -> Sequence[int]:
+        """Called once a token is noted, and before the next mask is asked for: `most` tokens at most that have to come
+        next, whatever a model says. The tokens noted so far decide which, and nothing else. Raises what `note` raises.
+        """
         ...
 
     @property
@@ -101,9 +116,9 @@ class Constraint(Protocol):
         ...
 
 
-def _allows_others(mask: npt.NDArray[np.uint8], tokens: Sequence[int]) -> bool:
+def _allows_others(mask: Mask, tokens: Sequence[int]) -> bool:
     """Whether a mask, as of `Constraint`, allows more than these tokens."""
-    bits = np.unpackbits(mask, bitorder="little")
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
     bits[list(tokens)] = 0
     return bool(bits.any())
 
@@ -141,6 +156,11 @@ class TokenChooser:
         if not (stops and self.counts.total() < self.params.min_tokens):
             return False
         return self.constraint is None or _allows_others(self.constraint.mask(), stops)
+
+    def prepare(self) -> None:
+        """Has ready what the choice of the next token needs. Raises what the constraint raises."""
+        if self.constraint is not None:
+            self.constraint.mask()
 
     def point(self) -> float:
         """Where the next token is drawn, in [0, 1): the same until a token is noted."""

@@ -1,8 +1,9 @@
 """What one engine step asks of the device: the value between those who decide and those who hold tensors.
 
     commands  what was decided since the step before, in order: by the books and by choreography
-    chunks    runs of prompt tokens, computed in tiles      } one forward pass
-    decodes   one token each of sequences that decode       }
+    chunks    runs of prompt tokens, computed in tiles;     } one forward pass
+              then runs of tokens that answers have to have }
+    decodes   one token each of other sequences that decode }
     kept      states whose hidden row was kept: nothing needs computing for these
 
 What follows from a pass is decided after it, and carried out before the next one. So there is one list of commands, and

@@ -123,6 +123,7 @@ _SIGNATURES = {
     "experts_scratch": "pi",
     "sample": "piipppi",
     "sample_scratch": "ii",
+    "mask_tokens": "piippiii",
     "log_sum_exp": "piipppi",
     "rms_norm": "piiipfpii",
     "silu_mul": "piiipii",

@@ -29,6 +29,7 @@ from hybrid_cache.kernels.ops import (
     NormWeights,
     StateTensors,
 )
+from hybrid_cache.kernels.sampling import check_words
 from hybrid_cache.kernels.torch_ops import TorchOps
 
 MAX_CONV_WIDTH = 8  # MAX_WIDTH in conv.h
@@ -189,6 +190,16 @@ class NativeOps(TorchOps):
             *(self._scratch_memory(self._c.sample_scratch(vocab, threads)), threads),
         )
         return tokens
+
+    def mask_tokens(self, logits: Tensor, rows: Tensor, words: Tensor) -> None:
+        if logits.dtype not in (torch.float32, torch.bfloat16):
+            return super().mask_tokens(logits, rows, words)
+        check_words(logits, rows, words)
+        vocab = logits.shape[1]
+        self._c.mask_tokens(
+            *(logits.data_ptr(), vocab, logits.stride(0), rows.data_ptr(), words.data_ptr(), len(rows)),
+            *(threads_for(len(rows) * vocab), logits.dtype is torch.bfloat16),
+        )
 
     def log_sum_exp(self, logits: Tensor) -> Tensor:
         logits = logits.contiguous()

@@ -310,6 +310,16 @@ class Ops(Protocol):
         """
         ...
 
+    def mask_tokens(self, logits: Tensor, rows: Tensor, words: Tensor) -> None:
+        """Logits of tokens that may not come become -inf, in place; rows that are not named keep their bits.
+
+        Token t of logits[rows[i]] may come if bit t % 32 of words[i, t / 32] is set.
+
+        logits [S, V] of any float dtype, only dimension 0 may be strided   rows [C] int64, all different
+        words [C, V / 32, rounded up] int32, contiguous
+        """
+        ...
+
     def log_sum_exp(self, logits: Tensor) -> Tensor:
         """logits [S, V] float32 -> log(sum(exp(logits))) of each row, [S] float32."""
         ...

@@ -122,6 +122,14 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
     return torch.tensor(tokens, dtype=torch.int64)
 
 
+def mask_tokens(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    """logits [S, V] of the rows [C]: -inf where a bit of words [C, V / 32, rounded up] is not set."""
+    for row, mask in zip(rows.tolist(), words.tolist(), strict=True):
+        for token in range(logits.shape[1]):
+            if not mask[token // 32] >> token % 32 & 1:
+                logits[row, token] = -torch.inf
+
+
 def log_sum_exp(logits: Tensor) -> Tensor:
     """logits [S, V] -> log(sum(exp(logits))) of each row, [S] float32."""
     return torch.logsumexp(logits.double(), 1).float()

@@ -1,9 +1,13 @@
 """The next token of each row of logits, in torch: what `Ops.sample` says, one row at a time."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.ops import Draws
+
+WORD = 32  # tokens
 
 
 def sample(logits: Tensor, draws: Draws) -> Tensor:
@@ -17,6 +21,27 @@ def sample(logits: Tensor, draws: Draws) -> Tensor:
             weights = ((logits[row] - best) / temperature).exp_()
             tokens[row] = _token_at(weights, max(_least(weights, top_k, top_p), min_p), point)
     return tokens
+
+
+def mask_tokens(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    """See `Ops.mask_tokens`."""
+    check_words(logits, rows, words)
+    bits = _bits(logits.device).index_select(0, words.view(torch.uint8).view(-1).int())
+    barred = bits.view(torch.bool).view(len(words), -1)[:, : logits.shape[1]]
+    logits[rows] = logits[rows].masked_fill_(barred, -torch.inf)
+
+
+def check_words(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    assert words.shape == (len(rows), -(-logits.shape[1] // WORD))
+    assert words.is_contiguous()
+    assert logits.stride(1) == 1
+
+
+@cache
+def _bits(device: torch.device) -> Tensor:
+    """For each byte, which of its bits are not set: eight of bool, the lowest first, in one int64. [256]"""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return (bits == 0).view(torch.int64).view(-1).to(device)
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:

@@ -222,6 +222,9 @@ class TorchOps:
     def sample(self, logits: Tensor, draws: Draws) -> Tensor:
         return sampling.sample(logits, draws)
 
+    def mask_tokens(self, logits: Tensor, rows: Tensor, words: Tensor) -> None:
+        sampling.mask_tokens(logits, rows, words)
+
     def log_sum_exp(self, logits: Tensor) -> Tensor:
         return sampling.log_sum_exp(logits)
 

@@ -133,6 +133,10 @@ class TritonOps(TorchOps):
         move = rows.relocate_keys if _reachable(kv.k) else super().relocate_keys
         move(kv, source_rows, target_rows, delta, inv_freq, first)
 
+    def mask_tokens(self, logits: Tensor, rows: Tensor, words: Tensor) -> None:
+        mask = sample.mask_tokens if _reachable(logits) else super().mask_tokens
+        mask(logits, rows, words)
+
     def _run(
         self, name: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *args: object, **options: object
     ) -> Tensor:
@@ -211,6 +215,21 @@ class CheckedTritonOps(TritonOps):
             made(kv, source_rows, target_rows, delta, inv_freq, first)
         else:
             plain(self, kv, source_rows, target_rows, delta, inv_freq, first)
+
+    def mask_tokens(self, logits: Tensor, rows: Tensor, words: Tensor) -> None:
+        plain, made = TorchOps.mask_tokens, super().mask_tokens
+
+        def probe() -> Pairs:
+            found, expected = (_random(logits, CHECK_ROWS, logits.shape[1]) for _ in range(2))
+            few, bits = torch.tensor([2, 0], device=logits.device), _random(logits, 2, words.shape[1]).float()
+            made(found, few, bits.view(torch.int32))
+            plain(self, expected, few, bits.view(torch.int32))
+            return [(found.clamp_(-9), expected.clamp_(-9))]  # minus infinity is no number to compare
+
+        if self._agrees("mask_tokens", ("mask_tokens", _kind(logits)), probe):
+            made(logits, rows, words)
+        else:
+            plain(self, logits, rows, words)
 
     def _run(
         self, name: str, kernel: Callable[..., Tensor], plain: Callable[..., Tensor], *args: object, **options: object

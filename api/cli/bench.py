@@ -43,4 +43,5 @@ _bench("agents", "agents.command", "Count how much of an agent's next turn comes
 _bench(
     "decode", "engine.decode", "Time whole steps of a model, with shared prefixes, next to the rates of this machine."
 )
+_bench("grammar", "engine.grammar", "Time decode steps with a JSON schema on every row, and without.")
 _bench("bookkeeping", "engine.bookkeeping", "Time the cache's own work in large trees.")

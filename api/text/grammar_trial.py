@@ -10,8 +10,12 @@ import weakref
 from contextlib import suppress
 from selectors import EVENT_READ, DefaultSelector
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 NAME = "hybrid_cache.api.text.grammar_trial"  # `__name__` is another where it runs
 MOST_SECONDS = 2.0
@@ -19,6 +23,15 @@ START_SECONDS = 10.0  # for the process itself, on a busy machine
 MOST_BYTES = 128 << 20  # of memory
 # Space between the parts of a JSON value: an answer that goes on with nothing else would never end.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,16}"
+# Whatever a schema's own `x-guidance` says: no keyword is passed over, and what comes is JSON. No character of a string
+# is written by its number, or a name that is not listed in a schema could be one that is.
+STRICT: "JsonCompileOptions" = {"coerce_one_of": False, "lenient": False, "json_allowed_escapes": 'bfnrt"\\'}
+OPTIONS: "JsonCompileOptions" = {
+    **STRICT,
+    "whitespace_pattern": WHITESPACE,
+    "item_separator": ",",
+    "key_separator": ":",
+}
 NO_TOKENIZER = "no tokenizer"  # to check the ids in a grammar with: the server's own do, when it is compiled there
 LIMITS = LLParserLimits(max_grammar_size=200_000, max_lexer_states=50_000, step_lexer_fuel=100_000)
 
@@ -26,7 +39,7 @@ LIMITS = LLParserLimits(max_grammar_size=200_000, max_lexer_states=50_000, step_
 def compiled(kind: str, text: str) -> str:
     """What llguidance's matchers take. kind: json, regex or lark. Raises ValueError for what is no JSON."""
     if kind == "json":
-        return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(text, overrides=OPTIONS)
     return LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)
 
 

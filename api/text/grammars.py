@@ -4,20 +4,22 @@ https://github.com/guidance-ai/llguidance (MIT). A grammar becomes a mask over t
 """
 
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer
 
-from hybrid_cache.api.text.grammar_trial import LIMITS, Trials, compiled, first_lines
+from hybrid_cache.api.text.grammar_trial import LIMITS, OPTIONS, Trials, compiled, first_lines
+from hybrid_cache.api.text.schema_check import fault_of_schema
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.errors import RequestError
+from hybrid_cache.sampling import Mask
 
 MAX_SOURCE = 1 << 17  # characters of a schema or a grammar
 MOST_KEPT = 1 << 18  # characters of all that are kept when they are compiled
@@ -41,20 +43,39 @@ class Source:
         """The same behind a thought that is under way. Raises RequestError for a grammar of the client's own."""
         if self.own:
             raise RequestError("a grammar cannot follow a thought; switch thinking off", param=self.param)
-        bodies = {"json": f"body: %json {self.text}", "regex": f"body: /{self.text.replace('/', chr(92) + '/')}/"}
-        body = bodies.get(self.kind) or self.text.replace("start:", "body:", 1)
+        if self.kind == "json":
+            body = f"body: %json {_with_options(self.text)}"
+        elif self.kind == "regex":
+            body = f"body: /{self.text.replace('/', chr(92) + '/')}/"
+        else:
+            body = self.text.replace("start:", "body:", 1)
         head = f"start: thought SPACE body\nthought[suffix={json.dumps(end)}]: /(.|\\n)*/\nSPACE: /[ \\n]{{0,4}}/"
         return Source("lark", f"{head}\n{body}", self.param)
 
 
 def json_source(schema: object, param: str) -> Source:
     """A schema as JSON has it, or its text. Raises RequestError."""
-    if isinstance(schema, str):
-        return Source("json", schema, param)
     try:
-        return Source("json", json.dumps(schema), param)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the schema is nested too deeply or holds itself: {error}", param=param) from None
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        known = json.loads(text) if len(text) <= MAX_SOURCE else None  # refused when it is compiled
+    except RecursionError as error:
+        raise RequestError(f"the schema is nested too deeply: {error}", param=param) from None
+    except ValueError as error:
+        raise RequestError(f"the schema is no JSON, or holds itself: {error}", param=param) from None
+    check_schema(known, param)
+    return Source("json", text, param)
+
+
+def check_schema(schema: object, param: str) -> None:
+    """Raises RequestError for one that could not be kept to; see `schema_check`."""
+    if fault := fault_of_schema(schema):
+        raise RequestError(fault, param=param)
+
+
+def _with_options(text: str) -> str:
+    """A schema for use within a grammar."""
+    schema = json.loads(text)
+    return json.dumps({**schema, "x-guidance": OPTIONS}) if isinstance(schema, dict) else text
 
 
 def choice_source(choices: Sequence[str], param: str) -> Source:
@@ -63,28 +84,64 @@ def choice_source(choices: Sequence[str], param: str) -> Source:
 
 
 class Walk:
-    """One answer's way through a grammar."""
+    """One answer's way through a grammar; see `sampling.Constraint`.
 
-    def __init__(self, matcher: LLMatcher, first: npt.NDArray[np.uint8]) -> None:
+    While the model's pass over a token is made, a thread computes the mask of the next one.
+
+    done: nothing may follow
+    """
+
+    def __init__(self, matcher: LLMatcher, first: Mask, thread: Executor) -> None:
         """first: the mask of its first token"""
+        self.done = False
         self._matcher = matcher
-        self._mask = first
+        self._num_words = len(first)
+        self._mask: Mask | Future[Mask] | None = first
+        self._thread = thread
+        self._forced = deque[int]()  # tokens that the matcher has passed already
 
-    def mask(self) -> npt.NDArray[np.uint8]:
-        """See `sampling.Constraint`."""
+    def mask(self) -> Mask:
+        if self._mask is None:
+            self._mask = self._next_mask()
+        elif isinstance(self._mask, Future):
+            self._mask = self._mask.result()
         return self._mask
 
     def note(self, token: int) -> None:
+        if self._forced:
+            assert token == self._forced.popleft()
+        else:
+            self.mask()  # a matcher does one thing at a time
+            self._pass([token])
+            self._mask = None
+        self.done = self._ends and not self._forced
+
+    def ahead(self, most: int) -> Sequence[int]:
+        if self.done:
+            return ()
+        forced = self._matcher.compute_ff_tokens()[:most] if most > 0 else []
+        if forced:
+            self._pass(forced)
+            self._forced.extend(forced)
+        if not self._ends:
+            self._mask = self._thread.submit(self._next_mask)
+        return forced
+
+    def _pass(self, tokens: list[int]) -> None:
+        self._matcher.consume_tokens(tokens)
+        self._check()
+        self._ends = bool(self._matcher.is_stopped())
+
+    def _next_mask(self) -> Mask:
+        found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._num_words]
+        self._check()
+        return found
+
+    def _check(self) -> None:
         """Raises RequestError where the grammar takes more than its limits from here on."""
-        if self._matcher.consume_token(token) and not self._matcher.is_stopped():
-            self._mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             why = first_lines(self._matcher.get_error().partition("<state>")[0])
             raise RequestError(f"the form that is asked for cannot be followed any further: {why}")
-
-    @property
-    def done(self) -> bool:
-        return bool(self._matcher.is_stopped())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +149,11 @@ class Grammar:
     """A grammar that is compiled. Safe to use from several threads."""
 
     matcher: LLMatcher
-    first: npt.NDArray[np.uint8]  # the mask of the first token
+    first: Mask  # of the first token
+    thread: Executor
 
     def start(self) -> Walk:
-        return Walk(self.matcher.deep_copy(), self.first)
+        return Walk(self.matcher.deep_copy(), self.first, self.thread)
 
 
 class Grammars:
@@ -107,6 +165,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
         self._trials = Trials()
+        self._thread = ThreadPoolExecutor(1, "masks")  # of all answers
         self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
         self._lock = Lock()
 
@@ -133,12 +192,12 @@ class Grammars:
     def _compile(self, source: Source) -> Grammar:
         matcher = LLMatcher(self._tokenizer, compiled(source.kind, source.text), log_level=0, limits=LIMITS)
         probe = matcher.deep_copy()
-        first = np.frombuffer(probe.compute_bitmask(), np.uint8)
+        first = np.frombuffer(probe.compute_bitmask(), np.int32)[: -(-self._vocab_size // 32)]
         if matcher.is_error() or probe.is_error() or not first.any():  # such as a schema that holds nothing but itself
             why = first_lines(matcher.get_error().partition("<state>")[0])
             nothing = "nothing that this model can say is of this form, or it takes too much to say"
             raise RequestError(why or nothing, param=source.param)
-        return Grammar(matcher, first)
+        return Grammar(matcher, first, self._thread)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:

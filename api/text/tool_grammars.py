@@ -15,12 +15,13 @@ from hybrid_cache.api.text.call_readers import (
     kinds_of,
     values_of,
 )
-from hybrid_cache.api.text.grammars import Source
+from hybrid_cache.api.text.grammar_trial import STRICT
+from hybrid_cache.api.text.grammars import Source, check_schema
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.api.text.tool_formats import MINIMAX, QWEN, ToolFormat
 from hybrid_cache.errors import RequestError
 
-ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+ONE_LINE = {**STRICT, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 Tool = Mapping[str, object]  # the definition of a function
 _OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if")
 
@@ -149,7 +150,8 @@ def _properties(function: Tool, names: re.Pattern[str]) -> list[tuple[str, Mappi
 
 
 def _json_rule(name: str, schema: Mapping[str, object]) -> str:
-    """JSON in one line: the next turn renders arguments in the same way."""
+    """JSON in one line: the next turn renders arguments in the same way. Raises RequestError."""
+    check_schema(schema, "tools")
     return f"{name}: %json {json.dumps({**schema, 'x-guidance': ONE_LINE})}"
 
 

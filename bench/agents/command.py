@@ -19,7 +19,6 @@ from statistics import median
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import typer
 from rich.console import Console
@@ -40,7 +39,7 @@ from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.dispatch import select
 from hybrid_cache.models.loading import embedded_path, load, resolve
-from hybrid_cache.sampling import SamplingParams
+from hybrid_cache.sampling import Mask, SamplingParams, mask_of
 
 BUDGET_BYTES = 256 << 20
 
@@ -84,13 +83,14 @@ class Spoken:
     def start(self) -> "Spoken":
         return Spoken(self.tokens, self.vocab_size)
 
-    def mask(self) -> npt.NDArray[np.uint8]:
-        bits = np.zeros(-(-self.vocab_size // 32) * 32, np.uint8)
-        bits[self.tokens[self.place]] = 1
-        return np.packbits(bits, bitorder="little")
+    def mask(self) -> Mask:
+        return mask_of(np.arange(self.vocab_size) == self.tokens[self.place])
 
     def note(self, token: int) -> None:
         self.place += 1
+
+    def ahead(self, most: int) -> Sequence[int]:
+        return self.tokens[self.place : self.place + most]
 
     @property
     def done(self) -> bool:

@@ -1,6 +1,5 @@
 """What workflows run on: a model, its tokenizer, and a control that has attention only."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -9,32 +8,12 @@ import torch
 from hybrid_cache.api.server.launch import LoadOptions, load
 from hybrid_cache.api.text.renderer import ChatRenderer
 from hybrid_cache.api.text.tokenizer import TextModel
-from hybrid_cache.bench.common.random_model import random_model
+from hybrid_cache.bench.common.random_model import MID_GRANITE, random_model
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.workflow import Renderer
 
 GRANITE_150M = "granite-150m"
-# Like Granite 4 H, without experts: 20 layers of which three attend, no rotary positions.
-_GRANITE: Mapping[str, object] = {
-    "model_type": "granitemoehybrid",
-    "vocab_size": 8192,
-    "hidden_size": 768,
-    "num_hidden_layers": 20,
-    "layer_types": ["attention" if i in (5, 11, 17) else "mamba" for i in range(20)],
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "mamba_n_heads": 24,
-    "mamba_d_head": 64,
-    "mamba_d_state": 128,
-    "intermediate_size": 1536,
-    "shared_intermediate_size": 1536,
-    "num_local_experts": 0,
-    "num_experts_per_tok": 0,
-    "attention_multiplier": 0.125,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-}
 
 
 class ReadyRenderer:
@@ -74,7 +53,7 @@ def open_subject(options: LoadOptions) -> Subject:
         return Subject(loaded.name, loaded.model, ReadyRenderer(ChatRenderer(text)), text, loaded.ops)
     small = load(LoadOptions(backend=options.backend, threads=options.threads))
     text = TextModel.load(small.path)
-    model, _ = random_model(_GRANITE, small.ops, torch.bfloat16)
+    model, _ = random_model(MID_GRANITE, small.ops, torch.bfloat16)
     return Subject(f"{GRANITE_150M}, random weights", model, ReadyRenderer(ChatRenderer(text)), text, small.ops)
 
 

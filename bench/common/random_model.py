@@ -104,6 +104,27 @@ SMALL: Mapping[str, Mapping[str, object]] = {
     },
 }
 
+# 152 M parameters like Granite 4 H, without experts: 20 layers of which three attend, no rotary positions.
+MID_GRANITE: Mapping[str, object] = {
+    "model_type": "granitemoehybrid",
+    "vocab_size": 8192,
+    "hidden_size": 768,
+    "num_hidden_layers": 20,
+    "layer_types": ["attention" if i in (5, 11, 17) else "mamba" for i in range(20)],
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "mamba_n_heads": 24,
+    "mamba_d_head": 64,
+    "mamba_d_state": 128,
+    "intermediate_size": 1536,
+    "shared_intermediate_size": 1536,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "attention_multiplier": 0.125,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+}
+
 
 class RandomWeights:
     """Any weight that is asked for, drawn on a device: matrices keep the size of what they multiply."""

@@ -1,13 +1,13 @@
 """One request of `hybrid-cache bench exactness`: what it is made from, what came of it, what is special about it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from hybrid_cache.choreography.arrangement import Encoding
 from hybrid_cache.request import CacheMode, PromptOutput, Request, Stopper, TokenOutput
+from hybrid_cache.sampling import Mask, mask_of
 from hybrid_cache.tokens import BoundaryKind, TokenArray
 
 
@@ -123,14 +123,26 @@ class Some:
     def __init__(self, vocab_size: int, number: int) -> None:
         self._vocab_size, self._number = vocab_size, number
         self._place = 0
+        self._last = 0
 
-    def mask(self) -> npt.NDArray[np.uint8]:
-        return np.packbits((np.arange(self._vocab_size) + self._place) % self._number != 0, bitorder="little")
+    def mask(self) -> Mask:
+        return mask_of((np.arange(self._vocab_size) + self._place) % self._number != 0)
 
     def note(self, token: int) -> None:
         if (token + self._place) % self._number == 0:
             raise ValueError(f"token {token} may not be number {self._place}")
         self._place += 1
+        self._last = token
+
+    def ahead(self, most: int) -> Sequence[int]:
+        """Behind each third token, up to 13 that are forced."""
+        forced = list[int]()
+        for i in range(0 if self._last % 3 else min(most, self._last // 3 % 14)):
+            token = (self._last + 7 * i) % self._vocab_size
+            if (token + self._place + i) % self._number == 0:
+                break
+            forced.append(token)
+        return forced
 
     @property
     def done(self) -> bool:

@@ -4,9 +4,10 @@ Requests may be answered in an order that is known only afterwards, so the busy 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import count
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Step
-from hybrid_cache.engine.sequence import Prefill
+from hybrid_cache.engine.sequence import Prefill, Sequence
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.tokens import TokenArray
 from hybrid_cache.work import Work
@@ -99,22 +100,33 @@ def is_exact(prefill: Prefill) -> bool:
 
 def exact_rows(step: Step, layout: RowLayout) -> Iterator[tuple[Key, Origin, int]]:
     """Every token of a step whose row has to be exact, and its place in the batch."""
-    for chunk, row in zip(step.chunks, layout.chunk_row.tolist(), strict=True):
+    first_rows = layout.chunk_row.tolist()
+    for chunk, row in zip(step.chunks, first_rows, strict=False):
         if is_exact(chunk.prefill):
             name, path = name_of(chunk)
             digests = prefix_digests(chunk.prefill.tokens, chunk.start, chunk.end)
             for place, digest in enumerate(digests, start=chunk.start):
                 yield (digest, -1), Origin(name, place, path), row + place - chunk.start
-    yield from decode_rows(step, layout.decode_row)
+    yield from decode_rows(step, layout.decode_row, first_rows[len(step.chunks) :])
 
 
-def decode_rows(step: Step, first: int) -> Iterator[tuple[Key, Origin, int]]:
-    """The same for tokens that are decoded, whose rows begin with `first`."""
-    for row, sequence in enumerate(step.decodes, start=first):
+def decode_rows(step: Step, first: int, leaps: Iterable[int] = ()) -> Iterator[tuple[Key, Origin, int]]:
+    """The same for tokens that are decoded, whose rows begin with `first`; leaps: first rows of several at once"""
+    single, several = count(first), iter(leaps)
+    for sequence in step.decodes:
+        start, stride = sequence.fed, sequence.stride
+        row = next(single) if stride == 1 else next(several)
         if is_exact(sequence.prefill):
-            tokens = sequence.all_tokens()[: sequence.fed + 1]
-            origin = Origin(sequence.request.id, sequence.fed, "decode")
-            yield (digest_of(tokens), len(sequence.prefill.tokens)), origin, row
+            tokens = np.concatenate([sequence.all_tokens(), np.asarray(sequence.forced, np.int32)])
+            for i, digest in enumerate(prefix_digests(tokens, start, start + stride)):
+                yield (digest, _way(sequence)), Origin(sequence.request.id, start + i, "decode"), row + i
+
+
+def _way(sequence: Sequence) -> int:
+    """Where decoding began, and where several tokens were fed at once: others who do not do so have other bits."""
+    begin = len(sequence.prefill.tokens)
+    leaps = tuple((i, n) for i, n in sequence.leaps.items() if begin + i <= sequence.fed)
+    return hash((begin, leaps)) if leaps else begin
 
 
 def name_of(chunk: Chunk) -> tuple[str, str]:
@@ -223,6 +235,7 @@ class BusyWatcher:
         for sequence in step.decodes:
             if is_exact(sequence.prefill):
                 self.prompts.setdefault(sequence.request.id, sequence.prefill.tokens)
+                self._mixed["forced tokens, replayed" if sequence.replaying else "forced tokens"] += sequence.stride - 1
             else:
                 self._mixed["rows of approximate sequences"] += 1
 

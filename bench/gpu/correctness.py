@@ -178,6 +178,11 @@ def _row_pairs(ops: Ops, device: torch.device, dtype: torch.dtype) -> Iterator[t
     # Rounding may move a choice to a neighbour.
     yield sampling.points(logits, draws, tokens), sampling.points(logits, draws, expected)
     yield ops.log_sum_exp(here(logits)), reference.log_sum_exp(logits)
+    rows, words = torch.tensor([4, 0]), torch.randint(-(2**31), 2**31 - 1, (2, 157), generator=rng).int()
+    masked = here(logits.clone())
+    ops.mask_tokens(masked, here(rows), here(words))
+    reference.mask_tokens(logits, rows, words)
+    yield masked.clamp(-99), logits.clamp(-99)  # minus infinity is no number to compare
 
 
 def _reference() -> Ops:

@@ -245,6 +245,16 @@ class _Sizes:
                 build=partial(_sampling, logits, draws),
                 others=others,
             )
+        words = torch.randint(-(2**31), 2**31 - 1, (self.sequences, -(-vocab // 32)), generator=rng, device=CPU)
+        masks = torch.arange(self.sequences, device=self.device), words.int().to(self.device)
+        yield Case(
+            "mask_tokens",
+            f"{self.sequences} rows of {vocab:,}",
+            flops=float(logits.numel()),
+            bytes=8.0 * logits.numel(),
+            build=lambda ops: lambda: ops.mask_tokens(logits, *masks),
+            others={},
+        )
         heads, size, num_pages = 8, 128, -(-self.prompt // TILE)
         pages = KVTensors(*(self._normal(2 * num_pages, TILE, heads, size) for _ in "kv"))
         sources = torch.arange(self.prompt, device=self.device)

@@ -1,11 +1,10 @@
 """From logits to tokens, one row at a time so that a row's choice never depends on its neighbours.
 
-Order: bias, penalties, then temperature, top_k, top_p and min_p as `Ops.sample` has them. A sampled choice uses exactly
-one uniform number per token, so a seed gives the same tokens after a preemption, too.
+Order: bias, penalties, masks of constraints, then temperature, top_k, top_p and min_p as `Ops.sample` has them. A
+sampled choice uses exactly one uniform number per token, so a seed gives the same tokens after a preemption, too.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ LEAST = 1e-6  # temperature or top_p: below it, single precision leaves only the
 
 
 def adjust(logits: Tensor, chooser: TokenChooser) -> None:
-    """Applies bias, penalties, the hold on stop tokens and the constraint to logits [V], in place."""
+    """Applies bias, penalties and the hold on stop tokens to logits [V], in place."""
     p, device = chooser.params, logits.device
     if p.logit_bias:
         tokens, bias = torch.tensor(list(p.logit_bias), device=device), list(p.logit_bias.values())
@@ -32,16 +31,14 @@ def adjust(logits: Tensor, chooser: TokenChooser) -> None:
         logits[tokens] -= p.presence_penalty + p.frequency_penalty * counts
     if chooser.holds_back:
         logits[list(p.stop_token_ids)] = -torch.inf
-    if chooser.constraint is not None:
-        bits = torch.from_numpy(chooser.constraint.mask().astype(np.int32)).to(device)
-        logits += _of_bits(device).index_select(0, bits).view(-1)[: len(logits)]
 
 
-@cache
-def _of_bits(device: torch.device) -> Tensor:
-    """What eight bits of a mask add to eight logits, [256, 8]: 0 to those that may come, -inf to the others."""
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    return torch.zeros(256, 8).masked_fill_(bits == 0, -torch.inf).to(device)
+def mask(logits: Tensor, choosers: Sequence[TokenChooser], ops: Ops) -> None:
+    """Leaves the logits [S, V] of tokens that constraints allow, in place."""
+    masks = {row: chooser.constraint.mask() for row, chooser in enumerate(choosers) if chooser.constraint is not None}
+    if masks:
+        words = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
+        ops.mask_tokens(logits, torch.tensor(list(masks), device=logits.device), words)
 
 
 def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], ops: Ops) -> list[int]:
@@ -51,6 +48,7 @@ def choose_tokens(logits: Tensor, choosers: Sequence[TokenChooser], ops: Ops) ->
         for row, chooser in zip(logits, choosers, strict=True):
             if chooser.adjusts:
                 adjust(row, chooser)
+        mask(logits, choosers, ops)
     tokens: list[int] = ops.sample(logits, _draws(choosers, logits.device)).tolist()
     return tokens
 

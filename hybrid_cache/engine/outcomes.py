@@ -14,11 +14,14 @@ from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
 from hybrid_cache.engine.tally import Tally
 from hybrid_cache.errors import RequestError
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import FailedOutput, FinishReason, Output, TokenOutput
 from hybrid_cache.sampling import TokenLogprob
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MOST_FORCED = TILE // 2 - 1  # tokens that are fed together with a chosen one
 
 logger = logging.getLogger("hybrid_cache")
 
@@ -61,15 +64,15 @@ class Outcomes:
         outputs += self._announce(step.resumed)
         ready: list[tuple[Sequence, Tensor]] = []  # sequences whose next token can be chosen, with its hidden row
         num_rows = 0
-        for chunk, rows in zip(step.chunks, hidden.chunks, strict=True):
+        leaps = hidden.chunks[len(step.chunks) :]
+        for chunk, rows in zip(step.chunks, hidden.chunks, strict=False):
             num_rows += chunk.rows.num_wanted
             outputs += self._end_chunk(chunk, rows, num_rows - 1, ready)
-        ready += self._end_decodes(step.decodes, hidden.decodes)
+        outputs += self._end_decodes(step.decodes, hidden.decodes, leaps, ready)
         for sequence, row in zip(step.resumed, hidden.kept, strict=True):
             ready += self._begin_decode(sequence, row)
         outputs += self._end_unanswered(ready)
-        if ready := [each for each in ready if each[0].phase is Phase.DECODE]:
-            self._choose(ready, outputs)
+        self._choose([each for each in ready if each[0].phase is Phase.DECODE], outputs)
 
     def _announce(self, sequences: Iterable[Sequence]) -> Outputs:
         """The PromptOutput of sequences that are about to give their first token."""
@@ -149,17 +152,40 @@ class Outcomes:
             forks.append(sequence)
         return forks
 
-    def _end_decodes(self, decodes: tuple[Sequence, ...], hidden: "Tensor") -> "list[tuple[Sequence, Tensor]]":
-        """Moves each decoding sequence on by the token it was fed -> those with a new token to choose."""
-        ready = []
-        for sequence, row in zip(decodes, hidden, strict=True):
-            if sequence.replaying:
-                self.tally.replayed_tokens += 1
+    def _end_decodes(
+        self,
+        decodes: tuple[Sequence, ...],
+        singles: "Tensor",
+        leaps: "Iterable[Tensor]",
+        ready: "list[tuple[Sequence, Tensor]]",
+    ) -> Outputs:
+        """Moves each decoding sequence on by what it was fed; those with a token to choose are `ready`."""
+        outputs: Outputs = []
+        single, several = iter(singles), iter(leaps)
+        for sequence in decodes:
+            count, replayed = sequence.stride, sequence.replaying
+            rows = next(several) if count > 1 else next(single)[None]
+            sequence.fed += count
+            if replayed:
+                self.tally.replayed_tokens += count
             else:
-                ready.append((sequence, row))
-            sequence.fed += 1
+                outputs += self._end_leap(sequence, rows)
+                ready.append((sequence, rows[-1]))
             self._watch_answer(sequence)
-        return ready
+        return outputs
+
+    def _end_leap(self, sequence: Sequence, rows: "Tensor") -> Outputs:
+        """Adds tokens that were forced, and are in the state by now. They draw no random numbers."""
+        outputs: Outputs = []
+        forced, sequence.forced = sequence.forced, ()
+        num_top = sequence.request.sampling.logprobs
+        scores: list[TokenLogprob | None] = [None] * len(forced)
+        if forced and num_top is not None:
+            scores = [*self._worker.score(rows[:-1], forced, num_top)]
+        for token, score in zip(forced, scores, strict=True):
+            if sequence.phase is Phase.DECODE:  # else it has ended, or its request was given up
+                outputs += self._append(sequence, token, score)
+        return outputs
 
     def _end_unanswered(self, ready: "list[tuple[Sequence, Tensor]]") -> Outputs:
         """Ends the sequences that want no token."""
@@ -172,11 +198,49 @@ class Outcomes:
 
     def _choose(self, ready: "list[tuple[Sequence, Tensor]]", outputs: Outputs) -> None:
         """Chooses the next token of each sequence from its hidden row."""
+        for sequence, _ in ready:
+            outputs += self._prepare(sequence)
+        ready = [each for each in ready if each[0].phase is Phase.DECODE]
+        if not ready:
+            return
         choosers = [sequence.chooser for sequence, _ in ready]
         chosen = self._worker.choose([r for _, r in ready], choosers, [s.request.sampling.logprobs for s, _ in ready])
         for (sequence, _), (token, logprob) in zip(ready, chosen, strict=True):
             if sequence.phase is Phase.DECODE:  # else its request was given up
                 outputs += self._append(sequence, token, logprob)
+                outputs += self._look_ahead(sequence)
+
+    def _look_ahead(self, sequence: Sequence) -> Outputs:
+        """Has tokens about which a constraint leaves no choice fed together with the last one.
+
+        The request and its tokens alone decide about that: a chunk has other bits than as many single tokens.
+        """
+        constraint, sampling = sequence.chooser.constraint, sequence.request.sampling
+        if constraint is None or sequence.phase is not Phase.DECODE:
+            return []
+        most = min(MOST_FORCED, sampling.max_tokens - len(sequence.generated), self._max_length - sequence.num_tokens)
+        held_back = bool(sampling.stop_token_ids) and len(sequence.generated) < sampling.min_tokens
+        if sequence.prefill.arrangement is not None or sampling.logit_bias or held_back:
+            most = 0
+        try:
+            sequence.leap(constraint.ahead(most))
+        except Exception as error:
+            return self._fault(sequence, error)
+        return []
+
+    def _prepare(self, sequence: Sequence) -> Outputs:
+        try:
+            sequence.chooser.prepare()
+        except Exception as error:
+            return self._fault(sequence, error)
+        return []
+
+    def _fault(self, sequence: Sequence, error: Exception) -> Outputs:
+        """Gives up a request whose stopper or constraint, which are the caller's, has just raised an error."""
+        if isinstance(error, RequestError):
+            return self.give_up(sequence.request.id, str(error), error)
+        logger.exception("a stopper or a constraint failed")
+        return self.give_up(sequence.request.id, f"{type(error).__name__}: {error}")
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Outputs:
         """Adds a chosen token to its sequence, and ends the sequence when it is the last one."""
@@ -185,11 +249,8 @@ class Outcomes:
         try:
             sequence.chooser.note(token)
             finish = sequence.finish_reason(self._max_length)
-        except RequestError as error:
-            return self.give_up(sequence.request.id, str(error), error)
-        except Exception as error:  # of a stopper or a constraint, which are the caller's
-            logger.exception("a stopper or a constraint failed")
-            return self.give_up(sequence.request.id, f"{type(error).__name__}: {error}")
+        except Exception as error:
+            return self._fault(sequence, error)
         if finish is not None:
             self._scheduler.messages.keep_answer(sequence)
             self._finish(sequence)

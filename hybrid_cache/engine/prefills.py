@@ -140,11 +140,15 @@ def _num_wanted(sequence: Sequence, start: int, end: int) -> int:
 
 
 def decode_rows(sequence: Sequence) -> Rows:
-    """The token that a decoding sequence is fed. Raises OwnershipError if its row may not be written."""
+    """What a decoding sequence is fed: as a rule one token. Raises OwnershipError if a row may not be written."""
     prefill, lease = sequence.prefill, sequence.prefill.lease
     assert lease is not None
-    index, program = sequence.fed, prefill.program
-    rows = Rows((sequence.next_token(),), index, prefill.shift, lease.slot, tuple(lease.pages), (lease.own_row(index),))
+    index, program, tokens = sequence.fed, prefill.program, sequence.next_tokens()
+    kv_rows = tuple(lease.own_row(i) for i in range(index, index + len(tokens)))
+    rows = Rows(tokens, index, prefill.shift, lease.slot, tuple(lease.pages), kv_rows)
+    if len(tokens) > 1:
+        scored = sequence.request.sampling.logprobs is not None
+        return rows._replace(num_wanted=0 if sequence.replaying else len(tokens) if scored else 1)
     if program is None or program.span is None:
         return rows
     return rows._replace(noted=(_noted(program.span, index, index + 1),))

@@ -52,9 +52,11 @@ class Step:
         yield from self.resumed
 
     def work(self, commands: tuple[Command, ...]) -> Work:
-        """What the device has to do, after some commands."""
+        """What the device has to do, after some commands. Sequences that are fed several tokens are its last chunks."""
         kept = tuple(s.prefill.lease.slot for s in self.resumed if s.prefill.lease is not None)
-        return Work(commands, tuple(c.rows for c in self.chunks), tuple(decode_rows(s) for s in self.decodes), kept)
+        fed = [decode_rows(s) for s in self.decodes]
+        leaps, singles = (tuple(rows for rows in fed if (len(rows.tokens) > 1) is several) for several in (True, False))
+        return Work(commands, (*(c.rows for c in self.chunks), *leaps), singles, kept)
 
 
 class Scheduler:
@@ -137,7 +139,7 @@ class Scheduler:
         chunks = self._cut_chunks(self._max_tiles_beside_decode if decodes else self._max_tiles, bool(decodes))
         if self._shares.compares:
             for sequence in decodes:
-                self._shares.charge(sequence.request.tenant, DECODE_WEIGHT)
+                self._shares.charge(sequence.request.tenant, DECODE_WEIGHT * sequence.stride)
         return Step(chunks or self.canonical.spare_tile(), decodes, resumed)
 
     def gap(self, step: Step) -> Gap | None:
@@ -169,7 +171,7 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence) -> bool:
         assert sequence.prefill.lease is not None
-        lease, num_tokens = sequence.prefill.lease, sequence.fed + 1
+        lease, num_tokens = sequence.prefill.lease, sequence.fed + sequence.stride
         while not self._cache.extend(lease, num_tokens):
             if not (self.canonical.give_room() or self._forgo_answer()):
                 return False

@@ -1,6 +1,7 @@
 """A running request: what has been computed of it, and what is still to come."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -105,8 +106,9 @@ class Phase(Enum):
 class Sequence:
     """One of the `n` continuations of a request. The scheduler owns it.
 
-    Decode feeds the token at `fed` and gets the logits of the one after it. A sequence that was preempted keeps its
-    `generated` tokens and is fed them again, so that its state takes the same path and has the same bits.
+    Decode feeds the token at `fed`, with those that have to follow it, and gets the logits of the one after them. A
+    sequence that was preempted keeps its `generated` tokens and is fed them again, those together that were before, so
+    that its state takes the same path and has the same bits.
     """
 
     request: Request
@@ -119,6 +121,8 @@ class Sequence:
     submitted_s: float = 0.0
     started_s: float = 0.0  # first admission
     fed: int = 0  # tokens in the state while decoding: the prompt and the first of `generated`
+    forced: tuple[int, ...] = ()  # tokens that have to follow `generated`, and are fed together with its last one
+    leaps: dict[int, int] = field(default_factory=dict)  # index in `generated` -> tokens fed together from there
     phase: Phase = Phase.WAITING
     forked: bool = False  # the other choices of its request are there
     announced: bool = False  # PromptOutput has been sent
@@ -136,11 +140,25 @@ class Sequence:
     @property
     def replaying(self) -> bool:
         """True while the logits of the coming row are not needed: its next token is known."""
-        return self.fed + 1 < self.num_tokens
+        return self.fed + self.stride < self.num_tokens + len(self.forced)
 
-    def next_token(self) -> int:
-        """The token that the coming decode row holds."""
-        return self.generated[self.fed - len(self.prefill.tokens)]
+    @property
+    def stride(self) -> int:
+        """How many tokens are fed next."""
+        return self.leaps.get(self.fed - len(self.prefill.tokens), 1)
+
+    def next_tokens(self) -> tuple[int, ...]:
+        """The tokens that are fed next."""
+        first = self.fed - len(self.prefill.tokens)
+        if self.stride == 1:
+            return (self.generated[first],)
+        return (*self.generated[first:], *self.forced)[: self.stride]
+
+    def leap(self, forced: Iterable[int]) -> None:
+        """Has tokens fed together with the last of `generated`, as they have to follow it."""
+        self.forced = tuple(forced)
+        if self.forced:
+            self.leaps[len(self.generated) - 1] = 1 + len(self.forced)
 
     def unscored(self, start: int, end: int) -> tuple[slice, list[int]]:
         """Of computed rows [start, end) of the prompt, those whose next token is not scored yet, and these tokens."""

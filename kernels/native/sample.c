@@ -197,6 +197,35 @@ void sample(const float *logits, int64_t num_rows, int64_t vocab, const Draws *d
     }
 }
 
+#define WORD 32 /* tokens */
+
+/* 32 logits, of which n are there, as integers; those whose bit in `word` is not set become -inf. */
+#define MASK(type, logits, word, n, minus_infinity)        \
+    for (int64_t i = 0; i < (n); i++)                      \
+    ((type *)(logits))[i] = (word) >> i & 1 ? ((type *)(logits))[i] : (type)(minus_infinity)
+
+INLINE void mask_word(void *logits, uint32_t word, int64_t n, int bf16) {
+    if (word == UINT32_MAX) return;
+    if (bf16)
+        MASK(uint16_t, logits, word, n, 0xff80);
+    else
+        MASK(uint32_t, logits, word, n, 0xff800000);
+}
+
+/* logits [.., vocab], `stride` from row to row; words [num_rows, vocab / WORD, rounded up], for these rows */
+void mask_tokens(void *logits, int64_t vocab, int64_t stride, const int64_t *rows, const uint32_t *words,
+                 int64_t num_rows, int64_t num_threads, int64_t bf16) {
+    const int64_t num_words = (vocab + WORD - 1) / WORD, whole = vocab / WORD;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t r = 0; r < num_rows; r++) {
+        const uint32_t *word = words + r * num_words;
+        void *row = at_mut(logits, rows[r] * stride, (int)bf16);
+        for (int64_t w = 0; w < whole; w++) mask_word(at_mut(row, w * WORD, (int)bf16), word[w], WORD, (int)bf16);
+        if (whole < num_words)
+            mask_word(at_mut(row, whole * WORD, (int)bf16), word[whole], vocab - whole * WORD, (int)bf16);
+    }
+}
+
 /* logits [num_rows, vocab] -> the largest of each row, and the sum of exp(logit - largest) */
 void log_sum_exp(const float *logits, int64_t num_rows, int64_t vocab, float *most, float *sums, float *scratch,
                  int64_t num_threads) {

@@ -1,4 +1,4 @@
-"""The next token of each row of logits, and the logarithm of its sum of exponentials: `Ops.sample`, `Ops.log_sum_exp`.
+"""The next token of each row of logits: `Ops.sample`, `Ops.log_sum_exp` and `Ops.mask_tokens`.
 
 A row is cut into chunks of CHUNK tokens, wherever it lies in the batch; a second launch goes over the chunks' maxima
 and sums. Rows that draw take a third one, with a program for each row. It finds the smallest weight that stays by
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid_cache.kernels.ops import Draws
+from hybrid_cache.kernels.sampling import check_words
 from hybrid_cache.kernels.triton_kernels.aot import Limit, Spec
 
 CHUNK = 4096
@@ -133,6 +134,31 @@ def _draw_kernel(
         tl.store(tokens + row, token.to(tl.int64))
 
 
+@triton.jit
+def _mask_kernel(logits, rows, words, row_stride, VOCAB: tl.constexpr, NUM_WORDS: tl.constexpr, CHUNK: tl.constexpr):
+    """Grid (masks, chunks). Writes -inf where the bit of a token is not set."""
+    mask = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    there = token < VOCAB
+    word = tl.load(words + mask * NUM_WORDS + token // 32, there, -1)
+    barred = there & ((word >> (token % 32) & 1) == 0)
+    tl.store(logits + tl.load(rows + mask) * row_stride + token, float("-inf"), barred)
+
+
+def mask_tokens(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    """See `Ops.mask_tokens`."""
+    check_words(logits, rows, words)
+    if len(rows):
+        vocab = logits.shape[1]
+        _mask_kernel[len(rows), triton.cdiv(vocab, CHUNK)](
+            *(logits, rows.contiguous(), words, logits.stride(0)),
+            VOCAB=vocab,
+            NUM_WORDS=words.shape[1],
+            CHUNK=CHUNK,
+            num_warps=NUM_WARPS,
+        )
+
+
 def sample(logits: Tensor, draws: Draws) -> Tensor:
     """logits [S, V] of any float dtype -> tokens [S] int64."""
     logits = _with_unit_stride(logits)
@@ -198,6 +224,13 @@ SPECS = [
         {**_PARTS, **_ROWS, "log_sums": "*fp32"},
         {"NUM_CHUNKS": 38, "VOCAB": 151936, "BLOCK": 64},
         num_warps=1,
+        limits=_LIMITS,
+    ),
+    Spec(
+        _mask_kernel,
+        {"logits": "*fp32", "rows": "*i64", "words": "*i32", "row_stride": "i32:16"},
+        {"VOCAB": 151936, "NUM_WORDS": 4748, "CHUNK": CHUNK},
+        num_warps=NUM_WARPS,
         limits=_LIMITS,
     ),
     Spec(

@@ -1,16 +1,16 @@
 """Choosing tokens: each rule against a case that can be worked out by hand."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from hybrid_cache.device.sampler import adjust, choose_tokens, log_probabilities
 from hybrid_cache.errors import BadSampling
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.sampling import SamplingParams, TokenChooser
+from hybrid_cache.sampling import Mask, SamplingParams, TokenChooser, mask_of
 
 PROMPT = np.array([1, 2], np.int32)
 
@@ -28,12 +28,15 @@ class Only:
     done = False
 
     def __init__(self, allowed: tuple[int, ...]) -> None:
-        self._bits = np.packbits([token in allowed for token in range(8)], bitorder="little")
+        self._mask = mask_of(np.isin(np.arange(8), allowed))
 
-    def mask(self) -> npt.NDArray[np.uint8]:
-        return self._bits
+    def mask(self) -> Mask:
+        return self._mask
 
     def note(self, token: int) -> None: ...
+
+    def ahead(self, most: int) -> Sequence[int]:
+        return ()
 
 
 def choose(one: TokenChooser, logits: torch.Tensor) -> int:

@@ -90,6 +90,32 @@ def test_drawn_tokens_are_those_of_the_reference(ops, vocab, scale):
     torch.testing.assert_close(ops.log_sum_exp(logits), reference.log_sum_exp(logits), rtol=1e-5, atol=1e-5)
 
 
+def some_words(count, vocab, rng):
+    """All bits, no bit, one bit, and any."""
+    words = torch.randint(-(2**31), 2**31 - 1, (count, -(-vocab // 32)), generator=rng, dtype=torch.int32)
+    words[0], words[1] = -1, 0
+    words[2] = 0
+    words[2, (vocab - 1) // 32] = 1 << (vocab - 1) % 32 if vocab % 32 else -(2**31)
+    return words
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 1000, 4099])
+def test_masks_leave_the_bits_of_what_may_come_and_of_other_rows(ops, dtype, vocab):
+    rng = torch.Generator().manual_seed(vocab)
+    wide = torch.randn(9, vocab + 5, generator=rng).to(dtype)
+    wide[:, 0], wide[4] = torch.nan, torch.inf
+    rows, words = torch.tensor([7, 0, 3, 4, 8]), some_words(5, vocab, rng)
+    found, expected = wide.clone(), wide.clone()
+    ops.mask_tokens(found[:, :vocab], rows, words)
+    reference.mask_tokens(expected[:, :vocab], rows, words)
+    bits = torch.int16 if dtype is torch.bfloat16 else torch.int32
+    assert torch.equal(found.view(bits), expected.view(bits))
+    assert found[0, :vocab].isneginf().all()
+    assert found[3, :vocab].isneginf().sum() == vocab - 1
+    untouched = [1, 2, 5, 6, 7]
+    assert torch.equal(found[untouched].view(bits), wide[untouched].view(bits))
+
+
 def test_among_equal_logits_all_that_rules_keep_are_drawn(ops):
     logits = torch.zeros(400, 3000)
     logits[:, 7] = -1e30

@@ -433,7 +433,7 @@ STEPPING = [
     ),
     outcomes(
         "a preempted sequence chooses again what it has chosen",
-        "            if sequence.replaying:\n",
+        "            if replayed:\n",
         "            if sequence.fed < 0:\n",
         SCHEDULER,
     ),

@@ -45,7 +45,7 @@ def walk(grammar: Grammar, rng: random.Random, most: int = 4000) -> str | None:
     """What a model says that likes all tokens as much; None if it comes to no end."""
     way, tokens, end = grammar.start(), list[int](), small_text().tokenizer.id_of("<|im_end|>")
     while not way.done:
-        allowed = np.flatnonzero(np.unpackbits(way.mask(), count=NUM_TOKENS, bitorder="little")).tolist()
+        allowed = np.flatnonzero(np.unpackbits(way.mask().view(np.uint8), count=NUM_TOKENS, bitorder="little")).tolist()
         assert allowed
         token = end if end in allowed else rng.choice(allowed)
         way.note(token)
@@ -120,7 +120,7 @@ def test_expressions_choices_and_grammars(grammars: Grammars) -> None:
         (json_source({"type": "integer", "minimum": 5, "maximum": 1}, "p"), "Unsatisfiable"),
         (json_source({"type": "string", "pattern": "(a"}, "p"), "unclosed group"),
         (json_source({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "p"), "nothing"),
-        (json_source("{", "p"), ""),
+        (Source("json", "{", "p"), ""),
         (Source("regex", "(", "p"), "unclosed group"),
         (Source("lark", "begin: 1", "p"), ""),
         (json_source({"patternProperties": {f"^k{i}[a-z]*$": True for i in range(1000)}}, "p"), "more than 2 seconds"),
@@ -138,10 +138,16 @@ def test_what_is_no_grammar_is_refused_soon(grammars: Grammars, source: Source, 
     assert time.process_time() - begin < 10
 
 
+@pytest.mark.parametrize("text", ["{", '{"a":' * 20_000])
+def test_what_is_no_json_is_no_schema(text: str) -> None:
+    with pytest.raises(RequestError, match=r"no JSON|nested"):
+        json_source(text, "p")
+
+
 def test_a_schema_without_a_bottom() -> None:
     schema: dict[str, Any] = {}
     schema["a"] = schema
-    with pytest.raises(RequestError, match="nested"):
+    with pytest.raises(RequestError, match="holds itself"):
         json_source(schema, "p")
 
 
@@ -221,7 +227,7 @@ def test_a_call_has_no_arguments_that_its_tool_does_not_list(
     said = '{"name": "f", "parameters": {"a": true, "b": true}}'
     allowed = []
     for token in small_text().tokenizer.encode(said):
-        allowed.append(bool(np.unpackbits(way.mask(), bitorder="little")[token]))
+        allowed.append(bool(np.unpackbits(way.mask().view(np.uint8), bitorder="little")[token]))
         if not allowed[-1]:
             break
         way.note(token)
@@ -293,6 +299,31 @@ def test_a_tool_that_is_not_there() -> None:
         call_source(FORMATS["hermes"], [LOOK], tokenizer, only="g", parallel=False)
     with pytest.raises(RequestError, match="there are no tools"):
         call_source(FORMATS["hermes"], [], tokenizer, only=None, parallel=False)
+
+
+def test_tokens_that_have_to_come_are_told_ahead(grammars: Grammars) -> None:
+    """With them an answer is as valid, and `most` is kept to."""
+    rng, end, source = (
+        random.Random(0),
+        small_text().tokenizer.id_of("<|im_end|>"),
+        json_source(LOOK["parameters"], "p"),
+    )
+    for most in (1, 3, 31):
+        way, tokens, told = grammars.compile(source).start(), list[int](), 0
+        while not way.done:
+            allowed = np.flatnonzero(np.unpackbits(way.mask().view(np.uint8), count=NUM_TOKENS, bitorder="little"))
+            tokens.append(end if end in allowed else int(rng.choice(allowed.tolist())))
+            way.note(tokens[-1])
+            forced = list(way.ahead(most))
+            assert len(forced) <= most
+            for token in forced:
+                assert not way.done
+                way.note(token)
+            tokens += forced
+            told += len(forced)
+        assert told >= 10
+        text = small_text().tokenizer.decode([token for token in tokens if token != end])
+        jsonschema_rs.validator_for(LOOK["parameters"]).validate(json.loads(text))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_every_operation_is_timed_against_the_roofline(small, tmp_path):
     rows = report["results"]
     assert {row["kernel"] for row in rows} == {
         *("linear", "rms_norm", "silu_mul", "mamba2", "mamba1_scan", "causal_conv", "gated_delta", "kimi_delta"),
-        *("linear_attention", "rg_lru", "attention", "decode attention", "sample", "relocate_keys"),
+        *("linear_attention", "rg_lru", "attention", "decode attention", "sample", "mask_tokens", "relocate_keys"),
     }
     for row in rows:
         assert row["ms"] > 0

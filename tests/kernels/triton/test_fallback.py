@@ -186,6 +186,24 @@ def test_wrong_tokens_are_replaced(monkeypatch):
     assert replaced.reasons["sample"].startswith("differs from torch by")
 
 
+def test_a_wrong_mask_is_replaced(monkeypatch):
+    words, rows_of = torch.tensor([[5] * 10, [-7] * 10], dtype=torch.int32), torch.tensor([1, 3])
+
+    def masked(ops):
+        logits = torch.ones(4, 300)
+        ops.mask_tokens(logits, rows_of, words)
+        return logits
+
+    expected, right = masked(TorchOps()), sample.mask_tokens
+    checked = CheckedTritonOps()
+    assert torch.equal(masked(checked), expected)
+    assert checked.reasons == {}
+    monkeypatch.setattr(sample, "mask_tokens", lambda logits, rows, words: right(logits, rows, ~words))
+    replaced = CheckedTritonOps()
+    assert torch.equal(masked(replaced), expected)
+    assert replaced.reasons["mask_tokens"].startswith("differs from torch by")
+
+
 def test_wrongly_moved_keys_are_replaced_before_they_touch_the_cache(monkeypatch):
     def turned_back(kv, sources, targets, delta, inv_freq, first):
         right(kv, sources, targets, -delta, inv_freq, first)

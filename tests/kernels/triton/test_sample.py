@@ -79,6 +79,21 @@ def test_a_row_has_the_same_bits_in_any_company():
         assert torch.equal(sample.log_sum_exp(logits[part]), sums[part])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocab", [1, 32, 300, 5001])
+def test_masks_have_the_bits_of_the_reference(vocab, dtype):
+    rng = torch.Generator().manual_seed(vocab)
+    wide = torch.randn(5, vocab + 3, generator=rng).to(dtype)
+    rows = torch.tensor([3, 0, 4])
+    words = torch.randint(-(2**31), 2**31 - 1, (3, -(-vocab // 32)), generator=rng, dtype=torch.int32)
+    words[0] = 0
+    found, expected = wide.to(DEVICE), wide.clone()
+    sample.mask_tokens(found[:, :vocab], rows.to(DEVICE), words.to(DEVICE))
+    reference.mask_tokens(expected[:, :vocab], rows, words)
+    bits = torch.int16 if dtype is torch.bfloat16 else torch.int32
+    assert torch.equal(found.cpu().view(bits), expected.view(bits))
+
+
 def test_no_rows_give_no_tokens():
     logits = torch.zeros(0, 100, device=DEVICE)
     assert (
