@@ -26,8 +26,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from hybrid_cache.api.text.answer import Answer
-from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.generation import Begin, End, GenerationSpec
 from hybrid_cache.api.text.messages import Rendering, Talk
+from hybrid_cache.api.text.next_turn import Said
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -175,16 +176,19 @@ async def _converse(
             grammar=Spoken(tokens, text.vocab_size),
             talk=talk if expected else None,
         )
+        heard = Said()  # by the client
         async with await Answer.to(text, [spec]) as answer:
-            async for _ in answer:
-                pass
+            async for events in answer:
+                for event in events:
+                    if not isinstance(event, Begin | End):
+                        heard.take(event)
             cached = answer.usage.cached
         if count:
             turns.append(Turn(len(prompt.tokens), unchanged(chat, talk, count, longest), cached))
         await _until_committed(text)
-        messages.append(sent_back(chat, talk, said, thoughts=thoughts))
+        messages.append(sent_back(chat, talk, heard, thoughts=thoughts))
         count = len(messages)
-        messages += script.following(said)
+        messages += script.following(heard)
     return tuple(turns)
 
 
