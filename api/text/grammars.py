@@ -43,14 +43,17 @@ class Source:
         """The same behind a thought that is under way. Raises RequestError for a grammar of the client's own."""
         if self.own:
             raise RequestError("a grammar cannot follow a thought; switch thinking off", param=self.param)
-        if self.kind == "json":
-            body = f"body: %json {_with_options(self.text)}"
-        elif self.kind == "regex":
-            body = f"body: /{self.text.replace('/', chr(92) + '/')}/"
-        else:
-            body = self.text.replace("start:", "body:", 1)
+        body = self.as_rule("body")
         head = f"start: thought SPACE body\nthought[suffix={json.dumps(end)}]: /(.|\\n)*/\nSPACE: /[ \\n]{{0,4}}/"
         return Source("lark", f"{head}\n{body}", self.param)
+
+    def as_rule(self, name: str) -> str:
+        """The same as a rule of a larger grammar."""
+        if self.kind == "json":
+            return f"{name}: %json {_with_options(self.text)}"
+        if self.kind == "regex":
+            return f"{name}: /{self.text.replace('/', chr(92) + '/')}/"
+        return self.text.replace("start:", f"{name}:", 1)
 
 
 def json_source(schema: object, param: str) -> Source:

@@ -16,6 +16,7 @@ from hybrid_cache.api.text.next_turn import Said, beginnings
 from hybrid_cache.api.text.text_work import LONG_TEXT, TextWork
 from hybrid_cache.api.text.tokenizer import TextModel, Tokenizer
 from hybrid_cache.api.text.tool_formats import ThoughtFormat, ToolFormat, format_of, thoughts_of
+from hybrid_cache.api.text.tool_grammars import open_source
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.tokens import Prompt
@@ -99,6 +100,19 @@ class TextEngine:
                 param=param,
             )
         return min(longest, room - num_tokens)
+
+    def open_source(
+        self, functions: Sequence[Mapping[str, object]], answer: Source | None, *, parallel: bool
+    ) -> Source | None:
+        """What an answer has to be that may call tools, and else be `answer`: with `strict` tools, calls as these say.
+
+        None where anything goes. Raises RequestError.
+        """
+        if not functions or not (answer or any(each.get("strict") for each in functions)):
+            return answer
+        if answer is not None and (answer.own or not self.tools.begin):
+            return answer  # a grammar says what calls look like, and Llama-3's begin like any other object
+        return open_source(self.tools, functions, self.tokenizer, self.thoughts, parallel=parallel, answer=answer)
 
     async def grammar(self, source: Source | None, form: AnswerForm, tenant: str) -> Grammar | None:
         """Compiles what an answer of a form has to be, if anything is asked. Raises RequestError."""

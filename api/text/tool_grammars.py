@@ -18,10 +18,11 @@ from hybrid_cache.api.text.call_readers import (
 from hybrid_cache.api.text.grammar_trial import STRICT
 from hybrid_cache.api.text.grammars import Source, check_schema
 from hybrid_cache.api.text.tokenizer import Tokenizer
-from hybrid_cache.api.text.tool_formats import MINIMAX, QWEN, ToolFormat
+from hybrid_cache.api.text.tool_formats import MINIMAX, QWEN, ThoughtFormat, ToolFormat
 from hybrid_cache.errors import RequestError
 
 ONE_LINE = {**STRICT, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+EMPTY, ANY = '""', r"/(.|\n)*/"
 Tool = Mapping[str, object]  # the definition of a function
 _OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if")
 
@@ -39,8 +40,46 @@ def call_source(
             "asks for a call, and there are no tools" if only is None else f"names {only!r}, which is none of the tools"
         )
         raise RequestError(f"tool_choice {why}", param="tool_choice")
-    rules = list(_GRAMMARS[tools.name](tools, chosen, lambda mark: _mark(mark, tokenizer), parallel))
-    return Source("lark", "\n".join(rules), "tools")
+    rules = _GRAMMARS[tools.name](tools, chosen, lambda mark: _mark(mark, tokenizer), parallel)
+    return Source("lark", "\n".join(["start: calls", *rules]), "tools")
+
+
+def open_source(
+    tools: ToolFormat,
+    functions: Sequence[Tool],
+    tokenizer: Tokenizer,
+    thoughts: ThoughtFormat | None,
+    *,
+    parallel: bool,
+    answer: Source | None = None,
+) -> Source:
+    """An answer that may call, and whose calls are as their tools say: text and thoughts, then at most one call, or
+    several if `parallel`. answer: what it is if it calls nothing; None for any text
+
+    A model that has begun a call cannot say anything else. Raises RequestError for a tool that cannot be called.
+    """
+    around = ["", ""] if thoughts is None else [thoughts.begin, thoughts.end]
+    thinks = all(tokenizer.id_of(each) is not None for each in around)
+    before, rest = "musings", "musings form"
+    if answer is None:
+        before, rest = "head", "head" if tools.begin else "other"
+
+    def mark(text: str) -> str:
+        if text != tools.begin:
+            return _mark(text, tokenizer)
+        return "opening" if before == "head" and tokenizer.id_of(text) is None else f"{before} {_mark(text, tokenizer)}"
+
+    rules = [f"start: calls | {rest}", *_GRAMMARS[tools.name](tools, functions, mark, parallel)]
+    if answer is not None:
+        rules += [answer.as_rule("form"), f"musings: {'musing*' if thinks else EMPTY}"]
+    elif tools.begin:
+        rules += [f"head: {'(TEXT musing)* ' if thinks else ''}TEXT"]
+        rules += [f"opening[suffix={json.dumps(tools.begin)}]: {ANY}"]
+    else:
+        rules += [r"other: /([^{<\s](.|\n)*)?/"]
+    if thinks:
+        rules += [f"musing: {_mark(around[0], tokenizer)} TEXT {_mark(around[1], tokenizer)}"]
+    return Source("lark", "\n".join([*rules, f"TEXT: {ANY}"]), "tools")
 
 
 Marked = Callable[[str], str]
@@ -174,26 +213,26 @@ def _objects(functions: Sequence[Tool], arguments: str) -> Iterator[str]:
 
 def _tagged_objects(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
     """Hermes: each call in tags of its own."""
-    yield "start: " + _repeated("one", parallel, '"\\n"')
+    yield "calls: " + _repeated("one", parallel, '"\\n"')
     yield f'one: {mark(tools.begin)} "\\n" call "\\n" {mark(tools.end)}'
     yield from _objects(functions, "arguments")
 
 
 def _tagged_list(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
     """Jamba, Nemotron: all calls in one list."""
-    yield f'start: {mark(tools.begin)} "[" {_repeated("call", parallel, _literal(", "))} "]" {mark(tools.end)}'
+    yield f'calls: {mark(tools.begin)} "[" {_repeated("call", parallel, _literal(", "))} "]" {mark(tools.end)}'
     yield from _objects(functions, "arguments")
 
 
 def _bare_object(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
     """Llama-3: the answer is a call."""
-    yield "start: " + _repeated("call", parallel, _literal("; "))
+    yield "calls: " + _repeated("call", parallel, _literal("; "))
     yield from _objects(functions, "parameters")
 
 
 def _kimi(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
     begin, argument, end = tools.inner
-    yield f"start: {mark(tools.begin)} {_repeated('one', parallel)} {mark(tools.end)}"
+    yield f"calls: {mark(tools.begin)} {_repeated('one', parallel)} {mark(tools.end)}"
     yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
     for i, function in enumerate(functions):
         name = _literal("functions.", _named(function, KIMI_ID), ":")
@@ -205,7 +244,7 @@ def _tagged_parameters(tags: Tags) -> Rules:
     """Functions and parameters in tags, in the order of the schema."""
 
     def rules(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
-        yield f'start: {mark(tools.begin)} "\\n" {_repeated("one", parallel)} {mark(tools.end)}'
+        yield f'calls: {mark(tools.begin)} "\\n" {_repeated("one", parallel)} {mark(tools.end)}'
         yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
         for i, function in enumerate(functions):
             properties = _properties(function, NAMES[tags.close])
@@ -222,7 +261,7 @@ def _tagged_parameters(tags: Tags) -> Rules:
 
 def _python(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
     """LFM2: calls with keyword arguments in the order of the schema, whose values are written as in JSON."""
-    yield f'start: {mark(tools.begin)} "[" {_repeated("one", parallel, _literal(", "))} "]" {mark(tools.end)}'
+    yield f'calls: {mark(tools.begin)} "[" {_repeated("one", parallel, _literal(", "))} "]" {mark(tools.end)}'
     yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
     for i, function in enumerate(functions):
         properties = _properties(function, KEYWORD)

@@ -36,12 +36,14 @@ def _source(text: TextEngine, asked: MessagesRequest) -> Source | None:
     """What the answer has to be. Raises RequestError."""
     choice, output = asked.tool_choice, asked.output_config
     schema = output.format.schema_ if output is not None and output.format is not None else None
+    source = None if schema is None else json_source(schema, "output_config")
+    functions = [{"name": t.name, "parameters": t.input_schema, "strict": t.strict} for t in _tools(asked)]
+    parallel = choice is None or not choice.disable_parallel_tool_use
     if choice is None or choice.type in ("auto", "none"):
-        return None if schema is None else json_source(schema, "output_config")
-    if schema is not None:
+        return text.open_source(functions, source, parallel=parallel)
+    if source is not None:
         raise RequestError("tool_choice asks for a call, and output_config for another form", param="tool_choice")
-    functions = [{"name": tool.name, "parameters": tool.input_schema} for tool in asked.tools or ()]
-    parallel = choice.type == "any" and not choice.disable_parallel_tool_use
+    parallel = parallel and choice.type == "any"
     only = choice.name if choice.type == "tool" else None
     return call_source(text.tools, functions, text.tokenizer, only=only, parallel=parallel)
 

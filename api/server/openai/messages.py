@@ -31,7 +31,7 @@ def rendering_of(asked: ChatRequest | TokenizeRequest) -> Rendering:
     continues = bool(asked.continue_final_message)
     options = asked.prompt_cache_options if isinstance(asked, ChatRequest) else None
     return Rendering(
-        tools=[tool.model_dump() for tool in asked.tools] if asked.tools else None,
+        tools=[tool.model_dump(exclude={"function": {"strict"}}) for tool in asked.tools] if asked.tools else None,
         add_generation_prompt=not continues if asked.add_generation_prompt is None else asked.add_generation_prompt,
         continue_final_message=continues,
         kwargs=asked.chat_template_kwargs or {},

@@ -121,8 +121,8 @@ async def _latest(
 
 
 def _tool(tool: FunctionTool) -> Tool:
-    """In the form that templates know; `strict` is not for the model."""
-    definition = tool.model_dump(exclude_none=True, exclude={"type", "strict"})
+    """In the form that templates know."""
+    definition = tool.model_dump(exclude_none=True, exclude={"type"})
     return Tool(type="function", function=FunctionDefinition(**definition))
 
 

@@ -68,14 +68,13 @@ async def chat_spec(
 def _source(text: TextEngine, asked: ChatRequest) -> Source | None:
     """What the answer has to be. Raises RequestError."""
     source, choice = source_of(asked), asked.tool_choice
-    if choice in (None, "none", "auto"):
+    functions = [tool.function.model_dump() for tool in asked.tools or ()]
+    parallel = asked.parallel_tool_calls is not False
+    if choice == "none" or (choice in (None, "auto") and not functions):
         return source
+    if choice in (None, "auto"):
+        return text.open_source(functions, source, parallel=parallel)
     if source is not None:
         raise RequestError("tool_choice asks for a call, and another form is asked for, too", param="tool_choice")
-    return call_source(
-        text.tools,
-        [tool.function.model_dump() for tool in asked.tools or ()],
-        text.tokenizer,
-        only=choice.function.name if isinstance(choice, NamedTool) else None,
-        parallel=asked.parallel_tool_calls is not False and choice == "required",
-    )
+    only = choice.function.name if isinstance(choice, NamedTool) else None
+    return call_source(text.tools, functions, text.tokenizer, only=only, parallel=parallel and only is None)

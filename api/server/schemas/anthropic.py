@@ -133,6 +133,7 @@ class Tool(Request):
     name: Name
     description: str | None = None
     input_schema: dict[str, object]
+    strict: bool | None = None
     cache_control: CacheControl | None = None
 
     @model_validator(mode="before")

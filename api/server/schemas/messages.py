@@ -122,6 +122,7 @@ ChatMessages = Annotated[
 class FunctionDefinition(Request):
     model_config = ConfigDict(extra="allow", strict=True)
     name: Annotated[str, Field(min_length=1, max_length=256)]
+    strict: bool | None = None  # calls are as `parameters` say; not for the model
 
 
 class Tool(Request):

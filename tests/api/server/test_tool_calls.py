@@ -87,3 +87,29 @@ def test_the_openai_client_collects_the_calls(url: str, text: TextModel) -> None
         }
         follow_up = client.chat.completions.create(model="sum", messages=[*messages, turn, *results], max_tokens=1)
         assert follow_up.usage.completion_tokens == 1
+
+
+def test_a_strict_tool_is_called_as_it_says_though_nobody_asked_for_a_call(
+    client: httpx.Client, text: TextModel
+) -> None:
+    """The model wants to write [1] for x, and then whatever comes: arguments that are complete end the call."""
+    schema = {"type": "object", "properties": {"x": {"enum": [7]}}, "required": ["x"], "additionalProperties": False}
+    loose = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    strict = {**loose, "function": {**loose["function"], "strict": True}}  # type: ignore[dict-item]
+    for tools, said in (([loose], '{"x": [1]}'), ([strict], '{"x": 7}')):
+        choice = client.post("/v1/chat/completions", json=asked(text, tools=tools, max_tokens=60)).json()["choices"][0]
+        assert choice["message"]["content"].startswith("Let me see.")
+        assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": said}
+    odd = {**strict, "function": {**strict["function"], "parameters": {**schema, "uniqueItems": True}}}  # type: ignore[dict-item]
+    refused = client.post("/v1/chat/completions", json=asked(text, tools=[odd]))
+    assert refused.status_code == 400
+    assert "uniqueItems" in refused.json()["error"]["message"]
+
+
+def test_an_answer_in_a_form_may_be_a_call(client: httpx.Client, text: TextModel) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}}
+    choice = client.post("/v1/chat/completions", json=asked(text, response_format=form, max_tokens=60)).json()[
+        "choices"
+    ][0]
+    message = choice["message"]
+    assert message.get("tool_calls") or message["content"] in ('"yes"', '"no"')

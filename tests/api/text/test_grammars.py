@@ -12,8 +12,8 @@ import pytest
 from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.call_readers import json_call
 from hybrid_cache.api.text.grammars import Grammar, Grammars, Source, choice_source, json_source
-from hybrid_cache.api.text.tool_formats import FORMATS
-from hybrid_cache.api.text.tool_grammars import call_source
+from hybrid_cache.api.text.tool_formats import FORMATS, ThoughtFormat
+from hybrid_cache.api.text.tool_grammars import call_source, open_source
 from hybrid_cache.errors import RequestError
 from tests.api.small_text import NUM_TOKENS, small_text
 from tests.api.text.reading import Call, parse
@@ -136,6 +136,49 @@ def test_what_is_no_grammar_is_refused_soon(grammars: Grammars, source: Source, 
     assert named in str(found.value)
     assert found.value.param == "p"
     assert time.process_time() - begin < 10
+
+
+def follow(grammar: Grammar, text: str) -> str:
+    """How far a text goes, and whether it may end there."""
+    way, tokens, end = grammar.start(), small_text().tokenizer.encode(text), small_text().tokenizer.id_of("<|im_end|>")
+    for count, token in enumerate([*tokens, end]):
+        if way.done:
+            return small_text().tokenizer.decode(tokens[:count])
+        allowed = np.unpackbits(way.mask().view(np.uint8), count=NUM_TOKENS, bitorder="little")
+        if not allowed[token]:
+            return small_text().tokenizer.decode(tokens[:count]) + ("" if count < len(tokens) else "...")
+        way.note(token)
+    return text
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_calls_that_a_model_makes_of_itself_are_as_strict_tools_say(grammars: Grammars, name: str) -> None:
+    tools, tokenizer, rng = FORMATS[name], small_text().tokenizer, random.Random(name)
+    forced = grammars.compile(call_source(tools, [LOOK], tokenizer, only=None, parallel=False))
+    call = next(filter(None, (walk(forced, rng) for _ in range(9))))
+    loose = open_source(tools, [LOOK, WAIT], tokenizer, ThoughtFormat(), parallel=True)
+    grammar = grammars.compile(loose)
+    assert follow(grammar, "") == ""
+    assert follow(grammar, call) == call
+    assert follow(grammar, "Hello, [you] are <b> here") == "Hello, [you] are <b> here"
+    if tools.begin:
+        assert follow(grammar, "{x} I look:\n" + call) == "{x} I look:\n" + call
+        assert len(follow(grammar, f"well {tools.begin}nothing of the kind")) < len(f"well {tools.begin}not")
+    else:
+        assert follow(grammar, '{"x": 1}') == '{"'
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].begin])
+def test_an_answer_of_a_form_may_be_a_call_instead(grammars: Grammars, name: str) -> None:
+    tools, tokenizer, rng = FORMATS[name], small_text().tokenizer, random.Random(name)
+    forced = grammars.compile(call_source(tools, [LOOK], tokenizer, only=None, parallel=False))
+    call = next(filter(None, (walk(forced, rng) for _ in range(9))))
+    form = json_source({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], **CLOSED}, "p")
+    grammar = grammars.compile(open_source(tools, [LOOK], tokenizer, ThoughtFormat(), parallel=False, answer=form))
+    assert follow(grammar, call) == call
+    assert follow(grammar, '{"a": 5}') == '{"a": 5}'
+    assert follow(grammar, "Hello") == ""
+    assert follow(grammar, "") == "..."
 
 
 @pytest.mark.parametrize("text", ["{", '{"a":' * 20_000])
