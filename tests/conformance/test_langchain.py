@@ -170,3 +170,26 @@ def test_errors(of_openai: ChatOpenAI, of_anthropic: ChatAnthropic) -> None:
         of_openai.bind(model="another").invoke("Hello!")
     with pytest.raises(anthropic.NotFoundError, match="another"):
         of_anthropic.bind(model="another").invoke("Hello!")
+
+
+def test_openais_responses(server: str) -> None:
+    chat = ChatOpenAI(
+        model=MODEL, base_url=f"{server}/v1", api_key="none", max_retries=0, max_tokens=300, use_responses_api=True
+    )
+    asked: list[Any] = [SYSTEM, HumanMessage("What is in the boxes?")]
+    whole, pieces = chat.invoke(asked), list(chat.stream(asked))
+    joined: Any = sum(pieces[1:], pieces[0])
+    assert joined.text == whole.text != ""
+    following = [HumanMessage("And in the last one?")]
+    after: Any = chat.invoke(following, previous_response_id=whole.response_metadata["id"])
+    same: Any = chat.invoke([*asked, whole, *following])
+    assert after.text == same.text
+    assert after.usage_metadata["input_tokens"] == same.usage_metadata["input_tokens"]
+    bound = chat.bind_tools([look], tool_choice="look", parallel_tool_calls=False, strict=True)
+    for step in range(STEPS):
+        reply: Any = bound.invoke(asked)
+        [call] = reply.tool_calls
+        read = reply.usage_metadata["input_token_details"]["cache_read"]
+        assert step == 0 or read >= 0.9 * reply.usage_metadata["input_tokens"]
+        asked += [reply, look.invoke(call)]
+    assert isinstance(chat.with_structured_output(Place).invoke("What is where?"), Place)

@@ -14,7 +14,7 @@ from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.messages import ImageUrl, ModelResponse, ToolCallPart, ToolReturnPart
 from pydantic_ai.models import Model
 from pydantic_ai.models.anthropic import AnthropicModel
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.profiles.anthropic import AnthropicModelProfile
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -41,16 +41,17 @@ class Find(BaseModel, extra="forbid"):
 
 @asynccontextmanager
 async def model_of(dialect: str, server: str) -> AsyncIterator[Model]:
-    if dialect == "openai":
+    if dialect in ("openai", "responses"):
+        of_openai = OpenAIChatModel if dialect == "openai" else OpenAIResponsesModel
         async with openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as client:
-            yield OpenAIChatModel(MODEL, provider=OpenAIProvider(openai_client=client))
+            yield of_openai(MODEL, provider=OpenAIProvider(openai_client=client))
     else:
         forms = AnthropicModelProfile(supports_json_schema_output=True)
         async with anthropic.AsyncAnthropic(base_url=server, api_key="none", max_retries=0) as client:
             yield AnthropicModel(MODEL, provider=AnthropicProvider(anthropic_client=client), profile=forms)
 
 
-@pytest.fixture(params=["openai", "anthropic"])
+@pytest.fixture(params=["openai", "anthropic", "responses"])
 def talk(request: pytest.FixtureRequest, server: str) -> Talk:
     """Runs something with a model, and closes what it has opened."""
 
@@ -117,7 +118,8 @@ def test_a_loop_with_a_tool(talk: Talk) -> None:
         results = [part for m in messages for part in m.parts if isinstance(part, ToolReturnPart)]
         assert calls == [*["look"] * len(seen), "final_result"]
         assert [each.content for each in results[:-1]] == [f"{place.box + 2} pencils" for place in seen]
-        assert all(reply.finish_reason == "tool_call" for reply in replies)
+        ended = "stop" if isinstance(model, OpenAIResponsesModel) else "tool_call"
+        assert all(reply.finish_reason == ended for reply in replies)
         for reply in replies[1 : len(seen)]:
             assert reply.usage.cache_read_tokens >= 0.9 * reply.usage.input_tokens
 
