@@ -1,6 +1,9 @@
 """A busy engine: random requests arrive, are answered in batches, or are aborted."""
 
 import random
+from dataclasses import replace
+
+import numpy as np
 
 from hybrid_cache.bench.exactness.asked import Asked, traits
 from hybrid_cache.bench.exactness.mix import Mix, Phase
@@ -16,6 +19,7 @@ from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import FailedOutput, Output, PromptOutput
+from hybrid_cache.tokens import Prompt
 
 PATIENCE = 10  # steps without an output for each token of the longest sequence, before an engine counts as stuck
 
@@ -42,6 +46,7 @@ class Traffic:
         self.mix = Mix(model, phase, rng)
         self.given = Given()
         self._clock, self._phase, self._rng, self._report = Clock(), phase, rng, report
+        self._turns = random.Random(report.seed)  # what is told of turns to come
         self.engine = watched_engine(model, _config(model, phase, rng), self.watcher, self._clock)
         self.engine.between_layers = self._between_layers
         self._to_come = 0  # requests of this round
@@ -92,7 +97,7 @@ class Traffic:
             mixed["plans asked for"] += 1
             self.engine.plan(request)
         self._asked[request.id] = asked
-        self.engine.submit(request)
+        self.engine.submit(replace(request, commits=self._turns.random() < 0.6))
         if rng.random() < 0.15:
             self._aborts[request.id] = rng.choice((0, 1, 1, 2, 3, 5, 10, 25))
 
@@ -134,6 +139,18 @@ class Traffic:
         asked.choices.setdefault(output.index, []).append(output)
         if output.index == 0 and output.finish is not None:
             self.mix.heard(asked)
+            if self._turns.random() < 0.4:
+                self._expect(asked)
+
+    def _expect(self, asked: Asked) -> None:
+        """The next prompt is told of: as it was, or with another beginning of the answer."""
+        prompt = asked.request.prompt
+        said = [output.token for output in asked.choices[0] if output.token is not None]
+        cut = self._turns.choice((0, 0, 3)) if len(prompt.tokens) > 3 else 0
+        tokens = np.concatenate([prompt.tokens[: len(prompt.tokens) - cut], np.asarray(said, np.int32)])
+        if len(tokens) <= self.engine.longest_sequence:
+            self._report.mixed["turns told of"] += 1
+            self.engine.commit(asked.request.namespace, Prompt(tokens, prompt.boundaries if not cut else ()))
 
     def _abort(self) -> None:
         for name, left in list(self._aborts.items()):
