@@ -148,7 +148,7 @@ class TextEngine:
                 spec.tenant, size, lambda: beginnings(self.chat, talk, said, self.engine.longest_sequence)
             )
             for prompt in found:
-                self.engine.commit(spec.namespace, prompt)
+                self.engine.commit(spec.namespace, prompt, spec.session)
 
     async def prompt(self, prompt: str | list[int], tenant: str, *, add_special_tokens: bool) -> Prompt:
         """A text, or tokens as they are. Raises RequestError, and ContextTooLong for text that cannot fit."""

@@ -123,20 +123,13 @@ class Books:
         only_marked: bool = False,
         generated: bool = False,
         again: bool = False,
+        session: str = "",
     ) -> list[Wish]:
         """The checkpoints that the policy proposes for a prompt that was just acquired; see `Outline`."""
         if not lease.publish:
             return []
-        outline = Outline(
-            lease.keys,
-            lease.length,
-            lease.shared,
-            self._page_tokens,
-            tuple(boundaries),
-            only_marked,
-            generated,
-            again,
-        )
+        found = lease.keys, lease.length, lease.shared, self._page_tokens
+        outline = Outline(*found, tuple(boundaries), only_marked, generated, again, session)
         return list(self.pool.policy.propose(outline))
 
     def extend(self, lease: Lease, num_tokens: int) -> bool:

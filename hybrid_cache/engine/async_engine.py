@@ -108,7 +108,7 @@ class _Inbox:
     questions: deque[_Question] = field(default_factory=deque)
 
     requests: deque[Request] = field(default_factory=deque)
-    commits: deque[tuple[str, Prompt]] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
+    commits: deque[tuple[str, Prompt, str]] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
     aborts: deque[str] = field(default_factory=deque)
 
     def __bool__(self) -> bool:
@@ -228,10 +228,10 @@ class AsyncEngine:
             self._inbox.aborts.append(request_id)
             self._wake.notify()
 
-    def commit(self, namespace: str, prompt: Prompt) -> None:
+    def commit(self, namespace: str, prompt: Prompt, session: str = "") -> None:
         """As `Engine.commit`; nothing happens where that would raise."""
         with self._wake:
-            self._inbox.commits.append((namespace, prompt))
+            self._inbox.commits.append((namespace, prompt, session))
             self._wake.notify()
 
     async def ask(self, function: Callable[[Engine], T]) -> T:
@@ -290,9 +290,9 @@ class AsyncEngine:
             self._taken = inbox
         for request in inbox.requests:
             self._submit_now(request)
-        for namespace, prompt in inbox.commits:
+        for commit in inbox.commits:
             with suppress(RequestError):
-                self._engine.commit(namespace, prompt)
+                self._engine.commit(*commit)
         for request_id in inbox.aborts:
             self._engine.abort(request_id)
         for question in inbox.questions:

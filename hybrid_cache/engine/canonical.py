@@ -36,9 +36,9 @@ class CanonicalPasses:
         if not (prefill.publish and sequence.request.commits) or prefill.only_marked:
             return
         if grid_floor(sequence.num_tokens) > grid_floor(len(prefill.tokens)):
-            self.add(prefill.namespace, sequence.all_tokens())
+            self.add(prefill.namespace, sequence.all_tokens(), (), prefill.session)
 
-    def add(self, namespace: str, tokens: TokenArray, boundaries: tuple[Boundary, ...] = ()) -> None:
+    def add(self, namespace: str, tokens: TokenArray, boundaries: tuple[Boundary, ...], session: str) -> None:
         """Has the full pages of tokens computed, with states at boundaries and at the end of the last page."""
         end = grid_floor(len(tokens))
         if end == 0:
@@ -47,7 +47,7 @@ class CanonicalPasses:
         if len(self._queue) == MAX_WAITING:
             self.give_room()
             self._queue.popleft()
-        self._queue.append(Prefill(namespace, tokens[:end], True, True, within, generated=True))
+        self._queue.append(Prefill(namespace, tokens[:end], True, True, within, generated=True, session=session))
 
     def end(self, turn: Prefill) -> None:
         self._prefills.release(turn)

@@ -138,12 +138,12 @@ class Engine:
         # The first choice computes the prompt; the others fork from its end.
         self._scheduler.add(self._intake.sequence(request, 0))
 
-    def commit(self, namespace: str, prompt: Prompt) -> None:
+    def commit(self, namespace: str, prompt: Prompt, session: str = "") -> None:
         """Has the beginning of a prompt that is still to come computed, when nobody waits for an answer.
 
-        namespace: as in `Request`   The oldest of too many is forgotten. Raises as `check_request`.
+        namespace, session: as in `Request`   The oldest of too many is forgotten. Raises as `check_request`.
         """
-        self._intake.commit(namespace, prompt)
+        self._intake.commit(namespace, prompt, session)
 
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""

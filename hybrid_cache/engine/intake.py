@@ -69,13 +69,14 @@ class Intake:
             if not 0 <= token < self._vocab_size:
                 raise BadSampling(f"token {token} is outside the vocabulary [0, {self._vocab_size})")
 
-    def commit(self, namespace: str, prompt: Prompt) -> None:
+    def commit(self, namespace: str, prompt: Prompt, session: str) -> None:
         """See `Engine.commit`."""
         n = self._check_prompt(prompt)
         if n > self.longest_sequence:
             raise ContextTooLong(f"the prompt has {n} tokens, context and cache hold {self.longest_sequence}")
         if self._config.prefix_cache:
-            self._scheduler.canonical.add(namespace_of(namespace, self._fingerprint), prompt.tokens, prompt.boundaries)
+            namespace = namespace_of(namespace, self._fingerprint)
+            self._scheduler.canonical.add(namespace, prompt.tokens, prompt.boundaries, session)
 
     def _check_prompt(self, prompt: Prompt) -> int:
         """-> its number of tokens. Raises RequestError."""

@@ -82,6 +82,7 @@ class Prefills:
             only_marked=prefill.only_marked,
             generated=prefill.generated,
             again=prefill.proposed,
+            session=prefill.session,
         )
         prefill.wishes, prefill.proposed = deque(wishes), True
         return True

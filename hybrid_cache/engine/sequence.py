@@ -42,6 +42,7 @@ class Prefill:
     boundaries: tuple[Boundary, ...] = ()
     only_marked: bool = False  # states at explicit boundaries and nowhere else
     generated: bool = False  # a canonical pass over a finished turn
+    session: str = ""  # as in `Request`
     proposed: bool = False  # the policy has seen it
     wishes: deque[Wish] = field(default_factory=deque)  # rising positions
     lease: Lease | None = None
@@ -198,4 +199,13 @@ def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: 
     only_marked = request.cache_mode is CacheMode.EXPLICIT
     boundaries = marked if only_marked else request.prompt.boundaries
     on = not off
-    return Prefill(namespace, request.prompt.tokens, on, on, boundaries, only_marked, owner=request.owner)
+    return Prefill(
+        namespace,
+        request.prompt.tokens,
+        on,
+        on,
+        boundaries,
+        only_marked,
+        owner=request.owner,
+        session=request.session,
+    )

@@ -409,8 +409,8 @@ STEPPING = [
     ),
     canonical(
         "the last token of an answer is not fed, but committed",
-        "Prefill(namespace, tokens[:end], True, True, within, generated=True)",
-        "Prefill(namespace, tokens, True, True, within, generated=True)",
+        "Prefill(namespace, tokens[:end], True, True, within, generated=True, session=session)",
+        "Prefill(namespace, tokens, True, True, within, generated=True, session=session)",
         SCHEDULER,
     ),
     outcomes(

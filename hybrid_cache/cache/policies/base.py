@@ -51,6 +51,7 @@ class Outline:
     only_marked: bool = False  # the client wants states at explicit boundaries and nowhere else
     generated: bool = False  # the end of these tokens was generated: no request waits for them
     again: bool = False  # the same request was admitted before, and preempted
+    session: str = ""  # which of a tenant's conversations this belongs to, as the client says; empty if it does not
 
     @property
     def num_tokens(self) -> int:
