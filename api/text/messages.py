@@ -101,15 +101,21 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
-    """What was said so far, as a request has it.
+class SentBack:
+    """How a later request has an answer, by its dialect."""
 
-    objects: arguments of calls come back as objects, not as the text that the model wrote
-    """
+    objects: bool = False  # arguments of calls are objects, not the text that the model wrote
+    blocks: bool = False  # texts, and thoughts, with something between them come apart
+    whole: bool = False  # calls that broke off are left out
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """What was said so far, as a request has it."""
 
     messages: Sequence[TemplateMessage]
     rendering: Rendering
-    objects: bool = False
+    sent_back: SentBack = SentBack()
 
     @property
     def size(self) -> int:

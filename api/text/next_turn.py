@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from pydantic_core import from_json
 
 from hybrid_cache.api.text.chat import PROBES, ChatEncoder
 from hybrid_cache.api.text.generation import Part, Text, Thought
@@ -22,22 +23,44 @@ THOUGHTS = "reasoning_content"
 
 @dataclass(slots=True)
 class Said:
-    """An answer as it grows."""
+    """An answer as it grows: texts and thoughts, in blocks with something else between them, and calls."""
 
-    texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
+    _texts: list[list[str]] = field(default_factory=list)  # the parts of each block
+    _thoughts: list[list[str]] = field(default_factory=list)
     _whole: WholeCalls = field(default_factory=WholeCalls)
+    _open: list[list[str]] | None = None  # the one whose last block goes on
+
+    @property
+    def texts(self) -> list[str]:
+        return ["".join(parts) for parts in self._texts]
+
+    @property
+    def thoughts(self) -> list[str]:
+        return ["".join(parts) for parts in self._thoughts]
+
+    @property
+    def size(self) -> int:
+        """In characters."""
+        arguments = sum(len(call.arguments) for call in self.calls)
+        return arguments + sum(map(len, self.texts)) + sum(map(len, self.thoughts))
 
     def take(self, event: Part | ToolCall) -> None:
         for part in self._whole.take(event):
             match part:
-                case Text():
-                    self.texts.append(part.text)
-                case Thought():
-                    self.thoughts.append(part.text)
+                case Text() if part.text:
+                    self._add(self._texts, part.text)
+                case Thought() if part.text:
+                    self._add(self._thoughts, part.text)
                 case ToolCall():
                     self.calls.append(part)
+                    self._open = None
+
+    def _add(self, blocks: list[list[str]], text: str) -> None:
+        if self._open is not blocks:
+            blocks.append([])
+            self._open = blocks
+        blocks[-1].append(text)
 
 
 def beginnings(chat: ChatEncoder, talk: Talk, said: Said, max_tokens: int) -> list[Prompt]:
@@ -64,24 +87,27 @@ def _histories(chat: ChatEncoder, talk: Talk, said: Said) -> Iterator[list[Templ
             answer, parts=(TextPart(_text(begun) + _text(answer)),), fields={**begun.fields, **answer.fields}
         )
     if said.thoughts:
-        yield [*messages, replace(answer, fields={**answer.fields, THOUGHTS: "".join(said.thoughts)})]
+        thoughts = ("\n" if talk.sent_back.blocks else "").join(said.thoughts)
+        yield [*messages, replace(answer, fields={**answer.fields, THOUGHTS: thoughts})]
     if not said.thoughts or not any(THOUGHTS in message.fields for message in messages):
         yield [*messages, answer]
 
 
 def _answer(chat: ChatEncoder, talk: Talk, said: Said) -> TemplateMessage:
-    as_text = chat.takes_argument_text(talk.rendering)
-    calls = [tool_call(call.id, call.name, _arguments(call.arguments, as_text, talk.objects)) for call in said.calls]
-    text = "".join(said.texts)
+    as_text, back = chat.takes_argument_text(talk.rendering), talk.sent_back
+    told = [call for call in said.calls if call.complete or not back.whole]
+    calls = [tool_call(call.id, call.name, _arguments(call.arguments, as_text, back.objects)) for call in told]
+    texts = said.texts if back.blocks else ["".join(said.texts)]
     fields: dict[str, object] = {"tool_calls": calls} if calls else {}
-    return TemplateMessage("assistant", None if calls and not text else (TextPart(text),), fields)
+    parts = None if calls and not any(texts) else tuple(map(TextPart, texts or [""]))
+    return TemplateMessage("assistant", parts, fields)
 
 
 def _arguments(arguments: str, as_text: bool, objects: bool) -> object:
     """As a later request gives them to the template."""
-    if as_text and not objects:
-        return arguments
-    value = arguments_object(arguments)
+    if not objects:
+        return arguments if as_text else arguments_object(arguments)
+    value = from_json(arguments, allow_partial=True)
     return json.dumps(value, ensure_ascii=False) if as_text else value
 
 
@@ -105,9 +131,9 @@ def _beginning(chat: ChatEncoder, talk: Talk, said: Said, max_tokens: int) -> Pr
 
 def _following(said: Said, text: str) -> TemplateMessage:
     """After calls their results follow, after an answer a question."""
-    if not said.calls:
+    call = next((call for call in said.calls if call.complete), None)
+    if call is None:
         return TemplateMessage("user", (TextPart(text),))
-    call = said.calls[0]
     return TemplateMessage("tool", (TextPart(text),), {"tool_call_id": call.id, "name": call.name})
 
 

@@ -142,12 +142,10 @@ class TextEngine:
     async def _commit(self, spec: GenerationSpec, said: Said) -> None:
         talk = spec.talk
         assert talk is not None
-        size = talk.size + sum(map(len, said.texts))
+        longest = self.engine.longest_sequence
         with suppress(RequestError):  # which a later request would get, too
-            found = await self.work.run(
-                spec.tenant, size, lambda: beginnings(self.chat, talk, said, self.engine.longest_sequence)
-            )
-            for prompt in found:
+            found = await self.work.run_later(talk.size + said.size, lambda: beginnings(self.chat, talk, said, longest))
+            for prompt in found or ():
                 self.engine.commit(spec.namespace, prompt, spec.session)
 
     async def prompt(self, prompt: str | list[int], tenant: str, *, add_special_tokens: bool) -> Prompt:

@@ -10,6 +10,7 @@ import itertools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from hybrid_cache.engine.shares import Shares
 T = TypeVar("T")
 LONG_TEXT = 4000  # characters; to tokenise more takes ten milliseconds, too long for an event loop
 PASSED_BY_S = 10e-6  # a text is passed by shorter ones that came this much later, in seconds a character
+MOST_LATER = 64  # texts that nobody waits for; the oldest is forgotten
 NUM_THREADS = min(4, max(2, (os.cpu_count() or 1) // 2))
 
 _current = threading.local()
@@ -44,6 +46,7 @@ class _Job(Generic[T]):
     work: Callable[[], T] = field(compare=False)
     done: "asyncio.Future[T]" = field(compare=False)
     dropped: bool = field(default=False, compare=False)
+    later: bool = field(default=False, compare=False)  # nobody waits for it
 
 
 class TextWork:
@@ -53,6 +56,8 @@ class TextWork:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="hybrid-cache-text")
         self._lock = threading.Lock()
         self._waiting: dict[str, list[_Job[Any]]] = {}  # heaps by tenant
+        self._later: deque[_Job[Any]] = deque()
+        self._does_later = False  # a thread is at work on one of these
         self._shares = Shares()
         self._numbers = itertools.count()
 
@@ -75,6 +80,24 @@ class TextWork:
             job.dropped = True
             self._remove(tenant, job)
 
+    async def run_later(self, size: int, work: Callable[[], T]) -> T | None:
+        """The result of `work` that nobody waits for: on a thread, one at a time, while no other text waits.
+
+        None if it was forgotten, because too many more came.
+        """
+        done: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
+        job = _Job[T | None](0.0, next(self._numbers), size, work, done, later=True)
+        with self._lock:
+            forgotten = self._later.popleft() if len(self._later) == MOST_LATER else None
+            self._later.append(job)
+        if forgotten is not None:
+            _tell(forgotten, None, None)
+        self._threads.submit(self._work_on_next)
+        try:
+            return await done
+        finally:
+            job.dropped = True
+
     def _add(self, tenant: str, job: "_Job[Any]") -> None:
         with self._lock:
             heapq.heappush(self._waiting.setdefault(tenant, []), job)
@@ -93,7 +116,10 @@ class TextWork:
     def _next(self) -> "_Job[Any] | None":
         with self._lock:
             if not self._waiting:
-                return None
+                if self._does_later or not self._later:
+                    return None
+                self._does_later = True
+                return self._later.popleft()
             tenant = min(self._waiting, key=self._shares.served)
             job = heapq.heappop(self._waiting[tenant])
             if not self._waiting[tenant]:
@@ -112,10 +138,19 @@ class TextWork:
             result, error = None, _bearable(failure)
         finally:
             _current.job = None
-        try:
-            job.done.get_loop().call_soon_threadsafe(_settle, job.done, result, error)
-        except RuntimeError:  # the event loop has ended meanwhile
-            return
+        _tell(job, result, error)
+        if job.later:
+            with self._lock:
+                self._does_later = False
+            if self._later:
+                self._threads.submit(self._work_on_next)
+
+
+def _tell(job: "_Job[Any]", result: object, error: Exception | None) -> None:
+    try:
+        job.done.get_loop().call_soon_threadsafe(_settle, job.done, result, error)
+    except RuntimeError:  # the event loop has ended meanwhile
+        return
 
 
 def _bearable(failure: BaseException) -> Exception:

@@ -87,4 +87,4 @@ class CanonicalPasses:
         known = self._cache.match(turn.namespace, turn.keys.beginning(len(turn.tokens)))
         if known.length >= len(turn.tokens):
             return False
-        return self._prefills.acquire(turn, self._prefills.match(turn))
+        return self._prefills.acquire(turn, known)  # not from the end of a prompt that may be as long

@@ -97,7 +97,7 @@ class Outcomes:
         prefill, sequence = chunk.prefill, chunk.sequence
         assert prefill.lease is not None
         prefill.computed = chunk.end
-        self._cache.publish(prefill.lease, grid_floor(chunk.end))
+        self._cache.publish(prefill.lease, grid_floor(min(chunk.end, prefill.wanted)))
         self.tally.flops_computed += self._cost.flops(chunk.start, chunk.end)
         if prefill.program is not None:
             prefill.computed = self._stage.advance(prefill.program, prefill.lease, prefill.computed)
@@ -116,7 +116,7 @@ class Outcomes:
             sequence.prompt_logprobs += self._worker.score(rows[new], tokens, sequence.request.sampling.prompt_logprobs)
         if not prefill.done:
             return []
-        if prefill.publish:
+        if prefill.publish and not prefill.only_marked:
             self._cache.publish_end(prefill.lease, last_row)
         outputs = self._announce([sequence])
         ready += self._begin_decode(sequence, rows[-1])

@@ -77,6 +77,13 @@ class Prefill:
         return self.program.until() if self.program else len(self.tokens)
 
     @property
+    def wanted(self) -> int:
+        """Tokens up to the last place that the cache is to keep."""
+        if not self.only_marked:
+            return len(self.tokens)
+        return max((boundary.position for boundary in self.boundaries), default=0)
+
+    @property
     def num_left(self) -> int:
         """Tokens that are not computed yet."""
         return len(self.tokens) - self.computed

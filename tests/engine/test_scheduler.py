@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybrid_cache.cache import books
 from hybrid_cache.cache.keys import Keys, keys_of
+from hybrid_cache.cache.tree import Checkpoint
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.engine import sequence
@@ -222,6 +223,30 @@ def test_what_comes_next_is_computed_in_place_of_the_answer_as_it_was() -> None:
     assert answers(outputs, "c") == sum_model_answer(whole, 5)
     other = run(engine, replace(make_request("d", whole), namespace="other"))
     assert prompt_output(other, "d").cached_tokens == 0
+
+
+def test_what_comes_next_may_be_as_long_as_a_prompt_whose_end_is_kept() -> None:
+    """Nothing goes on from the end of a prompt, which stands beside the grid."""
+    engine, _ = new_engine()
+    prompt = tokens_of(1, 128)
+    run(engine, replace(make_request("a", prompt, 1), commits=False))
+    for kept in [k for k in engine.cache.pool.slot_owner.values() if isinstance(k, Checkpoint)]:
+        engine.cache.pool.evict(kept)
+    engine.commit("", Prompt(np.concatenate([prompt, tokens_of(2, 10)])))
+    engine.run_until_idle()
+    outputs = run(engine, make_request("b", np.concatenate([prompt, tokens_of(3, 20)])))
+    assert prompt_output(outputs, "b").cached_tokens == 128
+
+
+def test_marks_are_all_that_is_kept_where_nothing_else_is_wanted() -> None:
+    engine, _ = new_engine()
+    mark, tokens = Boundary(130, BoundaryKind.EXPLICIT), tokens_of(1, 300)
+    asked = Request("a", Prompt(tokens, (mark,)), SamplingParams(temperature=0, max_tokens=90))
+    outputs = run(engine, replace(asked, cache_mode=CacheMode.EXPLICIT))
+    assert prompt_output(outputs, "a").written_tokens == 128
+    outputs = run(engine, replace(asked, id="b"))
+    assert prompt_output(outputs, "b").cached_tokens == 128
+    engine.check()
 
 
 def test_what_cannot_come_next_is_refused_or_forgotten() -> None:

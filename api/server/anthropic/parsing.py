@@ -22,7 +22,7 @@ from hybrid_cache.api.server.tenants import current_tenant_or, salt_of
 from hybrid_cache.api.text.chat import Conversation
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.grammars import Source, json_source
-from hybrid_cache.api.text.messages import Mark, Rendering, TemplateMessage, TextPart, tool_call
+from hybrid_cache.api.text.messages import Mark, Rendering, SentBack, TemplateMessage, TextPart, tool_call
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tool_grammars import call_source
 from hybrid_cache.errors import RequestError
@@ -90,7 +90,7 @@ async def spec_of(text: TextEngine, asked: MessagesRequest, conversation: Conver
         grammar=await text.grammar(_source(text, asked), form, current_tenant_or(None)),
         namespace=salt_of(None),
         tenant=current_tenant_or(None),
-        talk=replace(conversation.talk, objects=True),
+        talk=replace(conversation.talk, sent_back=SentBack(objects=True, blocks=True)),
     )
 
 

@@ -1,5 +1,6 @@
 """POST /v1/responses and what was stored of it: OpenAI's Responses API"""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -20,6 +21,7 @@ from hybrid_cache.api.server.schemas.responses import DeletedResponse, ItemList,
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import current_tenant
 from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.messages import SentBack
 from hybrid_cache.errors import RequestError
 
 Salt = Annotated[str | None, Query(max_length=MAX_SALT)]
@@ -103,4 +105,6 @@ async def _parse(serving: Serving, asked: ResponsesRequest, turn: Turn) -> Gener
     with in_words_of_responses():
         chat = as_chat(serving.text, asked)
         conversation = await conversation_of(serving.text, asked, chat, turn)
-        return await chat_spec(serving.text, chat, conversation.prompt, talk=conversation.talk)
+        return await chat_spec(
+            serving.text, chat, conversation.prompt, talk=replace(conversation.talk, sent_back=SentBack(whole=True))
+        )

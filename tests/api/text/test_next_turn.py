@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_cache.api.text.chat import ChatEncoder
 from hybrid_cache.api.text.generation import Text, Thought
-from hybrid_cache.api.text.messages import Rendering, Talk, TemplateMessage, arguments_object, tool_call
+from hybrid_cache.api.text.messages import Rendering, SentBack, Talk, TemplateMessage, arguments_object, tool_call
 from hybrid_cache.api.text.next_turn import Said, beginnings
 from hybrid_cache.api.text.whole_calls import ToolCall
+from tests.api.small_text import small_text
 from tests.api.text.test_family_templates import (
     NO_SYSTEM,
     NO_TOOLS,
@@ -77,3 +79,38 @@ def test_the_next_request_begins_as_was_expected(name: str, data: st.DataObject)
         begun = [len(e.tokens) for e in expected if np.array_equal(sent[: len(e.tokens)], e.tokens)]
         assert begun, "neither with thoughts nor without them"
         assert end is None or end in begun
+
+
+@pytest.mark.parametrize("sent_back", [SentBack(), SentBack(objects=True, blocks=True), SentBack(whole=True)], ids=str)
+def test_each_dialect_sends_an_answer_back_in_its_own_way(sent_back: SentBack) -> None:
+    """Text, a call, text and a call that broke off, after two thoughts."""
+    said, encoder = Said(), encoder_for("qwen3_next")
+    for event in (
+        *(
+            Thought(0, "one", None),
+            Text(0, "", None),
+            Thought(0, "!", None),
+            Text(0, "Let", None),
+            Text(0, " me", None),
+        ),
+        *(ToolCall(0, "look", '{"at":  "a"}', None, "c1"), Thought(0, "two", None), Text(0, "see", None)),
+        ToolCall(0, "look", '{"at":  "b', None, "c2", complete=False),
+    ):
+        said.take(event)
+    messages = [message("user", "u")]
+    expected = beginnings(encoder, Talk(messages, rendering_for("qwen3_next", opening=True), sent_back), said, ROOM)
+    texts = [encoder_text(prompt.tokens) for prompt in expected]
+    assert len(texts) == 2, "with thoughts, and without them"
+    joined, apart = ("Let mesee", "one!two"), ("Let me\nsee", "one!\ntwo")
+    text, thought = apart if sent_back.blocks else joined
+    assert f"<think>\n{thought}\n</think>\n\n{text}" in texts[0]
+    assert text in texts[1]
+    assert "<think>" not in texts[1]
+    for shown in texts:
+        assert shown.count("<tool_call>") == (1 if sent_back.whole else 2)
+        assert ('{"at": "a"}' if sent_back.objects else '{"at":  "a"}') in shown
+        assert ('"arguments": {}' in shown) == sent_back.objects, "what of a broken call is an object"
+
+
+def encoder_text(tokens: Sequence[int]) -> str:
+    return small_text().tokenizer.decode(list(map(int, tokens)))

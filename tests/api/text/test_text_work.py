@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hybrid_cache.api.text.text_work import LONG_TEXT, TextWork, still_wanted
+from hybrid_cache.api.text.text_work import LONG_TEXT, MOST_LATER, TextWork, still_wanted
 
 LONG = LONG_TEXT + 1
 
@@ -139,3 +139,38 @@ def test_an_event_loop_that_ends_leaves_the_threads_in_order() -> None:
     asyncio.run(leaves())
     held.word.set()
     assert asyncio.run(work.run("", LONG, lambda: 5)) == 5
+
+
+def test_what_nobody_waits_for_comes_last_one_at_a_time_and_the_oldest_is_forgotten() -> None:
+    async def test() -> None:
+        work, held = TextWork(1), Held()
+        holding_task = await holding(work, held)
+        later = [
+            asyncio.create_task(work.run_later(9, lambda i=i: held.note(f"later {i}") or i))  # type: ignore[misc]
+            for i in range(MOST_LATER + 1)
+        ]
+        await asyncio.sleep(0)
+        now = asyncio.create_task(work.run("", LONG, lambda: held.note("now")))
+        await asyncio.sleep(0)
+        held.word.set()
+        results = await asyncio.gather(*later)
+        await asyncio.gather(now, holding_task)
+        assert results == [None, *range(1, MOST_LATER + 1)]
+        assert held.order == ["now", *(f"later {i}" for i in range(1, MOST_LATER + 1))]
+
+    asyncio.run(test())
+
+
+def test_what_nobody_waits_for_leaves_a_thread_to_the_others() -> None:
+    async def test() -> None:
+        work, held = TextWork(2), Held()
+        first = asyncio.create_task(work.run_later(9, held.hold))
+        await asyncio.to_thread(held.begun.wait, 10)
+        second = asyncio.create_task(work.run_later(9, lambda: held.note("second")))
+        assert await asyncio.wait_for(work.run("", LONG, lambda: 7), 10) == 7
+        assert held.order == []
+        held.word.set()
+        await asyncio.gather(first, second)
+        assert held.order == ["second"]
+
+    asyncio.run(test())
