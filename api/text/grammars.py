@@ -4,6 +4,7 @@ https://github.com/guidance-ai/llguidance (MIT). A grammar becomes a mask over t
 """
 
 import json
+import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ from hybrid_cache.sampling import Mask
 MAX_SOURCE = 1 << 17  # characters of a schema or a grammar
 MOST_KEPT = 1 << 18  # characters of all that are kept when they are compiled
 MOST_GRAMMARS = 64
+MOST_S_AT_ONCE = 1.0  # of processor time for one token of an answer
+MOST_S_A_TOKEN = 0.02  # and on the average, beside that
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,18 @@ class Source:
     param: str
     own: bool = False
 
-    def after_thought(self, end: str) -> "Source":
-        """The same behind a thought that is under way. Raises RequestError for a grammar of the client's own."""
+    def after_thought(self, end: str, token: int | None = None) -> "Source":
+        """The same behind a thought that is under way. Raises RequestError for a grammar of the client's own.
+
+        end: what ends it   token: that is this, if it is one
+        """
         if self.own:
             raise RequestError("a grammar cannot follow a thought; switch thinking off", param=self.param)
         body = self.as_rule("body")
-        head = f"start: thought SPACE body\nthought[suffix={json.dumps(end)}]: /(.|\\n)*/\nSPACE: /[ \\n]{{0,4}}/"
+        thought = f"thought[suffix={json.dumps(end)}]: /(.|\\n)*/"
+        if token is not None:
+            thought = f"thought: THOUGHT <[{token}]>\nTHOUGHT: /(.|\\n)*/"
+        head = f"start: thought SPACE body\n{thought}\nSPACE: /[ \\n]{{0,4}}/"
         return Source("lark", f"{head}\n{body}", self.param)
 
     def as_rule(self, name: str) -> str:
@@ -86,6 +95,45 @@ def choice_source(choices: Sequence[str], param: str) -> Source:
     return Source("lark", "start: " + " | ".join(json.dumps(choice) for choice in choices), param)
 
 
+class AddedTokens:
+    """Tokens that a tokenizer has besides those that spell text. A grammar that wants their text wants it spelled:
+
+    the mask of llguidance names the token, and its matcher then refuses it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        ids = sorted(token for token in tokenizer.added_ids if token < vocab_size)
+        self._ids = np.asarray(ids, np.int64)
+        self._bits = np.int32(1) << (self._ids % 32).astype(np.int32)
+        self._first = {token: first for token in ids if (first := _first_of(tokenizer, token)) is not None}
+
+    def spelled(self, matcher: LLMatcher, mask: Mask) -> Mask:
+        """A mask with the first token of such a text in place of the token that stands for all of it."""
+        found = self._ids[(mask[self._ids // 32] & self._bits) != 0].tolist()
+        wrong = [token for token in found if not matcher.validate_tokens([token])]
+        if not wrong:
+            return mask
+        mask = mask.copy()
+        for token in wrong:
+            mask[token // 32] &= ~_bit(token)
+            first = self._first.get(token)
+            if first is not None and matcher.validate_tokens([first]):
+                mask[first // 32] |= _bit(first)
+        return mask
+
+
+def _first_of(tokenizer: Tokenizer, token: int) -> int | None:
+    """The first token of its text where that is spelled; None where it cannot be."""
+    try:
+        return next(iter(tokenizer.encode_literal(tokenizer.decode([token]))), None)
+    except RequestError:
+        return None
+
+
+def _bit(token: int) -> np.int32:
+    return np.int32(1) << np.int32(token % 32)
+
+
 class Walk:
     """One answer's way through a grammar; see `sampling.Constraint`.
 
@@ -94,11 +142,14 @@ class Walk:
     done: nothing may follow
     """
 
-    def __init__(self, matcher: LLMatcher, first: Mask, thread: Executor) -> None:
+    def __init__(self, matcher: LLMatcher, first: Mask, added: "AddedTokens", thread: Executor) -> None:
         """first: the mask of its first token"""
         self.done = False
         self._matcher = matcher
         self._num_words = len(first)
+        self._added = added
+        self._num_tokens = 0
+        self._spent_s = 0.0  # of processor time
         self._mask: Mask | Future[Mask] | None = first
         self._thread = thread
         self._forced = deque[int]()  # tokens that the matcher has passed already
@@ -123,6 +174,7 @@ class Walk:
         if self.done:
             return ()
         forced = self._matcher.compute_ff_tokens()[:most] if most > 0 else []
+        forced = forced[: self._matcher.validate_tokens(forced)]  # up to a text that looks like an added token
         if forced:
             self._pass(forced)
             self._forced.extend(forced)
@@ -131,14 +183,30 @@ class Walk:
         return forced
 
     def _pass(self, tokens: list[int]) -> None:
+        began_s = time.thread_time()
         self._matcher.consume_tokens(tokens)
         self._check()
         self._ends = bool(self._matcher.is_stopped())
+        self._num_tokens += len(tokens)
+        self._charge(began_s)
 
     def _next_mask(self) -> Mask:
+        began_s = time.thread_time()
         found = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._num_words]
         self._check()
+        found = self._added.spelled(self._matcher, found)
+        self._charge(began_s)
         return found
+
+    def _charge(self, began_s: float) -> None:
+        """Raises RequestError for a grammar that is too much work: an ambiguous one may take seconds for a token."""
+        spent_s = time.thread_time() - began_s
+        self._spent_s += spent_s
+        if spent_s > MOST_S_AT_ONCE or self._spent_s > MOST_S_AT_ONCE + MOST_S_A_TOKEN * self._num_tokens:
+            raise RequestError(
+                f"the form that is asked for takes too long to follow: {self._spent_s:.1f} s of processor time for"
+                f" {self._num_tokens} tokens, at most {MOST_S_AT_ONCE:g} at once and {MOST_S_A_TOKEN:g} a token"
+            )
 
     def _check(self) -> None:
         """Raises RequestError where the grammar takes more than its limits from here on."""
@@ -153,10 +221,11 @@ class Grammar:
 
     matcher: LLMatcher
     first: Mask  # of the first token
+    added: AddedTokens
     thread: Executor
 
     def start(self) -> Walk:
-        return Walk(self.matcher.deep_copy(), self.first, self.thread)
+        return Walk(self.matcher.deep_copy(), self.first, self.added, self.thread)
 
 
 class Grammars:
@@ -196,11 +265,16 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, compiled(source.kind, source.text), log_level=0, limits=LIMITS)
         probe = matcher.deep_copy()
         first = np.frombuffer(probe.compute_bitmask(), np.int32)[: -(-self._vocab_size // 32)]
+        first = self._added.spelled(probe, first)
         if matcher.is_error() or probe.is_error() or not first.any():  # such as a schema that holds nothing but itself
             why = first_lines(matcher.get_error().partition("<state>")[0])
             nothing = "nothing that this model can say is of this form, or it takes too much to say"
             raise RequestError(why or nothing, param=source.param)
-        return Grammar(matcher, first, self._thread)
+        return Grammar(matcher, first, self._added, self._thread)
+
+    @cached_property
+    def _added(self) -> AddedTokens:
+        return AddedTokens(self._text, self._vocab_size)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:

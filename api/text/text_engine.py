@@ -119,7 +119,7 @@ class TextEngine:
         if source is None:
             return None
         if form.thinking and form.thoughts is not None:
-            source = source.after_thought(form.thoughts.end)
+            source = source.after_thought(form.thoughts.end, self.tokenizer.id_of(form.thoughts.end))
         size = max(len(source.text), LONG_TEXT + 1)  # however short, it may take long
         return await self.work.run(tenant, size, lambda: self.grammars.compile(source))
 

@@ -32,6 +32,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
+        self.added_ids = frozenset(added)
         self.special_tokens = [token.content for token in added.values() if token.special]
         # Added tokens such as <tool_call> that are text, but structure as well.
         self.tags = [t.content for t in added.values() if not t.special and _TAG.fullmatch(t.content)]

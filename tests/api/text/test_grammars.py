@@ -381,3 +381,48 @@ def test_behind_a_thought(grammars: Grammars, source: Source) -> None:
     assert way.done
     with pytest.raises(RequestError, match="cannot follow a thought"):
         Source("lark", 'start: "a"', "p", own=True).after_thought("</think>")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        json_source({"const": "a<tool_call>b"}, "p"),
+        json_source({"enum": ["<|im_end|>", "</tool_call>"]}, "p"),
+        choice_source(["x<|im_start|>y"], "p"),
+        Source("regex", "a<tool_call>b", "p"),
+    ],
+    ids=lambda source: source.text[:20],
+)
+def test_text_that_looks_like_an_added_token_is_spelled(grammars: Grammars, source: Source) -> None:
+    said = {walk(grammars.compile(source), random.Random(seed)) for seed in range(6)}
+    assert said <= {'"a<tool_call>b"', '"<|im_end|>"', '"</tool_call>"', "x<|im_start|>y", "a<tool_call>b"}
+    for seed in range(3):  # tokens that are forced, too
+        way, rng, tokens = grammars.compile(source).start(), random.Random(seed), list[int]()
+        while not way.done:
+            allowed = np.flatnonzero(np.unpackbits(way.mask().view(np.uint8), bitorder="little")).tolist()
+            tokens.append(rng.choice(allowed))
+            way.note(tokens[-1])
+            for token in way.ahead(31):
+                tokens.append(token)
+                way.note(token)
+        assert not {2, 3, 4, 5} & set(tokens[:-1])
+
+
+def test_an_answer_behind_a_thought_whose_end_is_a_token(grammars: Grammars) -> None:
+    end = small_text().tokenizer.id_of("</tool_call>")
+    source = json_source({"enum": [7]}, "p").after_thought("</tool_call>", end)
+    assert follow(grammars.compile(source), "hmm\n</tool_call>\n7") == "hmm\n</tool_call>\n7"
+    assert follow(grammars.compile(source), "hmm</tool_call>8") == "hmm</tool_call>"
+
+
+def test_a_grammar_that_is_too_much_work_ends_its_answer(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid_cache.api.text.grammars.MOST_S_AT_ONCE", 0.05)
+    way = grammars.compile(Source("lark", "start: e\ne: e e | e e e | /[a-z ]/", "p", own=True)).start()
+    token = small_text().tokenizer.encode("a")[0]
+
+    def go_on() -> None:
+        for _ in range(400):
+            way.note(token)
+
+    with pytest.raises(RequestError, match="too long to follow"):
+        go_on()
