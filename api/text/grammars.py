@@ -67,6 +67,8 @@ class Source:
 
 def json_source(schema: object, param: str) -> Source:
     """A schema as JSON has it, or its text. Raises RequestError."""
+    if schema is True:
+        schema = {}
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         known = json.loads(text) if len(text) <= MAX_SOURCE else None  # refused when it is compiled

@@ -119,7 +119,7 @@ def test_expressions_choices_and_grammars(grammars: Grammars) -> None:
         (json_source({"$ref": "#/q"}, "p"), "/q"),
         (json_source({"type": "integer", "minimum": 5, "maximum": 1}, "p"), "Unsatisfiable"),
         (json_source({"type": "string", "pattern": "(a"}, "p"), "unclosed group"),
-        (json_source({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "p"), "nothing"),
+        (Source("json", '{"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}', "p"), "nothing"),
         (Source("json", "{", "p"), ""),
         (Source("regex", "(", "p"), "unclosed group"),
         (Source("lark", "begin: 1", "p"), ""),

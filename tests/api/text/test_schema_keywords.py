@@ -166,3 +166,48 @@ def test_what_only_looks_like_a_keyword_is_none(grammars: Grammars) -> None:
     values = {"enum": [{"minProperties": 5}], "title": "not", "examples": [{"uniqueItems": True}]}
     assert accepts(grammars, json_source(named, "p"), '{"not":1}')
     assert accepts(grammars, json_source(values, "p"), '{"minProperties":5}')
+
+
+LOOP: dict[str, Any] = {**OBJECT, "properties": {"x": {"$ref": "#"}}, "required": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"const": "a\x01b"}, "const has the control character"),
+        ({"enum": ["x", {"a": ["\x1b[0m"]}]}, "enum has the control character"),
+        ({"const": 2**53 + 1}, "const has 9007199254740993"),
+        ({"enum": [{"a": -(2**60)}]}, "enum has -1152921504606846976"),
+        ({"type": "integer", "minimum": 2**64}, "minimum is 18446744073709551616"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 1e-7}, "maximum is 1e-07"),
+        ({**OBJECT, "properties": {f"p{i}": {} for i in range(500)}}, "500 may be left out"),
+        (LOOP, "no value is of this schema"),
+        ({"type": "array", "minItems": 1, "items": {"$ref": "#"}}, "no value is of this schema"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}}, "no value is of this schema"),
+        ({"anyOf": [LOOP, LOOP], "$defs": {}}, "no value is of this schema"),
+        (False, "must be"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_kept_to_is_refused(grammars: Grammars, schema: Any, why: str) -> None:
+    with pytest.raises(RequestError, match=why if schema is not False else "."):
+        grammars.compile(json_source(schema, "p"))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        True,
+        {},
+        {"const": "a\tb\n"},
+        {"enum": [2**53, -(2**53), True, 1e-9]},
+        {"properties": LOOP["properties"], "required": ["x"]},
+        {**OBJECT, "properties": {"x": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["x"]},
+        {**OBJECT, "properties": {"x": {"$ref": "#"}}},
+        {"type": "array", "items": {"$ref": "#"}},
+        {"$ref": "#/$defs/tree", "$defs": {"tree": {"type": ["object", "null"], "properties": {"l": {"$ref": "#"}}}}},
+    ],
+    ids=str,
+)
+def test_what_can_be_kept_to_is_not(grammars: Grammars, schema: Any) -> None:
+    grammars.compile(json_source(schema, "p"))
