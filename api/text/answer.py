@@ -7,7 +7,7 @@ from types import TracebackType
 
 from hybrid_cache.api.text.answer_parser import AnswerParser, Item
 from hybrid_cache.api.text.answer_parser import Thought as ThoughtItem
-from hybrid_cache.api.text.call_readers import Arguments, CallBegun
+from hybrid_cache.api.text.call_readers import Arguments, CallBegun, CallDone
 from hybrid_cache.api.text.generation import (
     Begin,
     CallArguments,
@@ -28,7 +28,7 @@ from hybrid_cache.api.text.records import RequestRecord, Stopwatch
 from hybrid_cache.api.text.stream import ChoiceText, Detokenizer, Piece, make_stopper
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import Tokenizer
-from hybrid_cache.request import PromptOutput, Request, TokenOutput
+from hybrid_cache.request import PromptOutput, Request, Stopper, TokenOutput
 
 Events = tuple[Event, ...]  # what one output of the engine causes, in order
 Observe = Callable[[RequestRecord], None]
@@ -134,7 +134,7 @@ class _Generation:
                 n=spec.n,
                 namespace=spec.namespace,
                 cache_mode=spec.cache_mode,
-                make_stopper=make_stopper(detokenizer, spec.stops) if spec.stops else None,
+                make_stopper=_stopper(detokenizer, spec),
                 make_constraint=spec.grammar.start if spec.grammar else None,
                 arrangement=spec.arrangement,
                 tenant=spec.tenant,
@@ -263,3 +263,22 @@ def _hidden(tokenizer: Tokenizer, spec: GenerationSpec) -> frozenset[int]:
     if spec.show_special:
         return frozenset()
     return tokenizer.special_ids.difference(tokenizer.id_of(mark) for mark in spec.form.marks)
+
+
+def _stopper(detokenizer: Callable[[], Detokenizer], spec: GenerationSpec) -> Callable[[], Stopper] | None:
+    """Ends a choice at a stop string, or with its first call if there is to be one only."""
+    at_strings = make_stopper(detokenizer, spec.stops) if spec.stops else None
+    if not spec.one_call or spec.form.tools is None:
+        return at_strings
+
+    def new() -> Stopper:
+        at_string = at_strings() if at_strings is not None else None
+        text, parser = detokenizer(), AnswerParser(spec.form)
+
+        def stops(token: int) -> bool:
+            called = any(isinstance(item, CallDone) and item.complete for item in parser.push(text.push(token)))
+            return called or (at_string is not None and at_string(token))
+
+        return stops
+
+    return new

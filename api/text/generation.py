@@ -38,6 +38,7 @@ class GenerationSpec:
     show_special: bool = False  # special tokens have text
     form: AnswerForm = field(default_factory=AnswerForm)  # what is separated from text: thoughts, tool calls
     grammar: Form | None = None  # what the answer has to be
+    one_call: bool = False  # it ends with its first call
     namespace: str = ""
     tenant: str = ""  # whose share of the engine this takes
     cache_mode: CacheMode = CacheMode.IMPLICIT

@@ -87,6 +87,7 @@ async def spec_of(text: TextEngine, asked: MessagesRequest, conversation: Conver
         sampling,
         stops=(*(asked.stop_sequences or ()), *defaults.stops),
         form=form,
+        one_call=bool(asked.tool_choice is not None and asked.tool_choice.disable_parallel_tool_use),
         grammar=await text.grammar(_source(text, asked), form, current_tenant_or(None)),
         namespace=salt_of(None),
         tenant=current_tenant_or(None),

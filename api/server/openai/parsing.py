@@ -26,6 +26,7 @@ def spec_of(
     grammar: Grammar | None = None,
     arrangement: Arrangement | None = None,
     talk: Talk | None = None,
+    one_call: bool = False,
 ) -> GenerationSpec:
     mode = _cache_mode(asked, sampling)
     return GenerationSpec(
@@ -37,6 +38,7 @@ def spec_of(
         include_stop=bool(asked.include_stop_str_in_output),
         show_special=asked.skip_special_tokens is False,
         form=form or AnswerForm(),
+        one_call=one_call,
         grammar=grammar,
         namespace=salt_of(asked.cache_salt),
         tenant=current_tenant_or(asked.cache_salt),

@@ -62,7 +62,17 @@ async def chat_spec(
     tools = None if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
     form = text.answer_form(prompt, tools)
     grammar = await text.grammar(_source(text, asked), form, current_tenant_or(asked.cache_salt))
-    return spec_of(text, asked, prompt, sampling, form=form, grammar=grammar, arrangement=arrangement, talk=talk)
+    return spec_of(
+        text,
+        asked,
+        prompt,
+        sampling,
+        form=form,
+        grammar=grammar,
+        arrangement=arrangement,
+        talk=talk,
+        one_call=asked.parallel_tool_calls is False,
+    )
 
 
 def _source(text: TextEngine, asked: ChatRequest) -> Source | None:

@@ -113,3 +113,26 @@ def test_an_answer_in_a_form_may_be_a_call(client: httpx.Client, text: TextModel
     ][0]
     message = choice["message"]
     assert message.get("tool_calls") or message["content"] in ('"yes"', '"no"')
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_where_no_more_are_wanted(client: httpx.Client, text: TextModel, url: str, stream: bool) -> None:
+    body = asked(text, parallel_tool_calls=False, stream=stream)
+    reply = client.post("/v1/chat/completions", json=body)
+    if stream:
+        choices = [event["choices"][0] for event in events_of(reply.text)]
+        calls = [call for choice in choices for call in choice["delta"].get("tool_calls", []) if "id" in call]
+    else:
+        choices = [reply.json()["choices"][0]]
+        calls = choices[0]["message"]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == ["f"]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+    messages = {
+        "model": "sum",
+        "max_tokens": 100,
+        "messages": script_messages(text, CALLS),
+        "tools": [{"name": name, "input_schema": {"type": "object"}} for name in "fg"],
+    }
+    for choice, names in (({"type": "auto"}, "fg"), ({"type": "auto", "disable_parallel_tool_use": True}, "f")):
+        blocks = client.post("/v1/messages", json={**messages, "tool_choice": choice}).json()["content"]
+        assert [block["name"] for block in blocks if block["type"] == "tool_use"] == list(names)
