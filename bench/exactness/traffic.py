@@ -150,6 +150,7 @@ class Traffic:
         tokens = np.concatenate([prompt.tokens[: len(prompt.tokens) - cut], np.asarray(said, np.int32)])
         if len(tokens) <= self.engine.longest_sequence:
             self._report.mixed["turns told of"] += 1
+            self.given.text(self.mix.namespaces[asked.request.namespace], tokens)
             self.engine.commit(asked.request.namespace, Prompt(tokens, prompt.boundaries if not cut else ()))
 
     def _abort(self) -> None:
