@@ -140,8 +140,8 @@ class _Arguments:
             raise RequestError(
                 f"the parameter {missing!r} cannot be written in this model's form of calls", param="tools"
             )
-        items = properties.items()
-        self.each = [(key, value, key in required) for key, value in items if _fits(key, names) and value is not False]
+        items, needed = properties.items(), frozenset(required)
+        self.each = [(key, value, key in needed) for key, value in items if _fits(key, names) and value is not False]
         self._texts = TextSchemas(self._whole)
 
     def json_rule(self, name: str, schema: object, *, without: str = "") -> str:

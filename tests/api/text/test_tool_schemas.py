@@ -1,7 +1,9 @@
 """Schemas of tools in grammars of calls: kept to as a whole, or refused with the keyword that is not."""
 
+import asyncio
 import json
 import random
+import threading
 import time
 from typing import Any
 
@@ -10,10 +12,13 @@ import pytest
 
 from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.grammars import Grammar, Grammars, Source
+from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.api.text.tool_formats import FORMATS
 from hybrid_cache.api.text.tool_grammars import call_source
 from hybrid_cache.api.text.tool_schemas import plain, properties_of
 from hybrid_cache.errors import RequestError
+from tests.api.servers import new_engine
 from tests.api.small_text import NUM_TOKENS, small_text
 from tests.api.text.reading import Call, parse
 from tests.api.text.test_grammars import follow, walk
@@ -196,3 +201,17 @@ def test_a_type_that_is_none_is_no_fault_of_a_reader(kind: Any) -> None:
 def test_a_pattern_behind_a_thought(grammars: Grammars, pattern: str, text: str) -> None:
     grammar = grammars.compile(Source("regex", pattern, "p").after_thought("</think>"))
     assert follow(grammar, f"hm</think>{text}") == f"hm</think>{text}"
+
+
+def test_grammars_are_made_beside_the_event_loop(sum_text: TextModel) -> None:
+    """Where nothing is asked for, nothing is made."""
+    text, seen = TextEngine.of(new_engine(), sum_text), list[int]()
+
+    def made() -> Source:
+        seen.append(threading.get_ident())
+        return Source("regex", "a", "p")
+
+    assert asyncio.run(text.grammar(made, AnswerForm(), "", 0)) is not None
+    assert asyncio.run(text.grammar(None, AnswerForm(), "", 0)) is None
+    assert len(seen) == 1
+    assert seen[0] != threading.get_ident()
