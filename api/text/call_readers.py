@@ -240,10 +240,14 @@ def kinds_of(schema: object, depth: int = 4) -> frozenset[str]:
     """Types of JSON that a schema allows, as far as it says so."""
     if not isinstance(schema, dict) or not depth:
         return frozenset()
-    if named := schema.get("type"):
-        return frozenset(kind for kind in ([named] if isinstance(named, str) else named) if isinstance(kind, str))
+    named = schema.get("type")
+    kinds = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    said = frozenset(kind for kind in kinds if isinstance(kind, str))
     if (values := values_of(schema)) is not None:
-        return frozenset("string" if isinstance(each, str) else "null" if each is None else "other" for each in values)
+        found = frozenset("string" if isinstance(each, str) else "null" if each is None else "other" for each in values)
+        return found - ({"string", "null"} - said if said else frozenset())
+    if named:
+        return said
     return frozenset(kind for branch in branches_of(schema) for kind in kinds_of(branch, depth - 1))
 
 

@@ -4,6 +4,7 @@ https://github.com/guidance-ai/llguidance (MIT). A grammar becomes a mask over t
 """
 
 import json
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -61,8 +62,17 @@ class Source:
         if self.kind == "json":
             return f"{name}: %json {_with_options(self.text)}"
         if self.kind == "regex":
-            return f"{name}: /{self.text.replace('/', chr(92) + '/')}/"
+            return f"{name}: {lark_regex(self.text, self.param)}"
         return self.text.replace("start:", f"{name}:", 1)
+
+
+def lark_regex(pattern: str, param: str) -> str:
+    """A regular expression as a terminal of a grammar. Raises RequestError for one that ends within an escape."""
+    parts = re.findall(r"\\.|[^\\]", pattern, re.DOTALL)
+    if sum(map(len, parts)) < len(pattern):
+        raise RequestError(f"the pattern {pattern!r} ends with a backslash that escapes nothing", param=param)
+    inner = "".join(r"\/" if part == "/" else part for part in parts)
+    return f"/{inner or '()'}/"
 
 
 def json_source(schema: object, param: str) -> Source:

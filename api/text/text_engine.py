@@ -1,7 +1,7 @@
 """A model that is talked to in text: an engine, what turns text into tokens, and the room for both sides."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from hybrid_cache.api.text.text_work import LONG_TEXT, TextWork
 from hybrid_cache.api.text.tokenizer import TextModel, Tokenizer
 from hybrid_cache.api.text.tool_formats import ThoughtFormat, ToolFormat, format_of, thoughts_of
 from hybrid_cache.api.text.tool_grammars import open_source
+from hybrid_cache.api.text.tool_schemas import properties_of
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.tokens import Prompt
@@ -114,14 +115,25 @@ class TextEngine:
             return answer  # a grammar says what calls look like, and Llama-3's begin like any other object
         return open_source(self.tools, functions, self.tokenizer, self.thoughts, parallel=parallel, answer=answer)
 
-    async def grammar(self, source: Source | None, form: AnswerForm, tenant: str) -> Grammar | None:
-        """Compiles what an answer of a form has to be, if anything is asked. Raises RequestError."""
+    async def grammar(
+        self, source: Callable[[], Source | None] | None, form: AnswerForm, tenant: str, size: int
+    ) -> Grammar | None:
+        """Compiles what an answer of a form has to be, if anything is asked. Raises RequestError.
+
+        source: makes it, beside the event loop; None where nothing is asked
+        size: characters of what asks for it
+        """
+        if source is None:
+            return None
+        size = max(size, LONG_TEXT + 1)  # however short, it may take long
+        return await self.work.run(tenant, size, lambda: self._compiled(source(), form))
+
+    def _compiled(self, source: Source | None, form: AnswerForm) -> Grammar | None:
         if source is None:
             return None
         if form.thinking and form.thoughts is not None:
             source = source.after_thought(form.thoughts.end, self.tokenizer.id_of(form.thoughts.end))
-        size = max(len(source.text), LONG_TEXT + 1)  # however short, it may take long
-        return await self.work.run(tenant, size, lambda: self.grammars.compile(source))
+        return self.grammars.compile(source)
 
     async def conversation(
         self, messages: Sequence[TemplateMessage], rendering: Rendering, tenant: str, size: int = 0
@@ -166,7 +178,5 @@ def _types(tools: Sequence[Mapping[str, object]]) -> dict[str, Mapping[str, obje
     for tool in tools:
         function = tool.get("function")
         if isinstance(function, dict):
-            parameters = function.get("parameters")
-            properties = parameters.get("properties") if isinstance(parameters, dict) else None
-            types[str(function.get("name"))] = properties if isinstance(properties, dict) else {}
+            types[str(function.get("name"))] = properties_of(function.get("parameters"))
     return types

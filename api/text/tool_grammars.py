@@ -3,28 +3,23 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
-from hybrid_cache.api.text.call_readers import (
-    KEYWORD,
-    KIMI_ID,
-    NAMES,
-    PYTHON_NAME,
-    Tags,
-    branches_of,
-    kinds_of,
-    values_of,
-)
+from hybrid_cache.api.text.call_readers import KEYWORD, KIMI_ID, NAMES, PYTHON_NAME, Tags, kinds_of
 from hybrid_cache.api.text.grammar_trial import STRICT
-from hybrid_cache.api.text.grammars import Source, check_schema
+from hybrid_cache.api.text.grammars import MAX_SOURCE, Source, check_schema
+from hybrid_cache.api.text.text_values import TextSchemas
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.api.text.tool_formats import MINIMAX, QWEN, ThoughtFormat, ToolFormat
+from hybrid_cache.api.text.tool_schemas import arguments_of, object_schema, parameters_of, part_of, resolved, size_of
 from hybrid_cache.errors import RequestError
 
 ONE_LINE = {**STRICT, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 EMPTY, ANY = '""', r"/(.|\n)*/"
 Tool = Mapping[str, object]  # the definition of a function
-_OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if")
+_REFUSED = (
+    *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "const", "enum", "patternProperties", "propertyNames"),
+    *("dependencies", "dependentRequired", "dependentSchemas", "$dynamicRef", "$recursiveRef"),
+)
 
 
 def call_source(
@@ -40,7 +35,7 @@ def call_source(
             "asks for a call, and there are no tools" if only is None else f"names {only!r}, which is none of the tools"
         )
         raise RequestError(f"tool_choice {why}", param="tool_choice")
-    rules = _GRAMMARS[tools.name](tools, chosen, lambda mark: _mark(mark, tokenizer), parallel)
+    rules = _rules(tools, chosen, lambda mark: _mark(mark, tokenizer), parallel)
     return Source("lark", "\n".join(["start: calls", *rules]), "tools")
 
 
@@ -69,7 +64,7 @@ def open_source(
             return _mark(text, tokenizer)
         return "opening" if before == "head" and tokenizer.id_of(text) is None else f"{before} {_mark(text, tokenizer)}"
 
-    rules = [f"start: calls | {rest}", *_GRAMMARS[tools.name](tools, functions, mark, parallel)]
+    rules = [f"start: calls | {rest}", *_rules(tools, functions, mark, parallel)]
     if answer is not None:
         rules += [answer.as_rule("form"), f"musings: {'musing*' if thinks else EMPTY}"]
     elif tools.begin:
@@ -86,78 +81,31 @@ Marked = Callable[[str], str]
 Rules = Callable[[ToolFormat, Sequence[Tool], Marked, bool], Iterator[str]]
 
 
+def _rules(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> list[str]:
+    """Rule `calls`, and those that it needs. Raises RequestError as soon as they are too long, before more is made."""
+    found, size = list[str](), 0
+    try:
+        _check_size(
+            sum(size_of(parameters_of(function)) for function in functions), "the parameters of all tools together"
+        )
+        for rule in _GRAMMARS[tools.name](tools, functions, mark, parallel):
+            found.append(rule)
+            size += len(rule)
+            _check_size(size, "the rules for calls, with all that parameters refer to,")
+    except RecursionError:
+        raise RequestError("the schema of a tool is nested too deeply", param="tools") from None
+    return found
+
+
+def _check_size(size: int, what: str) -> None:
+    if size > MAX_SOURCE:
+        raise RequestError(f"{what} take {size} characters or more, at most {MAX_SOURCE}", param="tools")
+
+
 def _mark(mark: str, tokenizer: Tokenizer) -> str:
     """A mark as a terminal: a token where it is one, else its text."""
     token = tokenizer.id_of(mark)
     return json.dumps(mark) if token is None else f"<[{token}]>"
-
-
-def _parameters(function: Tool) -> Mapping[str, object]:
-    """The schema of the arguments. One that lists them, and does not say that there may be others, means no others."""
-    schema = function.get("parameters")
-    if not isinstance(schema, dict) or not schema:
-        return {"type": "object"}
-    return {**schema, "additionalProperties": False} if _lists_all(schema) else schema
-
-
-def _lists_all(schema: Mapping[str, object]) -> bool:
-    """Nothing else in the schema lets in, or asks for, an argument that is not among its properties."""
-    properties, required = schema.get("properties"), schema.get("required", [])
-    listed = isinstance(properties, dict) and isinstance(required, list) and set(required) <= properties.keys()
-    return listed and schema.keys().isdisjoint(_OPEN)
-
-
-def _text_rule(name: str, schema: Mapping[str, object]) -> str:
-    """A value that is written as it is where it may be text, and as JSON else."""
-    if "string" not in kinds_of(schema):
-        return _json_rule(name, schema)
-    return f"{name}: " + " | ".join(_texts(schema))
-
-
-def _texts(schema: Mapping[str, object]) -> Iterator[str]:
-    """What a value may be that is read as text, or as null."""
-    kinds, values = kinds_of(schema), values_of(schema)
-    if values is not None:
-        yield from (json.dumps("null" if each is None else each) for each in values if isinstance(each, str | None))
-    elif "type" not in schema:
-        for branch in branches_of(schema):
-            yield from _texts(branch)
-    else:
-        if "null" in kinds:
-            yield json.dumps("null")
-        if "string" in kinds:
-            yield _text(schema)
-
-
-def _text(schema: Mapping[str, object]) -> str:
-    if isinstance(pattern := schema.get("pattern"), str):
-        return f"/{pattern.removeprefix('^').removesuffix('$').replace('/', chr(92) + '/')}/"
-    low, high = schema.get("minLength", 0), schema.get("maxLength", "")
-    return f"/[^<]{{{low},{high}}}/"
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """A schema, or a part of one, for another document: what it refers to is found under `place`, a JSON pointer.
-
-    LiteLLM writes references without their `#`.
-    """
-    if isinstance(schema, list):
-        return [_moved(each, place) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
-    match schema.get("$ref"):
-        case str(pointer) if pointer == "#" or pointer.startswith(("#/", "/")):
-            moved["$ref"] = f"#{place}{pointer.removeprefix('#')}"
-    return moved
-
-
-def _part(function: Tool, schema: Mapping[str, object]) -> Mapping[str, object]:
-    """The schema of one argument as a document, with all that it refers to."""
-    if '"$ref"' not in json.dumps(schema):
-        return schema
-    part, whole = _moved([schema, _parameters(function)], "/$defs/arguments")
-    return {**part, "$defs": {"arguments": whole}}
 
 
 def _named(function: Tool, names: re.Pattern[str]) -> str:
@@ -172,23 +120,79 @@ def _fits(name: str, names: re.Pattern[str]) -> bool:
     return names.fullmatch(name) is not None and name == name.strip()
 
 
-def _properties(function: Tool, names: re.Pattern[str]) -> list[tuple[str, Mapping[str, object], bool]]:
-    """Name, schema, and whether it is required, of each parameter in the order of the schema.
+class _Arguments:
+    """The parameters of a tool, for forms in which they are written one by one.
 
-    One whose name cannot be read in this form is never written; if it is required, this raises RequestError.
+    each: name, schema, and whether it is required, in the order of the schema. One whose name cannot be read in this
+    form is never written.
     """
-    schema = _parameters(function)
-    properties, required = schema.get("properties"), schema.get("required")
-    needed = required if isinstance(required, list) else []
-    items = properties.items() if isinstance(properties, dict) else ()
-    found = [(key, _part(function, value) if isinstance(value, dict) else {}, key in needed) for key, value in items]
-    missing = next((key for key, _, needs in found if needs and not _fits(key, names)), None)
-    if missing is not None:
-        raise RequestError(f"the parameter {missing!r} cannot be written in this model's form of calls", param="tools")
-    return [each for each in found if _fits(each[0], names)]
+
+    def __init__(self, function: Tool, names: re.Pattern[str]) -> None:
+        """Raises RequestError for what could not be kept to."""
+        self._whole = parameters_of(function)
+        schema = object_schema(_mapping(arguments_of(self._whole)))
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            raise RequestError("`properties` must be an object, and `required` a list", param="tools")
+        _check_kept_to(schema, properties, required)
+        missing = next((key for key in required if not _fits(key, names)), None)
+        if missing is not None:
+            raise RequestError(
+                f"the parameter {missing!r} cannot be written in this model's form of calls", param="tools"
+            )
+        items, needed = properties.items(), frozenset(required)
+        self.each = [(key, value, key in needed) for key, value in items if _fits(key, names) and value is not False]
+        self._texts = TextSchemas(self._whole)
+
+    def json_rule(self, name: str, schema: object, *, without: str = "") -> str:
+        """A value that is written as JSON. without: a text that it is not to hold if it is a text"""
+        schema = {} if schema is True else schema
+        if not isinstance(schema, dict):
+            raise RequestError(f"the schema of a parameter is {schema!r}, must be an object", param="tools")
+        part = part_of(schema, self._whole)
+        if without and not schema.get("type"):
+            defined = {key: part[key] for key in ("$defs", "definitions") if key in part}
+            rest = {key: value for key, value in part.items() if key not in defined}
+            part = {"allOf": [rest, {"pattern": f"^[^{without[0]}]*$"}], **defined}
+        return _json_rule(name, part)
+
+    def text_rules(self, name: str, schema: object, end: str, tail: str) -> Iterator[str]:
+        """A value that is written as it is where it may be text, and as JSON else, and `tail`, which has the mark
+        `end`.
+        """
+        found = resolved(schema, self._whole)
+        if isinstance(found, dict) and "string" in kinds_of(found):
+            yield f"{name}: {name.upper()}"
+            yield self._texts.terminal(name.upper(), found, end, tail)
+        else:
+            yield f"{name}: {name}j {_literal(tail)}"
+            yield self.json_rule(f"{name}j", schema, without=end)
 
 
-def _json_rule(name: str, schema: Mapping[str, object]) -> str:
+def _mapping(schema: object) -> Tool:
+    return schema if isinstance(schema, dict) else {"type": repr(schema)}
+
+
+def _check_kept_to(schema: Tool, properties: Tool, required: Sequence[object]) -> None:
+    """Raises RequestError for a schema of which a call with single parameters would not keep to all."""
+    least, most = schema.get("minProperties", 0), schema.get("maxProperties", len(properties))
+    refused = [key for key in _REFUSED if key in schema]
+    if not isinstance(least, int) or least > len(set(map(str, required))):
+        refused.append("minProperties")
+    if not isinstance(most, int) or most < len(properties):
+        refused.append("maxProperties")
+    if refused:
+        raise RequestError(
+            f"`{refused[0]}` is not supported for the parameters of a tool in this model's form of calls", param="tools"
+        )
+    unknown = next(
+        (name for name in required if not isinstance(name, str) or properties.get(name, False) is False), None
+    )
+    if unknown is not None:
+        raise RequestError(f"`required` names {unknown!r}, which is no parameter that may be there", param="tools")
+
+
+def _json_rule(name: str, schema: Tool) -> str:
     """JSON in one line: the next turn renders arguments in the same way. Raises RequestError."""
     check_schema(schema, "tools")
     return f"{name}: %json {json.dumps({**schema, 'x-guidance': ONE_LINE})}"
@@ -208,7 +212,7 @@ def _objects(functions: Sequence[Tool], arguments: str) -> Iterator[str]:
     for i, function in enumerate(functions):
         head = _literal('{"name": ', json.dumps(function["name"]), f', "{arguments}": ')
         yield f'call{i}: {head} arguments{i} "}}"'
-        yield _json_rule(f"arguments{i}", _moved(_parameters(function), ""))
+        yield _json_rule(f"arguments{i}", parameters_of(function))
 
 
 def _tagged_objects(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: bool) -> Iterator[str]:
@@ -237,7 +241,7 @@ def _kimi(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel: 
     for i, function in enumerate(functions):
         name = _literal("functions.", _named(function, KIMI_ID), ":")
         yield f"call{i}: {mark(begin)} {name} /[0-9]{{1,3}}/ {mark(argument)} arguments{i} {mark(end)}"
-        yield _json_rule(f"arguments{i}", _moved(_parameters(function), ""))
+        yield _json_rule(f"arguments{i}", parameters_of(function))
 
 
 def _tagged_parameters(tags: Tags) -> Rules:
@@ -247,14 +251,14 @@ def _tagged_parameters(tags: Tags) -> Rules:
         yield f'calls: {mark(tools.begin)} "\\n" {_repeated("one", parallel)} {mark(tools.end)}'
         yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
         for i, function in enumerate(functions):
-            properties = _properties(function, NAMES[tags.close])
-            parts = [f"p{i}x{j}{'' if needed else '?'}" for j, (_, _, needed) in enumerate(properties)]
+            arguments = _Arguments(function, NAMES[tags.close])
+            parts = [f"p{i}x{j}{'' if needed else '?'}" for j, (_, _, needed) in enumerate(arguments.each)]
             opening = _literal(tags.function, _named(function, NAMES[tags.close]), tags.close, "\n")
             yield f"call{i}: {opening} {' '.join(parts)} {_literal(tags.function_end, chr(10))}"
-            for j, (key, value, _) in enumerate(properties):
-                head = _literal(tags.parameter, key, tags.close, tags.layout)
-                yield f"p{i}x{j}: {head} v{i}x{j} {_literal(tags.layout, tags.parameter_end, chr(10))}"
-                yield _text_rule(f"v{i}x{j}", value)
+            for j, (key, value, _) in enumerate(arguments.each):
+                yield f"p{i}x{j}: {_literal(tags.parameter, key, tags.close, tags.layout)} v{i}x{j}"
+                tail = f"{tags.layout}{tags.parameter_end}\n"
+                yield from arguments.text_rules(f"v{i}x{j}", value, tags.parameter_end, tail)
 
     return rules
 
@@ -264,12 +268,12 @@ def _python(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel
     yield f'calls: {mark(tools.begin)} "[" {_repeated("one", parallel, _literal(", "))} "]" {mark(tools.end)}'
     yield "one: " + " | ".join(f"call{i}" for i in range(len(functions)))
     for i, function in enumerate(functions):
-        properties = _properties(function, KEYWORD)
+        arguments = _Arguments(function, KEYWORD)
         yield f'call{i}: {_literal(_named(function, PYTHON_NAME), "(")} a{i} ")"'
-        yield from _keywords(i, [needed for _, _, needed in properties])
-        for j, (key, value, _) in enumerate(properties):
+        yield from _keywords(i, [needed for _, _, needed in arguments.each])
+        for j, (key, value, _) in enumerate(arguments.each):
             yield f"p{i}x{j}: {_literal(key, '=')} v{i}x{j}"
-            yield _json_rule(f"v{i}x{j}", value)
+            yield arguments.json_rule(f"v{i}x{j}", value)
 
 
 def _keywords(i: int, needed: Sequence[bool]) -> Iterator[str]:

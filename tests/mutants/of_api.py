@@ -8,6 +8,7 @@ MARKS = ("tests/api/text/test_marks.py",)
 SEGMENTS = ("tests/api/text/test_segments.py",)
 WORK = ("tests/api/text/test_text_work.py",)
 CALLS = ("tests/api/text/test_call_deltas.py",)
+SCHEMAS = ("tests/api/text/test_tool_schemas.py",)
 GRAMMARS = ("tests/api/text/test_grammars.py",)
 STORE = ("tests/api/server/test_response_store.py",)
 RESPONSES = ("tests/api/server/test_responses.py",)
@@ -20,6 +21,8 @@ incoming = partial(Mutant, "hybrid_cache/api/text/incoming.py")
 values = partial(Mutant, "hybrid_cache/api/text/json_pieces.py")
 calls = partial(Mutant, "hybrid_cache/api/text/call_readers.py")
 answers = partial(Mutant, "hybrid_cache/api/text/answer_parser.py")
+text_values = partial(Mutant, "hybrid_cache/api/text/text_values.py")
+tool_schemas = partial(Mutant, "hybrid_cache/api/text/tool_schemas.py")
 call_grammars = partial(Mutant, "hybrid_cache/api/text/tool_grammars.py")
 store = partial(Mutant, "hybrid_cache/api/server/response_store.py")
 turns = partial(Mutant, "hybrid_cache/api/server/openai/response_turns.py")
@@ -114,6 +117,9 @@ MUTANTS = [
         "for j in range(first, min(first + 1, len(needed)))",
         GRAMMARS,
     ),
+    text_values("a text holds the tag that ends it", "(({texts}) & ~{within})", "({texts})", SCHEMAS),
+    text_values("an escaped dollar sign is an anchor", "% 2 == 0:  # else", "% 2 >= 0:  # else", SCHEMAS),
+    tool_schemas("values are schemas, too", "if key in _VALUES:", "if False:", SCHEMAS),
     store("anybody deletes a response", '"name = ? AND owner = ?", name, owner', '"name = ?", name', STORE),
     store("a response continues another owner's", "WHERE owner = ?2 ORDER", "WHERE ?2 != '' ORDER", STORE),
     store("a use of a response is none of those it continues", "name IN (SELECT name FROM chain)", "name = ?1", STORE),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 from hybrid_cache.api.server.gate import body_size
@@ -81,6 +82,7 @@ async def spec_of(text: TextEngine, asked: MessagesRequest, conversation: Conver
         max_tokens=text.answer_length(prompt, asked.max_tokens, text.max_length, "messages"),
         stop_token_ids=text.eos_ids,
     )
+    source = partial(_source, text, asked) if asked.tools or asked.tool_choice or asked.output_config else None
     form = text.answer_form(prompt, [_tool(tool) for tool in _tools(asked)])
     return GenerationSpec(
         prompt,
@@ -88,7 +90,7 @@ async def spec_of(text: TextEngine, asked: MessagesRequest, conversation: Conver
         stops=(*(asked.stop_sequences or ()), *defaults.stops),
         form=form,
         one_call=bool(asked.tool_choice is not None and asked.tool_choice.disable_parallel_tool_use),
-        grammar=await text.grammar(_source(text, asked), form, current_tenant_or(None)),
+        grammar=await text.grammar(source, form, current_tenant_or(None), body_size()),
         namespace=salt_of(None),
         tenant=current_tenant_or(None),
         talk=replace(conversation.talk, sent_back=SentBack(objects=True, blocks=True)),

@@ -1,9 +1,12 @@
 """POST /v1/chat/completions"""
 
+from functools import partial
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from hybrid_cache.api.server.bodies import JsonRoute
+from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.openai.chat_reply import ChatReply
 from hybrid_cache.api.server.openai.choreography import Arranged, arranged_prompt, is_arranged
 from hybrid_cache.api.server.openai.messages import conversation_of
@@ -61,7 +64,9 @@ async def chat_spec(
     sampling = sampling_params(text, asked, max_tokens, logprobs=logprobs)
     tools = None if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
     form = text.answer_form(prompt, tools)
-    grammar = await text.grammar(_source(text, asked), form, current_tenant_or(asked.cache_salt))
+    asks = asked.tools or asked.tool_choice or asked.response_format or asked.structured_outputs
+    source = partial(_source, text, asked) if asks else None
+    grammar = await text.grammar(source, form, current_tenant_or(asked.cache_salt), body_size())
     return spec_of(
         text,
         asked,

@@ -1,9 +1,12 @@
 """POST /v1/completions"""
 
+from functools import partial
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from hybrid_cache.api.server.bodies import JsonRoute
+from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.openai.completion_reply import CompletionReply
 from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, source_of, spec_of
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS
@@ -32,7 +35,8 @@ def router(serving: Serving) -> APIRouter:
         _refuse_unsupported(asked)
         prompts = await unless_gone(request, _prompts(serving.text, asked))
         tenant = current_tenant_or(asked.cache_salt)
-        grammar = await unless_gone(request, serving.text.grammar(source_of(asked), AnswerForm(), tenant))
+        source = partial(source_of, asked) if asked.response_format or asked.structured_outputs else None
+        grammar = await unless_gone(request, serving.text.grammar(source, AnswerForm(), tenant, body_size()))
         specs = [_spec(serving.text, asked, prompt, grammar) for prompt in prompts]
         answer = await serving.answer(specs, request.headers, asked)
         return await respond(request, CompletionReply(serving, asked, answer), stream=bool(asked.stream))

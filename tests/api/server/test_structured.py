@@ -160,3 +160,18 @@ def test_what_cannot_be_asked_for(
     error = reply.json()["error"]
     assert error["param"] == param
     assert named in error["message"]
+
+
+@pytest.mark.parametrize("schema", [{"properties": {}, "required": [{}]}, {"properties": {"a": {"type": 5}}}], ids=str)
+def test_tools_that_have_no_schema_are_refused_in_all_dialects(url: str, messages: Any, schema: Any) -> None:
+    tool = {"name": "f", "parameters": {"type": "object", **schema}}
+    bodies: dict[str, Any] = {
+        "chat/completions": {"messages": messages, "tools": [{"type": "function", "function": tool}]},
+        "responses": {"input": "a", "tools": [{"type": "function", **tool}]},
+        "messages": {"messages": messages, "tools": [{"name": "f", "input_schema": tool["parameters"]}]},
+    }
+    for path, body in bodies.items():
+        more = {"tool_choice": {"type": "any"}, "max_tokens": 9} if path == "messages" else {"tool_choice": "required"}
+        reply = httpx.post(f"{url}/v1/{path}", json={"model": "sum", **body, **more})
+        assert reply.status_code == 400, reply.text
+        assert "required" in reply.text or "type must be" in reply.text
