@@ -109,6 +109,8 @@ class Message(Request):
 
     @model_validator(mode="after")
     def _of_its_role(self) -> "Message":
+        if self.role == "user" and self.content == []:
+            raise ValueError("a message with role 'user' needs content, its list of blocks is empty")
         wrong = (ToolUseBlock, ThinkingBlock, RedactedThinkingBlock) if self.role == "user" else (ToolResultBlock,)
         for block in self.content if isinstance(self.content, list) else ():
             if isinstance(block, wrong):
