@@ -25,10 +25,11 @@ WHY = {
     Reason.NEVER_SEEN: "nobody has said this here",
     Reason.DIFFERS: "it differs from the nearest conversation from here on",
     Reason.EVICTED: "it was cached, and had to make room",
-    Reason.DECLINED: "its KV is there; the policy kept no state here",
-    Reason.NOT_KEPT: "its KV is there; no state was asked for here, or none is complete yet",
+    Reason.DROPPED: "it was cached until someone dropped it",
+    Reason.DECLINED: "the policy kept no state here",
+    Reason.NOT_KEPT: "no state was asked for here, or none is complete yet",
     Reason.OTHER_NAMESPACE: "it is cached for another model, adapter or cache_salt",
-    Reason.TILE_REMAINDER: "it is less than a tile of 64 tokens, which only the same prompt as a whole finds again",
+    Reason.TILE_REMAINDER: "it is a tile of 64 tokens at most, which only the same prompt as a whole finds again",
     Reason.OFF: "this request does not use the cache",
 }
 
@@ -58,14 +59,16 @@ def _report(tokenizer: Tokenizer, lookup: Lookup) -> CacheReport:
         cached_from=found.kind or None,
         kv_only_tokens=found.kv_only,
         reason=found.reason.value if found.reason is not None else None,
-        missed=[_part(part) for part in found.parts],
+        missed=[_part(part, found) for part in found.parts],
         nearest=None if found.nearest is None else _nearest(tokenizer, lookup.prompt, found.nearest),
     )
 
 
-def _part(part: Part) -> MissedPart:
+def _part(part: Part, found: Found) -> MissedPart:
     loss = None if part.loss is None else _loss(part.loss)
-    return MissedPart(start=part.start, end=part.end, reason=part.reason.value, why=WHY[part.reason], loss=loss)
+    without_state = part.reason in (Reason.DECLINED, Reason.NOT_KEPT) and part.end <= found.matched + found.kv_only
+    kv = "its KV is there; " if without_state else ""
+    return MissedPart(start=part.start, end=part.end, reason=part.reason.value, why=kv + WHY[part.reason], loss=loss)
 
 
 def _loss(loss: Loss) -> schemas.Loss:

@@ -216,7 +216,7 @@ def _cache_families(cache: CacheStats) -> Iterator[Metric]:
     yield _gauge("cache_messages", "Messages kept by choreographies.", cache.messages)
     yield _by_kind(CounterMetricFamily, "admissions", "States kept.", cache.admissions)
     yield _by_kind(CounterMetricFamily, "declines", "States not kept.", cache.declines)
-    yield _by_kind(CounterMetricFamily, "evictions", "States and pages that went.", cache.evictions)
+    yield _by_kind(CounterMetricFamily, "evictions", "States and pages that had to make room.", cache.evictions)
     yield _by_kind(
         CounterMetricFamily, "misses", "Prompts by the reason why most of what they missed was.", cache.misses
     )

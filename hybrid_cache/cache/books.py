@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from hybrid_cache.cache.audit import check_books, stats_of
 from hybrid_cache.cache.candidates import Candidates
 from hybrid_cache.cache.commands import Emit, Item, KeepHidden, VerifySome, nowhere
+from hybrid_cache.cache.fates import End
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.keys import Keys, keys_of
 from hybrid_cache.cache.lease import Lease, Match, Reservation, find
@@ -265,10 +266,10 @@ class Books:
         before = self.pool.allocator.free_bytes
         for kept in [k for k in self.pool.slot_owner.values() if namespace in (None, k.node.namespace)]:
             if not (isinstance(kept, StoredMessage) and kept.holders):
-                self.pool.evict(kept)
+                self.pool.evict(kept, end=End.DROPPED)
         for node in [n for n in self.tree.nodes() if n.dead and namespace in (None, n.namespace)]:
             while node.dead and node.parent is not None:
-                self.pool.evict_page(node)
+                self.pool.evict_page(node, End.DROPPED)
                 node = node.parent
         return self.pool.allocator.free_bytes - before
 

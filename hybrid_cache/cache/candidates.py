@@ -2,6 +2,7 @@
 
 import math
 
+from hybrid_cache.cache.fates import End
 from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Worth
@@ -38,7 +39,7 @@ class Candidates:
         above = nearest_checkpoint(lease.nodes[last]) if last >= 0 else None
         name = self._name(lease, position, kind)
         self._pool.policy.lost(name, -math.inf if score is None else score, above)
-        self._pool.fates.lost(name, kind, score, declined=True)
+        self._pool.fates.lost(name, kind, score, End.DECLINED)
 
     def _name(self, lease: Lease, position: int, kind: CheckpointKind) -> Name:
         """Names the prefix of a lease's prompt that a state at `position` would stand for."""

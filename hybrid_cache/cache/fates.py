@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from enum import Enum
 from math import isfinite
 from typing import Generic, NamedTuple, TypeVar
 
@@ -15,11 +16,19 @@ RECORDS_BYTES = 12 << 20  # most that all records take; measured: 8.7 MiB
 T = TypeVar("T")
 
 
-class Fate(NamedTuple):
-    """A state that is not kept."""
+class End(Enum):
+    """What became of something that is not kept."""
 
-    kind: CheckpointKind
-    declined: bool  # it never was; else it was evicted
+    EVICTED = "evicted"  # it had to make room
+    DECLINED = "declined"  # the policy never kept it
+    DROPPED = "dropped"  # someone asked for that
+
+
+class Fate(NamedTuple):
+    """A state that is not kept, or a page, which has no kind."""
+
+    kind: CheckpointKind | None
+    end: End
     time: float  # of the books' clock
     score: float | None  # the policy's; None where another reason than its score decided
 
@@ -32,22 +41,22 @@ class Fates:
     ) -> None:
         self._clock = clock
         self._states = _Latest[Fate](most_states)
-        self._pages = _Latest[float](most_pages)
+        self._pages = _Latest[Fate](most_pages)
 
-    def lost(self, name: Name, kind: CheckpointKind, score: float | None, *, declined: bool) -> None:
-        """A state was evicted, or not kept in the first place. score: infinite ones say nothing, as does None"""
+    def lost(self, name: Name, kind: CheckpointKind, score: float | None, end: End) -> None:
+        """A state went, or was not kept in the first place. score: infinite ones say nothing, as does None"""
         score = score if score is not None and isfinite(score) else None
-        self._states.put(name, Fate(kind, declined, self._clock(), score))
+        self._states.put(name, Fate(kind, end, self._clock(), score))
 
-    def lost_page(self, name: Name) -> None:
-        """A page was evicted."""
-        self._pages.put(name, self._clock())
+    def lost_page(self, name: Name, end: End) -> None:
+        """A page went."""
+        self._pages.put(name, Fate(None, end, self._clock(), None))
 
     def of_state(self, name: Name) -> Fate | None:
         return self._states.get(name)
 
-    def of_page(self, name: Name) -> float | None:
-        """When the last page of a prefix was evicted."""
+    def of_page(self, name: Name) -> Fate | None:
+        """What became of the last page of a prefix."""
         return self._pages.get(name)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.fates import End
 from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.tree import Checkpoint, Node, PromptEnd
@@ -77,7 +78,7 @@ class Inventory:
             return None
         nodes, states = self._stretch(end)
         for state in states:
-            self._pool.evict(state)
+            self._pool.evict(state, end=End.DROPPED)
         if nodes:
             self._drop_pages(nodes[0])
         return self._pool.allocator.free_bytes - free_bytes
@@ -97,7 +98,7 @@ class Inventory:
             below += node.children.values()
         for node in reversed(below):
             if node.dead and node.parent is not None:
-                self._pool.evict_page(node)
+                self._pool.evict_page(node, End.DROPPED)
 
     def _ends(self) -> Iterator[State]:
         """States that no other goes on from."""

@@ -3,8 +3,8 @@
 A prompt that has just been looked up falls into parts, each with one reason:
 
     [0, matched)          reused
-    [matched, shared)     its pages are there, and no state to start from: evicted, declined, not kept
-    [shared, gone)        pages were there: evicted
+    [matched, shared)     its pages are there, and no state to start from: evicted, dropped, declined, not kept
+    [shared, gone)        pages were there: evicted, dropped
     [gone, elsewhere)     another namespace of the same owner has them
     [elsewhere, same)     as in the nearest conversation, but less than a page of it: tile remainder
     [same, end)           differs from that conversation, or nobody has said it yet: never seen
@@ -24,7 +24,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from hybrid_cache.cache.fates import Fate, Fates
+from hybrid_cache.cache.fates import End, Fate, Fates
 from hybrid_cache.cache.keys import Keys, Name
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.tree import Node, PrefixTree
@@ -43,6 +43,7 @@ class Reason(Enum):
     NEVER_SEEN = "never_seen"
     DIFFERS = "differs"
     EVICTED = "evicted"
+    DROPPED = "dropped"
     DECLINED = "declined"
     NOT_KEPT = "not_kept"  # nobody asked for a state there, or it is still being computed
     OTHER_NAMESPACE = "other_namespace"
@@ -52,7 +53,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """An eviction, or a state that the policy declined."""
+    """A state or a page that went, or a state that the policy declined."""
 
     what: str  # the kind of state, or "page"
     age_s: float  # seconds since then
@@ -156,22 +157,19 @@ class Inquest:
         """Pages are there: what became of the deepest state that would have helped."""
         for index in range(end // self._step, start // self._step, -1):
             if (fate := self._fates.of_state(keys.names[index])) is not None:
-                return Part(start, end, _reason(fate), _loss(fate, now))
+                return _lost(start, end, fate, now)
         return Part(start, end, Reason.NOT_KEPT)
 
     def _gone(self, keys: Keys, start: int, last: int, now: float) -> Part | None:
         """Pages that were there up to some place."""
         for index in range(last // self._step, start // self._step, -1):
-            if (loss := self._loss_at(keys.names[index], now)) is not None:
-                return Part(start, index * self._step, Reason.EVICTED, loss)
+            if (fate := self._gone_at(keys.names[index])) is not None:
+                return _lost(start, index * self._step, fate, now)
         return None
 
-    def _loss_at(self, name: Name, now: float) -> Loss | None:
+    def _gone_at(self, name: Name) -> Fate | None:
         fate = self._fates.of_state(name)
-        if fate is not None and not fate.declined:
-            return _loss(fate, now)
-        time = self._fates.of_page(name)
-        return None if time is None else Loss("page", now - time)
+        return self._fates.of_page(name) if fate is None or fate.end is End.DECLINED else fate
 
     def _elsewhere(self, keys: Keys, start: int, last: int, owner: str | None) -> Part | None:
         """Pages that another namespace of the same owner has, further than this one."""
@@ -187,9 +185,7 @@ class Inquest:
         end = keys.num_tokens
         if at == last:
             fate = self._fates.of_state(keys.end_name)
-            yield (
-                Part(at, end, Reason.TILE_REMAINDER) if fate is None else Part(at, end, _reason(fate), _loss(fate, now))
-            )
+            yield Part(at, end, Reason.TILE_REMAINDER) if fate is None else _lost(at, end, fate, now)
             return
         if nearest is None or nearest.position < LEAST_ALIKE:
             yield Part(at, end, Reason.NEVER_SEEN)
@@ -215,12 +211,10 @@ class Inquest:
         return Nearest(lease.shared + best // TOKEN, tuple(tokens.tolist()))
 
 
-def _reason(fate: Fate) -> Reason:
-    return Reason.DECLINED if fate.declined else Reason.EVICTED
-
-
-def _loss(fate: Fate, now: float) -> Loss:
-    return Loss(fate.kind.value, now - fate.time, fate.score)
+def _lost(start: int, end: int, fate: Fate, now: float) -> Part:
+    """A part that something would have spared that is not kept."""
+    what = "page" if fate.kind is None else fate.kind.value
+    return Part(start, end, Reason(fate.end.value), Loss(what, now - fate.time, fate.score))
 
 
 def salt_in(namespace: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from hybrid_cache.cache.allocator import Allocator, Ledger
 from hybrid_cache.cache.commands import Copy, Emit, Item, Move, Seal, Unseal, Verify
 from hybrid_cache.cache.eviction import EvictionQueues
-from hybrid_cache.cache.fates import Fates
+from hybrid_cache.cache.fates import End, Fates
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.base import Policy, Worth
 from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PrefixTree, PromptEnd, StoredMessage
@@ -235,25 +235,26 @@ class Pool:
             self.evict(guaranteed)
         return guaranteed is not None
 
-    def evict_page(self, node: Node) -> None:
-        """Takes out a node that no state needs."""
+    def evict_page(self, node: Node, end: End = End.EVICTED) -> None:
+        """Takes out a node that no state needs. end: what is said of it later"""
         assert node.parent is not None
         self.queues.withdraw_dead(node)
         self.tree.remove(node)
         self._unseal(((Kind.PAGE, node.page),))
         self.give(Kind.PAGE, node.page)
         del self.page_owner[node.page]
-        self.evictions["page"] += 1
-        self.fates.lost_page(node.name)
+        if end is End.EVICTED:
+            self.evictions["page"] += 1
+        self.fates.lost_page(node.name, end)
         self._report_rise(node.parent, 1)
         self.settle(node.parent)
 
-    def evict(self, kept: Kept, score: float = -math.inf) -> None:
-        self.detach(kept, score)
+    def evict(self, kept: Kept, score: float = -math.inf, end: End = End.EVICTED) -> None:
+        self.detach(kept, score, end)
         for kind, item in self.items(kept):
             self.give(kind, item)
 
-    def detach(self, kept: Kept, score: float = -math.inf) -> None:
+    def detach(self, kept: Kept, score: float = -math.inf, end: End = End.EVICTED) -> None:
         """Takes a state out of the tree, or a message out of the store; its items are the caller's."""
         self.queues.withdraw(kept)
         self._unseal(self.items(kept))
@@ -262,12 +263,13 @@ class Pool:
             del self.page_owner[page]
         self.extra_slots.difference_update(self._others(kept, Kind.SLOT))
         kept.take_out()
-        self.evictions[kept.label] += 1
+        if end is End.EVICTED:
+            self.evictions[kept.label] += 1
         above = None if isinstance(kept, StoredMessage) else nearest_checkpoint(kept.node)
         self.policy.lost(kept.name, score, above)
         if isinstance(kept, StoredMessage):
             return
-        self.fates.lost(kept.name, kept.kind, score, declined=False)
+        self.fates.lost(kept.name, kept.kind, score, end)
         if self.policy.wants_rises:
             self.rescore_below(kept.node)
         self.settle(kept.node)

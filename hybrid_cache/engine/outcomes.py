@@ -81,9 +81,9 @@ class Outcomes:
             if sequence.announced or sequence.index > 0:
                 continue
             sequence.announced = True
-            lease, program = sequence.prefill.lease, sequence.prefill.program
-            assert lease is not None
-            plan = program.plan if program else self._intake.exact_plan(sequence.request, lease.length)
+            cached, program = sequence.prefill.cached, sequence.prefill.program
+            assert cached is not None
+            plan = program.plan if program else self._intake.exact_plan(sequence.request, cached)
             outputs.append((sequence.request.id, self.tally.prompt(sequence, plan, self._cost)))
         return outputs
 

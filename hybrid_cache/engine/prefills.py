@@ -66,6 +66,7 @@ class Prefills:
         if lease is None:
             return False
         prefill.lease, prefill.computed = lease, lease.length
+        prefill.cached = lease.length if prefill.cached is None else prefill.cached
         if prefill.arrangement is not None:
             begin = (prefill.namespace, prefill.arrangement, lease.length, num_others)
             prefill.program = self._compiler.program(*begin, in_place=prefill.in_place)
@@ -92,6 +93,7 @@ class Prefills:
         if prefill.program is not None:
             self._stage.end(prefill.program)
         if prefill.lease is not None:
+            prefill.written += prefill.lease.written_tokens
             self._cache.release(prefill.lease, num_output_tokens)
         prefill.lease, prefill.program, prefill.computed = None, None, 0
 

@@ -54,6 +54,8 @@ class Prefill:
     owner: str | None = ""  # as in `Request`
     asks: bool = False  # whether its client may ask what was found of it
     found: Found | None = None  # once it was admitted
+    cached: int | None = None  # tokens that it started from when it was first admitted
+    written: int = 0  # tokens whose pages it added to the tree before it was preempted
     in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
 
     @cached_property

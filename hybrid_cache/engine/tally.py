@@ -12,10 +12,13 @@ class Tally(Counters):
     """Running totals of one engine."""
 
     def prompt(self, sequence: Sequence, plan: Plan | None, cost: PrefillCost) -> PromptOutput:
-        """Counts a prompt that is complete -> what its client is told. plan: of a request that names messages"""
+        """Counts a prompt that is complete -> what its client is told. plan: of a request that names messages
+
+        What the request itself has computed before it was preempted was not cached.
+        """
         prefill, num_tokens = sequence.prefill, len(sequence.prefill.tokens)
         assert prefill.lease is not None
-        length = prefill.lease.length
+        length = prefill.cached or 0
         cached = length if plan is None else num_tokens - plan.computed
         self.prompt_tokens += num_tokens
         self.cached_tokens += cached
@@ -25,7 +28,7 @@ class Tally(Counters):
         wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
         return PromptOutput(
             cached_tokens=cached,
-            written_tokens=prefill.lease.written_tokens,
+            written_tokens=min(prefill.written + prefill.lease.written_tokens, num_tokens - cached),
             logprobs=tuple(sequence.prompt_logprobs) if wants_logprobs else None,
             queued_s=sequence.started_s - sequence.submitted_s,
             plan=plan,

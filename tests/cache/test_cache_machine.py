@@ -89,6 +89,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.pages: set[Prefix] = set()  # everything ever published
         self.states: set[Prefix] = set()
         self.ends: set[Prefix] = set()
+        self.dropped = False
 
     @initialize(
         name=st.sampled_from(sorted(SPECS)),
@@ -188,7 +189,7 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             assert match.length < len(tokens)
             assert match.length == 0 or prefix(match.length) in states
-        if self.cache.stats().num_evictions == 0:
+        if self.cache.stats().num_evictions == 0 and not self.dropped:
             assert match.shared == max((n for n in grid if prefix(n) in self.pages), default=0)
             assert (match.end is not None) == (prefix(len(tokens)) in self.ends)
             usable = [n for n in grid if n < len(tokens) and prefix(n) in states]
@@ -336,6 +337,7 @@ class CacheMachine(RuleBasedStateMachine):
         if not really:
             return
         others = {n for n in self.cache.tree.nodes() if namespace not in (None, n.namespace)}
+        self.dropped = True
         free = self.cache.stats().free_bytes
         assert self.cache.drop(namespace) == self.cache.stats().free_bytes - free
         left = set(self.cache.tree.nodes())

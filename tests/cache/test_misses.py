@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from hybrid_cache.cache.fates import MOST_PAGES, MOST_STATES, RECORDS_BYTES, Fates
+from hybrid_cache.cache.fates import MOST_PAGES, MOST_STATES, RECORDS_BYTES, End, Fates
 from hybrid_cache.cache.misses import LEAST_ALIKE, MOST_SHOWN, Found, Loss, Part, Reason
 from hybrid_cache.cache.policies.lru import LRU
 from hybrid_cache.cache.policies.nothing import Nothing
@@ -232,13 +232,13 @@ def test_parts_are_all_that_is_missing_whatever_has_happened() -> None:
 def test_the_oldest_records_are_forgotten() -> None:
     fates = Fates(Clock(), most_states=2, most_pages=2)
     for name in (b"a", b"b", b"a", b"c"):
-        fates.lost(name, CheckpointKind.BRANCH, float("-inf"), declined=False)
-        fates.lost_page(name)
+        fates.lost(name, CheckpointKind.BRANCH, float("-inf"), End.EVICTED)
+        fates.lost_page(name, End.EVICTED)
     assert fates.of_state(b"b") is fates.of_page(b"b") is None
     kept = fates.of_state(b"a")
     assert kept is not None
     assert kept.score is None
-    assert fates.of_page(b"c") == 100.0
+    assert fates.of_page(b"c") == (None, End.EVICTED, 100.0, None)
 
 
 @pytest.mark.slow
@@ -248,9 +248,9 @@ def test_records_take_no_more_memory_than_is_stated() -> None:
     tracemalloc.start()
     for number in range(MOST_PAGES + 100):
         name, clock.now = number.to_bytes(16), float(number)
-        fates.lost_page(name)
+        fates.lost_page(name, End.EVICTED)
         if number < MOST_STATES + 100:
-            fates.lost(number.to_bytes(15), CheckpointKind.BRANCH, number / 7, declined=False)
+            fates.lost(number.to_bytes(15), CheckpointKind.BRANCH, number / 7, End.EVICTED)
     taken = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert RECORDS_BYTES / 2 < taken < RECORDS_BYTES, taken

@@ -311,6 +311,27 @@ def test_a_scored_prompt_that_is_preempted_is_scored_once() -> None:
     assert len(plain) == 600
 
 
+def test_what_a_prompt_computed_before_it_was_preempted_was_not_cached() -> None:
+    engine, _ = new_engine(max_tiles_beside_decode=1)
+    engine.submit(make_request("older", tokens_of(0, 60), 100))
+    outputs = engine.step()
+    boundary = Boundary(256, BoundaryKind.MESSAGE_END)
+    engine.submit(Request("a", Prompt(tokens_of(1, 600), (boundary,)), SamplingParams(temperature=0, max_tokens=1)))
+    for _ in range(6):
+        outputs += engine.step()
+    scheduler = engine._scheduler
+    (half,) = (each for each in scheduler.sequences() if each.request.id == "a")
+    assert 256 < half.prefill.computed < 600
+    scheduler._preempt(half)
+    assert engine.cache.match(half.prefill.namespace, half.prefill.tokens).length == 256
+    outputs += engine.run_until_idle()
+    told = prompt_output(outputs, "a")
+    assert told.found is not None
+    assert told.cached_tokens == told.found.matched == 0
+    assert told.written_tokens == 576
+    assert engine.stats().cached_tokens == 0
+
+
 # Messages for the store
 
 

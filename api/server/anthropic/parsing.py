@@ -163,14 +163,17 @@ def _assistant(blocks: Sequence[Block], as_text: bool) -> TemplateMessage:
     texts = [_part(block) for block in blocks if isinstance(block, TextBlock)]
     calls = [_call(block, as_text) for block in blocks if isinstance(block, ToolUseBlock)]
     thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]
-    if not (texts or calls):
-        raise RequestError("a message with role 'assistant' needs a text or a tool_use block", param="messages")
+    if not (texts or calls or thoughts):
+        raise RequestError(
+            "a message with role 'assistant' needs a text, a thinking or a tool_use block", param="messages"
+        )
     fields: dict[str, object] = {}
     if calls:
         fields["tool_calls"] = calls
     if thoughts:
         fields["reasoning_content"] = "\n".join(thoughts)
-    message = TemplateMessage("assistant", tuple(texts) or None, fields)
+    parts = tuple(texts) or (None if calls else (TextPart(""),))  # an answer that was cut off inside its thoughts
+    message = TemplateMessage("assistant", parts, fields)
     marks = (_mark(block.cache_control) for block in blocks if isinstance(block, ToolUseBlock))
     return message.marked_at_end(next((mark for mark in marks if mark), None))
 

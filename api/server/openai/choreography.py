@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybrid_cache.api.server.openai.messages import conversation_of
+from hybrid_cache.api.server.openai.messages import rendered
 from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport, PlanItem, PlanReport
 from hybrid_cache.api.server.schemas.common import held_bytes
@@ -95,7 +95,7 @@ async def arranged_prompt(serving: Serving, asked: ChatRequest) -> Arranged:
     namespace = namespace_of(salt_of(asked.cache_salt), serving.text.engine.model.fingerprint)
     known = [serving.book.find(namespace, m.ref) if m.ref is not None else None for m in asked.messages]
     sent = [_as_sent(message, found) for message, found in zip(asked.messages, known, strict=True)]
-    encoded = await conversation_of(serving.text, asked, sent)
+    encoded = await rendered(serving.text, asked, sent)  # its messages may be apart from those that they answer
     style = _style(asked.choreography or Choreography())
     pieces = list[Piece]()
     ids: list[str | None] = [None] * len(sent)

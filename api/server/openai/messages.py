@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.common import CacheBreakpoint, ttl_seconds
@@ -11,11 +12,18 @@ from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.chat import Conversation
 from hybrid_cache.api.text.messages import Rendering, TemplateMessage, TextPart, arguments_object, tool_call
 from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.errors import RequestError
 
 
 async def conversation_of(
     text: TextEngine, asked: ChatRequest | TokenizeRequest, sent: Sequence[ChatMessage]
 ) -> Conversation:
+    """A conversation in which each tool call has its result, as tokens; raises as `rendered`."""
+    _check_results(sent)
+    return await rendered(text, asked, sent)
+
+
+async def rendered(text: TextEngine, asked: ChatRequest | TokenizeRequest, sent: Sequence[ChatMessage]) -> Conversation:
     """Messages, as tokens, in the rendering that a request asks for.
 
     Raises RequestError, and ContextTooLong when the context does not hold them.
@@ -37,6 +45,63 @@ def rendering_of(asked: ChatRequest | TokenizeRequest) -> Rendering:
         kwargs=asked.chat_template_kwargs or {},
         default_ttl_s=ttl_seconds(options.ttl) if options and options.ttl else None,
     )
+
+
+def _check_results(sent: Sequence[ChatMessage]) -> None:
+    """Results directly follow the message that has their calls, in any order; calls that end it all need none.
+
+    Raises RequestError, in the words of OpenAI.
+    """
+    open_calls: set[str] | None = None  # of the assistant's message before; None after another one
+    for place, message in enumerate(sent):
+        if message.role == "tool":
+            _take_result(message, open_calls, place)
+            continue
+        _check_answered(open_calls, place)
+        open_calls = _calls_of(message, place) if message.tool_calls else None
+    if sent[-1].role == "tool":
+        _check_answered(open_calls, len(sent))
+
+
+def _take_result(message: ChatMessage, open_calls: set[str] | None, place: int) -> None:
+    where, name = f"messages.[{place}]", message.tool_call_id
+    if open_calls is None:
+        raise RequestError(
+            "Invalid parameter: messages with role 'tool' must be a response to a preceding message with 'tool_calls'.",
+            param=f"{where}.role",
+        )
+    if name is None:
+        raise RequestError(f"Missing parameter '{where}.tool_call_id'.", param=f"{where}.tool_call_id")
+    if name not in open_calls:
+        raise RequestError(
+            f"Invalid parameter: 'tool_call_id' of {quoted(name)} not found in 'tool_calls' of previous message, "
+            "or answered before.",
+            param=f"{where}.tool_call_id",
+        )
+    open_calls.remove(name)
+
+
+def _check_answered(open_calls: set[str] | None, place: int) -> None:
+    """place: of the message after the results"""
+    if open_calls:
+        names = ", ".join(sorted(open_calls))
+        raise RequestError(
+            "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+            f"'tool_call_id'. The following tool_call_ids did not have response messages: {names}",
+            param=f"messages.[{place}].role",
+        )
+
+
+def _calls_of(message: ChatMessage, place: int) -> set[str]:
+    names = set[str]()
+    for number, call in enumerate(message.tool_calls or ()):
+        where = f"messages.[{place}].tool_calls.[{number}].id"
+        if call.id is None:
+            raise RequestError(f"Missing parameter '{where}'.", param=where)
+        if call.id in names:
+            raise RequestError(f"Invalid parameter: Duplicate value for 'id' of {quoted(call.id)}.", param=where)
+        names.add(call.id)
+    return names
 
 
 def _message(sent: ChatMessage, as_text: bool) -> TemplateMessage:

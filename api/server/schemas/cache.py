@@ -4,11 +4,13 @@ from typing import Literal
 
 from hybrid_cache.api.server.schemas.common import Response
 
-Reason = Literal["never_seen", "differs", "evicted", "declined", "not_kept", "other_namespace", "tile_remainder", "off"]
+Reason = Literal[
+    "never_seen", "differs", "evicted", "dropped", "declined", "not_kept", "other_namespace", "tile_remainder", "off"
+]
 
 
 class Loss(Response):
-    """An eviction, or a state that the policy declined."""
+    """A state or a page that went, or a state that the policy declined."""
 
     what: str  # "page", or the kind of state
     at: float  # Unix time

@@ -158,11 +158,11 @@ class Mix:
             result: list[Json] = [{"role": "tool", "tool_call_id": "call_1", "content": self._texts.question()}]
             return self._chat([*old, *called, *result], ("tools", "tool results"), tools=TOOLS)
         if way == "edit":
-            at = rng.randrange(len(old))
+            at = rng.choice([i for i, m in enumerate(old) if "tool_calls" not in m and m["role"] != "tool"])
             old[at] = _message(str(old[at]["role"]), self._texts.varied(str(old[at].get("content") or "")))
             old = old if rng.random() < 0.5 else old[: at + 1]
         elif way == "branch":
-            old = old[: rng.randint(1, len(old))]
+            old = old[: rng.choice([end for end in range(1, len(old) + 1) if "tool_calls" not in old[end - 1]])]
         return self._chat([*old, _message("user", self._texts.any())], ("grown" if way == "grow" else f"{way}ed",))
 
     def _opening(self) -> list[Json]:

@@ -197,6 +197,22 @@ def test_the_last_message_may_begin_the_answer(api: anthropic.Anthropic, client:
     assert reply.content[0].text == expected
 
 
+EMPTY: Any = {"role": "user", "content": []}
+QUESTION: Any = {"role": "user", "content": "Hi"}
+MARK: Any = {"cache_control": {"type": "ephemeral"}}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize("more", [{}, MARK, {"stream": True}, {"tools": TOOLS}], ids=str)
+@pytest.mark.parametrize(("messages", "which"), [([EMPTY], 0), ([EMPTY, EMPTY], 0), ([QUESTION, EMPTY], 1)])
+def test_an_empty_turn_is_named(
+    client: httpx.Client, path: str, more: dict[str, Any], messages: list[Any], which: int
+) -> None:
+    reply = client.post(path, json={"model": "sum", "max_tokens": 1, "messages": messages, **more})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith(f"messages.{which}: a message with role 'user' needs content")
+
+
 def marked(text: str, ttl: str | None = None) -> dict[str, Any]:
     control = {"type": "ephemeral"} if ttl is None else {"type": "ephemeral", "ttl": ttl}
     return {"type": "text", "text": text, "cache_control": control}

@@ -109,6 +109,54 @@ def test_a_bad_chat_request_is_refused_with_value_and_bound(client: httpx.Client
         assert word in error["message"]
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def calling(*names: str | None) -> dict[str, object]:
+    return {"role": "assistant", "content": None, "tool_calls": [{**CALL, "id": name} for name in names]}
+
+
+def result(name: str | None) -> dict[str, object]:
+    return {"role": "tool", "content": "r", "tool_call_id": name}
+
+
+UNKNOWN, APART, MISSING = "not found in 'tool_calls'", "must be a response to", "did not have response messages: a"
+RESULT_CASES: dict[str, tuple[list[dict[str, object]], str, str]] = {
+    "unknown": ([*HI, calling("a"), result("b")], "messages.[2].tool_call_id", f"'b' {UNKNOWN}"),
+    "no call": ([*HI, result("a"), *HI], "messages.[1].role", APART),
+    "before its call": ([result("a"), *HI, calling("a"), *HI], "messages.[0].role", APART),
+    "not directly after": ([*HI, calling("a"), result("a"), *HI, result("a")], "messages.[4].role", APART),
+    "no id": ([*HI, calling("a"), result(None)], "messages.[2].tool_call_id", "Missing parameter"),
+    "call without id": ([*HI, calling(None)], "messages.[1].tool_calls.[0].id", "Missing parameter"),
+    "calls of one id": ([*HI, calling("a", "a"), result("a")], "messages.[1].tool_calls.[1].id", "Duplicate"),
+    "two results": ([*HI, calling("a"), result("a"), result("a")], "messages.[3].tool_call_id", UNKNOWN),
+    "missing": ([*HI, calling("a"), *HI], "messages.[2].role", MISSING),
+    "one of two missing": ([*HI, calling("a", "b"), result("b")], "messages.[3].role", MISSING),
+}
+
+
+@pytest.mark.parametrize("name", RESULT_CASES)
+def test_a_tool_result_that_does_not_fit_its_call_is_refused(client: httpx.Client, name: str) -> None:
+    messages, param, words = RESULT_CASES[name]
+    for path, more in ((CHAT, {}), (CHAT, {"stream": True}), ("/tokenize", {})):
+        error = error_of(client.post(path, json={"messages": messages, **more}))
+        assert error["param"] == param
+        assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [*HI, calling("a", "b"), result("b"), result("a")],
+        [*HI, calling("a"), result("a"), calling("a"), result("a"), *HI],
+        [*HI, calling("a")],
+    ],
+    ids=["any order", "an id again in a later turn", "calls at the end"],
+)
+def test_tool_results_that_fit_are_taken(client: httpx.Client, messages: list[dict[str, object]]) -> None:
+    assert client.post(CHAT, json={"messages": messages, "max_tokens": 1}).status_code == 200
+
+
 TEXT_CASES: dict[str, tuple[dict[str, object], str, tuple[str, ...]]] = {
     "prompt missing": ({}, "prompt", ("required",)),
     "prompt empty list": ({"prompt": []}, "prompt", ("[]",)),

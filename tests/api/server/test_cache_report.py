@@ -169,6 +169,26 @@ def test_what_was_evicted_says_when_and_with_which_score(sum_text: TextModel) ->
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
+def test_kv_is_said_to_be_there_only_where_it_is(sum_text: TextModel) -> None:
+    async def test() -> None:
+        async with in_process(new_app(new_engine(policy="none"), sum_text)) as client:
+            body = {"prompt": "a" * 280, "max_tokens": 1, **ASK}
+            reports = [(await client.post("/v1/completions", json=body)).json()["cache_report"] for _ in range(2)]
+        assert (reports[1]["cached_tokens"], reports[1]["kv_only_tokens"]) == (0, 256)
+        said = {(part["end"], part["reason"]): "its KV is there" in part["why"] for part in reports[1]["missed"]}
+        assert said.pop((280, "declined")) is False
+        assert said in ({(256, "declined"): True}, {(256, "not_kept"): True})
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_remainder_may_be_a_whole_tile(client: httpx.Client) -> None:
+    body = {"prompt": "x" * 64, "max_tokens": 1, "cache_salt": next(SALTS), **ASK}
+    [part] = client.post("/v1/completions", json=body).json()["cache_report"]["missed"]
+    assert (part["start"], part["end"], part["reason"]) == (0, 64, "tile_remainder")
+    assert "64 tokens at most" in part["why"]
+
+
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 

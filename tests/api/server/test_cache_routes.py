@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -117,12 +118,18 @@ def test_an_operators_key_is_one_of_the_keys() -> None:
 def test_a_dropped_conversation_is_computed_again_and_its_report_says_so(sum_text: TextModel) -> None:
     async def test() -> None:
         async with in_process(new_app(new_engine(), sum_text)) as client:
-            await complete(client, "")
-            await client.delete(PATH)
-            body = {"prompt": PROMPT, "max_tokens": 1, "cache_report": True}
-            report = (await client.post("/v1/completions", json=body)).json()["cache_report"]
-            assert (report["cached_tokens"], report["reason"]) == (0, "evicted")
-            assert report["missed"][0]["loss"]["score"] is None
+            for name in ("", "/NAME"):
+                await complete(client, "")
+                kept = (await client.get(PATH)).json()["data"]
+                await client.delete(PATH + name.replace("NAME", kept[0]["name"]))
+                body = {"prompt": PROMPT, "max_tokens": 1, "cache_report": True}
+                report = (await client.post("/v1/completions", json=body)).json()["cache_report"]
+                assert (report["cached_tokens"], report["reason"]) == (0, "dropped")
+                assert report["missed"][0]["why"] == "it was cached until someone dropped it"
+                assert report["missed"][0]["loss"]["score"] is None
+            metrics = (await client.get("/metrics")).text
+            assert re.search(r'hybrid_cache_missed_tokens_total{[^}]*"dropped"} [^0]', metrics)
+            assert "hybrid_cache_evictions_total{" not in metrics
 
     asyncio.run(asyncio.wait_for(test(), 60))
 

@@ -126,3 +126,16 @@ def test_thinking_blocks_of_a_message(url: str, text: TextModel) -> None:
         assert names.count("content_block_start") == names.count("content_block_stop") == 2
         turns = [*messages, {"role": "assistant", "content": final.content}, {"role": "user", "content": "And?"}]
         assert client.messages.create(model="sum", max_tokens=1, messages=turns).usage.output_tokens == 1
+
+
+def test_an_answer_cut_off_inside_its_thoughts_is_taken_back(url: str, text: TextModel) -> None:
+    messages: Any = script_messages(text, SCRIPT)
+    with anthropic.Anthropic(base_url=url, api_key="none") as client:
+        reply = client.messages.create(model="sum", max_tokens=4, messages=messages)
+        assert [block.type for block in reply.content] == ["thinking"]
+        counts = []
+        for content in ([*reply.content, {"type": "text", "text": ""}], reply.content):
+            turns = [*messages, {"role": "assistant", "content": content}, {"role": "user", "content": "And?"}]
+            counts.append(client.messages.count_tokens(model="sum", messages=turns).input_tokens)
+        assert counts[0] == counts[1]
+        assert client.messages.create(model="sum", max_tokens=1, messages=turns).usage.output_tokens == 1
