@@ -91,13 +91,13 @@ def _rules(tools: ToolFormat, functions: Sequence[Tool], mark: Marked, parallel:
         for rule in _GRAMMARS[tools.name](tools, functions, mark, parallel):
             found.append(rule)
             size += len(rule)
-            _check_size(size, "the rules for calls, with all that parameters refer to,")
+            _check_size(size)
     except RecursionError:
         raise RequestError("the schema of a tool is nested too deeply", param="tools") from None
     return found
 
 
-def _check_size(size: int, what: str) -> None:
+def _check_size(size: int, what: str = "the rules for calls, with all that parameters refer to,") -> None:
     if size > MAX_SOURCE:
         raise RequestError(f"{what} take {size} characters or more, at most {MAX_SOURCE}", param="tools")
 
@@ -194,8 +194,10 @@ def _check_kept_to(schema: Tool, properties: Tool, required: Sequence[object]) -
 
 def _json_rule(name: str, schema: Tool) -> str:
     """JSON in one line: the next turn renders arguments in the same way. Raises RequestError."""
+    rule = f"{name}: %json {json.dumps({**schema, 'x-guidance': ONE_LINE})}"
+    _check_size(len(rule))
     check_schema(schema, "tools")
-    return f"{name}: %json {json.dumps({**schema, 'x-guidance': ONE_LINE})}"
+    return rule
 
 
 def _repeated(rule: str, parallel: bool, between: str = "") -> str:

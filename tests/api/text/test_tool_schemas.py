@@ -178,8 +178,8 @@ def test_many_references_take_what_they_refer_to(name: str) -> None:
     found = source(name, {**schema, "properties": properties, "$defs": {**schema["$defs"], "z": {"enum": ["z" * 900]}}})
     assert len(found.text) < 120_000
     for reference in ("#", "#/properties/a0"):
-        whole = {**schema, "properties": {f"a{i}": {"items": {"$ref": reference}} for i in range(2000)}}
-        with pytest.raises(RequestError, match=r"at most (131072|400)"):
+        whole = {**schema, "properties": {f"a{i}": {"items": {"$ref": reference}} for i in range(300)}}
+        with pytest.raises(RequestError, match="at most 131072"):
             source(name, whole)
     assert time.process_time() - begin < 2
 
