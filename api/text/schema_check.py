@@ -81,15 +81,26 @@ def _within(value: object) -> Iterator[object]:
 
 
 def endless(schema: object) -> bool:
-    """Whether every value of a schema would hold another of the same, and so on: the smallest is found step by step."""
-    nodes = [node for node in _within(schema) if isinstance(node, dict)][::-1]
+    """Whether every value of a schema would hold another of the same, and so on. In linear time: what comes to an end
+    is looked for from the innermost parts on.
+    """
+    nodes = [node for node in _within(schema) if isinstance(node, dict)]
     targets = {id(node): _target(schema, node.get("$ref")) for node in nodes}
+    waiting: dict[int, list[dict[object, object]]] = {}  # for a part, the schemas whose values hold its
+    for node in nodes:
+        properties = node.get("properties")
+        parts = [targets[id(node)], *node.values(), *(properties.values() if isinstance(properties, dict) else ())]
+        for part in parts:
+            for each in part if isinstance(part, list) else [part]:
+                waiting.setdefault(id(each), []).append(node)
     ended: set[int] = set()
-    while True:
-        found = {id(node) for node in nodes if id(node) not in ended and _ends(node, targets[id(node)], ended)}
-        if not found:
-            return isinstance(schema, dict) and id(schema) not in ended
-        ended |= found
+    todo = nodes
+    while todo:
+        node = todo.pop()
+        if id(node) not in ended and _ends(node, targets[id(node)], ended):
+            ended.add(id(node))
+            todo += waiting.get(id(node), ())
+    return isinstance(schema, dict) and id(schema) not in ended
 
 
 def _target(root: object, pointer: object) -> object:

@@ -64,7 +64,8 @@ async def chat_spec(
     sampling = sampling_params(text, asked, max_tokens, logprobs=logprobs)
     tools = None if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
     form = text.answer_form(prompt, tools)
-    asks = asked.tools or asked.tool_choice or asked.response_format or asked.structured_outputs
+    asks = asked.response_format or asked.structured_outputs or asked.tool_choice not in (None, "none", "auto")
+    asks = asks or any(tool.function.strict for tool in asked.tools or ())
     source = partial(_source, text, asked) if asks else None
     grammar = await text.grammar(source, form, current_tenant_or(asked.cache_salt), body_size())
     return spec_of(
