@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -65,9 +66,24 @@ async def conversation_of(text: TextEngine, asked: CountRequest, *, keep_billing
     messages = [*_system(asked, keep_billing), *_turns(asked.messages, text.chat.takes_argument_text(rendering))]
     if asked.cache_control is not None:
         messages[-1] = messages[-1].marked_at_end(_mark(asked.cache_control))
-    if asked.messages[-1].role == "assistant":
-        rendering = rendering.continuing()
-    return await text.conversation(messages, rendering, current_tenant_or(None), body_size())
+    if asked.messages[-1].role != "assistant":
+        return await text.conversation(messages, rendering, current_tenant_or(None), body_size())
+    with _continued(messages[-1], f"messages.{len(asked.messages) - 1}"):
+        return await text.conversation(messages, rendering.continuing(), current_tenant_or(None), body_size())
+
+
+@contextmanager
+def _continued(last: TemplateMessage, where: str) -> Iterator[None]:
+    """Says in this API's words that an answer cannot go on from a last turn. Raises RequestError."""
+    if "tool_calls" in last.fields:
+        raise RequestError(f"{where}: a tool_use block needs its tool_result in the turn after", param="messages")
+    try:
+        yield
+    except RequestError as error:
+        if error.param != "continue_final_message":
+            raise
+        reason = "the answer continues a last turn with role 'assistant', which has to end in a text that is not empty"
+        raise RequestError(f"{where}: {reason}, where the chat template shows it as it is", param="messages") from error
 
 
 async def spec_of(text: TextEngine, asked: MessagesRequest, conversation: Conversation) -> GenerationSpec:

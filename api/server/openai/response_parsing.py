@@ -4,6 +4,7 @@ import base64
 import itertools
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.openai.messages import rendering_of, text_part
@@ -32,6 +33,14 @@ ANSWER_ROOM = 1024  # tokens that truncation leaves for an answer of any length;
 ENCODED = "text."  # begins an encrypted_content of ours: no secret, `content` says the same
 RENAMED = {"messages": "input", "response_format": "text.format", "chat_template_kwargs": "reasoning"}
 Unit = list[Said]  # what truncation drops or keeps as a whole: a message, or an answer with the results of its calls
+
+
+class _Place(NamedTuple):
+    """Where a truncated conversation may begin."""
+
+    unit: int
+    characters: int  # from there on
+    rank: int  # how many times its number among the places can be halved, as a power of two
 
 
 @contextmanager
@@ -94,17 +103,21 @@ async def conversation_of(text: TextEngine, asked: ResponsesRequest, chat: ChatR
         return await beginning_at(0)
     room = min(text.max_length, text.engine.longest_sequence)
     room -= min(asked.max_output_tokens or ANSWER_ROOM, text.max_length // 4)
-    return await _latest(beginning_at, _places(units, text.max_length // 4), room)
+    return await _latest(beginning_at, _places(units), room)
 
 
 async def _latest(
-    beginning_at: Callable[[int], Awaitable[Conversation]], places: Sequence[int], room: int
+    beginning_at: Callable[[int], Awaitable[Conversation]], places: Sequence[_Place], room: int
 ) -> Conversation:
-    """The longest conversation of at most `room` tokens; the shortest one whatever its length."""
+    """A conversation of at most `room` tokens, the whole if that fits; the shortest one whatever its length.
 
-    async def within_room(place: int) -> Conversation | None:
+    Of all places that leave about half the room or more, it begins at the one of the highest rank. That one stays for
+    about half as many turns as there are such places, however long their messages are, and turns begin alike.
+    """
+
+    async def within_room(place: _Place) -> Conversation | None:
         try:
-            found = await beginning_at(place)
+            found = await beginning_at(place.unit)
         except ContextTooLong:
             return None
         return found if len(found.prompt.tokens) <= room else None
@@ -117,7 +130,11 @@ async def _latest(
         middle = (low + high) // 2
         found = await within_room(places[middle])
         low, high, best = (middle + 1, high, best) if found is None else (low, middle, found)
-    return await beginning_at(places[-1]) if best is None else best
+    if best is None:
+        return await beginning_at(places[-1].unit)
+    half = places[low].characters * room / (2 * len(best.prompt.tokens))
+    chosen = max((p for p in places[low:] if p.characters >= half), key=lambda p: p.rank, default=places[low])
+    return best if chosen.rank <= places[low].rank else await beginning_at(chosen.unit)
 
 
 def _tool(tool: FunctionTool) -> Tool:
@@ -158,21 +175,15 @@ def _units(items: Sequence[Said]) -> list[Unit]:
     return units
 
 
-def _places(units: Sequence[Unit], step: int) -> list[int]:
-    """Where a truncated conversation may begin, in order: the first and the last unit, and after each `step` characters
-    the next message of a user, if there is one.
-
-    A conversation that grows is so cut at the same place for a while, and its turns begin alike.
-    """
-    of_user = {place for place, unit in enumerate(units) if not _of_model(unit[0])}
-    last_of_user = max(of_user, default=-1)
-    places, size, due = [0], 0, step
-    for place, unit in enumerate(units):
-        if size >= due and (place in of_user or place > last_of_user):
-            places.append(place)
-            due = (size // step + 1) * step
-        size += sum(map(_num_characters, unit))
-    return places if places[-1] == len(units) - 1 else [*places, len(units) - 1]
+def _places(units: Sequence[Unit]) -> list[_Place]:
+    """Where a truncated conversation may begin: the first unit, each message of a user, and all after the last one."""
+    of_user = [place for place, unit in enumerate(units) if not _of_model(unit[0])]
+    first_after = of_user[-1] + 1 if of_user else 0
+    numbers = {place: number for number, place in enumerate(of_user)}
+    numbers |= {place: place - first_after + 1 for place in range(first_after, len(units))}
+    sizes = [sum(map(_num_characters, unit)) for unit in units]
+    left = list(itertools.accumulate(reversed(sizes)))[::-1]
+    return [_Place(place, left[place], number & -number) for place, number in sorted(({0: 0} | numbers).items())]
 
 
 def _num_characters(item: Said) -> int:

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
+from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.cache import CacheReport
 from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport
 from hybrid_cache.api.server.schemas.common import MAX_TOP_LOGPROBS, Count, GenerationRequest, Request, Response, Usage
@@ -20,6 +21,25 @@ class NamedTool(Request):
     function: NamedFunction
 
 
+def _tool_choice(value: object) -> "str | NamedTool | None":
+    """Read by hand so that an error names the form that the client chose, not all of them."""
+    if value is None or isinstance(value, NamedTool):
+        return value
+    if isinstance(value, dict):
+        if value.get("type") != "function":
+            raise ValueError(f"a tool_choice of type {quoted(value.get('type'))} is not supported, only 'function'")
+        return NamedTool.model_validate(value)
+    if value not in ("none", "auto", "required"):
+        raise ValueError("must be 'none', 'auto', 'required' or a function's name in an object")
+    return str(value)
+
+
+ToolChoice = Annotated[
+    str | NamedTool | None,
+    PlainValidator(_tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | NamedTool | None),
+]
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions"""
 
@@ -28,7 +48,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

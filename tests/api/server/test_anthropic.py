@@ -197,6 +197,8 @@ def test_the_last_message_may_begin_the_answer(api: anthropic.Anthropic, client:
     assert reply.content[0].text == expected
 
 
+SAID: Any = {"role": "assistant", "content": "I call."}
+THOUGHT: Any = {"role": "assistant", "content": [{"type": "thinking", "thinking": "Well", "signature": ""}]}
 EMPTY: Any = {"role": "user", "content": []}
 QUESTION: Any = {"role": "user", "content": "Hi"}
 MARK: Any = {"cache_control": {"type": "ephemeral"}}
@@ -283,7 +285,10 @@ def result(name: str = "t1") -> dict[str, Any]:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "image"),
         ({"messages": [{"role": "system", "content": "x"}]}, 400, "invalid_request_error", "role"),
         ({"messages": [result()]}, 400, "invalid_request_error", "'t1' answers no tool_use"),
-        ({"messages": [{"role": "user", "content": "a"}, USE]}, 400, "invalid_request_error", "text"),
+        ({"messages": [QUESTION, USE]}, 400, "invalid_request_error", "messages.1: a tool_use block needs its tool"),
+        ({"messages": [QUESTION, USE, SAID]}, 400, "invalid_request_error", "messages.2: a tool_use block needs its"),
+        ({"messages": [QUESTION, {**SAID, "content": ""}]}, 400, "invalid_request_error", "messages.1: the answer con"),
+        ({"messages": [QUESTION, THOUGHT]}, 400, "invalid_request_error", "messages.1: the answer continues"),
         (
             {"messages": [USE, {"role": "user", "content": "a"}]},
             400,

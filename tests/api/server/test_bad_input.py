@@ -80,6 +80,17 @@ CHAT_CASES: dict[str, tuple[dict[str, object], str, tuple[str, ...]]] = {
         ("stream",),
     ),
     "top_logprobs without logprobs": ({"messages": HI, "top_logprobs": 2}, "top_logprobs", ("logprobs",)),
+    "a tool_choice among tools": (
+        {"messages": HI, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+        "tool_choice",
+        ("'allowed_tools'", "'function'"),
+    ),
+    "an unknown tool_choice": ({"messages": HI, "tool_choice": "some"}, "tool_choice", ("'some'", "'required'")),
+    "a tool_choice without a name": (
+        {"messages": HI, "tool_choice": {"type": "function"}},
+        "tool_choice.function",
+        ("required",),
+    ),
     "ttl": (
         {"messages": HI, "prompt_cache_options": {"mode": "explicit", "ttl": "99h"}},
         "prompt_cache_options.ttl",

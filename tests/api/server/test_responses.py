@@ -366,6 +366,27 @@ def test_truncation_keeps_the_latest_items_and_calls_with_their_results(sum_text
             ask(api, input=[*said, {"role": "user", "content": "b" * 5000}], truncation="auto")
 
 
+@pytest.mark.parametrize("size", [1100, pytest.param(400, marks=pytest.mark.slow)])
+def test_what_truncation_keeps_stays_for_several_turns_whatever_the_size_of_messages(
+    sum_text: TextModel, size: int
+) -> None:
+    previous, cached, sizes = None, [], []
+    with (
+        over_the_wire(new_app(new_engine(), sum_text)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as api,
+    ):
+        for turn in range(4096 // size + 12):
+            body = {"input": f"{turn:9}" * (size // 9), "previous_response_id": previous, "truncation": "auto"}
+            reply = ask(api, max_output_tokens=1, **body)
+            usage, previous = reply.usage, reply.id
+            sizes.append(usage.input_tokens)
+            cached.append(usage.input_tokens_details.cached_tokens)
+    cut = next(turn for turn in range(1, len(sizes)) if sizes[turn] < sizes[turn - 1])
+    assert cut + 8 < len(sizes)
+    assert sum(count == 0 for count in cached[cut:]) <= (len(cached) - cut) * (size + 400) // 2400
+    assert min(sizes[cut:]) >= 4096 // 3
+
+
 def test_marks_and_salts_of_the_cache(api: openai.OpenAI) -> None:
     marked = {"type": "input_text", "text": "x" * 200, "prompt_cache_breakpoint": {"mode": "explicit", "ttl": "30m"}}
     system = {"role": "developer", "content": [marked]}
