@@ -128,7 +128,10 @@ async def _typed(scene: Scene, specials: tuple[str, ...]) -> Outcome:
         return Counter(found)
 
     def said(content: str) -> dict[str, object]:
-        return {"messages": [{"role": "user", "content": content}, {"role": "tool", "content": content}]}
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        answer: dict[str, object] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        result = {"role": "tool", "tool_call_id": "c", "content": content}
+        return {"messages": [{"role": "user", "content": content}, answer, result]}
 
     alone = [await tokens({"prompt": special, "add_special_tokens": False}) for special in specials]
     known = {token for counts in alone if counts.total() == 1 for token in counts}
