@@ -52,8 +52,26 @@ def test_a_loaded_model_and_what_is_served_are_named_after_the_adapter(adapter: 
     assert (base.name, base.adapter) == ("embedded", None)
     assert (loaded.name, loaded.adapter) == ("embedded+quiet", "quiet")
     assert loaded.model.fingerprint != base.model.fingerprint
-    engine = SimpleNamespace()
-    options = ServeOptions(LoadOptions(), engine, None, "", 0, (), (), False, False, False, None, 1, 1, False, 1.0)  # type: ignore[arg-type]
+    options = ServeOptions(
+        load=LoadOptions(),
+        engine=SimpleNamespace(),  # type: ignore[arg-type]
+        budget_bytes=None,
+        host="",
+        port=0,
+        served_names=(),
+        api_keys=(),
+        shared_cache=False,
+        special_tokens_in_content=False,
+        keep_billing_header=False,
+        tool_parser=None,
+        max_body_bytes=1,
+        message_book_bytes=1,
+        response_store=None,
+        response_store_bytes=1,
+        response_life_s=1.0,
+        vllm_metrics=False,
+        drain_timeout_s=1.0,
+    )
     settings = options.settings(loaded, [], 0)
     assert (settings.served_names, settings.adapter) == (("embedded+quiet",), "quiet")
 
