@@ -52,10 +52,11 @@ def write(node: Node, *, ascii_only: bool) -> str:
         if depth > MAX_DEPTH or left < 0:
             return "null"
         if isinstance(node, Pairs):
-            pairs = [f"{json.dumps(k, ensure_ascii=ascii_only)}: {written(v, depth + 1)}" for k, v in node.items]
+            named = ((json.dumps(k, ensure_ascii=ascii_only), v) for k, v in node.items[: max(left, 0)])
+            pairs = [f"{name}: {written(value, depth + 1)}" for name, value in named]
             return "{" + ", ".join(pairs) + "}"
         if isinstance(node, list):
-            return "[" + ", ".join([written(item, depth + 1) for item in node]) + "]"
+            return "[" + ", ".join([written(item, depth + 1) for item in node[: max(left, 0)]]) + "]"
         return json.dumps(node, ensure_ascii=ascii_only)
 
     return written(node, 0)
