@@ -138,7 +138,7 @@ def serve(
             help="Milliseconds that prompts may take of a step, by measured rates: so long does a long prompt keep "
             "the next token of others waiting (twice as long where short prompts come meanwhile). 0 for no bound.",
         ),
-    ] = 75,
+    ] = 100,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "10MiB",
     message_book: Annotated[
         str, typer.Option(help="Memory for the text of messages that requests may refer to by id.")

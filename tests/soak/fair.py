@@ -32,7 +32,7 @@ from tests.soak.server import Server, serve
 from tests.soak.wire import exchange, post
 
 SHORT, FLOOD_TOKENS, EVERY_S = 50, 2_000, 0.3
-STEP_MS, BUDGET_BYTES = 75.0, 1 << 30
+STEP_MS, BUDGET_BYTES = 100.0, 1 << 30
 MAX_BEHIND, MAX_FLOOD, MIN_THROUGHPUT = 3.0, 1.5, 0.98  # times what it is alone, p99 alone, first come first served
 SERVE = ("--budget", "1GiB", "--threads", "1")
 A, B = "tenant a", "tenant b"

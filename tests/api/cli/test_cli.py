@@ -98,7 +98,7 @@ def test_the_defaults_of_serve_are_those_of_the_engine(monkeypatch: pytest.Monke
     told: list[ServeOptions] = []
     monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
     assert exit_code("serve") == 0
-    assert told[0].engine == EngineConfig(max_step_ms=75)  # a program that steps by itself knows its own times
+    assert told[0].engine == EngineConfig(max_step_ms=100)  # a program that steps by itself knows its own times
     assert told[0].budget_bytes is None
 
 
