@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests.fuzz.__main__ import fuzz
 from tests.fuzz.bodies import BODIES
 from tests.fuzz.cases import Case, build
 from tests.fuzz.judge import fault_of
+from tests.fuzz.trees import EMPTY
 from tests.soak.common import Options, Report, play
 from tests.soak.server import Server, get, serve
 from tests.soak.wire import Reply, exchange, post, read
@@ -45,6 +47,14 @@ def test_a_few_hundred_mutated_requests_break_nothing(server: Server) -> None:
 @pytest.mark.slow
 def test_fifty_thousand_mutated_requests_break_nothing(server: Server) -> None:
     run(server, MANY)
+
+
+def test_a_case_does_not_depend_on_those_before_it() -> None:
+    """Or `--replay` would send another, and bodies would grow with every edit."""
+    known = deepcopy(EMPTY)
+    whole = [build(SEED, number).body for number in range(3000)]
+    assert known == EMPTY
+    assert [build(SEED, number).body for number in range(2999, -1, -30)] == whole[::-30]
 
 
 def case_of(**fields: object) -> Case:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from random import Random
 
@@ -153,7 +154,7 @@ def hostile(rng: Random) -> Node:
     if kind < 6:
         return rng.choice(TEXTS)
     if kind < 7:
-        return rng.choice(EMPTY)
+        return deepcopy(rng.choice(EMPTY))  # further edits go into it
     if kind < 8:
         return rng.choice(TEXTS) * rng.choice((2, 30, 300))
     if kind < 9:
