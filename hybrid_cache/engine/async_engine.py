@@ -106,7 +106,6 @@ class _Inbox:
     """What other threads ask of the engine's thread."""
 
     questions: deque[_Question] = field(default_factory=deque)
-
     requests: deque[Request] = field(default_factory=deque)
     commits: deque[tuple[str, Prompt, str]] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
     aborts: deque[str] = field(default_factory=deque)
@@ -339,7 +338,8 @@ class AsyncEngine:
     def _fail_streams(self, error: EngineStopped) -> None:
         with self._wake:
             streams, self._streams = list(self._streams.values()), {}
-            questions, self._inbox.questions = self._inbox.questions, deque()
+            questions = [*self._taken.questions, *self._inbox.questions]  # some of the first are answered
+            self._inbox.questions.clear()
         for stream in streams:
             stream.put([error])
         for question in questions:

@@ -5,6 +5,7 @@ how the next prompt will have a turn, that is computed.
 """
 
 from collections import deque
+from collections.abc import Callable
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.engine.prefills import Chunk, Prefills
@@ -52,6 +53,11 @@ class CanonicalPasses:
     def end(self, turn: Prefill) -> None:
         self._prefills.release(turn)
         self._queue.remove(turn)
+
+    def forget(self, may: Callable[[str], bool]) -> None:
+        """Gives up those of the namespaces that are meant. What they have published stays."""
+        for turn in [turn for turn in self._queue if may(turn.namespace)]:
+            self.end(turn)
 
     def give_up_first(self) -> None:
         """Forgets the one in progress."""

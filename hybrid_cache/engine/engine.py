@@ -145,6 +145,10 @@ class Engine:
         """
         self._intake.commit(namespace, prompt, session)
 
+    def forget_turns(self, may: Callable[[str], bool]) -> None:
+        """Turns that are still to be computed for the cache never are. may: whether those of a namespace are meant"""
+        self._scheduler.canonical.forget(may)
+
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""
         self._outcomes.abort(request_id)

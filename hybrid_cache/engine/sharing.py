@@ -23,13 +23,20 @@ def someone_computes_more(running: Iterable[Sequence], prefill: Prefill, match: 
     for other in (s.prefill for s in running if s.phase is Phase.PREFILL):
         if not other.publish or other.namespace != prefill.namespace:
             continue
-        if np.array_equal(other.tokens, prefill.tokens):
+        if np.array_equal(other.tokens, prefill.tokens) and not other.only_marked:
             return True
-        shared = grid_floor(min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens) - 1))
+        shared = _kept(other, min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens) - 1))
         if shared > max(other.computed, match.length):
-            other.wish(Wish(shared, CheckpointKind.BRANCH))
+            if not other.only_marked:
+                other.wish(Wish(shared, CheckpointKind.BRANCH))
             return True
     return False
+
+
+def _kept(prefill: Prefill, shared: int) -> int:
+    """Up to where a running prompt may leave a state in its first `shared` tokens."""
+    places = [b.position for b in prefill.boundaries if b.position <= shared] if prefill.only_marked else [shared]
+    return grid_floor(max(places, default=0))
 
 
 def soon_known(cache: Books, sequences: Iterable[Sequence], namespace: str, tokens: TokenArray) -> tuple[int, int]:
@@ -39,7 +46,7 @@ def soon_known(cache: Books, sequences: Iterable[Sequence], namespace: str, toke
     for prefill in (sequence.prefill for sequence in islice(sequences, MOST_EARLIER)):
         if prefill.publish and prefill.namespace == namespace:
             needed = grid_floor(max(most, prefill.computed)) + TILE
-            most = max(most, grid_floor(common_prefix(prefill.tokens, tokens, needed)))
+            most = max(most, _kept(prefill, common_prefix(prefill.tokens, tokens, needed)))
     return most, match.shared
 
 

@@ -19,6 +19,7 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.engine.sequence import new_prefill
 from hybrid_cache.errors import ContextTooLong, RequestError
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
@@ -246,6 +247,40 @@ def test_marks_are_all_that_is_kept_where_nothing_else_is_wanted() -> None:
     assert prompt_output(outputs, "a").written_tokens == 128
     outputs = run(engine, replace(asked, id="b"))
     assert prompt_output(outputs, "b").cached_tokens == 128
+    engine.check()
+
+
+@pytest.mark.parametrize("mark", [130, 5])
+@pytest.mark.parametrize("more", [0, 40])
+def test_a_prompt_that_keeps_its_marks_only_keeps_no_more_for_others(mark: int, more: int) -> None:
+    """Another prompt with the same beginning waits for a mark that it can use, and for nothing else."""
+    engine, _ = new_engine(max_tiles=1)
+    tokens, sampling = tokens_of(1, 500), SamplingParams(temperature=0, max_tokens=5)
+    marks = (Boundary(mark, BoundaryKind.EXPLICIT),)
+    engine.submit(Request("marked", Prompt(tokens, marks), sampling, cache_mode=CacheMode.EXPLICIT))
+    engine.step()
+    other = np.concatenate([tokens, tokens_of(2, more)])
+    engine.submit(make_request("other", other))
+    first: dict[str, int] = {}
+    outputs: Outputs = []
+    for number in range(60):
+        outputs += engine.step()
+        first |= {name: number for name, _ in outputs if name not in first}
+        states = [k.num_tokens for k in engine.cache.pool.slot_owner.values()]
+        assert "marked" in first or set(states) <= {mark // TILE * TILE}, "while only the marked one is computed"
+    assert answers(outputs, "marked") == sum_model_answer(tokens, 5)
+    assert answers(outputs, "other") == sum_model_answer(other, 5)
+    assert prompt_output(outputs, "other").cached_tokens == mark // TILE * TILE
+    engine.check()
+
+
+def test_turns_that_are_forgotten_do_not_come_back() -> None:
+    engine = half_committed(units=12)
+    engine.commit("other", Prompt(tokens_of(3, 130)))
+    engine.forget_turns(lambda namespace: not namespace.endswith("/other"))
+    assert engine.cache.stats().working_bytes == 0
+    assert engine.stats().committing == 1
+    engine.run_until_idle()
     engine.check()
 
 

@@ -21,6 +21,7 @@ from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import is_operator, owner_of, salt_of
 from hybrid_cache.cache.inventory import Conversation, Inventory, MaySee, StateInfo
 from hybrid_cache.cache.misses import salt_in
+from hybrid_cache.engine.engine import Engine
 
 MOST_LISTED = 1000
 SHOWN_TOKENS = 256  # at the end of a conversation
@@ -71,8 +72,16 @@ def router(serving: Serving) -> APIRouter:
 
     @routes.delete(PATH)
     async def drop_all(request: Request, cache_salt: Salt = None) -> Dropped:
-        """Drops all of them, and all else that is cached for whoever asks, unless it is in use."""
-        return Dropped(freed_bytes=await ask(request, cache_salt, lambda inventory: inventory.drop_all()))
+        """Drops all of them, and all else that is cached for whoever asks, unless it is in use; finished turns that
+        wait for their pass do not come back.
+        """
+        sees = _sees(cache_salt)
+
+        def drop(core: Engine) -> int:
+            core.forget_turns(sees)
+            return Inventory(core.cache, sees).drop_all()
+
+        return Dropped(freed_bytes=await unless_gone(request, engine.ask(drop)))
 
     return routes
 
