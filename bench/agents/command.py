@@ -32,7 +32,7 @@ from hybrid_cache.api.text.next_turn import Said
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import TextModel
-from hybrid_cache.bench.agents.script import TOOLS, Script, Sizes, knows, sent_back, unchanged, written
+from hybrid_cache.bench.agents.script import TOOLS, Script, Sizes, Traits, sent_back, unchanged, written
 from hybrid_cache.bench.common.terminal import progress_bar
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
@@ -159,9 +159,8 @@ async def _converse(
     text: TextEngine, num_turns: int, sizes: Sizes, seed: int, thoughts: bool, expected: bool
 ) -> tuple[Turn, ...]:
     chat, longest = text.chat, text.max_length
-    tools = knows(chat, "tools")
-    script = Script(seed, sizes, tools=tools, parallel=knows(chat, "parallel"), system=knows(chat, "system"))
-    rendering = Rendering(tools=TOOLS if tools else None)
+    traits = Traits.of(chat)
+    script, rendering = Script(seed, sizes, traits), Rendering(tools=TOOLS if traits.tools else None)
     end = text.tokenizer.decode(chat.answer_end() or ())
     messages, count, turns = script.opening(), 0, list[Turn]()
     for number in range(num_turns):

@@ -49,22 +49,48 @@ class Sizes:
     thought: int = 60
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a chat template can show."""
+
+    system: bool  # a system message
+    tools: bool
+    parallel: bool  # several calls in a turn
+
+    @classmethod
+    def of(cls, chat: ChatEncoder) -> "Traits":
+        def shown(*messages: TemplateMessage) -> str:
+            """Empty where the template refuses these."""
+            try:
+                return chat.render(messages, Rendering(tools=TOOLS, add_generation_prompt=False))
+            except RequestError:
+                return ""
+
+        def called(count: int) -> str:
+            calls = [tool_call(f"call0000{i}", "read_file", {"path": "p", "lines": i}) for i in range(count)]
+            return shown(asked, TemplateMessage("assistant", None, {"tool_calls": calls}))
+
+        asked = _message("user", "u")
+        return cls(
+            system="zz" in shown(_message("system", "zz"), asked),
+            tools="read_file" in shown(asked) and bool(called(1)),
+            parallel=bool(called(2)),
+        )
+
+
 class Script:
     """The same conversation for the same seed."""
 
-    def __init__(self, seed: int, sizes: Sizes, *, tools: bool, parallel: bool, system: bool) -> None:
-        """tools, parallel, system: whether the template knows of tools, of several calls in a turn, of a system role"""
+    def __init__(self, seed: int, sizes: Sizes, traits: Traits) -> None:
         self._random = random.Random(seed)
         self._sizes = sizes
-        self._tools = tools
-        self._parallel = parallel
-        self._system = system
+        self._traits = traits
 
     def opening(self) -> list[TemplateMessage]:
         """What the first turn answers."""
         about = self._words(self._sizes.system)
         question = self._words(self._sizes.answer)
-        if not self._system:
+        if not self._traits.system:
             return [_message("user", f"{about}\n\n{question}")]
         return [_message("system", about), _message("user", question)]
 
@@ -72,8 +98,8 @@ class Script:
         """What the model says in a turn, with JSON in other spaces than templates write."""
         said = Said()
         said.take(Thought(0, self._words(self._sizes.thought), None))
-        num_calls = CYCLE[turn % len(CYCLE)] if self._tools else 0
-        for i in range(num_calls if self._parallel else min(num_calls, 1)):
+        num_calls = CYCLE[turn % len(CYCLE)] if self._traits.tools else 0
+        for i in range(num_calls if self._traits.parallel else min(num_calls, 1)):
             name = str(TOOLS[i]["function"]["name"])  # type: ignore[index]
             arguments = f'{{"path":"{self._words(3)}", "lines":  {self._random.randrange(1000)}}}'
             said.take(ToolCall(0, name, arguments, None, f"call{turn:04}{i}"))
@@ -97,7 +123,7 @@ def sent_back(chat: ChatEncoder, talk: Talk, said: Said, *, thoughts: bool) -> T
     as_text = chat.takes_argument_text(talk.rendering)
     calls = [tool_call(c.id, c.name, c.arguments if as_text else arguments_object(c.arguments)) for c in said.calls]
     fields: dict[str, object] = {"tool_calls": calls} if calls else {}
-    if thoughts:
+    if thoughts and said.thoughts:
         fields[THOUGHTS] = "".join(said.thoughts)
     text = "".join(said.texts)
     return TemplateMessage("assistant", None if calls and not text else (TextPart(text),), fields)
@@ -135,24 +161,6 @@ def unchanged(chat: ChatEncoder, talk: Talk, count: int, max_tokens: int) -> int
     prompts = [chat.conversation(messages, talk.rendering, max_tokens).prompt for messages in (talk.messages, other)]
     ours, theirs = (prompt.tokens.tolist() for prompt in prompts)
     return _common(ours, theirs)
-
-
-def knows(chat: ChatEncoder, name: str) -> bool:
-    """Whether a template takes "tools", "parallel" calls, or a "system" message."""
-    asked = [_message("user", "u")]
-    calls = [tool_call(f"call0000{i}", "read_file", {"path": "p", "lines": i}) for i in range(2)]
-    shown = {
-        "system": [_message("system", "zz"), *asked],
-        "tools": [*asked, TemplateMessage("assistant", None, {"tool_calls": calls[:1]})],
-        "parallel": [*asked, TemplateMessage("assistant", None, {"tool_calls": calls})],
-    }[name]
-    try:
-        text = chat.render(shown, Rendering(tools=TOOLS, add_generation_prompt=False))
-    except RequestError:
-        return False
-    return ("zz" if name == "system" else "lines") in text.replace(json.dumps(TOOLS), "") and (
-        name == "system" or "read_file" in chat.render(asked, Rendering(tools=TOOLS))
-    )
 
 
 def _message(role: str, text: str) -> TemplateMessage:

@@ -13,13 +13,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydantic import BaseModel
 
 START_TIMEOUT_S = 60
 SERVE = "from hybrid_cache.api.cli.main import main; main()"
 MODEL = "embedded"
+SYSTEM = "You look into the boxes, one after the other, and say what you find in each of them. " * 40
+STEPS = 2  # of a loop with a tool
 # What clients would otherwise look for, or send, on the internet.
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -29,6 +32,18 @@ os.environ.update(
     LITELLM_LOCAL_MODEL_COST_MAP="True",
     LITELLM_TELEMETRY="False",
 )
+
+
+class Place(BaseModel, extra="forbid"):
+    row: Literal["upper", "lower"]
+    box: Literal[1, 2, 3]
+
+
+class Find(BaseModel, extra="forbid"):
+    """What was found, and where."""
+
+    place: Place
+    lamps: Literal[0, 1]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """LangChain's chat models, as their users use them, in either dialect."""
 
 import asyncio
-from typing import Any, Literal
+from typing import Any
 
 import anthropic
 import openai
@@ -13,24 +13,12 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
-from tests.conformance.conftest import MODEL
+from tests.conformance.conftest import MODEL, STEPS, Find, Place
+from tests.conformance.conftest import SYSTEM as ASKED
 
-SYSTEM = SystemMessage("You look into the boxes, one after the other, and say what you find in each of them. " * 40)
-STEPS = 2
+SYSTEM = SystemMessage(ASKED)
 # The client's own, about what it has parsed itself.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
-
-
-class Place(BaseModel, extra="forbid"):
-    row: Literal["upper", "lower"]
-    box: Literal[1, 2, 3]
-
-
-class Find(BaseModel, extra="forbid"):
-    """What was found, and where."""
-
-    place: Place
-    lamps: Literal[0, 1]
 
 
 @tool

@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
-from tests.conformance.conftest import MODEL
+from tests.conformance.conftest import MODEL, Find, Place
 
 WHY = "LiteLLM needs versions of its own: make conformance"
 litellm = pytest.importorskip("litellm", reason=WHY)
@@ -15,16 +14,6 @@ litellm = pytest.importorskip("litellm", reason=WHY)
 SYSTEM = {"role": "system", "content": "You look into the boxes, one after the other. " * 60}
 HELLO = [SYSTEM, {"role": "user", "content": "Hello!"}]
 STEPS = 2
-
-
-class Place(BaseModel, extra="forbid"):
-    row: Literal["upper", "lower"]
-    box: Literal[1, 2, 3]
-
-
-class Find(BaseModel, extra="forbid"):
-    place: Place
-    lamps: Literal[0, 1]
 
 
 LOOK = {"name": "look", "description": "Looks into a box.", "parameters": Place.model_json_schema()}

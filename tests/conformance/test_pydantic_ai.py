@@ -3,12 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any
 
 import anthropic
 import openai
 import pytest
-from pydantic import BaseModel
 from pydantic_ai import Agent, NativeOutput, RunContext, ToolOutput, UsageLimits
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.messages import ImageUrl, ModelResponse, ToolCallPart, ToolReturnPart
@@ -20,23 +19,9 @@ from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.tools import ToolDefinition
 
-from tests.conformance.conftest import MODEL
+from tests.conformance.conftest import MODEL, STEPS, SYSTEM, Find, Place
 
-SYSTEM = "You look into the boxes, one after the other, and say what you find in each of them. " * 40
-STEPS = 2
 Talk = Callable[[Callable[[Model], Awaitable[None]]], None]
-
-
-class Place(BaseModel, extra="forbid"):
-    row: Literal["upper", "lower"]
-    box: Literal[1, 2, 3]
-
-
-class Find(BaseModel, extra="forbid"):
-    """What was found, and where."""
-
-    place: Place
-    lamps: Literal[0, 1]
 
 
 @asynccontextmanager

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_cache.api.text.chat import ChatEncoder
 from hybrid_cache.api.text.generation import Text, Thought
-from hybrid_cache.api.text.messages import Rendering, SentBack, Talk, TemplateMessage, arguments_object, tool_call
+from hybrid_cache.api.text.messages import SentBack, Talk, TemplateMessage
 from hybrid_cache.api.text.next_turn import Said, beginnings
 from hybrid_cache.api.text.whole_calls import ToolCall
+from hybrid_cache.bench.agents.script import sent_back
 from tests.api.small_text import small_text
 from tests.api.text.test_family_templates import (
     NO_SYSTEM,
@@ -42,17 +42,6 @@ def answers(draw: st.DrawFn, name: str) -> Said:
     return said
 
 
-def sent_back(encoder: ChatEncoder, said: Said, *, thoughts: bool, objects: bool = False) -> TemplateMessage:
-    """The answer as a client sends it again."""
-    text = "".join(said.texts)
-    as_text = encoder.takes_argument_text(Rendering()) and not objects
-    calls = [tool_call(c.id, c.name, c.arguments if as_text else arguments_object(c.arguments)) for c in said.calls]
-    fields: dict[str, object] = {"tool_calls": calls} if calls else {}
-    if thoughts and said.thoughts:
-        fields["reasoning_content"] = "".join(said.thoughts)
-    return message("assistant", None if calls and not text else text, **fields)
-
-
 def following(said: Said, text: str) -> Sequence[TemplateMessage]:
     if not said.calls:
         return [message("user", text)]
@@ -69,8 +58,9 @@ def test_the_next_request_begins_as_was_expected(name: str, data: st.DataObject)
     messages.append(message("user", data.draw(words)))
     for _ in range(3):
         said = data.draw(answers(name))
-        expected = beginnings(encoder, Talk(messages, rendering), said, ROOM)
-        messages.append(sent_back(encoder, said, thoughts=keeps))
+        talk = Talk(tuple(messages), rendering)
+        expected = beginnings(encoder, talk, said, ROOM)
+        messages.append(sent_back(encoder, talk, said, thoughts=keeps))
         count = len(messages)
         messages += following(said, data.draw(words))
         made = encoder.conversation(messages, rendering, ROOM)
@@ -81,8 +71,8 @@ def test_the_next_request_begins_as_was_expected(name: str, data: st.DataObject)
         assert end is None or end in begun
 
 
-@pytest.mark.parametrize("sent_back", [SentBack(), SentBack(objects=True, blocks=True), SentBack(whole=True)], ids=str)
-def test_each_dialect_sends_an_answer_back_in_its_own_way(sent_back: SentBack) -> None:
+@pytest.mark.parametrize("back", [SentBack(), SentBack(objects=True, blocks=True), SentBack(whole=True)], ids=str)
+def test_each_dialect_sends_an_answer_back_in_its_own_way(back: SentBack) -> None:
     """Text, a call, text and a call that broke off, after two thoughts."""
     said, encoder = Said(), encoder_for("qwen3_next")
     for event in (
@@ -98,18 +88,18 @@ def test_each_dialect_sends_an_answer_back_in_its_own_way(sent_back: SentBack) -
     ):
         said.take(event)
     messages = [message("user", "u")]
-    expected = beginnings(encoder, Talk(messages, rendering_for("qwen3_next", opening=True), sent_back), said, ROOM)
+    expected = beginnings(encoder, Talk(messages, rendering_for("qwen3_next", opening=True), back), said, ROOM)
     texts = [encoder_text(prompt.tokens) for prompt in expected]
     assert len(texts) == 2, "with thoughts, and without them"
     joined, apart = ("Let mesee", "one!two"), ("Let me\nsee", "one!\ntwo")
-    text, thought = apart if sent_back.blocks else joined
+    text, thought = apart if back.blocks else joined
     assert f"<think>\n{thought}\n</think>\n\n{text}" in texts[0]
     assert text in texts[1]
     assert "<think>" not in texts[1]
     for shown in texts:
-        assert shown.count("<tool_call>") == (1 if sent_back.whole else 2)
-        assert ('{"at": "a"}' if sent_back.objects else '{"at":  "a"}') in shown
-        assert ('"arguments": {}' in shown) == sent_back.objects, "what of a broken call is an object"
+        assert shown.count("<tool_call>") == (1 if back.whole else 2)
+        assert ('{"at": "a"}' if back.objects else '{"at":  "a"}') in shown
+        assert ('"arguments": {}' in shown) == back.objects, "what of a broken call is an object"
 
 
 def encoder_text(tokens: Sequence[int]) -> str:
