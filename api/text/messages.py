@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from pydantic_core import from_json
+
 from hybrid_cache.api.text.marks import PART, Quoting
 
 PART_SEPARATOR = "\n"
@@ -78,6 +80,15 @@ def arguments_object(arguments: str) -> object:
         return json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         return arguments
+
+
+def begun_object(arguments: str) -> dict[str, object]:
+    """The object that JSON is, or that it begins where a call broke off, as clients of streams read it. May be empty."""
+    try:
+        value = from_json(arguments, allow_partial=True)
+    except (ValueError, TypeError):  # nothing yet, or half of an escape
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from pydantic_core import from_json
 
 from hybrid_cache.api.text.chat import PROBES, ChatEncoder
 from hybrid_cache.api.text.generation import Part, Text, Thought
 from hybrid_cache.api.text.marks import Quoting
-from hybrid_cache.api.text.messages import Talk, TemplateMessage, TextPart, arguments_object, tool_call
+from hybrid_cache.api.text.messages import Talk, TemplateMessage, TextPart, arguments_object, begun_object, tool_call
 from hybrid_cache.api.text.whole_calls import ToolCall, WholeCalls
 from hybrid_cache.tokens import Prompt
 
@@ -107,7 +106,7 @@ def _arguments(arguments: str, as_text: bool, objects: bool) -> object:
     """As a later request gives them to the template."""
     if not objects:
         return arguments if as_text else arguments_object(arguments)
-    value = from_json(arguments, allow_partial=True)
+    value = begun_object(arguments)
     return json.dumps(value, ensure_ascii=False) if as_text else value
 
 

@@ -5,8 +5,6 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic_core import from_json
-
 from hybrid_cache.api.server.anthropic.diagnostics import Changes, Earlier
 from hybrid_cache.api.server.cache_report import shown_report
 from hybrid_cache.api.server.errors import Problem
@@ -34,6 +32,7 @@ from hybrid_cache.api.text.generation import (
     Thought,
     Usage,
 )
+from hybrid_cache.api.text.messages import begun_object
 from hybrid_cache.request import FinishReason
 from hybrid_cache.tokens import Boundary
 
@@ -61,7 +60,7 @@ class _Blocks:
         if self.opened is None:
             return False
         text = "".join(self.texts)
-        content = {"input": _object(text)} if self.kind == "tool_use" else {str(self.kind): text}
+        content = {"input": begun_object(text)} if self.kind == "tool_use" else {str(self.kind): text}
         self.done.append({**self.opened, **content})
         self.opened, self.texts = None, []
         return True
@@ -206,9 +205,3 @@ class MessageReply:
             ),
             output_tokens=used.completion,
         )
-
-
-def _object(arguments: str) -> dict[str, object]:
-    """Arguments as the object that this API wants; where a call broke off, what clients make of it in a stream."""
-    value: dict[str, object] = from_json(arguments, allow_partial=True)
-    return value

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_cache.api.text.generation import Text, Thought
-from hybrid_cache.api.text.messages import SentBack, Talk, TemplateMessage
+from hybrid_cache.api.text.messages import SentBack, Talk, TemplateMessage, begun_object
 from hybrid_cache.api.text.next_turn import Said, beginnings
 from hybrid_cache.api.text.whole_calls import ToolCall
 from hybrid_cache.bench.agents.script import sent_back
@@ -104,3 +104,25 @@ def test_each_dialect_sends_an_answer_back_in_its_own_way(back: SentBack) -> Non
 
 def encoder_text(tokens: Sequence[int]) -> str:
     return small_text().tokenizer.decode(list(map(int, tokens)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begun"),
+    [
+        ("", {}),
+        ("{", {}),
+        ('{"a": 1, "b": [2', {"a": 1, "b": [2]}),
+        ('{"a": 1, "b": "\\ud8', {"a": 1}),
+        ('{"a": "\\ud800"}', {}),
+        ("7", {}),
+        ("what?", {}),
+    ],
+)
+def test_arguments_that_broke_off_are_an_object(arguments: str, begun: dict[str, object]) -> None:
+    """Whatever a model has written: nothing of it may end the reply, or the work on the next turn."""
+    assert begun_object(arguments) == begun
+    said = Said()
+    said.take(ToolCall(0, "look", arguments, None, "c", complete=False))
+    rendering = rendering_for("qwen3_next", opening=True)
+    talk = Talk([message("user", "u")], rendering, SentBack(objects=True, blocks=True))
+    assert beginnings(encoder_for("qwen3_next"), talk, said, ROOM)
