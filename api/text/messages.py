@@ -83,7 +83,7 @@ def arguments_object(arguments: str) -> object:
 
 
 def begun_object(arguments: str) -> dict[str, object]:
-    """The object that JSON is, or that it begins where a call broke off, as clients of streams read it. May be empty."""
+    """The object that JSON is, or that it begins where a call broke off, as clients of streams read it. Maybe empty."""
     try:
         value = from_json(arguments, allow_partial=True)
     except (ValueError, TypeError):  # nothing yet, or half of an escape
