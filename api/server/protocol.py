@@ -163,7 +163,10 @@ class Protocol(H11Protocol):
         self._watch_reader()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, unless an answer is out already, and closes."""
+        """Answers what is no HTTP, unless an answer is out already, and closes: a request in progress has no client."""
+        if self._busy:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return self.transport.abort()
         problem = invalid_http(HEADER_BYTES)

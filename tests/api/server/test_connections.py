@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from urllib.parse import urlsplit
 
 import httpx
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hybrid_cache.api.server import connections
 from hybrid_cache.api.server.connections import Connections, Listener, connection_limit
-from hybrid_cache.api.server.protocol import HEADER_BYTES, TRAILING_BYTES, Patience
+from hybrid_cache.api.server.protocol import HEADER_BYTES, TRAILING_BYTES, Patience, Protocol
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.errors import ConfigError
@@ -254,13 +254,48 @@ def test_a_request_whose_end_is_in_doubt_is_400_and_the_last(quick: str, name: s
     assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
+@contextmanager
+def heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """uvicorn's records, which its servers keep from the root when they start, are in `caplog`, too."""
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
+
+
 def test_nonsense_after_an_answer_leaves_no_traceback(sum_text: TextModel, caplog: pytest.LogCaptureFixture) -> None:
-    with over_the_wire(new_app(new_engine(), sum_text, api_keys=("k",))) as url, dial(url) as client:
+    with over_the_wire(new_app(new_engine(), sum_text, api_keys=("k",))) as url, heard(caplog), dial(url) as client:
         client.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
         assert answer(client).startswith(b"HTTP/1.1 401")
         client.sendall(b"this is no chunk\r\n")
         assert until_closed(client) == b""
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert any("Invalid HTTP request" in record.message for record in caplog.records), "the log is seen"
+
+
+def test_nonsense_while_an_answer_is_made_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The application answers when another answer is out, and before it hears that its client is gone."""
+    refuse, refused = Protocol.send_400_response, threading.Event()
+
+    def noted(protocol: Protocol, msg: str) -> None:
+        refuse(protocol, msg)
+        refused.set()
+
+    async def answers_late(request: Request) -> Response:
+        while not refused.is_set():
+            await asyncio.sleep(0)
+        return Response("too late")
+
+    monkeypatch.setattr(Protocol, "send_400_response", noted)
+    app = Starlette(routes=[Route("/", answers_late, methods=["POST"])])
+    with over_the_wire(app) as url, heard(caplog), dial(url) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
+        time.sleep(0.1)
+        client.sendall(b"this is no chunk\r\n")
+        assert until_closed(client).count(b"HTTP/1.1 400") == 1
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 LONG_HEADERS = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: "
