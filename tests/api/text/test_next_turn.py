@@ -11,7 +11,7 @@ from hybrid_cache.api.text.generation import Text, Thought
 from hybrid_cache.api.text.messages import SentBack, Talk, TemplateMessage, begun_object
 from hybrid_cache.api.text.next_turn import Said, beginnings
 from hybrid_cache.api.text.whole_calls import ToolCall
-from hybrid_cache.bench.agents.script import sent_back
+from hybrid_cache.bench.turns.script import sent_back
 from tests.api.small_text import small_text
 from tests.api.text.test_family_templates import (
     NO_SYSTEM,

@@ -1,4 +1,4 @@
-"""`hybrid-cache bench agents` on short conversations: what is committed as it will be sent is there."""
+"""`hybrid-cache bench turns` on short conversations: what is committed as it will be sent is there."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hybrid_cache.bench.agents.command import agents
+from hybrid_cache.bench.turns.command import turns
 
 TEMPLATES = Path(__file__).parents[2] / "api" / "text" / "templates"
 SHORT = ["--turns", "4", "--answer", "5", "--thought", "30", "--system", "60", "--result", "40", "--threads", "1"]
@@ -15,7 +15,7 @@ SHORT = ["--turns", "4", "--answer", "5", "--thought", "30", "--system", "60", "
 
 def test_thoughts_that_leave_the_history_are_no_miss(tmp_path: Path) -> None:
     app, file = typer.Typer(), tmp_path / "turns.json"
-    app.command()(agents)
+    app.command()(turns)
     template = str(TEMPLATES / "qwen3_next.jinja")
     shown = CliRunner().invoke(app, [*SHORT, "--chat-template", template, "--json", str(file)])
     assert shown.exit_code == 0, shown.output
@@ -39,7 +39,7 @@ def test_thoughts_that_leave_the_history_are_no_miss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["no/such folder"], ["--chat-template", "no such file"]])
 def test_what_is_not_there_is_named(arguments: list[str]) -> None:
     app = typer.Typer()
-    app.command()(agents)
+    app.command()(turns)
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 2
     assert "no" in shown.output

@@ -1,4 +1,4 @@
-"""`hybrid-cache bench agents`: how much of an agent's next turn comes from the cache, by chat template.
+"""`hybrid-cache bench turns`: how much of an agent's next turn comes from the cache, by chat template.
 
 A conversation of ten turns: the model thinks, calls tools, one or two at once, and answers. What it says is laid down
 beforehand, token by token, as its template would have it, but JSON has other spaces. Each next prompt holds all of that
@@ -32,8 +32,8 @@ from hybrid_cache.api.text.next_turn import Said
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import TextModel
-from hybrid_cache.bench.agents.script import TOOLS, Script, Sizes, Traits, sent_back, unchanged, written
 from hybrid_cache.bench.common.terminal import progress_bar
+from hybrid_cache.bench.turns.script import TOOLS, Script, Sizes, Traits, sent_back, unchanged, written
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.async_engine import AsyncEngine
@@ -98,7 +98,7 @@ class Spoken:
         return self.place == len(self.tokens)
 
 
-def agents(
+def turns(
     model: Annotated[
         str, typer.Argument(help="A model folder, or a name on the Hugging Face hub; the embedded model by default.")
     ] = "",
