@@ -111,8 +111,7 @@ class SessionNumbering:
 
 def session_requests(owner: Record, start_s: float = 0.0) -> Iterator[SessionRequest]:
     """The requests of a session, or of a subagent that starts `start_s` after it."""
-    if owner.has("block_size") and owner.integer("block_size") != TILE:
-        raise owner.error("block_size", str(TILE))
+    check_block_size(owner)
     num_system_tokens, last = owner.integer("tool_tokens") + owner.integer("system_tokens"), None
     for entry in owner.records("requests"):
         in_order(last, entry, "t")
@@ -121,6 +120,11 @@ def session_requests(owner: Record, start_s: float = 0.0) -> Iterator[SessionReq
             yield from session_requests(entry, start_s + entry.time("t"))
         else:
             yield SessionRequest(entry, start_s + entry.time("t"), num_system_tokens)
+
+
+def check_block_size(session: Record) -> None:
+    if session.has("block_size") and session.integer("block_size") != TILE:
+        raise session.error("block_size", str(TILE))
 
 
 def session_blocks(record: Record) -> IntArray:
