@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from hybrid_cache.cache.policies.registry import canonical_name
 from hybrid_cache.errors import ConfigError
+from hybrid_cache.scheduling.registry import order_name
 
 VERIFY_VARIABLE = "HYBRID_CACHE_VERIFY"
 
@@ -22,6 +23,7 @@ class EngineConfig:
     max_running: int = 32
     max_waiting: int = 256
     policy: str = "learned"
+    order: str = "learned"  # whose turn it is, and what is kept for tasks that wait for a tool; see `scheduling`
     prefix_cache: bool = True  # off: nothing is reused between requests
     max_tiles: int = 16  # prefill tiles in a step with nobody decoding
     max_tiles_beside_decode: int = 4  # bounds the pause that a long prompt causes between the tokens of other requests
@@ -37,3 +39,4 @@ class EngineConfig:
         if self.max_step_ms is not None and not self.max_step_ms > 0:
             raise ConfigError(f"max_step_ms is {self.max_step_ms}, must be more than 0")
         canonical_name(self.policy)  # raises ConfigError if there is none
+        order_name(self.order)  # likewise

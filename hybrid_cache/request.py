@@ -23,10 +23,12 @@ class CacheMode(Enum):
 class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALL = "tool_call"  # the turn has ended in a call, whose result the next request of its task will bring
 
 
-# Called on the engine's thread with each new token of one choice; True ends the choice with `FinishReason.STOP`.
-Stopper = Callable[[int], bool]
+# Called on the engine's thread with each new token of one choice; True ends the choice with `FinishReason.STOP`, a
+# reason with that.
+Stopper = Callable[[int], bool | FinishReason]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class Request:
     arrangement: Arrangement | None = None  # messages reused in this order; approximate, and labelled
     tenant: str = ""  # whose share of the engine it takes
     commits: bool = True  # its answer is computed again as a prompt; else `Engine.commit` is told what comes next
-    session: str = ""  # which of the tenant's conversations it belongs to, as the client says; decides nothing
+    session: str = ""  # which of the tenant's conversations it belongs to, as the client says
+    kind: str = ""  # tasks of one kind are alike in calls and lengths, such as those that are offered the same tools
     owner: str | None = ""  # what salts of namespaces begin with that it may be told of beside its own; empty: none;
     # None: others use its own, too, and it is not told what is in there
 

@@ -27,8 +27,9 @@ MAY_IMPORT = {
 ROOMS = {
     "cache": {"cache"},
     "choreography": {"cache", "choreography"},
+    "scheduling": {"cache", "scheduling"},
     "device": {"cache", "choreography", "device", "work"},
-    "engine": {"cache", "choreography", "device", "engine", "work"},
+    "engine": {"cache", "choreography", "device", "engine", "scheduling", "work"},
 }
 OTHERS = {*ROOMS, "work", "workflow"}
 # And for those of `api`, beside which stands one file for programs that import it.

@@ -277,7 +277,7 @@ def _stopper(detokenizer: Callable[[], Detokenizer], spec: GenerationSpec) -> Ca
 
         def stops(token: int) -> bool:
             called = any(isinstance(item, CallDone) and item.complete for item in parser.push(text.push(token)))
-            return called or (at_string is not None and at_string(token))
+            return called or (at_string is not None and bool(at_string(token)))
 
         return stops
 

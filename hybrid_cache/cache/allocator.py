@@ -178,6 +178,10 @@ class Allocator:
         return self._slots.num_units * self._unit_bytes - self.free_bytes
 
     @property
+    def fixed_bytes(self) -> int:
+        return self._slots.fixed_units * self._unit_bytes
+
+    @property
     def large(self) -> Kind | None:
         """The kind that may need `compact`."""
         return self._large
@@ -262,10 +266,13 @@ class Ledger:
     def free_bytes(self) -> int:
         return self._budget_bytes - self.used_bytes
 
+    @property
+    def fixed_bytes(self) -> int:
+        return sum(len(self._fixed[kind]) * self._item_bytes[kind] for kind in Kind)
+
     def fits(self, num_pages: int, num_slots: int) -> bool:
-        fixed = sum(len(self._fixed[kind]) * self._item_bytes[kind] for kind in Kind)
         wanted = num_pages * self._item_bytes[Kind.PAGE] + num_slots * self._item_bytes[Kind.SLOT]
-        return fixed + wanted <= self._budget_bytes
+        return self.fixed_bytes + wanted <= self._budget_bytes
 
     def take(self, kind: Kind) -> int | None:
         if self._item_bytes[kind] > self.free_bytes:

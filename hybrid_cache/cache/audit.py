@@ -87,6 +87,7 @@ def check_books(pool: Pool, messages: MessageStore, leases: Iterable[Lease], scr
     for kind, item in published:
         taken[kind].append(item)
     assert all(len(set(items)) == len(items) for items in taken.values())
+    pool.claims.check()
     pool.queues.check({node for node in in_tree if node.dead}, kept - held)
     pool.allocator.check({kind: set(items) for kind, items in taken.items()}, fixed)
     return published

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 from hybrid_cache.cache.audit import check_books, stats_of
 from hybrid_cache.cache.candidates import Candidates
+from hybrid_cache.cache.claims import Claims, Spare
 from hybrid_cache.cache.commands import Emit, Item, KeepHidden, VerifySome, nowhere
 from hybrid_cache.cache.fates import End
 from hybrid_cache.cache.geometry import Geometry, Kind
@@ -90,12 +91,43 @@ class Books:
         """The longest usable part of a prompt. Changes nothing."""
         return find(self.tree, as_keys(namespace, prompt), stateless=self._stateless)
 
-    def acquire(self, match: Match, prompt: TokenArray | Keys, *, publish: bool = True) -> Lease | None:
+    @property
+    def context_bytes(self) -> tuple[float, int]:
+        """What a context takes: bytes of a token, and of its state."""
+        return self.pool.item_bytes[Kind.PAGE] / self._page_tokens, 0 if self._stateless else self.pool.item_bytes[
+            Kind.SLOT
+        ]
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What running sequences hold."""
+        return self.pool.allocator.fixed_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self.pool.allocator.free_bytes
+
+    @property
+    def claims(self) -> Claims:
+        """Who counts on what nobody holds."""
+        return self.pool.claims
+
+    def acquire(
+        self,
+        match: Match,
+        prompt: TokenArray | Keys,
+        *,
+        publish: bool = True,
+        keeps_end: bool = False,
+        spare: Spare | None = None,
+    ) -> Lease | None:
         """Pins what was matched and takes a working state and pages for all of a prompt; all or nothing.
 
         The working state holds the matched state, if there is one. If part of the match was evicted since, the prompt
         is matched again, to the same extent. With `publish=False` nothing of the lease enters the tree, and all pages
         beyond the state that it starts from are its own: it may write there what the tree must never hold.
+        keeps_end: with a slot for the state at its last grid position, whatever the policy says of that
+        spare: whether a claim protects what it lies on; None: none does
         """
         keys = as_keys(match.namespace, prompt)
         match = self._renew(match)
@@ -105,11 +137,12 @@ class Books:
         num_held = sum(not node.pins for node in match.path)
         self._pin(root, match.path)
         num_pages = -(-keys.num_tokens // self._page_tokens) - len(match.path)
-        taken = self._take_for(match, num_pages, num_held)
+        end = self._open_end(match, keys) if keeps_end and publish else None
+        taken = self._take_for(match, num_pages, num_held, spare, 2 if end else 1)
         if taken is not None:
-            return self._open(match, keys, publish, *taken)
+            return self._open(match, keys, publish, *taken, end)
         source = match.end or match.checkpoint
-        in_the_way = source is not None and self.pool.fits(num_pages, 1, num_held)
+        in_the_way = source is not None and spare is None and self.pool.fits(num_pages, 1, num_held)
         self._unpin(root, match.path)
         if source is None or not in_the_way:
             return None
@@ -279,18 +312,28 @@ class Books:
         whole = (not match.path or match.path[-1].attached) and (source is None or source.attached)
         return match if whole else self.match(match.namespace, match.keys)
 
-    def _take_for(self, match: Match, num_pages: int, num_held: int) -> tuple[list[int], list[int]] | None:
-        """A slot that holds the matched state, and pages; the last one with the rows of a matched prompt end.
+    def _open_end(self, match: Match, keys: Keys) -> int | None:
+        """The last grid position of a prompt, if no state is there and none is about to be."""
+        position = keys.num_tokens // self._page_tokens * self._page_tokens
+        if self._stateless or position <= match.length:
+            return None
+        node = match.path[-1] if match.path and match.shared == position else None
+        return None if node and (node.checkpoint or node.awaited) else position
+
+    def _take_for(
+        self, match: Match, num_pages: int, num_held: int, spare: Spare | None, num_slots: int
+    ) -> tuple[list[int], list[int]] | None:
+        """A slot that holds the matched state, others, and pages; the last one with the rows of a matched prompt end.
 
         Without room for a copy of the state, the state itself is taken out of the tree.
         """
         source = match.end or match.checkpoint
         if source is None:
-            return self.pool.take(num_slots=1, num_pages=num_pages, num_held=num_held)
+            return self.pool.take(num_slots=num_slots, num_pages=num_pages, num_held=num_held, spare=spare)
         tail = match.end.page if match.end else None
         self.pool.verify(self.pool.items(source))
         self.pool.guard(source)
-        taken = self.pool.take(num_slots=1, num_pages=num_pages, num_held=num_held)
+        taken = self.pool.take(num_slots=num_slots, num_pages=num_pages, num_held=num_held, spare=spare)
         if taken is not None:
             self.pool.copy(Kind.SLOT, source.slot, taken[0][0])
             if tail is not None:
@@ -298,12 +341,13 @@ class Books:
             self.pool.stamp(source, match.path)
             self.pool.unguard(source)
             return taken
-        rest = self.pool.take(num_slots=0, num_pages=num_pages - (tail is not None), num_held=num_held)
+        num_others = num_pages - (tail is not None)
+        rest = self.pool.take(num_slots=num_slots - 1, num_pages=num_others, num_held=num_held, spare=spare)
         if rest is None:
             self.pool.unguard(source)
             return None
         self.pool.detach(source)
-        return [source.slot], rest[1] + ([tail] if tail is not None else [])
+        return [source.slot, *rest[0]], rest[1] + ([tail] if tail is not None else [])
 
     def _publish_page(self, lease: Lease, index: int) -> None:
         """Gives the tree the lease's page of tokens [index * TILE, ...), or takes the page that the tree has."""
@@ -322,8 +366,10 @@ class Books:
         node.pins += 1
         lease.nodes.append(node)
 
-    def _open(self, match: Match, keys: Keys, publish: bool, slots: list[int], pages: list[int]) -> Lease:
-        """A lease on a match that has been pinned."""
+    def _open(
+        self, match: Match, keys: Keys, publish: bool, slots: list[int], pages: list[int], end: int | None
+    ) -> Lease:
+        """A lease on a match that has been pinned. end: where the second slot is to be filled"""
         self.pool.verify((Kind.PAGE, node.page) for node in match.path)
         for node in match.path:
             self.pool.allocator.fix(Kind.PAGE, node.page)
@@ -339,6 +385,11 @@ class Books:
             match.length,
             match.end,
         )
+        if end is not None:
+            there = match.path[-1] if match.path and match.shared == end else None
+            lease.reserved.append(Reservation(end, slots[1], CheckpointKind.MESSAGE_END, 0.0, there))
+            if there is not None:
+                there.awaited = True
         self.leases.add(lease)
         self._count_match(match, keys.num_tokens)
         return lease

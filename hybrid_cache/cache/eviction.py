@@ -1,9 +1,10 @@
 """What is evicted next when room is needed, without walking the tree.
 
-Three queues, emptied in this order:
+Four queues, emptied in this order:
 
     dead         pages that no kept state needs, least recently used first
     scored       states, in the policy's order
+    spared       pages and states that were passed over for the sake of a claim on them
     guaranteed   states within the minimum life that a client asked for, those that run out first go first
 """
 
@@ -15,6 +16,8 @@ from typing import Generic, Protocol, TypeVar
 from hybrid_cache.cache.tree import Kept, Node
 
 T = TypeVar("T", bound=Hashable)
+
+FIRST_SPARED_S, MOST_SPARED_S = 0.25, 8.0  # until it is asked again whether a page or a state is still spared
 
 
 class LazyHeap(Generic[T]):
@@ -55,6 +58,12 @@ class LazyHeap(Generic[T]):
             heapq.heapreplace(self._entries, (fresh, ticket, item))
         return None
 
+    def first(self) -> tuple[float, T] | None:
+        """The item that was filed under the lowest score, and that score."""
+        while self._entries and self._valid.get(self._entries[0][2]) != self._entries[0][1]:
+            heapq.heappop(self._entries)
+        return (self._entries[0][0], self._entries[0][2]) if self._entries else None
+
     def items(self) -> dict[T, float]:
         """What is queued, and the score it was filed under."""
         return {item: score for score, ticket, item in self._entries if self._valid.get(item) == ticket}
@@ -77,19 +86,24 @@ class EvictionQueues:
         self._clock = clock
         self._dead: LazyHeap[Node] = LazyHeap()
         self._guaranteed: LazyHeap[Kept] = LazyHeap()
+        self._spared: LazyHeap[Kept | Node] = LazyHeap()  # by when to ask again
+        self._patience: dict[Kept | Node, float] = {}  # of these: for how long each was passed over the last time
         self._waiting: set[Kept] = set()  # states that were filed and not withdrawn
 
     def add_dead(self, node: Node) -> None:
-        if node not in self._dead:
+        if node not in self._dead and node not in self._spared:
             self._dead.push(node, node.last_used)
 
     def withdraw_dead(self, node: Node) -> None:
         """Nothing happens to a node that is not queued."""
         self._dead.discard(node)
+        self._forget_spared(node)
 
     def add(self, kept: Kept) -> None:
         """Files a state that was just made or used, or whose worth may have fallen."""
         self._waiting.add(kept)
+        if kept in self._spared:
+            return
         if kept.keep_until > self._clock():
             self._guaranteed.push(kept, kept.keep_until)
             self._scored.remove(kept)
@@ -106,6 +120,35 @@ class EvictionQueues:
             self._waiting.remove(kept)
             self._guaranteed.discard(kept)
             self._scored.remove(kept)
+            self._forget_spared(kept)
+
+    def spare(self, item: Kept | Node) -> None:
+        """Takes the next dead page or scored state out of the way, for a time that doubles with each call in a row."""
+        seconds = self._patience[item] = min(2 * self._patience.get(item, FIRST_SPARED_S / 2), MOST_SPARED_S)
+        self._spared.push(item, self._clock() + seconds)
+        if isinstance(item, Node):
+            self._dead.discard(item)
+        else:
+            self._scored.remove(item)
+
+    def spared(self, *, due: bool) -> Kept | Node | None:
+        """One that was passed over; due: and is to be asked about again."""
+        entry = self._spared.first()
+        return None if entry is None or (due and entry[0] > self._clock()) else entry[1]
+
+    def expose(self, item: Kept | Node) -> None:
+        """One that was passed over is no longer. Nothing happens to others."""
+        if item not in self._spared:
+            return
+        self._forget_spared(item)
+        if isinstance(item, Node):
+            self.add_dead(item)
+        else:
+            self.add(item)
+
+    def _forget_spared(self, item: Kept | Node) -> None:
+        self._spared.discard(item)
+        self._patience.pop(item, None)
 
     def next_dead(self) -> Node | None:
         entry = self._dead.peek(lambda node: node.last_used)
@@ -123,7 +166,11 @@ class EvictionQueues:
 
     def check(self, dead: set[Node], kept: set[Kept]) -> None:
         """Proves that exactly these are queued."""
-        scored, guaranteed = set(self._scored.items()), self._guaranteed.items()
-        assert self._dead.items().keys() == dead
+        scored, guaranteed, spared = set(self._scored.items()), self._guaranteed.items(), self._spared.items().keys()
+        assert self._patience.keys() == spared
+        nodes = {item for item in spared if isinstance(item, Node)}
+        assert self._dead.items().keys().isdisjoint(nodes)
+        assert self._dead.items().keys() | nodes == dead
         assert scored.isdisjoint(guaranteed)
-        assert scored | guaranteed.keys() == kept == self._waiting
+        assert (scored | guaranteed.keys()).isdisjoint(spared)
+        assert scored | guaranteed.keys() | (spared - nodes) == kept == self._waiting

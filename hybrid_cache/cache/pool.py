@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from hybrid_cache.cache.allocator import Allocator, Ledger
+from hybrid_cache.cache.claims import Claims, Spare
 from hybrid_cache.cache.commands import Copy, Emit, Item, Move, Seal, Unseal, Verify
 from hybrid_cache.cache.eviction import EvictionQueues
 from hybrid_cache.cache.fates import End, Fates
@@ -18,6 +19,8 @@ from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PrefixTree, PromptEn
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
+
+MOST_ASKED = 16  # spared states that are asked about again each time that room is needed
 
 
 class Pool:
@@ -63,6 +66,7 @@ class Pool:
         self.declines: Counter[str] = Counter()
         self.evictions: Counter[str] = Counter()
         self.num_compactions = 0
+        self.claims = Claims(stateless=stateless)
         self.fates = Fates(clock)
 
     @property
@@ -92,10 +96,17 @@ class Pool:
         return self.allocator.fits(num_pages + num_held, num_slots)
 
     def take(
-        self, *, num_slots: int = 0, num_pages: int = 0, num_held: int = 0, ceiling: float | None = None
+        self,
+        *,
+        num_slots: int = 0,
+        num_pages: int = 0,
+        num_held: int = 0,
+        ceiling: float | None = None,
+        spare: Spare | None = None,
     ) -> tuple[list[int], list[int]] | None:
         """num_slots slots and num_pages pages, now fixed, or None. Evicts what scores up to `ceiling`; None: anything.
 
+        spare: whether a claim protects what it lies on; None: none does
         Nothing is evicted when even an empty tree would not leave enough room.
         """
         if not self.fits(num_pages, num_slots, num_held):
@@ -104,9 +115,9 @@ class Pool:
         wanted.sort(key=lambda kind: kind is not self.allocator.large)
         taken: dict[Kind, list[int]] = {Kind.SLOT: [], Kind.PAGE: []}
         for kind in wanted:
-            item = self._take(kind, ceiling)
+            item = self._take(kind, ceiling, spare)
             if item is None:
-                assert ceiling is not None
+                assert ceiling is not None or spare is not None
                 self._give_all(taken)
                 return None
             self.allocator.fix(kind, item)
@@ -122,9 +133,9 @@ class Pool:
             for item in items:
                 self.give(kind, item)
 
-    def _take(self, kind: Kind, ceiling: float | None) -> int | None:
+    def _take(self, kind: Kind, ceiling: float | None, spare: Spare | None) -> int | None:
         while (item := self.allocator.take(kind)) is None:
-            if not ((kind is self.allocator.large and self._compact()) or self._evict_next(ceiling)):
+            if not ((kind is self.allocator.large and self._compact()) or self._evict_next(ceiling, spare)):
                 return None
         return item
 
@@ -219,21 +230,50 @@ class Pool:
 
     # Eviction
 
-    def _evict_next(self, ceiling: float | None) -> bool:
+    def _evict_next(self, ceiling: float | None, spare: Spare | None = None) -> bool:
         """Evicts what is worth least -> whether there was anything, and it scored no more than `ceiling`."""
-        if (node := self.queues.next_dead()) is not None:
-            self.evict_page(node)
-            return True
-        if (lowest := self.queues.next_scored()) is not None:
+        while (node := self.queues.next_dead()) is not None:
+            if not self._spares(node, spare):
+                self.evict_page(node)
+                return True
+            self.queues.spare(node)
+        while (lowest := self.queues.next_scored()) is not None:
             score, kept = lowest
             if ceiling is not None and score > ceiling:  # of two that are worth the same, the newer stays
                 return False
-            self.evict(kept, score)
-            return True
+            if not self._spares(kept, spare):
+                self.evict(kept, score)
+                return True
+            self.queues.spare(kept)
+        if self._expose_spared(ceiling, spare):
+            return self._evict_next(ceiling, spare)
         guaranteed = self.queues.next_guaranteed() if ceiling is None else None
-        if guaranteed is not None:
-            self.evict(guaranteed)
-        return guaranteed is not None
+        if guaranteed is None or self._spares(guaranteed, spare):
+            return False
+        self.evict(guaranteed)
+        return True
+
+    def _spares(self, item: Kept | Node, spare: Spare | None) -> bool:
+        return spare is not None and any(spare(claim) for claim in self.claims.on(item))
+
+    def _expose_spared(self, ceiling: float | None, spare: Spare | None) -> bool:
+        """Puts something that was passed over back -> whether there was anything that may go now."""
+        if ceiling is not None:
+            return False
+        if spare is None:
+            item = self.queues.spared(due=False)
+            if item is not None:
+                self.queues.expose(item)
+            return item is not None
+        for _ in range(MOST_ASKED):
+            item = self.queues.spared(due=True)
+            if item is None:
+                return False
+            if not self._spares(item, spare):
+                self.queues.expose(item)
+                return True
+            self.queues.spare(item)
+        return False
 
     def evict_page(self, node: Node, end: End = End.EVICTED) -> None:
         """Takes out a node that no state needs. end: what is said of it later"""
@@ -246,6 +286,7 @@ class Pool:
         if end is End.EVICTED:
             self.evictions["page"] += 1
         self.fates.lost_page(node.name, end)
+        self.claims.lost(node)
         self._report_rise(node.parent, 1)
         self.settle(node.parent)
 
@@ -269,6 +310,7 @@ class Pool:
         self.policy.lost(kept.name, score, above)
         if isinstance(kept, StoredMessage):
             return
+        self.claims.lost(kept)
         self.fates.lost(kept.name, kept.kind, score, end)
         if self.policy.wants_rises:
             self.rescore_below(kept.node)

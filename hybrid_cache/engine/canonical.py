@@ -10,6 +10,7 @@ from collections.abc import Callable
 from hybrid_cache.cache.books import Books
 from hybrid_cache.engine.prefills import Chunk, Prefills
 from hybrid_cache.engine.sequence import Prefill, Sequence, grid_floor
+from hybrid_cache.scheduling.pauses import Pauses
 from hybrid_cache.tokens import Boundary, TokenArray
 
 MAX_WAITING = 64  # finished turns that wait; the oldest is dropped
@@ -19,8 +20,9 @@ DECODE_STEPS_A_TILE = 320  # steps that only decode, for each tile of a canonica
 class CanonicalPasses:
     """Finished turns that wait for their pass, one after the other; only the first may hold room."""
 
-    def __init__(self, cache: Books, prefills: Prefills) -> None:
+    def __init__(self, cache: Books, prefills: Prefills, pauses: Pauses) -> None:
         self._cache = cache
+        self._pauses = pauses
         self._prefills = prefills
         self._queue: deque[Prefill] = deque()
         self._decode_steps = 0  # since the last tile among them
@@ -92,5 +94,8 @@ class CanonicalPasses:
         # A match leaves at least one token to compute; as a beginning, all of ours may be there.
         known = self._cache.match(turn.namespace, turn.keys.beginning(len(turn.tokens)))
         if known.length >= len(turn.tokens):
+            self._pauses.computed(turn.session, turn.keys, known.path[-1])
             return False
-        return self._prefills.acquire(turn, known)  # not from the end of a prompt that may be as long
+        return self._prefills.acquire(
+            turn, known, spare=self._pauses.keeps
+        )  # not from the end of a prompt that may be as long

@@ -53,12 +53,13 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """worker: makes the worker, see `device.worker.Worker`
-        clock: seconds, by which the cache measures how long things have not been used
+        clock: seconds, by which everything here is timed
         """
         self.model = model
         self.watch: Callable[[Step], None] = lambda step: None
         self.between_layers: Callable[[], None] = go_on
         self._config = config
+        self._clock = clock
         self._cost = model.prefill_cost
         self._commands: list[Command] = []  # decided, and carried out before the next pass
         spec, budget_bytes = model.cache_spec, config.budget_bytes
@@ -70,9 +71,9 @@ class Engine:
         traits = Traits(model.fidelities, model.commutes, model.packs, recurrent=spec.slot_bytes > 0)
         self._compiler = Compiler(self.cache, self._cost, traits)
         self._stage = Stage(self.cache, self._compiler, emit)
-        self._scheduler = Scheduler(self.cache, self._cost, config, self._compiler, self._stage)
+        self._scheduler = Scheduler(self.cache, self._cost, config, self._compiler, self._stage, clock)
         limits = model.fingerprint, model.vocab_size, model.max_length
-        self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler)
+        self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler, clock)
         self._outcomes = Outcomes(model, self.cache, self.worker, self._stage, self._scheduler, self._intake)
         self._failures = 0  # requests given up since a step passed
         self._gap: Gap | None = None  # while a pass is under way
@@ -145,6 +146,12 @@ class Engine:
         """
         self._intake.commit(namespace, prompt, session)
 
+    def pause(self, request_id: str, tool: str = "", seconds: float | None = None) -> None:
+        self._scheduler.tasks.pauses.called(request_id, tool, seconds)
+
+    def end_task(self, request_id: str) -> None:
+        self._scheduler.tasks.pauses.over(request_id)
+
     def forget_turns(self, may: Callable[[str], bool]) -> None:
         """Turns that are still to be computed for the cache never are. may: whether those of a namespace are meant"""
         self._scheduler.canonical.forget(may)
@@ -165,7 +172,7 @@ class Engine:
             return []
         self._outcomes.tally.steps += 1
         self.watch(step)
-        started_s, self._between_s = time.perf_counter(), 0.0
+        started_s, self._between_s = self._clock(), 0.0
         outputs: Outputs = []
         try:
             hidden = self._run(step)
@@ -178,10 +185,8 @@ class Engine:
             return outputs + self._fail(step, error)
         self._failures = 0
         self._scheduler.passed(step)
-        if self._scheduler.pace.bounds:
-            flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
-            seconds = time.perf_counter() - started_s - self._between_s
-            self._scheduler.pace.note(seconds, flops, decodes=bool(step.decodes))
+        flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
+        self._scheduler.pace.note(self._clock() - started_s - self._between_s, flops, len(step.decodes))
         return [output for output in outputs if output[0] != OWN]
 
     def step_between(self) -> Outputs:
@@ -189,7 +194,7 @@ class Engine:
 
         They get the bits that they would get alone, as always; the sequences of the pass are not touched.
         """
-        gap, started_s, outputs = self._gap, time.perf_counter(), Outputs()
+        gap, started_s, outputs = self._gap, self._clock(), Outputs()
         if gap is None or (step := self._scheduler.schedule_between(gap)).empty:
             return outputs
         self._gap = None
@@ -205,7 +210,7 @@ class Engine:
             logger.error("a step between layers failed, and its prompts begin again: %s", error, exc_info=error)
             self._scheduler.take_back(step, gap)
         self._work(Step())  # what is kept of its hidden rows: the pass overwrites them
-        self._between_s += time.perf_counter() - started_s
+        self._between_s += self._clock() - started_s
         return outputs
 
     def _fail(self, step: Step, error: HybridCacheError) -> Outputs:

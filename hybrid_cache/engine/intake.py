@@ -1,7 +1,7 @@
 """From a request to a sequence that can be scheduled: whether it can be served, and in which way."""
 
 import bisect
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -36,6 +36,7 @@ class Intake:
         cache: Books,
         compiler: Compiler,
         scheduler: Scheduler,
+        clock: Callable[[], float],
     ) -> None:
         """max_length: tokens of the model's longest context, prompt and answer together"""
         self._fingerprint = fingerprint
@@ -45,6 +46,7 @@ class Intake:
         self._cache = cache
         self._compiler = compiler
         self._scheduler = scheduler
+        self._clock = clock
         self._arrivals = 0
 
     @property
@@ -109,7 +111,7 @@ class Intake:
             arrival=self._arrivals,
             prefill=prefill,
             chooser=TokenChooser(request.sampling, request.prompt.tokens, index, constraint),
-            submitted_s=time.monotonic(),
+            submitted_s=self._clock(),
         )
 
     def own(self) -> Sequence:

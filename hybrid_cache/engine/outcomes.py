@@ -108,6 +108,7 @@ class Outcomes:
         if sequence is None:
             self.tally.commit_tokens += chunk.end - chunk.start
             if prefill.done:
+                self._scheduler.tasks.pauses.computed(prefill.session, prefill.keys, prefill.lease.tip)
                 self._scheduler.canonical.end(prefill)
             return []
         self.tally.computed_tokens += chunk.end - chunk.start
@@ -125,6 +126,7 @@ class Outcomes:
     def _begin_decode(self, sequence: Sequence, hidden: "Tensor") -> "list[tuple[Sequence, Tensor]]":
         """The prompt is in the state -> the sequence and its forks, which choose their next token from `hidden`."""
         sequence.phase = Phase.DECODE
+        self._scheduler.tasks.began(sequence)
         self._watch_answer(sequence)
         started = [] if sequence.generated else [(sequence, hidden)]
         if sequence.index == 0 and not sequence.forked:
@@ -137,7 +139,7 @@ class Outcomes:
         forks = []
         for index in range(1, first.request.n):
             sequence = self._intake.sequence(first.request, index)
-            sequence.arrival = first.arrival
+            sequence.arrival, sequence.task = first.arrival, first.task
             assert first.prefill.lease is not None
             room = self._scheduler.has_room
             lease = self._cache.fork(first.prefill.lease, len(first.prefill.tokens)) if room else None
@@ -253,6 +255,7 @@ class Outcomes:
             return self._fault(sequence, error)
         if finish is not None:
             self._scheduler.messages.keep_answer(sequence)
+            self._scheduler.tasks.end_turn(sequence, finish)
             self._finish(sequence)
             self._scheduler.canonical.add_turn(sequence)
         return [(sequence.request.id, TokenOutput(sequence.index, token, logprob, finish))]

@@ -14,30 +14,35 @@ class Pace:
         """max_step_s: seconds that a step should take at most; None for any number"""
         self._cost = cost
         self._max_step_s = max_step_s
-        self._s_per_flop = 0.0
+        self.s_per_flop = 0.0
+        self.step_s = 0.0  # of any step
+        self.row_s = 0.0  # of a step that only decodes, for each of its rows
         self._decode_s = 0.0  # of a step that only decodes
 
-    @property
-    def bounds(self) -> bool:
-        """Whether steps are bounded at all."""
-        return self._max_step_s is not None
-
-    def note(self, seconds: float, flops: float, *, decodes: bool) -> None:
-        """A step has taken so many seconds. flops: of its prefill; 0 for a step that only decodes"""
+    def note(self, seconds: float, flops: float, num_decodes: int) -> None:
+        """A step has taken so many seconds. flops: of its prefill   num_decodes: sequences that decoded in it"""
+        self.step_s = _moved(self.step_s, seconds)
         if not flops:
-            self._decode_s += NEWEST * (seconds - self._decode_s) if self._decode_s else seconds
+            if num_decodes:
+                self._decode_s = _moved(self._decode_s, seconds)
+                self.row_s = _moved(self.row_s, seconds / num_decodes)
             return
-        rate = max(seconds - self._decode_s * decodes, seconds / 4) / flops
-        self._s_per_flop += NEWEST * (rate - self._s_per_flop) if self._s_per_flop else rate
+        rate = max(seconds - self._decode_s * bool(num_decodes), seconds / 4) / flops
+        self.s_per_flop = _moved(self.s_per_flop, rate)
 
     def room(self, *, decodes: bool) -> "Room":
         """What one step has room for."""
         if self._max_step_s is None:
             return Room(self._cost, None)
-        if not self._s_per_flop:
+        if not self.s_per_flop:
             return Room(self._cost, self._cost.flops(0, FIRST_TILES * TILE))
         seconds = max(self._max_step_s - self._decode_s * decodes, 0.0)
-        return Room(self._cost, seconds / self._s_per_flop)
+        return Room(self._cost, seconds / self.s_per_flop)
+
+
+def _moved(mean: float, value: float) -> float:
+    """A moving average that starts from the first value."""
+    return mean + NEWEST * (value - mean) if mean else value
 
 
 class Room:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.claims import Spare
 from hybrid_cache.cache.lease import Lease, Match
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.program import Span, Stretch
@@ -57,12 +58,19 @@ class Prefills:
         plan = self._compiler.plan(prefill.arrangement, match.length, in_place=prefill.in_place)
         return match if plan.prefix == match.length else self._cache.match(prefill.namespace, prefill.tokens[:0])
 
-    def acquire(self, prefill: Prefill, match: Match, num_others: Callable[[str], int] = lambda _: 0) -> bool:
+    def acquire(
+        self,
+        prefill: Prefill,
+        match: Match,
+        num_others: Callable[[str], int] = lambda _: 0,
+        keeps_end: bool = False,
+        spare: Spare | None = None,
+    ) -> bool:
         """Takes room for all of a prompt -> whether there was enough.
 
-        num_others: how many waiting prompts have a message with an id
+        num_others: how many waiting prompts have a message with an id   keeps_end, spare: as in `Books.acquire`
         """
-        lease = self._cache.acquire(match, prefill.keys, publish=prefill.publish)
+        lease = self._cache.acquire(match, prefill.keys, publish=prefill.publish, keeps_end=keeps_end, spare=spare)
         if lease is None:
             return False
         prefill.lease, prefill.computed = lease, lease.length
@@ -124,15 +132,12 @@ class Prefills:
         return Chunk(prefill, sequence, rows)
 
     def _captures(self, prefill: Prefill, lease: Lease, start: int, end: int) -> tuple[tuple[int, int], ...]:
-        captures = []
         while prefill.wishes and prefill.wishes[0].position <= end:
             wish = prefill.wishes.popleft()
             if wish.position <= start:
                 continue
-            slot = self._cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
-            if slot is not None:
-                captures.append((wish.position, slot))
-        return tuple(captures)
+            self._cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
+        return tuple(sorted((r.position, r.slot) for r in lease.reserved if start < r.position <= end))
 
 
 def _num_wanted(sequence: Sequence, start: int, end: int) -> int:

@@ -5,9 +5,8 @@ in the same steps. Without room the newest sequence gives its pages back and is 
 """
 
 import logging
-import time
-from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from hybrid_cache.cache.books import Books
@@ -24,10 +23,14 @@ from hybrid_cache.engine.sequence import Phase, Prefill, Sequence
 from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
 from hybrid_cache.engine.sharing import someone_computes_more
 from hybrid_cache.engine.suspects import Suspects
-from hybrid_cache.engine.turns import MOST_PASSED_OVER, Gap, prompts_in_turn, waiting_in_turn
+from hybrid_cache.engine.tasks import Tasks
+from hybrid_cache.engine.turns import MOST_PASSED_OVER, Gap, prompts_in_turn
 from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.scheduling.registry import make_order
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.work import Command, Work
+
+SCARCE = 8  # memory is, where less than this part of it is free
 
 logger = logging.getLogger("hybrid_cache")
 
@@ -62,22 +65,32 @@ class Step:
 class Scheduler:
     """The queues: waiting, running (in order of arrival), messages to store, and finished turns to compute again."""
 
-    def __init__(self, cache: Books, cost: PrefillCost, config: EngineConfig, compiler: Compiler, stage: Stage) -> None:
+    def __init__(
+        self,
+        cache: Books,
+        cost: PrefillCost,
+        config: EngineConfig,
+        compiler: Compiler,
+        stage: Stage,
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
         self._cache = cache
         self._cost = cost
         self._stage = stage
         self._max_running = config.max_running
         self._max_tiles = config.max_tiles
         self._max_tiles_beside_decode = config.max_tiles_beside_decode
-        self._waiting: deque[Sequence] = deque()
+        self.pace = Pace(cost, None if config.max_step_ms is None else config.max_step_ms / 1e3)
+        self.tasks = Tasks(make_order(config.order), cache, cost, self.pace, clock)
+        self._waiting = self.tasks.waiting
         self._running: list[Sequence] = []
         self._prefills = Prefills(cache, compiler, stage)
         self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
-        self.canonical = CanonicalPasses(cache, self._prefills)
+        self.canonical = CanonicalPasses(cache, self._prefills, self.tasks.pauses)
         self._shares = Shares()
         self._suspects = Suspects()
         self._aged_last = False  # in the last step with a prompt, one that had been passed over too often went first
-        self.pace = Pace(cost, None if config.max_step_ms is None else config.max_step_ms / 1e3)
         self.num_preemptions = 0
         self.num_out_of_memory = 0
 
@@ -89,7 +102,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Waiting requests; further choices of one that has begun are not counted."""
-        return sum(sequence.index == 0 for sequence in self._waiting)
+        return self._waiting.num_requests
 
     @property
     def num_running(self) -> int:
@@ -110,7 +123,11 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         self._shares.enter(sequence.request.tenant)
-        self._waiting.append(sequence)
+        self.tasks.enter(sequence, self._num_cached(sequence.prefill))
+
+    def _num_cached(self, prefill: Prefill) -> int:
+        """Tokens of a prompt that the cache has; not looked for where a choreography says what is taken from it."""
+        return 0 if prefill.arrangement is not None or not prefill.reuse else self._prefills.match(prefill).length
 
     def adopt(self, sequence: Sequence) -> None:
         """Takes in a sequence that already has a lease: a fork of a running one."""
@@ -120,8 +137,9 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is; what it has published stays in the cache."""
-        queue = self._waiting if sequence.phase is Phase.WAITING else self._running
-        queue.remove(sequence)
+        if sequence.phase is not Phase.WAITING:
+            self._running.remove(sequence)
+        self.tasks.gone(sequence)
         sequence.phase = Phase.FINISHED
         self._shares.leave(sequence.request.tenant)
         self._suspects.ended(sequence.rank)
@@ -191,9 +209,10 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue, with its tokens but without its pages."""
         self._running.remove(sequence)
+        self.tasks.gave_way(sequence)
         self._prefills.release(sequence.prefill)
         sequence.phase = Phase.WAITING
-        self._waiting.appendleft(sequence)
+        self._waiting.add(sequence)
         self.num_preemptions += 1
 
     # Admission
@@ -204,7 +223,9 @@ class Scheduler:
         One whose whole prompt is kept decodes, the others have theirs computed.
         """
         admitted, passed_over = list[Sequence](), list[Sequence]()
-        for sequence in waiting_in_turn(self._waiting, self._running, self._shares):
+        if not self._waiting:
+            return admitted
+        for sequence in self.tasks.in_turn(self._running, self._shares):
             if not (self._suspects.may_run(sequence.arrival) and (not gap or gap.may_enter(sequence, self._shares))):
                 passed_over.append(sequence)
                 continue
@@ -215,17 +236,22 @@ class Scheduler:
             if match is None:
                 passed_over.append(sequence)
                 continue
-            if not self._acquire(sequence.prefill, match):
+            if gap is None and self._would_wait(sequence.prefill):
+                passed_over.append(sequence)
+                break
+            if not self._acquire(sequence, match):
                 passed_over.append(sequence)
                 break
             if gap:
                 gap.take(*_left(self._cost, sequence.prefill, match))
             self._running.append(sequence)
-            sequence.started_s = sequence.started_s or time.monotonic()
+            self.tasks.admitted(sequence)
+            sequence.started_s = sequence.started_s or self._clock()
             sequence.fed = len(sequence.prefill.tokens)
             sequence.phase = Phase.DECODE if sequence.prefill.done else Phase.PREFILL
             admitted.append(sequence)
-        self._waiting.extendleft(reversed(passed_over))
+        for sequence in passed_over:
+            self._waiting.add(sequence)
         return admitted
 
     def _match_now(self, prefill: Prefill, gap: Gap | None) -> Match | None:
@@ -262,11 +288,30 @@ class Scheduler:
         """Tokens of a prompt that the cache has a state for."""
         return self._prefills.match(prefill).length
 
-    def _acquire(self, prefill: Prefill, match: Match) -> bool:
-        if self._prefills.acquire(prefill, match, self._num_waiting_for):
+    def _would_wait(self, prefill: Prefill) -> bool:
+        """Whether running prompts that go before this one fill the next step, and memory is too scarce for prompts that
+        do not use it yet.
+        """
+        if self._cache.free_bytes * SCARCE > self._cache.budget_bytes:
+            return False
+        most = -(-len(prefill.tokens) // TILE)
+        decodes = any(s.phase is Phase.DECODE for s in self._running)
+        tiles = self._max_tiles_beside_decode if decodes else self._max_tiles
+        before = (s.prefill for s in self._running if s.phase is Phase.PREFILL)
+        return sum(p.tiles_left for p in before if p.tiles_left <= most) >= tiles
+
+    def _acquire(self, sequence: Sequence, match: Match) -> bool:
+        """Takes room for a prompt; while others run, what those who will come back count on stays."""
+        prefill, spare = sequence.prefill, self.tasks.spare(busy=bool(self._running))
+        keeps_end = self.tasks.reserves(sequence, match.length)
+        if self._prefills.acquire(prefill, match, self._num_waiting_for, keeps_end, spare):
             return True
-        again = self.canonical.give_room()
-        return again and self._prefills.acquire(prefill, self._prefills.match(prefill), self._num_waiting_for)
+        if keeps_end and spare is None and self._prefills.acquire(prefill, match, self._num_waiting_for):
+            return True
+        if not self.canonical.give_room():
+            return False
+        match = self._prefills.match(prefill)
+        return self._prefills.acquire(prefill, match, self._num_waiting_for, keeps_end and bool(spare), spare)
 
     # Prefill
 

@@ -17,6 +17,7 @@ from hybrid_cache.choreography.program import Program
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper, namespace_of
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
+from hybrid_cache.scheduling.base import Pause, Task
 from hybrid_cache.tokens import Boundary, BoundaryKind, TokenArray
 
 
@@ -134,6 +135,9 @@ class Sequence:
     forced: tuple[int, ...] = ()  # tokens that have to follow `generated`, and are fed together with its last one
     leaps: dict[int, int] = field(default_factory=dict)  # index in `generated` -> tokens fed together from there
     phase: Phase = Phase.WAITING
+    task: Task | None = None  # which it belongs to, once it is queued
+    claim: Pause | None = None  # on what the cache has of it: while it waits, and on what its task returns to
+    reserves: bool = False  # the state at the end of its prompt is kept for that
     forked: bool = False  # the other choices of its request are there
     announced: bool = False  # PromptOutput has been sent
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -185,7 +189,7 @@ class Sequence:
             self.stopper = self.request.make_stopper()
         stopped = self.stopper is not None and self.stopper(token)
         if (stopped or token in sampling.stop_token_ids) and len(self.generated) >= sampling.min_tokens:
-            return FinishReason.STOP
+            return stopped if isinstance(stopped, FinishReason) else FinishReason.STOP
         if self.chooser.constraint is not None and self.chooser.constraint.done:
             return FinishReason.STOP
         if len(self.generated) >= sampling.max_tokens or self.num_tokens >= max_length:

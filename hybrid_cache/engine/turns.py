@@ -1,7 +1,6 @@
-"""In which order waiting sequences are looked at, and running prompts are computed."""
+"""In which order running prompts are computed, and what fits between the layers of a pass."""
 
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hybrid_cache.engine.sequence import Phase, Sequence
@@ -35,31 +34,6 @@ class Gap:
         """A prompt has entered."""
         self.flops -= flops
         self.tiles -= tiles
-
-
-def waiting_in_turn(waiting: deque[Sequence], running: Iterable[Sequence], shares: Shares) -> Iterator[Sequence]:
-    """Takes waiting sequences out of the queue: always the first of the tenant for whom least is computed and under
-    way.
-    """
-    if not shares.compares:
-        while waiting:
-            yield waiting.popleft()
-        return
-    queues: dict[str, deque[Sequence]] = {}
-    for sequence in waiting:
-        queues.setdefault(sequence.request.tenant, deque()).append(sequence)
-    under_way = Counter({tenant: shares.served(tenant) for tenant in queues})
-    for sequence in running:
-        under_way[sequence.request.tenant] += sequence.prefill.num_left
-    while queues:
-        tenant = min(queues, key=under_way.__getitem__)  # of equal ones, whose sequence stands first
-        sequence = queues[tenant].popleft()
-        if not queues[tenant]:
-            del queues[tenant]
-        waiting.remove(sequence)
-        yield sequence
-        if sequence.phase is not Phase.WAITING:
-            under_way[tenant] += sequence.prefill.num_left
 
 
 def prompts_in_turn(running: Iterable[Sequence], shares: Shares, *, aged_first: bool) -> list[Sequence]:

@@ -27,7 +27,7 @@ class Busy:
     """An engine to which requests come at the first pause of its next pass, or behind it if it has none."""
 
     def __init__(self, model: SumModel | None = None, **config: object) -> None:
-        options = {"budget_bytes": 1 << 24, "max_tiles": 16, **config}
+        options = {"budget_bytes": 1 << 24, "max_tiles": 16, "order": "fcfs", **config}
         self.engine = Engine(model or SumModel(), EngineConfig(**options))  # type: ignore[arg-type]
         self.engine.between_layers = self._between_layers
         self.engine.watch = self._watch

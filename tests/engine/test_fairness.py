@@ -203,7 +203,7 @@ def test_a_step_takes_as_long_as_it_may() -> None:
     """At one FLOP a microsecond, of which later tokens take more."""
     pace = Pace(COST, 0.001)
     for start in (0, 640, 64000):
-        pace.note(COST.flops(start, start + 640) * 1e-6, COST.flops(start, start + 640), decodes=False)
+        pace.note(COST.flops(start, start + 640) * 1e-6, COST.flops(start, start + 640), 0)
     room = pace.room(decodes=False)
     most = room.tiles(0, 16)
     assert COST.flops(0, most * TILE) <= 1000 < COST.flops(0, (most + 1) * TILE)
@@ -212,7 +212,7 @@ def test_a_step_takes_as_long_as_it_may() -> None:
     assert COST.flops(640, 640 + left * TILE) <= 1000 - COST.flops(0, 5 * TILE) < COST.flops(640, 704 + left * TILE)
     assert pace.room(decodes=False).tiles(64000, 16) == 1  # the first one always
     assert room.tiles(64000, 16) == 0
-    pace.note(0.0005, 0.0, decodes=True)
+    pace.note(0.0005, 0.0, 1)
     assert most > pace.room(decodes=True).tiles(0, 16) > 0
     assert pace.room(decodes=False).tiles(0, 3) == 3
 

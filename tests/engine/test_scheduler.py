@@ -66,7 +66,7 @@ def test_requests_end_in_the_order_of_their_arrival_when_memory_runs_out() -> No
 
 
 def test_nobody_overtakes_a_prompt_that_waits_for_room() -> None:
-    engine, _ = new_engine(budget_bytes=21 * UNIT)
+    engine, _ = new_engine(budget_bytes=21 * UNIT, order="fcfs")
     engine.submit(make_request("first", tokens_of(0, 300), 20))
     outputs = engine.step()
     engine.submit(make_request("large", tokens_of(1, 1000)))

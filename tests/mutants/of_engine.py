@@ -31,13 +31,14 @@ outcomes = partial(Mutant, "hybrid_cache/engine/outcomes.py")
 sequence = partial(Mutant, "hybrid_cache/engine/sequence.py")
 request = partial(Mutant, "hybrid_cache/request.py")
 sampler = partial(Mutant, "hybrid_cache/device/sampler.py")
+tasks = partial(Mutant, "hybrid_cache/engine/tasks.py")
 suspects = partial(Mutant, "hybrid_cache/engine/suspects.py")
 
 SCHEDULING = [
-    scheduler(
+    tasks(
         "who is preempted goes to the end of the queue",
-        "        self._waiting.appendleft(sequence)",
-        "        self._waiting.append(sequence)",
+        "            return Rank.GAVE_WAY, 0.0",
+        "            return Rank.NEW, self.load.now",
         SCHEDULER,
     ),
     scheduler(
@@ -114,8 +115,8 @@ SCHEDULING = [
     ),
     scheduler(
         "an answer that is computed again keeps its room from a prompt",
-        "        again = self.canonical.give_room()\n",
-        "        again = not self.canonical and self.canonical.give_room()\n",
+        "        if not self.canonical.give_room():\n            return False\n        match",
+        "        if self.canonical or not self.canonical.give_room():\n            return False\n        match",
         SCHEDULER,
     ),
     scheduler(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Literal
 
 from hybrid_cache.api.server.openai.logprobs import Columns, completion_logprobs, prompt_offsets
 from hybrid_cache.api.server.openai.reply import CHOICE_SIZE, OpenAIReply
@@ -16,6 +17,12 @@ from hybrid_cache.api.text.answer import Answer, Events
 from hybrid_cache.api.text.generation import Begin, CallArguments, CallBegin, CallEnd, End, Text, Thought, Token
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.request import FinishReason
+
+_REASONS: dict[FinishReason, Literal["stop", "length"]] = {
+    FinishReason.STOP: "stop",
+    FinishReason.TOOL_CALL: "stop",
+    FinishReason.LENGTH: "length",
+}
 
 
 class _Echo:
@@ -84,7 +91,7 @@ class _Choice:
             index=self._index,
             text=echoed + "".join(self._texts),
             logprobs=None,
-            finish_reason=None if self._finish is None else self._finish.value,
+            finish_reason=None if self._finish is None else _REASONS[self._finish],
             stop_reason=self._stop,
         )
         if self._asked.return_token_ids:

@@ -1,0 +1,89 @@
+"""The default order: tasks in the order of their arrival, but those with less to do somewhat earlier, and what is
+dear to compute again is spared for those who will soon be back.
+
+A paused context is spared while
+
+    E[time left | time so far, tool] * m(C) < w * t_replay(C) * (m(C) / 2 + bytes that run)
+
+which weighs memory times time on both sides (InferCept's minimum of waste) with what tools of that name took. A request
+goes by `arrival of its task + kappa * machine seconds that are left of it`: what the cache lacks of the prompt, the
+answer, the share of memory that both hold while they take, and the same for all calls that are expected to follow.
+"""
+
+import math
+
+from hybrid_cache.scheduling.base import Job, Load, Pause
+
+WEIGHT = 2.0
+EAGERNESS = 4.0
+MOST_LATER = 16.0
+LEAST_DRIFT_S = 0.5
+NEWEST = 0.02  # weight of the newest task in the mean of machine seconds
+DRIFT = 0.2  # by which kappa changes before all who wait are placed again
+
+
+class Learned:
+    """See the module docstring."""
+
+    name = "learned"
+    resumes = True
+    patience_s = math.inf
+
+    def __init__(self, weight: float = WEIGHT, eagerness: float = EAGERNESS, most_later: float = MOST_LATER) -> None:
+        self._weight = weight
+        self._eagerness = eagerness
+        self._most_later = most_later
+        self._mean_s = 0.0  # machine seconds of a task when it comes
+        self._wait_s = 0.0  # by which those who wait are placed
+
+    def came(self, job: Job, load: Load) -> None:
+        if not job.task.num_calls:
+            seconds = machine_s(job, load)
+            self._mean_s += NEWEST * (seconds - self._mean_s) if self._mean_s else seconds
+
+    def turns(self, load: Load) -> bool:
+        if abs(load.wait_s - self._wait_s) <= DRIFT * self._wait_s + LEAST_DRIFT_S:
+            return False
+        self._wait_s = load.wait_s
+        return True
+
+    def key(self, job: Job, load: Load) -> float:
+        relative = machine_s(job, load) / self._mean_s if self._mean_s else 0.0
+        return job.task.arrival_s + self._wait_s * min(self._eagerness * relative, self._most_later)
+
+    def paused(self, pause: Pause, load: Load) -> None:
+        pass
+
+    def reserves(self, job: Job, load: Load) -> bool:
+        return worth_reserving(job, load, self._weight)
+
+    def keeps(self, pause: Pause, load: Load) -> bool:
+        num_tokens = pause.num_resumed
+        return load.time_left(pause) * load.memory(num_tokens) < self._weight * load.waste(num_tokens)
+
+
+def machine_s(job: Job, load: Load) -> float:
+    """Machine seconds that are left of the task that a request belongs to, in the mean."""
+    habits = load.outlook.of(job.task.tenant, job.task.kind)
+    call = job.task.num_calls
+    output, calls_left, new = habits.answer(call), habits.calls_left(call), habits.new.value
+    end = job.num_tokens + output
+    return _call_s(job.num_cached, job.num_tokens, output, load) + calls_left * _call_s(end, end + new, output, load)
+
+
+def worth_reserving(job: Job, load: Load, weight: float) -> bool:
+    """Whether a state beside the running one while the answer takes, and the whole context while a tool takes, cost
+    less than computing the context again: the rule above before the turn, times the odds that it ends in a call.
+    """
+    task, habits = job.task, load.outlook.of(job.task.tenant, job.task.kind)
+    answer = habits.answer(task.num_calls)
+    end = int(job.num_tokens + answer)
+    state = load.state_bytes * answer * load.step_s
+    context = load.memory(end) * load.tools.left(task.tenant, task.tool, 0.0)
+    return state + context < weight * habits.calls(task.num_calls) * load.waste(end)
+
+
+def _call_s(cached: float, num_tokens: float, output: float, load: Load) -> float:
+    prefill_s = load.prefill_s(cached, num_tokens)
+    dwell_s = 3 * prefill_s + output * load.step_s
+    return prefill_s + output * load.row_s + dwell_s * load.memory(num_tokens + output) / load.budget_bytes

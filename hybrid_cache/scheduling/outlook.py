@@ -1,0 +1,82 @@
+"""What is still to come of a task, by what came of others of its kind: means, by how many calls it has made.
+
+Means of a class are the prediction: noisy guesses about single requests are worse than these.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+MOST_KINDS = 4096  # the one heard of longest ago is forgotten
+MEMORY = 200  # values that a mean goes back
+DISTINCT_CALLS = 8  # later ones count as this one
+OUTPUT_TOKENS, CALLS_LEFT, NEW_TOKENS = 60.0, 0.0, 200.0  # of what nothing is known about
+
+
+@dataclass(slots=True)
+class Mean:
+    """A moving average that starts from a guess, which counts as one value."""
+
+    value: float
+    count: int = 1
+
+    def add(self, value: float) -> None:
+        self.count = min(self.count + 1, MEMORY)
+        self.value += (value - self.value) / self.count
+
+
+@dataclass(slots=True)
+class Habits:
+    """Means of one kind of task, by the number of calls before."""
+
+    output: list[Mean] = field(default_factory=lambda: [Mean(OUTPUT_TOKENS) for _ in range(DISTINCT_CALLS)])
+    left: list[Mean] = field(default_factory=lambda: [Mean(CALLS_LEFT) for _ in range(DISTINCT_CALLS)])
+    called: list[Mean] = field(default_factory=lambda: [Mean(0.0) for _ in range(DISTINCT_CALLS)])
+    new: Mean = field(default_factory=lambda: Mean(NEW_TOKENS))  # tokens that a call adds beside the answer before it
+
+    def answer(self, call: int) -> float:
+        """Tokens of the answer to the call with this number, from 0."""
+        return self.output[min(call, DISTINCT_CALLS - 1)].value
+
+    def calls(self, call: int) -> float:
+        """The share of turns with this number that end in a call."""
+        return self.called[min(call, DISTINCT_CALLS - 1)].value
+
+    def calls_left(self, call: int) -> float:
+        """Calls that follow the one with this number."""
+        return self.left[min(call, DISTINCT_CALLS - 1)].value
+
+
+class Outlook:
+    """Habits of all kinds, each of a tenant's."""
+
+    def __init__(self) -> None:
+        self._habits: OrderedDict[tuple[str, str], Habits] = OrderedDict()
+        self._unknown = Habits()
+
+    def of(self, tenant: str, kind: str) -> Habits:
+        """Not to be written to."""
+        return self._habits.get((tenant, kind), self._unknown)
+
+    def answered(self, tenant: str, kind: str, call: int, num_tokens: int) -> None:
+        """The call with this number, from 0, was answered with so many tokens."""
+        self._known(tenant, kind).output[min(call, DISTINCT_CALLS - 1)].add(num_tokens)
+
+    def grown(self, tenant: str, kind: str, num_tokens: int) -> None:
+        """A call has added so many tokens to the conversation."""
+        self._known(tenant, kind).new.add(num_tokens)
+
+    def ended(self, tenant: str, kind: str, num_calls: int) -> None:
+        """A task has ended after so many calls."""
+        habits = self._known(tenant, kind)
+        for call in range(min(num_calls, 4 * DISTINCT_CALLS)):
+            left = num_calls - 1 - call
+            habits.left[min(call, DISTINCT_CALLS - 1)].add(left)
+            habits.called[min(call, DISTINCT_CALLS - 1)].add(left > 0)
+
+    def _known(self, tenant: str, kind: str) -> Habits:
+        key = tenant, kind
+        habits = self._habits.pop(key, None) or Habits()
+        self._habits[key] = habits
+        if len(self._habits) > MOST_KINDS:
+            self._habits.popitem(last=False)
+        return habits

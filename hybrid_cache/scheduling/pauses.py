@@ -1,0 +1,158 @@
+"""Tasks that are paused, and how their next request is known.
+
+A turn that has ended is remembered under the names of its prompt and of what was computed of its answer; the request
+whose prompt goes on from the deepest of these resumes it. If what came before was edited, the session that the client
+names still says which task it is, so that it keeps its place. Whoever comes second begins a task of its own.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from hybrid_cache.cache.claims import Claim, Claims
+from hybrid_cache.cache.keys import Keys, Name
+from hybrid_cache.cache.tree import Node
+from hybrid_cache.scheduling.base import Load, Order, Pause, Task
+
+MOST_PAUSES = 1 << 14  # the one that began first is forgotten
+FORGOTTEN_AFTER_S = 3600.0  # a call that is never answered
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """What a pause is known by."""
+
+    pause: Pause
+    request_id: str
+    namespace: str
+    session: str
+    names: list[Name] = field(default_factory=list)
+
+
+class Pauses:
+    """The books of one scheduler."""
+
+    def __init__(self, claims: Claims, order: Order, load: Load) -> None:
+        self._claims = claims
+        self._order = order
+        self._load = load
+        self._turns: OrderedDict[Pause, _Turn] = OrderedDict()  # in the order in which they ended
+        self._by_name: dict[Name, list[_Turn]] = {}
+        self._by_request: dict[str, _Turn] = {}
+        self._by_session: dict[tuple[str, str], list[_Turn]] = {}
+
+    def __len__(self) -> int:
+        """How many turns are remembered."""
+        return len(self._turns)
+
+    # Ends
+
+    def ended(
+        self, request_id: str, task: Task, namespace: str, session: str, keys: Keys, tip: Node, num_tokens: int
+    ) -> None:
+        """A turn has ended; whether in a call is still to be said.
+
+        keys, tip: of its prompt, and how far that is in the tree   num_tokens: of prompt and answer
+        """
+        self.forget_old()
+        pause = Pause(task=task, began_s=self._load.now)
+        turn = self._turns[pause] = _Turn(pause, request_id, namespace, session)
+        self._by_request[request_id] = turn
+        if session:
+            self._by_session.setdefault((namespace, session), []).append(turn)
+        self._name(turn, keys)
+        self._claims.place(pause, tip, num_tokens)
+
+    def called(self, request_id: str, tool: str, hint_s: float | None) -> bool:
+        """The turn of a request ended in a call -> whether that request is known."""
+        turn = self._by_request.pop(request_id, None)
+        if turn is None:
+            return False
+        turn.pause.tool, turn.pause.hint_s, turn.pause.task.tool = tool, hint_s, tool
+        self._order.paused(turn.pause, self._load)
+        return True
+
+    def over(self, request_id: str) -> None:
+        """The turn of a request was the last of its task."""
+        turn = self._by_request.get(request_id)
+        if turn is not None:
+            self._end_task(turn)
+
+    def computed(self, session: str, keys: Keys, tip: Node) -> None:
+        """The beginning of a prompt that is still to come was computed, and is in the tree as far as `tip`."""
+        turn = self._find(session, keys)
+        if turn is not None:
+            self._name(turn, keys)
+            self._claims.place(turn.pause, tip, max(turn.pause.num_tokens, tip.num_tokens))
+
+    # Returns
+
+    def resumed(self, namespace: str, session: str, keys: Keys) -> Pause | None:
+        """A prompt has come -> the pause that it ends, which stays a claim until it is dropped; None for a new task."""
+        turn = self._find(session, keys)
+        if turn is None and session:
+            turns = self._by_session.get((namespace, session), ())
+            if len(turns) == 1:
+                (turn,) = turns
+                self._claims.drop(turn.pause)
+        if turn is None:
+            return None
+        pause = turn.pause
+        if pause.tool is None:
+            self._end_task(turn)
+            return None
+        pause.returned = True
+        self._load.tools.add(pause.task.tenant, pause.tool, self._load.now - pause.began_s)
+        self._forget(turn)
+        return pause
+
+    def keeps(self, claim: Claim) -> bool:
+        """Whether what a claim lies on is spared."""
+        assert isinstance(claim, Pause)
+        return claim.returned or claim.running or (claim.tool is not None and self._order.keeps(claim, self._load))
+
+    def forget_old(self) -> None:
+        """Forgets what will not be resumed any more."""
+        while self._turns:
+            turn = next(iter(self._turns.values()))
+            age = self._load.now - turn.pause.began_s
+            if len(self._turns) <= MOST_PAUSES and age < FORGOTTEN_AFTER_S:
+                break
+            self._end_task(turn)
+
+    # Books
+
+    def _find(self, session: str, keys: Keys) -> _Turn | None:
+        """The turn with the longest prefix of these; not that of another session than the one that is named."""
+        if self._by_name:
+            for name in reversed(keys.names[1:]):
+                for turn in self._by_name.get(name, ()):
+                    if session in (turn.session, ""):
+                        return turn
+        return None
+
+    def _name(self, turn: _Turn, keys: Keys) -> None:
+        """Has a turn found by the full pages of these."""
+        name = keys.names[-1]
+        if keys.pages and name not in turn.names:
+            turn.names.append(name)
+            self._by_name.setdefault(name, []).append(turn)
+
+    def _end_task(self, turn: _Turn) -> None:
+        task = turn.pause.task
+        self._load.outlook.ended(task.tenant, task.kind, task.num_calls)
+        self._claims.drop(turn.pause)
+        self._forget(turn)
+
+    def _forget(self, turn: _Turn) -> None:
+        del self._turns[turn.pause]
+        self._by_request.pop(turn.request_id, None)
+        for name in turn.names:
+            turns = self._by_name[name]
+            turns.remove(turn)
+            if not turns:
+                del self._by_name[name]
+        if turn.session:
+            key = turn.namespace, turn.session
+            self._by_session[key].remove(turn)
+            if not self._by_session[key]:
+                del self._by_session[key]
