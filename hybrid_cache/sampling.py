@@ -168,6 +168,10 @@ class TokenChooser:
             self._point = 0.0 if self.params.greedy else self._random.random()
         return self._point
 
+    def go_on(self, prompt: TokenArray) -> None:
+        """The tokens so far are part of a longer prompt now."""
+        self._prompt, self._seen = prompt, None
+
     def seen(self) -> npt.NDArray[np.int64]:
         """Each token of prompt and answer once."""
         if self._seen is None:

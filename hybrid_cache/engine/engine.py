@@ -5,7 +5,7 @@ Nothing is published before the pass that fills it has completed. `async_engine`
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hybrid_cache.cache.books import Books
@@ -19,6 +19,7 @@ from hybrid_cache.device.batch import HybridModel, go_on
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.intake import OWN, Intake
+from hybrid_cache.engine.interruptions import Interruptions
 from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.turns import Gap
@@ -31,6 +32,7 @@ from hybrid_cache.work import Command, OutOfDeviceMemory, PassFailed
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_TOOL_S = 86_400  # that a caller may announce
 MOST_FAILURES = 3  # requests given up with no step between that passed; then a prompt of our own shows who is at fault
 
 logger = logging.getLogger("hybrid_cache")
@@ -75,6 +77,7 @@ class Engine:
         limits = model.fingerprint, model.vocab_size, model.max_length
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler, clock)
         self._outcomes = Outcomes(model, self.cache, self.worker, self._stage, self._scheduler, self._intake)
+        self._interruptions = Interruptions(self._scheduler, self._intake)
         self._failures = 0  # requests given up since a step passed
         self._gap: Gap | None = None  # while a pass is under way
         self._between_s = 0.0  # of it that steps between its layers took
@@ -147,9 +150,31 @@ class Engine:
         self._intake.commit(namespace, prompt, session)
 
     def pause(self, request_id: str, tool: str = "", seconds: float | None = None) -> None:
-        self._scheduler.tasks.pauses.called(request_id, tool, seconds)
+        """The turn of a request ends in a tool call, or did: what its task has in the cache may be kept meanwhile.
+
+        An open request is stopped, and holds nothing until `resume`; it is given up after an hour. Of one that has
+        ended, the next request that goes on from it belongs to the same task.
+        tool: its name   seconds: how long it takes, if that is known
+
+        Raises RequestError for a request that is not known or cannot be continued, and for a time out of bounds.
+        """
+        if seconds is not None and not 0 <= seconds <= MOST_TOOL_S:
+            raise RequestError(f"a tool time of {seconds} s, must be in [0, {MOST_TOOL_S}]", param="seconds")
+        if self.is_open(request_id) and request_id not in self._interruptions:
+            self._interruptions.begin(request_id)
+        known = self._scheduler.tasks.pauses.called(request_id, tool, seconds)
+        if not (known or request_id in self._interruptions):
+            raise RequestError(f"request {request_id!r} is not known", param="id")
+
+    def resume(self, request_id: str, tokens: Sequence[int]) -> None:
+        """Continues a request that was paused while it was open: its prompt is all tokens so far, and these.
+
+        Raises RequestError if it is not paused, ContextTooLong where it does not fit any more: then it still is.
+        """
+        self._scheduler.add(self._interruptions.end(request_id, tokens))
 
     def end_task(self, request_id: str) -> None:
+        """The answer to a request that has ended was the last of its task. Unknown ids are ignored."""
         self._scheduler.tasks.pauses.over(request_id)
 
     def forget_turns(self, may: Callable[[str], bool]) -> None:
@@ -158,6 +183,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""
+        self._interruptions.abort(request_id)
         self._outcomes.abort(request_id)
 
     def is_open(self, request_id: str) -> bool:
@@ -166,18 +192,21 @@ class Engine:
 
     def step(self) -> Outputs:
         """Runs one step -> the outputs that arose from it."""
+        forgotten = self._interruptions.forgotten(self._clock())
+        for request_id, _ in forgotten:
+            self._outcomes.abort(request_id)
         step = self._scheduler.schedule()
         if step.empty:
             self.settle()
-            return []
+            return [*forgotten]
         self._outcomes.tally.steps += 1
         self.watch(step)
         started_s, self._between_s = self._clock(), 0.0
-        outputs: Outputs = []
+        outputs: Outputs = [*forgotten]
         try:
             hidden = self._run(step)
             if hidden is None:
-                return []
+                return outputs
             self._outcomes.end(step, hidden, outputs)
         except (PassFailed, OutOfDeviceMemory) as error:
             if isinstance(error, OutOfDeviceMemory) and error.lost:

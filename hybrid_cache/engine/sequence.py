@@ -137,6 +137,7 @@ class Sequence:
     phase: Phase = Phase.WAITING
     task: Task | None = None  # which it belongs to, once it is queued
     claim: Pause | None = None  # on what the cache has of it: while it waits, and on what its task returns to
+    continues: str | None = None  # the id of its request, if that was paused and goes on
     reserves: bool = False  # the state at the end of its prompt is kept for that
     forked: bool = False  # the other choices of its request are there
     announced: bool = False  # PromptOutput has been sent

@@ -69,7 +69,7 @@ class Tasks:
         """The one that a new request belongs to."""
         request, prefill = sequence.request, sequence.prefill
         if resumable(sequence):
-            sequence.claim = self.pauses.resumed(prefill.namespace, request.session, prefill.keys)
+            sequence.claim = self.pauses.resumed(prefill.namespace, request.session, prefill.keys, sequence.continues)
         if sequence.claim is None:
             return Task(self.load.now, request.tenant, request.kind)
         task = sequence.claim.task

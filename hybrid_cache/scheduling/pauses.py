@@ -64,7 +64,7 @@ class Pauses:
 
     def called(self, request_id: str, tool: str, hint_s: float | None) -> bool:
         """The turn of a request ended in a call -> whether that request is known."""
-        turn = self._by_request.pop(request_id, None)
+        turn = self._by_request.get(request_id)
         if turn is None:
             return False
         turn.pause.tool, turn.pause.hint_s, turn.pause.task.tool = tool, hint_s, tool
@@ -86,9 +86,9 @@ class Pauses:
 
     # Returns
 
-    def resumed(self, namespace: str, session: str, keys: Keys) -> Pause | None:
+    def resumed(self, request_id: str, namespace: str, session: str, keys: Keys) -> Pause | None:
         """A prompt has come -> the pause that it ends, which stays a claim until it is dropped; None for a new task."""
-        turn = self._find(session, keys)
+        turn = self._by_request.get(request_id) or self._find(session, keys)
         if turn is None and session:
             turns = self._by_session.get((namespace, session), ())
             if len(turns) == 1:
@@ -145,7 +145,8 @@ class Pauses:
 
     def _forget(self, turn: _Turn) -> None:
         del self._turns[turn.pause]
-        self._by_request.pop(turn.request_id, None)
+        if self._by_request.get(turn.request_id) is turn:
+            del self._by_request[turn.request_id]
         for name in turn.names:
             turns = self._by_name[name]
             turns.remove(turn)
