@@ -86,9 +86,13 @@ class Pauses:
 
     # Returns
 
-    def resumed(self, request_id: str, namespace: str, session: str, keys: Keys) -> Pause | None:
-        """A prompt has come -> the pause that it ends, which stays a claim until it is dropped; None for a new task."""
-        turn = self._by_request.get(request_id) or self._find(session, keys)
+    def resumed(self, namespace: str, session: str, keys: Keys, request_id: str | None = None) -> Pause | None:
+        """A prompt has come -> the pause that it ends, a claim until it is dropped; None for a new task.
+
+        request_id: of the request that is itself continued, if it is
+        """
+        turn = self._by_request.get(request_id) if request_id is not None else None
+        turn = turn or self._find(session, keys)
         if turn is None and session:
             turns = self._by_session.get((namespace, session), ())
             if len(turns) == 1:
