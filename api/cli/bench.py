@@ -39,6 +39,7 @@ _bench(
     "choreography.command",
     "Time workflows whose agents read each other's messages, and count what reuse costs in answers.",
 )
+_bench("agents", "agents.command", "Simulate agents that wait for tools: orders of service side by side.")
 _bench("turns", "turns.command", "Count how much of an agent's next turn comes from the cache, by chat template.")
 _bench(
     "decode", "engine.decode", "Time whole steps of a model, with shared prefixes, next to the rates of this machine."

@@ -24,7 +24,7 @@ from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.turns import Gap
 from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
-from hybrid_cache.request import Request
+from hybrid_cache.request import Request, namespace_of
 from hybrid_cache.stats import EngineStats
 from hybrid_cache.tokens import Prompt
 from hybrid_cache.work import Command, OutOfDeviceMemory, PassFailed
@@ -107,6 +107,10 @@ class Engine:
         Raises RequestError for one that can never be served, or is not arranged.
         """
         return self._intake.plan(request)
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of a prompt that would not be computed if it came now."""
+        return self.cache.match(namespace_of(request.namespace, self.model.fingerprint), request.prompt.tokens).length
 
     def is_stored(self, message: str, seam: int = 0) -> bool:
         """Whether rows and effect of the message with an id are in the cache for use at another position."""

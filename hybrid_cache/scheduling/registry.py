@@ -18,6 +18,11 @@ ORDERS: dict[str, Callable[[], Order]] = {
     "lamps-unbounded": lambda: LAMPS(math.inf),
     "continuum": Continuum,
     "progress-ttl": ProgressTTL,
+    # Told what others have to guess, for simulations.
+    "learned-oracle": Learned,
+    "infercept-oracle": lambda: InferCept(knows=True),
+    "lamps-oracle": lambda: LAMPS(knows=True),
+    "lamps-unbounded-oracle": lambda: LAMPS(math.inf, knows=True),
 }
 
 
