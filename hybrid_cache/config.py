@@ -23,6 +23,7 @@ class EngineConfig:
     max_running: int = 32
     max_waiting: int = 256
     policy: str = "learned"
+    host_bytes: int = 0  # a second tier in the memory of the host, beside a GPU; 0: none
     order: str = "learned"  # whose turn it is, and what is kept for tasks that wait for a tool; see `scheduling`
     prefix_cache: bool = True  # off: nothing is reused between requests
     max_tiles: int = 16  # prefill tiles in a step with nobody decoding
@@ -36,6 +37,8 @@ class EngineConfig:
         for name in ("budget_bytes", "max_running", "max_waiting", "max_tiles", "max_tiles_beside_decode"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.host_bytes < 0:
+            raise ConfigError(f"host_bytes is {self.host_bytes}, must not be negative")
         if self.max_step_ms is not None and not self.max_step_ms > 0:
             raise ConfigError(f"max_step_ms is {self.max_step_ms}, must be more than 0")
         canonical_name(self.policy)  # raises ConfigError if there is none

@@ -27,6 +27,9 @@ class CacheStats:
     misses: dict[str, int]  # prompts that did not find all, by the reason for their largest part, see `cache.misses`
     missed_tokens: dict[str, int]  # of all parts, by reason
     compactions: int
+    host_bytes: int = 0  # of a second tier
+    host_stores: int = 0  # pages and states that were copied there
+    host_loads: int = 0  # pages that came back
 
     @property
     def num_evictions(self) -> int:

@@ -104,3 +104,38 @@ class SumModel:
 def tokens_of(seed: int, length: int) -> TokenArray:
     """Seeded random tokens, int32 [length]."""
     return np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
+
+
+class PageSumModel(SumModel):
+    """The same with attention alone: K holds the token, V the position."""
+
+    cache_spec = CacheSpec(
+        layers=(AttentionSpec(num_kv_heads=1, head_dim=2, dtype=torch.float32),),
+        hidden_size=2,
+        hidden_dtype=torch.float32,
+    )
+    fingerprint = "page-sum-model"
+
+    def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+        (kv,) = cache
+        assert isinstance(kv, KVTensors)
+        layout, hidden = batch.layout, torch.full((batch.layout.num_rows, 2), torch.nan)
+        keys, values = kv.k[:, :, 0, 0], kv.v[:, :, 0, 0]
+        for row, place in enumerate(layout.kv_rows.tolist()):
+            if place >= 0:
+                keys[place // TILE, place % TILE] = batch.token_ids[row]
+                values[place // TILE, place % TILE] = batch.positions[row]
+        batch.pause()
+        rows = [
+            (int(first) + i, c)
+            for c, (first, length) in enumerate(zip(layout.chunk_row, layout.chunk_len, strict=True))
+            for i in range(int(length))
+        ]
+        rows += [(layout.decode_row + i, len(layout.chunk_row) + i) for i in range(layout.num_decode)]
+        for row, of in rows:
+            position, pages = int(batch.positions[row]), layout.page_table[of]
+            seen = keys[pages].flatten()[: position + 1]
+            assert torch.equal(values[pages].flatten()[: position + 1], torch.arange(position + 1.0))
+            hidden[row] = torch.tensor([float(seen.sum()), position + 1.0])
+            self.rows_computed += 1
+        return hidden[batch.output_rows]

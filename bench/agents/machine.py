@@ -15,6 +15,8 @@ from functools import cached_property
 
 import torch
 
+from hybrid_cache.cache.commands import Load, Store
+from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.errors import ConfigError
@@ -158,11 +160,21 @@ class SimulatedWorker(Worker):
         self._clock = clock
 
     def run(self, work: Work, pause: Callable[[], None] = lambda: None) -> Hidden:
+        seconds = self._copy_s(work)
         if work.chunks or work.decodes:
-            seconds = self._machine.seconds(work)
+            seconds += self._machine.seconds(work)
+        if seconds:
             self.busy_s += seconds
             self._clock.now += seconds
         return Hidden((_ROWS,) * len(work.chunks), _ROWS, (_ROWS,) * len(work.kept))  # type: ignore[arg-type]
+
+    def _copy_s(self, work: Work) -> float:
+        """Of pages and states to the host and back, for which the step waits."""
+        copies = [command for command in work.commands if isinstance(command, Store | Load)]
+        slots = sum(command.kind is Kind.SLOT for command in copies)
+        spec = self._machine.spec
+        num_bytes = slots * spec.slot_bytes + (len(copies) - slots) * spec.page_bytes
+        return num_bytes / self._machine.copy_bytes_per_s
 
     def choose(
         self, rows: Sequence[object], choosers: Sequence[TokenChooser], num_top: Sequence[int | None]

@@ -112,6 +112,7 @@ class Simulation:
             max_waiting=len(self.arrivals) + 1,
             policy=s.cache_policy,
             order=s.order,
+            host_bytes=s.host_bytes,
             prefix_cache=s.prefix_cache,
             max_tiles=tiles,
             max_tiles_beside_decode=tiles,

@@ -52,6 +52,9 @@ def stats_of(
         misses=dict(inquest.misses),
         missed_tokens=dict(inquest.tokens),
         compactions=pool.num_compactions,
+        host_bytes=pool.host.used_bytes if pool.host else 0,
+        host_stores=pool.host.num_stored if pool.host else 0,
+        host_loads=pool.host.num_loaded if pool.host else 0,
     )
 
 
@@ -88,6 +91,8 @@ def check_books(pool: Pool, messages: MessageStore, leases: Iterable[Lease], scr
         taken[kind].append(item)
     assert all(len(set(items)) == len(items) for items in taken.values())
     pool.claims.check()
+    if pool.host is not None:
+        pool.host.check()
     pool.queues.check({node for node in in_tree if node.dead}, kept - held)
     pool.allocator.check({kind: set(items) for kind, items in taken.items()}, fixed)
     return published

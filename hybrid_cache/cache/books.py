@@ -24,6 +24,7 @@ from hybrid_cache.cache.claims import Claims, Spare
 from hybrid_cache.cache.commands import Emit, Item, KeepHidden, VerifySome, nowhere
 from hybrid_cache.cache.fates import End
 from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.host import HostTier
 from hybrid_cache.cache.keys import Keys, keys_of
 from hybrid_cache.cache.lease import Lease, Match, Reservation, find
 from hybrid_cache.cache.messages import MessageStore
@@ -48,12 +49,14 @@ class Books:
         policy: Policy,
         *,
         emit: Emit = nowhere,
+        host_bytes: int = 0,
         page_tokens: int = TILE,
         clock: Callable[[], float] = time.monotonic,
         verify: bool = False,
     ) -> None:
         """emit: takes the commands for the memory of the cache, in order; `nowhere` for books without a memory, whose
-        pages may be larger (a multiple of TILE)   verify: report to the memory what is published, used and given up
+        pages may be larger (a multiple of TILE)   host_bytes: of a second tier, 0 for none
+        verify: report to the memory what is published, used and given up
 
         Raises ConfigError for too small a budget.
         """
@@ -66,6 +69,9 @@ class Books:
         self.pool = Pool(
             *(geometry, cost, budget_bytes, policy, self.tree, clock, emit), stateless=self._stateless, verify=verify
         )
+        if host_bytes:
+            tier = Geometry.of(spec, host_bytes), host_bytes, emit
+            self.pool.host = HostTier(*tier, stateless=self._stateless)
         self._candidates = Candidates(self.pool, cost, stateless=self._stateless)
         self.messages = MessageStore(self.pool, cost, 4 * spec.effect_size)
         self.inquest = Inquest(self.tree, self.pool.fates, clock, stateless=self._stateless)
@@ -89,7 +95,7 @@ class Books:
 
     def match(self, namespace: str, prompt: TokenArray | Keys) -> Match:
         """The longest usable part of a prompt. Changes nothing."""
-        return find(self.tree, as_keys(namespace, prompt), stateless=self._stateless)
+        return find(self.tree, as_keys(namespace, prompt), self.pool.host, stateless=self._stateless)
 
     @property
     def context_bytes(self) -> tuple[float, int]:
@@ -97,6 +103,11 @@ class Books:
         return self.pool.item_bytes[Kind.PAGE] / self._page_tokens, 0 if self._stateless else self.pool.item_bytes[
             Kind.SLOT
         ]
+
+    @property
+    def has_host(self) -> bool:
+        """Whether there is a second tier."""
+        return self.pool.host is not None
 
     @property
     def fixed_bytes(self) -> int:
@@ -132,15 +143,21 @@ class Books:
         keys = as_keys(match.namespace, prompt)
         match = self._renew(match)
         if not publish:
+            match = find(self.tree, keys, stateless=self._stateless) if match.hosted else match
             match = match.up_to_its_state(self._page_tokens)
         root = self.tree.root(match.namespace)
         num_held = sum(not node.pins for node in match.path)
         self._pin(root, match.path)
         num_pages = -(-keys.num_tokens // self._page_tokens) - len(match.path)
+        host = self.pool.host if match.hosted else None
+        if host is not None:
+            host.hold(keys, len(match.path), match.length // self._page_tokens)
         end = self._open_end(match, keys) if keeps_end and publish else None
         taken = self._take_for(match, num_pages, num_held, spare, 2 if end else 1)
         if taken is not None:
             return self._open(match, keys, publish, *taken, end)
+        if host is not None:
+            host.let_go()
         source = match.end or match.checkpoint
         in_the_way = source is not None and spare is None and self.pool.fits(num_pages, 1, num_held)
         self._unpin(root, match.path)
@@ -304,13 +321,15 @@ class Books:
             while node.dead and node.parent is not None:
                 self.pool.evict_page(node, End.DROPPED)
                 node = node.parent
+        if self.pool.host is not None:
+            self.pool.host.drop(namespace)
         return self.pool.allocator.free_bytes - before
 
     def _renew(self, match: Match) -> Match:
         """The match itself, or a new one when something of it has been evicted since."""
         source = match.end or match.checkpoint
         whole = (not match.path or match.path[-1].attached) and (source is None or source.attached)
-        return match if whole else self.match(match.namespace, match.keys)
+        return match if whole and not match.hosted else self.match(match.namespace, match.keys)
 
     def _open_end(self, match: Match, keys: Keys) -> int | None:
         """The last grid position of a prompt, if no state is there and none is about to be."""
@@ -391,8 +410,21 @@ class Books:
             if there is not None:
                 there.awaited = True
         self.leases.add(lease)
+        if match.hosted:
+            self._load(lease)
         self._count_match(match, keys.num_tokens)
         return lease
+
+    def _load(self, lease: Lease) -> None:
+        """Fills the pages and the state that a lease starts from, from the second tier, and publishes the pages."""
+        assert self.pool.host is not None
+        first, end = len(lease.nodes), lease.length // self._page_tokens
+        self.pool.host.load(lease.keys, first, end, lease.pages[first:end], lease.slot)
+        before = lease.written_tokens
+        for index in range(first, end):
+            self._publish_page(lease, index)
+            lease.tip.wanted = True
+        lease.written_tokens = before
 
     def _pin(self, root: Node, path: Sequence[Node]) -> None:
         root.pins += 1

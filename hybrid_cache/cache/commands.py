@@ -64,7 +64,33 @@ class VerifySome:
     """Compares a few published items at random."""
 
 
-Command = Copy | Move | KeepHidden | Seal | Unseal | Verify | VerifySome
+@dataclass(frozen=True, slots=True)
+class Store:
+    """An item of the device to a place in host memory."""
+
+    kind: Kind
+    item: int
+    host: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is at a place in host memory to an item of the device."""
+
+    kind: Kind
+    host: int
+    item: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveHost:
+    """As `Move`, in host memory."""
+
+    kind: Kind
+    moves: tuple[tuple[int, int], ...]
+
+
+Command = Copy | Move | KeepHidden | Seal | Unseal | Verify | VerifySome | Store | Load | MoveHost
 Emit = Callable[[Command], None]
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from hybrid_cache.cache.host import HostTier
 from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, KVRows, Node, PrefixTree, PromptEnd, rows_of
 from hybrid_cache.errors import OwnershipError
@@ -20,6 +21,7 @@ class Match:
     shared: int  # tokens whose pages are there; more than `length` marks a branch point
     checkpoint: Checkpoint | None
     end: PromptEnd | None  # the whole prompt was seen: nothing needs computing
+    hosted: bool = False  # the state that it starts from, and pages before it, come from the second tier
 
     @property
     def namespace(self) -> str:
@@ -31,8 +33,20 @@ class Match:
         return replace(self, path=self.path[:num_pages], shared=min(self.shared, num_pages * page_tokens))
 
 
-def find(tree: PrefixTree, keys: Keys, *, stateless: bool) -> Match:
+def find(tree: PrefixTree, keys: Keys, host: HostTier | None = None, *, stateless: bool) -> Match:
     """The longest usable part of a prompt. stateless: every page is a place to resume from"""
+    match = _on_device(tree, keys, stateless=stateless)
+    if host is None or match.end is not None:
+        return match
+    step, most = tree.page_tokens, max(keys.num_tokens - 1, 0) // tree.page_tokens
+    least = match.length // step
+    found = host.resumes_at(keys, len(match.path), least, most)
+    if found == least:
+        return match
+    return replace(match, length=found * step, checkpoint=None, hosted=True)
+
+
+def _on_device(tree: PrefixTree, keys: Keys, *, stateless: bool) -> Match:
     path, step = tree.walk(keys.namespace, keys.pages), tree.page_tokens
     tip = path[-1] if path else tree.roots.get(keys.namespace)
     end = tip.ends.get(keys.tail) if tip is not None and len(path) == len(keys.pages) else None

@@ -14,6 +14,7 @@ from hybrid_cache.cache.commands import Copy, Emit, Item, Move, Seal, Unseal, Ve
 from hybrid_cache.cache.eviction import EvictionQueues
 from hybrid_cache.cache.fates import End, Fates
 from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.host import HostTier
 from hybrid_cache.cache.policies.base import Policy, Worth
 from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PrefixTree, PromptEnd, StoredMessage
 from hybrid_cache.errors import OwnershipError
@@ -67,6 +68,7 @@ class Pool:
         self.evictions: Counter[str] = Counter()
         self.num_compactions = 0
         self.claims = Claims(stateless=stateless)
+        self.host: HostTier | None = None
         self.fates = Fates(clock)
 
     @property
@@ -281,6 +283,8 @@ class Pool:
         self.queues.withdraw_dead(node)
         self.tree.remove(node)
         self._unseal(((Kind.PAGE, node.page),))
+        if self.host is not None and end is End.EVICTED:
+            self.host.keep_page(node)
         self.give(Kind.PAGE, node.page)
         del self.page_owner[node.page]
         if end is End.EVICTED:
@@ -299,6 +303,8 @@ class Pool:
         """Takes a state out of the tree, or a message out of the store; its items are the caller's."""
         self.queues.withdraw(kept)
         self._unseal(self.items(kept))
+        if self.host is not None and end is End.EVICTED and isinstance(kept, Checkpoint):
+            self.host.keep_state(kept)
         del self.slot_owner[kept.slot]
         for page in self._others(kept, Kind.PAGE):
             del self.page_owner[page]

@@ -45,6 +45,7 @@ class Node:
     ends: dict[bytes, "PromptEnd"] = field(default_factory=dict)
     pins: int = 0  # leases whose path goes through here
     awaited: bool = False  # a lease is about to fill a checkpoint here
+    wanted: bool = False  # a state at or behind it is in the second tier
 
     @property
     def attached(self) -> bool:

@@ -16,10 +16,11 @@ from hybrid_cache.spec import AttentionSpec, CacheSpec, StateSpec, align64
 class Arena:
     """The buffer, and its views as pages and slots. Memory is touched only when an item is written."""
 
-    def __init__(self, spec: CacheSpec, geometry: Geometry, device: str) -> None:
+    def __init__(self, spec: CacheSpec, geometry: Geometry, device: str, *, pinned: bool = False) -> None:
         self._geometry = geometry
         # Not in large pages: they make decode 4 % faster, and the first request to touch each of them much slower.
-        self._buffer = torch.empty(geometry.num_units * geometry.unit_bytes, dtype=torch.uint8, device=device)
+        num_bytes = geometry.num_units * geometry.unit_bytes
+        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
         self._rows = {k: self._view(k, torch.uint8, 0, (geometry.stride_bytes(k),)) for k in Kind if geometry.units(k)}
         self.tensors = self._layers(spec)
         self.hidden = self._view(Kind.SLOT, spec.hidden_dtype, spec.slot_bytes, (spec.hidden_size,))
@@ -29,6 +30,19 @@ class Arena:
         if kind not in self._rows:
             return
         self._rows[kind][target].copy_(self._rows[kind][source])
+
+    @property
+    def is_cuda(self) -> bool:
+        return self._buffer.is_cuda
+
+    def row(self, kind: Kind, item: int) -> Tensor | None:
+        """The bytes of an item; None where items of a kind have none."""
+        return self._rows[kind][item] if kind in self._rows else None
+
+    def fill(self, kind: Kind, item: int, row: Tensor | None) -> None:
+        """Copies the bytes of an item of another arena; between a GPU and pinned memory nobody waits for that."""
+        if row is not None:
+            self._rows[kind][item].copy_(row, non_blocking=True)
 
     def move(self, kind: Kind, moves: Sequence[tuple[int, int]]) -> None:
         """Copies items (from, to); no item may be both."""

@@ -10,8 +10,11 @@ from hybrid_cache.cache.commands import (
     Copy,
     Item,
     KeepHidden,
+    Load,
     Move,
+    MoveHost,
     Seal,
+    Store,
     Unseal,
     Verify,
     VerifySome,
@@ -20,6 +23,7 @@ from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.device.arena import Arena
 from hybrid_cache.device.batch import CacheTensors
 from hybrid_cache.device.digests import Digests
+from hybrid_cache.device.host_memory import HostMemory
 from hybrid_cache.spec import CacheSpec
 
 
@@ -29,10 +33,13 @@ class CacheMemory:
     rows  hidden rows [L, hidden] that the latest forward pass gave, for `KeepHidden`
     """
 
-    def __init__(self, spec: CacheSpec, budget_bytes: int, device: str = "cpu", *, verify: bool = False) -> None:
-        """verify: the books report what is published, used and given up"""
+    def __init__(
+        self, spec: CacheSpec, budget_bytes: int, device: str = "cpu", *, host_bytes: int = 0, verify: bool = False
+    ) -> None:
+        """host_bytes: of a second tier; 0 for none   verify: the books report what is published, used and given up"""
         self._geometry = Geometry.of(spec, budget_bytes)
         self._arena = Arena(spec, self._geometry, device)
+        self._host = HostMemory(spec, Geometry.of(spec, host_bytes), self._arena) if host_bytes else None
         self.digests = Digests(self._arena.digest)
         self._verify = verify
         self.rows = torch.empty(0)
@@ -70,6 +77,9 @@ class CacheMemory:
                 self.digests.verify(command.items)
             case VerifySome():
                 self.digests.verify_some()
+            case Store() | Load() | MoveHost():
+                assert self._host is not None
+                self._host.run(command)
 
     def check(self, published: set[Item]) -> None:
         """Proves that what was sealed is what is published. Raises PublishedBytesChanged."""

@@ -67,8 +67,10 @@ class Engine:
         spec, budget_bytes = model.cache_spec, config.budget_bytes
         policy = make_policy(config.policy, spec, self._cost, budget_bytes)
         emit = self._commands.append
-        self.cache = Books(spec, self._cost, budget_bytes, policy, emit=emit, clock=clock, verify=config.verify)
-        memory = CacheMemory(spec, budget_bytes, str(model.device), verify=config.verify)
+        host_bytes, verify = config.host_bytes, config.verify
+        books = spec, self._cost, budget_bytes, policy
+        self.cache = Books(*books, emit=emit, host_bytes=host_bytes, clock=clock, verify=verify)
+        memory = CacheMemory(spec, budget_bytes, str(model.device), host_bytes=host_bytes, verify=verify)
         self.worker = worker(model, memory, self.cache.scratch_slot)
         traits = Traits(model.fidelities, model.commutes, model.packs, recurrent=spec.slot_bytes > 0)
         self._compiler = Compiler(self.cache, self._cost, traits)

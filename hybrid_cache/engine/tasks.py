@@ -18,6 +18,7 @@ from hybrid_cache.scheduling.base import Job, Load, Order, Pause, Task
 from hybrid_cache.scheduling.pauses import Pauses
 from hybrid_cache.spec import PrefillCost
 
+HOST_BYTES_PER_S = 20e9  # a guess, for a GPU on PCIe
 NEWEST = 0.02  # weight of the newest task in the mean time between two that begin
 
 
@@ -25,7 +26,8 @@ class Tasks:
     """Owns those who wait, and the pauses. The scheduler owns those who run."""
 
     def __init__(self, order: Order, cache: Books, cost: PrefillCost, pace: Pace, clock: Callable[[], float]) -> None:
-        self.load = Load(cache.budget_bytes, *cache.context_bytes, cost)
+        host_bytes_per_s = HOST_BYTES_PER_S if cache.has_host else 0.0
+        self.load = Load(cache.budget_bytes, *cache.context_bytes, cost, host_bytes_per_s)
         self.pauses = Pauses(cache.claims, order, self.load)
         self.waiting = Line(self._place)
         self._order = order

@@ -57,6 +57,7 @@ class Load:
     token_bytes: float  # of KV
     state_bytes: int
     cost: PrefillCost
+    host_bytes_per_s: float = 0.0  # at which what has left comes back from a second tier; 0: there is none
     now: float = 0.0
     running_bytes: int = 0  # that running requests hold
     s_per_flop: float = 0.0  # of prefill
@@ -80,7 +81,10 @@ class Load:
         """Bytes times seconds that computing a context again takes: half of its own memory while it fills, and what
         others hold meanwhile (InferCept, arXiv 2402.01869).
         """
-        return self.prefill_s(0, num_tokens) * (self.memory(num_tokens) / 2 + self.running_bytes)
+        again_s = self.prefill_s(0, num_tokens)
+        if self.host_bytes_per_s:
+            again_s = min(again_s, self.memory(num_tokens) / self.host_bytes_per_s)
+        return again_s * (self.memory(num_tokens) / 2 + self.running_bytes)
 
     def time_left(self, pause: Pause) -> float:
         """Seconds until a paused task returns, in the mean. A client's word holds until it proves wrong."""
