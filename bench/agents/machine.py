@@ -160,20 +160,19 @@ class SimulatedWorker(Worker):
         self._clock = clock
 
     def run(self, work: Work, pause: Callable[[], None] = lambda: None) -> Hidden:
-        seconds = self._copy_s(work)
-        if work.chunks or work.decodes:
-            seconds += self._machine.seconds(work)
+        seconds = self._machine.seconds(work) if work.chunks or work.decodes else 0.0
+        seconds = self._copy_s(work, Load) + max(seconds, self._copy_s(work, Store))
         if seconds:
             self.busy_s += seconds
             self._clock.now += seconds
         return Hidden((_ROWS,) * len(work.chunks), _ROWS, (_ROWS,) * len(work.kept))  # type: ignore[arg-type]
 
-    def _copy_s(self, work: Work) -> float:
-        """Of pages and states to the host and back, for which the step waits."""
-        copies = [command for command in work.commands if isinstance(command, Store | Load)]
-        slots = sum(command.kind is Kind.SLOT for command in copies)
+    def _copy_s(self, work: Work, way: type[Load] | type[Store]) -> float:
+        """Of pages and states from the host, for which a pass waits, or to it, for which it does not."""
+        kinds = [command.kind for command in work.commands if isinstance(command, way)]
+        slots = sum(kind is Kind.SLOT for kind in kinds)
         spec = self._machine.spec
-        num_bytes = slots * spec.slot_bytes + (len(copies) - slots) * spec.page_bytes
+        num_bytes = slots * spec.slot_bytes + (len(kinds) - slots) * spec.page_bytes
         return num_bytes / self._machine.copy_bytes_per_s
 
     def choose(

@@ -15,6 +15,7 @@ from hybrid_cache.cache.keys import Keys, Name
 from hybrid_cache.cache.tree import Checkpoint, Node
 
 Entry = tuple[Kind, Name]
+ROOMY = 16  # there is room where more than this part of it is free
 
 
 class HostTier:
@@ -41,14 +42,24 @@ class HostTier:
 
     # What goes from the device
 
-    def keep_state(self, state: Checkpoint) -> None:
-        """A state is about to go: it is copied, and the pages before it will be when they go."""
+    def keep_state(self, state: Checkpoint, *, claimed: bool) -> None:
+        """A state is about to go: it is copied, and the pages before it will be when they go.
+
+        claimed: somebody counts on it; nothing makes room for others
+        """
+        if not (claimed or self._stateless or self._has_room):
+            return
         if not self._keep(Kind.SLOT, state.name, state.slot, state.node.namespace):
             return
         node: Node | None = state.node
         while node is not None and not node.wanted:
             node.wanted = True
             node = node.parent
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether a large item finds a place without others being dropped."""
+        return self._allocator.free_bytes * ROOMY > self.budget_bytes
 
     def keep_page(self, node: Node) -> None:
         """A page is about to go."""

@@ -304,7 +304,7 @@ class Pool:
         self.queues.withdraw(kept)
         self._unseal(self.items(kept))
         if self.host is not None and end is End.EVICTED and isinstance(kept, Checkpoint):
-            self.host.keep_state(kept)
+            self.host.keep_state(kept, claimed=bool(self.claims.on(kept)))
         del self.slot_owner[kept.slot]
         for page in self._others(kept, Kind.PAGE):
             del self.page_owner[page]

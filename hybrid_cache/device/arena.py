@@ -32,8 +32,8 @@ class Arena:
         self._rows[kind][target].copy_(self._rows[kind][source])
 
     @property
-    def is_cuda(self) -> bool:
-        return self._buffer.is_cuda
+    def device(self) -> torch.device:
+        return self._buffer.device
 
     def row(self, kind: Kind, item: int) -> Tensor | None:
         """The bytes of an item; None where items of a kind have none."""

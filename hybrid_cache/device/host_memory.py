@@ -14,7 +14,8 @@ class HostMemory:
 
     def __init__(self, spec: CacheSpec, geometry: Geometry, device: Arena) -> None:
         self._device = device
-        self._arena = Arena(spec, geometry, "cpu", pinned=device.is_cuda)
+        on_gpu = device.device.type == "cuda"
+        self._arena = Arena(spec, geometry, "cpu" if on_gpu else str(device.device), pinned=on_gpu)
 
     def run(self, command: Store | Load | MoveHost) -> None:
         match command:
@@ -23,6 +24,6 @@ class HostMemory:
             case Load():
                 self._device.fill(command.kind, command.item, self._arena.row(command.kind, command.host))
             case MoveHost():
-                if self._device.is_cuda:
+                if self._device.device.type == "cuda":
                     torch.cuda.current_stream().synchronize()  # copies to the places that move may be under way
                 self._arena.move(command.kind, command.moves)

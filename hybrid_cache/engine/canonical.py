@@ -94,7 +94,8 @@ class CanonicalPasses:
         # A match leaves at least one token to compute; as a beginning, all of ours may be there.
         known = self._cache.match(turn.namespace, turn.keys.beginning(len(turn.tokens)))
         if known.length >= len(turn.tokens):
-            self._pauses.computed(turn.session, turn.keys, known.path[-1])
+            if known.path:
+                self._pauses.computed(turn.session, turn.keys, known.path[-1])
             return False
         return self._prefills.acquire(
             turn, known, spare=self._pauses.keeps

@@ -77,14 +77,16 @@ class Load:
         cost = self.cost
         return n * (cost.per_token + cost.per_token_per_position * (start + end - 1) / 2) * self.s_per_flop
 
-    def waste(self, num_tokens: int) -> float:
-        """Bytes times seconds that computing a context again takes: half of its own memory while it fills, and what
-        others hold meanwhile (InferCept, arXiv 2402.01869).
+    def again_s(self, num_tokens: int) -> float:
+        """Seconds until a context that has left is there again: computed, or from a second tier."""
+        seconds = self.prefill_s(0, num_tokens)
+        return min(seconds, self.memory(num_tokens) / self.host_bytes_per_s) if self.host_bytes_per_s else seconds
+
+    def waste(self, num_tokens: int, seconds: float) -> float:
+        """Bytes times seconds of having a context there again in so many seconds: half of its own memory while it
+        fills, and what others hold meanwhile (InferCept, arXiv 2402.01869).
         """
-        again_s = self.prefill_s(0, num_tokens)
-        if self.host_bytes_per_s:
-            again_s = min(again_s, self.memory(num_tokens) / self.host_bytes_per_s)
-        return again_s * (self.memory(num_tokens) / 2 + self.running_bytes)
+        return seconds * (self.memory(num_tokens) / 2 + self.running_bytes)
 
     def time_left(self, pause: Pause) -> float:
         """Seconds until a paused task returns, in the mean. A client's word holds until it proves wrong."""

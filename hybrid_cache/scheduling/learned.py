@@ -59,7 +59,9 @@ class Learned:
 
     def keeps(self, pause: Pause, load: Load) -> bool:
         num_tokens = pause.num_resumed
-        return load.time_left(pause) * load.memory(num_tokens) < self._weight * load.waste(num_tokens)
+        return load.time_left(pause) * load.memory(num_tokens) < self._weight * load.waste(
+            num_tokens, load.again_s(num_tokens)
+        )
 
 
 def machine_s(job: Job, load: Load) -> float:
@@ -72,15 +74,21 @@ def machine_s(job: Job, load: Load) -> float:
 
 
 def worth_reserving(job: Job, load: Load, weight: float) -> bool:
-    """Whether a state beside the running one while the answer takes, and the whole context while a tool takes, cost
-    less than computing the context again: the rule above before the turn, times the odds that it ends in a call.
+    """Whether a request takes room for the state that its task will return to, whatever the cache's policy says.
+
+    While those who run hold little of the memory, the policy knows better. Else the rule above is asked before the
+    turn: a state beside the running one while the answer takes, and the whole context while the tool takes, against the
+    odds that it ends in a call. Where a second tier takes what leaves, the context need not stay.
     """
+    if 2 * load.running_bytes < load.budget_bytes:
+        return False
     task, habits = job.task, load.outlook.of(job.task.tenant, job.task.kind)
     answer = habits.answer(task.num_calls)
     end = int(job.num_tokens + answer)
-    state = load.state_bytes * answer * load.step_s
-    context = load.memory(end) * load.tools.left(task.tenant, task.tool, 0.0)
-    return state + context < weight * habits.calls(task.num_calls) * load.waste(end)
+    cost = load.state_bytes * answer * load.step_s
+    if not load.host_bytes_per_s:
+        cost += load.memory(end) * load.tools.left(task.tenant, task.tool, 0.0)
+    return cost < weight * habits.calls(task.num_calls) * load.waste(end, load.prefill_s(0, end))
 
 
 def _call_s(cached: float, num_tokens: float, output: float, load: Load) -> float:

@@ -112,7 +112,9 @@ class Pauses:
     def keeps(self, claim: Claim) -> bool:
         """Whether what a claim lies on is spared."""
         assert isinstance(claim, Pause)
-        return claim.returned or claim.running or (claim.tool is not None and self._order.keeps(claim, self._load))
+        if claim.running:
+            return not self._load.host_bytes_per_s  # beside a second tier, the running state is enough
+        return claim.returned or (claim.tool is not None and self._order.keeps(claim, self._load))
 
     def forget_old(self) -> None:
         """Forgets what will not be resumed any more."""

@@ -74,7 +74,7 @@ class InferCept(FCFS):
     def keeps(self, pause: Pause, load: Load) -> bool:
         num_tokens, elapsed = pause.num_resumed, load.now - pause.began_s
         taken = load.time_left(pause) if self._knows else elapsed
-        return taken * load.memory(num_tokens) < self._weight * load.waste(num_tokens)
+        return taken * load.memory(num_tokens) < self._weight * load.waste(num_tokens, load.again_s(num_tokens))
 
 
 class LAMPS(VLLM):
@@ -96,7 +96,9 @@ class LAMPS(VLLM):
         return before + min(keep, again) + output * load.step_s * load.memory(end + output)
 
     def paused(self, pause: Pause, load: Load) -> None:
-        keeps = load.time_left(pause) * load.memory(pause.num_tokens) < load.waste(pause.num_tokens)
+        keeps = load.time_left(pause) * load.memory(pause.num_tokens) < load.waste(
+            pause.num_tokens, load.again_s(pause.num_tokens)
+        )
         pause.keep_until_s = math.inf if keeps else 0.0
 
     def keeps(self, pause: Pause, load: Load) -> bool:

@@ -12,6 +12,7 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import PromptOutput
+from hybrid_cache.tokens import Prompt
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import PageSumModel, SumModel, sum_model_answer, tokens_of
 
@@ -119,3 +120,18 @@ def test_prefixes_of_few_texts_in_any_order(asked: list[tuple[int, int]], kind: 
         engine.submit(make_request(str(number), tokens, 2))
         assert answers(engine.run_until_idle(), str(number)) == sum_model_answer(tokens, 2)
         engine.check()
+
+
+def test_an_answer_that_is_to_be_computed_again_and_is_in_the_second_tier_is_there() -> None:
+    engine = new_engine("hybrid")
+    tokens = tokens_of(1, 10 * TILE)
+    engine.submit(make_request("a", tokens, 1))
+    engine.run_until_idle()
+    for i in range(6):
+        engine.submit(make_request(f"{i}", tokens_of(10 + i, 10 * TILE), 1))
+        engine.run_until_idle()
+    assert engine.cache.tree.walk("sum-model/", [tokens[:TILE].tobytes()]) == ()
+    engine.commit("", Prompt(tokens))
+    assert engine.run_until_idle() == []
+    assert engine.stats().commit_tokens == 0
+    engine.check()
