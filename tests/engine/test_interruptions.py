@@ -1,6 +1,7 @@
 """Requests that stop in the middle for a tool: the same tokens as one prompt, and nothing held meanwhile."""
 
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.request import FailedOutput, FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt, TokenArray
-from tests.fakes import VOCAB, SumModel, sum_model_answer, tokens_of
+from tests.engine.test_host_tier import room_for
+from tests.fakes import VOCAB, PageSumModel, SumModel, sum_model_answer, tokens_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 TOOL = [5, 6, 7] * 30
@@ -297,9 +299,17 @@ class Pausing(RuleBasedStateMachine):
 
     names = st.sampled_from("abcdef")
 
-    @initialize(order=st.sampled_from(["learned", "fcfs", "infercept", "continuum"]), pages=st.sampled_from([14, 400]))
-    def begin(self, order: str, pages: int) -> None:
-        self.engine = Engine(SumModel(), EngineConfig(budget_bytes=pages * 5000, order=order, max_running=3))
+    @initialize(
+        order=st.sampled_from(["learned", "fcfs", "infercept", "continuum"]),
+        model=st.sampled_from([SumModel, PageSumModel]),
+        room=st.sampled_from([(4, 14), (40, 400)]),
+        host_pages=st.sampled_from([0, 12]),
+    )
+    def begin(self, order: str, model: type[SumModel], room: tuple[int, int], host_pages: int) -> None:
+        bytes_of = partial(room_for, model())
+        host_bytes = bytes_of(1 + host_pages // 4, host_pages) if host_pages else 0
+        config = EngineConfig(bytes_of(*room), host_bytes=host_bytes, order=order, max_running=3)
+        self.engine = Engine(model(), config)
         self.prompts: dict[str, list[int]] = {}
         self.said: dict[str, list[int]] = {}
         self.paused: set[str] = set()
