@@ -36,6 +36,16 @@ class CacheStats:
         return sum(self.evictions.values())
 
 
+@dataclass(frozen=True, slots=True)
+class PauseStats:
+    """Tasks that wait for a tool. Totals are since the start."""
+
+    num_paused: int = 0  # now
+    num_resumed: int = 0
+    num_resident: int = 0  # of these, tasks of whose context the cache still had half or more
+    num_forgotten: int = 0  # that nobody came back to in time
+
+
 @dataclass(slots=True)
 class Counters:
     """Running totals since the start."""
@@ -73,5 +83,6 @@ class EngineStats:
     committing: int  # finished turns that are still to be computed again
     flops_saved: float
     flops_computed: float
+    pauses: PauseStats
     cache: CacheStats
     step_age_s: float = 0.0  # seconds since the step under way began; 0 between steps

@@ -67,14 +67,16 @@ def options(
 
 
 class _NamesPolicies(TyperCommand):
-    """A command whose help names the policies, which are imported when it is asked for."""
+    """A command whose help names policies and orders, which are imported when it is asked for."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from hybrid_cache.cache.policies.registry import policy_names
+        from hybrid_cache.scheduling.registry import ORDERS
 
+        names = {"policy": policy_names(), "order": ORDERS}
         for option in self.params:
-            if isinstance(option, TyperOption) and option.name == "policy":
-                option.help = f"What the cache keeps: {', '.join(policy_names())}."
+            if isinstance(option, TyperOption) and option.name in names:
+                option.help = f"{(option.help or '').rstrip('.')}: {', '.join(names[option.name])}."
         super().format_help(ctx, formatter)
 
 
@@ -122,6 +124,9 @@ def serve(
     ] = None,
     budget: AutoBudget = "auto",
     policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
+    order: Annotated[
+        str, typer.Option(help="Who waits for whom, and what is kept for tasks while their tools run.")
+    ] = "learned",
     backend: Backend = "auto",
     fast: Fast = False,
     dtype: Dtype = "auto",
@@ -221,6 +226,7 @@ def serve(
             max_running=max_running,
             max_waiting=max_waiting,
             policy=policy,
+            order=order,
             prefix_cache=prefix_cache,
             max_tiles=max_tiles,
             max_tiles_beside_decode=max_tiles_beside_decode,

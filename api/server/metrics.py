@@ -5,7 +5,7 @@ autoscalers and routers made for it work unchanged.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from prometheus_client import (
@@ -26,7 +26,8 @@ from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.api.text.text_work import TextWork
 from hybrid_cache.choreography.book import MessageBook
-from hybrid_cache.stats import CacheStats, EngineStats
+from hybrid_cache.request import FinishReason
+from hybrid_cache.stats import CacheStats, EngineStats, PauseStats
 
 PREFIX = "hybrid_cache_"
 VLLM_PREFIX = "vllm:"
@@ -114,9 +115,10 @@ class _Instruments:
     inter_token: Histogram
     total: Histogram
     per_output_token: Histogram | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)  # that have another name there
 
     def observe(self, record: RequestRecord) -> None:
-        for reason in record.finish_reasons:
+        for reason in (self.reasons.get(reason, reason) for reason in record.finish_reasons):
             self.finished.labels(**self.labels, finished_reason=reason).inc()
         self.queued.observe(record.queued_s)
         if record.first_token_s is not None:
@@ -160,6 +162,7 @@ def _vllm_instruments(registry: CollectorRegistry, labels: Mapping[str, str]) ->
         histogram("inter_token_latency_seconds", "Between consecutive tokens of one choice.", INTER_TOKEN_BUCKETS),
         histogram("e2e_request_latency_seconds", "From submission to the end.", TOTAL_BUCKETS),
         histogram("request_time_per_output_token_seconds", "Mean over one request.", INTER_TOKEN_BUCKETS),
+        {FinishReason.TOOL_CALL.value: FinishReason.STOP.value},
     )
 
 
@@ -194,7 +197,16 @@ def _own_families(stats: EngineStats, settings: ServerSettings, book: MessageBoo
     yield _gauge("message_book_messages", "Messages that requests may refer to.", len(book))
     yield _gauge("message_book_bytes", "What they and the names of forgotten ones take.", book.num_bytes)
     yield _gauge("message_book_limit_bytes", "Most that they may take.", book.most_bytes)
+    yield from _pause_families(stats.pauses)
     yield from _cache_families(stats.cache)
+
+
+def _pause_families(pauses: PauseStats) -> Iterator[Metric]:
+    resumed = {"resident": pauses.num_resident, "evicted": pauses.num_resumed - pauses.num_resident}
+    text = "Tasks that came back from a tool: half of their context or more was cached, or less."
+    yield _gauge("tasks_paused", "Tasks that wait for a tool.", pauses.num_paused)
+    yield _by_kind(CounterMetricFamily, "tasks_resumed", text, resumed)
+    yield _counter("tasks_forgotten", "Tasks that waited for a tool for too long.", pauses.num_forgotten)
 
 
 def _cache_families(cache: CacheStats) -> Iterator[Metric]:

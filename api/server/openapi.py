@@ -1,12 +1,25 @@
-"""What the routes say about their failures and streams in /openapi.json."""
+"""What the routes say about headers, failures and streams in /openapi.json."""
 
 from typing import Any
 
+from hybrid_cache.api.server import tasks
 from hybrid_cache.api.server.errors import AnthropicErrorBody, ErrorBody
 
 Responses = dict[int | str, dict[str, Any]]
 
 UNAVAILABLE = 503  # the answer to a probe of a server that cannot serve
+HINTS: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": tasks.HEADER,
+            "in": "header",
+            "required": False,
+            "schema": {"type": "number", "minimum": 0, "maximum": tasks.MOST_MS},
+            "description": "Milliseconds that the tools take which the answer may call. It changes no answer, only "
+            "what the cache keeps while they run.",
+        }
+    ]
+}
 LOOKUP_ERRORS: Responses = {
     401: {"model": ErrorBody, "description": "The API key is missing or wrong."},
     404: {"model": ErrorBody, "description": "No such model, message or response."},

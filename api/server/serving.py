@@ -14,6 +14,7 @@ from hybrid_cache.api.server.metrics import Metrics, gate_families
 from hybrid_cache.api.server.response_store import ResponseStore
 from hybrid_cache.api.server.sessions import session_of
 from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.server.tasks import kind_of, tool_time_of
 from hybrid_cache.api.server.tenants import owner_of
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import GenerationSpec
@@ -68,7 +69,18 @@ class Serving:
         if visit is not None:
             visit.add_requests(len(specs) - visit.num_requests)
         session, owner, reports = session_of(headers, asked), owner_of(), wants_report(headers, asked)
-        specs = [replace(spec, session=session, owner=owner, reports=reports) for spec in specs]
+        tool_s = tool_time_of(headers)
+        specs = [
+            replace(
+                spec,
+                session=session,
+                owner=owner,
+                reports=reports,
+                kind=kind_of(asked, spec.form),
+                tool_s=tool_s,
+            )
+            for spec in specs
+        ]
         return await Answer.to(self.text, specs, self.metrics.observe)
 
 

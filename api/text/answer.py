@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 
 from hybrid_cache.api.text.answer_parser import AnswerParser, Item
@@ -28,7 +28,9 @@ from hybrid_cache.api.text.records import RequestRecord, Stopwatch
 from hybrid_cache.api.text.stream import ChoiceText, Detokenizer, Piece, make_stopper
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import Tokenizer
-from hybrid_cache.request import PromptOutput, Request, Stopper, TokenOutput
+from hybrid_cache.request import FinishReason, PromptOutput, Request, Stopper, TokenOutput
+
+MOST_TOOL_NAME = 256  # characters by which the engine knows the tools that an answer has called
 
 Events = tuple[Event, ...]  # what one output of the engine causes, in order
 Observe = Callable[[RequestRecord], None]
@@ -140,6 +142,7 @@ class _Generation:
                 tenant=spec.tenant,
                 commits=spec.talk is None,
                 session=spec.session,
+                kind=spec.kind,
                 owner=spec.owner,
             )
         )
@@ -180,10 +183,22 @@ class _Generation:
         said, stop = choice.push(output)
         if output.finish is None:
             return said
-        self._watch.end(output.index, output.finish.value)
+        finish = FinishReason.TOOL_CALL if output.finish is FinishReason.STOP and choice.called else output.finish
+        self._watch.end(output.index, finish.value)
+        self._end_turn(finish, choice.called)
         if choice.said is not None:
             self._text.expect(self._spec, choice.said)
-        return (*said, End(choice.number, output.finish, stop, self.usage, self._output.plan))
+        return (*said, End(choice.number, finish, stop, self.usage, self._output.plan))
+
+    def _end_turn(self, finish: FinishReason, called: Sequence[str]) -> None:
+        """Tells the engine whether an answer that might have called tools has. Several are over when the slowest is."""
+        request_id, engine = self._stream.request.id, self._text.engine
+        if self._spec.form.tools is None or self._spec.n > 1:
+            return
+        if finish is FinishReason.TOOL_CALL:
+            engine.pause(request_id, ",".join(called)[:MOST_TOOL_NAME], self._spec.tool_s)
+        else:
+            engine.end_task(request_id)
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -210,6 +225,8 @@ class _Choice:
         )
         self._parser = AnswerParser(spec.form) if spec.form.marks or spec.form.tools else None
         self.said = None if spec.talk is None else Said()
+        self.called: list[str] = []  # names of tools, of calls that are complete
+        self._calling = ""
         self.num_thought = 0  # tokens of thoughts, and of the marks around them
         self._num_held = 0  # tokens that may be the beginning of such a mark
 
@@ -242,9 +259,12 @@ class _Choice:
             case ThoughtItem():
                 return Thought(self.number, item.text, token)
             case CallBegun():
+                self._calling = item.name
                 return CallBegin(self.number, item.name, token, item.id or f"call_{uuid.uuid4().hex[:24]}")
             case Arguments():
                 return CallArguments(self.number, item.text, token)
+        if item.complete:
+            self.called.append(self._calling)
         return CallEnd(self.number, item.complete, token)
 
 

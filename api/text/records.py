@@ -10,7 +10,7 @@ from hybrid_cache.api.text.generation import Usage
 class RequestRecord:
     """One engine request that has ended: one prompt and its choices. Times in seconds on the server's clock."""
 
-    finish_reasons: tuple[str, ...]  # one a choice: "stop", "length" or "abort"
+    finish_reasons: tuple[str, ...]  # one a choice: "stop", "tool_call", "length" or "abort"
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int  # all choices together

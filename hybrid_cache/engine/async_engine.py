@@ -1,10 +1,11 @@
 """The engine on a thread of its own: requests in from an event loop that never blocks, streams of outputs back."""
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from hybrid_cache.tokens import Prompt
 
 T = TypeVar("T")
 HUNG_AFTER_S = 120.0  # a first step may wait for a compiler
+MOST_TURNS = 4096  # ends of turns that the engine's thread has not heard of yet; the oldest is dropped
 END_S = 0.5  # for a step under way to end, once the engine is stopped
 
 
@@ -45,6 +47,9 @@ class Stream:
         except asyncio.CancelledError:
             await self.aclose()
             raise
+        return self._take(item)
+
+    def _take(self, item: Output | FailedOutput | Exception) -> Output:
         if isinstance(item, FailedOutput):
             item = item.fault or RequestFailed("the engine gave this request up after an error of its own")
         if isinstance(item, Exception):
@@ -53,6 +58,28 @@ class Stream:
         if isinstance(item, TokenOutput) and item.finish is not None:
             self._open_choices -= 1
         return item
+
+    async def pause(self, tool: str = "", seconds: float | None = None) -> list[Output]:
+        """Stops the request until `resume`, while a tool runs -> those of its outputs that nobody has read.
+
+        tool, seconds: as for `Engine.pause`
+        Raises RequestError for a request that has ended or cannot be continued, and EngineStopped.
+        """
+
+        def pause(engine: Engine) -> None:
+            if not engine.is_open(self.request.id):
+                raise RequestError(f"request {self.request.id!r} has ended, and cannot be paused", param="id")
+            engine.pause(self.request.id, tool, seconds)
+
+        await self._engine.ask(pause)
+        return [self._take(self._queue.get_nowait()) for _ in range(self._queue.qsize())]
+
+    async def resume(self, tokens: Sequence[int]) -> None:
+        """Continues the request behind these tokens; the next output is a PromptOutput again.
+
+        Raises as `Engine.resume`, and EngineStopped.
+        """
+        await self._engine.ask(lambda engine: engine.resume(self.request.id, tokens))
 
     async def aclose(self) -> None:
         """Aborts the request if it is still running. Idempotent."""
@@ -101,6 +128,15 @@ class _Question:
             self.loop.call_soon_threadsafe(put)
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What is said of a request that has ended."""
+
+    request_id: str
+    tool: str | None  # that it called; None: it was the last of its task
+    seconds: float | None = None
+
+
 @dataclass(slots=True)
 class _Inbox:
     """What other threads ask of the engine's thread."""
@@ -108,10 +144,11 @@ class _Inbox:
     questions: deque[_Question] = field(default_factory=deque)
     requests: deque[Request] = field(default_factory=deque)
     commits: deque[tuple[str, Prompt, str]] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
+    turns: deque[_Turn] = field(default_factory=lambda: deque(maxlen=MOST_TURNS))
     aborts: deque[str] = field(default_factory=deque)
 
     def __bool__(self) -> bool:
-        return bool(self.questions or self.requests or self.commits or self.aborts)
+        return bool(self.questions or self.requests or self.commits or self.turns or self.aborts)
 
 
 class AsyncEngine:
@@ -233,6 +270,22 @@ class AsyncEngine:
             self._inbox.commits.append((namespace, prompt, session))
             self._wake.notify()
 
+    def pause(self, request_id: str, tool: str = "", seconds: float | None = None) -> None:
+        """As `Engine.pause` for a request that has ended; nothing happens to another, or where that would raise.
+
+        Requests that are submitted later find it paused.
+        """
+        self._say(_Turn(request_id, tool, seconds))
+
+    def end_task(self, request_id: str) -> None:
+        """As `Engine.end_task`."""
+        self._say(_Turn(request_id, None))
+
+    def _say(self, turn: _Turn) -> None:
+        with self._wake:
+            self._inbox.turns.append(turn)
+            self._wake.notify()
+
     async def ask(self, function: Callable[[Engine], T]) -> T:
         """The result of a function of the engine, called on its thread between two steps. It must not take long.
 
@@ -283,10 +336,12 @@ class AsyncEngine:
         """Waits for work, then moves requests and aborts into the engine -> False to end the thread."""
         with self._wake:
             while not (self._engine.has_work or self._inbox or self._stopping):
-                self._wake.wait()
+                forgets_in_s = self._engine.forgets_in_s
+                self._wake.wait(None if forgets_in_s == math.inf else max(forgets_in_s, 0.0))
             self._step_began_s = time.monotonic()
             inbox, self._inbox = self._inbox, _Inbox()
             self._taken = inbox
+        self._end_turns(inbox.turns)
         for request in inbox.requests:
             self._submit_now(request)
         for commit in inbox.commits:
@@ -296,7 +351,7 @@ class AsyncEngine:
             self._engine.abort(request_id)
         for question in inbox.questions:
             question.ask(self._engine)
-        if inbox.aborts or inbox.commits or inbox.questions:
+        if inbox.aborts or inbox.commits or inbox.turns or inbox.questions:
             self._stats = self._engine.stats()
             self._taken = _Inbox()
         return not self._stopping
@@ -307,11 +362,21 @@ class AsyncEngine:
             return
         with self._wake:
             requests, self._inbox.requests = self._inbox.requests, deque()
+            turns, self._inbox.turns = self._inbox.turns, _Inbox().turns
+        self._end_turns(turns)
         for request in requests:
             self._submit_now(request)
         outputs = self._engine.step_between()
         self._stats = self._engine.stats()
         self._deliver(outputs)
+
+    def _end_turns(self, turns: Iterable[_Turn]) -> None:
+        for turn in turns:
+            if turn.tool is None:
+                self._engine.end_task(turn.request_id)
+            elif not self._engine.is_open(turn.request_id):
+                with suppress(RequestError):
+                    self._engine.pause(turn.request_id, turn.tool, turn.seconds)
 
     def _submit_now(self, request: Request) -> None:
         try:

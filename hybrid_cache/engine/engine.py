@@ -42,8 +42,8 @@ class Engine:
     """Requests in, outputs out, one step at a time. Not thread-safe.
 
     watch: called with each step before its work is done
-    between_layers: called between the layers of a pass with prompts in it, on a CPU. It may submit requests and call
-        `step_between`, and do nothing else to the engine
+    between_layers: called between the layers of a pass with prompts in it, on a CPU. It may submit requests,
+        call `pause` and `end_task` for those that have ended, and `step_between`, and do nothing else to the engine
     """
 
     def __init__(
@@ -87,12 +87,17 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while a step would do something, canonical passes included."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self.forgets_in_s <= 0
 
     @property
     def idle(self) -> bool:
         """True while no request waits for an answer."""
         return self._scheduler.idle
+
+    @property
+    def forgets_in_s(self) -> float:
+        """Seconds until a step gives up a request that is paused; infinite if there is none."""
+        return self._interruptions.next_forgotten_s - self._clock()
 
     @property
     def longest_sequence(self) -> int:

@@ -4,6 +4,7 @@ While it is interrupted a request holds nothing. Continued, it is computed as on
 far: its tokens, those that were generated, and those that are added. Random numbers and penalties go on.
 """
 
+import math
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,7 @@ class Interruptions:
         if len(self._open) >= MOST_INTERRUPTED:
             raise RequestError(f"{len(self._open)} requests are paused, limit {MOST_INTERRUPTED}", param="id")
         (sequence,) = sequences
+        self._scheduler.tasks.look()
         self._scheduler.tasks.end_turn(sequence, FinishReason.TOOL_CALL)
         self._scheduler.finish(sequence)
         self._scheduler.canonical.add_turn(sequence)
@@ -73,17 +75,24 @@ class Interruptions:
         return sequence
 
     def abort(self, request_id: str) -> None:
-        """Nothing happens to a request that is not interrupted."""
-        self._open.pop(request_id, None)
+        """Ends the task of a request that is interrupted; nothing happens to any other."""
+        if self._open.pop(request_id, None) is not None:
+            self._scheduler.tasks.pauses.over(request_id)
+
+    @property
+    def next_forgotten_s(self) -> float:
+        """When the next one will be given up, by the engine's clock; infinite if there is none."""
+        return next(iter(self._open.values())).since_s + FORGOTTEN_AFTER_S if self._open else math.inf
 
     def forgotten(self, now: float) -> list[tuple[str, FailedOutput]]:
         """Gives up those that nobody has continued for too long -> what their clients are told."""
         given_up = list[tuple[str, FailedOutput]]()
-        while self._open:
-            request_id, first = next(iter(self._open.items()))
-            if now - first.since_s < FORGOTTEN_AFTER_S:
-                break
-            del self._open[request_id]
+        if self.next_forgotten_s <= now:
+            self._scheduler.tasks.look()
+            self._scheduler.tasks.pauses.forget_old()
+        while self.next_forgotten_s <= now:
+            request_id = next(iter(self._open))
+            self.abort(request_id)
             why = f"request {request_id!r} was paused for {FORGOTTEN_AFTER_S:.0f} s"
             given_up.append((request_id, FailedOutput(why, RequestError(why, param="id"))))
         return given_up

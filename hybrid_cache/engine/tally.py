@@ -54,5 +54,6 @@ class Tally(Counters):
             committing=len(scheduler.canonical),
             flops_saved=self.flops_saved,
             flops_computed=self.flops_computed,
+            pauses=scheduler.tasks.pauses.stats,
             cache=cache,
         )

@@ -12,6 +12,7 @@ from hybrid_cache.cache.claims import Claim, Claims
 from hybrid_cache.cache.keys import Keys, Name
 from hybrid_cache.cache.tree import Node
 from hybrid_cache.scheduling.base import Load, Order, Pause, Task
+from hybrid_cache.stats import PauseStats
 
 MOST_PAUSES = 1 << 14  # the one that began first is forgotten
 FORGOTTEN_AFTER_S = 3600.0  # a call that is never answered
@@ -39,6 +40,11 @@ class Pauses:
         self._by_name: dict[Name, list[_Turn]] = {}
         self._by_request: dict[str, _Turn] = {}
         self._by_session: dict[tuple[str, str], list[_Turn]] = {}
+        self._num_paused = self._num_resumed = self._num_resident = self._num_forgotten = 0
+
+    @property
+    def stats(self) -> PauseStats:
+        return PauseStats(self._num_paused, self._num_resumed, self._num_resident, self._num_forgotten)
 
     def __len__(self) -> int:
         """How many turns are remembered."""
@@ -67,6 +73,7 @@ class Pauses:
         turn = self._by_request.get(request_id)
         if turn is None:
             return False
+        self._num_paused += turn.pause.tool is None
         turn.pause.tool, turn.pause.hint_s, turn.pause.task.tool = tool, hint_s, tool
         self._order.paused(turn.pause, self._load)
         return True
@@ -105,6 +112,8 @@ class Pauses:
             self._end_task(turn)
             return None
         pause.returned = True
+        self._num_resumed += 1
+        self._num_resident += 2 * pause.num_resumed >= pause.num_tokens
         self._load.tools.add(pause.task.tenant, pause.tool, self._load.now - pause.began_s)
         self._forget(turn)
         return pause
@@ -123,6 +132,7 @@ class Pauses:
             age = self._load.now - turn.pause.began_s
             if len(self._turns) <= MOST_PAUSES and age < FORGOTTEN_AFTER_S:
                 break
+            self._num_forgotten += turn.pause.tool is not None
             self._end_task(turn)
 
     # Books
@@ -151,6 +161,7 @@ class Pauses:
 
     def _forget(self, turn: _Turn) -> None:
         del self._turns[turn.pause]
+        self._num_paused -= turn.pause.tool is not None
         if self._by_request.get(turn.request_id) is turn:
             del self._by_request[turn.request_id]
         for name in turn.names:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 from torch import Tensor
 
@@ -248,3 +249,147 @@ def test_a_reader_whose_loop_has_ended_harms_nobody() -> None:
     asyncio.run(ask())
     assert len(asyncio.run(listen())) == 5
     assert not engine.failed
+
+
+def test_a_stream_that_is_paused_gives_what_is_unread_and_goes_on_behind_the_tool() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            asked, tool = request("a", max_tokens=300), [5] * 40
+            stream = engine.submit(asked)
+            said = [(await anext(stream)) for _ in range(4)]
+            said += await stream.pause("look", 2.0)
+            before = [o.token for o in said if isinstance(o, TokenOutput) and o.token is not None]
+            assert before == sum_model_answer(asked.prompt.tokens, len(before))
+            assert 3 <= len(before) < 300
+            await until(lambda: engine.stats().running == engine.stats().cache.working_bytes == 0)
+            assert engine.stats().pauses.num_paused == 1
+            rest = asyncio.create_task(collect(stream))
+            await asyncio.sleep(0.01)
+            assert not rest.done()
+            await stream.resume(tool)
+            first, *after = await rest
+            assert isinstance(first, PromptOutput)
+            prompt = [*asked.prompt.tokens, *before, *tool]
+            assert [o.token for o in after if isinstance(o, TokenOutput)] == sum_model_answer(prompt, 300 - len(before))
+            assert engine.stats().pauses.num_resumed == 1
+
+    asyncio.run(main())
+
+
+async def collect(stream: Stream) -> list[object]:
+    return [output async for output in stream]
+
+
+def test_what_is_wrong_with_a_pause_reaches_its_caller_and_harms_nobody() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            several, ended, asked = request("several", n=2), request("ended"), request("a", max_tokens=300)
+            stream = engine.submit(several)
+            with pytest.raises(RequestError, match="has several choices"):
+                await stream.pause("look")
+            assert len(await tokens(stream)) == 10
+            stream = engine.submit(ended)
+            assert await tokens(stream) == sum_model_answer(ended.prompt.tokens, 5)
+            with pytest.raises(RequestError, match="'ended' has ended"):
+                await stream.pause("look")
+            stream = engine.submit(asked)
+            with pytest.raises(RequestError, match="'a' is not paused"):
+                await stream.resume([1])
+            with pytest.raises(RequestError, match="a tool time of -1 s"):
+                await stream.pause("look", -1)
+            await stream.pause("look")
+            with pytest.raises(RequestError, match="the context holds"):
+                await stream.resume([1] * 5000)
+            await stream.aclose()
+            with pytest.raises(RequestError, match="has ended"):
+                await stream.pause("look")
+            await until(lambda: engine.stats().pauses.num_paused == 0)
+            await engine.ask(Engine.check)
+
+    asyncio.run(main())
+
+
+def test_a_turn_that_is_said_to_have_called_is_known_to_the_next_request() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            asked, prompt = request("0", length=200), request("0", length=200).prompt.tokens.tolist()
+            for step in range(3):
+                answer = await tokens(engine.submit(asked))
+                engine.pause("unknown", "look")
+                engine.pause(str(step), "look", -1)  # no time: as if nobody had said it
+                engine.pause(str(step), "look", 1.0)
+                prompt += [*answer, *range(64)]
+                asked = Request(str(step + 1), Prompt(np.asarray(prompt, np.int32)), asked.sampling)
+            answer = await tokens(engine.submit(asked))
+            assert answer == sum_model_answer(prompt, 5)
+            engine.end_task("3")
+            engine.end_task("unknown")
+            await engine.ask(lambda engine: None)
+            pauses = engine.stats().pauses
+            assert (pauses.num_paused, pauses.num_resumed, pauses.num_resident) == (0, 3, 3)
+
+    asyncio.run(main())
+
+
+def test_one_that_is_open_is_not_stopped_by_what_is_said_of_ended_ones() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            stream = engine.submit(request("a", max_tokens=100))
+            await anext(stream)
+            engine.pause("a", "look")
+            assert len(await tokens(stream)) == 100
+
+    asyncio.run(main())
+
+
+def test_what_is_said_of_a_turn_goes_before_a_request_that_comes_between_two_layers() -> None:
+    """Both lie in the inbox while a long prompt is computed."""
+
+    class Slow(SumModel):
+        asks: Callable[[], None] | None = None
+
+        def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
+            asks, self.asks = self.asks, None
+            if asks is not None:
+                asks()
+            return super().forward(batch, cache)
+
+    async def main() -> None:
+        model = Slow()
+        async with running(model) as engine:
+            first = request("first")
+            said = await tokens(engine.submit(first))
+            prompt = [*first.prompt.tokens.tolist(), *said, *range(30)]
+            loop, begun = asyncio.get_running_loop(), asyncio.Event()
+            gate = threading.Event()
+
+            def asks() -> None:
+                loop.call_soon_threadsafe(begun.set)
+                assert gate.wait(10)
+
+            model.asks = asks
+            long = asyncio.create_task(tokens(engine.submit(request("long", 900))))
+            await begun.wait()
+            engine.pause("first", "look")
+            second = engine.submit(Request("second", Prompt(np.asarray(prompt, np.int32)), first.sampling))
+            gate.set()
+            assert await tokens(second) == sum_model_answer(prompt, 5)
+            await long
+            assert engine.stats().pauses.num_resumed == 1
+
+    asyncio.run(main())
+
+
+def test_an_idle_engine_gives_up_what_nobody_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid_cache.engine.interruptions.FORGOTTEN_AFTER_S", 0.2)
+
+    async def main() -> None:
+        async with running() as engine:
+            stream = engine.submit(request("a", max_tokens=300))
+            await stream.pause("look")
+            with pytest.raises(RequestError, match="was paused for"):
+                async with asyncio.timeout(5):
+                    await tokens(stream)
+            assert engine.stats().pauses.num_paused == 0
+
+    asyncio.run(main())

@@ -164,7 +164,7 @@ class MessageReply:
             yield "content_block_stop", {"index": len(self._blocks.done) - 1}
 
     def _end(self, event: End) -> None:
-        if event.finish is not FinishReason.STOP:
+        if event.finish is FinishReason.LENGTH:
             full = event.usage.completion < self._asked.max_tokens
             self._stop_reason = "model_context_window_exceeded" if full else "max_tokens"
         elif any(block["type"] == "tool_use" for block in self._blocks.done):

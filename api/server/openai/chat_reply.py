@@ -62,7 +62,7 @@ class _Choice:
     def take(self, event: Part | End) -> None:
         match event:
             case End():
-                stopped = event.finish is FinishReason.STOP
+                stopped = event.finish is not FinishReason.LENGTH
                 self.finish = ("tool_calls" if self.calls else "stop") if stopped else "length"
                 self.stop = event.stop
                 return

@@ -18,9 +18,8 @@ from hybrid_cache.api.text.generation import Begin, CallArguments, CallBegin, Ca
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.request import FinishReason
 
-_REASONS: dict[FinishReason, Literal["stop", "length"]] = {
+_REASONS: dict[FinishReason, Literal["stop", "length"]] = {  # no tools are offered
     FinishReason.STOP: "stop",
-    FinishReason.TOOL_CALL: "stop",
     FinishReason.LENGTH: "length",
 }
 

@@ -88,7 +88,7 @@ class ResponseReply:
     def _take(self, event: Event) -> Shown:
         if not isinstance(event, End):
             return self._output.take(event)
-        self._status = "completed" if event.finish is FinishReason.STOP else "incomplete"
+        self._status = "incomplete" if event.finish is FinishReason.LENGTH else "completed"
         return self._output.finish(whole=self._status == "completed")
 
     async def _ended(self) -> Stored:

@@ -11,7 +11,7 @@ from hybrid_cache.api.server.openai.chat_reply import ChatReply
 from hybrid_cache.api.server.openai.choreography import Arranged, arranged_prompt, is_arranged
 from hybrid_cache.api.server.openai.messages import conversation_of
 from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, source_of, spec_of
-from hybrid_cache.api.server.openapi import ERRORS, EVENTS
+from hybrid_cache.api.server.openapi import ERRORS, EVENTS, HINTS
 from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.schemas.chat import ChatRequest, ChatResponse, NamedTool
 from hybrid_cache.api.server.serving import Serving
@@ -30,7 +30,9 @@ def router(serving: Serving) -> APIRouter:
     """The route, bound to what it serves."""
     routes = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
-    @routes.post("/v1/chat/completions", response_model=ChatResponse, responses={**ERRORS, **EVENTS})
+    @routes.post(
+        "/v1/chat/completions", response_model=ChatResponse, responses={**ERRORS, **EVENTS}, openapi_extra=HINTS
+    )
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
         spec, arranged = await unless_gone(request, _parse(serving, asked))

@@ -7,7 +7,7 @@ from hybrid_cache.api.server.anthropic.diagnostics import changes_of
 from hybrid_cache.api.server.anthropic.parsing import conversation_of, spec_of
 from hybrid_cache.api.server.anthropic.reply import MessageReply
 from hybrid_cache.api.server.bodies import JsonRoute
-from hybrid_cache.api.server.openapi import ANTHROPIC_ERRORS, EVENTS
+from hybrid_cache.api.server.openapi import ANTHROPIC_ERRORS, EVENTS, HINTS
 from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.schemas.anthropic import CountRequest, MessageResponse, MessagesRequest, TokenCount
 from hybrid_cache.api.server.serving import Serving
@@ -18,7 +18,7 @@ def router(serving: Serving) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute, tags=["Anthropic"], responses=ANTHROPIC_ERRORS)
     keep_billing = serving.settings.keep_billing_header
 
-    @routes.post("/v1/messages", response_model=MessageResponse, responses=EVENTS)
+    @routes.post("/v1/messages", response_model=MessageResponse, responses=EVENTS, openapi_extra=HINTS)
     async def messages(asked: MessagesRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
         conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))

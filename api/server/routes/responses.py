@@ -13,7 +13,7 @@ from hybrid_cache.api.server.json_text import json_in_pieces
 from hybrid_cache.api.server.openai.response_parsing import as_chat, conversation_of, in_words_of_responses
 from hybrid_cache.api.server.openai.response_reply import ResponseReply
 from hybrid_cache.api.server.openai.response_turns import Turn, items_before, turn_of
-from hybrid_cache.api.server.openapi import ERRORS, NAMED_EVENTS
+from hybrid_cache.api.server.openapi import ERRORS, HINTS, NAMED_EVENTS
 from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.routes.chat import chat_spec
 from hybrid_cache.api.server.schemas.common import MAX_SALT
@@ -32,7 +32,7 @@ def router(serving: Serving) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=ERRORS)
     store = serving.responses
 
-    @routes.post("/v1/responses", response_model=ResponseObject, responses=NAMED_EVENTS)
+    @routes.post("/v1/responses", response_model=ResponseObject, responses=NAMED_EVENTS, openapi_extra=HINTS)
     async def create(asked: ResponsesRequest, request: Request) -> Response:
         serving.model.check_name(asked.model)
         turn = await unless_gone(request, turn_of(serving, asked))

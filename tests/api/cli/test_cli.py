@@ -20,6 +20,7 @@ from hybrid_cache.api.server.protocol import Patience
 from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
+from hybrid_cache.scheduling.registry import ORDERS
 
 HEAVY = ("torch", "transformers", "fastapi", "httpx", "numpy")
 PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli.main import main; main()")
@@ -71,7 +72,7 @@ def test_talking_to_a_server_needs_no_torch() -> None:
         ),
         (["serve"], ["--api-key", "--allow-host", "--allow-origin", "--tls-cert", "--tls-key", "--max-connections"]),
         (["serve"], ["--forwarded-allow-ips", "--header-timeout", "--body-timeout", "--reader-timeout"]),
-        (["serve"], [*policy_names()]),
+        (["serve"], [*policy_names(), "--order", *ORDERS]),
         (["chat"], ["--url", "--system", "--temperature", "--max-tokens", "--seed", "--backend", "--fast"]),
         (["model", "info"], ["--budget", "--json"]),
         (["model", "list"], ["--budget", "--json"]),
@@ -111,7 +112,8 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
     operators.write_text("root\n")
     line = (
         f"serve some/model --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
-        "--budget 64MiB --policy lru --backend torch --dtype float32 --threads 1 --max-running 3 --max-waiting 4 "
+        "--budget 64MiB --policy lru --order fcfs --backend torch --dtype float32 --threads 1 --max-running 3 "
+        "--max-waiting 4 "
         "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics "
         "--drain-timeout 1.5 --hung-after 7 --fast --max-step-ms 0 --shared-cache --api-key first --api-key other "
         "--allow-host a.example --allow-host b.example --allow-origin * --allow-origin https://c.example "
@@ -123,7 +125,13 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert exit_code(*line.split()) == 0
     options = told[0]
     assert options.engine == EngineConfig(
-        max_running=3, max_waiting=4, policy="lru", prefix_cache=False, max_tiles=5, max_tiles_beside_decode=2
+        max_running=3,
+        max_waiting=4,
+        policy="lru",
+        order="fcfs",
+        prefix_cache=False,
+        max_tiles=5,
+        max_tiles_beside_decode=2,
     )
     assert options.load == LoadOptions("some/model", "torch", fast=True, dtype="float32", threads=1)
     assert options.exposure == Exposure(
@@ -169,6 +177,7 @@ def test_an_operators_key_needs_another_one_beside_it(tmp_path: Path, capsys: py
         (["serve", "--budget", "lots"], "'lots'"),
         (["serve", "--budget", "1KiB"], "1024"),
         (["serve", "--policy", "magic"], "'magic'"),
+        (["serve", "--order", "magic"], f"unknown order 'magic', must be one of {', '.join(ORDERS)}"),
         (["serve", "--backend", "abacus"], "'abacus'"),
         (["serve", "--dtype", "int3"], "'int3'"),
         (["serve", "--max-running", "0"], "max_running"),
