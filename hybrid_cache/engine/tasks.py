@@ -49,6 +49,7 @@ class Tasks:
             sequence = heapq.heappop(self._impatient)[2]
             if sequence in self._jobs:
                 self.waiting.place_again((sequence,))
+        self.pauses.forget_old()
         if self._jobs and self._order.turns(load):
             self.waiting.place_again(self._jobs)
 
@@ -149,8 +150,9 @@ class Tasks:
         self.load.outlook.answered(task.tenant, task.kind, task.num_calls, len(sequence.generated))
         task.num_calls += 1
         if prefill.lease is not None:
-            turn = task, prefill.namespace, request.session, prefill.keys, prefill.lease.tip, sequence.num_tokens
-            self.pauses.ended(request.id, *turn)
+            said = max((b.position for b in request.prompt.boundaries), default=len(prefill.tokens))
+            turn = prefill.keys, said, prefill.lease.tip, len(sequence.generated)
+            self.pauses.ended(request.id, task, request.session, *turn)
             if finish is FinishReason.TOOL_CALL:
                 self.pauses.called(request.id, "", None)
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from hybrid_cache.cache.claims import Claim, Claims
 from hybrid_cache.cache.keys import Keys, Name
 from hybrid_cache.cache.tree import Node
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.scheduling.base import Load, Order, Pause, Task
 from hybrid_cache.stats import PauseStats
 
 MOST_PAUSES = 1 << 14  # the one that began first is forgotten
+TOKEN_BYTES = 4
 FORGOTTEN_AFTER_S = 3600.0  # a call that is never answered
 
 
@@ -26,7 +28,8 @@ class _Turn:
     request_id: str
     namespace: str
     session: str
-    names: list[Name] = field(default_factory=list)
+    num_prompt: int  # tokens of its prompt: the next one has more
+    names: dict[Name, bytes] = field(default_factory=dict)  # of full pages -> the tokens behind them, less than a page
 
 
 class Pauses:
@@ -52,20 +55,19 @@ class Pauses:
 
     # Ends
 
-    def ended(
-        self, request_id: str, task: Task, namespace: str, session: str, keys: Keys, tip: Node, num_tokens: int
-    ) -> None:
+    def ended(self, request_id: str, task: Task, session: str, keys: Keys, said: int, tip: Node, answer: int) -> None:
         """A turn has ended; whether in a call is still to be said.
 
-        keys, tip: of its prompt, and how far that is in the tree   num_tokens: of prompt and answer
+        keys, tip: of its prompt, and how far that is in the tree   said: tokens up to the end of its last message, which
+        the next prompt begins with   answer: tokens
         """
-        self.forget_old()
+        namespace, num_tokens = keys.namespace, keys.num_tokens + answer
         pause = Pause(task=task, began_s=self._load.now)
-        turn = self._turns[pause] = _Turn(pause, request_id, namespace, session)
+        turn = self._turns[pause] = _Turn(pause, request_id, namespace, session, keys.num_tokens)
         self._by_request[request_id] = turn
         if session:
             self._by_session.setdefault((namespace, session), []).append(turn)
-        self._name(turn, keys)
+        self._name(turn, keys, said)
         self._claims.place(pause, tip, num_tokens)
 
     def called(self, request_id: str, tool: str, hint_s: float | None) -> bool:
@@ -86,9 +88,9 @@ class Pauses:
 
     def computed(self, session: str, keys: Keys, tip: Node) -> None:
         """The beginning of a prompt that is still to come was computed, and is in the tree as far as `tip`."""
-        turn = self._find(session, keys)
+        turn = self._find(session, keys, longer=False)
         if turn is not None:
-            self._name(turn, keys)
+            self._name(turn, keys, tip.num_tokens)
             self._claims.place(turn.pause, tip, max(turn.pause.num_tokens, tip.num_tokens))
 
     # Returns
@@ -99,7 +101,7 @@ class Pauses:
         request_id: of the request that is itself continued, if it is
         """
         turn = self._by_request.get(request_id) if request_id is not None else None
-        turn = turn or self._find(session, keys)
+        turn = turn or self._find(session, keys, longer=True)
         if turn is None and session:
             turns = self._by_session.get((namespace, session), ())
             if len(turns) == 1:
@@ -137,21 +139,30 @@ class Pauses:
 
     # Books
 
-    def _find(self, session: str, keys: Keys) -> _Turn | None:
-        """The turn with the longest prefix of these; not that of another session than the one that is named."""
+    def _find(self, session: str, keys: Keys, *, longer: bool) -> _Turn | None:
+        """The turn with the longest prefix of these; not that of another session than the one that is named.
+
+        longer: only if its prompt was shorter than these
+        """
         if self._by_name:
-            for name in reversed(keys.names[1:]):
+            for num_pages in range(len(keys.pages), 0, -1):
+                name = keys.names[num_pages]
                 for turn in self._by_name.get(name, ()):
-                    if session in (turn.session, ""):
+                    if session not in (turn.session, "") or (longer and keys.num_tokens <= turn.num_prompt):
+                        continue
+                    rest = keys.pages[num_pages] if num_pages < len(keys.pages) else keys.tail
+                    if rest.startswith(turn.names[name]):
                         return turn
         return None
 
-    def _name(self, turn: _Turn, keys: Keys) -> None:
-        """Has a turn found by the full pages of these."""
-        name = keys.names[-1]
-        if keys.pages and name not in turn.names:
-            turn.names.append(name)
-            self._by_name.setdefault(name, []).append(turn)
+    def _name(self, turn: _Turn, keys: Keys, num_tokens: int) -> None:
+        """Has a turn found by the first tokens of these."""
+        num_pages, tail = divmod(num_tokens, TILE)
+        if not num_pages or keys.names[num_pages] in turn.names:
+            return
+        name, rest = keys.names[num_pages], keys.pages[num_pages] if num_pages < len(keys.pages) else keys.tail
+        turn.names[name] = rest[: tail * TOKEN_BYTES]
+        self._by_name.setdefault(name, []).append(turn)
 
     def _end_task(self, turn: _Turn) -> None:
         task = turn.pause.task
