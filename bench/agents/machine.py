@@ -60,15 +60,6 @@ class Machine:
         """In seconds instead of FLOPs."""
         return PrefillCost(self.token_s, self.token_per_position_s)
 
-    def seconds(self, work: Work) -> float:
-        """What a step takes."""
-        cost = self.cost
-        ends = ((rows.start, rows.start + -(-len(rows.tokens) // TILE) * TILE) for rows in work.chunks)
-        prefill = sum(cost.flops(start, end) for start, end in ends)
-        positions = sum(rows.start for rows in work.decodes)
-        num_bytes = len(work.decodes) * self.spec.slot_bytes + positions * self.spec.kv_bytes_per_token
-        return self.base_s + self.row_s * len(work.decodes) + num_bytes / self.bytes_per_s + prefill
-
 
 def attention(num_layers: int, num_kv_heads: int, head_dim: int) -> CacheSpec:
     return CacheSpec(tuple(AttentionSpec(num_kv_heads, head_dim, BF16) for _ in range(num_layers)), 4096, BF16)
@@ -158,21 +149,34 @@ class SimulatedWorker(Worker):
         self.busy_s = 0.0
         self._machine = machine
         self._clock = clock
+        self._cost = machine.cost
+        spec = machine.spec
+        self._state_bytes, self._token_bytes, self._page_bytes = (
+            spec.slot_bytes,
+            spec.kv_bytes_per_token,
+            spec.page_bytes,
+        )
 
     def run(self, work: Work, pause: Callable[[], None] = lambda: None) -> Hidden:
-        seconds = self._machine.seconds(work) if work.chunks or work.decodes else 0.0
+        seconds = self._pass_s(work) if work.chunks or work.decodes else 0.0
         seconds = self._copy_s(work, Load) + max(seconds, self._copy_s(work, Store))
         if seconds:
             self.busy_s += seconds
             self._clock.now += seconds
         return Hidden((_ROWS,) * len(work.chunks), _ROWS, (_ROWS,) * len(work.kept))  # type: ignore[arg-type]
 
+    def _pass_s(self, work: Work) -> float:
+        machine, num_decodes = self._machine, len(work.decodes)
+        ends = ((rows.start, rows.start + -(-len(rows.tokens) // TILE) * TILE) for rows in work.chunks)
+        prefill = sum(self._cost.flops(start, end) for start, end in ends)
+        num_bytes = num_decodes * self._state_bytes + sum(rows.start for rows in work.decodes) * self._token_bytes
+        return machine.base_s + machine.row_s * num_decodes + num_bytes / machine.bytes_per_s + prefill
+
     def _copy_s(self, work: Work, way: type[Load] | type[Store]) -> float:
         """Of pages and states from the host, for which a pass waits, or to it, for which it does not."""
         kinds = [command.kind for command in work.commands if isinstance(command, way)]
         slots = sum(kind is Kind.SLOT for kind in kinds)
-        spec = self._machine.spec
-        num_bytes = slots * spec.slot_bytes + (len(kinds) - slots) * spec.page_bytes
+        num_bytes = slots * self._state_bytes + (len(kinds) - slots) * self._page_bytes
         return num_bytes / self._machine.copy_bytes_per_s
 
     def choose(
