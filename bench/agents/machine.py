@@ -151,7 +151,8 @@ class SimulatedWorker(Worker):
         self._clock = clock
         self._cost = machine.cost
         spec = machine.spec
-        self._state_bytes, self._token_bytes, self._page_bytes = (
+        self._state_bytes, self._token_bytes = spec.slot_bytes, spec.kv_bytes_per_token
+        self._page_bytes = spec.page_bytes
             spec.slot_bytes,
             spec.kv_bytes_per_token,
             spec.page_bytes,

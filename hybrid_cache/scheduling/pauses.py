@@ -58,8 +58,8 @@ class Pauses:
     def ended(self, request_id: str, task: Task, session: str, keys: Keys, said: int, tip: Node, answer: int) -> None:
         """A turn has ended; whether in a call is still to be said.
 
-        keys, tip: of its prompt, and how far that is in the tree   said: tokens up to the end of its last message, which
-        the next prompt begins with   answer: tokens
+        keys, tip: of its prompt, and how far that is in the tree   answer: tokens
+        said: tokens up to the end of its last message, which the next prompt begins with
         """
         namespace, num_tokens = keys.namespace, keys.num_tokens + answer
         pause = Pause(task=task, began_s=self._load.now)
