@@ -153,10 +153,6 @@ class SimulatedWorker(Worker):
         spec = machine.spec
         self._state_bytes, self._token_bytes = spec.slot_bytes, spec.kv_bytes_per_token
         self._page_bytes = spec.page_bytes
-            spec.slot_bytes,
-            spec.kv_bytes_per_token,
-            spec.page_bytes,
-        )
 
     def run(self, work: Work, pause: Callable[[], None] = lambda: None) -> Hidden:
         seconds = self._pass_s(work) if work.chunks or work.decodes else 0.0
