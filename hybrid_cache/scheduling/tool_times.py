@@ -57,6 +57,9 @@ class ToolTimes:
     def __init__(self) -> None:
         self._tools: OrderedDict[tuple[str, str], Times] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._tools)
+
     def add(self, tenant: str, tool: str, seconds: float) -> None:
         """A call was answered after so many seconds."""
         for key in ((tenant, tool), (tenant, "")):
