@@ -1,0 +1,227 @@
+"""Tasks in the engine: who goes first, what is kept for those who wait for a tool, and that nobody waits for ever."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.outcomes import Outputs
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.request import FinishReason, PromptOutput, Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
+from hybrid_cache.scheduling.learned import MOST_LATER
+from hybrid_cache.scheduling.registry import ORDERS
+from hybrid_cache.tokens import Prompt, TokenArray
+from tests.fakes import SumModel, sum_model_answer, tokens_of
+
+
+LONG = "40"
+
+
+class Ticking:
+    """A clock that is a hundredth of a second later each time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+def new_engine(slots: int = 8, pages: int = 40, clock: Callable[[], float] | None = None, **config: object) -> Engine:
+    model = SumModel()
+    budget_bytes = slots * (model.cache_spec.slot_bytes + 64) + pages * model.cache_spec.page_bytes
+    settings = EngineConfig(budget_bytes, **config)  # type: ignore[arg-type]
+    return Engine(model, settings, clock=clock or Ticking())
+
+
+def ask(engine: Engine, name: str, tokens: TokenArray, max_tokens: int = 3, **fields: object) -> Request:
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
+    request = Request(name, Prompt(tokens), sampling, **fields)  # type: ignore[arg-type]
+    engine.submit(request)
+    return request
+
+
+def said(outputs: Outputs, name: str) -> list[int | None]:
+    return [o.token for each, o in outputs if each == name and isinstance(o, TokenOutput)]
+
+
+def cached(outputs: Outputs, name: str) -> int:
+    (found,) = (o.cached_tokens for each, o in outputs if each == name and isinstance(o, PromptOutput))
+    return found
+
+
+def begun(outputs: Outputs) -> list[str]:
+    """Requests in the order of their first tokens."""
+    return list(dict.fromkeys(name for name, o in outputs if isinstance(o, TokenOutput)))
+
+
+def longer(tokens: TokenArray, answer: list[int], seed: int, extra: int = 30) -> TokenArray:
+    return np.concatenate([tokens, np.asarray(answer, np.int32), tokens_of(seed, extra)])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_everybody_is_served_when_those_who_return_hold_all_memory_and_a_large_prompt_waits(order: str) -> None:
+    """Were returned contexts pins, and the first in the queue too large beside them, nothing would ever move."""
+    engine = new_engine(slots=8, pages=34, order=order)
+    prompts = {f"task {i}": tokens_of(i, 8 * TILE + 10) for i in range(4)}
+    for name, tokens in prompts.items():
+        ask(engine, name, tokens, session=name)
+    outputs = engine.run_until_idle()
+    for name in prompts:
+        engine.pause(name, "tool", 5.0)
+    ask(engine, "runs", tokens_of(50, 100), 40)
+    outputs += engine.step()
+    ask(engine, "large", tokens_of(51, 28 * TILE), 5)
+    asked = {}
+    for i, (name, tokens) in enumerate(prompts.items()):
+        asked[f"{name} again"] = longer(tokens, sum_model_answer(tokens, 3), 60 + i)
+        ask(engine, f"{name} again", asked[f"{name} again"], session=name)
+    for _ in range(600):
+        outputs += engine.step()
+        engine.check()
+        if engine.idle:
+            break
+    assert engine.idle
+    assert said(outputs, "large") == sum_model_answer(tokens_of(51, 28 * TILE), 5)
+    for name, tokens in asked.items():
+        assert said(outputs, name) == sum_model_answer(tokens, 3)
+
+
+def test_a_newcomer_waits_rather_than_evict_what_a_paused_task_will_return_to() -> None:
+    found = {}
+    for order in ("fcfs", "learned"):
+        engine = new_engine(slots=6, pages=30, order=order, policy="lru")
+        for i in range(30):  # what the order learns: tools of that name are quick
+            ask(engine, f"quick {i}", tokens_of(500 + i, 70), 2, session=f"quick {i}")
+            engine.run_until_idle()
+            engine.pause(f"quick {i}", "tool")
+            ask(engine, f"answered {i}", longer(tokens_of(500 + i, 70), [1], 900 + i), 2, session=f"quick {i}")
+            engine.run_until_idle()
+            engine.end_task(f"answered {i}")
+        tokens = tokens_of(1, 10 * TILE)
+        ask(engine, "task", tokens, session="task")
+        ask(engine, "runs", tokens_of(2, 60), 60)
+        outputs: Outputs = []
+        while engine.is_open("task"):
+            outputs += engine.step()
+        engine.pause("task", "tool")
+        for i in range(3):
+            ask(engine, f"new {i}", tokens_of(10 + i, 8 * TILE), 2)
+        for _ in range(6):
+            outputs += engine.step()
+        again = longer(tokens, sum_model_answer(tokens, 3), 3)
+        ask(engine, "again", again, session="task")
+        outputs += engine.run_until_idle()
+        engine.check()
+        found[order] = cached(outputs, "again")
+        assert said(outputs, "again") == sum_model_answer(again, 3)
+    assert found["learned"] >= 10 * TILE > found["fcfs"]
+
+
+def test_a_task_that_returns_goes_before_those_who_came_after_it() -> None:
+    engine = new_engine(slots=20, pages=100, max_running=1)
+    first = tokens_of(1, 3 * TILE)
+    ask(engine, "first", first, session="s")
+    outputs = engine.run_until_idle()
+    engine.pause("first", "tool")
+    for i in range(4):
+        ask(engine, f"other {i}", tokens_of(10 + i, 200), 3)
+    ask(engine, "second", longer(first, sum_model_answer(first, 3), 2), session="s")
+    outputs += engine.run_until_idle()
+    assert begun(outputs)[:2] == ["first", "second"]
+    assert cached(outputs, "second") == 3 * TILE
+
+
+def test_a_task_whose_history_was_edited_keeps_its_place_by_its_session_only() -> None:
+    engine = new_engine(slots=20, pages=100, max_running=1)
+    for session in ("named", ""):
+        ask(engine, f"first {session}", tokens_of(1, 200), session=session)
+        engine.run_until_idle()
+        engine.pause(f"first {session}", "tool")
+    for i in range(3):
+        ask(engine, f"other {i}", tokens_of(10 + i, 200), 3)
+    ask(engine, "edited, without a name", tokens_of(4, 200))
+    ask(engine, "edited", tokens_of(3, 200), session="named")
+    outputs = engine.run_until_idle()
+    order = begun(outputs)
+    assert order.index("edited") < order.index("other 0")
+    assert order.index("edited, without a name") > order.index("other 0")
+
+
+def test_conversations_that_share_their_beginning_are_different_tasks() -> None:
+    """Their full pages are the same, what was said behind them is not."""
+    engine = new_engine(slots=20, pages=100)
+    system = tokens_of(1, 2 * TILE)
+    a, b = (np.concatenate([system, tokens_of(seed, 20)]) for seed in (2, 3))
+    for name, tokens in (("a", a), ("b", b)):
+        ask(engine, name, tokens)
+    engine.run_until_idle()
+    engine.pause("a", "tool a")
+    engine.pause("b", "tool b")
+    ask(engine, "c", np.concatenate([system, tokens_of(4, 25)]))
+    assert engine.stats().pauses.num_paused == 2, "nobody has come back"
+    ask(engine, "b again", longer(b, sum_model_answer(b, 3), 5))
+    assert engine.stats().pauses.num_paused == 1
+    engine.run_until_idle()
+    ask(engine, "a again", longer(a, sum_model_answer(a, 3), 6))
+    assert engine.stats().pauses.num_paused == 0
+    engine.run_until_idle()
+    engine.check()
+
+
+def test_a_turn_that_its_stopper_ends_as_a_call_is_paused_at_once() -> None:
+    engine = new_engine(slots=20, pages=100)
+    calls = itertools.count()
+    stopper = lambda: lambda token: FinishReason.TOOL_CALL if next(calls) == 4 else False  # noqa: E731
+    ask(engine, "a", tokens_of(1, 200), 50, make_stopper=stopper)
+    outputs = engine.run_until_idle()
+    assert len(said(outputs, "a")) == 5
+    assert [o.finish for _, o in outputs if isinstance(o, TokenOutput)][-1] is FinishReason.TOOL_CALL
+    assert engine.stats().pauses.num_paused == 1
+
+
+def test_nobody_waits_for_more_than_a_multiple_of_what_first_come_first_served_gives() -> None:
+    """Short requests come faster than they can be served, and a long one among them, all of one tenant."""
+    waits = {}
+    for order in ("fcfs", "learned"):
+        engine = new_engine(slots=6, pages=60, max_running=1, order=order, max_waiting=10_000)
+        submitted, first = dict[str, int](), dict[str, int]()
+        for step in itertools.count():
+            if step % 2 == 0 and step < 300:
+                name = str(step)
+                ask(engine, name, tokens_of(step, 800 if name == LONG else 20), 3)
+                submitted[name] = step
+            for name, output in engine.step():
+                if isinstance(output, TokenOutput):
+                    first.setdefault(name, step)
+            if step > 300 and engine.idle:
+                break
+        assert first.keys() == submitted.keys()
+        waits[order] = {name: first[name] - submitted[name] for name in first}
+    mean = np.mean(list(waits["fcfs"].values()))
+    assert mean > 10
+    assert waits["fcfs"][LONG] < waits["learned"][LONG] <= (1 + MOST_LATER) * mean
+    assert max(waits["learned"].values()) <= (1 + MOST_LATER) * mean
+
+
+@pytest.mark.parametrize("order", ["learned", "infercept", "fcfs"])
+def test_pauses_that_nobody_ends_are_forgotten_and_their_memory_returns(order: str) -> None:
+    clock = Ticking()
+    engine = new_engine(order=order, clock=clock)
+    for i in range(5):
+        ask(engine, f"{i}", tokens_of(i, 300), session=f"{i}")
+        engine.run_until_idle()
+        engine.pause(f"{i}", "tool", 86_400)
+    assert engine.stats().pauses.num_paused == 5
+    clock.now += 3601
+    ask(engine, "later", tokens_of(9, 30 * TILE), 2)
+    outputs = engine.run_until_idle()
+    assert said(outputs, "later") == sum_model_answer(tokens_of(9, 30 * TILE), 2)
+    assert engine.stats().pauses.num_paused == 0
+    assert engine.stats().pauses.num_forgotten == 5
+    engine.check()
