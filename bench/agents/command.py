@@ -12,18 +12,22 @@ a trace; each asks, is answered, calls a tool, and asks again when the tool is d
 Orders whose name ends in `-oracle` are told how long each tool takes; the published ones also how long the answer is.
 """
 
+import json
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from hybrid_cache.bench.agents.files import FORMATS, load_workload
 from hybrid_cache.bench.agents.machine import MACHINES, machine_named
+from hybrid_cache.bench.agents.paused import measure
 from hybrid_cache.bench.agents.report import AgentRow, groups, plot_png, row_of, rows_json, table, title_of
 from hybrid_cache.bench.agents.simulation import Setting, Simulation
 from hybrid_cache.bench.agents.workload import Half, Workload, arrivals
@@ -36,6 +40,7 @@ from hybrid_cache.scheduling.registry import ORDERS, order_name
 from hybrid_cache.sizes import parse_bytes
 
 DEFAULT_ORDERS = "vllm,fcfs,infercept,lamps,progress-ttl,learned"
+FILE_WIDTH = 150  # where nobody can widen a window
 DEFAULT_MODEL, DEFAULT_MEMORY = "hybrid-7b", "6GB"
 
 
@@ -80,6 +85,10 @@ def agents(
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Cut sessions at so long a context.")] = None,
     max_pause: Annotated[float | None, typer.Option(min=0.0, help="Shorten pauses to so many seconds.")] = None,
     seed: Annotated[str, typer.Option(help="Of arrivals and of what is made up; several with commas.")] = "0",
+    paused: Annotated[
+        str | None,
+        typer.Option(help="Instead, time the engine's own work in a step with so many paused tasks, with commas."),
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw server times to this PNG file.")] = None,
@@ -90,6 +99,8 @@ def agents(
         if plot is not None:
             check_plot(plot)
             plot = target(plot)
+        if paused is not None:
+            return _time_steps([_whole(text) for text in listed("paused", paused)], json_file)
         seeds = [_whole(text) for text in listed("seed", seed)]
         limits = {"max_calls": max_calls, "max_tokens": max_tokens, "max_pause_s": max_pause}
         workload = load_workload(trace, format, seed=seeds[0], **limits)  # type: ignore[arg-type]
@@ -115,7 +126,7 @@ def agents(
     except HybridCacheError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     console.print(f"{workload.name}: {workload.note}", soft_wrap=True)
     for group in groups(rows):
         console.print(table(group, title_of(group[0]) + f", seed {group[0].seed}"))
@@ -123,8 +134,19 @@ def agents(
 
 def _whole(text: str) -> int:
     if not text.isdecimal():
-        raise ConfigError(f"seed {text!r}: expected a whole number, not negative")
+        raise ConfigError(f"{text!r}: expected a whole number, not negative")
     return int(text)
+
+
+def _time_steps(paused: Sequence[int], json_file: Path | None) -> None:
+    times = measure(paused)
+    report = Table("paused tasks", "room for", "median", "p99", "with a newcomer", title="milliseconds of a step")
+    for each in times:
+        values = each.median_ms, each.p99_ms, each.with_newcomer_ms
+        report.add_row(f"{each.paused:,}", each.room, *(f"{value:.2f}" for value in values))
+    if json_file is not None:
+        write_whole(json_file, (json.dumps([asdict(each) for each in times], indent=2) + "\n").encode())
+    Console().print(report)
 
 
 def _measured(cells: Sequence[Cell], jobs: int) -> list[AgentRow]:

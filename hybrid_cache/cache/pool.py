@@ -21,7 +21,7 @@ from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
 
-MOST_ASKED = 16  # spared states that are asked about again each time that room is needed
+MOST_ASKED = 32  # claimed pages and states that are asked about each time that room is needed; then there is none
 
 
 class Pool:
@@ -67,6 +67,7 @@ class Pool:
         self.declines: Counter[str] = Counter()
         self.evictions: Counter[str] = Counter()
         self.num_compactions = 0
+        self._num_asked = 0
         self.claims = Claims(stateless=stateless)
         self.host: HostTier | None = None
         self.fates = Fates(clock)
@@ -113,6 +114,7 @@ class Pool:
         """
         if not self.fits(num_pages, num_slots, num_held):
             return None
+        self._num_asked = 0
         wanted = [Kind.SLOT] * num_slots + [Kind.PAGE] * num_pages
         wanted.sort(key=lambda kind: kind is not self.allocator.large)
         taken: dict[Kind, list[int]] = {Kind.SLOT: [], Kind.PAGE: []}
@@ -238,7 +240,8 @@ class Pool:
             if not self._spares(node, spare):
                 self.evict_page(node)
                 return True
-            self.queues.spare(node)
+            if not self._pass_over(node):
+                return False
         while (lowest := self.queues.next_scored()) is not None:
             score, kept = lowest
             if ceiling is not None and score > ceiling:  # of two that are worth the same, the newer stays
@@ -246,7 +249,8 @@ class Pool:
             if not self._spares(kept, spare):
                 self.evict(kept, score)
                 return True
-            self.queues.spare(kept)
+            if not self._pass_over(kept):
+                return False
         if self._expose_spared(ceiling, spare):
             return self._evict_next(ceiling, spare)
         guaranteed = self.queues.next_guaranteed() if ceiling is None else None
@@ -258,23 +262,22 @@ class Pool:
     def _spares(self, item: Kept | Node, spare: Spare | None) -> bool:
         return spare is not None and any(spare(claim) for claim in self.claims.on(item))
 
+    def _pass_over(self, item: Kept | Node) -> bool:
+        """Takes what is spared out of the way -> whether more may be asked about for the room that is wanted now."""
+        self.queues.spare(item)
+        self._num_asked += 1
+        return self._num_asked < MOST_ASKED
+
     def _expose_spared(self, ceiling: float | None, spare: Spare | None) -> bool:
         """Puts something that was passed over back -> whether there was anything that may go now."""
         if ceiling is not None:
             return False
-        if spare is None:
-            item = self.queues.spared(due=False)
-            if item is not None:
-                self.queues.expose(item)
-            return item is not None
-        for _ in range(MOST_ASKED):
-            item = self.queues.spared(due=True)
-            if item is None:
-                return False
+        while (item := self.queues.spared(due=spare is not None)) is not None:
             if not self._spares(item, spare):
                 self.queues.expose(item)
                 return True
-            self.queues.spare(item)
+            if not self._pass_over(item):
+                return False
         return False
 
     def evict_page(self, node: Node, end: End = End.EVICTED) -> None:

@@ -25,6 +25,8 @@ from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.turns import Gap
 from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
 from hybrid_cache.request import Request, namespace_of
+from hybrid_cache.scheduling.base import Order
+from hybrid_cache.scheduling.registry import make_order
 from hybrid_cache.stats import EngineStats
 from hybrid_cache.tokens import Prompt
 from hybrid_cache.work import Command, OutOfDeviceMemory, PassFailed
@@ -53,9 +55,10 @@ class Engine:
         *,
         worker: Callable[[HybridModel, CacheMemory, Callable[[], int | None]], Worker] = Worker,
         clock: Callable[[], float] = time.monotonic,
+        order: Order | None = None,
     ) -> None:
         """worker: makes the worker, see `device.worker.Worker`
-        clock: seconds, by which everything here is timed
+        clock: seconds, by which everything here is timed   order: in place of the one that the config names
         """
         self.model = model
         self.watch: Callable[[Step], None] = lambda step: None
@@ -75,7 +78,9 @@ class Engine:
         traits = Traits(model.fidelities, model.commutes, model.packs, recurrent=spec.slot_bytes > 0)
         self._compiler = Compiler(self.cache, self._cost, traits)
         self._stage = Stage(self.cache, self._compiler, emit)
-        self._scheduler = Scheduler(self.cache, self._cost, config, self._compiler, self._stage, clock)
+        self._scheduler = Scheduler(
+            self.cache, self._cost, config, order or make_order(config.order), self._compiler, self._stage, clock
+        )
         limits = model.fingerprint, model.vocab_size, model.max_length
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler, clock)
         self._outcomes = Outcomes(model, self.cache, self.worker, self._stage, self._scheduler, self._intake)

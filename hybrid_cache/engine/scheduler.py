@@ -26,7 +26,7 @@ from hybrid_cache.engine.suspects import Suspects
 from hybrid_cache.engine.tasks import Tasks
 from hybrid_cache.engine.turns import MOST_PASSED_OVER, Gap, prompts_in_turn
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.scheduling.registry import make_order
+from hybrid_cache.scheduling.base import Order
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.work import Command, Work
 
@@ -70,6 +70,7 @@ class Scheduler:
         cache: Books,
         cost: PrefillCost,
         config: EngineConfig,
+        order: Order,
         compiler: Compiler,
         stage: Stage,
         clock: Callable[[], float],
@@ -82,7 +83,7 @@ class Scheduler:
         self._max_tiles = config.max_tiles
         self._max_tiles_beside_decode = config.max_tiles_beside_decode
         self.pace = Pace(cost, None if config.max_step_ms is None else config.max_step_ms / 1e3)
-        self.tasks = Tasks(make_order(config.order), cache, cost, self.pace, clock)
+        self.tasks = Tasks(order, cache, cost, self.pace, clock)
         self._waiting = self.tasks.waiting
         self._running: list[Sequence] = []
         self._prefills = Prefills(cache, compiler, stage)

@@ -17,7 +17,6 @@ from hybrid_cache.scheduling.registry import ORDERS
 from hybrid_cache.tokens import Prompt, TokenArray
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 
-
 LONG = "40"
 
 
