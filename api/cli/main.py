@@ -124,6 +124,9 @@ def serve(
     ] = None,
     budget: AutoBudget = "auto",
     policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
+    host_budget: Annotated[
+        str, typer.Option(help="Host memory beside a GPU, for what has to leave its cache, such as 16GiB; 0: none.")
+    ] = "0",
     order: Annotated[
         str, typer.Option(help="Who waits for whom, and what is kept for tasks while their tools run.")
     ] = "learned",
@@ -227,6 +230,7 @@ def serve(
             max_waiting=max_waiting,
             policy=policy,
             order=order,
+            host_bytes=0 if host_budget == "0" else parse_bytes(host_budget),
             prefix_cache=prefix_cache,
             max_tiles=max_tiles,
             max_tiles_beside_decode=max_tiles_beside_decode,

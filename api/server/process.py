@@ -116,6 +116,8 @@ def serve(options: ServeOptions) -> int:
             book_bytes=options.message_book_bytes,
             response_bytes=memory_bytes(options.response_store, options.response_store_bytes),
         )
+        if options.engine.host_bytes and loaded.model.device.type == "cpu":
+            raise ConfigError("--host-budget is for a GPU: on a CPU the cache is in host memory, see --budget")
         engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
         engine = AsyncEngine(loaded.model, engine_config, hung_after_s=options.hung_after_s)
         exposure = options.exposure
