@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from hybrid_cache.api.text.answer_parser import AnswerForm
 from hybrid_cache.api.text.boundaries import prompt_of_tokens
 from hybrid_cache.api.text.chat import ChatEncoder, Conversation
@@ -20,7 +22,8 @@ from hybrid_cache.api.text.tool_grammars import open_source
 from hybrid_cache.api.text.tool_schemas import properties_of
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong, RequestError
-from hybrid_cache.tokens import Prompt
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.tokens import Prompt, TokenArray
 
 THOUGHT_TOKENS = 16  # at the end of a prompt: the mark that opens a thought is among them
 
@@ -158,7 +161,8 @@ class TextEngine:
         with suppress(RequestError):  # which a later request would get, too
             found = await self.work.run_later(talk.size + said.size, lambda: beginnings(self.chat, talk, said, longest))
             for prompt in found or ():
-                self.engine.commit(spec.namespace, prompt, spec.session)
+                if adds_pages(prompt.tokens, spec.prompt.tokens):
+                    self.engine.commit(spec.namespace, prompt, spec.session)
 
     async def prompt(self, prompt: str | list[int], tenant: str, *, add_special_tokens: bool) -> Prompt:
         """A text, or tokens as they are. Raises RequestError, and ContextTooLong for text that cannot fit."""
@@ -170,6 +174,12 @@ class TextEngine:
             return self.tokenizer.encode_prompt(prompt) if add_special_tokens else self.tokenizer.encode(prompt)
 
         return await self.work.run(tenant, len(prompt), lambda: prompt_of_tokens(tokens(), self.tokenizer))
+
+
+def adds_pages(beginning: TokenArray, prompt: TokenArray) -> bool:
+    """Whether the full pages of what the next prompt begins with are not all those of a prompt that was computed."""
+    end = len(beginning) // TILE * TILE
+    return end > len(prompt) or not np.array_equal(beginning[:end], prompt[:end])
 
 
 def _types(tools: Sequence[Mapping[str, object]]) -> dict[str, Mapping[str, object]]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hybrid_cache.api.text.generation import Text, Thought
 from hybrid_cache.api.text.messages import SentBack, Talk, TemplateMessage, begun_object
 from hybrid_cache.api.text.next_turn import Said, beginnings
+from hybrid_cache.api.text.text_engine import adds_pages
 from hybrid_cache.api.text.whole_calls import ToolCall
 from hybrid_cache.bench.turns.script import sent_back
 from tests.api.small_text import small_text
@@ -126,3 +127,20 @@ def test_arguments_that_broke_off_are_an_object(arguments: str, begun: dict[str,
     rendering = rendering_for("qwen3_next", opening=True)
     talk = Talk([message("user", "u")], rendering, SentBack(objects=True, blocks=True))
     assert beginnings(encoder_for("qwen3_next"), talk, said, ROOM)
+
+
+@pytest.mark.parametrize(
+    ("beginning", "prompt", "adds"),
+    [
+        (range(100), range(100), False),  # the answer filled no page
+        (range(127), range(80), False),
+        (range(128), range(80), True),
+        (range(128), range(128), False),
+        ([*range(10), 7, *range(11, 64)], range(100), True),  # a thought has left the history
+        (range(10), range(10), False),
+    ],
+)
+def test_only_beginnings_that_add_a_page_are_committed(
+    beginning: Sequence[int], prompt: Sequence[int], adds: bool
+) -> None:
+    assert adds_pages(np.array(beginning, np.int32), np.array(prompt, np.int32)) is adds
