@@ -6,20 +6,25 @@ A paused context is spared while
     E[time left | time so far, tool] * m(C) < w * t_replay(C) * (m(C) / 2 + bytes that run)
 
 which weighs memory times time on both sides (InferCept's minimum of waste) with what tools of that name took. A request
-goes by `arrival of its task + kappa * machine seconds that are left of it`: what the cache lacks of the prompt, the
-answer, the share of memory that both hold while they take, and the same for all calls that are expected to follow.
+goes by
+
+    arrival of its task + W * min(3 * machine seconds that are left of it / their mean, 16)
+
+where W is how long a new task waits now, and the machine seconds are what the cache lacks of the prompt, the answer,
+the share of memory that both hold while they take, and the same for all calls that are expected to follow. So the order
+has no unit of its own: where nobody waits, tasks go as they came, and nobody is put back by more than 16 * W.
 """
 
 import math
 
 from hybrid_cache.scheduling.base import Job, Load, Pause
 
-WEIGHT = 2.0
-EAGERNESS = 4.0
-MOST_LATER = 16.0
-LEAST_DRIFT_S = 0.5
+WEIGHT = 2.0  # w
+EAGERNESS = 3.0  # waits by which a task of mean length is put back
+MOST_LATER = 16.0  # waits by which any is, at most
 NEWEST = 0.02  # weight of the newest task in the mean of machine seconds
-DRIFT = 0.2  # by which kappa changes before all who wait are placed again
+LEAST_DRIFT_S = 0.5  # and seconds
+DRIFT = 0.2  # part by which W changes before all who wait are placed again
 
 
 class Learned:
