@@ -41,6 +41,7 @@ class Line:
         self._queues: dict[str, list[tuple[Place, int, Sequence]]] = {}  # by tenant, heaps
         self.num_requests = 0  # further choices of one that has begun are not counted
         self.num_tasks = 0  # requests that begin one
+        self._beginners: set[Sequence] = set()  # these, as they were when they came
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -100,6 +101,9 @@ class Line:
         heapq.heappush(queue, (self._place(sequence), ticket, sequence))
 
     def _count(self, sequence: Sequence, change: int) -> None:
-        first = sequence.index == 0
-        self.num_requests += change * first
-        self.num_tasks += change * (first and sequence.task is not None and not sequence.task.num_calls)
+        self.num_requests += change * (sequence.index == 0)
+        if change < 0:
+            self._beginners.discard(sequence)
+        elif sequence.index == 0 and sequence.task is not None and not sequence.task.num_calls:
+            self._beginners.add(sequence)
+        self.num_tasks = len(self._beginners)

@@ -224,3 +224,18 @@ def test_pauses_that_nobody_ends_are_forgotten_and_their_memory_returns(order: s
     assert engine.stats().pauses.num_paused == 0
     assert engine.stats().pauses.num_forgotten == 5
     engine.check()
+
+
+def test_a_request_that_is_paused_while_it_waits_is_not_counted_any_more() -> None:
+    engine = new_engine(slots=20, pages=100, max_running=1)
+    ask(engine, "runs", tokens_of(1, 200), 20)
+    engine.step()
+    for i in range(3):
+        ask(engine, f"waits {i}", tokens_of(10 + i, 100), 5)
+        engine.pause(f"waits {i}", "tool")
+    assert engine._scheduler.tasks.waiting.num_tasks == 0
+    for i in range(3):
+        engine.resume(f"waits {i}", [1, 2])
+    outputs = engine.run_until_idle()
+    assert said(outputs, "waits 1") == sum_model_answer([*tokens_of(11, 100).tolist(), 1, 2], 5)
+    assert len(engine._scheduler.tasks.waiting) == engine._scheduler.tasks.waiting.num_tasks == 0
