@@ -34,8 +34,8 @@ class Claims:
         self._stateless = stateless
         self._claims: dict[Checkpoint | Node, set[Claim]] = {}
 
-    def place(self, claim: Claim, node: Node, num_tokens: int) -> None:
-        """The prefix of a claim, which has `num_tokens`, is in the tree as far as `node`."""
+    def place(self, claim: Claim, node: Node | None, num_tokens: int) -> None:
+        """The prefix of a claim, which has `num_tokens`, is in the tree as far as `node`; None: nothing of it is."""
         claim.num_tokens = num_tokens
         self._move(claim, self._resumed_from(node))
 

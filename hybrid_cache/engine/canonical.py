@@ -39,10 +39,15 @@ class CanonicalPasses:
         if not (prefill.publish and sequence.request.commits) or prefill.only_marked:
             return
         if grid_floor(sequence.num_tokens) > grid_floor(len(prefill.tokens)):
-            self.add(prefill.namespace, sequence.all_tokens(), (), prefill.session)
+            self.add(prefill.namespace, sequence.all_tokens(), (), prefill.session, sequence.request.id)
 
-    def add(self, namespace: str, tokens: TokenArray, boundaries: tuple[Boundary, ...], session: str) -> None:
-        """Has the full pages of tokens computed, with states at boundaries and at the end of the last page."""
+    def add(
+        self, namespace: str, tokens: TokenArray, boundaries: tuple[Boundary, ...], session: str, of: str = ""
+    ) -> None:
+        """Has the full pages of tokens computed, with states at boundaries and at the end of the last page.
+
+        of: the request whose answer they end with, if that is known
+        """
         end = grid_floor(len(tokens))
         if end == 0:
             return
@@ -50,7 +55,7 @@ class CanonicalPasses:
         if len(self._queue) == MAX_WAITING:
             self.give_room()
             self._queue.popleft()
-        self._queue.append(Prefill(namespace, tokens[:end], True, True, within, generated=True, session=session))
+        self._queue.append(Prefill(namespace, tokens[:end], True, True, within, generated=True, session=session, of=of))
 
     def end(self, turn: Prefill) -> None:
         self._prefills.release(turn)
@@ -95,7 +100,7 @@ class CanonicalPasses:
         known = self._cache.match(turn.namespace, turn.keys.beginning(len(turn.tokens)))
         if known.length >= len(turn.tokens):
             if known.path:
-                self._pauses.computed(turn.session, turn.keys, known.path[-1])
+                self._pauses.computed(turn.of, turn.session, turn.keys, known.path[-1])
             return False
         return self._prefills.acquire(
             turn, known, spare=self._pauses.keeps

@@ -27,6 +27,7 @@ class Rank(IntEnum):
     NEW = 3
 
 
+FEW = 64
 Place = tuple[Rank, float, int, int]  # rank, key, arrival, choice
 
 
@@ -98,6 +99,9 @@ class Line:
     def _file(self, sequence: Sequence) -> None:
         ticket = self._tickets[sequence] = next(self._numbers)
         queue = self._queues.setdefault(sequence.request.tenant, [])
+        if len(queue) > FEW + 2 * len(self._tickets):  # most are no longer valid
+            queue[:] = [entry for entry in queue if self._tickets.get(entry[2]) == entry[1] != ticket]
+            heapq.heapify(queue)
         heapq.heappush(queue, (self._place(sequence), ticket, sequence))
 
     def _count(self, sequence: Sequence, change: int) -> None:

@@ -108,7 +108,8 @@ class Outcomes:
         if sequence is None:
             self.tally.commit_tokens += chunk.end - chunk.start
             if prefill.done:
-                self._scheduler.tasks.pauses.computed(prefill.session, prefill.keys, prefill.lease.tip)
+                pauses = self._scheduler.tasks.pauses
+                pauses.computed(prefill.of, prefill.session, prefill.keys, prefill.lease.tip)
                 self._scheduler.canonical.end(prefill)
             return []
         self.tally.computed_tokens += chunk.end - chunk.start

@@ -44,6 +44,7 @@ class Prefill:
     only_marked: bool = False  # states at explicit boundaries and nowhere else
     generated: bool = False  # a canonical pass over a finished turn
     session: str = ""  # as in `Request`
+    of: str = ""  # of a canonical pass: the request whose answer it computes, if that is known
     proposed: bool = False  # the policy has seen it
     wishes: deque[Wish] = field(default_factory=deque)  # rising positions
     lease: Lease | None = None

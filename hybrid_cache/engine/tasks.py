@@ -13,12 +13,14 @@ from hybrid_cache.engine.line import Line, Rank
 from hybrid_cache.engine.pace import Pace
 from hybrid_cache.engine.sequence import Phase, Sequence
 from hybrid_cache.engine.shares import Shares
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import FinishReason
 from hybrid_cache.scheduling.base import Job, Load, Order, Pause, Task
 from hybrid_cache.scheduling.pauses import Pauses
 from hybrid_cache.spec import PrefillCost
 
 HOST_BYTES_PER_S = 20e9  # a guess, for a GPU on PCIe
+MOST_CHOICES = 1 << 20  # more than a request has
 NEWEST = 0.02  # weight of the newest task in the mean time between two that begin
 
 
@@ -36,6 +38,7 @@ class Tasks:
         self._clock = clock
         self._jobs: dict[Sequence, Job] = {}  # of those who wait and have not run yet
         self._impatient: list[tuple[float, int, Sequence]] = []  # when each becomes late, a heap
+        self._late: set[Sequence] = set()
         self._began_s = 0.0  # when a task last began to run
         self._between_s = 0.0  # time between two that began, in the mean
 
@@ -48,6 +51,7 @@ class Tasks:
         while self._impatient and self._impatient[0][0] <= load.now:
             sequence = heapq.heappop(self._impatient)[2]
             if sequence in self._jobs:
+                self._late.add(sequence)
                 self.waiting.place_again((sequence,))
         self.pauses.forget_old()
         if self._jobs and self._order.turns(load):
@@ -65,14 +69,17 @@ class Tasks:
         self._jobs[sequence] = job
         self._order.came(job, self.load)
         if self._order.patience_s < math.inf:
-            heapq.heappush(self._impatient, (sequence.submitted_s + self._order.patience_s, id(sequence), sequence))
+            self._impatient = [entry for entry in self._impatient if entry[2] in self._jobs]  # a heap still
+            due_s = sequence.submitted_s + self._order.patience_s
+            heapq.heappush(self._impatient, (due_s, sequence.arrival * MOST_CHOICES + sequence.index, sequence))
         self.waiting.add(sequence)
 
     def _task(self, sequence: Sequence) -> Task:
         """The one that a new request belongs to."""
         request, prefill = sequence.request, sequence.prefill
         if resumable(sequence):
-            sequence.claim = self.pauses.resumed(prefill.namespace, request.session, prefill.keys, sequence.continues)
+            who = request.tenant, request.session
+            sequence.claim = self.pauses.resumed(*who, prefill.keys, sequence.continues)
         if sequence.claim is None:
             return Task(self.load.now, request.tenant, request.kind)
         task = sequence.claim.task
@@ -97,7 +104,7 @@ class Tasks:
         """A sequence that waits or runs has ended."""
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
-            self._jobs.pop(sequence, None)
+            self._no_longer_new(sequence)
         self._drop_claim(sequence)
 
     def _place(self, sequence: Sequence) -> tuple[Rank, float]:
@@ -107,7 +114,7 @@ class Tasks:
         claim = sequence.claim
         if claim is not None and self._order.resumes and 2 * claim.num_resumed >= claim.num_tokens > 0:
             return Rank.HELD, sequence.submitted_s
-        if self.load.now - sequence.submitted_s >= self._order.patience_s:
+        if sequence in self._late:
             return Rank.LATE, sequence.submitted_s
         return Rank.NEW, self._order.key(job, self.load)
 
@@ -129,7 +136,7 @@ class Tasks:
     def admitted(self, sequence: Sequence) -> None:
         """A sequence runs from now on, and holds what it needs."""
         self._drop_claim(sequence)
-        self._jobs.pop(sequence, None)
+        self._no_longer_new(sequence)
         if sequence.task is not None and not sequence.task.num_calls and not sequence.started_s:
             self._between_s += NEWEST * (self.load.now - self._began_s - self._between_s)
             self._began_s = self.load.now
@@ -149,12 +156,17 @@ class Tasks:
         self.look()
         self.load.outlook.answered(task.tenant, task.kind, task.num_calls, len(sequence.generated))
         task.num_calls += 1
-        if prefill.lease is not None:
-            said = max((b.position for b in request.prompt.boundaries), default=len(prefill.tokens))
-            turn = prefill.keys, said, prefill.lease.tip, len(sequence.generated)
-            self.pauses.ended(request.id, task, request.session, *turn)
-            if finish is FinishReason.TOOL_CALL:
-                self.pauses.called(request.id, "", None)
+        num_tokens = len(prefill.tokens)
+        last = max((b.position for b in request.prompt.boundaries), default=0)
+        said = last if last > num_tokens - TILE else num_tokens  # behind the last message comes a header at most
+        tip = prefill.lease.tip if prefill.lease is not None else None
+        self.pauses.ended(request.id, task, request.session, prefill.keys, said, tip, len(sequence.generated))
+        if finish is FinishReason.TOOL_CALL:
+            self.pauses.called(request.id, "", None)
+
+    def _no_longer_new(self, sequence: Sequence) -> None:
+        self._jobs.pop(sequence, None)
+        self._late.discard(sequence)
 
     def _drop_claim(self, sequence: Sequence) -> None:
         if sequence.claim is not None:

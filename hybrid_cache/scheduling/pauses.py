@@ -16,6 +16,7 @@ from hybrid_cache.scheduling.base import Load, Order, Pause, Task
 from hybrid_cache.stats import PauseStats
 
 MOST_PAUSES = 1 << 14  # the one that began first is forgotten
+MOST_ALIKE = 64  # turns behind one page that are told apart by what comes behind it; others by their sessions only
 TOKEN_BYTES = 4
 FORGOTTEN_AFTER_S = 3600.0  # a call that is never answered
 
@@ -31,6 +32,10 @@ class _Turn:
     num_prompt: int  # tokens of its prompt: the next one has more
     names: dict[Name, bytes] = field(default_factory=dict)  # of full pages -> the tokens behind them, less than a page
 
+    @property
+    def session_key(self) -> tuple[str, str, str]:
+        return self.namespace, self.pause.task.tenant, self.session
+
 
 class Pauses:
     """The books of one scheduler."""
@@ -42,7 +47,7 @@ class Pauses:
         self._turns: OrderedDict[Pause, _Turn] = OrderedDict()  # in the order in which they ended
         self._by_name: dict[Name, list[_Turn]] = {}
         self._by_request: dict[str, _Turn] = {}
-        self._by_session: dict[tuple[str, str], list[_Turn]] = {}
+        self._by_session: dict[tuple[str, str, str], list[_Turn]] = {}
         self._num_paused = self._num_resumed = self._num_resident = self._num_forgotten = 0
 
     @property
@@ -55,7 +60,9 @@ class Pauses:
 
     # Ends
 
-    def ended(self, request_id: str, task: Task, session: str, keys: Keys, said: int, tip: Node, answer: int) -> None:
+    def ended(
+        self, request_id: str, task: Task, session: str, keys: Keys, said: int, tip: Node | None, answer: int
+    ) -> None:
         """A turn has ended; whether in a call is still to be said.
 
         keys, tip: of its prompt, and how far that is in the tree   answer: tokens
@@ -66,7 +73,7 @@ class Pauses:
         turn = self._turns[pause] = _Turn(pause, request_id, namespace, session, keys.num_tokens)
         self._by_request[request_id] = turn
         if session:
-            self._by_session.setdefault((namespace, session), []).append(turn)
+            self._by_session.setdefault(turn.session_key, []).append(turn)
         self._name(turn, keys, said)
         self._claims.place(pause, tip, num_tokens)
 
@@ -86,24 +93,29 @@ class Pauses:
         if turn is not None:
             self._end_task(turn)
 
-    def computed(self, session: str, keys: Keys, tip: Node) -> None:
-        """The beginning of a prompt that is still to come was computed, and is in the tree as far as `tip`."""
-        turn = self._find(session, keys, longer=False)
-        if turn is not None:
-            self._name(turn, keys, tip.num_tokens)
-            self._claims.place(turn.pause, tip, max(turn.pause.num_tokens, tip.num_tokens))
+    def computed(self, request_id: str, session: str, keys: Keys, tip: Node) -> None:
+        """The beginning of a prompt that is still to come was computed, and is in the tree as far as `tip`.
+
+        request_id: whose answer it ends with; empty if nobody knows
+        """
+        found = [self._by_request[request_id]] if request_id in self._by_request else self._found(session, keys)
+        if len(found) == 1:  # of several that said the same so far, nobody knows which it is
+            self._name(found[0], keys, tip.num_tokens)
+            self._claims.place(found[0].pause, tip, max(found[0].pause.num_tokens, tip.num_tokens))
 
     # Returns
 
-    def resumed(self, namespace: str, session: str, keys: Keys, request_id: str | None = None) -> Pause | None:
+    def resumed(self, tenant: str, session: str, keys: Keys, request_id: str | None = None) -> Pause | None:
         """A prompt has come -> the pause that it ends, a claim until it is dropped; None for a new task.
 
         request_id: of the request that is itself continued, if it is
         """
         turn = self._by_request.get(request_id) if request_id is not None else None
-        turn = turn or self._find(session, keys, longer=True)
+        if turn is None:
+            longer = (t for t in self._found(session, keys) if t.num_prompt < keys.num_tokens)
+            turn = next((t for t in longer if t.pause.task.tenant == tenant), None)
         if turn is None and session:
-            turns = self._by_session.get((namespace, session), ())
+            turns = self._by_session.get((keys.namespace, tenant, session), ())
             if len(turns) == 1:
                 (turn,) = turns
                 self._claims.drop(turn.pause)
@@ -139,21 +151,18 @@ class Pauses:
 
     # Books
 
-    def _find(self, session: str, keys: Keys, *, longer: bool) -> _Turn | None:
-        """The turn with the longest prefix of these; not that of another session than the one that is named.
-
-        longer: only if its prompt was shorter than these
-        """
+    def _found(self, session: str, keys: Keys) -> list[_Turn]:
+        """The turns with the longest prefix of these; not those of another session than the one that is named."""
         if self._by_name:
             for num_pages in range(len(keys.pages), 0, -1):
                 name = keys.names[num_pages]
-                for turn in self._by_name.get(name, ()):
-                    if session not in (turn.session, "") or (longer and keys.num_tokens <= turn.num_prompt):
-                        continue
+                turns = self._by_name.get(name)
+                if turns:
                     rest = keys.pages[num_pages] if num_pages < len(keys.pages) else keys.tail
-                    if rest.startswith(turn.names[name]):
-                        return turn
-        return None
+                    known = [t for t in turns if session in (t.session, "") and rest.startswith(t.names[name])]
+                    if known:
+                        return known
+        return []
 
     def _name(self, turn: _Turn, keys: Keys, num_tokens: int) -> None:
         """Has a turn found by the first tokens of these."""
@@ -161,8 +170,10 @@ class Pauses:
         if not num_pages or keys.names[num_pages] in turn.names:
             return
         name, rest = keys.names[num_pages], keys.pages[num_pages] if num_pages < len(keys.pages) else keys.tail
-        turn.names[name] = rest[: tail * TOKEN_BYTES]
-        self._by_name.setdefault(name, []).append(turn)
+        turns = self._by_name.setdefault(name, [])
+        if len(turns) < MOST_ALIKE:
+            turn.names[name] = rest[: tail * TOKEN_BYTES]
+            turns.append(turn)
 
     def _end_task(self, turn: _Turn) -> None:
         task = turn.pause.task
@@ -181,7 +192,7 @@ class Pauses:
             if not turns:
                 del self._by_name[name]
         if turn.session:
-            key = turn.namespace, turn.session
+            key = turn.session_key
             self._by_session[key].remove(turn)
             if not self._by_session[key]:
                 del self._by_session[key]

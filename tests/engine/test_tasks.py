@@ -13,8 +13,9 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.scheduling.learned import MOST_LATER
+from hybrid_cache.scheduling.pauses import MOST_ALIKE
 from hybrid_cache.scheduling.registry import ORDERS
-from hybrid_cache.tokens import Prompt, TokenArray
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 
 LONG = "40"
@@ -239,3 +240,100 @@ def test_a_request_that_is_paused_while_it_waits_is_not_counted_any_more() -> No
     outputs = engine.run_until_idle()
     assert said(outputs, "waits 1") == sum_model_answer([*tokens_of(11, 100).tolist(), 1, 2], 5)
     assert len(engine._scheduler.tasks.waiting) == engine._scheduler.tasks.waiting.num_tasks == 0
+
+
+def test_those_who_leave_the_line_leave_nothing_in_it() -> None:
+    for order in ("learned", "lamps"):
+        engine = new_engine(slots=20, pages=100, max_running=1, order=order)
+        ask(engine, "runs", tokens_of(1, 200), 2000)
+        engine.step()
+        for i in range(400):
+            ask(engine, f"{i}", tokens_of(2, 100), 5)
+            engine.abort(f"{i}")
+        tasks = engine._scheduler.tasks
+        assert sum(map(len, tasks.waiting._queues.values())) < 100
+        assert len(tasks._impatient) <= 1
+
+
+def test_patience_ends_when_it_ends() -> None:
+    """4.02 + 60 - 4.02 is a little less than 60."""
+    clock = Ticking()
+    engine = new_engine(slots=20, pages=100, max_running=1, order="lamps", clock=clock)
+    ask(engine, "runs", tokens_of(1, 200), 2000)
+    engine.step()
+    clock.now = 4.01
+    ask(engine, "long", tokens_of(2, 2000), 5)
+    (late,) = engine._scheduler.tasks.waiting
+    clock.now = late.submitted_s + 60.0 - 0.01
+    engine._scheduler.tasks.look()
+    assert late in engine._scheduler.tasks._late
+
+
+def test_sessions_of_two_tenants_are_two() -> None:
+    engine = new_engine(slots=20, pages=100)
+    tokens = tokens_of(1, 200)
+    ask(engine, "a", tokens, session="s", tenant="a")
+    engine.run_until_idle()
+    engine.pause("a", "tool")
+    ask(engine, "other", tokens_of(2, 200), session="s", tenant="b")
+    ask(engine, "same beginning", longer(tokens, [1], 3), session="s", tenant="b")
+    assert engine.stats().pauses.num_paused == 1
+    ask(engine, "a again", longer(tokens, [1], 4), session="s", tenant="a")
+    assert engine.stats().pauses.num_paused == 0
+    engine.run_until_idle()
+
+
+@pytest.mark.parametrize("kind", BoundaryKind)
+def test_a_boundary_far_from_the_end_does_not_make_others_the_same_task(kind: BoundaryKind) -> None:
+    engine = new_engine(slots=20, pages=100)
+    system = tokens_of(1, 2 * TILE)
+    prompt = Prompt(np.concatenate([system, tokens_of(2, 150)]), (Boundary(2 * TILE, kind),))
+    engine.submit(Request("a", prompt, SamplingParams(temperature=0, max_tokens=3)))
+    engine.run_until_idle()
+    engine.pause("a", "tool")
+    ask(engine, "b", np.concatenate([system, tokens_of(3, 300)]))
+    assert engine.stats().pauses.num_paused == 1
+    engine.run_until_idle()
+
+
+def test_equal_prompts_with_other_answers_are_told_apart() -> None:
+    engine = new_engine(slots=20, pages=100)
+    tokens, answers = tokens_of(1, 200), {}
+    for name, bias in (("a", {5: 100.0}), ("b", {6: 100.0})):
+        sampling = SamplingParams(temperature=0, max_tokens=80, logit_bias=bias)
+        engine.submit(Request(name, Prompt(tokens), sampling))
+        outputs = engine.run_until_idle()
+        answers[name] = [token for token in said(outputs, name) if token is not None]
+        engine.pause(name, f"tool {name}")
+    for name in ("b", "a"):
+        ask(engine, f"{name} again", longer(tokens, answers[name], 9))
+        (sequence,) = engine._scheduler.sequences()
+        assert sequence.task is not None
+        assert sequence.task.tool == f"tool {name}"
+        engine.run_until_idle()
+
+
+def test_a_request_that_is_paused_while_it_waits_keeps_its_place() -> None:
+    engine = new_engine(slots=20, pages=100, max_running=1, order="fcfs")
+    ask(engine, "runs", tokens_of(1, 200), 10)
+    engine.step()
+    ask(engine, "paused", tokens_of(2, 100), 3)
+    engine.pause("paused", "tool")
+    for i in range(2):
+        ask(engine, f"later {i}", tokens_of(10 + i, 100), 3)
+    engine.resume("paused", [1, 2, 3])
+    assert begun(engine.run_until_idle())[1] == "paused"
+
+
+def test_many_turns_behind_one_page_are_not_searched_one_by_one() -> None:
+    engine = new_engine(slots=20, pages=100)
+    system = tokens_of(1, 3 * TILE)
+    for i in range(3 * MOST_ALIKE):
+        ask(engine, f"{i}", np.concatenate([system, tokens_of(100 + i, 20)]), 1)
+        engine.run_until_idle()
+        engine.pause(f"{i}", "tool")
+    assert max(map(len, engine._scheduler.tasks.pauses._by_name.values())) == MOST_ALIKE
+    for i in range(3 * MOST_ALIKE):
+        engine.end_task(f"{i}")
+    assert not engine._scheduler.tasks.pauses._by_name
+    engine.check()
