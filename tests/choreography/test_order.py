@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,7 @@ from hybrid_cache.cache.policies.registry import make_policy
 from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Order, Part
 from hybrid_cache.choreography.order import MOST_ASKED, MOST_IN_VAIN, Known, best_order
-from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine import intake
-from hybrid_cache.engine.scheduler import Scheduler
 from hybrid_cache.engine.sequence import Prefill, grid_floor
 from hybrid_cache.engine.sharing import soon_known
 from hybrid_cache.kernels import dispatch
@@ -174,7 +173,6 @@ def test_what_is_known_soon_is_the_longest_beginning_that_an_earlier_prompt_stil
     random = np.random.default_rng(0)
     for _ in range(200):
         cache = Books(SumModel.cache_spec, SumModel.prefill_cost, 1 << 22, make_policy("ours"))
-        scheduler = Scheduler(cache, SumModel.prefill_cost, EngineConfig(budget_bytes=1 << 22), None, None)  # type: ignore[arg-type]
         tokens = random.integers(1, 50, 300).astype(np.int32)
         lease = cache.acquire(cache.match("n", tokens), tokens)
         assert lease is not None
@@ -188,12 +186,12 @@ def test_what_is_known_soon_is_the_longest_beginning_that_an_earlier_prompt_stil
             other[random.integers(0, len(other)) :] = 0
             prefills.append(Prefill(str(random.choice(["n", "n", "m"])), other, bool(random.integers(0, 3)), True))
             prefills[-1].computed = int(random.choice([0, 64, 128, len(other)]))
-            scheduler.add(SimpleNamespace(prefill=prefills[-1], index=0, request=SimpleNamespace(tenant="")))  # type: ignore[arg-type]
         asked = tokens[: random.integers(0, 301)]
         mine = [p for p in prefills if p.publish and p.namespace == "n"]
         coming = [n for p in mine if (n := shared(p.tokens, asked)) > p.computed]
         match = cache.match("n", asked)
-        assert soon_known(cache, scheduler.sequences(), "n", asked) == (max([match.length, *coming]), match.shared)
+        sequences: list[Any] = [SimpleNamespace(prefill=prefill) for prefill in prefills]
+        assert soon_known(cache, sequences, "n", asked) == (max([match.length, *coming]), match.shared)
 
 
 def test_the_choices_of_a_request_share_the_order_of_the_first(folder, monkeypatch) -> None:

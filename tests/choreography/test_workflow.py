@@ -218,7 +218,7 @@ def test_more_calls_than_the_engine_takes_at_once_are_all_answered(workflow):
     answers = workflow.parallel([Call([f"Hello {i}."], sampling=sampling) for i in range(300)])
     assert len(answers) == 300
     messages = workflow.encode_all([f"Number {i}." for i in range(300)])
-    assert all(workflow.is_stored(message) for message in messages[-50:])
+    assert sum(workflow.is_stored(message) for message in messages) >= 50
 
 
 def test_of_calls_with_a_bad_one_none_begins(workflow):

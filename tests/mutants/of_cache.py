@@ -336,8 +336,8 @@ EVICTING = [
     ),
     pool(
         "who asks for more than there is empties the cache first",
-        "        if not self.fits(num_pages, num_slots, num_held):\n            return None\n        wanted",
-        "        wanted",
+        "        if not self.fits(num_pages, num_slots, num_held):\n            return None\n        self._num_asked",
+        "        self._num_asked",
         CACHE,
     ),
     pool("what was taken in vain is lost", "                self._give_all(taken)\n", "", MESSAGES + MACHINE),
