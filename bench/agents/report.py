@@ -152,9 +152,8 @@ def plot_png(rows: Sequence[AgentRow]) -> bytes:
         colors = ["#c44e52" if order == "learned" else "#8c9bb0" for order in ranked]
         panel.barh(ranked, means, color=colors)
         panel.plot(p99, ranked, "k.", label="99th percentile")
-        panel.set_xscale("log")
         panel.set_title(name, fontsize=10)
-        panel.set_xlabel("server time of a session, s (log)")
+        panel.set_xlabel("server time of a session, s")
         panel.tick_params(labelsize=8)
     panels[0][0].legend(fontsize=8, loc="lower right")
     figure.tight_layout()
