@@ -29,6 +29,16 @@ def sum_model_answer(prompt: Sequence[int] | TokenArray, num_tokens: int) -> lis
     return tokens[len(prompt) :]
 
 
+def written_rows(batch: ForwardBatch, kv: KVTensors) -> tuple[Tensor, Tensor]:
+    """Writes tokens and positions to their rows -> all keys and values, [pages, TILE] each."""
+    keys, values = kv.k[:, :, 0, 0], kv.v[:, :, 0, 0]
+    for row, place in enumerate(batch.layout.kv_rows.tolist()):
+        if place >= 0:
+            keys[place // TILE, place % TILE] = batch.token_ids[row]
+            values[place // TILE, place % TILE] = batch.positions[row]
+    return keys, values
+
+
 class SumModel:
     """See the module docstring. State slots hold [sum]; K holds the token, V the position."""
 
@@ -58,11 +68,7 @@ class SumModel:
         assert isinstance(kv, KVTensors)
         assert isinstance(states, StateTensors)
         layout, hidden = batch.layout, torch.full((batch.layout.num_rows, 2), torch.nan)
-        keys, values = kv.k[:, :, 0, 0], kv.v[:, :, 0, 0]
-        for row, place in enumerate(layout.kv_rows.tolist()):
-            if place >= 0:
-                keys[place // TILE, place % TILE] = batch.token_ids[row]
-                values[place // TILE, place % TILE] = batch.positions[row]
+        keys, values = written_rows(batch, kv)
         batch.pause()
 
         def finish_row(row: int, state: Tensor, pages: Tensor) -> None:
@@ -120,11 +126,7 @@ class PageSumModel(SumModel):
         (kv,) = cache
         assert isinstance(kv, KVTensors)
         layout, hidden = batch.layout, torch.full((batch.layout.num_rows, 2), torch.nan)
-        keys, values = kv.k[:, :, 0, 0], kv.v[:, :, 0, 0]
-        for row, place in enumerate(layout.kv_rows.tolist()):
-            if place >= 0:
-                keys[place // TILE, place % TILE] = batch.token_ids[row]
-                values[place // TILE, place % TILE] = batch.positions[row]
+        keys, values = written_rows(batch, kv)
         batch.pause()
         rows = [
             (int(first) + i, c)

@@ -268,8 +268,9 @@ class Mix:
         number = rng.choice((1, 1, 1, 1, 1, 1, 2, 3))
         tenant, divisor = f"tenant {self._count % 3}", rng.randrange(2, 6)
         constraint = partial(Some, self._vocab, divisor) if rng.random() < 0.15 else None
-        name = f"r{self._count}"
-        return Request(name, prompt, sampling, number, salt, mode, make_stopper, constraint, tenant=tenant)
+        name, session = f"r{self._count}", rng.choice(("", "", "s", "t"))
+        choice = number, salt, mode, make_stopper, constraint
+        return Request(name, prompt, sampling, *choice, tenant=tenant, session=session)
 
     def _sampling(self) -> SamplingParams:
         rng, most = self._rng, self._rng.choice(self._phase.answers)

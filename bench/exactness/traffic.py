@@ -1,6 +1,7 @@
 """A busy engine: random requests arrive, are answered in batches, or are aborted."""
 
 import random
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +17,10 @@ from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.outcomes import Outputs
-from hybrid_cache.errors import HybridCacheError
+from hybrid_cache.errors import HybridCacheError, RequestError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import FailedOutput, Output, PromptOutput
+from hybrid_cache.scheduling.registry import ORDERS
 from hybrid_cache.tokens import Prompt
 
 PATIENCE = 10  # steps without an output for each token of the longest sequence, before an engine counts as stuck
@@ -77,6 +79,8 @@ class Traffic:
         self._report.cached_tokens += stats.cached_tokens
         mixed["evictions"] += stats.cache.num_evictions
         mixed["preemptions"] += stats.num_preemptions
+        mixed["pages from the second tier"] += stats.cache.host_loads
+        mixed["tasks resumed"] += stats.pauses.num_resumed
         mixed["messages stored"] += stats.cache.admissions.get("message", 0)
         mixed["compactions"] += stats.cache.compactions
         mixed["digests compared"] += self.engine.worker.memory.digests.num_compared
@@ -139,8 +143,18 @@ class Traffic:
         asked.choices.setdefault(output.index, []).append(output)
         if output.index == 0 and output.finish is not None:
             self.mix.heard(asked)
+            self._end_turn(asked.request.id)
             if self._turns.random() < 0.4:
                 self._expect(asked)
+
+    def _end_turn(self, request_id: str) -> None:
+        """In a tool call, soon or late to be answered; as the last of its task; or nobody says."""
+        end = self._turns.choice(("call", "call", "last", ""))
+        if end == "last":
+            self.engine.end_task(request_id)
+        elif end:
+            with suppress(RequestError):  # those that nobody could go on from are not known
+                self.engine.pause(request_id, "tool", self._turns.choice((None, 0.5, 3600.0)))
 
     def _expect(self, asked: Asked) -> None:
         """The next prompt is told of: as it was, or with another beginning of the answer."""
@@ -200,8 +214,11 @@ def _config(model: HybridModel, phase: Phase, rng: random.Random) -> EngineConfi
         geometry, pages = _geometry(model), -(-phase.most_tokens // TILE)
         tight = 2 * geometry.stride_bytes(Kind.SLOT) + pages * geometry.stride_bytes(Kind.PAGE)
         return EngineConfig(budget_bytes=tight, verify=True)
+    tier = room(model, phase.most_tokens, rng.choice(phase.budgets))
     return EngineConfig(
         budget_bytes=room(model, phase.most_tokens, rng.choice(phase.budgets)),
+        host_bytes=rng.choice((0, tier, 4 * tier)),
+        order=rng.choice((*ORDERS, "learned")),
         max_running=rng.choice((2, 4, 12, 32)),
         max_tiles=rng.choice((1, 2, 3, 7, 16)),
         max_tiles_beside_decode=rng.choice((1, 2, 4)),

@@ -7,11 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ConfigError
+from hybrid_cache.kernels.dispatch import select
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import PromptOutput
+from hybrid_cache.models.loading import embedded_path, load
+from hybrid_cache.request import PromptOutput, Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import PageSumModel, SumModel, sum_model_answer, tokens_of
@@ -135,3 +139,26 @@ def test_an_answer_that_is_to_be_computed_again_and_is_in_the_second_tier_is_the
     assert engine.run_until_idle() == []
     assert engine.stats().commit_tokens == 0
     engine.check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_a_real_model_what_comes_back_gives_the_bits_of_a_run_without_cache(dtype: str) -> None:
+    """Log-probabilities of 20 alternatives show bits that tokens do not; digests are compared on the way."""
+    model = load(embedded_path(), dtype=dtype, ops=select("auto"))
+    geometry = Geometry.of(model.cache_spec, 1 << 50)
+    budget = 6 * geometry.stride_bytes(Kind.SLOT) + 26 * geometry.stride_bytes(Kind.PAGE)
+    tight = Engine(model, EngineConfig(budget, host_bytes=8 * budget, verify=True))
+    cold = Engine(model, EngineConfig(1 << 28, prefix_cache=False))
+    rng = np.random.default_rng(5)
+    texts = [rng.integers(0, model.vocab_size, 600).astype(np.int32) for _ in range(5)]
+    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=20)
+    for length in (300, 420, 600):
+        for number, text in enumerate(texts):
+            request = Request(f"{length}, {number}", Prompt(text[:length]), sampling)
+            answers = []
+            for engine in (tight, cold):
+                engine.submit(request)
+                answers.append([o for _, o in engine.run_until_idle() if isinstance(o, TokenOutput)])
+            assert answers[0] == answers[1]
+            tight.check()
+    assert tight.stats().cache.host_loads >= 20
