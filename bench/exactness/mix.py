@@ -268,7 +268,7 @@ class Mix:
         number = rng.choice((1, 1, 1, 1, 1, 1, 2, 3))
         tenant, divisor = f"tenant {self._count % 3}", rng.randrange(2, 6)
         constraint = partial(Some, self._vocab, divisor) if rng.random() < 0.15 else None
-        name, session = f"r{self._count}", rng.choice(("", "", "s", "t"))
+        name, session = f"r{self._count}", ("", "", "s", "t")[self._count % 4]
         choice = number, salt, mode, make_stopper, constraint
         return Request(name, prompt, sampling, *choice, tenant=tenant, session=session)
 

@@ -49,6 +49,7 @@ class Traffic:
         self.given = Given()
         self._clock, self._phase, self._rng, self._report = Clock(), phase, rng, report
         self._turns = random.Random(report.seed)  # what is told of turns to come
+        self._ends = random.Random(2)  # how turns end
         self.engine = watched_engine(model, _config(model, phase, rng), self.watcher, self._clock)
         self.engine.between_layers = self._between_layers
         self._to_come = 0  # requests of this round
@@ -149,12 +150,12 @@ class Traffic:
 
     def _end_turn(self, request_id: str) -> None:
         """In a tool call, soon or late to be answered; as the last of its task; or nobody says."""
-        end = self._turns.choice(("call", "call", "last", ""))
+        end = self._ends.choice(("call", "call", "last", ""))
         if end == "last":
             self.engine.end_task(request_id)
         elif end:
             with suppress(RequestError):  # those that nobody could go on from are not known
-                self.engine.pause(request_id, "tool", self._turns.choice((None, 0.5, 3600.0)))
+                self.engine.pause(request_id, "tool", self._ends.choice((None, 0.5, 3600.0)))
 
     def _expect(self, asked: Asked) -> None:
         """The next prompt is told of: as it was, or with another beginning of the answer."""
@@ -214,11 +215,13 @@ def _config(model: HybridModel, phase: Phase, rng: random.Random) -> EngineConfi
         geometry, pages = _geometry(model), -(-phase.most_tokens // TILE)
         tight = 2 * geometry.stride_bytes(Kind.SLOT) + pages * geometry.stride_bytes(Kind.PAGE)
         return EngineConfig(budget_bytes=tight, verify=True)
-    tier = room(model, phase.most_tokens, rng.choice(phase.budgets))
+    others = random.Random()
+    others.setstate(rng.getstate())  # drawn apart: what a seed mixes stays the same
+    tier = room(model, phase.most_tokens, others.choice(phase.budgets))
     return EngineConfig(
         budget_bytes=room(model, phase.most_tokens, rng.choice(phase.budgets)),
-        host_bytes=rng.choice((0, tier, 4 * tier)),
-        order=rng.choice((*ORDERS, "learned")),
+        host_bytes=others.choice((0, tier, 4 * tier)),
+        order=others.choice((*ORDERS, "learned")),
         max_running=rng.choice((2, 4, 12, 32)),
         max_tiles=rng.choice((1, 2, 3, 7, 16)),
         max_tiles_beside_decode=rng.choice((1, 2, 4)),
