@@ -63,7 +63,7 @@ def test_a_second_worker_gives_the_same_bits(case, seed, folder) -> None:
         assert Relocate in kinds
 
     config = traffic.engine._config
-    memory = CacheMemory(model.cache_spec, config.budget_bytes, verify=config.verify)
+    memory = CacheMemory(model.cache_spec, config.budget_bytes, host_bytes=config.host_bytes, verify=config.verify)
     memory._arena._buffer.zero_()  # items have bytes that nobody writes to
     second = Worker(model, memory)
     for work, rows in done:
