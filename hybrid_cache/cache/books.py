@@ -153,7 +153,8 @@ class Books:
         if host is not None:
             host.hold(keys, len(match.path), match.length // self._page_tokens)
         end = self._open_end(match, keys) if keeps_end and publish else None
-        taken = self._take_for(match, num_pages, num_held, spare, 2 if end else 1)
+        stays = keeps_end and publish and self._is_end(match, keys)
+        taken = self._take_for(match, num_pages, num_held, spare, 2 if end else 1, stays=stays)
         if taken is not None:
             return self._open(match, keys, publish, *taken, end)
         if host is not None:
@@ -339,12 +340,17 @@ class Books:
         node = match.path[-1] if match.path and match.shared == position else None
         return None if node and (node.checkpoint or node.awaited) else position
 
+    def _is_end(self, match: Match, keys: Keys) -> bool:
+        """Whether the state that was matched is the one at the last grid position of a prompt."""
+        last = keys.num_tokens // self._page_tokens * self._page_tokens
+        return match.end is None and match.checkpoint is not None and match.length == last
+
     def _take_for(
-        self, match: Match, num_pages: int, num_held: int, spare: Spare | None, num_slots: int
+        self, match: Match, num_pages: int, num_held: int, spare: Spare | None, num_slots: int, *, stays: bool
     ) -> tuple[list[int], list[int]] | None:
         """A slot that holds the matched state, others, and pages; the last one with the rows of a matched prompt end.
 
-        Without room for a copy of the state, the state itself is taken out of the tree.
+        Without room for a copy of the state, the state itself is taken out of the tree, unless it stays.
         """
         source = match.end or match.checkpoint
         if source is None:
@@ -360,6 +366,9 @@ class Books:
             self.pool.stamp(source, match.path)
             self.pool.unguard(source)
             return taken
+        if stays:
+            self.pool.unguard(source)
+            return None
         num_others = num_pages - (tail is not None)
         rest = self.pool.take(num_slots=num_slots - 1, num_pages=num_others, num_held=num_held, spare=spare)
         if rest is None:

@@ -24,9 +24,12 @@ class Candidates:
     def take(
         self, lease: Lease, position: int, kind: CheckpointKind, num_pages: int = 0
     ) -> tuple[int, list[int]] | None:
-        """A slot and pages for the state of a lease at `position`; None if something better would have to go."""
+        """A slot and pages for the state of a lease at `position`; None if something better would have to go, or
+        something that is spared.
+        """
         score = self._score(lease, position, kind)
-        taken = None if score is None else self._pool.take(num_slots=1, num_pages=num_pages, ceiling=score)
+        room = {"num_slots": 1, "num_pages": num_pages}
+        taken = None if score is None else self._pool.take(**room, ceiling=score, spare=self._pool.claims.keeps)
         if taken is None:
             self._decline(lease, position, kind, score)
             return None

@@ -31,6 +31,7 @@ class Claims:
     """All claims on one tree."""
 
     def __init__(self, *, stateless: bool) -> None:
+        self.keeps: Spare | None = None  # what is never to go for a state that might be of use one day
         self._stateless = stateless
         self._claims: dict[Checkpoint | Node, set[Claim]] = {}
 

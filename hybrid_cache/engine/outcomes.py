@@ -118,6 +118,7 @@ class Outcomes:
             sequence.prompt_logprobs += self._worker.score(rows[new], tokens, sequence.request.sampling.prompt_logprobs)
         if not prefill.done:
             return []
+        self._scheduler.tasks.began(sequence)  # before its end is kept, which might displace what its task returns to
         if prefill.publish and not prefill.only_marked:
             self._cache.publish_end(prefill.lease, last_row)
         outputs = self._announce([sequence])

@@ -137,6 +137,9 @@ class Tasks:
         """A sequence runs from now on, and holds what it needs."""
         self._drop_claim(sequence)
         self._no_longer_new(sequence)
+        lease = sequence.prefill.lease
+        if lease is not None and len(sequence.prefill.tokens) - lease.tip.num_tokens < TILE:
+            self.began(sequence)  # its task returns to what the prompt starts from
         if sequence.task is not None and not sequence.task.num_calls and not sequence.started_s:
             self._between_s += NEWEST * (self.load.now - self._began_s - self._between_s)
             self._began_s = self.load.now

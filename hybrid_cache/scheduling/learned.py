@@ -92,7 +92,7 @@ def worth_reserving(job: Job, load: Load, weight: float) -> bool:
     end = int(job.num_tokens + answer)
     cost = load.state_bytes * answer * load.step_s
     if not load.host_bytes_per_s:
-        cost += load.memory(end) * load.tools.left(task.tenant, task.tool, 0.0)
+        cost += load.memory(end) * habits.pause_s(task.num_calls)
     return cost < weight * habits.calls(task.num_calls) * load.waste(end, load.prefill_s(0, end))
 
 

@@ -6,6 +6,8 @@ Means of a class are the prediction: noisy guesses about single requests are wor
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from hybrid_cache.scheduling.tool_times import UNKNOWN_S
+
 MOST_KINDS = 4096  # the one heard of longest ago is forgotten
 MEMORY = 200  # values that a mean goes back
 DISTINCT_CALLS = 8  # later ones count as this one
@@ -31,6 +33,7 @@ class Habits:
     output: list[Mean] = field(default_factory=lambda: [Mean(OUTPUT_TOKENS) for _ in range(DISTINCT_CALLS)])
     left: list[Mean] = field(default_factory=lambda: [Mean(CALLS_LEFT) for _ in range(DISTINCT_CALLS)])
     called: list[Mean] = field(default_factory=lambda: [Mean(0.0) for _ in range(DISTINCT_CALLS)])
+    paused: list[Mean] = field(default_factory=lambda: [Mean(UNKNOWN_S) for _ in range(DISTINCT_CALLS)])
     new: Mean = field(default_factory=lambda: Mean(NEW_TOKENS))  # tokens that a call adds beside the answer before it
 
     def answer(self, call: int) -> float:
@@ -40,6 +43,10 @@ class Habits:
     def calls(self, call: int) -> float:
         """The share of turns with this number that end in a call."""
         return self.called[min(call, DISTINCT_CALLS - 1)].value
+
+    def pause_s(self, call: int) -> float:
+        """Seconds until the call that the turn with this number ends in is answered."""
+        return self.paused[min(call, DISTINCT_CALLS - 1)].value
 
     def calls_left(self, call: int) -> float:
         """Calls that follow the one with this number."""
@@ -60,6 +67,10 @@ class Outlook:
     def answered(self, tenant: str, kind: str, call: int, num_tokens: int) -> None:
         """The call with this number, from 0, was answered with so many tokens."""
         self._known(tenant, kind).output[min(call, DISTINCT_CALLS - 1)].add(num_tokens)
+
+    def returned(self, tenant: str, kind: str, call: int, seconds: float) -> None:
+        """The call that the turn with this number ended in was answered after so many seconds."""
+        self._known(tenant, kind).paused[min(call, DISTINCT_CALLS - 1)].add(seconds)
 
     def grown(self, tenant: str, kind: str, num_tokens: int) -> None:
         """A call has added so many tokens to the conversation."""

@@ -42,6 +42,7 @@ class Pauses:
 
     def __init__(self, claims: Claims, order: Order, load: Load) -> None:
         self._claims = claims
+        claims.keeps = self.keeps
         self._order = order
         self._load = load
         self._turns: OrderedDict[Pause, _Turn] = OrderedDict()  # in the order in which they ended
@@ -128,7 +129,9 @@ class Pauses:
         pause.returned = True
         self._num_resumed += 1
         self._num_resident += 2 * pause.num_resumed >= pause.num_tokens
-        self._load.tools.add(pause.task.tenant, pause.tool, self._load.now - pause.began_s)
+        task, seconds = pause.task, self._load.now - pause.began_s
+        self._load.tools.add(task.tenant, pause.tool, seconds)
+        self._load.outlook.returned(task.tenant, task.kind, task.num_calls - 1, seconds)
         self._forget(turn)
         return pause
 

@@ -12,7 +12,8 @@ from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
-from hybrid_cache.scheduling.learned import MOST_LATER
+from hybrid_cache.scheduling.base import Job, Load, Pause
+from hybrid_cache.scheduling.learned import MOST_LATER, Learned
 from hybrid_cache.scheduling.pauses import MOST_ALIKE
 from hybrid_cache.scheduling.registry import ORDERS
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
@@ -121,6 +122,49 @@ def test_a_newcomer_waits_rather_than_evict_what_a_paused_task_will_return_to() 
         found[order] = cached(outputs, "again")
         assert said(outputs, "again") == sum_model_answer(again, 3)
     assert found["learned"] >= 10 * TILE > found["fcfs"]
+
+
+class Keeping(Learned):
+    """Reserves and spares all it is asked about."""
+
+    def reserves(self, job: Job, load: Load) -> bool:
+        return True
+
+    def keeps(self, pause: Pause, load: Load) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("extra", [2, 20, TILE + 20])
+@pytest.mark.parametrize(("slots", "pages"), [(3, 10), (3, 16), (3, 40)])
+@pytest.mark.parametrize("together", [False, True])
+def test_what_a_turn_started_from_is_kept_for_the_next(extra: int, slots: int, pages: int, together: bool) -> None:
+    """Also if the turn adds no tile, so that both start from the same state."""
+    model = SumModel()
+    budget_bytes = slots * (model.cache_spec.slot_bytes + 64) + pages * model.cache_spec.page_bytes
+    engine = Engine(model, EngineConfig(budget_bytes, policy="lru"), clock=Ticking(), order=Keeping())
+    first = tokens_of(1, 4 * TILE + 5)
+    ask(engine, "first", first, session="s")
+    outputs = engine.run_until_idle()
+    engine.pause("first", "tool")
+    second = longer(first, sum_model_answer(first, 3), 2, extra)
+    ask(engine, "second", second, 40, session="s")
+    if not together:
+        outputs += engine.step()
+    for i in range(3):
+        ask(engine, f"new {i}", tokens_of(10 + i, 3 * TILE), 2)
+    while engine.is_open("second"):
+        outputs += engine.step()
+    third = longer(second, sum_model_answer(second, 40), 3)
+    request = Request("third", Prompt(third), SamplingParams(temperature=0, max_tokens=3), session="s")
+    assert cached(outputs, "second") == 4 * TILE
+    assert engine.cached_tokens(request) >= len(second) // TILE * TILE
+    engine.pause("second", "tool")
+    engine.submit(request)
+    outputs += engine.run_until_idle()
+    engine.check()
+    assert said(outputs, "third") == sum_model_answer(third, 3)
+    for i in range(3):
+        assert said(outputs, f"new {i}") == sum_model_answer(tokens_of(10 + i, 3 * TILE), 2)
 
 
 def test_a_task_that_returns_goes_before_those_who_came_after_it() -> None:

@@ -1,6 +1,7 @@
 """What orders decide, on loads that a reader can work out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -122,6 +123,18 @@ def test_a_state_is_reserved_where_a_call_is_likely_and_memory_scarce() -> None:
     assert not Learned().reserves(job(1000, calls=4), load)  # the last one, as a rule
     load.running_bytes = 4_000_000
     assert not Learned().reserves(job(1000), load)
+
+
+def test_a_state_is_reserved_by_how_long_calls_of_that_kind_take() -> None:
+    """Not by the tool that was called last: at the first turn there is none."""
+    load = knows(load_of(), *[20.0] * 40)
+    load.running_bytes = 6_000_000
+    for kind, seconds in (("quick", 0.1), ("slow", 100.0)):
+        for _ in range(50):
+            load.outlook.ended("", kind, 5)
+            load.outlook.returned("", kind, 0, seconds)
+    assert Learned().reserves(replace(job(1000), task=Task(0.0, "", "quick")), load)
+    assert not Learned().reserves(replace(job(1000), task=Task(0.0, "", "slow")), load)
 
 
 def test_infercept_takes_the_time_since_the_call_for_the_time_to_come() -> None:
