@@ -9,6 +9,9 @@ a trace; each asks, is answered, calls a tool, and asks again when the tool is d
     recomputed     share of prompt tokens that an earlier turn of the session had, and that were computed again
     resident       share of turns after a pause for which the state of the prompt before was still there
 
+With `--live URL` the sessions are played against a real server, by `bench/agents/live/player.py`; a row of order `live`
+says what came of them, and rows of simulated orders beside it what a simulation makes of the same sessions.
+
 Orders whose name ends in `-oracle` are told how long each tool takes; the published ones also how long the answer is.
 """
 
@@ -16,7 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -26,12 +29,14 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_cache.bench.agents.files import FORMATS, load_workload
+from hybrid_cache.bench.agents.live.run import LiveServer, run_live
 from hybrid_cache.bench.agents.machine import MACHINES, machine_named
 from hybrid_cache.bench.agents.paused import measure
 from hybrid_cache.bench.agents.report import AgentRow, groups, plot_png, row_of, rows_json, table, title_of
 from hybrid_cache.bench.agents.simulation import Setting, Simulation
-from hybrid_cache.bench.agents.workload import Half, Workload, arrivals
+from hybrid_cache.bench.agents.workload import AgentSession, Half, Workload, arrivals
 from hybrid_cache.bench.common.files import check_plot, target, write_whole
+from hybrid_cache.bench.common.http_client import server_url
 from hybrid_cache.bench.common.terminal import listed, progress_bar
 from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.registry import canonical_name, policy_names
@@ -41,37 +46,65 @@ from hybrid_cache.sizes import parse_bytes
 
 DEFAULT_ORDERS = "vllm,fcfs,infercept,lamps,progress-ttl,learned"
 FILE_WIDTH = 150  # where nobody can widen a window
+OTHERS = 1_000_003  # added to the seed of sessions that are not compared
 DEFAULT_MODEL, DEFAULT_MEMORY = "hybrid-7b", "6GB"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Who comes when."""
+
+    workload: Workload
+    rate: float
+    seconds: float
+    seed: int
+    half: Half | None
+
+    @property
+    def name(self) -> str:
+        return self.workload.name if self.half is None else f"{self.workload.name} ({self.half})"
+
+    def arrivals(self) -> list[tuple[float, AgentSession]]:
+        """Raises ConfigError if there are none."""
+        come = arrivals(self.workload, self.rate, self.seconds, self.seed, half=self.half)
+        if not come:
+            raise ConfigError(f"rate {self.rate} for {self.seconds} s: no session comes with seed {self.seed}")
+        return come
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One row to be."""
 
-    workload: Workload
     setting: Setting
-    rate: float
-    seconds: float
-    half: Half | None
+    run: Run
 
     def row(self) -> AgentRow:
-        come = arrivals(self.workload, self.rate, self.seconds, self.setting.seed, half=self.half)
-        if not come:
-            raise ConfigError(f"rate {self.rate} for {self.seconds} s: no session comes with seed {self.setting.seed}")
-        found = Simulation(self.setting, come).run()
-        name = self.workload.name if self.half is None else f"{self.workload.name} ({self.half})"
-        return row_of(self.setting, found, name, self.rate, self.seconds)
+        found = Simulation(self.setting, self.run.arrivals()).run()
+        return row_of(self.setting.served, found, self.run.name, self.run.rate, self.run.seconds)
 
 
 def agents(
     trace: Annotated[Path | None, typer.Option(help="A file with sessions of agents, gz and xz too.")] = None,
     format: Annotated[str, typer.Option(help=f"Of the file: {', '.join(FORMATS)}; the last needs none.")] = "synthetic",
-    model: Annotated[str, typer.Option(help=f"Machines, with commas: {', '.join(MACHINES)}.")] = DEFAULT_MODEL,
-    memory: Annotated[str, typer.Option(help="Bytes for contexts, with commas, such as 6GB,12GB.")] = DEFAULT_MEMORY,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Machines, with commas: {', '.join(MACHINES)}; {DEFAULT_MODEL} if left out. "
+            "With --live: the folder of its model, or embedded."
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help=f"Bytes for contexts, with commas, such as 6GB,12GB; {DEFAULT_MEMORY} if left out."),
+    ] = None,
     host_memory: Annotated[str, typer.Option(help="Bytes of a second tier, with commas; 0 for none.")] = "0",
     rate: Annotated[float, typer.Option(help="Sessions that begin a second.")] = 4.0,
     seconds: Annotated[float, typer.Option(help="For how long they come; all are run to their end.")] = 300.0,
-    policy: Annotated[str, typer.Option(help=f"Orders, with commas: {', '.join(ORDERS)}.")] = DEFAULT_ORDERS,
+    policy: Annotated[
+        str | None,
+        typer.Option(help=f"Orders, with commas: {', '.join(ORDERS)}; {DEFAULT_ORDERS} if left out, learned if live."),
+    ] = None,
     cache_policy: Annotated[str, typer.Option(help=f"What leaves the cache: {', '.join(policy_names())}.")] = (
         Learned.name
     ),
@@ -89,6 +122,18 @@ def agents(
         str | None,
         typer.Option(help="Instead, time the engine's own work in a step with so many paused tasks, with commas."),
     ] = None,
+    live: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead, play the sessions against the server at this address, with tools that really sleep. "
+            "With --model and --memory its rates are measured afterwards, and the same sessions are simulated too, "
+            "in the orders of --policy, of which the first is the server's."
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the API key of the server.", exists=True, dir_okay=False)
+    ] = None,
+    hints: Annotated[bool, typer.Option("--hints", help="Tell the server how long each tool takes.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw server times to this PNG file.")] = None,
@@ -104,21 +149,35 @@ def agents(
         seeds = [_whole(text) for text in listed("seed", seed)]
         limits = {"max_calls": max_calls, "max_tokens": max_tokens, "max_pause_s": max_pause}
         workload = load_workload(trace, format, seed=seeds[0], **limits)  # type: ignore[arg-type]
-        settings = [
-            Setting(
-                machine_named(m), parse_bytes(size), order_name(order), canonical_name(cache_policy), cached, s, host
-            )
-            for m in listed("model", model)
-            for size in listed("memory", memory)
-            for host in (0 if text == "0" else parse_bytes(text) for text in listed("host memory", host_memory))
-            for s in seeds
-            for order, cached in [
-                *([("vllm", False)] if no_cache_baseline else []),
-                *((order, True) for order in listed("policy", policy)),
+        orders = [order_name(order) for order in listed("policy", policy or ("learned" if live else DEFAULT_ORDERS))]
+        hosts = [0 if text == "0" else parse_bytes(text) for text in listed("host memory", host_memory)]
+        if live is not None:
+            sizes = [0] if memory is None else [parse_bytes(size) for size in listed("memory", memory)]
+            if len(sizes) + len(hosts) + len(seeds) != 3:
+                raise ConfigError(
+                    "--live: expected one --memory, one --host-memory and one --seed, those of the server"
+                )
+            if model is not None and memory is None:
+                raise ConfigError("--live with --model simulates too: expected the server's --memory beside it")
+            server = LiveServer(server_url(live), _key(api_key_file), model, sizes[0], hosts[0], hints)
+            rows = _live(server, Run(workload, rate, seconds, seeds[0], half), orders)  # type: ignore[arg-type]
+        else:
+            settings = [
+                Setting(machine_named(m), parse_bytes(size), order, canonical_name(cache_policy), cached, s, host)
+                for m in listed("model", DEFAULT_MODEL if model is None else model)
+                for size in listed("memory", DEFAULT_MEMORY if memory is None else memory)
+                for host in hosts
+                for s in seeds
+                for order, cached in [
+                    *([("vllm", False)] if no_cache_baseline else []),
+                    *((order, True) for order in orders),
+                ]
             ]
-        ]
-        cells = [Cell(workload, setting, rate, seconds, half) for setting in settings]  # type: ignore[arg-type]
-        rows = _measured(cells, jobs)
+            cells = [
+                Cell(setting, Run(workload, rate, seconds, setting.seed, half))  # type: ignore[arg-type]
+                for setting in settings
+            ]
+            rows = _measured(cells, jobs)
         if json_file is not None:
             write_whole(json_file, rows_json(rows, {"note": workload.note}).encode())
         if plot is not None:
@@ -136,6 +195,24 @@ def _whole(text: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"{text!r}: expected a whole number, not negative")
     return int(text)
+
+
+def _key(file: Path | None) -> str | None:
+    return None if file is None else file.read_text().strip()
+
+
+def _live(server: LiveServer, run: Run, orders: Sequence[str]) -> list[AgentRow]:
+    come, row = run.arrivals(), (run.name, run.rate, run.seconds)
+    others = replace(run, seed=run.seed + OTHERS).arrivals() if server.folder is not None else []
+    with progress_bar() as progress:
+        bar = progress.add_task("sessions", total=len(come) + len(others))
+        found = run_live(server, come, others, run.seed, orders[0], lambda: progress.advance(bar))
+        rows = [row_of(found.served, found.played.outcome, *row)]
+        if found.machine is not None:
+            progress.update(bar, description="the same, simulated")
+            for served, outcome in map(found.simulated, orders):
+                rows.append(row_of(served, outcome, *row))
+    return rows
 
 
 def _time_steps(paused: Sequence[int], json_file: Path | None) -> None:

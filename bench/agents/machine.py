@@ -54,6 +54,9 @@ class Machine:
     chunk_tokens: int  # of prefill in a step, at most
     max_running: int = 256
     copy_bytes_per_s: float = 20e9  # to host memory and back
+    chunk_tokens_beside_decode: int | None = None  # the same while others decode; None: as many
+    max_step_s: float | None = None  # that a step with prefill should take at most; None: any time
+    request_s: float = 0.0  # from a client's asking to the engine
 
     @property
     def cost(self) -> PrefillCost:

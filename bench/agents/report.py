@@ -8,7 +8,7 @@ from statistics import fmean
 
 from rich.table import Table
 
-from hybrid_cache.bench.agents.simulation import Setting, Simulated
+from hybrid_cache.bench.agents.outcome import Outcome, Served
 from hybrid_cache.sizes import format_bytes
 
 NO_CACHE = " (no cache)"
@@ -16,7 +16,10 @@ NO_CACHE = " (no cache)"
 
 @dataclass(frozen=True, slots=True)
 class AgentRow:
-    """One order on one workload and machine. Seconds, bytes and shares; means and quantiles over sessions."""
+    """One order on one workload and machine. Seconds, bytes and shares; means and quantiles over sessions.
+
+    None: not seen from outside of a server.
+    """
 
     trace: str
     model: str
@@ -38,30 +41,25 @@ class AgentRow:
     ttft_p99_s: float
     ttft_after_pause_mean_s: float
     sessions_per_s: float
-    recomputed_share: float  # of prompt tokens, those that an earlier turn of the session had and were computed again
-    resident_at_return: float  # share of turns after a pause whose state was still there
+    recomputed_share: float | None  # of prompt tokens, those that an earlier turn had and were computed again
+    resident_at_return: float | None  # share of turns after a pause whose state was still there
     longest_wait_s: float  # of any turn for its first token
-    preemptions: int
-    busy_share: float
-    running_bytes_mean: float
-    steps: int
+    preemptions: int | None
+    busy_share: float | None
+    running_bytes_mean: float | None
+    steps: int | None
 
 
-def row_of(setting: Setting, found: Simulated, trace: str, rate: float, seconds: float) -> AgentRow:
+def row_of(served: Served, found: Outcome, trace: str, rate: float, seconds: float) -> AgentRow:
     ended = found.sessions
     e2e = sorted(s.end_s - s.arrival_s for s in ended)
     server = sorted(s.end_s - s.arrival_s - s.paused_s for s in ended)
     first = sorted(s.first_token_s for s in ended)
     return AgentRow(
+        **asdict(served),
         trace=trace,
-        model=setting.machine.name,
-        policy=setting.order,
-        memory_bytes=setting.memory_bytes,
-        host_bytes=setting.host_bytes,
         rate=rate,
         seconds=seconds,
-        seed=setting.seed,
-        prefix_cache=setting.prefix_cache,
         sessions=len(ended),
         e2e_mean_s=fmean(e2e),
         e2e_p50_s=_quantile(e2e, 0.5),
@@ -73,14 +71,24 @@ def row_of(setting: Setting, found: Simulated, trace: str, rate: float, seconds:
         ttft_p99_s=_quantile(first, 0.99),
         ttft_after_pause_mean_s=fmean(found.first_tokens_s) if found.first_tokens_s else 0.0,
         sessions_per_s=len(ended) / found.end_s,
-        recomputed_share=max(found.computed_tokens - found.new_tokens, 0) / found.prompt_tokens,
-        resident_at_return=found.num_resident / max(found.num_returns, 1),
+        recomputed_share=_recomputed(found),
+        resident_at_return=_share(found.num_resident, max(found.num_returns, 1)),
         longest_wait_s=max(s.longest_wait_s for s in ended),
         preemptions=found.num_preemptions,
-        busy_share=found.busy_s / found.end_s,
-        running_bytes_mean=found.running_byte_s / found.end_s,
+        busy_share=_share(found.busy_s, found.end_s),
+        running_bytes_mean=_share(found.running_byte_s, found.end_s),
         steps=found.steps,
     )
+
+
+def _recomputed(found: Outcome) -> float | None:
+    if found.computed_tokens is None:
+        return None
+    return max(found.computed_tokens - found.new_tokens, 0) / found.prompt_tokens
+
+
+def _share(part: float | None, whole: float) -> float | None:
+    return None if part is None else part / whole
 
 
 def _quantile(rising: Sequence[float], share: float) -> float:
@@ -109,7 +117,7 @@ def table(rows: Sequence[AgentRow], title: str) -> Table:
         report.add_row(
             label(row),
             *(_seconds(value) for value in (*times, *more)),
-            *(f"{share:.1%}" for share in shares),
+            *("-" if share is None else f"{share:.1%}" for share in shares),
             _seconds(row.longest_wait_s),
             f"{row.sessions_per_s:.2f}",
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hybrid_cache.bench.agents.machine import GENERATED, Clock, Machine, SimulatedModel, SimulatedWorker
+from hybrid_cache.bench.agents.outcome import Outcome, Served, SessionResult
 from hybrid_cache.bench.agents.workload import AgentSession, Turn
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
@@ -32,35 +33,9 @@ class Setting:
     seed: int = 0
     host_bytes: int = 0  # of a second tier
 
-
-@dataclass(frozen=True, slots=True)
-class SessionResult:
-    """One session that has ended. Seconds."""
-
-    arrival_s: float
-    end_s: float
-    paused_s: float  # of this, with tools or a person
-    first_token_s: float  # of the first turn, since it was asked
-    longest_wait_s: float  # of a turn for its first step
-
-
-@dataclass(frozen=True, slots=True)
-class Simulated:
-    """What came of a simulation."""
-
-    sessions: tuple[SessionResult, ...]
-    first_tokens_s: tuple[float, ...]  # of turns after a pause
-    prompt_tokens: int
-    new_tokens: int  # of these, that no earlier turn of the session had
-    computed_tokens: int
-    generated_tokens: int
-    num_returns: int
-    num_resident: int  # of these, with a state at the end of the prompt before still there
-    num_preemptions: int
-    busy_s: float
-    end_s: float
-    steps: int
-    running_byte_s: float  # bytes that running requests held, times seconds
+    @property
+    def served(self) -> Served:
+        return Served(self.machine.name, self.order, self.memory_bytes, self.host_bytes, self.prefix_cache, self.seed)
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +47,7 @@ class _Client:
     tokens: TokenArray
     turn: int = 0
     asked_s: float = 0.0
+    begun_s: float = 0.0  # its first token
     answering: bool = False
     first_token_s: float = 0.0
     longest_wait_s: float = 0.0
@@ -97,6 +73,8 @@ class Simulation:
     _open: dict[str, _Client] = field(default_factory=dict)
     _done: list[SessionResult] = field(default_factory=list)
     _first_tokens: list[float] = field(default_factory=list)
+    _waited_s: float = 0.0
+    _decoded_s: float = 0.0
     _prompt_tokens: int = 0
     _new_tokens: int = 0
     _returns: int = 0
@@ -105,27 +83,30 @@ class Simulation:
 
     def __post_init__(self) -> None:
         s = self.setting
-        tiles = max(s.machine.chunk_tokens // TILE, 1)
+        machine = s.machine
+        tiles = max(machine.chunk_tokens // TILE, 1)
+        beside = tiles if (least := machine.chunk_tokens_beside_decode) is None else max(least // TILE, 1)
         config = EngineConfig(
             budget_bytes=s.memory_bytes,
-            max_running=s.machine.max_running,
+            max_running=machine.max_running,
             max_waiting=len(self.arrivals) + 1,
             policy=s.cache_policy,
             order=s.order,
             host_bytes=s.host_bytes,
             prefix_cache=s.prefix_cache,
             max_tiles=tiles,
-            max_tiles_beside_decode=tiles,
+            max_tiles_beside_decode=beside,
+            max_step_ms=None if machine.max_step_s is None else machine.max_step_s * 1e3,
             verify=False,
         )
 
         def worker(model: object, memory: object, spare: object) -> SimulatedWorker:
-            self.worker = SimulatedWorker(s.machine, self.clock, memory)  # type: ignore[arg-type]
+            self.worker = SimulatedWorker(machine, self.clock, memory)  # type: ignore[arg-type]
             return self.worker
 
-        self.engine = Engine(SimulatedModel(s.machine), config, worker=worker, clock=self.clock)
+        self.engine = Engine(SimulatedModel(machine), config, worker=worker, clock=self.clock)
 
-    def run(self) -> Simulated:
+    def run(self) -> Outcome:
         """Until the last session has ended."""
         shared: dict[str, TokenArray] = {}
         for number, (arrival_s, session) in enumerate(self.arrivals):
@@ -135,7 +116,7 @@ class Simulation:
                 shared[session.kind] = _tokens(kind_rng, session.shared_tokens)
             start = shared.get(session.kind, np.zeros(0, np.int32))[: session.turns[0].prompt_tokens]
             client = _Client(session, arrival_s, f"session {number}", rng, start)
-            heapq.heappush(self._events, (arrival_s, next(self._numbers), client))
+            self._asks(client, arrival_s)
         steps, engine = 0, self.engine
         while True:
             while self._events and self._events[0][0] <= self.clock.now:
@@ -154,6 +135,10 @@ class Simulation:
                     self._take(request_id, output)
         return self._result(steps)
 
+    def _asks(self, client: _Client, time_s: float) -> None:
+        """A client will ask at that time."""
+        heapq.heappush(self._events, (time_s + self.setting.machine.request_s, next(self._numbers), client))
+
     def _ask(self, client: _Client) -> None:
         turn, engine = client.now, self.engine
         kept = client.tokens[: turn.kept_tokens if client.turn else len(client.tokens)]
@@ -164,7 +149,7 @@ class Simulation:
         request = Request(
             request_id,
             Prompt(client.tokens, (Boundary(len(client.tokens), role="user"),)),
-            SamplingParams(temperature=0, max_tokens=turn.output_tokens),
+            SamplingParams(temperature=0, max_tokens=turn.num_steps or turn.output_tokens),
             session=client.name,
             kind=client.session.kind,
         )
@@ -172,7 +157,7 @@ class Simulation:
             self._returns += 1
             self._resident += engine.cached_tokens(request) >= client.state_at
         client.state_at = turn.prompt_tokens // TILE * TILE
-        client.asked_s, client.answering = self.clock.now, False
+        client.asked_s, client.answering = self.clock.now - self.setting.machine.request_s, False
         self._open[request_id] = client
         engine.submit(request)
 
@@ -180,7 +165,9 @@ class Simulation:
         client = self._open[request_id]
         if not client.answering:
             client.answering = True
+            client.begun_s = self.clock.now
             waited = self.clock.now - client.asked_s
+            self._waited_s += waited
             client.longest_wait_s = max(client.longest_wait_s, waited)
             if client.turn:
                 self._first_tokens.append(waited)
@@ -188,6 +175,7 @@ class Simulation:
                 client.first_token_s = waited
         if output.finish is not None:
             del self._open[request_id]
+            self._decoded_s += self.clock.now - client.begun_s
             self._end_turn(request_id, client)
 
     def _end_turn(self, request_id: str, client: _Client) -> None:
@@ -204,7 +192,7 @@ class Simulation:
         if turn.pause_s is None:
             self._end(client)
         else:
-            heapq.heappush(self._events, (self.clock.now + turn.pause_s, next(self._numbers), client))
+            self._asks(client, self.clock.now + turn.pause_s)
 
     def _hint(self, turn: Turn) -> float | None:
         return turn.pause_s if self.setting.order.endswith(ORACLE) else None
@@ -216,11 +204,13 @@ class Simulation:
         if len(self._done) % EVENTS_BEFORE_PROGRESS == 0:
             self.on_done(len(self._done))
 
-    def _result(self, steps: int) -> Simulated:
+    def _result(self, steps: int) -> Outcome:
         stats = self.engine.stats()
-        return Simulated(
+        return Outcome(
             sessions=tuple(self._done),
             first_tokens_s=tuple(self._first_tokens),
+            waited_s=self._waited_s,
+            decoded_s=self._decoded_s,
             prompt_tokens=self._prompt_tokens,
             new_tokens=self._new_tokens,
             computed_tokens=stats.computed_tokens,

@@ -28,6 +28,7 @@ class Turn:
     output_tokens: int  # at least 1
     tool: str  # name or class of the tool that it calls; empty: it calls none
     pause_s: float | None  # from its end to the next turn, of a tool or a person; None: nothing follows
+    num_steps: int = 0  # in which the answer is decoded, where its form leaves no choice of some tokens; 0: one each
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import httpx
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from hybrid_cache.errors import HybridCacheError
 
@@ -19,6 +19,15 @@ class Usage(BaseModel):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: Details | None = None
+
+
+class ModelCard(BaseModel):
+    id: str
+    max_model_len: int | None = None  # tokens of a prompt and its answer; not all servers say
+
+
+class ModelList(BaseModel):
+    data: list[ModelCard]
 
 
 def server_url(url: str) -> str:
@@ -59,3 +68,17 @@ def unreachable(http: httpx.AsyncClient, error: httpx.TransportError) -> ServerF
     if isinstance(error, httpx.ConnectError):
         return ServerFailed(f"{http.base_url}: no connection, is the server running? ({reason})")
     return ServerFailed(f"{http.base_url}: the connection broke or timed out ({reason})")
+
+
+async def first_model(http: httpx.AsyncClient) -> ModelCard:
+    """The first model that the server lists. Raises ServerFailed."""
+    try:
+        response = await http.get("/v1/models")
+    except httpx.TransportError as error:
+        raise unreachable(http, error) from error
+    if response.status_code != 200:
+        raise refused(response)
+    try:
+        return ModelList.model_validate_json(response.content).data[0]
+    except (ValidationError, IndexError) as error:
+        raise ServerFailed(f"{response.request.url}: lists no model, name one with --model") from error

@@ -31,6 +31,7 @@ from rich.table import Table
 from hybrid_cache.bench.common.http_client import (
     ServerFailed,
     Usage,
+    first_model,
     message_of,
     open_client,
     refused,
@@ -79,14 +80,6 @@ class Event(BaseModel):
     usage: Usage | None = None
     timings: Timings | None = None
     error: object = None
-
-
-class ModelCard(BaseModel):
-    id: str
-
-
-class ModelList(BaseModel):
-    data: list[ModelCard]
 
 
 class Api(StrEnum):
@@ -184,20 +177,6 @@ class Client:
         return watch.reply()
 
 
-async def first_model(http: httpx.AsyncClient) -> str:
-    """The id of the first model that the server lists. Raises ServerFailed."""
-    try:
-        response = await http.get("/v1/models")
-    except httpx.TransportError as error:
-        raise unreachable(http, error) from error
-    if response.status_code != 200:
-        raise refused(response)
-    try:
-        return ModelList.model_validate_json(response.content).data[0].id
-    except (ValidationError, IndexError) as error:
-        raise ServerFailed(f"{response.request.url}: lists no model, name one with --model") from error
-
-
 @dataclass(frozen=True, slots=True)
 class ScenarioRow:
     """One scenario. Token counts are one number a request, in the order of sending; `None` was not reported."""
@@ -291,7 +270,8 @@ class TrafficOptions:
 async def measure(options: TrafficOptions, announce: Callable[[str], None] = lambda what: None) -> list[ScenarioRow]:
     """Drives the server and returns one row a scenario; `announce` hears the name of each part as it begins."""
     async with open_client(options.url, options.key, options.timeout) as http:
-        client = Client(http, DIALECTS[options.api], options.model or await first_model(http), options.ignore_eos)
+        model = options.model or (await first_model(http)).id
+        client = Client(http, DIALECTS[options.api], model, options.ignore_eos)
         vocabulary = await calibrate(client.ask, options.words, str(options.seed))
         rounds: dict[str, list[list[Reply]]] = {}
         for number in range(options.repeat):

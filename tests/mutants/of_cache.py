@@ -133,8 +133,8 @@ PUBLISHING = [
     ),
     candidates(
         "a new state takes the room of better ones",
-        "num_pages=num_pages, ceiling=score)",
-        "num_pages=num_pages)",
+        "take(**room, ceiling=score, spare",
+        "take(**room, spare",
         CACHE + RANKED,
     ),
     books(
