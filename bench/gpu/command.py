@@ -29,7 +29,7 @@ from typing import NoReturn
 
 import torch
 
-from hybrid_cache.bench.gpu import correctness, kernel_speed, model_speed
+from hybrid_cache.bench.gpu import correctness, kernel_speed, model_speed, second_tier
 from hybrid_cache.bench.gpu.report import Section, as_json, markdown, section_of
 from hybrid_cache.bench.gpu.setting import Setting
 
@@ -73,6 +73,7 @@ PARTS: Mapping[str, ReportPart] = {
     "parity": ReportPart(correctness.parity, 120, decides=True),
     "exactness": ReportPart(correctness.exactness, 60, decides=True),
     "models": ReportPart(correctness.models, 60, decides=True),
+    "second tier": ReportPart(second_tier.second_tier, 40, decides=True),
     "model speed": ReportPart(model_speed.whole_model, 110, decides=False),
     "sharing": ReportPart(kernel_speed.sharing, 45, decides=False),
     "kernels": ReportPart(kernel_speed.kernels, 70, decides=False),

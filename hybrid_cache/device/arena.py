@@ -39,11 +39,6 @@ class Arena:
         """The bytes of an item; None where items of a kind have none."""
         return self._rows[kind][item] if kind in self._rows else None
 
-    def fill(self, kind: Kind, item: int, row: Tensor | None) -> None:
-        """Copies the bytes of an item of another arena; between a GPU and pinned memory nobody waits for that."""
-        if row is not None:
-            self._rows[kind][item].copy_(row, non_blocking=True)
-
     def move(self, kind: Kind, moves: Sequence[tuple[int, int]]) -> None:
         """Copies items (from, to); no item may be both."""
         sources, targets = torch.tensor(moves, device=self._buffer.device).T

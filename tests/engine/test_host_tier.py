@@ -1,14 +1,17 @@
 """What had to leave the device comes back from host memory with the same bytes: the sums of `SumModel` would notice."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.host_memory import HostMemory
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.dispatch import select
@@ -17,6 +20,7 @@ from hybrid_cache.models.loading import embedded_path, load
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
+from tests.cache.test_lanes import Late
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import PageSumModel, SumModel, sum_model_answer, tokens_of
 
@@ -52,6 +56,41 @@ def test_a_conversation_that_had_to_leave_comes_back_whole(kind: str) -> None:
         engine.check()
     assert engine.stats().cache.host_loads > 0
     assert engine.stats().cache.host_bytes > 0
+
+
+class Aside(Late):
+    """The pass computes at once, as on a CPU; copies beside it come when they like, or when it waits for them."""
+
+    def wait(self, mark: tuple[bool, int], *, aside: bool) -> None:
+        if aside:
+            return super().wait(mark, aside=True)
+        while self._done[True] < mark[1]:
+            self.some(1.0)
+
+    def copy(self, target: Tensor, source: Tensor, *, aside: bool) -> None:
+        if aside:
+            return super().copy(target, source, aside=True)
+        target.copy_(source)
+        self.some(0.2)
+
+    def mark(self, *, aside: bool) -> tuple[bool, int]:
+        return super().mark(aside=True) if aside else (False, 0)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_that_are_late_change_no_answer(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    lanes = Aside(rng)
+    monkeypatch.setattr("hybrid_cache.device.memory.HostMemory", partial(HostMemory, lanes=lanes))
+    engine = new_engine(kind, host_bytes=room_for(MODELS[kind](), 4, 60))
+    prompts = [tokens_of(50 * seed + i, rng.randrange(70, 11 * TILE)) for i in range(7)]
+    for i in range(60):
+        tokens = np.concatenate([rng.choice(prompts), tokens_of(i, rng.randrange(40))])
+        engine.submit(make_request(f"{i}", tokens, 3))
+        assert answers(engine.run_until_idle(), f"{i}") == sum_model_answer(tokens, 3)
+        engine.check()
+    assert engine.stats().cache.host_loads > 0
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -14,6 +14,7 @@ from hybrid_cache.bench.common.random_model import SMALL, random_model
 from hybrid_cache.bench.gpu import command, correctness, timing
 from hybrid_cache.bench.gpu.command import ReportPart, main, run_apart
 from hybrid_cache.bench.gpu.report import Section, markdown, section_of
+from hybrid_cache.bench.gpu.second_tier import second_tier
 from hybrid_cache.bench.gpu.setting import Setting
 from hybrid_cache.bench.kernels import cases
 from hybrid_cache.engine.selfcheck import check_model
@@ -174,6 +175,19 @@ def test_models_of_random_weights_are_exact(name):
     assert check_model(model) == []
 
 
+def test_what_comes_back_from_host_memory_is_compared(monkeypatch):
+    section = Section("second tier")
+    second_tier(CPU, section)
+    assert section.failures == []
+    ((_name, exact, stored, loaded),) = section.tables[0].rows
+    assert exact
+    assert stored > loaded > 0
+    monkeypatch.setattr("hybrid_cache.device.host_memory.HostMemory.run", lambda self, command: None)
+    section = Section("second tier")
+    second_tier(CPU, section)
+    assert any("differ" in failure for failure in section.failures)
+
+
 gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -193,7 +207,9 @@ def test_a_gpu_agrees_with_the_reference(gpu, name, dtype):
 
 @pytest.mark.gpu
 @gpu_needed
-@pytest.mark.parametrize("part", [correctness.exactness, correctness.models], ids=["operations", "models"])
+@pytest.mark.parametrize(
+    "part", [correctness.exactness, correctness.models, second_tier], ids=["operations", "models", "second tier"]
+)
 def test_a_gpu_is_exact(gpu, part):
     """Of the models: a replayed decode step has the bits of one that is launched."""
     section = Section("exact")
