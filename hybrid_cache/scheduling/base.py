@@ -23,6 +23,9 @@ class Task:
     kind: str  # tasks of one kind are alike, such as those that are offered the same tools
     num_calls: int = 0  # requests that were answered
     tool: str = ""  # the one that it called last
+    size_s: float = 0.0  # for how long it is expected to keep the machine busy, when it came
+    guess_s: float | None = None  # of this, after its first request, by what is known of it alone; None: nobody guessed
+    spent_s: float = 0.0  # for how long it has, after its first request
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +79,12 @@ class Load:
         n = max(end - start, 0.0)
         cost = self.cost
         return n * (cost.per_token + cost.per_token_per_position * (start + end - 1) / 2) * self.s_per_flop
+
+    def call_s(self, num_cached: float, num_tokens: float, output: float) -> float:
+        """Machine seconds of a request: of its prompt, of its rows, and of the share of memory that it holds."""
+        prefill_s = self.prefill_s(num_cached, num_tokens)
+        dwell_s = 3 * prefill_s + output * self.step_s
+        return prefill_s + output * self.row_s + dwell_s * self.memory(num_tokens + output) / self.budget_bytes
 
     def again_s(self, num_tokens: int) -> float:
         """Seconds until a context that has left is there again: computed, or from a second tier."""

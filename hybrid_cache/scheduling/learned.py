@@ -8,11 +8,13 @@ A paused context is spared while
 which weighs memory times time on both sides (InferCept's minimum of waste) with what tools of that name took. A request
 goes by
 
-    arrival of its task + W * min(3 * machine seconds that are left of it / their mean, 16)
+    arrival of its task + W * min(3 * machine seconds that it is expected to take / their mean, 16)
 
-where W is how long a new task waits now, and the machine seconds are what the cache lacks of the prompt, the answer,
-the share of memory that both hold while they take, and the same for all calls that are expected to follow. So the order
-has no unit of its own: where nobody waits, tasks go as they came, and nobody is put back by more than 16 * W.
+where W is how long a new task waits now. The machine seconds are what the cache lacks of the prompt, the answer, and
+the share of memory that both hold while they take. For the calls that are expected to follow they are the mean of the
+task's kind, and of what the first prompt lets guess as much as such guesses have been worth (`outlook.Sizes`). So the
+order has no unit of its own: where nobody waits, or all tasks are alike, they go as they came; nobody is put back by
+more than 16 * W; and a task keeps its place while it goes on.
 """
 
 import math
@@ -42,9 +44,11 @@ class Learned:
         self._wait_s = 0.0  # by which those who wait are placed
 
     def came(self, job: Job, load: Load) -> None:
-        if not job.task.num_calls:
-            seconds = machine_s(job, load)
-            self._mean_s += NEWEST * (seconds - self._mean_s) if self._mean_s else seconds
+        task = job.task
+        if not task.num_calls and task.guess_s is None:
+            first_s, task.guess_s = machine_s(job, load)
+            task.size_s = first_s + load.outlook.guessed(task.tenant, task.kind, task.guess_s)
+            self._mean_s += NEWEST * (task.size_s - self._mean_s) if self._mean_s else task.size_s
 
     def turns(self, load: Load) -> bool:
         if abs(load.wait_s - self._wait_s) <= DRIFT * self._wait_s + LEAST_DRIFT_S:
@@ -53,7 +57,7 @@ class Learned:
         return True
 
     def key(self, job: Job, load: Load) -> float:
-        relative = machine_s(job, load) / self._mean_s if self._mean_s else 0.0
+        relative = job.task.size_s / self._mean_s if self._mean_s else 0.0
         return job.task.arrival_s + self._wait_s * min(self._eagerness * relative, self._most_later)
 
     def paused(self, pause: Pause, load: Load) -> None:
@@ -69,13 +73,13 @@ class Learned:
         )
 
 
-def machine_s(job: Job, load: Load) -> float:
-    """Machine seconds that are left of the task that a request belongs to, in the mean."""
+def machine_s(job: Job, load: Load) -> tuple[float, float]:
+    """Machine seconds of a request, and of those that are expected to follow it, by what is known of this one."""
     habits = load.outlook.of(job.task.tenant, job.task.kind)
     call = job.task.num_calls
     output, calls_left, new = habits.answer(call), habits.calls_left(call), habits.new.value
     end = job.num_tokens + output
-    return _call_s(job.num_cached, job.num_tokens, output, load) + calls_left * _call_s(end, end + new, output, load)
+    return load.call_s(job.num_cached, job.num_tokens, output), calls_left * load.call_s(end, end + new, output)
 
 
 def worth_reserving(job: Job, load: Load, weight: float) -> bool:
@@ -94,9 +98,3 @@ def worth_reserving(job: Job, load: Load, weight: float) -> bool:
     if not load.host_bytes_per_s:
         cost += load.memory(end) * habits.pause_s(task.num_calls)
     return cost < weight * habits.calls(task.num_calls) * load.waste(end, load.prefill_s(0, end))
-
-
-def _call_s(cached: float, num_tokens: float, output: float, load: Load) -> float:
-    prefill_s = load.prefill_s(cached, num_tokens)
-    dwell_s = 3 * prefill_s + output * load.step_s
-    return prefill_s + output * load.row_s + dwell_s * load.memory(num_tokens + output) / load.budget_bytes

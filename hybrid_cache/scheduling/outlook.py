@@ -1,6 +1,7 @@
 """What is still to come of a task, by what came of others of its kind: means, by how many calls it has made.
 
-Means of a class are the prediction: noisy guesses about single requests are worse than these.
+Means of a class are the prediction: noisy guesses about single requests are worse than these. How much a guess is worth
+is learned from those before (`Sizes`).
 """
 
 from collections import OrderedDict
@@ -10,6 +11,7 @@ from hybrid_cache.scheduling.tool_times import UNKNOWN_S
 
 MOST_KINDS = 4096  # the one heard of longest ago is forgotten
 MEMORY = 200  # values that a mean goes back
+SIZES, FEW = 400, 20  # tasks that sizes go back, and by how many the mean counts for more than a guess
 DISTINCT_CALLS = 8  # later ones count as this one
 OUTPUT_TOKENS, CALLS_LEFT, NEW_TOKENS = 60.0, 0.0, 200.0  # of what nothing is known about
 
@@ -27,6 +29,39 @@ class Mean:
 
 
 @dataclass(slots=True)
+class Sizes:
+    """How long tasks of one kind keep the machine busy after their first request, and what guesses say of that.
+
+    The line of least squares through guesses and truths, its slope between 0 and 1, and shrunk to the mean while few
+    are known. So where guesses say nothing, all tasks of a kind are of one size.
+    """
+
+    guessed: Mean = field(default_factory=lambda: Mean(0.0, 0))  # of all that came, seconds
+    _count: int = 0  # of those that have ended; over them:
+    _guess: float = 0.0  # means
+    _truth: float = 0.0
+    _spread: float = 0.0  # variance of the guesses
+    _joint: float = 0.0  # covariance with the truths
+
+    def ended(self, guess_s: float, seconds: float) -> None:
+        """A task has kept the machine busy for so long."""
+        self._count = min(self._count + 1, SIZES)
+        weight = 1 / self._count
+        guess, truth = guess_s - self._guess, seconds - self._truth
+        self._guess += weight * guess
+        self._truth += weight * truth
+        self._spread += weight * (guess * (guess_s - self._guess) - self._spread)
+        self._joint += weight * (guess * (seconds - self._truth) - self._joint)
+
+    def expected(self, guess_s: float) -> float:
+        """Seconds of a task by what is guessed of it."""
+        known = self._count / (self._count + FEW)
+        slope = min(max(self._joint / self._spread, 0.0), 1.0) if self._spread else 0.0
+        mean = self.guessed.value + known * (self._truth - self.guessed.value)
+        return mean + known * slope * (guess_s - self.guessed.value)
+
+
+@dataclass(slots=True)
 class Habits:
     """Means of one kind of task, by the number of calls before."""
 
@@ -35,6 +70,7 @@ class Habits:
     called: list[Mean] = field(default_factory=lambda: [Mean(0.0) for _ in range(DISTINCT_CALLS)])
     paused: list[Mean] = field(default_factory=lambda: [Mean(UNKNOWN_S) for _ in range(DISTINCT_CALLS)])
     new: Mean = field(default_factory=lambda: Mean(NEW_TOKENS))  # tokens that a call adds beside the answer before it
+    sizes: Sizes = field(default_factory=Sizes)
 
     def answer(self, call: int) -> float:
         """Tokens of the answer to the call with this number, from 0."""
@@ -63,6 +99,16 @@ class Outlook:
     def of(self, tenant: str, kind: str) -> Habits:
         """Not to be written to."""
         return self._habits.get((tenant, kind), self._unknown)
+
+    def guessed(self, tenant: str, kind: str, seconds: float) -> float:
+        """A task has come, of whose later requests so much is guessed -> for how long they are expected to take."""
+        sizes = self._known(tenant, kind).sizes
+        sizes.guessed.add(seconds)
+        return sizes.expected(seconds)
+
+    def took(self, tenant: str, kind: str, guess_s: float, seconds: float) -> None:
+        """A task has ended whose later requests kept the machine busy for so long."""
+        self._known(tenant, kind).sizes.ended(guess_s, seconds)
 
     def answered(self, tenant: str, kind: str, call: int, num_tokens: int) -> None:
         """The call with this number, from 0, was answered with so many tokens."""

@@ -181,6 +181,8 @@ class Pauses:
     def _end_task(self, turn: _Turn) -> None:
         task = turn.pause.task
         self._load.outlook.ended(task.tenant, task.kind, task.num_calls)
+        if task.guess_s is not None:
+            self._load.outlook.took(task.tenant, task.kind, task.guess_s, task.spent_s)
         self._claims.drop(turn.pause)
         self._forget(turn)
 

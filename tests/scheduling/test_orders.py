@@ -88,6 +88,7 @@ def test_nobody_is_put_back_by_more_than_a_multiple_of_the_wait() -> None:
         order.came(job(10), load)
     assert order.turns(load)
     huge = job(1_000_000, arrival_s=3.0)
+    order.came(huge, load)
     assert order.key(huge, load) == 3.0 + MOST_LATER * 50.0
 
 
@@ -101,16 +102,16 @@ def test_keys_are_made_again_only_when_the_wait_has_changed() -> None:
 
 
 def test_what_the_cache_has_is_not_to_be_done() -> None:
-    assert machine_s(job(2000, 1900), load_of()) < machine_s(job(2000), load_of()) / 2
+    assert machine_s(job(2000, 1900), load_of())[0] < machine_s(job(2000), load_of())[0] / 2
 
 
 def test_calls_that_are_expected_count() -> None:
     load = load_of()
-    before = machine_s(job(1000), load)
+    before = sum(machine_s(job(1000), load))
     for _ in range(50):
         load.outlook.ended("", "", 5)
-    assert machine_s(job(1000), load) > before
-    assert machine_s(job(1000, calls=4), load) == pytest.approx(before)
+    assert sum(machine_s(job(1000), load)) > before
+    assert sum(machine_s(job(1000, calls=4), load)) == pytest.approx(before)
 
 
 def test_a_state_is_reserved_where_a_call_is_likely_and_memory_scarce() -> None:

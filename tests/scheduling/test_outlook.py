@@ -1,0 +1,82 @@
+"""What is expected of a task by what came of others: by hand, and where guesses are right, wrong and worth nothing."""
+
+import random
+
+import pytest
+
+from hybrid_cache.scheduling.outlook import FEW, SIZES, Outlook, Sizes
+
+
+def learned(truth_of, seed: int = 0, num: int = 400) -> Sizes:  # type: ignore[no-untyped-def]
+    """Sizes after tasks about which 1 to 9 seconds were guessed."""
+    rng, sizes = random.Random(seed), Sizes()
+    for _ in range(num):
+        guess = rng.uniform(1, 9)
+        sizes.guessed.add(guess)
+        sizes.ended(guess, truth_of(guess, rng))
+    return sizes
+
+
+def test_nothing_is_known_at_first_and_all_are_of_one_size() -> None:
+    sizes = Sizes()
+    for guess in (2.0, 4.0):
+        sizes.guessed.add(guess)
+    assert sizes.expected(2.0) == sizes.expected(4.0) == 3.0
+
+
+def test_guesses_that_hold_are_believed() -> None:
+    sizes = learned(lambda guess, rng: guess)
+    assert sizes.expected(8.0) == pytest.approx(8.0, rel=0.1)
+    assert sizes.expected(2.0) == pytest.approx(2.0, rel=0.2)
+
+
+def test_guesses_that_say_nothing_change_nothing() -> None:
+    sizes = learned(lambda guess, rng: rng.uniform(10, 20))
+    assert sizes.expected(8.0) == pytest.approx(sizes.expected(2.0), rel=0.1)
+    assert sizes.expected(5.0) == pytest.approx(15.0, rel=0.1)
+
+
+def test_guesses_that_say_the_contrary_are_not_turned_round() -> None:
+    sizes = learned(lambda guess, rng: 10 - guess)
+    assert sizes.expected(8.0) == sizes.expected(2.0)
+
+
+def test_a_guess_never_counts_for_more_than_it_is() -> None:
+    sizes = learned(lambda guess, rng: 5 * guess)
+    assert sizes.expected(8.0) - sizes.expected(2.0) <= 6.0
+
+
+def test_the_mean_counts_for_more_than_guesses_while_few_are_known() -> None:
+    sizes = learned(lambda guess, rng: guess, num=FEW)
+    few, many = (s.expected(8.0) - s.expected(2.0) for s in (sizes, learned(lambda guess, rng: guess)))
+    assert few == pytest.approx(many / 2, rel=0.1)
+
+
+def test_what_was_true_long_ago_is_forgotten() -> None:
+    sizes = learned(lambda guess, rng: guess)
+    for _ in range(5 * SIZES):
+        sizes.guessed.add(5.0)
+        sizes.ended(5.0, 100.0)
+    assert sizes.expected(5.0) == pytest.approx(100.0, rel=0.1)
+
+
+def test_kinds_and_tenants_have_sizes_of_their_own() -> None:
+    outlook = Outlook()
+    for _ in range(200):
+        outlook.guessed("a", "large", 1.0)
+        outlook.took("a", "large", 1.0, 50.0)
+        outlook.guessed("a", "small", 1.0)
+        outlook.took("a", "small", 1.0, 0.5)
+    assert outlook.guessed("a", "large", 1.0) > 40
+    assert outlook.guessed("a", "small", 1.0) < 1
+    assert outlook.guessed("b", "large", 1.0) == 1.0
+
+
+def test_a_pause_is_expected_to_take_as_long_as_those_before_in_the_same_place() -> None:
+    outlook = Outlook()
+    for _ in range(300):
+        outlook.returned("", "k", 0, 0.1)
+        outlook.returned("", "k", 1, 30.0)
+    habits = outlook.of("", "k")
+    assert habits.pause_s(0) == pytest.approx(0.1, abs=0.1)
+    assert habits.pause_s(1) == pytest.approx(30.0, rel=0.05)
