@@ -187,7 +187,9 @@ class Books:
     def extend(self, lease: Lease, num_tokens: int) -> bool:
         """Takes pages until the lease covers `num_tokens`; False and unchanged when there is no room."""
         missing = -(-num_tokens // self._page_tokens) - len(lease.pages)
-        taken = self.pool.take(num_slots=0, num_pages=max(missing, 0))
+        if missing <= 0:
+            return True
+        taken = self.pool.take(num_pages=missing)
         if taken is None:
             return False
         lease.pages += taken[1]
