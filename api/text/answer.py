@@ -191,9 +191,9 @@ class _Generation:
         return (*said, End(choice.number, finish, stop, self.usage, self._output.plan))
 
     def _end_turn(self, finish: FinishReason, called: Sequence[str]) -> None:
-        """Tells the engine whether an answer that might have called tools has. Several are over when the slowest is."""
+        """Tells the engine whether an answer has called tools. Several are over when the slowest is."""
         request_id, engine = self._stream.request.id, self._text.engine
-        if self._spec.form.tools is None or self._spec.n > 1:
+        if self._spec.n > 1:
             return
         if finish is FinishReason.TOOL_CALL:
             engine.pause(request_id, ",".join(called)[:MOST_TOOL_NAME], self._spec.tool_s)

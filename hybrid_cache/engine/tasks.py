@@ -159,8 +159,7 @@ class Tasks:
         self.look()
         self.load.outlook.answered(task.tenant, task.kind, task.num_calls, len(sequence.generated))
         num_tokens = len(prefill.tokens)
-        if task.num_calls:
-            task.spent_s += self.load.call_s(prefill.cached or 0, num_tokens, len(sequence.generated))
+        task.spent_s += self.load.call_s(prefill.cached or 0, num_tokens, len(sequence.generated))
         task.num_calls += 1
         last = max((b.position for b in request.prompt.boundaries), default=0)
         said = last if last > num_tokens - TILE else num_tokens  # behind the last message comes a header at most

@@ -23,9 +23,8 @@ class Task:
     kind: str  # tasks of one kind are alike, such as those that are offered the same tools
     num_calls: int = 0  # requests that were answered
     tool: str = ""  # the one that it called last
-    size_s: float = 0.0  # for how long it is expected to keep the machine busy, when it came
-    guess_s: float | None = None  # of this, after its first request, by what is known of it alone; None: nobody guessed
-    spent_s: float = 0.0  # for how long it has, after its first request
+    guess_s: float | None = None  # for how long it would keep the machine busy, when it came; None: nobody guessed
+    spent_s: float = 0.0  # for how long it has
 
 
 @dataclass(slots=True, eq=False)

@@ -8,13 +8,13 @@ A paused context is spared while
 which weighs memory times time on both sides (InferCept's minimum of waste) with what tools of that name took. A request
 goes by
 
-    arrival of its task + W * min(3 * machine seconds that it is expected to take / their mean, 16)
+    arrival of its task + W * min(4 * machine seconds that it is expected to take / their mean, 16)
 
-where W is how long a new task waits now. The machine seconds are what the cache lacks of the prompt, the answer, and
-the share of memory that both hold while they take. For the calls that are expected to follow they are the mean of the
-task's kind, and of what the first prompt lets guess as much as such guesses have been worth (`outlook.Sizes`). So the
-order has no unit of its own: where nobody waits, or all tasks are alike, they go as they came; nobody is put back by
-more than 16 * W; and a task keeps its place while it goes on.
+where W is how long a new task waits now. The machine seconds are the mean of the task's kind, and of what its first
+prompt lets guess as much as such guesses have been worth (`outlook.Sizes`): what the cache lacks of the prompt, the
+answer, the share of memory that both hold while they take, and the same for all calls that are expected to follow. So
+the order has no unit of its own: where nobody waits, or all tasks are alike, they go as they came; nobody is put back
+by more than 16 * W; and a task keeps its place while it goes on.
 """
 
 import math
@@ -22,9 +22,8 @@ import math
 from hybrid_cache.scheduling.base import Job, Load, Pause
 
 WEIGHT = 2.0  # w
-EAGERNESS = 3.0  # waits by which a task of mean length is put back
+EAGERNESS = 4.0  # waits by which a task of mean length is put back
 MOST_LATER = 16.0  # waits by which any is, at most
-NEWEST = 0.02  # weight of the newest task in the mean of machine seconds
 LEAST_DRIFT_S = 0.5  # and seconds
 DRIFT = 0.2  # part by which W changes before all who wait are placed again
 
@@ -40,15 +39,13 @@ class Learned:
         self._weight = weight
         self._eagerness = eagerness
         self._most_later = most_later
-        self._mean_s = 0.0  # machine seconds of a task when it comes
         self._wait_s = 0.0  # by which those who wait are placed
 
     def came(self, job: Job, load: Load) -> None:
         task = job.task
         if not task.num_calls and task.guess_s is None:
-            first_s, task.guess_s = machine_s(job, load)
-            task.size_s = first_s + load.outlook.guessed(task.tenant, task.kind, task.guess_s)
-            self._mean_s += NEWEST * (task.size_s - self._mean_s) if self._mean_s else task.size_s
+            task.guess_s = machine_s(job, load)
+            load.outlook.guessed(task.tenant, task.kind, task.guess_s)
 
     def turns(self, load: Load) -> bool:
         if abs(load.wait_s - self._wait_s) <= DRIFT * self._wait_s + LEAST_DRIFT_S:
@@ -57,8 +54,9 @@ class Learned:
         return True
 
     def key(self, job: Job, load: Load) -> float:
-        relative = job.task.size_s / self._mean_s if self._mean_s else 0.0
-        return job.task.arrival_s + self._wait_s * min(self._eagerness * relative, self._most_later)
+        task = job.task
+        size = 0.0 if task.guess_s is None else load.outlook.size(task.tenant, task.kind, task.guess_s)
+        return task.arrival_s + self._wait_s * min(self._eagerness * size, self._most_later)
 
     def paused(self, pause: Pause, load: Load) -> None:
         pass
@@ -73,13 +71,13 @@ class Learned:
         )
 
 
-def machine_s(job: Job, load: Load) -> tuple[float, float]:
-    """Machine seconds of a request, and of those that are expected to follow it, by what is known of this one."""
+def machine_s(job: Job, load: Load) -> float:
+    """Machine seconds of a request and of those that are expected to follow it, by what is known of this one."""
     habits = load.outlook.of(job.task.tenant, job.task.kind)
     call = job.task.num_calls
     output, calls_left, new = habits.answer(call), habits.calls_left(call), habits.new.value
     end = job.num_tokens + output
-    return load.call_s(job.num_cached, job.num_tokens, output), calls_left * load.call_s(end, end + new, output)
+    return load.call_s(job.num_cached, job.num_tokens, output) + calls_left * load.call_s(end, end + new, output)
 
 
 def worth_reserving(job: Job, load: Load, weight: float) -> bool:

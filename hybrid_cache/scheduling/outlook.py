@@ -30,7 +30,7 @@ class Mean:
 
 @dataclass(slots=True)
 class Sizes:
-    """How long tasks of one kind keep the machine busy after their first request, and what guesses say of that.
+    """How long tasks of one kind keep the machine busy, and what guesses say of that when they come.
 
     The line of least squares through guesses and truths, its slope between 0 and 1, and shrunk to the mean while few
     are known. So where guesses say nothing, all tasks of a kind are of one size.
@@ -53,12 +53,19 @@ class Sizes:
         self._spread += weight * (guess * (guess_s - self._guess) - self._spread)
         self._joint += weight * (guess * (seconds - self._truth) - self._joint)
 
+    @property
+    def mean_s(self) -> float:
+        return self.guessed.value + self._known * (self._truth - self.guessed.value)
+
     def expected(self, guess_s: float) -> float:
         """Seconds of a task by what is guessed of it."""
-        known = self._count / (self._count + FEW)
         slope = min(max(self._joint / self._spread, 0.0), 1.0) if self._spread else 0.0
-        mean = self.guessed.value + known * (self._truth - self.guessed.value)
-        return mean + known * slope * (guess_s - self.guessed.value)
+        return self.mean_s + self._known * slope * (guess_s - self.guessed.value)
+
+    @property
+    def _known(self) -> float:
+        """What those that have ended count for."""
+        return self._count / (self._count + FEW)
 
 
 @dataclass(slots=True)
@@ -95,20 +102,26 @@ class Outlook:
     def __init__(self) -> None:
         self._habits: OrderedDict[tuple[str, str], Habits] = OrderedDict()
         self._unknown = Habits()
+        self._sizes = Sizes()  # of all tasks
 
     def of(self, tenant: str, kind: str) -> Habits:
         """Not to be written to."""
         return self._habits.get((tenant, kind), self._unknown)
 
-    def guessed(self, tenant: str, kind: str, seconds: float) -> float:
-        """A task has come, of whose later requests so much is guessed -> for how long they are expected to take."""
-        sizes = self._known(tenant, kind).sizes
-        sizes.guessed.add(seconds)
-        return sizes.expected(seconds)
+    def guessed(self, tenant: str, kind: str, seconds: float) -> None:
+        """A task has come, about which so much is guessed."""
+        for sizes in (self._known(tenant, kind).sizes, self._sizes):
+            sizes.guessed.add(seconds)
 
     def took(self, tenant: str, kind: str, guess_s: float, seconds: float) -> None:
-        """A task has ended whose later requests kept the machine busy for so long."""
-        self._known(tenant, kind).sizes.ended(guess_s, seconds)
+        """A task has ended that kept the machine busy for so long."""
+        for sizes in (self._known(tenant, kind).sizes, self._sizes):
+            sizes.ended(guess_s, seconds)
+
+    def size(self, tenant: str, kind: str, guess_s: float) -> float:
+        """For how long a task is expected to keep the machine busy, as a multiple of the mean of all tasks."""
+        mean_s = self._sizes.mean_s
+        return self.of(tenant, kind).sizes.expected(guess_s) / mean_s if mean_s else 0.0
 
     def answered(self, tenant: str, kind: str, call: int, num_tokens: int) -> None:
         """The call with this number, from 0, was answered with so many tokens."""

@@ -234,11 +234,17 @@ def test_nobody_waits_for_more_than_a_multiple_of_what_first_come_first_served_g
     waits = {}
     for order in ("fcfs", "learned"):
         engine = new_engine(slots=6, pages=60, max_running=1, order=order, max_waiting=10_000)
+        for i in range(60):  # what the order learns: those of the one kind take longer
+            kind = "long" if i % 3 == 0 else "short"
+            ask(engine, f"before {i}", tokens_of(1000 + i, 800 if kind == "long" else 20), 3, kind=kind)
+            engine.run_until_idle()
+            engine.end_task(f"before {i}")
         submitted, first = dict[str, int](), dict[str, int]()
         for step in itertools.count():
             if step % 2 == 0 and step < 300:
                 name = str(step)
-                ask(engine, name, tokens_of(step, 800 if name == LONG else 20), 3)
+                kind = "long" if name == LONG else "short"
+                ask(engine, name, tokens_of(step, 800 if name == LONG else 20), 3, kind=kind)
                 submitted[name] = step
             for name, output in engine.step():
                 if isinstance(output, TokenOutput):

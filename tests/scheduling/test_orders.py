@@ -1,6 +1,7 @@
 """What orders decide, on loads that a reader can work out."""
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -73,21 +74,64 @@ def test_tasks_go_by_arrival_while_nobody_waits() -> None:
     assert order.key(long, load) < order.key(short, load)
 
 
-def test_who_has_less_to_do_goes_first_once_there_is_a_wait() -> None:
-    order, load = Learned(), load_of(wait_s=50.0)
-    long, short = job(5000, arrival_s=1.0), job(10, arrival_s=2.0)
-    for each in (long, short):
+def of_kind(kind: str, num_tokens: int, **fields: float) -> Job:
+    each = job(num_tokens, **fields)  # type: ignore[arg-type]
+    each.task.kind = kind
+    return each
+
+
+def after(load: Load, **seconds: float) -> Load:
+    """Tasks of these kinds have ended, all with the same guess, that took so long."""
+    for kind, each in seconds.items():
+        for _ in range(200):
+            load.outlook.guessed("", kind, 1.0)
+            load.outlook.took("", kind, 1.0, each)
+    return load
+
+
+def test_kinds_that_take_less_go_first_once_there_is_a_wait() -> None:
+    order, load = Learned(), after(load_of(wait_s=50.0), slow=20.0, quick=1.0)
+    slow, quick = of_kind("slow", 100, arrival_s=1.0), of_kind("quick", 100, arrival_s=20.0)
+    for each in (slow, quick):
         order.came(each, load)
     assert order.turns(load)
-    assert order.key(short, load) < order.key(long, load)
+    assert order.key(quick, load) < order.key(slow, load)
+
+
+def test_longer_prompts_go_later_where_that_has_said_something() -> None:
+    rng = random.Random(0)
+    for holds in (True, False):
+        order, load = Learned(), load_of(wait_s=50.0)
+        for _ in range(300):
+            each = job(rng.randrange(100, 5000))
+            order.came(each, load)
+            guess = each.task.guess_s
+            assert guess is not None
+            load.outlook.took("", "", guess, guess if holds else rng.uniform(1, 5))
+        assert order.turns(load)
+        long, short = job(5000, arrival_s=1.0), job(100, arrival_s=30.0)
+        for each in (long, short):
+            order.came(each, load)
+        assert (order.key(short, load) < order.key(long, load)) is holds
+
+
+def test_a_task_keeps_its_place_while_it_goes_on() -> None:
+    order, load = Learned(), after(load_of(wait_s=50.0), k=2.0)
+    first = of_kind("k", 100, arrival_s=1.0)
+    order.came(first, load)
+    before = order.key(first, load)
+    first.task.num_calls = 3
+    later = replace(first, num_tokens=9000, num_cached=0)
+    order.came(later, load)
+    assert order.key(later, load) == before
 
 
 def test_nobody_is_put_back_by_more_than_a_multiple_of_the_wait() -> None:
-    order, load = Learned(), load_of(wait_s=50.0)
-    for _ in range(500):
-        order.came(job(10), load)
+    order, load = Learned(), after(load_of(wait_s=50.0), huge=1e6)
+    for _ in range(200):
+        after(load, small=0.01)
     assert order.turns(load)
-    huge = job(1_000_000, arrival_s=3.0)
+    huge = of_kind("huge", 1000, arrival_s=3.0)
     order.came(huge, load)
     assert order.key(huge, load) == 3.0 + MOST_LATER * 50.0
 
@@ -102,16 +146,16 @@ def test_keys_are_made_again_only_when_the_wait_has_changed() -> None:
 
 
 def test_what_the_cache_has_is_not_to_be_done() -> None:
-    assert machine_s(job(2000, 1900), load_of())[0] < machine_s(job(2000), load_of())[0] / 2
+    assert machine_s(job(2000, 1900), load_of()) < machine_s(job(2000), load_of()) / 2
 
 
 def test_calls_that_are_expected_count() -> None:
     load = load_of()
-    before = sum(machine_s(job(1000), load))
+    before = machine_s(job(1000), load)
     for _ in range(50):
         load.outlook.ended("", "", 5)
-    assert sum(machine_s(job(1000), load)) > before
-    assert sum(machine_s(job(1000, calls=4), load)) == pytest.approx(before)
+    assert machine_s(job(1000), load) > before
+    assert machine_s(job(1000, calls=4), load) == pytest.approx(before)
 
 
 def test_a_state_is_reserved_where_a_call_is_likely_and_memory_scarce() -> None:

@@ -67,9 +67,18 @@ def test_kinds_and_tenants_have_sizes_of_their_own() -> None:
         outlook.took("a", "large", 1.0, 50.0)
         outlook.guessed("a", "small", 1.0)
         outlook.took("a", "small", 1.0, 0.5)
-    assert outlook.guessed("a", "large", 1.0) > 40
-    assert outlook.guessed("a", "small", 1.0) < 1
-    assert outlook.guessed("b", "large", 1.0) == 1.0
+    assert outlook.size("a", "large", 1.0) == pytest.approx(2.0, rel=0.1)
+    assert outlook.size("a", "small", 1.0) < 0.1
+
+
+def test_tasks_of_the_only_kind_are_of_size_one() -> None:
+    outlook, rng = Outlook(), random.Random(0)
+    for _ in range(30):
+        guess = rng.uniform(1, 9)
+        outlook.guessed("a", "k", guess)
+        assert outlook.size("a", "k", 5.0) == pytest.approx(1.0, abs=1.0)
+        outlook.took("a", "k", guess, 100.0)
+        assert outlook.size("a", "k", guess) == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_pause_is_expected_to_take_as_long_as_those_before_in_the_same_place() -> None:
