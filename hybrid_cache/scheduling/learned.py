@@ -8,7 +8,7 @@ A paused context is spared while
 which weighs memory times time on both sides (InferCept's minimum of waste) with what tools of that name took. A request
 goes by
 
-    arrival of its task + W * min(4 * machine seconds that it is expected to take / their mean, 16)
+    arrival of its task + W * min(3.5 * machine seconds that it is expected to take / their mean, 16)
 
 where W is how long a new task waits now. The machine seconds are the mean of the task's kind, and of what its first
 prompt lets guess as much as such guesses have been worth (`outlook.Sizes`): what the cache lacks of the prompt, the
@@ -22,7 +22,7 @@ import math
 from hybrid_cache.scheduling.base import Job, Load, Pause
 
 WEIGHT = 2.0  # w
-EAGERNESS = 4.0  # waits by which a task of mean length is put back
+EAGERNESS = 3.5  # waits by which a task of mean length is put back
 MOST_LATER = 16.0  # waits by which any is, at most
 LEAST_DRIFT_S = 0.5  # and seconds
 DRIFT = 0.2  # part by which W changes before all who wait are placed again
