@@ -160,7 +160,7 @@ class Books:
         if host is not None:
             host.let_go()
         source = match.end or match.checkpoint
-        in_the_way = source is not None and spare is None and self.pool.fits(num_pages, 1, num_held)
+        in_the_way = source is not None and spare is None and not keeps_end and self.pool.fits(num_pages, 1, num_held)
         self._unpin(root, match.path)
         if source is None or not in_the_way:
             return None

@@ -270,7 +270,7 @@ class Pool:
 
     def _expose_spared(self, ceiling: float | None, spare: Spare | None) -> bool:
         """Puts something that was passed over back -> whether there was anything that may go now."""
-        if ceiling is not None:
+        if ceiling is not None and spare is None:
             return False
         while (item := self.queues.spared(due=spare is not None)) is not None:
             if not self._spares(item, spare):

@@ -1,6 +1,7 @@
 """Those who wait, in the order in which they are looked at.
 
     gave way   who has run before and had to make room
+    overdue    the one that has waited longest, once that is many times as long as others wait
     held       tasks that return to what the cache still has
     late       who has waited for as long as the order lets anybody wait, longest wait first
     new        all others, by the order's key
@@ -22,9 +23,10 @@ class Rank(IntEnum):
     """See the module docstring."""
 
     GAVE_WAY = 0
-    HELD = 1
-    LATE = 2
-    NEW = 3
+    OVERDUE = 1
+    HELD = 2
+    LATE = 3
+    NEW = 4
 
 
 FEW = 64

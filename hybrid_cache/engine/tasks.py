@@ -21,6 +21,7 @@ from hybrid_cache.spec import PrefillCost
 
 HOST_BYTES_PER_S = 20e9  # a guess, for a GPU on PCIe
 MOST_CHOICES = 1 << 20  # more than a request has
+OVERDUE_WAITS, LEAST_OVERDUE_S = 16.0, 60.0  # present waits, and seconds, after which the oldest goes before all others
 NEWEST = 0.02  # weight of the newest task in the mean time between two that begin
 
 
@@ -39,8 +40,9 @@ class Tasks:
         self._jobs: dict[Sequence, Job] = {}  # of those who wait and have not run yet
         self._impatient: list[tuple[float, int, Sequence]] = []  # when each becomes late, a heap
         self._late: set[Sequence] = set()
-        self._began_s = 0.0  # when a task last began to run
-        self._between_s = 0.0  # time between two that began, in the mean
+        self._overdue: Sequence | None = None
+        self._since_s = 0.0  # when a task last began to run, or to wait where none did
+        self._between_s = 0.0  # time between two that begin to run, in the mean, while any wait
 
     def look(self) -> None:
         """Notes how things are."""
@@ -54,8 +56,18 @@ class Tasks:
                 self._late.add(sequence)
                 self.waiting.place_again((sequence,))
         self.pauses.forget_old()
+        self._look_for_overdue()
         if self._jobs and self._order.turns(load):
             self.waiting.place_again(self._jobs)
+
+    def _look_for_overdue(self) -> None:
+        """Tasks that return at once, again and again, are not to keep others out for ever."""
+        oldest = next(iter(self._jobs), None)
+        if oldest is None or oldest is self._overdue or not self._order.resumes:
+            return
+        if self.load.now - self._jobs[oldest].submitted_s > max(OVERDUE_WAITS * self.load.wait_s, LEAST_OVERDUE_S):
+            self._overdue = oldest
+            self.waiting.place_again((oldest,))
 
     # Those who wait
 
@@ -72,6 +84,8 @@ class Tasks:
             self._impatient = [entry for entry in self._impatient if entry[2] in self._jobs]  # a heap still
             due_s = sequence.submitted_s + self._order.patience_s
             heapq.heappush(self._impatient, (due_s, sequence.arrival * MOST_CHOICES + sequence.index, sequence))
+        if not self.waiting.num_tasks:
+            self._since_s = self.load.now
         self.waiting.add(sequence)
 
     def _task(self, sequence: Sequence) -> Task:
@@ -111,6 +125,8 @@ class Tasks:
         job = self._jobs.get(sequence)
         if job is None:
             return Rank.GAVE_WAY, 0.0
+        if sequence is self._overdue:
+            return Rank.OVERDUE, sequence.submitted_s
         claim = sequence.claim
         if claim is not None and self._order.resumes and 2 * claim.num_resumed >= claim.num_tokens > 0:
             return Rank.HELD, sequence.submitted_s
@@ -138,11 +154,12 @@ class Tasks:
         self._drop_claim(sequence)
         self._no_longer_new(sequence)
         lease = sequence.prefill.lease
-        if lease is not None and len(sequence.prefill.tokens) - lease.tip.num_tokens < TILE:
+        if lease is not None and len(sequence.prefill.tokens) - lease.length < TILE:
             self.began(sequence)  # its task returns to what the prompt starts from
         if sequence.task is not None and not sequence.task.num_calls and not sequence.started_s:
-            self._between_s += NEWEST * (self.load.now - self._began_s - self._between_s)
-            self._began_s = self.load.now
+            between_s = self.load.now - self._since_s
+            self._between_s += NEWEST * (between_s - self._between_s) if self._between_s else between_s
+            self._since_s = self.load.now
 
     def began(self, sequence: Sequence) -> None:
         """The prompt of a sequence is computed: its task may return to it."""
@@ -171,6 +188,8 @@ class Tasks:
     def _no_longer_new(self, sequence: Sequence) -> None:
         self._jobs.pop(sequence, None)
         self._late.discard(sequence)
+        if sequence is self._overdue:
+            self._overdue = None
 
     def _drop_claim(self, sequence: Sequence) -> None:
         if sequence.claim is not None:

@@ -9,6 +9,7 @@ import pytest
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
+from hybrid_cache.engine.tasks import LEAST_OVERDUE_S
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
@@ -165,6 +166,96 @@ def test_what_a_turn_started_from_is_kept_for_the_next(extra: int, slots: int, p
     assert said(outputs, "third") == sum_model_answer(third, 3)
     for i in range(3):
         assert said(outputs, f"new {i}") == sum_model_answer(tokens_of(10 + i, 3 * TILE), 2)
+
+
+def test_a_state_that_is_computed_again_is_what_the_task_returns_to() -> None:
+    """Its pages were there all the time, so that the prompt is in the tree as far as they go from the beginning."""
+    engine = new_engine(slots=10, pages=60, order="learned")
+    engine = Engine(SumModel(), EngineConfig(engine.cache.budget_bytes), clock=Ticking(), order=Keeping())
+    stem = tokens_of(1, 10 * TILE)
+    ask(engine, "before", np.concatenate([stem, tokens_of(2, 200)]), 2)
+    engine.run_until_idle()
+    for node in engine.cache.tree.nodes():
+        if node.num_tokens == len(stem) and node.checkpoint is not None:
+            engine.cache.pool.evict(node.checkpoint)
+    ask(engine, "runs", np.concatenate([stem, tokens_of(3, 30)]), 30)
+    for _ in range(5):
+        engine.step()
+    (sequence,) = engine._scheduler.sequences()
+    assert sequence.claim is not None
+    assert sequence.claim.num_resumed == len(stem)
+
+
+def test_what_was_spared_makes_room_once_nobody_counts_on_it() -> None:
+    """Also for states that might be of use one day, for which nothing else would ask again."""
+    hits = {}
+    for claimed in (False, True):
+        clock = Ticking()
+        engine = new_engine(slots=8, pages=24, clock=clock, policy="lru")
+        for i in range(5):
+            ask(engine, f"task {i}", tokens_of(i, 3 * TILE + 5), session=f"task {i}")
+            engine.run_until_idle()
+            if claimed:
+                engine.pause(f"task {i}", "tool", 0.5)
+        for i in range(3):
+            ask(engine, f"new {i}", tokens_of(60 + i, 3 * TILE + 5), 2)
+            engine.run_until_idle()
+        for name in [*(f"task {i}" for i in range(5)), *(f"new {i}" for i in range(3))]:
+            engine.end_task(name)
+        found = 0
+        for number in range(15):
+            prompts = [tokens_of(1000 + 4 * number + k, 3 * TILE + 5) for k in range(4)]
+            for k, tokens in enumerate(prompts):
+                ask(engine, f"first {number} {k}", tokens)
+                engine.run_until_idle()
+            for k, tokens in enumerate(prompts):
+                ask(engine, f"second {number} {k}", np.concatenate([tokens, tokens_of(7, 20)]), 2, commits=False)
+                found += cached(engine.run_until_idle(), f"second {number} {k}") > 0
+            clock.now += 20
+        engine.check()
+        hits[claimed] = found
+    assert hits[False] > 0
+    assert hits[True] >= 0.8 * hits[False]
+
+
+@pytest.mark.parametrize("order", ["learned", "infercept", "lamps-unbounded", "continuum"])
+def test_a_task_that_returns_at_once_for_ever_keeps_nobody_out(order: str) -> None:
+    clock = Ticking()
+    engine = new_engine(slots=20, pages=200, clock=clock, max_running=1, order=order)
+    tokens = tokens_of(1, 100)
+    ask(engine, "endless 0", tokens, session="endless")
+    ask(engine, "waits", tokens_of(2, 70))
+    begun = clock.now
+    for turn in range(200):
+        outputs: Outputs = []
+        while engine.is_open(f"endless {turn}"):
+            outputs += engine.step()
+            if said(outputs, "waits"):
+                assert clock.now - begun > LEAST_OVERDUE_S
+                return
+        engine.pause(f"endless {turn}", "tool", 0.001)
+        tokens = longer(tokens, said(outputs, f"endless {turn}"), 3, 2)  # type: ignore[arg-type]
+        ask(engine, f"endless {turn + 1}", tokens, session="endless")
+        clock.now += 1.0
+    raise AssertionError("it still waits")
+
+
+@pytest.mark.parametrize("start_s", [0.0, 1e6])
+def test_the_present_wait_is_of_those_who_wait(start_s: float) -> None:
+    """Not how long the machine was up or idle before."""
+    clock = Ticking()
+    clock.now = start_s
+    engine = new_engine(slots=20, pages=100, clock=clock, max_running=1)
+    for i in range(5):
+        ask(engine, f"alone {i}", tokens_of(i, 100))
+        engine.run_until_idle()
+        clock.now += 3600
+    begun = clock.now
+    for i in range(20):
+        ask(engine, f"waits {i}", tokens_of(100 + i, 100))
+    for _ in range(20):
+        engine.step()
+    assert 0 < engine._scheduler.tasks.load.wait_s < 20 * (clock.now - begun)
 
 
 def test_a_task_that_returns_goes_before_those_who_came_after_it() -> None:
