@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.scheduling.base import Job, Load, Order, Pause, Task
-from hybrid_cache.scheduling.learned import MOST_LATER, Learned, machine_s
+from hybrid_cache.scheduling.learned import EAGERNESS, MOST_LATER, Learned, machine_s
 from hybrid_cache.scheduling.published import FCFS, LAMPS, SJF, VLLM, InferCept, ProgressTTL
 from hybrid_cache.scheduling.registry import ORDERS, make_order
 from hybrid_cache.spec import PrefillCost
@@ -52,6 +52,18 @@ def test_a_context_is_spared_while_waiting_wastes_less_than_computing_it_again(w
         assert order.keeps(pause_of(1000), load) is kept
 
 
+def test_what_has_gone_is_not_kept() -> None:
+    order, load, pause = Learned(), knows(load_of(), *[0.1] * 40), pause_of(1000)
+    assert order.keeps(pause, load)
+    pause.at = None
+    assert not order.keeps(pause, load)
+
+
+@pytest.mark.parametrize(("host_bytes_per_s", "seconds"), [(0.0, 1.0), (11e6, 0.1), (0.5e6, 1.0)])
+def test_what_has_left_is_computed_again_or_comes_from_a_second_tier(host_bytes_per_s: float, seconds: float) -> None:
+    assert load_of(host_bytes_per_s=host_bytes_per_s).again_s(1000) == pytest.approx(seconds)
+
+
 def test_a_hint_is_believed_until_it_is_wrong() -> None:
     order, load = Learned(1.0), knows(load_of(), *[100.0] * 40)
     pause = pause_of(1000, hint_s=2.0)
@@ -89,6 +101,19 @@ def test_nobody_is_put_back_by_more_than_a_multiple_of_the_wait() -> None:
     assert order.turns(load)
     huge = job(1_000_000, arrival_s=3.0)
     assert order.key(huge, load) == 3.0 + MOST_LATER * 50.0
+
+
+@pytest.mark.parametrize(("others", "share"), [(job(2000), 0.5), (job(10, calls=1), 1.0)])
+def test_a_task_is_measured_by_those_that_came_lately(others: Job, share: float) -> None:
+    """Further calls of a task are not counted: they have less to do."""
+    order, load = Learned(), load_of(wait_s=50.0)
+    load.step_s = load.row_s = 0.0
+    load.budget_bytes = 10**15  # a share of memory is next to nothing
+    order.came(job(1000), load)
+    for _ in range(500):
+        order.came(others, load)
+    assert order.turns(load)
+    assert order.key(job(1000), load) == pytest.approx(50.0 * EAGERNESS * share, rel=0.01)
 
 
 def test_keys_are_made_again_only_when_the_wait_has_changed() -> None:
@@ -135,6 +160,8 @@ def test_a_state_is_reserved_by_how_long_calls_of_that_kind_take() -> None:
             load.outlook.returned("", kind, 0, seconds)
     assert Learned().reserves(replace(job(1000), task=Task(0.0, "", "quick")), load)
     assert not Learned().reserves(replace(job(1000), task=Task(0.0, "", "slow")), load)
+    load.host_bytes_per_s = 20e9  # what leaves comes back: it need not stay
+    assert Learned().reserves(replace(job(1000), task=Task(0.0, "", "slow")), load)
 
 
 def test_infercept_takes_the_time_since_the_call_for_the_time_to_come() -> None:
