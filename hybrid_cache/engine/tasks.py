@@ -84,7 +84,7 @@ class Tasks:
             self._impatient = [entry for entry in self._impatient if entry[2] in self._jobs]  # a heap still
             due_s = sequence.submitted_s + self._order.patience_s
             heapq.heappush(self._impatient, (due_s, sequence.arrival * MOST_CHOICES + sequence.index, sequence))
-        if not self.waiting.num_tasks:
+        if not (sequence.task.num_calls or self.waiting.num_tasks):
             self._since_s = self.load.now
         self.waiting.add(sequence)
 

@@ -17,6 +17,7 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.interruptions import FORGOTTEN_AFTER_S
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import ContextTooLong, RequestError
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import FailedOutput, FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt, TokenArray
@@ -87,7 +88,7 @@ def test_what_goes_on_is_what_a_prompt_of_all_tokens_would_get(before: int) -> N
     prompt = [*request().prompt.tokens, *said, *TOOL]
     assert said + answer(outputs) == said + sum_model_answer(prompt, 100 - before)
     (begun,) = [output for _, output in outputs if isinstance(output, PromptOutput)]
-    assert begun.cached_tokens >= (128 if before else 0)
+    assert begun.cached_tokens >= ((150 + before) // TILE * TILE if before else 0)
     assert isinstance(outputs[-1][1], TokenOutput)
     assert outputs[-1][1].finish is FinishReason.LENGTH
     assert not engine.is_open("a")
@@ -191,6 +192,22 @@ def test_what_cannot_be_paused(asked: Request | None, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         engine.pause(asked.id if asked is not None else "a", "look")
     engine.run_until_idle()
+    engine.check()
+
+
+def test_no_more_requests_are_paused_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid_cache.engine.interruptions.MOST_INTERRUPTED", 2)
+    engine = new_engine()
+    for name in "abc":
+        engine.submit(request(name))
+    engine.pause("a", "look")
+    engine.pause("b", "look")
+    with pytest.raises(RequestError, match="2 requests are paused, limit 2"):
+        engine.pause("c", "look")
+    assert answer(engine.run_until_idle(), "c") == sum_model_answer(request().prompt.tokens, 20)
+    engine.abort("a")
+    engine.submit(request("d"))
+    engine.pause("d", "look")
     engine.check()
 
 

@@ -11,11 +11,13 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.engine.tasks import LEAST_OVERDUE_S
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import FinishReason, PromptOutput, Request, TokenOutput
+from hybrid_cache.request import CacheMode, FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.scheduling.base import Job, Load, Pause
 from hybrid_cache.scheduling.learned import MOST_LATER, Learned
+from hybrid_cache.scheduling.outlook import NEW_TOKENS, OUTPUT_TOKENS
 from hybrid_cache.scheduling.pauses import MOST_ALIKE
+from hybrid_cache.scheduling.published import FCFS
 from hybrid_cache.scheduling.registry import ORDERS
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from tests.fakes import SumModel, sum_model_answer, tokens_of
@@ -309,6 +311,177 @@ def test_conversations_that_share_their_beginning_are_different_tasks() -> None:
     engine.check()
 
 
+def lamps_engine_with_one_that_runs() -> tuple[Engine, Ticking]:
+    """Of those who wait the shortest goes first, until they have waited for a minute."""
+    clock = Ticking()
+    engine = new_engine(slots=20, pages=100, max_running=1, order="lamps", clock=clock)
+    ask(engine, "runs", tokens_of(1, 100), 3)
+    engine.step()
+    return engine, clock
+
+
+def test_those_who_are_late_go_first_in_the_order_in_which_they_came() -> None:
+    engine, clock = lamps_engine_with_one_that_runs()
+    for i in range(3):
+        ask(engine, f"long {i}", tokens_of(10 + i, 600 - 100 * i))
+    clock.now += 61
+    for i in range(3):
+        ask(engine, f"short {i}", tokens_of(20 + i, 40 + 10 * i))
+    names = ["long 0", "long 1", "long 2", "short 0", "short 1", "short 2"]
+    assert [name for name in begun(engine.run_until_idle()) if name != "runs"] == names
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_task_that_returns_goes_first_while_the_cache_has_what_it_returns_to(gone: bool) -> None:
+    engine, _ = lamps_engine_with_one_that_runs()
+    engine.run_until_idle()
+    tokens = tokens_of(2, 600)
+    ask(engine, "task", tokens, session="s")
+    engine.run_until_idle()
+    engine.pause("task", "tool")
+    if gone:
+        engine.cache.drop()
+    ask(engine, "runs", tokens_of(1, 100), 30)
+    engine.step()
+    ask(engine, "short", tokens_of(3, 40))
+    ask(engine, "again", longer(tokens, sum_model_answer(tokens, 3), 4), session="s")
+    outputs = engine.run_until_idle()
+    assert begun(outputs)[1:] == (["short", "again"] if gone else ["again", "short"])
+    assert cached(outputs, "again") == (0 if gone else 9 * TILE)
+
+
+def test_an_order_that_goes_by_requests_lets_nobody_overtake_who_returns() -> None:
+    engine = new_engine(slots=20, pages=100, max_running=1, order="vllm")
+    tokens = tokens_of(1, 200)
+    ask(engine, "task", tokens, session="s")
+    engine.run_until_idle()
+    engine.pause("task", "tool")
+    for i in range(2):
+        ask(engine, f"other {i}", tokens_of(10 + i, 200))
+    ask(engine, "again", longer(tokens, sum_model_answer(tokens, 3), 2), session="s")
+    assert begun(engine.run_until_idle()) == ["other 0", "other 1", "again"]
+
+
+class Turning(FCFS):
+    """The last who came goes first, once it is told to turn."""
+
+    turned = False
+
+    def turns(self, load: Load) -> bool:
+        return self.turned
+
+    def key(self, job: Job, load: Load) -> float:
+        return -job.submitted_s if self.turned else job.submitted_s
+
+
+def test_when_the_order_turns_all_who_wait_are_placed_again() -> None:
+    model, order = SumModel(), Turning()
+    engine = Engine(model, EngineConfig(1 << 20, max_running=1), clock=Ticking(), order=order)
+    for i in range(4):
+        ask(engine, f"{i}", tokens_of(i, 100))
+    outputs = engine.step()
+    order.turned = True
+    outputs += engine.run_until_idle()
+    assert begun(outputs) == ["0", "3", "2", "1"]
+
+
+def test_a_wait_is_as_long_as_it_took_those_before_to_begin() -> None:
+    now = [1000.0]
+    engine = new_engine(slots=20, pages=100, max_running=1, clock=lambda: now[0])
+    tasks = engine._scheduler.tasks
+    for i in range(250):
+        ask(engine, f"{i}", tokens_of(i, 10), 1)
+    while tasks.waiting.num_tasks > 10:
+        now[0] += 2.0
+        engine.step()
+    tasks.look()
+    assert tasks.load.wait_s == pytest.approx(10 * 2.0, rel=0.05)
+
+
+def test_a_request_that_had_to_give_way_and_calls_of_a_task_are_no_tasks_that_begin() -> None:
+    now = [1000.0]
+    engine = new_engine(slots=20, pages=100, clock=lambda: now[0])
+    scheduler = engine._scheduler
+    ask(engine, "task", tokens_of(1, 200), session="s")
+    engine.step()
+    began_s = scheduler.tasks._since_s
+    assert began_s == now[0]
+    now[0] += 50
+    (sequence,) = scheduler.sequences()
+    scheduler._preempt(sequence)
+    engine.run_until_idle()
+    engine.pause("task", "tool")
+    ask(engine, "again", longer(tokens_of(1, 200), sum_model_answer(tokens_of(1, 200), 3), 2), session="s")
+    engine.run_until_idle()
+    assert scheduler.tasks._since_s == began_s
+    ask(engine, "other", tokens_of(3, 200))
+    engine.run_until_idle()
+    assert scheduler.tasks._since_s == now[0]
+
+
+def test_what_a_call_has_added_and_how_many_a_task_made_is_learned() -> None:
+    engine = new_engine(slots=20, pages=100)
+    outlook = engine._scheduler.tasks.load.outlook
+    tokens = tokens_of(1, 200)
+    for number in range(3):
+        ask(engine, f"{number}", tokens, session="s", kind="agent")
+        engine.run_until_idle()
+        engine.pause(f"{number}", "tool")
+        tokens = longer(tokens, sum_model_answer(tokens, 3), 10 + number)
+    habits = outlook.of("", "agent")
+    assert habits.new.value == pytest.approx((NEW_TOKENS + 30 + 30) / 3)
+    assert [habits.answer(call) for call in range(4)] == [(OUTPUT_TOKENS + 3) / 2] * 3 + [OUTPUT_TOKENS]
+    engine.end_task("2")
+    assert [habits.calls_left(call) for call in range(4)] == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_what_a_preempted_request_has_computed_is_spared_until_it_runs_again() -> None:
+    engine = new_engine(slots=20, pages=100)
+    tasks = engine._scheduler.tasks
+    ask(engine, "a", tokens_of(1, 200), 5)
+    engine.step()
+    (sequence,) = engine._scheduler.sequences()
+    engine._scheduler._preempt(sequence)
+    claim = sequence.claim
+    assert claim is not None
+    assert claim.num_resumed == 3 * TILE
+    assert tasks.pauses.keeps(claim)
+    ended = engine.run_until_idle()
+    assert said(ended, "a")
+    assert claim.at is None
+    engine.check()
+
+
+def test_nothing_is_spared_for_a_request_that_returned_and_was_aborted() -> None:
+    engine = new_engine(slots=20, pages=100, max_running=1)
+    tokens = tokens_of(1, 200)
+    ask(engine, "task", tokens, session="s")
+    engine.run_until_idle()
+    engine.pause("task", "tool")
+    ask(engine, "runs", tokens_of(2, 100), 10)
+    engine.step()
+    ask(engine, "again", longer(tokens, sum_model_answer(tokens, 3), 3), session="s")
+    (claim,) = [s.claim for s in engine._scheduler.sequences() if s.request.id == "again"]
+    assert claim is not None
+    assert claim.num_resumed == 3 * TILE
+    engine.abort("again")
+    assert claim.at is None
+    engine.run_until_idle()
+    engine.check()
+
+
+@pytest.mark.parametrize("mode", [CacheMode.IMPLICIT, CacheMode.EXPLICIT])
+def test_a_request_that_keeps_its_marks_only_reserves_nothing(mode: CacheMode) -> None:
+    model, mark = SumModel(), Boundary(TILE, BoundaryKind.EXPLICIT)
+    engine = Engine(model, EngineConfig(1 << 20), clock=Ticking(), order=Keeping())
+    prompt, sampling = Prompt(tokens_of(1, 4 * TILE), (mark,)), SamplingParams(temperature=0, max_tokens=5)
+    engine.submit(Request("a", prompt, sampling, cache_mode=mode))
+    (sequence,) = engine._scheduler.sequences()
+    engine.step()
+    assert sequence.reserves is (mode is CacheMode.IMPLICIT)
+    engine.run_until_idle()
+
+
 def test_a_turn_that_its_stopper_ends_as_a_call_is_paused_at_once() -> None:
     engine = new_engine(slots=20, pages=100)
     calls = itertools.count()
@@ -454,11 +627,12 @@ def test_equal_prompts_with_other_answers_are_told_apart() -> None:
         engine.run_until_idle()
 
 
-def test_a_request_that_is_paused_while_it_waits_keeps_its_place() -> None:
+@pytest.mark.parametrize("length", [100, 10])
+def test_a_request_that_is_paused_while_it_waits_keeps_its_place(length: int) -> None:
     engine = new_engine(slots=20, pages=100, max_running=1, order="fcfs")
     ask(engine, "runs", tokens_of(1, 200), 10)
     engine.step()
-    ask(engine, "paused", tokens_of(2, 100), 3)
+    ask(engine, "paused", tokens_of(2, length), 3)
     engine.pause("paused", "tool")
     for i in range(2):
         ask(engine, f"later {i}", tokens_of(10 + i, 100), 3)

@@ -1,5 +1,12 @@
 """All faults that the tests are to notice."""
 
-from tests.mutants import of_api, of_cache, of_choreography, of_engine, of_kernels
+from tests.mutants import of_api, of_cache, of_choreography, of_engine, of_kernels, of_tasks
 
-MUTANTS = [*of_api.MUTANTS, *of_cache.MUTANTS, *of_engine.MUTANTS, *of_choreography.MUTANTS, *of_kernels.MUTANTS]
+MUTANTS = [
+    *of_api.MUTANTS,
+    *of_cache.MUTANTS,
+    *of_engine.MUTANTS,
+    *of_tasks.MUTANTS,
+    *of_choreography.MUTANTS,
+    *of_kernels.MUTANTS,
+]

@@ -53,6 +53,18 @@ def test_a_context_is_spared_while_waiting_wastes_less_than_computing_it_again(w
         assert order.keeps(pause_of(1000), load) is kept
 
 
+def test_what_has_gone_is_not_kept() -> None:
+    order, load, pause = Learned(), knows(load_of(), *[0.1] * 40), pause_of(1000)
+    assert order.keeps(pause, load)
+    pause.at = None
+    assert not order.keeps(pause, load)
+
+
+@pytest.mark.parametrize(("host_bytes_per_s", "seconds"), [(0.0, 1.0), (11e6, 0.1), (0.5e6, 1.0)])
+def test_what_has_left_is_computed_again_or_comes_from_a_second_tier(host_bytes_per_s: float, seconds: float) -> None:
+    assert load_of(host_bytes_per_s=host_bytes_per_s).again_s(1000) == pytest.approx(seconds)
+
+
 def test_a_hint_is_believed_until_it_is_wrong() -> None:
     order, load = Learned(1.0), knows(load_of(), *[100.0] * 40)
     pause = pause_of(1000, hint_s=2.0)
@@ -180,6 +192,8 @@ def test_a_state_is_reserved_by_how_long_calls_of_that_kind_take() -> None:
             load.outlook.returned("", kind, 0, seconds)
     assert Learned().reserves(replace(job(1000), task=Task(0.0, "", "quick")), load)
     assert not Learned().reserves(replace(job(1000), task=Task(0.0, "", "slow")), load)
+    load.host_bytes_per_s = 20e9  # what leaves comes back: it need not stay
+    assert Learned().reserves(replace(job(1000), task=Task(0.0, "", "slow")), load)
 
 
 def test_infercept_takes_the_time_since_the_call_for_the_time_to_come() -> None:

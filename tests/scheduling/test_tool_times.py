@@ -48,6 +48,21 @@ def test_tools_are_bounded() -> None:
     assert len(tools) <= MOST_TOOLS
 
 
+def test_a_tool_that_is_used_is_remembered_however_many_others_there_are() -> None:
+    tools = times_of(50.0)
+    for number in range(3 * MOST_TOOLS // 2):
+        tools.add("", f"tool {number}", 1.0)
+        if number % 1000 == 0:
+            tools.add("", "search", 1.0)
+    assert tools.times("", "search")[-1] == 50.0
+    assert tools.times("", "tool 0") == []
+
+
+def test_of_an_unknown_tool_as_much_is_left_as_has_passed() -> None:
+    assert ToolTimes().left("", "search", 5.0) == UNKNOWN_S
+    assert ToolTimes().left("", "search", 300.0) == 300.0
+
+
 def test_heavy_tails_leave_more_the_longer_they_last() -> None:
     rng = np.random.default_rng(0)
     tools = times_of(*(rng.pareto(1.5, 400) + 1.0).tolist())
