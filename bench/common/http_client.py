@@ -1,10 +1,15 @@
 """What all clients of a server share: its address, a connection, what it counts, and what can go wrong."""
 
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
 import httpx
 import typer
 from pydantic import BaseModel, ValidationError
 
 from hybrid_cache.errors import HybridCacheError
+
+Event = TypeVar("Event", bound=BaseModel)
 
 
 class ServerFailed(HybridCacheError):
@@ -68,6 +73,25 @@ def unreachable(http: httpx.AsyncClient, error: httpx.TransportError) -> ServerF
     if isinstance(error, httpx.ConnectError):
         return ServerFailed(f"{http.base_url}: no connection, is the server running? ({reason})")
     return ServerFailed(f"{http.base_url}: the connection broke or timed out ({reason})")
+
+
+async def streamed(
+    http: httpx.AsyncClient, path: str, body: object, event: type[Event], headers: dict[str, str] | None = None
+) -> AsyncIterator[Event]:
+    """The events of a streamed reply. Raises ServerFailed, also if an event is none."""
+    try:
+        async with http.stream("POST", path, json=body, headers=headers) as response:
+            if response.status_code != 200:
+                await response.aread()
+                raise refused(response)
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data:").strip()
+                if line.startswith("data:") and data != "[DONE]":
+                    yield event.model_validate_json(data)
+    except httpx.TransportError as error:
+        raise unreachable(http, error) from error
+    except ValidationError as error:
+        raise ServerFailed(f"{path}: not an event of the OpenAI stream: {error}") from error
 
 
 async def first_model(http: httpx.AsyncClient) -> ModelCard:

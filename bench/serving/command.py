@@ -23,7 +23,7 @@ from typing import Annotated
 
 import httpx
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,9 +34,8 @@ from hybrid_cache.bench.common.http_client import (
     first_model,
     message_of,
     open_client,
-    refused,
     server_url,
-    unreachable,
+    streamed,
 )
 from hybrid_cache.bench.common.terminal import progress_bar
 from hybrid_cache.bench.serving.scenarios import (
@@ -161,19 +160,8 @@ class Client:
         """Sends one request and streams the reply. Raises ServerFailed."""
         body = self.options | {"max_tokens": max_tokens} | self.dialect.prompt(conversation)
         watch = Stopwatch()
-        try:
-            async with self.http.stream("POST", self.dialect.path, json=body) as response:
-                if response.status_code != 200:
-                    await response.aread()
-                    raise refused(response)
-                async for line in response.aiter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if line.startswith("data:") and data != "[DONE]":
-                        watch.take(Event.model_validate_json(data))
-        except httpx.TransportError as error:
-            raise unreachable(self.http, error) from error
-        except ValidationError as error:
-            raise ServerFailed(f"{self.dialect.path}: not an event of the OpenAI stream: {error}") from error
+        async for event in streamed(self.http, self.dialect.path, body, Event):
+            watch.take(event)
         return watch.reply()
 
 

@@ -28,8 +28,9 @@ class Candidates:
         something that is spared.
         """
         score = self._score(lease, position, kind)
-        room = {"num_slots": 1, "num_pages": num_pages}
-        taken = None if score is None else self._pool.take(**room, ceiling=score, spare=self._pool.claims.keeps)
+        keeps, taken = self._pool.claims.keeps, None
+        if score is not None:
+            taken = self._pool.take(num_slots=1, num_pages=num_pages, ceiling=score, spare=keeps)
         if taken is None:
             self._decline(lease, position, kind, score)
             return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Mark = TypeVar("Mark")
-LARGEST = 4  # of the largest items fit into the ring
+LARGEST = 4  # of the largest items fit into the ring, which lies beside the budget
 
 
 class Lanes(Protocol[Mark]):

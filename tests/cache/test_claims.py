@@ -1,9 +1,11 @@
 """What somebody counts on: where a claim lies, what is spared for it, and when that goes all the same."""
 
+import math
+
 import pytest
 
 from hybrid_cache.cache.claims import Claim
-from hybrid_cache.cache.eviction import FIRST_SPARED_S, EvictionQueues
+from hybrid_cache.cache.eviction import FIRST_SPARED_S, MOST_SPARED_S, EvictionQueues
 from hybrid_cache.cache.policies.base import Worth
 from hybrid_cache.cache.policies.lru import LRU
 from hybrid_cache.cache.pool import MOST_ASKED
@@ -116,6 +118,19 @@ def test_a_guaranteed_state_that_is_counted_on_does_not_go_for_a_newcomer() -> N
     cache.claims.drop(claim)
     assert cache.acquire(match, tokens_of("wxyzvu"), spare=spares) is not None
     cache.check()
+
+
+def test_what_was_passed_over_makes_room_for_a_candidate_once_nobody_counts_on_it() -> None:
+    clock = Clock()
+    cache = new_cache(HYBRID, slots=2, pages=4, policy=LRU(), clock=clock)
+    for letter in "ab":
+        fill(cache, tokens_of(letter, 1), TILE)
+    claims = [claim_on(cache, letter) for letter in "ab"]
+    assert cache.pool.take(num_slots=3, ceiling=math.inf, spare=spares) is None
+    for claim in claims:
+        cache.claims.drop(claim)
+    clock.now += 2 * MOST_SPARED_S
+    assert cache.pool.take(num_slots=3, ceiling=math.inf, spare=spares) is not None
 
 
 def test_no_more_claims_are_asked_about_for_one_request_than_there_is_time_for() -> None:

@@ -188,38 +188,6 @@ def test_a_state_that_is_computed_again_is_what_the_task_returns_to() -> None:
     assert sequence.claim.num_resumed == len(stem)
 
 
-def test_what_was_spared_makes_room_once_nobody_counts_on_it() -> None:
-    """Also for states that might be of use one day, for which nothing else would ask again."""
-    hits = {}
-    for claimed in (False, True):
-        clock = Ticking()
-        engine = new_engine(slots=8, pages=24, clock=clock, policy="lru")
-        for i in range(5):
-            ask(engine, f"task {i}", tokens_of(i, 3 * TILE + 5), session=f"task {i}")
-            engine.run_until_idle()
-            if claimed:
-                engine.pause(f"task {i}", "tool", 0.5)
-        for i in range(3):
-            ask(engine, f"new {i}", tokens_of(60 + i, 3 * TILE + 5), 2)
-            engine.run_until_idle()
-        for name in [*(f"task {i}" for i in range(5)), *(f"new {i}" for i in range(3))]:
-            engine.end_task(name)
-        found = 0
-        for number in range(15):
-            prompts = [tokens_of(1000 + 4 * number + k, 3 * TILE + 5) for k in range(4)]
-            for k, tokens in enumerate(prompts):
-                ask(engine, f"first {number} {k}", tokens)
-                engine.run_until_idle()
-            for k, tokens in enumerate(prompts):
-                ask(engine, f"second {number} {k}", np.concatenate([tokens, tokens_of(7, 20)]), 2, commits=False)
-                found += cached(engine.run_until_idle(), f"second {number} {k}") > 0
-            clock.now += 20
-        engine.check()
-        hits[claimed] = found
-    assert hits[False] > 0
-    assert hits[True] >= 0.8 * hits[False]
-
-
 @pytest.mark.parametrize("order", ["learned", "infercept", "lamps-unbounded", "continuum"])
 def test_a_task_that_returns_at_once_for_ever_keeps_nobody_out(order: str) -> None:
     clock = Ticking()

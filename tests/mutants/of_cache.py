@@ -133,8 +133,8 @@ PUBLISHING = [
     ),
     candidates(
         "a new state takes the room of better ones",
-        "take(**room, ceiling=score, spare",
-        "take(**room, spare",
+        "num_pages=num_pages, ceiling=score, spare=keeps)",
+        "num_pages=num_pages, spare=keeps)",
         CACHE + RANKED,
     ),
     books(

@@ -201,8 +201,8 @@ SPARING = [
     ),
     candidates(
         "room for a state is taken from what is spared",
-        "spare=self._pool.claims.keeps)",
-        "spare=None)",
+        "ceiling=score, spare=keeps)",
+        "ceiling=score, spare=None)",
         TASKS,
     ),
     claims("a claim survives its drop", "        self._move(claim, None)\n", "        pass\n", CLAIMS),

@@ -4,9 +4,9 @@ import time
 from dataclasses import dataclass, field
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from hybrid_cache.bench.common.http_client import ServerFailed, Usage, message_of, refused, unreachable
+from hybrid_cache.bench.common.http_client import ServerFailed, Usage, message_of, streamed
 
 PATH = "/v1/chat/completions"
 
@@ -96,33 +96,18 @@ class ChatClient:
 
     async def ask(self, body: dict[str, object], headers: dict[str, str] | None = None) -> Answer:
         """Raises ServerFailed."""
-        usage = {"stream": True, "stream_options": {"include_usage": True}}
+        asked = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}, **body}
         answer, counted = Answer(time.perf_counter()), False
-        try:
-            async with self.http.stream(
-                "POST", PATH, json={"model": self.model, **usage, **body}, headers=headers
-            ) as response:
-                if response.status_code != 200:
-                    await response.aread()
-                    raise refused(response)
-                async for line in response.aiter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if not line.startswith("data:") or data == "[DONE]":
-                        continue
-                    event = _Event.model_validate_json(data)
-                    if event.error:
-                        raise ServerFailed(f"the server broke off: {message_of(event.error)}")
-                    for choice in event.choices:
-                        answer.take(choice.delta)
-                    if event.usage is not None and event.usage.prompt_tokens and event.usage.completion_tokens:
-                        details, counted = event.usage.prompt_tokens_details, True
-                        answer.prompt_tokens = event.usage.prompt_tokens
-                        answer.completion_tokens = event.usage.completion_tokens
-                        answer.cached_tokens = details.cached_tokens if details else None
-        except httpx.TransportError as error:
-            raise unreachable(self.http, error) from error
-        except ValidationError as error:
-            raise ServerFailed(f"{PATH}: not an event of the OpenAI stream: {error}") from error
+        async for event in streamed(self.http, PATH, asked, _Event, headers):
+            if event.error:
+                raise ServerFailed(f"the server broke off: {message_of(event.error)}")
+            for choice in event.choices:
+                answer.take(choice.delta)
+            if event.usage is not None and event.usage.prompt_tokens and event.usage.completion_tokens:
+                details, counted = event.usage.prompt_tokens_details, True
+                answer.prompt_tokens = event.usage.prompt_tokens
+                answer.completion_tokens = event.usage.completion_tokens
+                answer.cached_tokens = details.cached_tokens if details else None
         answer.last_s = answer.last_s or time.perf_counter()
         answer.first_s = answer.first_s or answer.last_s
         if not counted:
