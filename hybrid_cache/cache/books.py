@@ -337,7 +337,7 @@ class Books:
     def _open_end(self, match: Match, keys: Keys) -> int | None:
         """The last grid position of a prompt, if no state is there and none is about to be."""
         position = keys.num_tokens // self._page_tokens * self._page_tokens
-        if self._stateless or position <= match.length:
+        if self._stateless or position <= match.length or not self.pool.policy.keeps_states:
             return None
         node = match.path[-1] if match.path and match.shared == position else None
         return None if node and (node.checkpoint or node.awaited) else position

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
@@ -135,6 +136,22 @@ class Keeping(Learned):
 
     def keeps(self, pause: Pause, load: Load) -> bool:
         return True
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_a_turn_is_reserved_for_under_any_policy_that_keeps_states(policy: str) -> None:
+    model = SumModel()
+    budget_bytes = 5 * (model.cache_spec.slot_bytes + 64) + 12 * model.cache_spec.page_bytes
+    engine = Engine(model, EngineConfig(budget_bytes, policy=policy), clock=Ticking(), order=Keeping())
+    for i in range(12):
+        tokens = tokens_of(i % 4, 3 * TILE + 5)
+        ask(engine, f"{i}", tokens, 3, session=f"s{i % 4}")
+        if i % 3 == 2:
+            outputs = engine.run_until_idle()
+            assert said(outputs, f"{i}") == sum_model_answer(tokens, 3)
+            engine.check()
+    stats = engine.stats().cache
+    assert (stats.checkpoints > 0) is (policy != "none")
 
 
 @pytest.mark.parametrize("extra", [2, 20, TILE + 20])

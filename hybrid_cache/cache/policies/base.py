@@ -79,6 +79,7 @@ class Policy(Protocol):
     """Decides what enters and what leaves. One object belongs to one cache."""
 
     name: str
+    keeps_states: bool  # at all; else none is kept for a task that will return either
     wants_rises: bool  # whether `add` is to be called also when the worth of a state may have risen
 
     def open(self, worth_of: Callable[[Kept], Worth], clock: Callable[[], float]) -> None:
@@ -171,6 +172,7 @@ class ScoredPolicy:
     """Keeps states in a heap by a score that may only rise while a state is not used. Subclasses say the score."""
 
     name = ""
+    keeps_states = True
     wants_rises = False
 
     def __init__(self) -> None:

@@ -43,6 +43,7 @@ class Learned:
     """See the module docstring."""
 
     name = "learned"
+    keeps_states = True
     wants_rises = False
 
     def __init__(self, model: ReturnModel | None = None, *, learn: bool = True) -> None:

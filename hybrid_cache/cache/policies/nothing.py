@@ -11,6 +11,7 @@ class Nothing(ScoredPolicy):
     """Keeps no state. A model without states, which resumes from any page, still finds pages not yet evicted."""
 
     name = "none"
+    keeps_states = False
 
     def propose(self, outline: Outline) -> Iterable[Wish]:
         return ()

@@ -52,6 +52,7 @@ class RankedPolicy:
     """
 
     name = ""
+    keeps_states = True
     wants_rises = True
 
     _worth_of: Callable[[Kept], Worth]
