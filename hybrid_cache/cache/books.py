@@ -143,7 +143,7 @@ class Books:
         keys = as_keys(match.namespace, prompt)
         match = self._renew(match)
         if not publish:
-            match = find(self.tree, keys, stateless=self._stateless) if match.hosted else match
+            match = find(self.tree, match.keys, stateless=self._stateless) if match.hosted else match
             match = match.up_to_its_state(self._page_tokens)
         root = self.tree.root(match.namespace)
         num_held = sum(not node.pins for node in match.path)

@@ -175,3 +175,25 @@ def test_what_has_to_leave_the_device_goes_to_a_full_tier_if_it_is_counted_on(cl
         books.pool.evict_page(node)
         books.check()
     assert [books.match("", tokens_of(letter, 1)).length for letter in "ab"] == ([0, TILE] if claimed else [TILE, 0])
+
+
+def test_a_match_of_a_beginning_stays_one_where_nothing_may_come_from_the_second_tier() -> None:
+    """A private lease takes nothing from there, and no more of its prompt than was asked for from the device."""
+    books = Books(HYBRID, COST, 1 << 20, LRU(), host_bytes=1 << 20)
+    tokens = tokens_of("abcd", 1)
+    lease = books.acquire(books.match("", tokens), tokens)
+    assert lease is not None
+    for position in (TILE, 2 * TILE, 4 * TILE):
+        assert books.reserve_checkpoint(lease, position, CheckpointKind.MESSAGE_END) is not None
+    books.publish(lease, 4 * TILE)
+    books.release(lease)
+    state = lease.nodes[1].checkpoint
+    assert state is not None
+    books.pool.evict(state)
+    match = books.match("", keys_of("", tokens).beginning(2 * TILE + 5))
+    assert (match.length, match.hosted) == (2 * TILE, True)
+    private = books.acquire(match, tokens, publish=False)
+    assert private is not None
+    assert private.length == TILE
+    books.release(private)
+    books.check()
