@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from hybrid_cache.config import EngineConfig
@@ -105,12 +106,12 @@ class _Question:
     answer: "asyncio.Future[Any]"
     loop: asyncio.AbstractEventLoop
 
-    def ask(self, engine: Engine) -> None:
+    def ask(self, engine: Engine) -> Callable[[], None]:
+        """-> what tells the answer."""
         try:
-            result, error = self.function(engine), None
+            return partial(self._put, self.function(engine), None)
         except Exception as raised:
-            result, error = None, raised
-        self._put(result, error)
+            return partial(self._put, None, raised)
 
     def fail(self, error: Exception) -> None:
         self._put(None, error)
@@ -349,11 +350,12 @@ class AsyncEngine:
                 self._engine.commit(*commit)
         for request_id in inbox.aborts:
             self._engine.abort(request_id)
-        for question in inbox.questions:
-            question.ask(self._engine)
-        if inbox.aborts or inbox.commits or inbox.turns or inbox.questions:
+        answers = [question.ask(self._engine) for question in inbox.questions]
+        if inbox.aborts or inbox.commits or inbox.turns or answers:
             self._stats = self._engine.stats()
             self._taken = _Inbox()
+        for tell in answers:  # whoever is told finds in `stats` what the answer came from
+            tell()
         return not self._stopping
 
     def _between_layers(self) -> None:

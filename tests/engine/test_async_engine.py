@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -17,6 +18,7 @@ from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
+from hybrid_cache.stats import EngineStats
 from hybrid_cache.tokens import Prompt
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 
@@ -273,6 +275,25 @@ def test_a_stream_that_is_paused_gives_what_is_unread_and_goes_on_behind_the_too
             assert [o.token for o in after if isinstance(o, TokenOutput)] == sum_model_answer(prompt, 300 - len(before))
             assert engine.stats().pauses.num_resumed == 1
 
+    asyncio.run(main())
+
+
+def test_whoever_is_told_an_answer_finds_in_the_statistics_what_it_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taking_long(engine: Engine, stats: Callable[[Engine], EngineStats] = Engine.stats) -> EngineStats:
+        time.sleep(0.05)
+        return stats(engine)
+
+    async def main() -> None:
+        async with running() as engine:
+            await tokens(engine.submit(request("a")))
+            engine.pause("a", "look", 5.0)
+            assert await engine.ask(lambda core: core.stats().pauses.num_paused) == 1
+            assert engine.stats().pauses.num_paused == 1
+            with pytest.raises(RequestError, match="'b' is not paused"):
+                await engine.ask(lambda core: (core.end_task("a"), core.resume("b", [1])))
+            assert engine.stats().pauses.num_paused == 0
+
+    monkeypatch.setattr(Engine, "stats", taking_long)
     asyncio.run(main())
 
 
