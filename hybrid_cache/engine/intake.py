@@ -2,6 +2,7 @@
 
 import bisect
 from collections.abc import Callable
+from collections.abc import Sequence as Numbers
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,7 @@ from hybrid_cache.engine.sharing import soon_known
 from hybrid_cache.errors import BadSampling, ContextTooLong, RequestError
 from hybrid_cache.request import CacheMode, Request, namespace_of
 from hybrid_cache.sampling import SamplingParams, TokenChooser
-from hybrid_cache.tokens import Prompt
+from hybrid_cache.tokens import Prompt, TokenArray
 
 OWN = "\0own"  # id of a request of our own
 
@@ -79,6 +80,16 @@ class Intake:
         if self._config.prefix_cache:
             namespace = namespace_of(namespace, self._fingerprint)
             self._scheduler.canonical.add(namespace, prompt.tokens, prompt.boundaries, session)
+
+    def tokens_of(self, numbers: Numbers[object]) -> TokenArray:
+        """Numbers as tokens. Raises RequestError for one that is none."""
+        for number in numbers:
+            if not isinstance(number, int | np.integer) or not 0 <= number < self._vocab_size:
+                raise RequestError(
+                    f"token {repr(number)[:100]} is not an integer in the vocabulary [0, {self._vocab_size})",
+                    param="tokens",
+                )
+        return np.asarray(numbers, np.int32)
 
     def _check_prompt(self, prompt: Prompt) -> int:
         """-> its number of tokens. Raises RequestError."""

@@ -62,7 +62,8 @@ class Interruptions:
             raise RequestError(f"request {request_id!r} is not paused", param="id")
         before = self._open[request_id].sequence
         request, done = before.request, len(before.generated)
-        prompt = Prompt(np.concatenate([before.all_tokens(), np.asarray(tokens, np.int32)]), request.prompt.boundaries)
+        all_tokens = np.concatenate([before.all_tokens(), self._intake.tokens_of(tokens)])
+        prompt = Prompt(all_tokens, request.prompt.boundaries)
         most, least = request.sampling.max_tokens - done, max(request.sampling.min_tokens - done, 0)
         sampling = replace(request.sampling, max_tokens=most, min_tokens=least)
         request = replace(request, prompt=prompt, sampling=sampling)

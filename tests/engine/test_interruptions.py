@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,10 +237,13 @@ def test_only_what_is_paused_is_resumed() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "error"),
-    [([5] * 5000, ContextTooLong), ([VOCAB], RequestError), ([-1], RequestError)],
-    ids=["context", "vocabulary", "negative"],
+    [
+        ([5] * 5000, ContextTooLong),
+        *(([n], RequestError) for n in (VOCAB, -1, 2**31, 2**32 + 5, 2**70, 1.5, "5", None)),
+    ],
+    ids=["context", "vocabulary", "negative", "long", "wraps", "huge", "fraction", "text", "none"],
 )
-def test_what_does_not_fit_leaves_it_paused(tokens: list[int], error: type[Exception]) -> None:
+def test_what_does_not_fit_leaves_it_paused(tokens: list[Any], error: type[Exception]) -> None:
     engine = new_engine()
     engine.submit(request())
     engine.step()
