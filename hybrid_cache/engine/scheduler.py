@@ -452,7 +452,7 @@ class Scheduler:
         return True
 
     def _preempt_all(self, sequences: Collection[Sequence]) -> None:
-        for sequence in sorted(sequences, key=lambda s: s.rank, reverse=True):
+        for sequence in list(sequences):
             self._preempt(sequence)
 
 

@@ -118,6 +118,15 @@ def test_identical_requests_in_one_batch_compute_the_prompt_once() -> None:
     assert all(answers(outputs, str(i)) == sum_model_answer(tokens, 1) for i in range(4))
 
 
+def test_prompts_that_end_in_one_step_are_kept_each_with_its_own_row() -> None:
+    engine, model = new_engine(max_tiles=8)
+    prompts = [tokens_of(seed, length) for seed, length in ((1, 70), (2, 100), (3, 128))]
+    for _ in range(2):
+        outputs = run(engine, *(make_request(str(i), tokens, 1) for i, tokens in enumerate(prompts)))
+        assert [answers(outputs, str(i)) for i in range(3)] == [sum_model_answer(tokens, 1) for tokens in prompts]
+    assert model.rows_computed == sum(map(len, prompts))
+
+
 def test_n_choices_share_one_prompt() -> None:
     engine, model = new_engine()
     tokens = tokens_of(9, 130)
@@ -135,6 +144,9 @@ def test_a_request_that_wants_no_caching_leaves_and_takes_nothing(mode: CacheMod
         outputs = run(engine, make_request(name, tokens, boundaries=(100,), cache_mode=mode))
         assert prompt_output(outputs, name) == PromptOutput(cached_tokens=0, written_tokens=0)
     assert engine.cache.stats().nodes == 0
+    run(engine, make_request("another's", tokens, boundaries=(100,)))
+    outputs = run(engine, make_request("c", tokens, boundaries=(100,), cache_mode=mode))
+    assert prompt_output(outputs, "c") == PromptOutput(cached_tokens=0, written_tokens=0)
 
 
 def test_explicit_breakpoints_are_kept_where_they_are_marked() -> None:

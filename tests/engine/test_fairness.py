@@ -1,6 +1,7 @@
 """Whose turn it is: short prompts behind long ones, tenants who ask for much, and steps that are bounded by time."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.pace import FIRST_TILES, Pace
+from hybrid_cache.engine.scheduler import Step
 from hybrid_cache.engine.shares import Shares
 from hybrid_cache.engine.turns import MOST_PASSED_OVER
 from hybrid_cache.errors import ConfigError
@@ -144,6 +146,22 @@ def test_two_tenants_get_as_much_whoever_asks_for_more() -> None:
             done[name[0]] += 1
         assert abs(done["a"] - done["b"]) <= 6  # outputs, two a request; requests end whole
     assert done["a"] < 30
+
+
+def test_what_is_computed_counts_for_the_tenant_who_asked() -> None:
+    engine, _ = engine_of(max_tiles=4)
+    shares, computed = engine._scheduler._shares, Counter[str]()
+    for tenant, length in (("a", 1000), ("b", 900)):
+        engine.submit(of_tenant(tenant, make_request(tenant, tokens_of(length, length), 1)))
+
+    def count(step: Step) -> None:
+        computed.update({c.sequence.request.tenant: c.end - c.start for c in step.chunks if c.sequence is not None})
+
+    engine.watch = count
+    while shares.num_present == 2 and engine._scheduler.num_waiting + engine.stats().running == 2:
+        assert {tenant: shares.served(tenant) for tenant in computed} == computed
+        engine.step()
+    assert min(computed.values()) >= 800
 
 
 def test_whoever_gives_way_is_answered_as_if_nothing_had_happened() -> None:

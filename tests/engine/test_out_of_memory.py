@@ -1,5 +1,6 @@
 """A step that the device has no memory for is taken back and tried again in smaller ones, with the same answers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.request import FailedOutput, Request
 from hybrid_cache.sampling import SamplingParams
@@ -57,11 +59,11 @@ class SmallStage(SmallDevice):
         return hidden
 
 
-def arranged(*lengths: int, encoding: Encoding = Encoding.ALONE, **more: Any) -> Request:
+def arranged(*lengths: int, encoding: Encoding = Encoding.ALONE, names: str = "m", **more: Any) -> Request:
     """Messages and a header; what is encoded alone, all but the first, is computed before the prompt begins."""
     prompt = tokens_of(1, sum(lengths))
     *messages, header = lengths
-    parts = (*(Part(length, f"m{i}", encoding) for i, length in enumerate(messages)), Part(header))
+    parts = (*(Part(length, f"{names}{i}", encoding) for i, length in enumerate(messages)), Part(header))
     arrangement = Arrangement(parts, Fidelity.COMPOSED, **more)
     return Request("b", Prompt(prompt), SamplingParams(temperature=0, max_tokens=6), arrangement=arrangement)
 
@@ -126,9 +128,12 @@ def test_a_message_without_memory_is_given_up_and_its_prompt_computes_it_in_plac
     engine.submit(request)
     assert engine.step() == []
     model.room = (1000, 1000, 1000)
+    chunks = list[Chunk]()
+    engine.watch = lambda step: chunks.extend(step.chunks)
     assert answers(engine.run_until_idle(), "b") == sum_model_answer(request.prompt.tokens, 6)
     assert engine.stats().num_out_of_memory == 1
     assert engine.stats().num_preemptions == 0
+    assert all(chunk.sequence is not None for chunk in chunks)
     engine.check()
 
 
@@ -225,6 +230,26 @@ def test_a_message_that_could_not_be_written_is_not_there() -> None:
     engine.check()
     assert engine.stats().cache.messages == 1
     assert (engine.is_stored("m0"), engine.is_stored("m1")) == (False, True)
+
+
+def test_messages_beside_one_that_could_not_be_written_are_given_up_with_it() -> None:
+    """Of two prompts, which then compute theirs in place."""
+    engine = Engine(SmallStage(), EngineConfig(budget_bytes=1 << 22, max_tiles=8), worker=short_of(KeepEffect, 1))
+    chunks = list[Chunk]()
+    engine.watch = lambda step: chunks.extend(step.chunks)
+    requests = [arranged(30, 100, 3), replace(arranged(20, 900, 3, names="n"), id="c")]
+    for request in requests:
+        engine.submit(request)
+    while not engine.stats().num_out_of_memory:
+        engine.step()
+    assert any(chunk.sequence is None for chunk in chunks)
+    chunks.clear()
+    outputs = engine.run_until_idle()
+    assert chunks
+    assert all(chunk.sequence is not None for chunk in chunks)
+    for request in requests:
+        assert answers(outputs, request.id) == sum_model_answer(request.prompt.tokens, 6)
+    engine.check()
 
 
 def test_what_the_books_need_is_an_error_without_memory() -> None:

@@ -17,6 +17,7 @@ from hybrid_cache.engine import sequence
 from hybrid_cache.engine.canonical import DECODE_STEPS_A_TILE
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
+from hybrid_cache.engine.scheduler import Step
 from hybrid_cache.engine.sequence import new_prefill
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.kernels.grid import TILE
@@ -191,8 +192,12 @@ def test_what_the_cache_has_already_is_not_computed_again() -> None:
     run(engine, make_request("a", tokens, 100))
     committed = engine.stats().commit_tokens
     assert committed > 0
+    steps = list[Step]()
+    engine.watch = steps.append
     run(engine, make_request("b", tokens, 100))
     assert engine.stats().commit_tokens == committed
+    assert steps
+    assert all(chunk.sequence is not None for step in steps for chunk in step.chunks)
 
 
 @pytest.mark.parametrize("mode", [CacheMode.OFF, CacheMode.EXPLICIT])

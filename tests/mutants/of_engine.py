@@ -48,12 +48,6 @@ SCHEDULING = [
         SCHEDULER,
     ),
     scheduler(
-        "what memory was missing for begins again in the wrong order",
-        "sorted(sequences, key=lambda s: s.rank, reverse=True)",
-        "sorted(sequences, key=lambda s: s.rank)",
-        SCHEDULER,
-    ),
-    scheduler(
         "a small prompt overtakes one that waits for room",
         "match):\n                passed_over.append(sequence)\n                break\n",
         "match):\n                passed_over.append(sequence)\n                continue\n",
@@ -212,6 +206,12 @@ SCHEDULING = [
     scheduler(
         "messages that memory was missing for are tried for ever",
         "        for message in messages:\n            self.messages.end(message)\n",
+        "",
+        OUT_OF_MEMORY,
+    ),
+    scheduler(
+        "messages beside one that could not be written go on",
+        "        for message in list(self.messages):\n            self.messages.end(message)\n",
         "",
         OUT_OF_MEMORY,
     ),
