@@ -39,14 +39,19 @@ class Patience:
 
 
 class StrictConnection(h11.Connection):
-    """Refuses long headers, and a request with two lengths, of which a proxy may have taken the other one."""
+    """Refuses long headers, and a request with two lengths, of which a proxy may have taken the other one.
+
+    bodiless: the answer to the latest request has no body, whatever its headers say
+    """
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, HEADER_BYTES)
+        self.bodiless = False
 
     def next_event(self) -> Any:
         event = super().next_event()
         if isinstance(event, h11.Request):
+            self.bodiless = event.method == b"HEAD"
             size = len(event.target) + sum(len(name) + len(value) + 3 for name, value in event.headers)
             if size > HEADER_BYTES:  # h11 looks at the size of what is incomplete alone
                 raise h11.RemoteProtocolError(f"headers of more than {HEADER_BYTES} bytes")
@@ -102,6 +107,8 @@ class _Clock:
 
 class Protocol(H11Protocol):
     """HTTP/1.1 with a client who is not waited for without end."""
+
+    conn: StrictConnection
 
     def __init__(
         self,
@@ -178,7 +185,7 @@ class Protocol(H11Protocol):
         ]
         for event in (
             h11.Response(status_code=problem.status, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=body),
+            h11.Data(data=b"" if self.conn.bodiless else body),
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")

@@ -254,6 +254,21 @@ def test_a_request_whose_end_is_in_doubt_is_400_and_the_last(quick: str, name: s
     assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
+def test_what_is_no_http_about_a_resource_without_its_body_has_no_body_either(
+    quick: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for framing in FRAMINGS.values():
+        with dial(quick) as client:
+            client.sendall(b"HEAD /health HTTP/1.1\r\nHost: x\r\n" + framing)
+            received = until_closed(client)
+        assert received.startswith(b"HTTP/1.1 400")
+        assert received.count(b"HTTP/1.1") == 1
+    with dial(quick) as client:
+        client.sendall(b"HEAD /health HTTP/1.1\r\nHost: x\r\n" + FRAMINGS["two lengths"])
+        assert until_closed(client).endswith(b"\r\n\r\n")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 @contextmanager
 def heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """uvicorn's records, which its servers keep from the root when they start, are in `caplog`, too."""
