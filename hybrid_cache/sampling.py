@@ -1,7 +1,7 @@
 """How tokens are chosen: what a request asks, and what one continuation has had so far. See `device.sampler`."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -123,6 +123,32 @@ def _allows_others(mask: Mask, tokens: Sequence[int]) -> bool:
     return bool(bits.any())
 
 
+class _Owing:
+    """A constraint that is some tokens ahead of its answer: they come first."""
+
+    def __init__(self, constraint: Constraint, tokens: Iterable[int], vocab_size: int) -> None:
+        self.tokens = deque(tokens)
+        self._owed = False  # the latest token
+        self._constraint = constraint
+        self._vocab_size = vocab_size
+
+    def mask(self) -> Mask:
+        return mask_of(np.arange(self._vocab_size) == self.tokens[0]) if self.tokens else self._constraint.mask()
+
+    def note(self, token: int) -> None:
+        self._owed = bool(self.tokens)
+        if self._owed:
+            self.tokens.popleft()
+        self._constraint.note(token)
+
+    def ahead(self, most: int) -> Sequence[int]:
+        return list(self.tokens)[: max(most, 0)] if self._owed else self._constraint.ahead(most)
+
+    @property
+    def done(self) -> bool:
+        return not self.tokens and self._constraint.done
+
+
 class TokenChooser:
     """What one continuation asks of its tokens; owns its random numbers and its counts of past tokens."""
 
@@ -165,8 +191,17 @@ class TokenChooser:
     def point(self) -> float:
         """Where the next token is drawn, in [0, 1): the same until a token is noted."""
         if self._point is None:
-            self._point = 0.0 if self.params.greedy else self._random.random()
+            self._point = 0.0 if self.params.greedy or self._owes else self._random.random()
         return self._point
+
+    def owe(self, tokens: Sequence[int], vocab_size: int) -> None:
+        """Has tokens that the constraint has given as `ahead` chosen one by one. They draw no random numbers either."""
+        if self.constraint is not None and tokens and not self._owes:
+            self.constraint = _Owing(self.constraint, tokens, vocab_size)
+
+    @property
+    def _owes(self) -> bool:
+        return isinstance(self.constraint, _Owing) and bool(self.constraint.tokens)
 
     def go_on(self, prompt: TokenArray) -> None:
         """The tokens so far are part of a longer prompt now."""

@@ -36,6 +36,7 @@ class Stream:
         self._queue: asyncio.Queue[Output | FailedOutput | Exception] = asyncio.Queue()
         self._open_choices = request.n
         self.request = request
+        self.taken = False  # the engine has the request; until then outputs under its id are of an earlier one
 
     def __aiter__(self) -> "Stream":
         return self
@@ -262,7 +263,11 @@ class AsyncEngine:
         """Frees what a request holds before the next step begins."""
         with self._wake:
             self._streams.pop(request_id, None)
-            self._inbox.aborts.append(request_id)
+            others = [request for request in self._inbox.requests if request.id != request_id]
+            if len(others) < len(self._inbox.requests):  # it has not been taken yet
+                self._inbox.requests = deque(others)
+            else:
+                self._inbox.aborts.append(request_id)
             self._wake.notify()
 
     def commit(self, namespace: str, prompt: Prompt, session: str = "") -> None:
@@ -343,13 +348,13 @@ class AsyncEngine:
             inbox, self._inbox = self._inbox, _Inbox()
             self._taken = inbox
         self._end_turns(inbox.turns)
+        for request_id in inbox.aborts:  # of earlier requests, whose ids may be used again by now
+            self._engine.abort(request_id)
         for request in inbox.requests:
             self._submit_now(request)
         for commit in inbox.commits:
             with suppress(RequestError):
                 self._engine.commit(*commit)
-        for request_id in inbox.aborts:
-            self._engine.abort(request_id)
         answers = [question.ask(self._engine) for question in inbox.questions]
         if inbox.aborts or inbox.commits or inbox.turns or answers:
             self._stats = self._engine.stats()
@@ -363,7 +368,9 @@ class AsyncEngine:
         if not self._inbox.requests:
             return
         with self._wake:
-            requests, self._inbox.requests = self._inbox.requests, deque()
+            aborted = set(self._inbox.aborts)  # still to come: who has the id of one waits for that
+            requests = [request for request in self._inbox.requests if request.id not in aborted]
+            self._inbox.requests = deque(request for request in self._inbox.requests if request.id in aborted)
             turns, self._inbox.turns = self._inbox.turns, _Inbox().turns
         self._end_turns(turns)
         for request in requests:
@@ -381,12 +388,24 @@ class AsyncEngine:
                     self._engine.pause(turn.request_id, turn.tool, turn.seconds)
 
     def _submit_now(self, request: Request) -> None:
+        with self._wake:
+            stream = self._streams.get(request.id)
+            stream = stream if stream is not None and stream.request is request else None  # it may have been aborted
         try:
             self._engine.submit(request)
         except (RequestError, Overloaded) as error:
-            stream = self._streams.pop(request.id, None)
             if stream is not None:
+                self._forget(stream)
                 stream.put([error])
+            return
+        if stream is not None:
+            stream.taken = True
+
+    def _forget(self, stream: Stream) -> None:
+        """No outputs go to a stream any more."""
+        with self._wake:
+            if self._streams.get(stream.request.id) is stream:
+                del self._streams[stream.request.id]
 
     def _deliver(self, outputs: Outputs) -> None:
         """Hands each stream its outputs in one call, and forgets requests that have ended."""
@@ -395,12 +414,11 @@ class AsyncEngine:
             by_request.setdefault(request_id, []).append(output)
         for request_id, items in by_request.items():
             stream = self._streams.get(request_id)
-            if stream is not None:
-                stream.put(items)
-        with self._wake:
-            for request_id in by_request:
-                if not self._engine.is_open(request_id):
-                    self._streams.pop(request_id, None)
+            if stream is None or not stream.taken:
+                continue
+            if not self._engine.is_open(request_id):  # its id is free once its reader has the last of them
+                self._forget(stream)
+            stream.put(items)
 
     def _fail_streams(self, error: EngineStopped) -> None:
         with self._wake:

@@ -101,8 +101,9 @@ class Engine:
 
     @property
     def forgets_in_s(self) -> float:
-        """Seconds until a step gives up a request that is paused; infinite if there is none."""
-        return self._interruptions.next_forgotten_s - self._clock()
+        """Seconds until a step gives up a request that is paused, or forgets a turn; infinite if there is none."""
+        pauses = self._scheduler.tasks.pauses
+        return min(self._interruptions.next_forgotten_s, pauses.next_forgotten_s) - self._clock()
 
     @property
     def longest_sequence(self) -> int:
@@ -154,6 +155,7 @@ class Engine:
             raise RequestError(f"request id {request.id!r} is in use", param="id")
         if not self.has_room:
             raise Overloaded(f"{self._scheduler.num_waiting} requests wait, limit {self._config.max_waiting}")
+        self._scheduler.tasks.pauses.begins(request.id)
         self._outcomes.open[request.id] = request.n
         # The first choice computes the prompt; the others fork from its end.
         self._scheduler.add(self._intake.sequence(request, 0))
@@ -208,6 +210,8 @@ class Engine:
 
     def step(self) -> Outputs:
         """Runs one step -> the outputs that arose from it."""
+        if self.forgets_in_s <= 0:
+            self._scheduler.tasks.look()
         forgotten = self._interruptions.forgotten(self._clock())
         for request_id, _ in forgotten:
             self._outcomes.abort(request_id)

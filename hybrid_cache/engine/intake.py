@@ -41,7 +41,7 @@ class Intake:
     ) -> None:
         """max_length: tokens of the model's longest context, prompt and answer together"""
         self._fingerprint = fingerprint
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._max_length = max_length
         self._config = config
         self._cache = cache
@@ -69,8 +69,8 @@ class Intake:
         if request.n < 1:
             raise BadSampling(f"n is {request.n}, must be at least 1", param="n")
         for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
-            if not 0 <= token < self._vocab_size:
-                raise BadSampling(f"token {token} is outside the vocabulary [0, {self._vocab_size})")
+            if not 0 <= token < self.vocab_size:
+                raise BadSampling(f"token {token} is outside the vocabulary [0, {self.vocab_size})")
 
     def commit(self, namespace: str, prompt: Prompt, session: str) -> None:
         """See `Engine.commit`."""
@@ -83,10 +83,12 @@ class Intake:
 
     def tokens_of(self, numbers: Numbers[object]) -> TokenArray:
         """Numbers as tokens. Raises RequestError for one that is none."""
+        if not isinstance(numbers, Numbers | np.ndarray):
+            raise RequestError(f"tokens are {repr(numbers)[:100]}, must be a sequence of integers", param="tokens")
         for number in numbers:
-            if not isinstance(number, int | np.integer) or not 0 <= number < self._vocab_size:
+            if not isinstance(number, int | np.integer) or not 0 <= number < self.vocab_size:
                 raise RequestError(
-                    f"token {repr(number)[:100]} is not an integer in the vocabulary [0, {self._vocab_size})",
+                    f"token {repr(number)[:100]} is not an integer in the vocabulary [0, {self.vocab_size})",
                     param="tokens",
                 )
         return np.asarray(numbers, np.int32)
@@ -96,11 +98,9 @@ class Intake:
         if len(prompt.tokens) == 0:
             raise RequestError("the prompt has 0 tokens, must have at least 1", param="prompt")
         low, high = int(prompt.tokens.min()), int(prompt.tokens.max())
-        if low < 0 or high >= self._vocab_size:
+        if low < 0 or high >= self.vocab_size:
             wrong = low if low < 0 else high
-            raise RequestError(
-                f"prompt token {wrong} is outside the vocabulary [0, {self._vocab_size})", param="prompt"
-            )
+            raise RequestError(f"prompt token {wrong} is outside the vocabulary [0, {self.vocab_size})", param="prompt")
         return len(prompt.tokens)
 
     def sequence(self, request: Request, index: int) -> Sequence:

@@ -72,6 +72,7 @@ class Interruptions:
         sequence.chooser, sequence.stopper = before.chooser, before.stopper
         sequence.continues = request_id
         sequence.chooser.go_on(prompt.tokens)
+        sequence.chooser.owe(before.forced, self._intake.vocab_size)
         del self._open[request_id]
         return sequence
 

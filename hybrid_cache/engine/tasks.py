@@ -18,6 +18,7 @@ from hybrid_cache.request import FinishReason
 from hybrid_cache.scheduling.base import Job, Load, Order, Pause, Task
 from hybrid_cache.scheduling.pauses import Pauses
 from hybrid_cache.spec import PrefillCost
+from hybrid_cache.tokens import Prompt
 
 HOST_BYTES_PER_S = 20e9  # a guess, for a GPU on PCIe
 MOST_CHOICES = 1 << 20  # more than a request has
@@ -92,8 +93,14 @@ class Tasks:
         """The one that a new request belongs to."""
         request, prefill = sequence.request, sequence.prefill
         if resumable(sequence):
-            who = request.tenant, request.session
-            sequence.claim = self.pauses.resumed(*who, prefill.keys, sequence.continues)
+            sequence.claim = self.pauses.resumed(
+                request.tenant,
+                request.session,
+                prefill.keys,
+                kind=request.kind,
+                answers=_answers(request.prompt),
+                request_id=sequence.continues,
+            )
         if sequence.claim is None:
             return Task(self.load.now, request.tenant, request.kind)
         task = sequence.claim.task
@@ -152,13 +159,15 @@ class Tasks:
     def admitted(self, sequence: Sequence) -> None:
         """A sequence runs from now on, and holds what it needs."""
         self._drop_claim(sequence)
+        overdue = sequence is self._overdue
         self._no_longer_new(sequence)
         lease = sequence.prefill.lease
         if lease is not None and len(sequence.prefill.tokens) - lease.length < TILE:
             self.began(sequence)  # its task returns to what the prompt starts from
         if sequence.task is not None and not sequence.task.num_calls and not sequence.started_s:
             between_s = self.load.now - self._since_s
-            self._between_s += NEWEST * (between_s - self._between_s) if self._between_s else between_s
+            if not overdue:  # or those who are kept out would make others wait longer before these are overdue
+                self._between_s += NEWEST * (between_s - self._between_s) if self._between_s else between_s
             self._since_s = self.load.now
 
     def began(self, sequence: Sequence) -> None:
@@ -200,3 +209,14 @@ class Tasks:
 def resumable(sequence: Sequence) -> bool:
     """Whether another request may go on from where this one ends."""
     return sequence.request.n == 1 and sequence.prefill.publish and sequence.prefill.reuse
+
+
+def _answers(prompt: Prompt) -> bool | None:
+    """Whether a prompt brings a tool's result behind the last answer in it; None where it does not say whose words
+    are whose.
+    """
+    roles = [boundary.role for boundary in prompt.boundaries]
+    if not any(roles):
+        return None
+    last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
+    return "tool" in roles[last:]

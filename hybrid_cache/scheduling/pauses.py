@@ -2,9 +2,12 @@
 
 A turn that has ended is remembered under the names of its prompt and of what was computed of its answer; the request
 whose prompt goes on from the deepest of these resumes it. If what came before was edited, the session that the client
-names still says which task it is, so that it keeps its place. Whoever comes second begins a task of its own.
+names still says which task it is, so that it keeps its place: if it may call the same tools and brings what one of them
+said; where nobody knows that, if it begins with the same page. Other requests of the session, such as one for a title,
+leave the task alone. Whoever comes second begins a task of its own.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -30,6 +33,7 @@ class _Turn:
     namespace: str
     session: str
     num_prompt: int  # tokens of its prompt: the next one has more
+    first: Name | None  # of the first page of its prompt
     names: dict[Name, bytes] = field(default_factory=dict)  # of full pages -> the tokens behind them, less than a page
 
     @property
@@ -71,7 +75,7 @@ class Pauses:
         """
         namespace, num_tokens = keys.namespace, keys.num_tokens + answer
         pause = Pause(task=task, began_s=self._load.now)
-        turn = self._turns[pause] = _Turn(pause, request_id, namespace, session, keys.num_tokens)
+        turn = self._turns[pause] = _Turn(pause, request_id, namespace, session, keys.num_tokens, _first_of(keys))
         self._by_request[request_id] = turn
         if session:
             self._by_session.setdefault(turn.session_key, []).append(turn)
@@ -87,6 +91,10 @@ class Pauses:
         turn.pause.tool, turn.pause.hint_s, turn.pause.task.tool = tool, hint_s, tool
         self._order.paused(turn.pause, self._load)
         return True
+
+    def begins(self, request_id: str) -> None:
+        """A request with this id has come: what is said of the id from now on is not of an earlier one."""
+        self._by_request.pop(request_id, None)
 
     def over(self, request_id: str) -> None:
         """The turn of a request was the last of its task."""
@@ -106,9 +114,19 @@ class Pauses:
 
     # Returns
 
-    def resumed(self, tenant: str, session: str, keys: Keys, request_id: str | None = None) -> Pause | None:
+    def resumed(
+        self,
+        tenant: str,
+        session: str,
+        keys: Keys,
+        *,
+        kind: str = "",
+        answers: bool | None = None,
+        request_id: str | None = None,
+    ) -> Pause | None:
         """A prompt has come -> the pause that it ends, a claim until it is dropped; None for a new task.
 
+        kind: as in `Request`   answers: whether it brings a tool's result; None if nobody knows
         request_id: of the request that is itself continued, if it is
         """
         turn = self._by_request.get(request_id) if request_id is not None else None
@@ -116,10 +134,7 @@ class Pauses:
             longer = (t for t in self._found(session, keys) if t.num_prompt < keys.num_tokens)
             turn = next((t for t in longer if t.pause.task.tenant == tenant), None)
         if turn is None and session:
-            turns = self._by_session.get((keys.namespace, tenant, session), ())
-            if len(turns) == 1:
-                (turn,) = turns
-                self._claims.drop(turn.pause)
+            turn = self._edited(keys, tenant, session, kind, answers)
         if turn is None:
             return None
         pause = turn.pause
@@ -142,6 +157,11 @@ class Pauses:
             return not self._load.host_bytes_per_s  # beside a second tier, the running state is enough
         return claim.returned or (claim.tool is not None and self._order.keeps(claim, self._load))
 
+    @property
+    def next_forgotten_s(self) -> float:
+        """When a turn will be forgotten, if nothing comes before; infinite if none is remembered."""
+        return next(iter(self._turns)).began_s + FORGOTTEN_AFTER_S if self._turns else math.inf
+
     def forget_old(self) -> None:
         """Forgets what will not be resumed any more."""
         while self._turns:
@@ -151,6 +171,16 @@ class Pauses:
                 break
             self._num_forgotten += turn.pause.tool is not None
             self._end_task(turn)
+
+    def _edited(self, keys: Keys, tenant: str, session: str, kind: str, answers: bool | None) -> _Turn | None:
+        """The turn of a session that a prompt answers though it begins otherwise; nothing of it is of use then."""
+        turns = self._by_session.get((keys.namespace, tenant, session), ())
+        if len(turns) != 1 or turns[0].pause.task.kind != kind:
+            return None
+        if not (turns[0].first == _first_of(keys) if answers is None else answers):
+            return None
+        self._claims.drop(turns[0].pause)
+        return turns[0]
 
     # Books
 
@@ -162,7 +192,9 @@ class Pauses:
                 turns = self._by_name.get(name)
                 if turns:
                     rest = keys.pages[num_pages] if num_pages < len(keys.pages) else keys.tail
-                    known = [t for t in turns if session in (t.session, "") and rest.startswith(t.names[name])]
+                    known = [t for t in turns if rest.startswith(t.names[name])]
+                    named = [t for t in known if t.session == session] if session else known
+                    known = named or [t for t in known if not t.session]
                     if known:
                         return known
         return []
@@ -201,3 +233,8 @@ class Pauses:
             self._by_session[key].remove(turn)
             if not self._by_session[key]:
                 del self._by_session[key]
+
+
+def _first_of(keys: Keys) -> Name | None:
+    """The name of the first page, if there is a full one."""
+    return keys.names[1] if keys.pages else None

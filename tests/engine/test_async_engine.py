@@ -297,6 +297,27 @@ def test_whoever_is_told_an_answer_finds_in_the_statistics_what_it_came_from(mon
     asyncio.run(main())
 
 
+def test_an_id_is_free_as_soon_as_its_stream_is_closed() -> None:
+    """What is left of the earlier request goes nowhere; so it is between the layers of a pass, too."""
+
+    async def main() -> None:
+        async with running() as engine:
+            for number in range(60):
+                first, second = request("a", 300 + number, max_tokens=300), request("a", 40 + number, max_tokens=6)
+                stream = engine.submit(first)
+                if number % 3:
+                    await anext(stream)
+                if number % 2:
+                    await asyncio.sleep(0.002)
+                await stream.aclose()
+                async with asyncio.timeout(10):
+                    assert await tokens(engine.submit(second)) == sum_model_answer(second.prompt.tokens, 6)
+            await until(lambda: engine.stats().running == engine.stats().waiting == 0)
+            await engine.ask(Engine.check)
+
+    asyncio.run(main())
+
+
 async def collect(stream: Stream) -> list[object]:
     return [output async for output in stream]
 
@@ -321,6 +342,9 @@ def test_what_is_wrong_with_a_pause_reaches_its_caller_and_harms_nobody() -> Non
             await stream.pause("look")
             with pytest.raises(RequestError, match="the context holds"):
                 await stream.resume([1] * 5000)
+            for wrong in (None, 5, {1: 2}, {1}, iter([1])):
+                with pytest.raises(RequestError, match="must be a sequence of integers"):
+                    await stream.resume(wrong)  # type: ignore[arg-type]
             await stream.aclose()
             with pytest.raises(RequestError, match="has ended"):
                 await stream.pause("look")

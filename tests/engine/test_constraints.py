@@ -174,3 +174,22 @@ def test_a_constraint_that_fails_ends_its_request_alone(n: int, how: str) -> Non
     check(answers(outputs, "good"), 9)
     assert not engine.is_open("bad")
     engine.check()
+
+
+@pytest.mark.parametrize("tool", [[], [1, 2, 3]])
+@pytest.mark.parametrize("pauses", [*((n,) for n in range(1, 30)), (3, 4, 5, 6), (11, 12, 13), (20, 21)])
+def test_a_pause_behind_forced_tokens_loses_none_of_them(pauses: tuple[int, ...], tool: list[int]) -> None:
+    """The constraint has passed them already. With nothing added, no token of the answer changes."""
+    asked = forced(2, 60)
+    engine, said = Engine(SumModel(), EngineConfig(budget_bytes=1 << 22)), list[int]()
+    engine.submit(asked)
+    for step in range(1, max(pauses) + 1):
+        said += answers(engine.step(), "a")
+        if step in pauses and engine.is_open("a"):
+            engine.pause("a", "look")
+            engine.resume("a", tool)
+    said += answers(engine.run_until_idle(), "a")
+    check(said, 60)
+    if not tool:
+        assert said == [output.token for output in outputs_of(asked)[0]]
+    engine.check()

@@ -1,6 +1,7 @@
 """Tasks in the engine: who goes first, what is kept for those who wait for a tool, and that nobody waits for ever."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,9 +18,10 @@ from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.scheduling.base import Job, Load, Pause
 from hybrid_cache.scheduling.learned import MOST_LATER, Learned
 from hybrid_cache.scheduling.outlook import NEW_TOKENS, OUTPUT_TOKENS
-from hybrid_cache.scheduling.pauses import MOST_ALIKE
+from hybrid_cache.scheduling.pauses import FORGOTTEN_AFTER_S, MOST_ALIKE
 from hybrid_cache.scheduling.published import FCFS
 from hybrid_cache.scheduling.registry import ORDERS
+from hybrid_cache.stats import PauseStats
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from tests.fakes import SumModel, sum_model_answer, tokens_of
 
@@ -227,6 +229,36 @@ def test_a_task_that_returns_at_once_for_ever_keeps_nobody_out(order: str) -> No
     raise AssertionError("it still waits")
 
 
+@pytest.mark.parametrize("num_waiting", [1, 4])
+def test_nor_does_it_make_those_who_come_later_wait_longer(num_waiting: int) -> None:
+    """However many were kept out before, and by agents whose tools take no time."""
+    clock = Ticking()
+    engine = new_engine(slots=20, pages=200, clock=clock, max_running=2)
+    tokens, begun, waits = {f"agent{i} 0": tokens_of(i, 100) for i in range(4)}, dict[str, float](), list[float]()
+    for name, prompt in tokens.items():
+        ask(engine, name, prompt, session=name.split()[0])
+    for number in range(1000):
+        clock.now += 1.0
+        outputs = engine.step()
+        for name in {name for name, _ in outputs}:
+            if name in begun and said(outputs, name):
+                waits.append(clock.now - begun.pop(name))
+            if name not in tokens or engine.is_open(name):
+                continue
+            agent, turn = name.split()
+            engine.pause(name, "fast")
+            prompt = tokens.pop(name)
+            prompt = longer(prompt, [5], 3, 2) if len(prompt) < 600 else prompt[:100]
+            tokens[f"{agent} {int(turn) + 1}"] = prompt
+            ask(engine, f"{agent} {int(turn) + 1}", prompt, session=agent)
+        while len(begun) < num_waiting and number > 5:
+            name = f"waits {number} {len(begun)}"
+            begun[name] = clock.now
+            ask(engine, name, tokens_of(1000 + number, 20), 2)
+    assert len(waits) > 8
+    assert max(waits) < 2 * LEAST_OVERDUE_S, waits
+
+
 @pytest.mark.parametrize("start_s", [0.0, 1e6])
 def test_the_present_wait_is_of_those_who_wait(start_s: float) -> None:
     """Not how long the machine was up or idle before."""
@@ -268,7 +300,7 @@ def test_a_task_whose_history_was_edited_keeps_its_place_by_its_session_only() -
     for i in range(3):
         ask(engine, f"other {i}", tokens_of(10 + i, 200), 3)
     ask(engine, "edited, without a name", tokens_of(4, 200))
-    ask(engine, "edited", tokens_of(3, 200), session="named")
+    ask(engine, "edited", np.concatenate([tokens_of(1, TILE), tokens_of(3, 136)]), session="named")
     outputs = engine.run_until_idle()
     order = begun(outputs)
     assert order.index("edited") < order.index("other 0")
@@ -637,3 +669,51 @@ def test_many_turns_behind_one_page_are_not_searched_one_by_one() -> None:
         engine.end_task(f"{i}")
     assert not engine._scheduler.tasks.pauses._by_name
     engine.check()
+
+
+def test_a_call_that_is_never_answered_is_forgotten_without_anybody_coming() -> None:
+    clock = Ticking()
+    engine = new_engine(slots=20, pages=100, clock=clock)
+    ask(engine, "a", tokens_of(1, 200), session="s")
+    engine.run_until_idle()
+    engine.pause("a", "look")
+    assert not engine.has_work
+    assert 0 < engine.forgets_in_s <= FORGOTTEN_AFTER_S
+    clock.now += FORGOTTEN_AFTER_S + 1
+    assert engine.has_work
+    engine.run_until_idle()
+    assert engine.stats().pauses == PauseStats(num_forgotten=1)
+    assert not engine.cache.claims._claims
+    assert engine.forgets_in_s == math.inf
+
+
+@pytest.mark.parametrize("mode", CacheMode)
+def test_an_id_that_is_used_again_says_nothing_of_the_turn_before(mode: CacheMode) -> None:
+    engine = new_engine(slots=20, pages=100)
+    ask(engine, "a", tokens_of(1, 200), session="one")
+    engine.run_until_idle()
+    engine.pause("a", "look", 5.0)
+    ask(engine, "a", tokens_of(2, 100), 50, session="two", cache_mode=mode)
+    engine.step()
+    engine.pause("a", "other", 77.0)
+    engine.abort("a")
+    (pause,) = engine._scheduler.tasks.pauses._turns
+    assert (pause.tool, pause.hint_s) == ("look", 5.0)
+    ask(engine, "b", longer(tokens_of(1, 200), [1], 3, 40), session="one")
+    assert engine.stats().pauses == PauseStats(0, 1, 1, 0)
+
+
+@pytest.mark.parametrize("roles", [("system", "user"), ("user",), ("system", "user", "assistant", "user")])
+def test_what_a_session_asks_beside_its_task_leaves_it_alone(roles: tuple[str, ...]) -> None:
+    engine = new_engine(slots=20, pages=100)
+    ask(engine, "lead", tokens_of(1, 200), session="s", kind="tools")
+    engine.run_until_idle()
+    engine.pause("lead", "ask another agent")
+    marks = tuple(Boundary(30 * (i + 1), role=role) for i, role in enumerate(roles))
+    for kind in ("", "tools"):
+        prompt = Prompt(tokens_of(2, 150), marks)
+        engine.submit(Request(f"beside {kind}", prompt, SamplingParams(max_tokens=2), session="s", kind=kind))
+        engine.run_until_idle()
+    assert engine.stats().pauses == PauseStats(1, 0, 0, 0)
+    ask(engine, "back", longer(tokens_of(1, 200), [1], 3, 40), session="s", kind="tools")
+    assert engine.stats().pauses == PauseStats(0, 1, 1, 0)

@@ -1,5 +1,8 @@
 """Turns that have ended in a call: which prompt goes on from which, what is learned of it, and what is forgotten."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from hybrid_cache.cache.claims import Claims
@@ -44,8 +47,8 @@ class Turns:
             assert self.pauses.called(name, tool, None)
         return task
 
-    def resumed(self, keys: Keys, session: str = "") -> Pause | None:
-        return self.pauses.resumed("", session, keys)
+    def resumed(self, keys: Keys, session: str = "", **more: Any) -> Pause | None:
+        return self.pauses.resumed("", session, keys, **more)
 
 
 def prompt(num_tokens: int, seed: int = 1) -> Keys:
@@ -118,11 +121,58 @@ def test_a_named_session_goes_on_from_its_own_turn_only() -> None:
 def test_an_edited_history_finds_its_task_by_the_session_but_nothing_of_it_in_the_cache() -> None:
     turns = Turns()
     task = turns.end("a", prompt(3 * TILE), session="s", tip=node_of(prompt(3 * TILE), 3, kept=True))
-    pause = turns.resumed(prompt(3 * TILE, seed=2), session="s")
+    for other in ({}, {"answers": False}, {"answers": True, "kind": "other tools"}):
+        assert turns.resumed(prompt(3 * TILE, seed=2), session="s", **other) is None
+        assert turns.pauses.stats.num_paused == 1
+    pause = turns.resumed(prompt(3 * TILE, seed=2), session="s", answers=True)
     assert pause is not None
     assert pause.task is task
     assert pause.num_resumed == 0
     assert turns.pauses.stats.num_resident == 0
+
+
+@pytest.mark.parametrize("length", [TILE - 1, 2 * TILE])
+def test_where_nobody_knows_whether_a_result_comes_it_is_the_first_page_that_says(length: int) -> None:
+    turns = Turns()
+    task = turns.end("a", prompt(3 * TILE), session="s")
+    other = turns.end("b", prompt(40), session="t")
+    edited = keys_of("", np.concatenate([tokens_of(1, TILE), tokens_of(9, length)]))
+    assert turns.resumed(prompt(length, seed=2), session="s") is None
+    pause = turns.resumed(edited, session="s")
+    assert pause is not None
+    assert pause.task is task
+    pause = turns.resumed(prompt(30, seed=5), session="t")
+    assert pause is not None
+    assert pause.task is other, "both are shorter than a page"
+
+
+def test_a_session_that_is_named_from_the_second_request_on_goes_on() -> None:
+    turns = Turns()
+    turns.end("theirs", prompt(100), session="other")
+    task = turns.end("ours", prompt(100))
+    pause = turns.resumed(prompt(150), session="s")
+    assert pause is not None
+    assert pause.task is task
+    assert turns.resumed(prompt(150), session="s") is None
+
+
+def test_its_own_turn_goes_before_one_of_nobody() -> None:
+    turns = Turns()
+    turns.end("nobody's", prompt(100))
+    task = turns.end("named", prompt(100), session="s")
+    pause = turns.resumed(prompt(150), session="s")
+    assert pause is not None
+    assert pause.task is task
+
+
+def test_an_id_is_that_of_the_newest_request() -> None:
+    turns = Turns()
+    turns.end("a", prompt(100))
+    turns.pauses.begins("a")
+    assert not turns.pauses.called("a", "other", 77.0)
+    turns.pauses.over("a")
+    assert turns.pauses.stats.num_paused == 1
+    assert turns.resumed(prompt(150)) is not None
 
 
 def test_of_two_calls_of_one_session_nobody_knows_which_was_edited() -> None:
