@@ -146,9 +146,10 @@ class Simulation:
         self._prompt_tokens += turn.prompt_tokens
         self._new_tokens += turn.prompt_tokens - turn.kept_tokens
         request_id = str(next(self._numbers))
+        role = "tool" if client.turn and client.session.turns[client.turn - 1].tool else "user"
         request = Request(
             request_id,
-            Prompt(client.tokens, (Boundary(len(client.tokens), role="user"),)),
+            Prompt(client.tokens, (Boundary(len(client.tokens), role=role),)),
             SamplingParams(temperature=0, max_tokens=turn.num_steps or turn.output_tokens),
             session=client.name,
             kind=client.session.kind,

@@ -166,8 +166,9 @@ class Tasks:
             self.began(sequence)  # its task returns to what the prompt starts from
         if sequence.task is not None and not sequence.task.num_calls and not sequence.started_s:
             between_s = self.load.now - self._since_s
-            if not overdue:  # or those who are kept out would make others wait longer before these are overdue
-                self._between_s += NEWEST * (between_s - self._between_s) if self._between_s else between_s
+            if overdue:  # or those who were kept out would make others wait longer before these are overdue
+                between_s = min(between_s, max(self._between_s, LEAST_OVERDUE_S / OVERDUE_WAITS))
+            self._between_s += NEWEST * (between_s - self._between_s) if self._between_s else between_s
             self._since_s = self.load.now
 
     def began(self, sequence: Sequence) -> None:
@@ -218,5 +219,5 @@ def _answers(prompt: Prompt) -> bool | None:
     roles = [boundary.role for boundary in prompt.boundaries]
     if not any(roles):
         return None
-    last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
-    return "tool" in roles[last:]
+    since = len(roles) - roles[::-1].index("assistant") if "assistant" in roles else 0
+    return "tool" in roles[since:]
