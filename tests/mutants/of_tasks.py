@@ -20,6 +20,8 @@ task_test = partial(tests_of, "tests/engine/test_tasks.py")
 line = partial(Mutant, "hybrid_cache/engine/line.py")
 tasks = partial(Mutant, "hybrid_cache/engine/tasks.py")
 interruptions = partial(Mutant, "hybrid_cache/engine/interruptions.py")
+engine = partial(Mutant, "hybrid_cache/engine/engine.py")
+sampling = partial(Mutant, "hybrid_cache/sampling.py")
 base = partial(Mutant, "hybrid_cache/scheduling/base.py")
 learned = partial(Mutant, "hybrid_cache/scheduling/learned.py")
 outlook = partial(Mutant, "hybrid_cache/scheduling/outlook.py")
@@ -147,8 +149,8 @@ SPARING = [
     ),
     tasks(
         "what a task returned to is spared once it runs",
-        "        self._drop_claim(sequence)\n        self._no_longer_new(sequence)\n",
-        "        self._no_longer_new(sequence)\n",
+        "        self._drop_claim(sequence)\n        overdue =",
+        "        overdue =",
         TASKS,
     ),
     tasks(
@@ -328,14 +330,68 @@ RETURNING = [
     ),
     pauses(
         "of two calls of a session the first is taken for the one that was edited",
-        "            if len(turns) == 1:\n                (turn,) = turns\n",
-        "            if turns:\n                turn = turns[0]\n",
+        "if len(turns) != 1 or",
+        "if not turns or",
         PAUSES,
     ),
     pauses(
-        "what was edited away counts as there",
-        "                self._claims.drop(turn.pause)\n",
+        "a request without the tools of a session's task takes its place",
+        "if len(turns) != 1 or turns[0].pause.task.kind != kind:",
+        "if len(turns) != 1:",
+        PAUSES,
+    ),
+    pauses(
+        "a session's request that answers nothing takes the place of its task",
+        "if answers is None else answers):",
+        "if answers is None else True):",
+        PAUSES,
+    ),
+    pauses(
+        "where nobody knows, any request of a session takes the place of its task",
+        "if not (turns[0].first == _first_of(keys) if",
+        "if not (True if",
+        PAUSES,
+    ),
+    pauses(
+        "what is said of an id is of an earlier request",
+        "        self._by_request.pop(request_id, None)\n\n    def over",
+        "        pass\n\n    def over",
+        PAUSES,
+    ),
+    tasks(
+        "those who are kept out make others wait longer",
+        "            if overdue:  # or",
+        "            if False:  # or",
+        task_test("nor_does_it_make_those_who_come_later_wait_longer"),
+    ),
+    tasks(
+        "an answered call counts as a result",
+        'since = len(roles) - roles[::-1].index("assistant") if "assistant" in roles else 0',
+        "since = 0",
+        TASKS,
+    ),
+    engine(
+        "an idle engine forgets no call",
+        "        if self.forgets_in_s <= 0:\n            self._scheduler.tasks.look()\n",
         "",
+        task_test("a_call_that_is_never_answered_is_forgotten_without_anybody_coming"),
+    ),
+    interruptions(
+        "a pause loses tokens that a grammar has passed",
+        "        sequence.chooser.owe(before.forced, self._intake.vocab_size)\n",
+        "",
+        ("tests/engine/test_constraints.py",),
+    ),
+    sampling(
+        "tokens that are owed draw random numbers",
+        "0.0 if self.params.greedy or self._owes else",
+        "0.0 if self.params.greedy else",
+        ("tests/engine/test_constraints.py",),
+    ),
+    pauses(
+        "what was edited away counts as there",
+        "        self._claims.drop(turns[0].pause)\n        return turns[0]\n",
+        "        return turns[0]\n",
         PAUSES,
     ),
     pauses(
@@ -364,8 +420,8 @@ RETURNING = [
     ),
     pauses(
         "another session goes on from what has the same beginning",
-        'if session in (t.session, "") and rest',
-        "if rest",
+        "known = named or [t for t in known if not t.session]",
+        "known = named or known",
         PAUSES,
     ),
     pauses(
