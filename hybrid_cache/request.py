@@ -50,6 +50,7 @@ class Request:
     kind: str = ""  # tasks of one kind are alike in calls and lengths, such as those that are offered the same tools
     owner: str | None = ""  # what salts of namespaces begin with that it may be told of beside its own; empty: none;
     # None: others use its own, too, and it is not told what is in there
+    model: str = ""  # the name of a variant that the engine runs; empty for its own model
 
 
 def namespace_of(salt: str, fingerprint: str) -> str:
@@ -58,6 +59,11 @@ def namespace_of(salt: str, fingerprint: str) -> str:
     A fingerprint has no slash, so no two pairs have one namespace.
     """
     return f"{fingerprint}/{salt}"
+
+
+def fingerprint_in(namespace: str) -> str:
+    """The model that a namespace says."""
+    return namespace.partition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)

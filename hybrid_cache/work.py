@@ -39,6 +39,7 @@ class Noted:
 class Rows(NamedTuple):
     """A run of tokens of one sequence in one pass. Each decoding sequence has one a step, so it is made cheaply."""
 
+    model: str  # the fingerprint of the model that computes them
     tokens: TokenArray | tuple[int, ...]
     start: int  # index of the first token in its sequence
     shift: int  # index of a token in its sequence minus its position for the model

@@ -120,10 +120,15 @@ class Adapter:
             self._fit(name, self.replaced[name].shape, weight.shape)
             return self.replaced[name].float()
         A, B = self.factors[name]
-        if weight.dim() != 2:
-            raise UnsupportedModel(f"adapter {self.name}: {name} {list(weight.shape)} is no matrix of a linear layer")
-        self._fit(name, (B.shape[0], A.shape[1]), weight.shape)
+        self.check_fits(name, weight.shape)
         return weight.float() + self.config.scale * (B.float() @ A.float())
+
+    def check_fits(self, name: str, shape: Sequence[int]) -> None:
+        """Raises ModelError if the factors for a weight do not go with its shape."""
+        A, B = self.factors[name]
+        if len(shape) != 2:
+            raise UnsupportedModel(f"adapter {self.name}: {name} {list(shape)} is no matrix of a linear layer")
+        self._fit(name, (B.shape[0], A.shape[1]), shape)
 
     def _fit(self, name: str, own: Sequence[int], base: Sequence[int]) -> None:
         if tuple(own) != tuple(base):

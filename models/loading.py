@@ -17,6 +17,7 @@ from hybrid_cache.models import adapters, quantized, registry
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.files import errors_begin_with, read_json
 from hybrid_cache.models.shapes import ModelShape
+from hybrid_cache.models.shelf import Shelf
 from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
@@ -24,8 +25,19 @@ COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bflo
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
-def load(path: str | Path, *, dtype: str = "auto", ops: Ops, adapter: str | Path | None = None) -> HybridModel:
+def load(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    ops: Ops,
+    adapter: str | Path | None = None,
+    merges: bool = True,
+    shelf: Shelf | None = None,
+) -> HybridModel:
     """Reads a model folder, tensor by tensor, and merges the LoRA adapter of another folder into it.
+
+    merges: else the adapter's products are computed beside those of the model, which stay as they are; other bits
+    shelf: of models that share what they have in common
 
     `dtype` is the type that rows are computed and cached in. "auto" is bfloat16 for a checkpoint in bfloat16, and
     float32 for one in float32 or float16: float32 holds every float16 value, bfloat16 does not.
@@ -39,8 +51,10 @@ def load(path: str | Path, *, dtype: str = "auto", ops: Ops, adapter: str | Path
         compute_dtype = _named_dtype(values)
     with errors_begin_with(folder):
         build = registry.find(values.get("model_type"))
-        with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device, changes) as weights:
-            return build(Config(values), weights, ops, weights.dtype)
+        with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device, changes, merges) as weights:
+            if shelf is None:
+                return build(Config(values), weights, ops, weights.dtype)
+            return build(Config(values), shelf.weights(weights), shelf.ops(ops), weights.dtype)
 
 
 def load_config(path: str | Path) -> dict[str, object]:

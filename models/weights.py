@@ -1,8 +1,9 @@
 """Weights by name: what an architecture asks for while it is built, and where they come from."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from hashlib import blake2b
 from math import isfinite, prod
 from pathlib import Path
@@ -45,6 +46,18 @@ class Weights(Protocol):
 
     def has(self, name: str) -> bool: ...
 
+    def low_rank(self, name: str) -> "LowRank | None":
+        """What is to be added to products with a matrix that was taken as it is; None for nothing. Asked once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """B A x beside W x, as an adapter has it: A [rank, in], B [out, rank] float32. The adapter's scale is in B."""
+
+    A: Tensor
+    B: Tensor
+
 
 class ModelWeights(Weights, Protocol):
     """All weights of one model."""
@@ -53,8 +66,11 @@ class ModelWeights(Weights, Protocol):
         """Tensors in whose name the regular expression is found may be left over."""
         ...
 
-    def finish(self) -> str:
-        """-> hash of all tensors that were taken. Raises ModelError if any were not, except the ignored ones."""
+    def finish(self) -> Mapping[str, bytes]:
+        """-> digests of all tensors that were taken, in their order; empty where weights have no values.
+
+        Raises ModelError if any were not, except the ignored ones.
+        """
         ...
 
 
@@ -76,6 +92,9 @@ class Scope:
 
     def has(self, name: str) -> bool:
         return self._weights.has(self._prefix + name)
+
+    def low_rank(self, name: str) -> LowRank | None:
+        return self._weights.low_rank(self._prefix + name)
 
 
 class _Slice(Protocol):
@@ -104,11 +123,12 @@ class SafetensorsWeights:
         stored: Format | None = None,
         device: torch.device = CPU,
         adapter: Adapter | None = None,
+        merges: bool = True,
     ) -> None:
         """`dtype` None takes the files' own; float16 is computed in float32, which holds all its values.
 
         `stored` is the format of quantized matrices, if there are any; `device` is where tensors go; the changes of
-        an adapter are merged into what is read.
+        an adapter are merged into what is read, or, without `merges`, left to `low_rank` where they are products.
 
         Raises ModelError for files that cannot be read or that contradict each other.
         """
@@ -127,8 +147,8 @@ class SafetensorsWeights:
         self._names = set(self._handle) - set(self._beside_codes())
         self._left = set(self._names)
         self._ignored = [DERIVED]
-        self._hash = blake2b(digest_size=16)
-        self._adapter = adapter
+        self._digests = dict[str, bytes]()
+        self._adapter, self._merges = adapter, merges
         self._to_change = set(adapter.weights) if adapter else set()
         self._check_adapter(self._to_change - self._names)
 
@@ -156,14 +176,30 @@ class SafetensorsWeights:
     def ignore(self, pattern: str) -> None:
         self._ignored.append(pattern)
 
-    def finish(self) -> str:
+    def finish(self) -> Mapping[str, bytes]:
         ignored = re.compile("|".join(self._ignored))
         left = sorted(name for name in self._left if not ignored.search(name))
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise ModelError(f"unexpected weights: {', '.join(left[:3])}{more}{self._layers_left(left[0])}")
+        if self._adapter and not self._merges and self._to_change:
+            names = ", ".join(sorted(self._to_change)[:3])
+            raise UnsupportedModel(
+                f"adapter {self._adapter.name} changes {names}, which is no product that it can stand beside: merge it"
+            )
         self._check_adapter(self._to_change)
-        return self._hash.hexdigest()
+        return self._digests
+
+    def low_rank(self, name: str) -> LowRank | None:
+        if self._adapter is None or self._merges or name not in self._to_change & self._adapter.factors.keys():
+            return None
+        A, B = self._adapter.factors[name]
+        self._to_change.remove(name)
+        for part in (A, B):
+            self._put_down(f"{name} beside {self._adapter.config.scale!r} {list(part.shape)}", part)
+        rows, columns = self._slice(name).get_shape()
+        self._adapter.check_fits(name, (rows, columns))
+        return LowRank(A.float(), self._adapter.config.scale * B.float())
 
     def _check_adapter(self, unknown: set[str]) -> None:
         if unknown and self._adapter:
@@ -174,11 +210,13 @@ class SafetensorsWeights:
     def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self._adapter is None or name not in self._to_change:
             return self._read_base(name, shape, dtype)
+        if not self._merges and name in self._adapter.factors:
+            return self._read_base(name, shape, dtype)
         self._to_change.remove(name)
         with CPU:
             weight = self._read_base(name, shape, torch.float32).to(CPU)
             for part in self._adapter.parts(name):
-                self._update_hash(f"{name} adapter {self._adapter.config.scale!r}", part)
+                self._put_down(f"{name} adapter {self._adapter.config.scale!r} {list(part.shape)}", part)
             merged = self._adapter.merged(name, weight).to(dtype)
             _check_finite(f"with adapter {self._adapter.name}, weight {name}", merged)
             return merged.to(self._device)
@@ -219,12 +257,13 @@ class SafetensorsWeights:
 
     def _hashed(self, name: str) -> Tensor:
         tensor = self._finite(name)
-        self._update_hash(name, tensor)
+        self._put_down(name, tensor)
         return tensor
 
-    def _update_hash(self, name: str, tensor: Tensor) -> None:
-        self._hash.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        self._hash.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    def _put_down(self, name: str, tensor: Tensor) -> None:
+        digest = blake2b(f"{list(tensor.shape)} {tensor.dtype}\n".encode(), digest_size=16)
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._digests[name] = digest.digest()
 
     def _finite(self, name: str) -> Tensor:
         """A tensor as it lies in the file, which may be mapped into memory."""
@@ -313,8 +352,11 @@ class ShapesOnly:
     def ignore(self, pattern: str) -> None:
         pass
 
-    def finish(self) -> str:
-        return ""
+    def low_rank(self, name: str) -> LowRank | None:
+        return None
+
+    def finish(self) -> Mapping[str, bytes]:
+        return {}
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:

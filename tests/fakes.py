@@ -54,6 +54,7 @@ class SumModel:
     vocab_size = VOCAB
     max_length = 4096
     fingerprint = "sum-model"
+    chain = ()
     device = torch.device("cpu")
     ops = TorchOps()
     packs = True

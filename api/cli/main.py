@@ -133,7 +133,39 @@ def serve(
     backend: Backend = "auto",
     fast: Fast = False,
     dtype: Dtype = "auto",
-    adapter: Adapter = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="LoRA adapter, a folder in PEFT's layout or embedded-choreo, which ships. With a name: the model with "
+            "the adapter is served beside the model itself, under that name; may be given several times. Without "
+            "one, it is merged into the model.",
+        ),
+    ] = None,
+    merge_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--merge-adapters",
+            help="Merge adapters with a name into copies of the matrices that they change: faster, and more memory. "
+            "Else their products are computed beside the model's.",
+        ),
+    ] = False,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="Another model of the same shape, such as a fine-tune, served under a name out of the same memory "
+            "and queue; weights that are equal are stored once. May be given several times.",
+        ),
+    ] = None,
+    allow_adapter_loading: Annotated[
+        bool,
+        typer.Option(
+            "--allow-adapter-loading",
+            help="Clients may load adapters from folders of this machine, and unload them, over HTTP; where there are "
+            "operator's keys, with these only.",
+        ),
+    ] = False,
     threads: Threads = 0,
     max_running: Annotated[int, typer.Option(help="Sequences in one batch.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 503.")] = 256,
@@ -213,6 +245,7 @@ def serve(
     ] = 120,
 ) -> None:
     """Answer OpenAI's API over HTTP. Leaves with 0 after a drain, and with 1 if the engine failed or did not end."""
+    from hybrid_cache.api.cli.options import named_folders
     from hybrid_cache.api.cli.outlet import unhindered
     from hybrid_cache.api.server import process
     from hybrid_cache.api.server.budget import parse_budget
@@ -223,8 +256,12 @@ def serve(
     from hybrid_cache.config import EngineConfig, verify_by_default
     from hybrid_cache.sizes import parse_bytes
 
+    merged, adapters = named_folders("--adapter", adapter or ())
+    _, variants = named_folders("--variant", variant or (), all_named=True)
     options = process.ServeOptions(
-        load=LoadOptions(model, backend, fast, dtype, threads, adapter),
+        load=LoadOptions(
+            model, backend, fast, dtype, threads, merged, variants, adapters, allow_adapter_loading, merge_adapters
+        ),
         engine=EngineConfig(
             max_running=max_running,
             max_waiting=max_waiting,

@@ -67,3 +67,26 @@ def read_api_keys(path: Path) -> tuple[str, ...]:
     if not keys:
         raise ConfigError(f"{path} holds no API key, wanted one a line")
     return keys
+
+
+def named_folders(option: str, given: Iterable[str], *, all_named: bool = False) -> tuple[str | None, dict[str, str]]:
+    """From [NAME=]DIR, each once -> the one without a name, and the others by name. Raises ConfigError.
+
+    all_named: each has to have a name
+    """
+    unnamed, named = list[str](), dict[str, str]()
+    for text in given:
+        name, sign, folder = text.partition("=")
+        if not all_named and (not sign or Path(text).is_dir()):  # a folder's name may have the sign in it
+            unnamed.append(text)
+            continue
+        if not (sign and name.strip() and folder):
+            raise ConfigError(f"{option} {text[:200]!r}: wanted NAME=DIR")
+        if name.strip() in named:
+            raise ConfigError(f"{option}: the name {name.strip()!r} is there twice")
+        named[name.strip()] = folder
+    if len(unnamed) > 1:
+        raise ConfigError(
+            f"{option} without a name is there {len(unnamed)} times: one can be merged, others need NAME="
+        )
+    return next(iter(unnamed), None), named

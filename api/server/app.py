@@ -1,6 +1,6 @@
 """The HTTP application: routes, middleware and the engine's lifetime."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -11,16 +11,26 @@ from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
-from hybrid_cache.api.server.routes import cache, chat, completions, messages, responses, server, tokens
-from hybrid_cache.api.server.serving import new_serving
+from hybrid_cache.api.server.routes import adapters, cache, chat, completions, messages, responses, server, tokens
+from hybrid_cache.api.server.routes.adapters import LoadVariant
+from hybrid_cache.api.server.serving import Variant, new_serving
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.engine.async_engine import AsyncEngine
 
 
-def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> FastAPI:
-    """An application that starts the engine with itself, and drains and stops it at its end."""
-    serving = new_serving(engine, text, settings)
+def create_app(
+    engine: AsyncEngine,
+    text: TextModel,
+    settings: ServerSettings,
+    variants: Iterable[Variant] = (),
+    load_variant: LoadVariant | None = None,
+) -> FastAPI:
+    """An application that starts the engine with itself, and drains and stops it at its end.
+
+    variants: those of the engine   load_variant: loads one with an adapter, where clients may ask for that
+    """
+    serving = new_serving(engine, text, settings, variants)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -41,6 +51,8 @@ def create_app(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -
     )
     for routes in (chat, completions, responses, messages, tokens, cache, server):
         app.include_router(routes.router(serving))
+    if load_variant is not None:
+        app.include_router(adapters.router(serving, load_variant))
     install_error_handlers(app)
     # The last one added is the outermost.
     max_values = max(MAX_VALUES, 2 * engine.model.max_length)

@@ -136,6 +136,8 @@ def problem_of(error: BaseException) -> Problem:
             return Problem(403, str(error), "permission_error", error.param, "not_allowed")
         case UnknownMessage() | ResponseNotFound():
             return Problem(404, str(error), "invalid_request_error", error.param, error.code)
+        case RequestError(code="model_in_use" | "name_taken"):
+            return Problem(409, str(error), "invalid_request_error", error.param, error.code)
         case MessageGone():
             return Problem(409, str(error), "invalid_request_error", error.param, error.code)
         case RequestError():

@@ -20,15 +20,18 @@ from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, MemoryPlan, conv
 from hybrid_cache.api.server.connections import Connections, Listener, connection_limit
 from hybrid_cache.api.server.ending import FLUSH_TIMEOUT_S, FORCE_S, SECOND_S, Deadline, end_by_force
 from hybrid_cache.api.server.exposure import Exposure, is_loopback
-from hybrid_cache.api.server.launch import Loaded, LoadOptions, inexact_reasons, load
+from hybrid_cache.api.server.launch import Loaded, LoadedVariant, LoadOptions, inexact_reasons, load, load_variant
 from hybrid_cache.api.server.protocol import ServerConfig
 from hybrid_cache.api.server.response_store import memory_bytes
+from hybrid_cache.api.server.serving import Variant
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.defaults import listed
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.async_engine import HUNG_AFTER_S, AsyncEngine
-from hybrid_cache.errors import ConfigError, HybridCacheError
+from hybrid_cache.engine.selfcheck import check_model
+from hybrid_cache.errors import ConfigError, HybridCacheError, ModelError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.sizes import format_bytes, format_count
 from hybrid_cache.spec import CacheSpec
@@ -106,6 +109,7 @@ def serve(options: ServeOptions) -> int:
         with console.status("loading the model"):
             loaded = load(options.load)
             text = TextModel.load(loaded.path)
+            variants = [_variant(each, loaded, text) for each in loaded.variants]
         with console.status("checking that cached and computed answers agree bit for bit"):
             inexact = inexact_reasons(loaded)
         memory = plan_memory(
@@ -119,11 +123,19 @@ def serve(options: ServeOptions) -> int:
         if options.engine.host_bytes and loaded.model.device.type == "cpu":
             raise ConfigError("--host-budget is for a GPU: on a CPU the cache is in host memory, see --budget")
         engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
-        engine = AsyncEngine(loaded.model, engine_config, hung_after_s=options.hung_after_s)
+        models = {each.name: each.model for each in loaded.variants}
+        engine = AsyncEngine(loaded.model, engine_config, hung_after_s=options.hung_after_s, variants=models)
         exposure = options.exposure
         hosts = exposure.hosts(options.host, bound)
         settings = options.settings(loaded, inexact, memory.beside_bytes, hosts)
-        app = create_app(engine, text, settings)
+
+        def load_adapter(name: str, folder: str) -> tuple[Variant, HybridModel]:
+            variant = load_variant(loaded, name, adapter=folder, merges=options.load.merges)
+            if not inexact and (differences := check_model(variant.model)):
+                raise ModelError(f"adapter {folder}: {differences[0]}")
+            return _variant(variant, loaded, text), variant.model
+
+        app = create_app(engine, text, settings, variants, load_adapter if options.load.shares else None)
         url = url_of(bound, exposure.scheme)
         console.print(hello(loaded, inexact, engine_config, memory, url, settings.served_names[0]))
         if text.defaults.ignored:
@@ -144,6 +156,12 @@ def serve(options: ServeOptions) -> int:
     if not engine.stopped:
         end_by_force()
     return int(engine.failed)
+
+
+def _variant(variant: LoadedVariant, loaded: Loaded, text: TextModel) -> Variant:
+    """What is served of a variant. text: that of the first model, which it has unless its folder has its own"""
+    own = text if variant.text_path == loaded.path else TextModel.load(variant.text_path)
+    return Variant(variant.name, str(variant.path), own, variant.adapter)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -178,12 +196,25 @@ def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, memory: Memo
     layers = ", ".join(f"{count} {kind}" for kind, count in sorted(info.layers.items()))
     facts.add_row("url", f"{url}/v1")
     facts.add_row("model", f"{name}, {info.model_type}, {layers}, context {info.max_length:,}")
+    for each in loaded.variants:
+        facts.add_row("variant", _variant_line(each, len(loaded.model.chain) - 1))
     facts.add_row("size", f"{format_count(info.num_parameters)} parameters in {loaded.dtype_name}")
     facts.add_row("backend", _backend_line(loaded.ops.name))
     facts.add_row("exact", f"NO: {inexact[0]} ({len(inexact)} reasons)" if inexact else "yes, checked just now")
     facts.add_row("cache", _cache_line(config, spec))
     facts.add_row("memory", str(memory))
     return Panel(facts, title=f"hybrid-cache {__version__}", title_align="left", expand=False)
+
+
+def _variant_line(variant: LoadedVariant, num_layers: int) -> str:
+    kind, equal = f"adapter {variant.adapter}" if variant.adapter else str(variant.path), variant.equal_layers
+    if equal is None:
+        depth = "its embedding differs"
+    elif equal == num_layers:
+        depth = "all layers are the model's"
+    else:
+        depth = f"differs from layer {equal} of {num_layers} on"
+    return f"{variant.name}, {kind}: {depth}, {variant.shared:.0%} of its matrices are stored for others, too"
 
 
 def ignored_line(ignored: Sequence[str]) -> str:

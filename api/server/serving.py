@@ -1,7 +1,7 @@
 """What the routes share: a model that is talked to in text, and facts about it and its server."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel
 
@@ -19,29 +19,37 @@ from hybrid_cache.api.server.tenants import owner_of
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.text_engine import TextEngine
+from hybrid_cache.api.text.text_work import TextWork
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.choreography.book import MessageBook
 from hybrid_cache.engine.async_engine import AsyncEngine
-from hybrid_cache.errors import RequestError
+from hybrid_cache.errors import ConfigError, RequestError
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """Facts about the model that runs in an engine."""
+    """Facts about a model that runs in an engine."""
 
     names: tuple[str, ...]  # what clients call it, the first is what replies say
+    path: str  # of its folder, or its adapter's
     dtype: str
     system_fingerprint: str  # what a seed's promise holds for: server, weights, dtype and kernels
+    parent: str | None = None  # the model that it is a variant of
+    adapter: str | None = None  # the name of the one that makes it a variant
 
     @property
     def name(self) -> str:
         return self.names[0]
 
-    def check_name(self, asked: str | None) -> None:
-        """Raises ModelNotFound for a model that is not this one; no name means this one."""
-        if asked and asked not in self.names:
-            served = ", ".join(self.names)
-            raise ModelNotFound(f"the model {quoted(asked)} is not served here, only {served}", param="model")
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A model of the engine beside its first one, under the name by which the engine knows it."""
+
+    name: str
+    path: str
+    text: TextModel
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,32 @@ class Serving:
     gate: Gate
     diagnoses: Diagnoses
     responses: ResponseStore  # that clients may ask for again, or continue
+    variants: "dict[str, Serving]" = field(default_factory=dict)  # what serves them, by name
+
+    def named(self, asked: str | None) -> "Serving":
+        """What serves a model by its name; no name means the first one. Raises ModelNotFound."""
+        if not asked or asked in self.model.names:
+            return self
+        if asked not in self.variants:
+            served = ", ".join((*self.model.names, *self.variants))
+            raise ModelNotFound(f"the model {quoted(asked)} is not served here, only {served}", param="model")
+        return self.variants[asked]
+
+    def add(self, variant: Variant) -> None:
+        """Serves a variant that the engine has. Raises ConfigError for a name that is taken."""
+        if variant.name in (*self.model.names, *self.variants):
+            raise ConfigError(f"the name {variant.name!r} is taken")
+        text = _text_engine(self.text.engine, variant.text, self.settings, variant.name, self.text.work)
+        facts = _served_model(self.text, self.settings)
+        model = replace(
+            facts,
+            names=(variant.name,),
+            path=variant.path,
+            parent=facts.name,
+            adapter=variant.adapter,
+            system_fingerprint=_system_fingerprint(text, self.settings),
+        )
+        self.variants[variant.name] = replace(self, text=text, model=model)
 
     async def answer(self, specs: Sequence[GenerationSpec], headers: Mapping[str, str], asked: BaseModel) -> Answer:
         """Queues all of them or none. Raises RequestError, Overloaded or EngineStopped.
@@ -84,36 +118,58 @@ class Serving:
         return await Answer.to(self.text, specs, self.metrics.observe)
 
 
-def new_serving(engine: AsyncEngine, text: TextModel, settings: ServerSettings) -> Serving:
+def new_serving(
+    engine: AsyncEngine, text: TextModel, settings: ServerSettings, variants: Iterable[Variant] = ()
+) -> Serving:
+    """variants: those of the engine"""
     gate = Gate(engine.max_requests, MOST_BODIES * settings.max_body_bytes, by_tenant=len(settings.api_keys) > 1)
-    text_engine = TextEngine.of(
-        engine,
-        text,
-        special_tokens_in_content=settings.special_tokens_in_content,
-        tool_parser=settings.tool_parser,
-    )
+    text_engine = _text_engine(engine, text, settings)
     book = MessageBook(settings.message_book_bytes)
     metrics = Metrics(engine, settings, book)
     metrics.also(lambda: gate_families(gate, text_engine.work))
     responses = ResponseStore(settings.response_store, settings.response_store_bytes, settings.response_life_s)
     metrics.also(responses.families)
-    return Serving(
+    serving = Serving(
         text=text_engine,
         settings=settings,
-        model=_served_model(engine, settings),
+        model=_served_model(text_engine, settings),
         metrics=metrics,
         book=book,
         gate=gate,
         diagnoses=Diagnoses(),
         responses=responses,
     )
+    for variant in variants:
+        serving.add(variant)
+    return serving
 
 
-def _served_model(engine: AsyncEngine, settings: ServerSettings) -> ServedModel:
-    model = engine.model
-    dtype = str(model.cache_spec.hidden_dtype).removeprefix("torch.")
+def _text_engine(
+    engine: AsyncEngine, text: TextModel, settings: ServerSettings, model: str = "", work: TextWork | None = None
+) -> TextEngine:
+    return TextEngine.of(
+        engine,
+        text,
+        special_tokens_in_content=settings.special_tokens_in_content,
+        tool_parser=settings.tool_parser,
+        model=model,
+        work=work,
+    )
+
+
+def _served_model(text: TextEngine, settings: ServerSettings) -> ServedModel:
     return ServedModel(
         names=settings.served_names,
-        dtype=dtype,
-        system_fingerprint=f"hybrid-cache-{__version__}-{model.fingerprint[:12]}-{dtype}-{settings.backend}",
+        path=settings.model_path,
+        dtype=_dtype(text),
+        system_fingerprint=_system_fingerprint(text, settings),
+        adapter=settings.adapter,
     )
+
+
+def _dtype(text: TextEngine) -> str:
+    return str(text.engine.model.cache_spec.hidden_dtype).removeprefix("torch.")
+
+
+def _system_fingerprint(text: TextEngine, settings: ServerSettings) -> str:
+    return f"hybrid-cache-{__version__}-{text.fingerprint[:12]}-{_dtype(text)}-{settings.backend}"

@@ -144,6 +144,7 @@ class _Generation:
                 session=spec.session,
                 kind=spec.kind,
                 owner=spec.owner,
+                model=text.model,
             )
         )
         self._text, self._spec = text, spec

@@ -40,6 +40,7 @@ class TextEngine:
     tools: ToolFormat  # in which the model writes calls
     thoughts: ThoughtFormat | None  # and thoughts, if it has any
     grammars: Grammars
+    model: str = ""  # the engine's name for it: empty, or a variant's
     expecting: set[asyncio.Task[None]] = field(default_factory=set)  # work on turns that are still to come
 
     @classmethod
@@ -50,9 +51,12 @@ class TextEngine:
         *,
         special_tokens_in_content: bool = False,
         tool_parser: str | None = None,
+        model: str = "",
+        work: TextWork | None = None,
     ) -> "TextEngine":
         """special_tokens_in_content: as in `ChatEncoder`
         tool_parser: the name of a `ToolFormat`; None to find it from the chat template
+        model: a variant of the engine   work: that of others, to share its threads with them
 
         Raises ConfigError for an unknown one.
         """
@@ -61,7 +65,22 @@ class TextEngine:
         tools = format_of(sources, tool_parser)
         eos_ids = [token for token in text.defaults.eos_ids if token < engine.model.vocab_size]
         grammars = Grammars(text.tokenizer, engine.model.vocab_size, eos_ids)
-        return cls(engine, text.tokenizer, chat, text.defaults, TextWork(), tools, thoughts_of(sources), grammars)
+        return cls(
+            engine=engine,
+            tokenizer=text.tokenizer,
+            chat=chat,
+            defaults=text.defaults,
+            work=work or TextWork(),
+            tools=tools,
+            thoughts=thoughts_of(sources),
+            grammars=grammars,
+            model=model,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its model, which namespaces begin with."""
+        return self.engine.fingerprint(self.model)
 
     def answer_form(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] | None) -> AnswerForm:
         """How an answer to a conversation is read. tools: definitions of functions; None where calls are text"""
@@ -162,7 +181,7 @@ class TextEngine:
             found = await self.work.run_later(talk.size + said.size, lambda: beginnings(self.chat, talk, said, longest))
             for prompt in found or ():
                 if adds_pages(prompt.tokens, spec.prompt.tokens):
-                    self.engine.commit(spec.namespace, prompt, spec.session)
+                    self.engine.commit(spec.namespace, prompt, spec.session, self.model)
 
     async def prompt(self, prompt: str | list[int], tenant: str, *, add_special_tokens: bool) -> Prompt:
         """A text, or tokens as they are. Raises RequestError, and ContextTooLong for text that cannot fit."""

@@ -108,6 +108,7 @@ class SimulatedModel:
     vocab_size = 1 << 31
     max_length = 1 << 20
     fingerprint = "simulated"
+    chain = ()
 
     def __init__(self, machine: Machine) -> None:
         self.cache_spec = machine.spec
@@ -148,7 +149,7 @@ class SimulatedWorker(Worker):
 
     def __init__(self, machine: Machine, clock: Clock, memory: CacheMemory) -> None:
         self.memory = memory
-        self.graphs = None
+        self.graphs = {}
         self.busy_s = 0.0
         self._machine = machine
         self._clock = clock
@@ -180,6 +181,10 @@ class SimulatedWorker(Worker):
         return num_bytes / self._machine.copy_bytes_per_s
 
     def choose(
-        self, rows: Sequence[object], choosers: Sequence[TokenChooser], num_top: Sequence[int | None]
+        self,
+        rows: Sequence[object],
+        models: Sequence[str],
+        choosers: Sequence[TokenChooser],
+        num_top: Sequence[int | None],
     ) -> list[tuple[int, TokenLogprob | None]]:
         return [(GENERATED, None)] * len(choosers)

@@ -133,6 +133,7 @@ class RandomWeights:
         self.num_bytes = 0
         self._device = device
         self._dtype = dtype
+        self._seed = seed
         self._rng = torch.Generator(device).manual_seed(seed)
 
     def take(self, name: str, *shape: int) -> Tensor:
@@ -147,11 +148,14 @@ class RandomWeights:
     def has(self, name: str) -> bool:
         return name.endswith("experts.gate_up_proj")
 
+    def low_rank(self, name: str) -> None:
+        """Nothing is beside the weights."""
+
     def ignore(self, pattern: str) -> None:
         """Nothing is left over."""
 
-    def finish(self) -> str:
-        return "random"
+    def finish(self) -> Mapping[str, bytes]:
+        return {"random": str(self._seed).encode()}
 
     def _draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self.num_bytes += prod(shape) * dtype.itemsize
@@ -167,9 +171,9 @@ class RandomWeights:
         return values.mul_(0.2) if name.endswith("bias") else values.mul_(0.2).add_(1.0)
 
 
-def random_model(config: Mapping[str, object], ops: Ops, dtype: torch.dtype) -> tuple[ShapedModel, int]:
+def random_model(config: Mapping[str, object], ops: Ops, dtype: torch.dtype, seed: int = 0) -> tuple[ShapedModel, int]:
     """-> a model of random weights on the device of `ops`, and the bytes of its weights."""
-    weights = RandomWeights(ops.device, dtype)
+    weights = RandomWeights(ops.device, dtype, seed)
     with ops.device:
         model = registry.find(config.get("model_type"))(Config(config), weights, ops, dtype)
     return model, weights.num_bytes

@@ -71,8 +71,10 @@ def exactness(
 
 
 def _compare(subject: Subject, dtype: str, backend: str, rows: int, seed: int, progress: Progress) -> Report:
-    model = subject.load(dtype, select(backend))
-    return compare(model, Report(subject.name, dtype, seed), rows, progress, phase=subject.phase)
+    ops = select(backend)
+    other = None if subject.other is None else subject.other(dtype, ops)
+    report = Report(subject.name, dtype, seed)
+    return compare(subject.load(dtype, ops), report, rows, progress, phase=subject.phase, variant=other)
 
 
 def _over_http(

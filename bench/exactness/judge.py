@@ -1,7 +1,7 @@
 """A plain engine answers what a busy one has answered, and says whether that was right."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from hybrid_cache.bench.exactness.traffic import Traffic, room
 from hybrid_cache.choreography.arrangement import Fidelity
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
@@ -23,20 +24,24 @@ from hybrid_cache.tokens import Prompt, TokenArray
 class Judge:
     """A plain engine: no reuse, one request at a time. Says whether what a busy one did was right."""
 
-    def __init__(self, model: HybridModel, most_tokens: int, ledger: Ledger, report: Report) -> None:
+    def __init__(self, models: Mapping[str, HybridModel], most_tokens: int, ledger: Ledger, report: Report) -> None:
+        """models: by the name that requests have for them; each is run by itself"""
         self._ledger, self._report = ledger, report
-        config = EngineConfig(
-            budget_bytes=room(model, most_tokens, 4), max_running=1, prefix_cache=False, verify=True, max_tiles=64
-        )
-        self._engine = watched_engine(model, config, PlainWatcher(ledger))
+        self._engines = dict[str, Engine]()
+        for name, model in models.items():
+            config = EngineConfig(
+                budget_bytes=room(model, most_tokens, 4), max_running=1, prefix_cache=False, verify=True, max_tiles=64
+            )
+            self._engines[name] = watched_engine(model, config, PlainWatcher(ledger))
 
     def round(self, asked: Sequence[Asked], traffic: Traffic) -> None:
         for one in asked:
             self._judge(one, traffic)
         turns = traffic.watcher.turns
-        for key, tokens in sorted(turns.items(), key=lambda turn: -len(turn[1])):
+        for key, (fingerprint, tokens) in sorted(turns.items(), key=lambda turn: -len(turn[1][1])):
             if self._ledger.waits(key):
-                self._answer(Request("turn", Prompt(tokens), SamplingParams(max_tokens=0)))
+                name = next(name for name, engine in self._engines.items() if engine.fingerprint("") == fingerprint)
+                self._answer(Request("turn", Prompt(tokens), SamplingParams(max_tokens=0), model=name))
         turns.clear()
         self._ledger.end_round()
         if foreign := traffic.given.foreign(traffic.engine.cache):
@@ -60,7 +65,7 @@ class Judge:
         if asked.publishes:
             self._give(asked, prompt, traffic)
         sampling = request.sampling if asked.reported else SamplingParams(max_tokens=0)
-        again = Request(name, Prompt(prompt), sampling, request.n)
+        again = Request(name, Prompt(prompt), sampling, request.n, model=request.model)
         again = replace(again, make_stopper=request.make_stopper, make_constraint=request.make_constraint)
         outputs = self._answer(again)
         if not asked.aborted:
@@ -74,8 +79,9 @@ class Judge:
                 traffic.given.text(namespace, np.concatenate([prompt, asked.answer(index)]))
 
     def _answer(self, request: Request) -> Outputs:
-        self._engine.submit(request)
-        return self._engine.run_until_idle()
+        engine = self._engines[request.model]
+        engine.submit(replace(request, model=""))
+        return engine.run_until_idle()
 
     def _compare(self, asked: Asked, outputs: Outputs) -> None:
         expected: dict[int, list[TokenOutput]] = defaultdict(list)

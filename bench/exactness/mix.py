@@ -4,6 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -29,7 +30,10 @@ from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 
 T = TypeVar("T")
 
+NO_VARIANTS: Mapping[str, HybridModel] = MappingProxyType({})
+
 SALTS = ("", "", "", "", "a")
+VARIANT = "variant"  # the name of another model, and the salt of its requests
 ROLES = ("user", "user", "user", "critic")
 OPENING, CLOSING = 3, 2  # tokens
 KINDS = ("as it is", "as it is", "as it is", "continued", "continued", "longer", "other end", "shuffled", "changed")
@@ -96,13 +100,18 @@ LONG = Phase(
 class Mix:
     """Seeded requests for one engine. What it has asked, and what was answered, comes again in later ones."""
 
-    def __init__(self, model: HybridModel, phase: Phase, rng: random.Random) -> None:
+    def __init__(
+        self, model: HybridModel, phase: Phase, rng: random.Random, variants: Mapping[str, HybridModel] = NO_VARIANTS
+    ) -> None:
         self._rng = rng
+        self._salts = (*SALTS, *variants, *variants)
         self._vocab = model.vocab_size
         self._compositions = list(Composition)
         self._longest = min(phase.longest, model.max_length - max(phase.answers) - 1)
         self._phase = phase
-        self._namespaces = {salt: namespace_of(salt, model.fingerprint) for salt in SALTS}
+        self._namespaces = {
+            salt: namespace_of(salt, variants.get(salt, model).fingerprint) for salt in dict.fromkeys(self._salts)
+        }
         self._openings = {role: self._tokens(OPENING) for role in ("assistant", "critic")}
         self._closing = tuple(self._tokens(CLOSING).tolist())
         self._systems = [Said(self._tokens(length), "system") for length in phase.systems]
@@ -110,7 +119,7 @@ class Mix:
         self._texts += [self._changed(said) for said in self._texts[:3]]
         self._more = self._tokens(phase.more)
         self._themes: dict[str, list[Said]] = {}
-        self._answers: dict[str, list[Said]] = {salt: [] for salt in SALTS}
+        self._answers: dict[str, list[Said]] = {salt: [] for salt in self._namespaces}
         self._count = 0
 
     @property
@@ -121,7 +130,7 @@ class Mix:
     def next(self) -> Asked:
         rng = self._rng
         self._count += 1
-        salt = rng.choice(SALTS)
+        salt = rng.choice(self._salts)
         if rng.random() < 0.1:
             self._texts[rng.randrange(len(self._texts))] = self._text()
         messages = self._messages(salt)
@@ -270,7 +279,8 @@ class Mix:
         constraint = partial(Some, self._vocab, divisor) if rng.random() < 0.15 else None
         name, session = f"r{self._count}", ("", "", "s", "t")[self._count % 4]
         choice = number, salt, mode, make_stopper, constraint
-        return Request(name, prompt, sampling, *choice, tenant=tenant, session=session)
+        model = salt if salt == VARIANT else ""
+        return Request(name, prompt, sampling, *choice, tenant=tenant, session=session, model=model)
 
     def _sampling(self) -> SamplingParams:
         rng, most = self._rng, self._rng.choice(self._phase.answers)

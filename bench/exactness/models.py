@@ -51,22 +51,28 @@ class Subject:
 
     name: str
     load: Callable[[str, Ops], HybridModel]  # dtype; raises HybridCacheError
+    other: Callable[[str, Ops], HybridModel] | None = None  # a variant of it: the same shape, other weights
     phase: Phase = MIXED
 
 
 def shipped() -> list[Subject]:
     """The embedded model, by itself and with each adapter."""
-    adapted = [Subject(f"embedded+{name}", partial(_load, embedded_path(), name)) for name in SHIPPED]
-    return [Subject("embedded", partial(_load, embedded_path(), None)), *adapted]
+    plain, first = partial(_load, embedded_path(), None), next(iter(SHIPPED))
+    adapted = [Subject(f"embedded+{name}", partial(_load, embedded_path(), name), plain) for name in SHIPPED]
+    return [Subject("embedded", plain, partial(_load, embedded_path(), first, merges=False)), *adapted]
 
 
 def small() -> list[Subject]:
-    return [Subject(f"small {name}", partial(_random, config)) for name, config in {**SMALL, **PURE}.items()]
+    configs = {**SMALL, **PURE}
+    return [
+        Subject(f"small {name}", partial(_random, config, 0), partial(_random, config, 1))
+        for name, config in configs.items()
+    ]
 
 
 def wide() -> list[Subject]:
     configs = {name: {**CONFIGS[name], **changes} for name, changes in WIDE.items()}
-    return [Subject(f"wide {name}", partial(_random, config), LONG) for name, config in configs.items()]
+    return [Subject(f"wide {name}", partial(_random, config, 0), phase=LONG) for name, config in configs.items()]
 
 
 def named(name: str) -> Subject:
@@ -81,9 +87,9 @@ def folders(names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def _load(path: Path, adapter: str | None, dtype: str, ops: Ops) -> HybridModel:
-    return load(path, dtype=dtype, ops=ops, adapter=adapter)
+def _load(path: Path, adapter: str | None, dtype: str, ops: Ops, *, merges: bool = True) -> HybridModel:
+    return load(path, dtype=dtype, ops=ops, adapter=adapter, merges=merges)
 
 
-def _random(config: Mapping[str, object], dtype: str, ops: Ops) -> HybridModel:
-    return random_model(config, ops, COMPUTE_DTYPES[dtype] or torch.float32)[0]
+def _random(config: Mapping[str, object], seed: int, dtype: str, ops: Ops) -> HybridModel:
+    return random_model(config, ops, COMPUTE_DTYPES[dtype] or torch.float32, seed)[0]

@@ -4,10 +4,11 @@ Requests may be answered in an order that is known only afterwards, so the busy 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import count
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from hybrid_cache.bench.exactness.report import Report
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import ForwardBatch, HybridModel, go_on
-from hybrid_cache.device.worker import Hidden, Worker
+from hybrid_cache.device.worker import Hidden, Part, Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Step
@@ -27,7 +28,8 @@ from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.tokens import TokenArray
 from hybrid_cache.work import Work
 
-# A digest of all tokens up to the row's own, and where the prompt ended for a row of decode; -1 for one of prefill.
+# A digest of the model and all tokens up to the row's own, and where the prompt ended for a row of decode; -1 for one
+# of prefill.
 Key = tuple[bytes, int]
 Bits = npt.NDArray[np.int32]
 
@@ -52,37 +54,53 @@ class Watcher(Protocol):
 
 
 def watched_engine(
-    model: HybridModel, config: EngineConfig, watcher: Watcher, clock: Callable[[], float] = time.monotonic
+    model: HybridModel,
+    config: EngineConfig,
+    watcher: Watcher,
+    clock: Callable[[], float] = time.monotonic,
+    variants: Mapping[str, HybridModel] = MappingProxyType({}),
 ) -> Engine:
     """An engine that shows a watcher the logits of each token which an exact sequence computes."""
 
     class Recorder(Worker):
-        step: Step | None = None  # until its rows have been seen
+        step: Step | None = None  # of the next pass
+        under_way: list[tuple[Step, set[str]]]  # passes, one between the layers of another, and models that were seen
 
         def run(self, work: Work, pause: Callable[[], None] = go_on) -> Hidden:
-            hidden, step = super().run(work, pause), self.step
-            if step is not None and step.decodes:  # launches were replayed, which knows of decode rows only
-                exact = [i for i, sequence in enumerate(step.decodes) if is_exact(sequence.prefill)]
-                self._show([(key, origin) for key, origin, _ in decode_rows(step, 0)], hidden.decodes[exact])
-            self.step = None
+            step, self.step = self.step, None
+            if step is None:
+                return super().run(work, pause)
+            seen = set[str]()
+            self.under_way.append((step, seen))
+            try:
+                hidden = super().run(work, pause)
+            finally:
+                self.under_way.pop()
+            for fingerprint in {rows.model for rows in work.decodes} - seen:  # whose launches were replayed
+                part = Step((), tuple(s for s in step.decodes if s.prefill.model == fingerprint))
+                places = [i for i, rows in enumerate(work.decodes) if rows.model == fingerprint]
+                found = list(decode_rows(part, 0))
+                self._show(fingerprint, found, hidden.decodes[[places[i] for *_, i in found]])
             return hidden
 
-        def forward(self, batch: ForwardBatch) -> Tensor:
-            assert self.step is not None
-            step, self.step = self.step, None
-            found = list(exact_rows(step, batch.layout))
+        def forward(self, part: Part, batch: ForwardBatch) -> Tensor:
+            step, seen = self.under_way[-1]
+            seen.add(part.model.fingerprint)
+            found = list(exact_rows(part_of(step, part), batch.layout))
             rows = torch.tensor([row for *_, row in found], dtype=torch.int64, device=batch.output_rows.device)
-            hidden = super().forward(replace(batch, output_rows=torch.cat([rows, batch.output_rows])))
-            self._show([(key, origin) for key, origin, _ in found], hidden[: len(found)])
+            hidden = super().forward(part, replace(batch, output_rows=torch.cat([rows, batch.output_rows])))
+            self._show(part.model.fingerprint, found, hidden[: len(found)])
             return hidden[len(found) :]
 
-        def _show(self, rows: list[tuple[Key, Origin]], hidden: Tensor) -> None:
+        def _show(self, fingerprint: str, rows: list[tuple[Key, Origin, int]], hidden: Tensor) -> None:
             if rows:
-                bits = self.logits(hidden).cpu().numpy().view(np.int32)
-                for (key, origin), row in zip(rows, bits, strict=True):
+                bits = self.logits(self.models[fingerprint], hidden).cpu().numpy().view(np.int32)
+                for (key, origin, _), row in zip(rows, bits, strict=True):
                     watcher.row(key, row, origin)
 
-    engine = Engine(model, config, worker=Recorder, clock=clock)
+    engine = Engine(model, config, worker=Recorder, clock=clock, variants=variants)
+    assert isinstance(engine.worker, Recorder)
+    engine.worker.under_way = []
 
     def watch(step: Step) -> None:
         watcher.step(step)
@@ -91,6 +109,16 @@ def watched_engine(
 
     engine.watch = watch
     return engine
+
+
+def part_of(step: Step, part: Part) -> Step:
+    """What one model computes of a step."""
+    leaps = tuple(sequence for sequence in step.decodes if sequence.stride > 1)
+    singles = tuple(sequence for sequence in step.decodes if sequence.stride == 1)
+    num_chunks = len(step.chunks)
+    chunks = tuple(step.chunks[i] for i in part.chunks if i < num_chunks)
+    several = tuple(leaps[i - num_chunks] for i in part.chunks if i >= num_chunks)
+    return Step(chunks, (*several, *(singles[i] for i in part.decodes)))
 
 
 def is_exact(prefill: Prefill) -> bool:
@@ -104,7 +132,7 @@ def exact_rows(step: Step, layout: RowLayout) -> Iterator[tuple[Key, Origin, int
     for chunk, row in zip(step.chunks, first_rows, strict=False):
         if is_exact(chunk.prefill):
             name, path = name_of(chunk)
-            digests = prefix_digests(chunk.prefill.tokens, chunk.start, chunk.end)
+            digests = prefix_digests(chunk.prefill.model, chunk.prefill.tokens, chunk.start, chunk.end)
             for place, digest in enumerate(digests, start=chunk.start):
                 yield (digest, -1), Origin(name, place, path), row + place - chunk.start
     yield from decode_rows(step, layout.decode_row, first_rows[len(step.chunks) :])
@@ -118,7 +146,7 @@ def decode_rows(step: Step, first: int, leaps: Iterable[int] = ()) -> Iterator[t
         row = next(single) if stride == 1 else next(several)
         if is_exact(sequence.prefill):
             tokens = np.concatenate([sequence.all_tokens(), np.asarray(sequence.forced, np.int32)])
-            for i, digest in enumerate(prefix_digests(tokens, start, start + stride)):
+            for i, digest in enumerate(prefix_digests(sequence.prefill.model, tokens, start, start + stride)):
                 yield (digest, _way(sequence)), Origin(sequence.request.id, start + i, "decode"), row + i
 
 
@@ -134,17 +162,12 @@ def name_of(chunk: Chunk) -> tuple[str, str]:
     return (chunk.sequence.request.id, "prefill") if chunk.sequence else ("a finished turn", "canonical pass")
 
 
-def prefix_digests(tokens: TokenArray, start: int, end: int) -> Iterator[bytes]:
-    """Of all tokens up to each of [start, end), that one included."""
-    known = blake2b(np.ascontiguousarray(tokens[:start], np.int32).tobytes(), digest_size=16)
+def prefix_digests(model: str, tokens: TokenArray, start: int, end: int) -> Iterator[bytes]:
+    """Of a model's fingerprint and all tokens up to each of [start, end), that one included."""
+    known = blake2b(model.encode() + np.ascontiguousarray(tokens[:start], np.int32).tobytes(), digest_size=16)
     for token in np.ascontiguousarray(tokens[start:end], np.int32):
         known.update(token.tobytes())
         yield known.copy().digest()
-
-
-def digest_of(tokens: TokenArray) -> bytes:
-    """What `prefix_digests` has for the last token."""
-    return blake2b(np.ascontiguousarray(tokens, np.int32).tobytes(), digest_size=16).digest()
 
 
 @dataclass(slots=True)
@@ -216,7 +239,8 @@ class BusyWatcher:
         self._mixed = report.mixed
         self._pass: tuple[Prefill, int] | None = None  # the last canonical pass, and how far it has come
         self.prompts: dict[str, TokenArray] = {}  # by request, those that were computed or decoded exactly
-        self.turns: dict[Key, TokenArray] = {}  # what canonical passes have come to, by the key of its last row
+        self.turns: dict[Key, tuple[str, TokenArray]] = {}  # what canonical passes of a model have come to, by the
+        # key of its last row
 
     def step(self, step: Step) -> None:
         current = next((c for c in step.chunks if c.sequence is None and is_exact(c.prefill)), None)
@@ -225,8 +249,8 @@ class BusyWatcher:
         self._pass = None if current is None else (current.prefill, current.end)
         if current is not None:
             self._mixed["canonical passes, tiles"] += 1
-            [*_, last] = prefix_digests(current.prefill.tokens, current.start, current.end)
-            self.turns[last, -1] = current.prefill.tokens[: current.end]
+            [*_, last] = prefix_digests(current.prefill.model, current.prefill.tokens, current.start, current.end)
+            self.turns[last, -1] = current.prefill.model, current.prefill.tokens[: current.end]
         for chunk in step.chunks:
             if not is_exact(chunk.prefill):
                 self._mixed["rows of approximate sequences"] += chunk.end - chunk.start

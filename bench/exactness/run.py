@@ -7,7 +7,7 @@ import traceback
 from rich.progress import Progress
 
 from hybrid_cache.bench.exactness.judge import Judge
-from hybrid_cache.bench.exactness.mix import MIXED, TIGHT, Phase
+from hybrid_cache.bench.exactness.mix import MIXED, TIGHT, VARIANT, Phase
 from hybrid_cache.bench.exactness.report import Report
 from hybrid_cache.bench.exactness.rows import Ledger
 from hybrid_cache.bench.exactness.traffic import Stuck, Traffic
@@ -22,12 +22,14 @@ MORE_ROUNDS = 12  # tight ones at most, for what a run has to meet and has not
 class Comparison:
     """Rounds with one model, until enough rows have been compared."""
 
-    def __init__(self, model: HybridModel, report: Report, phase: Phase) -> None:
+    def __init__(self, model: HybridModel, report: Report, phase: Phase, variant: HybridModel | None = None) -> None:
         self.report = report
         self._model, self._phase = model, phase
+        self._variants = {} if variant is None else {VARIANT: variant}
         self._rng = random.Random(f"{report.seed} {report.model} {report.dtype}")
         self._ledger = Ledger(report)
-        self._judge = Judge(model, max(p.most_tokens for p in (phase, TIGHT)), self._ledger, report)
+        most_tokens = max(p.most_tokens for p in (phase, TIGHT))
+        self._judge = Judge({"": model, **self._variants}, most_tokens, self._ledger, report)
         self._traffic = self._open(phase)
         if not model.cache_spec.page_bytes:
             report.needed = ("evictions",)  # an answer takes no more room than its prompt: nobody is preempted
@@ -58,7 +60,7 @@ class Comparison:
         self._traffic.close()
 
     def _open(self, phase: Phase) -> Traffic:
-        return Traffic(self._model, phase, self._ledger, self.report, self._rng)
+        return Traffic(self._model, phase, self._ledger, self.report, self._rng, self._variants)
 
 
 def compare(
@@ -68,14 +70,16 @@ def compare(
     progress: Progress | None = None,
     requests_per_round: int | None = None,
     phase: Phase = MIXED,
+    variant: HybridModel | None = None,
 ) -> Report:
     """Rounds until at least `num_rows` rows are compared, a tight one among them; fills in and returns the report.
 
+    variant: another model of the same shape, which the busy engine runs beside the first; plain ones run one each
     More tight rounds follow while what the run has to meet has not been met.
     """
     started = time.perf_counter()
     task = progress.add_task(f"{report.model} {report.dtype}", total=num_rows) if progress else None
-    comparison = Comparison(model, report, phase)
+    comparison = Comparison(model, report, phase, variant)
     try:
         while report.rounds < 2 or (report.rows < num_rows and report.rounds < 10 * num_rows):
             comparison.round(requests_per_round)

@@ -1,13 +1,14 @@
 """A busy engine: random requests arrive, are answered in batches, or are aborted."""
 
 import random
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
 from hybrid_cache.bench.exactness.asked import Asked, traits
-from hybrid_cache.bench.exactness.mix import Mix, Phase
+from hybrid_cache.bench.exactness.mix import NO_VARIANTS, Mix, Phase
 from hybrid_cache.bench.exactness.report import Report
 from hybrid_cache.bench.exactness.rows import BusyWatcher, Ledger, watched_engine
 from hybrid_cache.bench.exactness.tree import Given
@@ -43,14 +44,22 @@ class Clock:
 class Traffic:
     """One busy engine, and the requests that arrive, are answered, or are aborted."""
 
-    def __init__(self, model: HybridModel, phase: Phase, ledger: Ledger, report: Report, rng: random.Random) -> None:
+    def __init__(
+        self,
+        model: HybridModel,
+        phase: Phase,
+        ledger: Ledger,
+        report: Report,
+        rng: random.Random,
+        variants: Mapping[str, HybridModel] = NO_VARIANTS,
+    ) -> None:
         self.watcher = BusyWatcher(ledger, report)
-        self.mix = Mix(model, phase, rng)
+        self.mix = Mix(model, phase, rng, variants)
         self.given = Given()
         self._clock, self._phase, self._rng, self._report = Clock(), phase, rng, report
         self._turns = random.Random(report.seed)  # what is told of turns to come
         self._ends = random.Random(2)  # how turns end
-        self.engine = watched_engine(model, _config(model, phase, rng), self.watcher, self._clock)
+        self.engine = watched_engine(model, _config(model, phase, rng), self.watcher, self._clock, variants)
         self.engine.between_layers = self._between_layers
         self._to_come = 0  # requests of this round
         self._asked: dict[str, Asked] = {}
@@ -166,7 +175,8 @@ class Traffic:
         if len(tokens) <= self.engine.longest_sequence:
             self._report.mixed["turns told of"] += 1
             self.given.text(self.mix.namespaces[asked.request.namespace], tokens)
-            self.engine.commit(asked.request.namespace, Prompt(tokens, prompt.boundaries if not cut else ()))
+            prompt = Prompt(tokens, prompt.boundaries if not cut else ())
+            self.engine.commit(asked.request.namespace, prompt, model=asked.request.model)
 
     def _abort(self) -> None:
         for name, left in list(self._aborts.items()):

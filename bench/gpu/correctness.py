@@ -5,7 +5,7 @@ invalid access breaks its process, and the next few tasks of that process fail a
 """
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,6 @@ from hybrid_cache.bench.gpu.report import Section
 from hybrid_cache.bench.gpu.setting import Setting
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
@@ -227,9 +226,8 @@ def _rows_that_differ(setting: Setting, size_in: int, size_out: int) -> list[int
 class EagerWorker(Worker):
     """Launches each kernel by itself."""
 
-    def __init__(self, model: HybridModel, memory: CacheMemory, spare_slot: Callable[[], int | None]) -> None:
-        super().__init__(model, memory, spare_slot)
-        self.graphs = None
+    def _record(self, model: HybridModel) -> None:
+        """Nothing is recorded."""
 
 
 def models(setting: Setting, section: Section) -> None:

@@ -37,6 +37,11 @@ class HostTier:
     def used_bytes(self) -> int:
         return self._allocator.used_bytes
 
+    @property
+    def namespaces(self) -> set[str]:
+        """Of what is here."""
+        return set(self._namespaces.values())
+
     def __len__(self) -> int:
         return len(self._items)
 

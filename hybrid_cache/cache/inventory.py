@@ -90,6 +90,8 @@ class Inventory:
     def drop_all(self) -> int:
         """Drops all that is seen and nobody uses now -> bytes freed."""
         known = {*self._pool.tree.roots, *(kept.node.namespace for kept in self._pool.slot_owner.values())}
+        if self._pool.host is not None:
+            known |= self._pool.host.namespaces
         return sum(self._books.drop(namespace) for namespace in known if self._may_see(namespace))
 
     def _drop_pages(self, top: Node) -> None:

@@ -106,6 +106,11 @@ class HybridModel(Protocol):
         ...
 
     @property
+    def chain(self) -> tuple[str, ...]:
+        """Names of what it computes up to each of its layers, as in `models.depth`; empty if nobody knows."""
+        ...
+
+    @property
     def fidelities(self) -> tuple[str, ...]:
         """Fidelities that this model supports besides `exact`, see `choreography.arrangement.Fidelity`."""
         ...

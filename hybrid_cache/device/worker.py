@@ -1,4 +1,4 @@
-"""Carries out the work of engine steps on one model and one memory; decides nothing."""
+"""Carries out the work of engine steps on one memory, for a model and others of its shape; decides nothing."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,17 +30,47 @@ class Hidden:
     kept: Tensor  # [kept, hidden]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one model computes of a piece of work: rows of other models have no bit in common with it."""
+
+    model: HybridModel
+    work: Work
+    chunks: Sequence[int]  # its places among those of the whole
+    decodes: Sequence[int]
+
+
 class Worker:
-    """Runs one model on one memory. What a test or a benchmark watches or forces, it overrides here."""
+    """Runs models on one memory, one after the other. What a test or a benchmark watches or forces, it overrides here.
+
+    models: by fingerprint; all have the shape of the first one
+    """
 
     def __init__(
         self, model: HybridModel, memory: CacheMemory, spare_slot: Callable[[], int | None] = lambda: None
     ) -> None:
         """spare_slot: takes a state slot that no sequence owns, for rows that pad a batch; None without room"""
         self.model = model
+        self.models = {model.fingerprint: model}
         self.memory = memory
         self.composer = Composer(memory, model.ops, model.cache_spec.effect_sums)
-        self.graphs = DecodeGraphs(model, memory, spare_slot()) if model.device.type == "cuda" else None
+        self.graphs = dict[str, DecodeGraphs]()  # by fingerprint
+        self._spare_slot = spare_slot
+        self._record(model)
+
+    def add(self, model: HybridModel) -> None:
+        """Takes in another model of the same shape."""
+        self.models[model.fingerprint] = model
+        self._record(model)
+
+    def remove(self, fingerprint: str) -> None:
+        """Forgets a model, for which there must be no work any more."""
+        del self.models[fingerprint]
+        self.graphs.pop(fingerprint, None)
+
+    def _record(self, model: HybridModel) -> None:
+        if model.device.type == "cuda":
+            self.graphs[model.fingerprint] = DecodeGraphs(model, self.memory, self._spare_slot())
 
     def run(self, work: Work, pause: Callable[[], None] = go_on) -> Hidden:
         """pause: called between layers on a CPU; it may have work on other sequences done
@@ -80,32 +110,62 @@ class Worker:
     def _pass(self, work: Work, pause: Callable[[], None]) -> Hidden:
         hidden = nothing = self.memory.rows[:0]
         if work.chunks or work.decodes:
-            hidden = self.memory.rows = self._forward(work, pause)
+            hidden = self.memory.rows = self._forward_all(work, pause)
         kept = self.memory.hidden(work.kept) if work.kept else nothing
         if not work.chunks:
             return Hidden((), hidden, kept)
-        *chunks, decodes = torch.split(hidden, [*(rows.num_wanted for rows in work.chunks), len(work.decodes)])
+        *chunks, decodes = torch.split(hidden, _num_wanted(work))
         return Hidden(tuple(chunks), decodes, kept)
 
-    def _forward(self, work: Work, pause: Callable[[], None]) -> Tensor:
-        batch = build_batch(work, packed=self.model.packs)
-        if self.model.device.type == "cpu":  # elsewhere the layers are only queued here
+    def _forward_all(self, work: Work, pause: Callable[[], None]) -> Tensor:
+        parts = self._parts(work)
+        if len(parts) == 1:
+            return self._forward(parts[0], pause)
+        chunks: list[Tensor | None] = [None] * len(work.chunks)
+        decodes: list[Tensor | None] = [None] * len(work.decodes)
+        for part in parts:
+            *some, singles = torch.split(self._forward(part, pause), _num_wanted(part.work))
+            for place, rows in zip(part.chunks, some, strict=True):
+                chunks[place] = rows.clone()
+            for place, row in zip(part.decodes, singles, strict=True):
+                decodes[place] = row[None].clone()  # a graph's rows are good until its next replay
+        return torch.cat([rows for rows in (*chunks, *decodes) if rows is not None])
+
+    def _parts(self, work: Work) -> list[Part]:
+        """By model, in the order in which they appear."""
+        rows = (*work.chunks, *work.decodes)
+        if all(each.model == rows[0].model for each in rows):
+            return [Part(self.models[rows[0].model], work, range(len(work.chunks)), range(len(work.decodes)))]
+        parts = []
+        for fingerprint in dict.fromkeys(each.model for each in rows):
+            chunks, decodes = (
+                [i for i, each in enumerate(some) if each.model == fingerprint] for some in (work.chunks, work.decodes)
+            )
+            own = Work((), tuple(work.chunks[i] for i in chunks), tuple(work.decodes[i] for i in decodes))
+            parts.append(Part(self.models[fingerprint], own, chunks, decodes))
+        return parts
+
+    def _forward(self, part: Part, pause: Callable[[], None]) -> Tensor:
+        work, model = part.work, part.model
+        batch = build_batch(work, packed=model.packs)
+        if model.device.type == "cpu":  # elsewhere the layers are only queued here
             batch = replace(batch, pause=pause)
         recorder = self.composer.recorder(noted_rows(work, batch.layout))
+        graphs = self.graphs.get(model.fingerprint)
         if recorder is not None:
             batch = replace(batch, effects=recorder)
-        elif self.graphs is not None and not work.chunks:
-            decodes = self.graphs.run(batch)
+        elif graphs is not None and not work.chunks:
+            decodes = graphs.run(batch)
             if decodes is not None:
                 return decodes
-        hidden = self.forward(batch)
+        hidden = self.forward(part, batch)
         if recorder is not None:
             recorder.end()
         return hidden
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
-        """Runs the model on a batch -> the hidden rows [L, hidden] that the batch wants."""
-        return self.model.forward(self.placed(batch), self.memory.tensors)
+    def forward(self, part: Part, batch: ForwardBatch) -> Tensor:
+        """Runs a part's model on the batch of its work -> the hidden rows [L, hidden] that the batch wants."""
+        return part.model.forward(self.placed(batch), self.memory.tensors)
 
     def placed(self, batch: ForwardBatch) -> ForwardBatch:
         """The batch on the model's device; unless that is a CPU, with a schedule for pages that decode rows share."""
@@ -120,15 +180,20 @@ class Worker:
     # Tokens
 
     def choose(
-        self, rows: Sequence[Tensor], choosers: Sequence[TokenChooser], num_top: Sequence[int | None]
+        self,
+        rows: Sequence[Tensor],
+        models: Sequence[str],
+        choosers: Sequence[TokenChooser],
+        num_top: Sequence[int | None],
     ) -> list[tuple[int, TokenLogprob | None]]:
-        """Hidden rows [hidden], a chooser for each -> its next token, with log-probabilities where a number is asked.
+        """Hidden rows [hidden], the fingerprint of a model and a chooser for each -> its next token, with
+        log-probabilities where a number is asked.
 
         num_top: how many most likely tokens to report with the chosen one; None for no log-probabilities
         """
         try:
             with torch.inference_mode():
-                logits = self.logits(torch.stack(list(rows)))
+                logits = self._all_logits(rows, models)
                 tokens = self.pick(logits, choosers)
                 scored = [i for i, n in enumerate(num_top) if n is not None]
                 if not scored:
@@ -147,14 +212,29 @@ class Worker:
         """The next token of each row of logits [S, V]."""
         return choose_tokens(logits, choosers, self.model.ops)
 
+    def _all_logits(self, rows: Sequence[Tensor], models: Sequence[str]) -> Tensor:
+        """Hidden rows [hidden], the fingerprint of a model for each -> [S, V] float32."""
+        if all(model == models[0] for model in models):
+            return self.logits(self.models[models[0]], torch.stack(list(rows)))
+        found: list[Tensor | None] = [None] * len(rows)
+        for fingerprint in dict.fromkeys(models):
+            places = [i for i, model in enumerate(models) if model == fingerprint]
+            logits = self.logits(self.models[fingerprint], torch.stack([rows[i] for i in places]))
+            for i, row in zip(places, logits, strict=True):
+                found[i] = row
+        return torch.stack([row for row in found if row is not None])
+
     @torch.inference_mode()
-    def score(self, rows: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        """Log-probabilities of known tokens that the hidden rows [L, hidden] predict; logits of a tile at a time."""
+    def score(self, model: str, rows: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprob]:
+        """Log-probabilities of known tokens that the hidden rows [L, hidden] predict; logits of a tile at a time.
+
+        model: the fingerprint of the one that made the rows
+        """
         found = list[TokenLogprob]()
         try:
             for start in range(0, len(tokens), TILE):
                 some = tokens[start : start + TILE]
-                logits = self.logits(rows[start : start + TILE])
+                logits = self.logits(self.models[model], rows[start : start + TILE])
                 found += log_probabilities(logits, some, [num_top] * len(some), self.model.ops)
             return found
         except HybridCacheError:
@@ -162,15 +242,20 @@ class Worker:
         except Exception as error:
             raise failure(error) from error
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, model: HybridModel, hidden: Tensor) -> Tensor:
         """hidden [L, hidden] -> [L, V] float32. Without device memory for all rows at once, in halves."""
         try:
-            return self.model.logits(hidden)
+            return model.logits(hidden)
         except (RuntimeError, MemoryError) as error:
             if len(hidden) <= MIN_ROWS or not is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()
-        return torch.cat([self.logits(half) for half in hidden.chunk(2)])
+        return torch.cat([self.logits(model, half) for half in hidden.chunk(2)])
+
+
+def _num_wanted(work: Work) -> list[int]:
+    """Hidden rows of each chunk, and those of all decodes."""
+    return [*(rows.num_wanted for rows in work.chunks), len(work.decodes)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,10 +5,11 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from hybrid_cache.config import EngineConfig
@@ -145,7 +146,7 @@ class _Inbox:
 
     questions: deque[_Question] = field(default_factory=deque)
     requests: deque[Request] = field(default_factory=deque)
-    commits: deque[tuple[str, Prompt, str]] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
+    commits: deque[tuple[str, Prompt, str, str]] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
     turns: deque[_Turn] = field(default_factory=lambda: deque(maxlen=MOST_TURNS))
     aborts: deque[str] = field(default_factory=deque)
 
@@ -156,9 +157,16 @@ class _Inbox:
 class AsyncEngine:
     """Runs an `Engine` on a thread of its own. `submit` and the streams belong to an event loop, which never blocks."""
 
-    def __init__(self, model: HybridModel, config: EngineConfig, *, hung_after_s: float = HUNG_AFTER_S) -> None:
-        """hung_after_s: seconds without an end after which a step counts as hung"""
-        self._engine = Engine(model, config)
+    def __init__(
+        self,
+        model: HybridModel,
+        config: EngineConfig,
+        *,
+        hung_after_s: float = HUNG_AFTER_S,
+        variants: Mapping[str, HybridModel] = MappingProxyType({}),
+    ) -> None:
+        """hung_after_s: seconds without an end after which a step counts as hung   variants: as for `Engine`"""
+        self._engine = Engine(model, config, variants=variants)
         self._engine.between_layers = self._between_layers
         self._config = config
         self._hung_after_s = hung_after_s
@@ -215,6 +223,10 @@ class AsyncEngine:
     def max_waiting(self) -> int:
         return self._config.max_waiting
 
+    def fingerprint(self, model: str) -> str:
+        """Of a variant by its name; of the engine's own model for the empty one. Raises RequestError for any other."""
+        return self._engine.fingerprint(model)
+
     @property
     def max_requests(self) -> int:
         """How many may wait or run at once."""
@@ -270,10 +282,10 @@ class AsyncEngine:
                 self._inbox.aborts.append(request_id)
             self._wake.notify()
 
-    def commit(self, namespace: str, prompt: Prompt, session: str = "") -> None:
+    def commit(self, namespace: str, prompt: Prompt, session: str = "", model: str = "") -> None:
         """As `Engine.commit`; nothing happens where that would raise."""
         with self._wake:
-            self._inbox.commits.append((namespace, prompt, session))
+            self._inbox.commits.append((namespace, prompt, session, model))
             self._wake.notify()
 
     def pause(self, request_id: str, tool: str = "", seconds: float | None = None) -> None:

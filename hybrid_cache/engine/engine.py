@@ -5,11 +5,13 @@ Nothing is published before the pass that fills it has completed. `async_engine`
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.geometry import Kind
+from hybrid_cache.cache.inventory import Inventory
 from hybrid_cache.cache.policies.registry import make_policy
 from hybrid_cache.choreography.compiler import Compiler, Traits, key_of
 from hybrid_cache.choreography.plan import Plan
@@ -18,13 +20,14 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel, go_on
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Hidden, Worker
+from hybrid_cache.engine.family import Family
 from hybrid_cache.engine.intake import OWN, Intake
 from hybrid_cache.engine.interruptions import Interruptions
 from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.turns import Gap
 from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
-from hybrid_cache.request import Request, namespace_of
+from hybrid_cache.request import Request, fingerprint_in, namespace_of
 from hybrid_cache.scheduling.base import Order
 from hybrid_cache.scheduling.registry import make_order
 from hybrid_cache.stats import EngineStats
@@ -56,9 +59,13 @@ class Engine:
         worker: Callable[[HybridModel, CacheMemory, Callable[[], int | None]], Worker] = Worker,
         clock: Callable[[], float] = time.monotonic,
         order: Order | None = None,
+        variants: Mapping[str, HybridModel] = MappingProxyType({}),
     ) -> None:
         """worker: makes the worker, see `device.worker.Worker`
         clock: seconds, by which everything here is timed   order: in place of the one that the config names
+        variants: other models of the same shape, by the names that requests use for them
+
+        Raises ConfigError for a variant of another shape.
         """
         self.model = model
         self.watch: Callable[[Step], None] = lambda step: None
@@ -81,13 +88,46 @@ class Engine:
         self._scheduler = Scheduler(
             self.cache, self._cost, config, order or make_order(config.order), self._compiler, self._stage, clock
         )
-        limits = model.fingerprint, model.vocab_size, model.max_length
+        self._family = Family(model)
+        limits = self._family.fingerprint, model.vocab_size, model.max_length
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler, clock)
         self._outcomes = Outcomes(model, self.cache, self.worker, self._stage, self._scheduler, self._intake)
         self._interruptions = Interruptions(self._scheduler, self._intake)
+        for name, variant in variants.items():
+            self.add_variant(name, variant)
         self._failures = 0  # requests given up since a step passed
         self._gap: Gap | None = None  # while a pass is under way
         self._between_s = 0.0  # of it that steps between its layers took
+
+    def fingerprint(self, model: str) -> str:
+        """Of a variant by its name; of the engine's own model for the empty one. Raises RequestError for any other."""
+        return self._family.fingerprint(model)
+
+    def add_variant(self, name: str, model: HybridModel) -> None:
+        """Runs another model beside the others, which requests name. Its entries in the cache are its own.
+
+        Raises ConfigError for a name that is taken, or a model of another shape.
+        """
+        self._family.add(name, model)
+        self.worker.add(model)
+
+    def remove_variant(self, name: str) -> None:
+        """Forgets a variant, and what is cached of it. Raises RequestError if there is none, or it is in use."""
+        fingerprint = self._family.fingerprint(name)
+        prefills = (s.prefill for s in (*self._scheduler.sequences(), *self._interruptions.sequences()))
+        num_open = sum(prefill.model == fingerprint for prefill in (*prefills, *self._scheduler.messages))
+        if num_open:
+            raise RequestError(f"{name!r} is in use by {num_open} requests", param="model", code="model_in_use")
+        if not self._family.remove(name):
+            return  # another name of the same model stays
+
+        def is_its(namespace: str) -> bool:
+            return fingerprint_in(namespace) == fingerprint
+
+        self.forget_turns(is_its)
+        Inventory(self.cache, is_its).drop_all()
+        self.settle()
+        self.worker.remove(fingerprint)
 
     @property
     def has_work(self) -> bool:
@@ -123,7 +163,9 @@ class Engine:
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens of a prompt that would not be computed if it came now."""
-        return self.cache.match(namespace_of(request.namespace, self.model.fingerprint), request.prompt.tokens).length
+        return self.cache.match(
+            namespace_of(request.namespace, self._family.fingerprint(request.model)), request.prompt.tokens
+        ).length
 
     def is_stored(self, message: str, seam: int = 0) -> bool:
         """Whether rows and effect of the message with an id are in the cache for use at another position."""
@@ -160,12 +202,12 @@ class Engine:
         # The first choice computes the prompt; the others fork from its end.
         self._scheduler.add(self._intake.sequence(request, 0))
 
-    def commit(self, namespace: str, prompt: Prompt, session: str = "") -> None:
+    def commit(self, namespace: str, prompt: Prompt, session: str = "", model: str = "") -> None:
         """Has the beginning of a prompt that is still to come computed, when nobody waits for an answer.
 
-        namespace, session: as in `Request`   The oldest of too many is forgotten. Raises as `check_request`.
+        namespace, session, model: as in `Request`   The oldest of too many is forgotten. Raises as `check_request`.
         """
-        self._intake.commit(namespace, prompt, session)
+        self._intake.commit(namespace, prompt, session, model)
 
     def pause(self, request_id: str, tool: str = "", seconds: float | None = None) -> None:
         """The turn of a request ends in a tool call, or did: what its task has in the cache may be kept meanwhile.
@@ -316,11 +358,11 @@ class Engine:
         return outputs
 
     def stats(self) -> EngineStats:
-        graphs = self.worker.graphs
-        return self._outcomes.tally.stats(self._scheduler, graphs.num_replays if graphs else 0, self.cache.stats())
+        num_replays = sum(graphs.num_replays for graphs in self.worker.graphs.values())
+        return self._outcomes.tally.stats(self._scheduler, num_replays, self.cache.stats())
 
     @property
     def fallbacks(self) -> dict[str, str]:
         """What runs in a slower way than it could on this device, and why."""
-        graphs = self.worker.graphs
-        return {"cuda graphs": graphs.reason} if graphs and graphs.reason else {}
+        reason = next((graphs.reason for graphs in self.worker.graphs.values() if graphs.reason), "")
+        return {"cuda graphs": reason} if reason else {}

@@ -30,7 +30,7 @@ class Intake:
 
     def __init__(
         self,
-        fingerprint: str,
+        fingerprint_of: Callable[[str], str],
         vocab_size: int,
         max_length: int,
         config: EngineConfig,
@@ -39,8 +39,10 @@ class Intake:
         scheduler: Scheduler,
         clock: Callable[[], float],
     ) -> None:
-        """max_length: tokens of the model's longest context, prompt and answer together"""
-        self._fingerprint = fingerprint
+        """fingerprint_of: a model by its name; it raises RequestError for one that is not there
+        max_length: tokens of the model's longest context, prompt and answer together
+        """
+        self._fingerprint_of = fingerprint_of
         self.vocab_size = vocab_size
         self._max_length = max_length
         self._config = config
@@ -57,6 +59,7 @@ class Intake:
 
     def check(self, request: Request) -> None:
         """Raises RequestError, ContextTooLong or BadSampling for a request that can never be served."""
+        self._fingerprint_of(request.model)
         n, limit = self._check_prompt(request.prompt), self._max_length
         if (n >= limit and request.sampling.max_tokens > 0) or n > limit:
             raise ContextTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
@@ -72,13 +75,14 @@ class Intake:
             if not 0 <= token < self.vocab_size:
                 raise BadSampling(f"token {token} is outside the vocabulary [0, {self.vocab_size})")
 
-    def commit(self, namespace: str, prompt: Prompt, session: str) -> None:
+    def commit(self, namespace: str, prompt: Prompt, session: str, model: str) -> None:
         """See `Engine.commit`."""
+        fingerprint = self._fingerprint_of(model)
         n = self._check_prompt(prompt)
         if n > self.longest_sequence:
             raise ContextTooLong(f"the prompt has {n} tokens, context and cache hold {self.longest_sequence}")
         if self._config.prefix_cache:
-            namespace = namespace_of(namespace, self._fingerprint)
+            namespace = namespace_of(namespace, fingerprint)
             self._scheduler.canonical.add(namespace, prompt.tokens, prompt.boundaries, session)
 
     def tokens_of(self, numbers: Numbers[object]) -> TokenArray:
@@ -105,14 +109,14 @@ class Intake:
 
     def sequence(self, request: Request, index: int) -> Sequence:
         """One of the `n` continuations of a request."""
-        asked = request.arrangement
+        asked, fingerprint = request.arrangement, self._fingerprint_of(request.model)
         arranged = asked is not None and not self.why_exact(request)
         if index == 0 and asked is not None and asked.order is Order.ANY and not arranged:  # forks have its prompt
-            namespace, earlier = namespace_of(request.namespace, self._fingerprint), tuple(self._scheduler.sequences())
+            namespace, earlier = namespace_of(request.namespace, fingerprint), tuple(self._scheduler.sequences())
             known = partial(soon_known, self._cache, earlier, namespace)
             prompt, asked = best_order(request.prompt, asked, known)
             request = replace(request, prompt=prompt, arrangement=asked)
-        prefill = new_prefill(request, self._fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
+        prefill = new_prefill(request, fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
         prefill.asks = index == 0 and not arranged
         constraint = None if request.make_constraint is None else request.make_constraint()
         self._arrivals += 1

@@ -5,6 +5,7 @@ far: its tokens, those that were generated, and those that are added. Random num
 """
 
 import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,10 @@ class Interruptions:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._open
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Those that are interrupted."""
+        return (each.sequence for each in self._open.values())
 
     def begin(self, request_id: str) -> None:
         """Stops a request that waits or runs. Raises RequestError for one that cannot be continued."""

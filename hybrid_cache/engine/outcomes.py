@@ -115,7 +115,8 @@ class Outcomes:
         self.tally.computed_tokens += chunk.end - chunk.start
         if sequence.request.sampling.prompt_logprobs is not None:
             new, tokens = sequence.unscored(chunk.start, chunk.end)
-            sequence.prompt_logprobs += self._worker.score(rows[new], tokens, sequence.request.sampling.prompt_logprobs)
+            num_top = sequence.request.sampling.prompt_logprobs
+            sequence.prompt_logprobs += self._worker.score(prefill.model, rows[new], tokens, num_top)
         if not prefill.done:
             return []
         self._scheduler.tasks.began(sequence)  # before its end is kept, which might displace what its task returns to
@@ -185,7 +186,7 @@ class Outcomes:
         num_top = sequence.request.sampling.logprobs
         scores: list[TokenLogprob | None] = [None] * len(forced)
         if forced and num_top is not None:
-            scores = [*self._worker.score(rows[:-1], forced, num_top)]
+            scores = [*self._worker.score(sequence.prefill.model, rows[:-1], forced, num_top)]
         for token, score in zip(forced, scores, strict=True):
             if sequence.phase is Phase.DECODE:  # else it has ended, or its request was given up
                 outputs += self._append(sequence, token, score)
@@ -207,8 +208,9 @@ class Outcomes:
         ready = [each for each in ready if each[0].phase is Phase.DECODE]
         if not ready:
             return
-        choosers = [sequence.chooser for sequence, _ in ready]
-        chosen = self._worker.choose([r for _, r in ready], choosers, [s.request.sampling.logprobs for s, _ in ready])
+        models, choosers = [s.prefill.model for s, _ in ready], [s.chooser for s, _ in ready]
+        num_top = [s.request.sampling.logprobs for s, _ in ready]
+        chosen = self._worker.choose([row for _, row in ready], models, choosers, num_top)
         for (sequence, _), (token, logprob) in zip(ready, chosen, strict=True):
             if sequence.phase is Phase.DECODE:  # else its request was given up
                 outputs += self._append(sequence, token, logprob)

@@ -117,6 +117,7 @@ class Prefills:
         else:
             stretch = self._stage.cut(program, start, end)
         rows = Rows(
+            model=prefill.model,
             tokens=prefill.tokens[start : stretch.end],
             start=start,
             shift=prefill.shift,
@@ -153,7 +154,7 @@ def decode_rows(sequence: Sequence) -> Rows:
     assert lease is not None
     index, program, tokens = sequence.fed, prefill.program, sequence.next_tokens()
     kv_rows = tuple(lease.own_row(i) for i in range(index, index + len(tokens)))
-    rows = Rows(tokens, index, prefill.shift, lease.slot, tuple(lease.pages), kv_rows)
+    rows = Rows(prefill.model, tokens, index, prefill.shift, lease.slot, tuple(lease.pages), kv_rows)
     if len(tokens) > 1:
         scored = sequence.request.sampling.logprobs is not None
         return rows._replace(num_wanted=0 if sequence.replaying else len(tokens) if scored else 1)

@@ -15,7 +15,7 @@ from hybrid_cache.cache.policies.base import Wish
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.program import Program
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper, namespace_of
+from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper, fingerprint_in, namespace_of
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
 from hybrid_cache.scheduling.base import Pause, Task
 from hybrid_cache.tokens import Boundary, BoundaryKind, TokenArray
@@ -64,6 +64,11 @@ class Prefill:
     def keys(self) -> Keys:
         """Made when the cache is first asked for these tokens, and not again while they wait."""
         return keys_of(self.namespace, self.tokens)
+
+    @cached_property
+    def model(self) -> str:
+        """The fingerprint of the model that computes it."""
+        return fingerprint_in(self.namespace)
 
     @property
     def shift(self) -> int:

@@ -15,17 +15,56 @@ from hybrid_cache.kernels.elementwise import add
 from hybrid_cache.kernels.ops import KVTensors, Linear, NormWeights, Ops, StateTensors
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import LayerShape, LinearShape
-from hybrid_cache.models.weights import Weights
+from hybrid_cache.models.weights import LowRank, Weights
 
+RANK_STEP = 8  # ranks are filled up to multiples of this with zeros
 CacheEntry = KVTensors | StateTensors
 RowNorm = Callable[[Tensor], Tensor]  # [R, size] -> [R, size]
 
 
 def linear(ops: Ops, weights: Weights, parts: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
-    """One packed projection for `parts` (name -> output features), all of the same input, outputs side by side."""
+    """One packed projection for `parts` (name -> output features), all of the same input, outputs side by side.
+
+    Where an adapter stands beside a part, its product is added.
+    """
     matrices = [weights.take(f"{name}.weight", size, in_features) for name, size in parts.items()]
     biases = [weights.take(f"{name}.bias", size) for name, size in parts.items()] if bias else []
-    return ops.linear(_join(matrices), _join(biases) if bias else None)
+    packed = ops.linear(_join(matrices), _join(biases) if bias else None)
+    beside = {name: pair for name in parts if (pair := weights.low_rank(f"{name}.weight")) is not None}
+    return AdaptedLinear(ops, packed, parts, beside, matrices[0].dtype) if beside else packed
+
+
+class AdaptedLinear:
+    """A projection, and products of low rank that adapters add to parts of its output (Hu et al. 2021).
+
+    All first factors lie in one matrix, all second ones in another with zeros between them. A row's result has the
+    same bits whatever other rows there are, as those of the three products.
+    """
+
+    def __init__(
+        self, ops: Ops, base: Linear, parts: Mapping[str, int], beside: Mapping[str, LowRank], dtype: torch.dtype
+    ) -> None:
+        """parts: output features of each, in their order   beside: what stands beside some of them"""
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self._base = base
+        rank = sum(len(pair.A) for pair in beside.values())
+        down = torch.zeros(-(-rank // RANK_STEP) * RANK_STEP, base.in_features, device=ops.device)
+        up = torch.zeros(base.out_features, len(down), device=ops.device)
+        place = row = 0
+        for name, size in parts.items():
+            if name in beside:
+                A, B = beside[name].A.to(ops.device), beside[name].B.to(ops.device)
+                down[place : place + len(A)] = A
+                up[row : row + size, place : place + len(A)] = B
+                place += len(A)
+            row += size
+        self._down, self._up = ops.linear(down.to(dtype)), ops.linear(up.to(dtype))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [R, in_features] -> [R, out_features]."""
+        y = self._base(x)
+        y += self._up(self._down(x))
+        return y
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.common import Norm
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.depth import chain_of
 from hybrid_cache.models.shapes import Advance, LayerShape, ModelShape, ways_to_compose
 from hybrid_cache.models.weights import ModelWeights
 
@@ -84,8 +85,10 @@ class CausalModel:
         self._logits_divisor = logits_divisor
         self._logits_cap = logits_cap
         self._logits_multiplier = logits_multiplier
-        facts = f"{type(self).__name__} {weights.finish()} {config.used_json()} {dtype} {ops.name}"
-        self.fingerprint = blake2b(facts.encode(), digest_size=16).hexdigest()
+        facts, digests = f"{type(self).__name__} {config.used_json()} {dtype} {ops.name}", weights.finish()
+        named = "".join(f"\n{name} {digest.hex()}" for name, digest in digests.items())
+        self.fingerprint = blake2b((facts + named).encode(), digest_size=16).hexdigest()
+        self.chain = chain_of(facts, digests)
 
     def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
         """Advances pages and states in `cache` -> normed hidden rows [L, hidden]."""

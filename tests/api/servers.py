@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from hybrid_cache.api.server.app import create_app
 from hybrid_cache.api.server.connections import Connections, Listener
 from hybrid_cache.api.server.process import url_of
 from hybrid_cache.api.server.protocol import Patience, ServerConfig
+from hybrid_cache.api.server.serving import Variant
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
@@ -132,9 +133,9 @@ def new_engine(model: HybridModel | None = None, **config: object) -> AsyncEngin
     return AsyncEngine(model or SumModel(), EngineConfig(**settings))
 
 
-def new_app(engine: AsyncEngine, text: TextModel, **settings: object) -> FastAPI:
+def new_app(engine: AsyncEngine, text: TextModel, variants: Iterable[Variant] = (), **settings: object) -> FastAPI:
     fields = {"served_names": ("sum", "sum-alias"), "backend": "fake", "model_path": "models/sum"}
-    return create_app(engine, text, ServerSettings(**{**fields, "drain_timeout_s": 1.0, **settings}))
+    return create_app(engine, text, ServerSettings(**{**fields, "drain_timeout_s": 1.0, **settings}), variants)
 
 
 @asynccontextmanager

@@ -32,8 +32,8 @@ class Conductor:
         seen: list[Tensor] = []
 
         class Watched(worker):  # type: ignore[valid-type, misc]
-            def logits(self, hidden: Tensor) -> Tensor:
-                seen.append(super().logits(hidden))
+            def logits(self, model: HybridModel, hidden: Tensor) -> Tensor:
+                seen.append(super().logits(model, hidden))
                 return seen[-1]
 
         self.engine = Engine(model, EngineConfig(budget_bytes=budget_bytes, **config), worker=Watched)

@@ -68,7 +68,7 @@ def worker_with(capture: cuda_graphs.Capture) -> type[Worker]:
     class GraphWorker(Worker):
         def __init__(self, model: HybridModel, memory: CacheMemory, spare_slot: Callable[[], int | None]) -> None:
             super().__init__(model, memory, spare_slot)
-            self.graphs = DecodeGraphs(model, memory, spare_slot(), capture)
+            self.graphs = {model.fingerprint: DecodeGraphs(model, memory, spare_slot(), capture)}
 
     return GraphWorker
 
@@ -103,8 +103,7 @@ def test_memory_of_the_least_used_graph_goes_first(monkeypatch: pytest.MonkeyPat
     engine = engine_with(Recorder())
     check_answers(engine, [20, 30, 40, 50], [40, 30, 20, 10])
     check_answers(engine, [21, 31, 41, 51], [40, 30, 20, 10])
-    graphs = engine.worker.graphs
-    assert graphs is not None
+    (graphs,) = engine.worker.graphs.values()
     assert graphs.num_captures > 2
     assert len(graphs._recorded) == 2
 

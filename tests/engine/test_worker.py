@@ -21,7 +21,16 @@ def test_states_are_captured_where_the_tiles_of_a_chunk_end() -> None:
     def rows(start: int, end: int, captures: tuple[tuple[int, int], ...] = (), cuts: tuple[int, ...] = ()) -> Rows:
         places = lease.rows_to_fill(start, end)
         return Rows(
-            tokens[start:end], start, 0, lease.slot, lease.pages, places, start == 0, captures=captures, cuts=cuts
+            model.fingerprint,
+            tokens[start:end],
+            start,
+            0,
+            lease.slot,
+            lease.pages,
+            places,
+            start == 0,
+            captures=captures,
+            cuts=cuts,
         )
 
     worker.run(Work(chunks=(rows(0, 64),)))

@@ -9,11 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from hybrid_cache.cache.keys import keys_of
 from hybrid_cache.cache.tree import PrefixTree
+from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.engine.sequence import new_prefill
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import adapters, loading
 from hybrid_cache.models.adapters import LoraConfig
+from hybrid_cache.models.shelf import Shelf
 from hybrid_cache.request import Request
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
@@ -134,6 +136,78 @@ def test_the_adapter_that_ships_fits_the_embedded_model():
     model = loading.load(loading.embedded_path(), ops=OPS, adapter="embedded-choreo")
     assert model.fingerprint != base.fingerprint
     assert adapters.load("embedded-choreo").name == "embedded-choreo"
+
+
+# Beside the model
+
+
+@pytest.mark.parametrize("case", checkpoints.FIRST_CASES, ids=str)
+def test_products_beside_the_model_are_those_of_merged_weights_or_refused(case, folders, tmp_path):
+    """Up to rounding: W x + B (A x) in place of (W + B A) x."""
+    folder = folders(case)
+    path = adapter_for(folder, tmp_path / "adapter")
+    merged = loading.load(folder, ops=OPS, adapter=path)
+    if case.family in NOT_ALL:
+        with pytest.raises(UnsupportedModel, match="which is no product that it can stand beside: merge it"):
+            loading.load(folder, ops=OPS, adapter=path, merges=False)
+        return
+    beside = loading.load(folder, ops=OPS, adapter=path, merges=False)
+    assert beside.fingerprint not in (merged.fingerprint, loading.load(folder, ops=OPS).fingerprint)
+    torch.testing.assert_close(logits(beside), logits(merged), atol=2e-3, rtol=2e-3)
+
+
+# Some of their matrices are experts', or are taken apart before they are packed.
+NOT_ALL = ("Zamba", "Qwen3Next", "Qwen3_5Moe", "KimiLinear", "Jamba", "BailingHybrid")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", dispatch.exact_backends())
+def test_rows_beside_others_have_the_bits_that_they_have_alone(backend, dtype, folders, tmp_path):
+    ops, path = dispatch.select(backend), adapter_for(folders(GRANITE), tmp_path / "adapter")
+    model = loading.load(folders(GRANITE), ops=ops, dtype=dtype, adapter=path, merges=False)
+    assert check_model(model) == []
+
+
+def test_matrices_of_the_base_are_stored_once_however_many_adapters_stand_beside_it(folders, tmp_path):
+    shelf, folder = Shelf(), folders(GRANITE)
+    models = [loading.load(folder, ops=OPS, shelf=shelf)]
+    for seed in range(3):
+        tensors = random_factors(matrices(folder), seed=seed)
+        path = adapter_for(folder, tmp_path / f"{seed}", tensors)
+        shelf.begin()
+        models.append(loading.load(folder, ops=OPS, adapter=path, merges=False, shelf=shelf))
+        new = shelf.num_bytes - shelf.num_shared_bytes
+        assert new <= 4 * sum(8 / RANK * t.numel() * 4 for t in tensors.values()), "factors, filled up with zeros"
+    assert len({model.fingerprint for model in models}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda A, B: (A[:, :-1], B), "changes"),
+        (lambda A, B: (A, B[:-1]), "changes"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused_beside_the_model_too(change, why, folders, tmp_path):
+    folder = folders(GRANITE)
+    tensors = random_factors(matrices(folder))
+    module = next(iter(tensors)).removesuffix(".lora_A.weight")
+    names = [f"{module}.lora_{x}.weight" for x in "AB"]
+    for name, factor in zip(names, change(*(tensors[name] for name in names)), strict=True):
+        tensors[name] = factor.contiguous()
+    path = adapter_for(folder, tmp_path / "adapter", tensors)
+    for merges in (True, False):
+        with pytest.raises(ModelError, match=why):
+            loading.load(folder, ops=OPS, adapter=path, merges=merges)
+
+
+def test_modules_that_were_saved_whole_are_replaced_beside_the_model(folders, tmp_path):
+    folder = folders(GRANITE)
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in weights if n.endswith("conv1d.bias"))
+    path = adapter_for(folder, tmp_path / "adapter", {name: weights[name] + 1}, saved=("conv1d",))
+    beside, merged = (loading.load(folder, ops=OPS, adapter=path, merges=merges) for merges in (False, True))
+    assert torch.equal(logits(beside), logits(merged))
 
 
 # Nothing cached crosses

@@ -40,8 +40,8 @@ class FaultyWorker(Worker):
 
 
 class FaultyEngine(Engine):
-    def __init__(self, model: object, config: object) -> None:
-        super().__init__(model, config, worker=FaultyWorker)  # type: ignore[arg-type]
+    def __init__(self, *models: object, **more: object) -> None:
+        super().__init__(*models, worker=FaultyWorker, **more)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def is_arranged(asked: ChatRequest) -> bool:
 async def arranged_prompt(serving: Serving, asked: ChatRequest) -> Arranged:
     """Looks references up, renders and tokenises. Raises UnknownMessage, MessageGone and other RequestErrors."""
     _refuse_unsupported(asked)
-    namespace = namespace_of(salt_of(asked.cache_salt), serving.text.engine.model.fingerprint)
+    namespace = namespace_of(salt_of(asked.cache_salt), serving.text.fingerprint)
     known = [serving.book.find(namespace, m.ref) if m.ref is not None else None for m in asked.messages]
     sent = [_as_sent(message, found) for message, found in zip(asked.messages, known, strict=True)]
     encoded = await rendered(serving.text, asked, sent)  # its messages may be apart from those that they answer

@@ -26,7 +26,7 @@ from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Prompt
 
 
-def router(serving: Serving) -> APIRouter:
+def router(everything: Serving) -> APIRouter:
     """The route, bound to what it serves."""
     routes = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
@@ -34,7 +34,7 @@ def router(serving: Serving) -> APIRouter:
         "/v1/chat/completions", response_model=ChatResponse, responses={**ERRORS, **EVENTS}, openapi_extra=HINTS
     )
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
-        serving.model.check_name(asked.model)
+        serving = everything.named(asked.model)
         spec, arranged = await unless_gone(request, _parse(serving, asked))
         answer = await serving.answer([spec], request.headers, asked)
         return await respond(request, ChatReply(serving, asked, answer, arranged), stream=bool(asked.stream))

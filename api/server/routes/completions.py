@@ -24,14 +24,14 @@ from hybrid_cache.tokens import Prompt
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-def router(serving: Serving) -> APIRouter:
+def router(everything: Serving) -> APIRouter:
     """The route, bound to what it serves."""
     routes = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
     @routes.post("/v1/completions", response_model=CompletionResponse, responses={**ERRORS, **EVENTS})
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """Continues texts, or tokens as they are: nothing is added to them."""
-        serving.model.check_name(asked.model)
+        serving = everything.named(asked.model)
         _refuse_unsupported(asked)
         prompts = await unless_gone(request, _prompts(serving.text, asked))
         tenant = current_tenant_or(asked.cache_salt)

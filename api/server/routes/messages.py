@@ -13,14 +13,14 @@ from hybrid_cache.api.server.schemas.anthropic import CountRequest, MessageRespo
 from hybrid_cache.api.server.serving import Serving
 
 
-def router(serving: Serving) -> APIRouter:
+def router(everything: Serving) -> APIRouter:
     """The routes, bound to what they serve."""
     routes = APIRouter(route_class=JsonRoute, tags=["Anthropic"], responses=ANTHROPIC_ERRORS)
-    keep_billing = serving.settings.keep_billing_header
+    keep_billing = everything.settings.keep_billing_header
 
     @routes.post("/v1/messages", response_model=MessageResponse, responses=EVENTS, openapi_extra=HINTS)
     async def messages(asked: MessagesRequest, request: Request) -> Response:
-        serving.model.check_name(asked.model)
+        serving = everything.named(asked.model)
         conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))
         spec = await unless_gone(request, spec_of(serving.text, asked, conversation))
         changes = await unless_gone(request, changes_of(serving.text.work, serving.diagnoses, asked))
@@ -30,7 +30,7 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(asked: CountRequest, request: Request) -> TokenCount:
         """The tokens that the same messages would have as a prompt."""
-        serving.model.check_name(asked.model)
+        serving = everything.named(asked.model)
         conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))
         return TokenCount(input_tokens=len(conversation.prompt.tokens))
 

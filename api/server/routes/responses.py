@@ -27,14 +27,14 @@ from hybrid_cache.errors import RequestError
 Salt = Annotated[str | None, Query(max_length=MAX_SALT)]
 
 
-def router(serving: Serving) -> APIRouter:
+def router(everything: Serving) -> APIRouter:
     """The routes, bound to what they serve."""
     routes = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=ERRORS)
-    store = serving.responses
+    store = everything.responses
 
     @routes.post("/v1/responses", response_model=ResponseObject, responses=NAMED_EVENTS, openapi_extra=HINTS)
     async def create(asked: ResponsesRequest, request: Request) -> Response:
-        serving.model.check_name(asked.model)
+        serving = everything.named(asked.model)
         turn = await unless_gone(request, turn_of(serving, asked))
         spec = await unless_gone(request, _parse(serving, asked, turn))
         answer = await serving.answer([spec], request.headers, asked)
@@ -47,7 +47,7 @@ def router(serving: Serving) -> APIRouter:
             raise RequestError(
                 "stream is true: only responses in the background have one, and none are", param="stream"
             )
-        return _Looked(serving.gate, (await store.find(name, cache_salt)).body)
+        return _Looked(everything.gate, (await store.find(name, cache_salt)).body)
 
     @routes.delete("/v1/responses/{name}")
     async def delete(name: str, cache_salt: Salt = None) -> DeletedResponse:
@@ -71,7 +71,7 @@ def router(serving: Serving) -> APIRouter:
         cache_salt: Salt = None,
     ) -> Response:
         """What a response was an answer to, with what it continues; `after` is the id of an item."""
-        items = await unless_gone(request, items_before(serving, name, cache_salt))
+        items = await unless_gone(request, items_before(everything, name, cache_salt))
         items = items if order == "asc" else items[::-1]
         places = {item["id"]: place + 1 for place, item in enumerate(items)}
         if after is not None and after not in places:

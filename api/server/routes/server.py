@@ -1,5 +1,6 @@
 """The server about itself: its models, its health, its version, its metrics."""
 
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Literal
 
@@ -18,27 +19,29 @@ def router(serving: Serving) -> APIRouter:
     routes = APIRouter(tags=["Server"])
     engine, settings, model = serving.text.engine, serving.settings, serving.model
 
-    def card(name: str) -> ModelCard:
-        root = PurePath(settings.model_path).name or model.name
-        return ModelCard(
-            id=name,
-            object="model",
-            created=settings.created,
-            owned_by="hybrid-cache",
-            root=root,
-            max_model_len=serving.text.max_length,
-        )
+    def cards() -> Iterator[ModelCard]:
+        for each in (serving, *serving.variants.values()):
+            for name in each.model.names:
+                yield ModelCard(
+                    id=name,
+                    object="model",
+                    created=settings.created,
+                    owned_by="hybrid-cache",
+                    root=PurePath(each.model.path).name or each.model.name,
+                    parent=each.model.parent,
+                    max_model_len=each.text.max_length,
+                )
 
     @routes.get("/v1/models", responses=LOOKUP_ERRORS)
     async def models() -> ModelList:
-        return ModelList(object="list", data=[card(name) for name in model.names])
+        return ModelList(object="list", data=[*cards()])
 
     @routes.get("/v1/models/{name:path}", responses=LOOKUP_ERRORS)
     async def one_model(name: str) -> ModelCard:
         if not name:
             raise ModelNotFound("a model has a name", param="model")
-        model.check_name(name)
-        return card(name)
+        serving.named(name)
+        return next(card for card in cards() if card.id == name)
 
     @routes.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
@@ -52,6 +55,7 @@ def router(serving: Serving) -> APIRouter:
             fallbacks={**settings.fallbacks, **engine.fallbacks},
             model=model.name,
             adapter=settings.adapter,
+            variants=[*serving.variants],
             dtype=model.dtype,
             version=__version__,
         )

@@ -26,22 +26,21 @@ from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Prompt
 
 
-def router(serving: Serving) -> APIRouter:
-    """The routes, bound to the tokenizer of the server. /detokenize raises RequestError for unknown ids."""
+def router(everything: Serving) -> APIRouter:
+    """The routes, bound to the tokenizers of the server. /detokenize raises RequestError for unknown ids."""
     routes = APIRouter(route_class=JsonRoute, tags=["Tokens"], responses=ERRORS)
-    text, tokenizer = serving.text, serving.text.tokenizer
 
     @routes.post("/tokenize", response_model=TokenizeResponse)
     async def tokenize(asked: TokenizeRequest, request: Request) -> Response:
         """The tokens that the same prompt or messages would have in a completion."""
-        serving.model.check_name(asked.model)
+        text = everything.named(asked.model).text
         prompt = await unless_gone(request, _prompt(text, asked))
 
         def reply() -> bytes:
             tokens = prompt.tokens.tolist()
             shown = TokenizeResponse(count=len(tokens), max_model_len=text.max_length, tokens=tokens)
             if asked.return_token_strs:
-                shown.token_strs = [_token_text(tokenizer, token) for token in tokens]
+                shown.token_strs = [_token_text(text.tokenizer, token) for token in tokens]
             return json_in_pieces(shown.model_dump(exclude_unset=True))
 
         return await _made(text, request, len(prompt.tokens), reply)
@@ -49,19 +48,20 @@ def router(serving: Serving) -> APIRouter:
     @routes.post("/detokenize", response_model=DetokenizeResponse)
     async def detokenize(asked: DetokenizeRequest, request: Request) -> Response:
         """The text of some tokens, special ones included."""
-        serving.model.check_name(asked.model)
+        text = everything.named(asked.model).text
         size = text.vocab_size
 
         def reply() -> bytes:
             wrong = next((token for token in asked.tokens if token >= size), None)
             if wrong is not None:
                 raise RequestError(f"token {wrong} is outside the vocabulary [0, {size})", param="tokens")
-            return json_in_pieces(DetokenizeResponse(prompt=tokenizer.decode(asked.tokens)).model_dump())
+            return json_in_pieces(DetokenizeResponse(prompt=text.tokenizer.decode(asked.tokens)).model_dump())
 
         return await _made(text, request, len(asked.tokens), reply)
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:
+        tokenizer = everything.text.tokenizer
         named = tokenizer.named_tokens
         return TokenizerInfo(
             tokenizer_class="PreTrainedTokenizerFast",
@@ -71,7 +71,7 @@ def router(serving: Serving) -> APIRouter:
             pad_token=named.get("pad_token"),
             unk_token=named.get("unk_token"),
             eos_token_id=tokenizer.eos_id,
-            chat_template=text.chat.source,
+            chat_template=everything.text.chat.source,
         )
 
     return routes

@@ -11,6 +11,7 @@ class ModelCard(Response):
     created: int
     owned_by: str = "hybrid-cache"
     root: str
+    parent: str | None = None  # the model that it is a variant of
     max_model_len: int
 
 
@@ -26,7 +27,8 @@ class Health(Response):
     backend: str
     fallbacks: dict[str, str]  # what runs slower than it could, and why: operations left to torch, no CUDA graphs
     model: str
-    adapter: str | None
+    adapter: str | None  # that is merged into the model
+    variants: list[str]  # other models that are served beside it, by name
     dtype: str
     version: str
 

@@ -29,6 +29,7 @@ MET = (
         "order any",
         "n > 1",
         "salts",
+        "of a variant",
         "mode off",
     ),
     *("mode explicit", "penalties", "prompt logprobs", "stop tokens", "messages stored", "digests compared"),
@@ -43,7 +44,11 @@ def run(model: SumModel, requests_per_round: int = 3) -> Report:
 @pytest.mark.parametrize("name", [pytest.param("small minimax", marks=pytest.mark.slow), "small lfm2"])
 def test_a_busy_engine_gives_the_bits_of_a_plain_one_whatever_is_asked(name: str) -> None:
     torch.set_num_threads(1)
-    report = compare(named(name).load("float32", select()), Report(name, "float32", seed=1), 1, requests_per_round=17)
+    model, other = named(name), named(name).other
+    assert other is not None
+    models = model.load("float32", select()), other("float32", select())
+    assert models[0].fingerprint != models[1].fingerprint
+    report = compare(models[0], Report(name, "float32", seed=2), 1, requests_per_round=17, variant=models[1])
     assert report.findings == []
     assert report.exact
     assert report.rows > 500

@@ -1,0 +1,60 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them: variants that come and go."""
+
+import asyncio
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse
+
+from hybrid_cache.api.server.bodies import JsonRoute
+from hybrid_cache.api.server.errors import ModelNotFound, NotAllowed, quoted
+from hybrid_cache.api.server.openapi import ERRORS
+from hybrid_cache.api.server.responses import unless_gone
+from hybrid_cache.api.server.schemas.adapters import LoadAdapter, UnloadAdapter
+from hybrid_cache.api.server.serving import Serving, Variant
+from hybrid_cache.api.server.tenants import is_operator
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.errors import ConfigError, ModelError, RequestError
+
+LoadVariant = Callable[[str, str], tuple[Variant, HybridModel]]
+"""From a name and a folder with an adapter to a variant and its model. Raises HybridCacheError."""
+
+
+def router(serving: Serving, load: LoadVariant) -> APIRouter:
+    """The routes, bound to what they change. Where there are operators' keys, others are refused."""
+    routes = APIRouter(route_class=JsonRoute, tags=["Adapters"], responses=ERRORS)
+    engine, changing = serving.text.engine, asyncio.Lock()
+
+    def check_allowed() -> None:
+        if serving.settings.operator_keys and not is_operator.get():
+            raise NotAllowed("adapters are loaded and unloaded with an operator's key (--operator-key-file)")
+
+    @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    async def load_adapter(asked: LoadAdapter, request: Request) -> str:
+        """Serves the model with an adapter, a folder on the server, under a name of its own."""
+        check_allowed()
+        name = asked.lora_name
+        async with changing:
+            if name in (*serving.model.names, *serving.variants):
+                raise RequestError(f"the name {quoted(name)} is taken", param="lora_name", code="name_taken")
+            try:
+                variant, model = await asyncio.to_thread(load, name, asked.lora_path)
+            except (ModelError, ConfigError) as error:
+                raise RequestError(str(error), param="lora_path") from error
+            await engine.ask(lambda core: core.add_variant(name, model))
+            serving.add(variant)
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    async def unload_adapter(asked: UnloadAdapter, request: Request) -> str:
+        """Forgets an adapter and what is cached of it; refused while requests use it."""
+        check_allowed()
+        name = asked.lora_name
+        async with changing:
+            if name not in serving.variants or serving.variants[name].model.adapter is None:
+                raise ModelNotFound(f"there is no adapter {quoted(name)}", param="lora_name")
+            await unless_gone(request, engine.ask(lambda core: core.remove_variant(name)))
+            del serving.variants[name]
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    return routes

@@ -1,0 +1,68 @@
+"""The models that one engine runs: its own, and variants of that which share its memory, budget and queues."""
+
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.errors import ConfigError, RequestError
+
+ALIKE = ("vocab_size", "max_length", "device", "packs", "fidelities", "commutes", "prefill_cost", "cache_spec")
+"""What variants have in common with the model, as `HybridModel` has it; the last ones say most of the layers."""
+
+
+class Family:
+    """Models of one shape by the names that requests use. The empty name is the first one's."""
+
+    def __init__(self, base: HybridModel) -> None:
+        self._models = {"": base}
+
+    def __getitem__(self, name: str) -> HybridModel:
+        """Raises RequestError for a name that none has."""
+        model = self._models.get(name)
+        if model is None:
+            names = ", ".join(filter(None, self._models)) or "none"
+            raise RequestError(f"there is no variant {name[:100]!r}, only {names}", param="model")
+        return model
+
+    def fingerprint(self, name: str) -> str:
+        """Raises RequestError for a name that none has."""
+        return self[name].fingerprint
+
+    def add(self, name: str, model: HybridModel) -> None:
+        """Raises ConfigError for a name that is taken, or a model of another shape."""
+        if name in self._models:
+            raise ConfigError(f"the name {name!r} is taken")
+        difference = difference_of(self._models[""], model)
+        if difference:
+            raise ConfigError(f"{name!r} is no variant of this model: {difference}")
+        self._models[name] = model
+
+    def remove(self, name: str) -> bool:
+        """-> whether its model has no other name. Raises RequestError for a name that none has."""
+        if not name:
+            raise RequestError("the model that all others are variants of stays", param="model")
+        fingerprint = self[name].fingerprint
+        del self._models[name]
+        return all(model.fingerprint != fingerprint for model in self._models.values())
+
+
+def difference_of(base: HybridModel, model: HybridModel) -> str:
+    """In what a model's shape differs from that of another; empty where both can share a memory."""
+    if type(base) is not type(model):
+        return f"it is a {type(model).__name__}, not a {type(base).__name__}"
+    if base.ops.name != model.ops.name:
+        return f"it runs on {model.ops.name}, not {base.ops.name}"
+    for fact in ALIKE:
+        ours, theirs = getattr(base, fact), getattr(model, fact)
+        if ours != theirs:
+            return _layers(base, model) if fact == "cache_spec" else f"its {fact} is {theirs}, not {ours}"
+    return ""
+
+
+def _layers(base: HybridModel, model: HybridModel) -> str:
+    """In what the cached tensors of two models differ."""
+    ours, theirs = base.cache_spec, model.cache_spec
+    if len(ours.layers) != len(theirs.layers):
+        return f"it keeps {len(theirs.layers)} layers, not {len(ours.layers)}"
+    for index, (own, other) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
+        if own != other:
+            return f"cached layer {index} is {other}, not {own}"
+    found, expected = (f"{spec.hidden_size} numbers in {spec.hidden_dtype}" for spec in (theirs, ours))
+    return f"its rows are {found}, not {expected}"

@@ -1,0 +1,337 @@
+"""One server, several models of one shape: a base, a fine-tune whose upper half moved, and a base with an adapter."""
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from hybrid_cache.api.cli import main as cli
+from hybrid_cache.api.cli.options import named_folders
+from hybrid_cache.api.server import launch
+from hybrid_cache.api.server.app import create_app
+from hybrid_cache.api.server.launch import Loaded, LoadOptions
+from hybrid_cache.api.server.process import ServeOptions
+from hybrid_cache.api.server.serving import Variant
+from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.text.tokenizer import TextModel
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.async_engine import AsyncEngine
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.errors import ConfigError, HybridCacheError
+from hybrid_cache.models.loading import embedded_path
+from hybrid_cache.request import Request, TokenOutput
+from hybrid_cache.sampling import SamplingParams
+from hybrid_cache.tokens import Prompt
+from tests.api.servers import new_app, over_the_wire
+
+HALF, CHOREO = "half", "choreo"
+NAMES = ("", HALF, CHOREO)
+TALK = "The code for the blue box is 42. The code for the red box is 17. " * 6
+FIRST_MOVED = 3  # layer
+
+
+def moved(folder: Path, *, layers: int = FIRST_MOVED, **config: object) -> Path:
+    """The embedded model with other weights from a layer on, or another config."""
+    shutil.copytree(embedded_path(), folder)
+    if config:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, **config}))
+    weights = load_file(folder / "model.safetensors")
+    rng = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if ".layers." in name and int(name.split(".layers.")[1].split(".")[0]) >= layers:
+            weights[name] = (weight.float() * (1 + 0.05 * torch.randn(weight.shape, generator=rng))).to(weight.dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return moved(tmp_path_factory.mktemp("variants") / "half")
+
+
+@pytest.fixture(scope="module")
+def loaded(half: Path) -> Loaded:
+    return launch.load(LoadOptions(variants={HALF: str(half)}, adapters={CHOREO: "embedded-choreo"}))
+
+
+@pytest.fixture(scope="module")
+def url(loaded: Loaded) -> Iterator[str]:
+    text = TextModel.load(loaded.path)
+    models = {each.name: each.model for each in loaded.variants}
+    engine = AsyncEngine(loaded.model, EngineConfig(budget_bytes=32 << 20, verify=True), variants=models)
+    served = [Variant(each.name, str(each.path), text, each.adapter) for each in loaded.variants]
+    app = new_app(engine, text, served, served_names=("embedded", "alias"), model_path=str(loaded.path))
+    with over_the_wire(app) as address:
+        yield address
+        asyncio.run(engine.ask(Engine.check))
+
+
+def alone(loaded: Loaded, name: str, prompt: list[int], num_tokens: int) -> list[int]:
+    """What the model of a name says by itself, without a cache."""
+    model = {"": loaded.model, **{each.name: each.model for each in loaded.variants}}[name]
+    engine = Engine(model, EngineConfig(budget_bytes=32 << 20, prefix_cache=False))
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
+    engine.submit(Request("a", Prompt(np.asarray(prompt, np.int32)), sampling))
+    outputs = [output for _, output in engine.run_until_idle()]
+    return [o.token for o in outputs if isinstance(o, TokenOutput) and o.token is not None]
+
+
+def test_each_answers_as_it_does_alone_and_finds_its_own_turns_in_the_cache(loaded: Loaded, url: str) -> None:
+    messages = [{"role": "user", "content": TALK + "What is the code for the red box?"}]
+    prompt = httpx.post(f"{url}/tokenize", json={"messages": messages}).json()["tokens"]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        said = {}
+        for round_ in range(2):
+            for name in NAMES:
+                reply = client.completions.create(
+                    model=name or "embedded", prompt=prompt, temperature=0, max_tokens=24, logprobs=1
+                )
+                assert reply.model == (name or "embedded")
+                assert reply.usage is not None
+                assert reply.usage.prompt_tokens_details is not None
+                cached = reply.usage.prompt_tokens_details.cached_tokens
+                assert cached == (reply.usage.prompt_tokens if round_ else 0)
+                said.setdefault(name, reply.choices[0].text)
+                assert said[name] == reply.choices[0].text
+        text = TextModel.load(loaded.path)
+        for name in NAMES:
+            expected = alone(loaded, name, prompt, 24)
+            eos = [token for token in expected if token in text.defaults.eos_ids]
+            expected = expected[: expected.index(eos[0])] if eos else expected
+            assert said[name] == text.tokenizer.decode(expected)
+        assert len({*said.values()}) > 1
+
+
+def test_all_dialects_choose_by_name(url: str) -> None:
+    messages: Any = [{"role": "user", "content": "Where is the ball? The ball is in the garden."}]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        chats = {
+            name: client.chat.completions.create(model=name or "alias", messages=messages, temperature=0, max_tokens=20)
+            for name in NAMES
+        }
+        prints = {chat.system_fingerprint for chat in chats.values()}
+        assert len(prints) == 3
+        responses = {
+            name: client.responses.create(
+                model=name or "embedded", input=messages, temperature=0, max_output_tokens=20
+            ).output_text
+            for name in NAMES
+        }
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as other:
+        for name in NAMES:
+            reply = other.messages.create(
+                model=name or "embedded", messages=messages, max_tokens=20, extra_body={"temperature": 0}
+            )
+            (block,) = reply.content
+            assert block.type == "text"
+            assert block.text == chats[name].choices[0].message.content == responses[name]
+        with pytest.raises(anthropic.NotFoundError, match="only embedded, alias, half, choreo"):
+            other.messages.create(model="nobody", messages=messages, max_tokens=2)
+
+
+def test_the_list_of_models_says_whose_variants_they_are(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        cards = {card.id: card.to_dict() for card in client.models.list()}
+        assert {name: card["parent"] for name, card in cards.items()} == {
+            "embedded": None,
+            "alias": None,
+            HALF: "embedded",
+            CHOREO: "embedded",
+        }
+        assert cards[HALF]["root"] == "half"
+        assert client.models.retrieve(CHOREO).to_dict() == cards[CHOREO]
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("nobody")
+
+
+def test_what_is_equal_is_stored_once(loaded: Loaded, half: Path) -> None:
+    shared = {each.name: each.shared for each in loaded.variants}
+    assert 0.5 < shared[HALF] < 0.9
+    assert 0.8 < shared[CHOREO] < 1
+    merged = launch.load_variant(loaded, "merged", adapter="embedded-choreo", merges=True)
+    assert 0.05 < merged.shared < 0.5
+    assert merged.model.fingerprint != loaded.variants[1].model.fingerprint
+    assert {each.name: each.equal_layers for each in loaded.variants} == {HALF: FIRST_MOVED, CHOREO: 0}
+    same = launch.load_variant(loaded, "again", str(half))
+    assert same.shared == 1.0
+    assert same.model.fingerprint == loaded.variants[0].model.fingerprint
+    plain = launch.load(LoadOptions())
+    assert plain.shelf is None
+    assert plain.model.fingerprint == loaded.model.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"max_position_embeddings": 4096}, "its max_length is 4096, not 32768"),
+        ({"mamba_chunk_size": 64}, ""),
+    ],
+)
+def test_a_folder_of_another_shape_is_refused_by_what_differs(
+    loaded: Loaded, tmp_path: Path, config: dict[str, object], why: str
+) -> None:
+    folder = moved(tmp_path / "other", **config)
+    if not why:
+        assert launch.load_variant(loaded, "other", str(folder)).name == "other"
+        return
+    with pytest.raises(ConfigError, match=f"other: .* is no variant of embedded: {why}"):
+        launch.load_variant(loaded, "other", str(folder))
+
+
+def test_what_is_no_model_or_has_no_base_is_refused(loaded: Loaded, half: Path, tmp_path: Path) -> None:
+    with pytest.raises(HybridCacheError, match="not a local folder"):
+        launch.load_variant(loaded, "a", str(tmp_path / "nowhere"))
+    merged = LoadOptions(adapter="embedded-choreo", adapters={"x": "embedded-choreo"})
+    with pytest.raises(ConfigError, match="is merged into the model"):
+        launch.load(merged)
+    text, models = TextModel.load(loaded.path), {"embedded": loaded.variants[0].model}
+    engine = AsyncEngine(loaded.model, EngineConfig(budget_bytes=8 << 20), variants=models)
+    with pytest.raises(ConfigError, match="the name 'embedded' is taken"):
+        new_app(engine, text, [Variant("embedded", str(half), text)], served_names=("embedded",))
+
+
+def test_the_command_line_hands_them_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[ServeOptions] = []
+    monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
+    said = ["serve", "--variant", "coder=some/where", "--adapter", "a=x", "--adapter", "merged", "--variant", "b=c=d"]
+    assert CliRunner().invoke(cli.app, said).exit_code == 0
+    assert told[0].load == LoadOptions(
+        adapter="merged", variants={"coder": "some/where", "b": "c=d"}, adapters={"a": "x"}
+    )
+
+
+def test_names_and_folders(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    assert named_folders("--adapter", [str(odd), "x=y"]) == (str(odd), {"x": "y"})
+    for given, why in (
+        (["x=y", "x=z"], "the name 'x' is there twice"),
+        (["=y"], "wanted NAME=DIR"),
+        (["x="], "wanted NAME=DIR"),
+        (["y", "z"], "one can be merged"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            named_folders("--adapter", given)
+    with pytest.raises(ConfigError, match="wanted NAME=DIR"):
+        named_folders("--variant", ["somewhere"], all_named=True)
+
+
+OPERATOR, CLIENT = "operator", "client"
+
+
+@contextmanager
+def loading_server(loaded: Loaded, **settings: object) -> Iterator[httpx.Client]:
+    """A server that loads adapters when it is asked."""
+    text = TextModel.load(loaded.path)
+
+    def load(name: str, folder: str) -> tuple[Variant, HybridModel]:
+        variant = launch.load_variant(loaded, name, adapter=folder)
+        return Variant(name, str(variant.path), text, variant.adapter), variant.model
+
+    engine = AsyncEngine(loaded.model, EngineConfig(budget_bytes=32 << 20))
+    facts = {"served_names": ("embedded",), "backend": "fake", "model_path": str(loaded.path), **settings}
+    app = create_app(engine, text, ServerSettings(drain_timeout_s=1.0, **facts), (), load)  # type: ignore[arg-type]
+    with over_the_wire(app) as address, httpx.Client(base_url=address, timeout=30) as client:
+        yield client
+        asyncio.run(engine.ask(Engine.check))
+
+
+def ask(client: httpx.Client, model: str, **more: object) -> httpx.Response:
+    messages = [{"role": "user", "content": TALK + "What is the code for the red box?"}]
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 12, **more}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def test_adapters_come_and_go(loaded: Loaded) -> None:
+    with loading_server(loaded) as client:
+        asked = {"lora_name": "later", "lora_path": "embedded-choreo"}
+        assert ask(client, "later").status_code == 404
+        reply = client.post("/v1/load_lora_adapter", json=asked)
+        assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'later' added successfully.")
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["embedded", "later"]
+        assert client.get("/health").json()["variants"] == ["later"]
+        first, base = ask(client, "later").json(), ask(client, "embedded").json()
+        assert first["system_fingerprint"] != base["system_fingerprint"]
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        again = client.post("/v1/load_lora_adapter", json=asked)
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "name_taken")
+        gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "later"})
+        assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'later' removed successfully.")
+        assert ask(client, "later").status_code == 404
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "later"}).status_code == 404
+        assert client.post("/v1/load_lora_adapter", json=asked).status_code == 200
+        second = ask(client, "later").json()
+        assert second["choices"] == first["choices"]
+        assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "what was cached of it has gone with it"
+
+
+def test_an_adapter_in_use_stays(loaded: Loaded) -> None:
+    with loading_server(loaded) as client:
+        client.post("/v1/load_lora_adapter", json={"lora_name": "busy", "lora_path": "embedded-choreo"})
+        body = {"model": "busy", "prompt": TALK, "max_tokens": 3000, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()  # which ends the stream when it is forgotten
+            next(lines)
+            refused = client.post("/v1/unload_lora_adapter", json={"lora_name": "busy"})
+            assert refused.status_code == 409
+            assert refused.json()["error"]["code"] == "model_in_use"
+            assert "'busy' is in use by 1 requests" in refused.json()["error"]["message"]
+        deadline = time.monotonic() + 20
+        while client.post("/v1/unload_lora_adapter", json={"lora_name": "busy"}).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert ask(client, "").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "what"),
+    [
+        ({"lora_name": "x", "lora_path": "/nowhere"}, 400, "neither a folder nor one that ships"),
+        ({"lora_name": "x", "lora_path": str(embedded_path())}, 400, "adapter_config.json"),
+        ({"lora_name": "embedded", "lora_path": "embedded-choreo"}, 409, "is taken"),
+        ({"lora_name": "", "lora_path": "embedded-choreo"}, 400, "lora_name"),
+        ({"lora_name": "a b", "lora_path": "embedded-choreo"}, 400, "lora_name"),
+        ({"lora_name": "x" * 300, "lora_path": "embedded-choreo"}, 400, "lora_name"),
+        ({"lora_name": "x"}, 400, "lora_path"),
+        ({"lora_name": "x", "lora_path": "a\0b"}, 400, "lora_path"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(loaded: Loaded, asked: dict[str, str], status: int, what: str) -> None:
+    with loading_server(loaded) as client:
+        refused = client.post("/v1/load_lora_adapter", json=asked)
+        assert refused.status_code == status, refused.text
+        assert what in json.dumps(refused.json()["error"])
+        assert len(client.get("/v1/models").json()["data"]) == 1
+        assert ask(client, "embedded").status_code == 200
+
+
+def test_only_an_operator_loads_where_there_is_one(loaded: Loaded) -> None:
+    keys = {"api_keys": (CLIENT, OPERATOR), "operator_keys": (OPERATOR,)}
+    asked = {"lora_name": "x", "lora_path": "embedded-choreo"}
+    with loading_server(loaded, **keys) as client:
+        statuses = [
+            client.post(path, json=asked, headers={"Authorization": f"Bearer {key}"}).status_code
+            for key in (CLIENT, OPERATOR)
+            for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+        ]
+        assert statuses == [403, 403, 200, 200]
+
+
+def test_nobody_loads_where_it_was_not_allowed(url: str) -> None:
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        assert httpx.post(f"{url}{path}", json={"lora_name": "x", "lora_path": "y"}).status_code == 404
