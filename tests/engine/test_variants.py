@@ -34,12 +34,20 @@ class Times(SumModel):
         self.num_passes += 1
         return super().forward(replace(batch, token_ids=self.factor * batch.token_ids), cache)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden).roll(shift_of(self.factor), 1)
+
+
+def shift_of(factor: int) -> int:
+    """By how much a model's head says something else than another's."""
+    return 10 * (factor - 1)
+
 
 def answer_of(name: str, prompt: TokenArray, num_tokens: int) -> list[int]:
     """What the model of a name says after a prompt, worked out by hand."""
     tokens = prompt.tolist()
     for _ in range(num_tokens):
-        tokens.append((NAMES[name] * sum(tokens) + len(tokens)) % Times.vocab_size)
+        tokens.append((NAMES[name] * sum(tokens) + len(tokens) + shift_of(NAMES[name])) % Times.vocab_size)
     return tokens[len(prompt) :]
 
 
@@ -89,7 +97,7 @@ def test_scores_and_choices_are_those_of_their_own_model() -> None:
         likely = prompt_output(outputs, name).logprobs
         assert likely is not None
         found[name] = [score for score in likely if score is not None]
-        sums = NAMES[name] * np.cumsum(tokens) + np.arange(1, 131)
+        sums = NAMES[name] * np.cumsum(tokens) + np.arange(1, 131) + shift_of(NAMES[name])
         assert [score.top[0][0] for score in found[name]] == (sums % Times.vocab_size)[:-1].tolist()
         for index in range(2):
             assert answers(outputs, name, index) == answer_of(name, tokens, 4)
@@ -276,6 +284,9 @@ def test_a_variant_that_goes_leaves_nothing_in_the_second_tier_either() -> None:
             engine, *(make_request(f"{name} {number}", tokens_of(number, 200), 2, model=name) for name in ("", "twice"))
         )
     assert engine.cache.pool.host is not None
+    for number in range(10, 16):
+        run(engine, make_request(f"{number}", tokens_of(number, 400), 2))
+    assert {namespace.partition("/")[0] for namespace in engine.cache.tree.roots} == {"times-1"}
     before = {namespace.partition("/")[0] for namespace in engine.cache.pool.host.namespaces}
     assert before == {"times-1", "times-2"}
     engine.remove_variant("twice")

@@ -29,6 +29,8 @@ BASE = chain_of("facts", WEIGHTS)
 def test_a_weight_that_differs_ends_what_is_equal_where_it_is_used(name: str, equal: int | None) -> None:
     other = chain_of("facts", {**WEIGHTS, name: b"other"})
     assert equal_layers(BASE, other) == equal_layers(other, BASE) == equal
+    assert all(a != b for a, b in zip(BASE, other, strict=True)) is (equal is None)
+    assert not {*BASE[0 if equal is None else equal + 1 :]} & {*other}
 
 
 def test_more_than_weights_has_to_be_equal() -> None:
