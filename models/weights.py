@@ -46,8 +46,11 @@ class Weights(Protocol):
 
     def has(self, name: str) -> bool: ...
 
-    def low_rank(self, name: str) -> "LowRank | None":
-        """What is to be added to products with a matrix that was taken as it is; None for nothing. Asked once."""
+    def low_rank(self, name: str, out_features: int, in_features: int) -> "LowRank | None":
+        """What is to be added to products with a matrix that was taken as it is; None for nothing. Asked once.
+
+        Raises ModelError for what does not fit a matrix [out_features, in_features].
+        """
         ...
 
 
@@ -93,8 +96,8 @@ class Scope:
     def has(self, name: str) -> bool:
         return self._weights.has(self._prefix + name)
 
-    def low_rank(self, name: str) -> LowRank | None:
-        return self._weights.low_rank(self._prefix + name)
+    def low_rank(self, name: str, out_features: int, in_features: int) -> LowRank | None:
+        return self._weights.low_rank(self._prefix + name, out_features, in_features)
 
 
 class _Slice(Protocol):
@@ -190,15 +193,14 @@ class SafetensorsWeights:
         self._check_adapter(self._to_change)
         return self._digests
 
-    def low_rank(self, name: str) -> LowRank | None:
+    def low_rank(self, name: str, out_features: int, in_features: int) -> LowRank | None:
         if self._adapter is None or self._merges or name not in self._to_change & self._adapter.factors.keys():
             return None
         A, B = self._adapter.factors[name]
         self._to_change.remove(name)
-        for part in (A, B):
-            self._put_down(f"{name} beside {self._adapter.config.scale!r} {list(part.shape)}", part)
-        rows, columns = self._slice(name).get_shape()
-        self._adapter.check_fits(name, (rows, columns))
+        for number, part in enumerate((A, B)):
+            self._put_down(f"{name} beside {self._adapter.config.scale!r} {number}", part)
+        self._adapter.check_fits(name, (out_features, in_features))
         return LowRank(A.float(), self._adapter.config.scale * B.float())
 
     def _check_adapter(self, unknown: set[str]) -> None:
@@ -215,8 +217,8 @@ class SafetensorsWeights:
         self._to_change.remove(name)
         with CPU:
             weight = self._read_base(name, shape, torch.float32).to(CPU)
-            for part in self._adapter.parts(name):
-                self._put_down(f"{name} adapter {self._adapter.config.scale!r} {list(part.shape)}", part)
+            for number, part in enumerate(self._adapter.parts(name)):
+                self._put_down(f"{name} adapter {self._adapter.config.scale!r} {number}", part)
             merged = self._adapter.merged(name, weight).to(dtype)
             _check_finite(f"with adapter {self._adapter.name}, weight {name}", merged)
             return merged.to(self._device)
@@ -352,7 +354,7 @@ class ShapesOnly:
     def ignore(self, pattern: str) -> None:
         pass
 
-    def low_rank(self, name: str) -> LowRank | None:
+    def low_rank(self, name: str, out_features: int, in_features: int) -> LowRank | None:
         return None
 
     def finish(self) -> Mapping[str, bytes]:

@@ -148,7 +148,7 @@ class RandomWeights:
     def has(self, name: str) -> bool:
         return name.endswith("experts.gate_up_proj")
 
-    def low_rank(self, name: str) -> None:
+    def low_rank(self, name: str, out_features: int, in_features: int) -> None:
         """Nothing is beside the weights."""
 
     def ignore(self, pattern: str) -> None:

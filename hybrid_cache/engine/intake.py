@@ -161,6 +161,8 @@ class Intake:
         """Why a request that names messages is computed exactly; empty if it may be arranged."""
         if not self._config.prefix_cache or request.cache_mode is CacheMode.OFF:
             return "the cache is off"
+        if request.model:
+            return "messages of a variant are computed exactly"
         if request.sampling.prompt_logprobs is not None:
             return "log-probabilities of a prompt take all of it"
         return self._compiler.why_exact(request.arrangement) if request.arrangement else "as asked"

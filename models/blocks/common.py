@@ -30,7 +30,8 @@ def linear(ops: Ops, weights: Weights, parts: Mapping[str, int], in_features: in
     matrices = [weights.take(f"{name}.weight", size, in_features) for name, size in parts.items()]
     biases = [weights.take(f"{name}.bias", size) for name, size in parts.items()] if bias else []
     packed = ops.linear(_join(matrices), _join(biases) if bias else None)
-    beside = {name: pair for name in parts if (pair := weights.low_rank(f"{name}.weight")) is not None}
+    pairs = {name: weights.low_rank(f"{name}.weight", size, in_features) for name, size in parts.items()}
+    beside = {name: pair for name, pair in pairs.items() if pair is not None}
     return AdaptedLinear(ops, packed, parts, beside, matrices[0].dtype) if beside else packed
 
 

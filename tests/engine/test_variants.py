@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from hybrid_cache.choreography.arrangement import Arrangement, Encoding, Fidelity, Part
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.engine.engine import Engine
@@ -305,3 +306,20 @@ def test_two_names_of_one_model_share_what_is_cached() -> None:
     assert prompt_output(outputs, "c").cached_tokens == 200
     assert answers(outputs, "c") == answer_of("twice", tokens, 5)
     assert next(o.finish for _, o in reversed(outputs) if isinstance(o, TokenOutput)) is FinishReason.LENGTH
+
+
+class Storing(Times):
+    fidelities = ("composed",)
+
+
+def test_a_variant_computes_messages_in_any_order_exactly_and_says_so() -> None:
+    """What tokens do to states, and how keys turn, is known of the first model alone."""
+    engine = Engine(Storing(1), EngineConfig(budget_bytes=1 << 20), variants={"twice": Storing(2)})
+    parts = (Part(30, "m0", Encoding.ALONE), Part(70, "m1", Encoding.ALONE), Part(3))
+    asked = make_request("a", tokens_of(1, 103), 3, arrangement=Arrangement(parts, Fidelity.COMPOSED), model="twice")
+    plan = engine.plan(asked)
+    assert (plan.fidelity, plan.why) == (Fidelity.EXACT, "messages of a variant are computed exactly")
+    outputs = run(engine, asked)
+    assert answers(outputs, "a") == answer_of("twice", tokens_of(1, 103), 3)
+    assert engine.stats().cache.messages == 0
+    assert engine.plan(replace(asked, model="")).fidelity is Fidelity.COMPOSED

@@ -210,6 +210,29 @@ def test_modules_that_were_saved_whole_are_replaced_beside_the_model(folders, tm
     assert torch.equal(logits(beside), logits(merged))
 
 
+@pytest.mark.parametrize("merges", [True, False])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_square_factors_are_told_apart(factor, merges, folders, tmp_path):
+    """A and B have one shape where the rank is that of the matrix."""
+    folder = folders(GRANITE)
+    name, weight = next((n, w) for n, w in matrices(folder).items() if w.shape[0] == w.shape[1])
+    tensors = {f"{name.removesuffix('.weight')}.lora_{x}.weight": 0.1 * torch.randn(*weight.shape) for x in "AB"}
+    changed = {n: t + 0.1 if f"lora_{factor}" in n else t for n, t in tensors.items()}
+    prints = set()
+    for number, each in enumerate((tensors, changed)):
+        path = adapter_for(folder, tmp_path / f"{number}", each, rank=weight.shape[0])
+        prints.add(loading.load(folder, ops=OPS, adapter=path, merges=merges).fingerprint)
+    assert len(prints) == 2
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_adapter_stands_beside_quantized_weights(kind, folders, tmp_path):
+    folder = converted(folders(GRANITE), tmp_path / kind, quantize=kind)
+    path = adapter_for(folders(GRANITE), tmp_path / "adapter")
+    beside, merged = (loading.load(folder, ops=OPS, adapter=path, merges=merges) for merges in (False, True))
+    torch.testing.assert_close(logits(beside), logits(merged), atol=2e-3, rtol=2e-3)
+
+
 # Nothing cached crosses
 
 

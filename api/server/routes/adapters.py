@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import Callable
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
 from hybrid_cache.api.server.bodies import JsonRoute
 from hybrid_cache.api.server.errors import ModelNotFound, NotAllowed, quoted
 from hybrid_cache.api.server.openapi import ERRORS
-from hybrid_cache.api.server.responses import unless_gone
 from hybrid_cache.api.server.schemas.adapters import LoadAdapter, UnloadAdapter
 from hybrid_cache.api.server.serving import Serving, Variant
 from hybrid_cache.api.server.tenants import is_operator
@@ -30,7 +29,7 @@ def router(serving: Serving, load: LoadVariant) -> APIRouter:
             raise NotAllowed("adapters are loaded and unloaded with an operator's key (--operator-key-file)")
 
     @routes.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
-    async def load_adapter(asked: LoadAdapter, request: Request) -> str:
+    async def load_adapter(asked: LoadAdapter) -> str:
         """Serves the model with an adapter, a folder on the server, under a name of its own."""
         check_allowed()
         name = asked.lora_name
@@ -46,14 +45,14 @@ def router(serving: Serving, load: LoadVariant) -> APIRouter:
         return f"Success: LoRA adapter '{name}' added successfully."
 
     @routes.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-    async def unload_adapter(asked: UnloadAdapter, request: Request) -> str:
+    async def unload_adapter(asked: UnloadAdapter) -> str:
         """Forgets an adapter and what is cached of it; refused while requests use it."""
         check_allowed()
         name = asked.lora_name
         async with changing:
             if name not in serving.variants or serving.variants[name].model.adapter is None:
                 raise ModelNotFound(f"there is no adapter {quoted(name)}", param="lora_name")
-            await unless_gone(request, engine.ask(lambda core: core.remove_variant(name)))
+            await engine.ask(lambda core: core.remove_variant(name))  # to its end, whoever has hung up
             del serving.variants[name]
         return f"Success: LoRA adapter '{name}' removed successfully."
 
