@@ -3,7 +3,7 @@
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.errors import ConfigError, RequestError
 
-ALIKE = ("vocab_size", "max_length", "device", "packs", "fidelities", "commutes", "prefill_cost", "cache_spec")
+ALIKE = ("vocab_size", "max_length", "device", "packs", "cache_spec", "fidelities", "commutes", "prefill_cost")
 """What variants have in common with the model, as `HybridModel` has it; the last ones say most of the layers."""
 
 
@@ -52,6 +52,8 @@ def difference_of(base: HybridModel, model: HybridModel) -> str:
     for fact in ALIKE:
         ours, theirs = getattr(base, fact), getattr(model, fact)
         if ours != theirs:
+            if fact == "prefill_cost":
+                return "its layers are of other widths, or in another order"
             return _layers(base, model) if fact == "cache_spec" else f"its {fact} is {theirs}, not {ours}"
     return ""
 
@@ -59,10 +61,11 @@ def difference_of(base: HybridModel, model: HybridModel) -> str:
 def _layers(base: HybridModel, model: HybridModel) -> str:
     """In what the cached tensors of two models differ."""
     ours, theirs = base.cache_spec, model.cache_spec
+    if ours.hidden_size != theirs.hidden_size:
+        return f"its rows are {theirs.hidden_size} numbers wide, not {ours.hidden_size}"
     if len(ours.layers) != len(theirs.layers):
         return f"it keeps {len(theirs.layers)} layers, not {len(ours.layers)}"
     for index, (own, other) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
         if own != other:
             return f"cached layer {index} is {other}, not {own}"
-    found, expected = (f"{spec.hidden_size} numbers in {spec.hidden_dtype}" for spec in (theirs, ours))
-    return f"its rows are {found}, not {expected}"
+    return f"its rows are {theirs.hidden_dtype}, not {ours.hidden_dtype}"

@@ -14,7 +14,7 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import ConfigError, RequestError
 from hybrid_cache.request import FinishReason, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
-from hybrid_cache.spec import CacheSpec
+from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.tokens import Prompt, TokenArray
 from tests.engine.test_engine import answers, make_request, prompt_output, run
 from tests.engine.test_host_tier import room_for
@@ -206,6 +206,14 @@ class LongerState(Times):
     )
 
 
+class WiderRows(Times):
+    cache_spec = CacheSpec(Times.cache_spec.layers, 3, Times.cache_spec.hidden_dtype)
+
+
+class Dearer(Times):
+    prefill_cost = PrefillCost(1001.0, 1.0)
+
+
 class MoreWords(Times):
     vocab_size = 998
 
@@ -228,6 +236,8 @@ def test_a_model_of_another_kind_is_no_variant(kind: type[SumModel], why: str) -
     [
         ("vocab_size", MoreWords, "its vocab_size is 998, not 997"),
         ("cache_spec", OtherShape, "it keeps 1 layers, not 2"),
+        ("cache_spec", WiderRows, "its rows are 3 numbers wide, not 2"),
+        ("prefill_cost", Dearer, "its layers are of other widths, or in another order"),
         ("cache_spec", LongerState, r"cached layer 1 is StateSpec\(.*state_shape=\(700,\).*, not StateSpec"),
     ],
 )
