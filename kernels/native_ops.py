@@ -8,6 +8,7 @@ depend on `torch.get_num_threads()` either.
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
+from copy import copy
 from math import log
 
 import torch
@@ -107,6 +108,12 @@ class NativeOps(TorchOps):
         self._memory = Pool()
         self._scratch = threading.local()
         self._has_products = bool(self._c.linear_supported())
+
+    def apart(self) -> "NativeOps":
+        """The same, with memory of its own for what it packs, which goes when nothing of that is used any more."""
+        other = copy(self)
+        other._memory = Pool()
+        return other
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         if self._packs_weight(weight):

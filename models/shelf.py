@@ -33,17 +33,19 @@ class Shelf:
 
     def ops(self, ops: Ops) -> Ops:
         """The same backend, which packs matrices of equal contents once."""
-        shared: Any = copy(ops)
+        shared: Any = ops.apart() if hasattr(ops, "apart") else copy(ops)
+        own = cast(Ops, shared)
+        pack_linear, pack_experts = own.linear, own.experts
 
         def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
             tensors = [weight] if bias is None else [weight, bias]
-            return self._pack(("linear",), tensors, lambda: ops.linear(weight, bias))
+            return self._pack(("linear",), tensors, lambda: pack_linear(weight, bias))
 
         def experts(
             w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
         ) -> Experts:
             key = ("experts", len(w_in), act)
-            return self._pack(key, [*w_in, *w_out], lambda: ops.experts(w_in, w_out, act))
+            return self._pack(key, [*w_in, *w_out], lambda: pack_experts(w_in, w_out, act))
 
         shared.linear, shared.experts = linear, experts
         return cast(Ops, shared)

@@ -4,7 +4,7 @@ from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.errors import ConfigError, RequestError
 
 ALIKE = ("vocab_size", "max_length", "device", "packs", "cache_spec", "fidelities", "commutes", "prefill_cost")
-"""What variants have in common with the model, as `HybridModel` has it; the last ones say most of the layers."""
+"""What variants have in common with the model, as `HybridModel` has it."""
 
 
 class Family:
