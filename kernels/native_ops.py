@@ -110,9 +110,10 @@ class NativeOps(TorchOps):
         self._has_products = bool(self._c.linear_supported())
 
     def apart(self) -> "NativeOps":
-        """The same, with memory of its own for what it packs, which goes when nothing of that is used any more."""
+        """The same, with memory of its own for what it packs and prepares, which goes with whoever uses it."""
         other = copy(self)
-        other._memory = Pool()
+        other._memory, other._layout, other._latest_rotations = Pool(), None, None
+        other._weights, other._scans, other._convs = {}, {}, {}
         return other
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:

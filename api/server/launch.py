@@ -60,6 +60,7 @@ class Loaded:
     adapter: str | None = None  # its name
     variants: tuple[LoadedVariant, ...] = ()
     shelf: Shelf | None = None  # where there are variants, or may be
+    asked_dtype: str = "auto"  # that folders of variants are read in, too
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +86,7 @@ def load(options: LoadOptions) -> Loaded:
     info = loading.describe(loading.load_config(path), dtype=dtype)
     adapter = None if options.adapter is None else adapters.name_of(options.adapter)
     name = _name(options.model) if adapter is None else f"{_name(options.model)}+{adapter}"
-    loaded = Loaded(name, path, model, ops, info, adapter, (), shelf)
+    loaded = Loaded(name, path, model, ops, info, adapter, (), shelf, options.dtype)
     variants = [load_variant(loaded, name, folder) for name, folder in options.variants.items()]
     variants += [
         load_variant(loaded, name, adapter=folder, merges=options.merges) for name, folder in options.adapters.items()
@@ -106,9 +107,8 @@ def load_variant(
         raise ConfigError(f"adapter {loaded.adapter} is merged into the model: a variant with {name} has no base")
     path = loaded.path if folder is None else loading.resolve(folder)
     loaded.shelf.begin()
-    model = loading.load(
-        path, dtype=loaded.dtype_name, ops=loaded.ops, adapter=adapter, merges=merges, shelf=loaded.shelf
-    )
+    dtype = loaded.dtype_name if folder is None else loaded.asked_dtype
+    model = loading.load(path, dtype=dtype, ops=loaded.ops, adapter=adapter, merges=merges, shelf=loaded.shelf)
     difference = difference_of(loaded.model, model)
     if difference:
         raise ConfigError(f"{name}: {path} is no variant of {loaded.name}: {difference}")

@@ -61,6 +61,8 @@ def difference_of(base: HybridModel, model: HybridModel) -> str:
 def _layers(base: HybridModel, model: HybridModel) -> str:
     """In what the cached tensors of two models differ."""
     ours, theirs = base.cache_spec, model.cache_spec
+    if ours.hidden_dtype != theirs.hidden_dtype:
+        return f"its rows are {theirs.hidden_dtype}, not {ours.hidden_dtype}"
     if ours.hidden_size != theirs.hidden_size:
         return f"its rows are {theirs.hidden_size} numbers wide, not {ours.hidden_size}"
     if len(ours.layers) != len(theirs.layers):
@@ -68,4 +70,4 @@ def _layers(base: HybridModel, model: HybridModel) -> str:
     for index, (own, other) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
         if own != other:
             return f"cached layer {index} is {other}, not {own}"
-    return f"its rows are {theirs.hidden_dtype}, not {ours.hidden_dtype}"
+    return ""

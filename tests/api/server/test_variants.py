@@ -31,6 +31,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.models.loading import embedded_path
 from hybrid_cache.request import Request, TokenOutput
@@ -335,3 +336,24 @@ def test_only_an_operator_loads_where_there_is_one(loaded: Loaded) -> None:
 def test_nobody_loads_where_it_was_not_allowed(url: str) -> None:
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         assert httpx.post(f"{url}{path}", json={"lora_name": "x", "lora_path": "y"}).status_code == 404
+
+
+def test_a_folder_in_another_dtype_is_refused_unless_one_is_asked_for(half: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "float32"
+    shutil.copytree(half, folder)
+    weights = {name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"its rows are torch.float32, not torch.bfloat16"):
+        launch.load(LoadOptions(variants={"other": str(folder)}))
+    asked = launch.load(LoadOptions(dtype="float32", variants={"other": str(folder)}))
+    assert asked.variants[0].model.cache_spec == asked.model.cache_spec
+
+
+def test_an_adapter_that_is_gone_leaves_nothing_with_the_backend(loaded: Loaded) -> None:
+    def prepared() -> int:
+        return sum(len(getattr(loaded.ops, name, ())) for name in ("_weights", "_scans", "_convs"))
+
+    before = prepared()
+    for _ in range(2):
+        check_model(launch.load_variant(loaded, "gone", adapter="embedded-choreo").model)
+    assert prepared() == before
