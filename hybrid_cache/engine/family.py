@@ -70,4 +70,4 @@ def _layers(base: HybridModel, model: HybridModel) -> str:
     for index, (own, other) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
         if own != other:
             return f"cached layer {index} is {other}, not {own}"
-    return ""
+    return "what it keeps in the cache differs"
