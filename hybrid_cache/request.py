@@ -51,19 +51,19 @@ class Request:
     owner: str | None = ""  # what salts of namespaces begin with that it may be told of beside its own; empty: none;
     # None: others use its own, too, and it is not told what is in there
     model: str = ""  # the name of a variant that the engine runs; empty for its own model
+    max_loss: float | None = None  # entries may be made from another model's where a profile expects no more than this,
+    # in nats a token; None: only where the bits are the model's own
 
 
-def namespace_of(salt: str, fingerprint: str) -> str:
-    """The model (weights with the adapter, dtype) and the tenant's salt: no hit ever crosses either.
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Tokens [start, end) of a prompt whose entries were made from another model's; maybe none, in a lane."""
 
-    A fingerprint has no slash, so no two pairs have one namespace.
-    """
-    return f"{fingerprint}/{salt}"
-
-
-def fingerprint_in(namespace: str) -> str:
-    """The model that a namespace says."""
-    return namespace.partition("/")[0]
+    sender: str  # its name, as in `Request.model`
+    start: int
+    end: int
+    transfer: str  # what was done with each layer, see `transfer.Transfer`
+    loss: float | None = None  # expected in the answer, in nats a token; None: the bits are the model's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class PromptOutput:
     queued_s: float = field(default=0.0, compare=False)  # from submission to the first step
     plan: Plan | None = None  # of an arranged request: what was really done
     found: Found | None = field(default=None, compare=False)  # why the rest was not cached; None of arranged requests
+    received: Received | None = None  # beside what was cached
 
 
 @dataclass(frozen=True, slots=True)

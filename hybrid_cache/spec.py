@@ -55,6 +55,12 @@ class CacheSpec:
     layers: tuple[AttentionSpec | StateSpec, ...]
     hidden_size: int  # width of the hidden row kept with a prompt end
     hidden_dtype: "torch.dtype"
+    stream_dtype: "torch.dtype | None" = None  # of the rows between layers, where it is not `hidden_dtype`
+
+    @property
+    def input_bytes(self) -> int:
+        """What a layer is given for one token."""
+        return self.hidden_size * (self.stream_dtype or self.hidden_dtype).itemsize
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -87,10 +93,23 @@ class PrefillCost:
     per_token: float
     per_token_per_position: float
 
+    def part(self, share: float) -> "PrefillCost":
+        return PrefillCost(share * self.per_token, share * self.per_token_per_position)
+
     def flops(self, start: int, end: int) -> float:
         """FLOPs to compute the tokens [start, end) when [0, start) is there."""
         n = end - start
         return n * self.per_token + self.per_token_per_position * n * (start + end - 1) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One of the layers that a model goes through."""
+
+    kind: str  # of what mixes tokens in it; empty where nothing does
+    entries: tuple[int, ...]  # of what is cached, in the order of `CacheSpec.layers`
+    cost: PrefillCost
+    write_cost: PrefillCost  # of what it caches alone, without what it gives to the next layer
 
 
 def align64(num_bytes: int) -> int:

@@ -13,6 +13,7 @@ class CacheStats:
     checkpoint_bytes: int
     prompt_end_bytes: int
     message_bytes: int  # rows, states and transitions of messages that a choreography keeps
+    input_bytes: int  # what layers were given, for models that share a base
     working_bytes: int  # pages and states of running sequences, and slots about to be filled
     nodes: int
     checkpoints: int
@@ -55,6 +56,7 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     moved_tokens: int = 0  # of these, taken from stored messages by a choreography
+    received_tokens: int = 0  # beside them, made from what another model has of the prompt
     computed_tokens: int = 0  # prompt tokens, including what preemption repeats
     generated_tokens: int = 0
     replayed_tokens: int = 0  # generated tokens fed again after a preemption
@@ -77,6 +79,7 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     moved_tokens: int
+    received_tokens: int
     computed_tokens: int
     generated_tokens: int
     commit_tokens: int

@@ -9,6 +9,14 @@ import numpy.typing as npt
 TokenArray = npt.NDArray[np.int32]
 
 
+def last_occurrence(tokens: TokenArray, part: tuple[int, ...]) -> int | None:
+    """Where `part`, at least one token, begins the last time that `tokens` hold all of it; None if they do not."""
+    starts = np.arange(len(tokens) - len(part) + 1)
+    for place, token in enumerate(part):
+        starts = starts[tokens[starts + place] == token]
+    return int(starts[-1]) if len(starts) else None
+
+
 class BoundaryKind(Enum):
     """Why a position in a prompt may be worth a checkpoint."""
 

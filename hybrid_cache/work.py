@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hybrid_cache.cache import commands as books
-from hybrid_cache.cache.tree import KVRows
+from hybrid_cache.cache.tree import KVRows, LayerInputs
 from hybrid_cache.choreography import commands as choreography
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.tokens import TokenArray
+from hybrid_cache.transfer import Transfer
 
 Command = books.Command | choreography.Command
 
@@ -36,6 +37,21 @@ class Noted:
     first: bool
 
 
+@dataclass(frozen=True, slots=True)
+class InputRows:
+    """Where what a layer is given for tokens [start, end) of a sequence lies: row after row, item after item."""
+
+    layer: int
+    start: int
+    end: int
+    items: tuple[int, ...]
+
+
+def input_rows(run: LayerInputs) -> InputRows:
+    """All of a run."""
+    return InputRows(run.layer, run.start, run.num_tokens, tuple(run.items))
+
+
 class Rows(NamedTuple):
     """A run of tokens of one sequence in one pass. Each decoding sequence has one a step, so it is made cheaply."""
 
@@ -51,6 +67,9 @@ class Rows(NamedTuple):
     cuts: tuple[int, ...] = ()  # indices at which a tile ends and the grid starts again, rising
     noted: tuple[Noted, ...] = ()
     num_wanted: int = 0  # of the last rows, how many hidden rows are read
+    kept_inputs: tuple[InputRows, ...] = ()  # what layers are given for some of the tokens is written there
+    transfer: Transfer | None = None  # entries of each layer are made in this way: what is taken is there already,
+    sent_inputs: tuple[InputRows, ...] = ()  # and this is what other layers are given
 
     @property
     def end(self) -> int:

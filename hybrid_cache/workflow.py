@@ -21,7 +21,8 @@ from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import RequestError, RequestFailed
-from hybrid_cache.request import FailedOutput, FinishReason, PromptOutput, Request, TokenOutput, namespace_of
+from hybrid_cache.namespaces import namespace_of
+from hybrid_cache.request import FailedOutput, FinishReason, PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams, TokenLogprob
 from hybrid_cache.tokens import Boundary, TokenArray
 
@@ -151,14 +152,14 @@ class Workflow:
 
     def is_stored(self, message: Message, style: Style | None = None) -> bool:
         """Whether rows and effect of a message are in the cache for use at another position."""
-        return self.engine.is_stored(message.id, (style or self.style).seam)
+        return self.engine.is_stored(message.id, (style or self.style).seam, namespace=self._tenant)
 
     def effects(self, message: Message, style: Style | None = None) -> "list[tuple[Tensor, Tensor]]":
         """(P, S) of a stored message for each state of the model, in the order of its layers; copies.
 
         P as its `Transition` writes it down, S [*state_shape], both float32. Raises RequestError if it is not stored.
         """
-        effects = self.engine.effects(message.id, (style or self.style).seam)
+        effects = self.engine.effects(message.id, (style or self.style).seam, namespace=self._tenant)
         if effects is None:
             raise RequestError(f"message {message.id} is not stored")
         return effects

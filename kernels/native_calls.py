@@ -76,7 +76,26 @@ class Unit(ctypes.Structure):
 
 
 class Linear(ctypes.Structure):
-    _fields_ = (("in_features", c_int64), ("out_features", c_int64), ("weight", c_void_p), ("bias", c_void_p))
+    _fields_ = (
+        *((name, c_int64) for name in ("in_features", "out_features")),
+        *((name, c_void_p) for name in ("weight", "bias", "beside")),
+    )
+
+
+class LowRank(ctypes.Structure):
+    _fields_ = (("rank", c_int64), ("A", c_void_p), ("B", c_void_p))
+
+
+class AdaptedRows(ctypes.Structure):
+    _fields_ = (("num_rows", c_int64), ("num_blocks", c_int64), ("blocks", c_void_p), ("rows", c_void_p))
+
+
+class Beside(ctypes.Structure):
+    _fields_ = (
+        ("adapted", c_void_p),
+        *((name, c_int64) for name in ("in_features", "out_features", "num_parts")),
+        ("parts", c_void_p),
+    )
 
 
 class Residual(ctypes.Structure):
@@ -115,6 +134,7 @@ _SIGNATURES = {
     "rg_lru": "ppppiii",
     "linear": "piiiipppi",
     "linear_supported": "",
+    "add_low_rank": "ppipi",
     "add_gated_mlp": "pppp",
     "add_gated_mlp_scratch": "ppp",
     "add_mamba2": "ppppppipipp",

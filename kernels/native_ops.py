@@ -19,8 +19,10 @@ from hybrid_cache.kernels import native_calls, native_library, native_products
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.memory import Pool
+from hybrid_cache.kernels.native_low_rank import NativeBank
 from hybrid_cache.kernels.native_products import NativeExperts, NativeLinear, threads_for
 from hybrid_cache.kernels.ops import (
+    Bank,
     Draws,
     Experts,
     KVTensors,
@@ -127,6 +129,9 @@ class NativeOps(TorchOps):
         if act is None and self._packs_weight(w_in[0]) and self._packs_weight(w_out[0]):
             return NativeExperts(self._c, self._memory, self._scratch_memory, w_in, w_out)
         return super().experts(w_in, w_out, act)
+
+    def bank(self) -> Bank:
+        return NativeBank(self._c, super().linear, self.device)
 
     def _packs_weight(self, weight: Tensor) -> bool:
         return self._has_products and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
@@ -273,18 +278,27 @@ class NativeOps(TorchOps):
     def mamba2(self, zxbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> Tensor:
         if weights.conv_weight.shape[1] > MAX_CONV_WIDTH or cache.conv.dtype != zxbcdt.dtype:
             return super().mamba2(zxbcdt, weights, layout, cache)
-        zxbcdt = zxbcdt.contiguous()
-        w = self._mamba2_address(weights)
-        rows = self._layout_address(layout)
+        out = torch.empty(layout.num_rows, weights.num_heads * weights.head_dim, dtype=zxbcdt.dtype)
+        self._run_mamba2(zxbcdt, weights, layout, cache, out)
+        return out
+
+    def mamba2_states(self, xbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> None:
+        if weights.conv_weight.shape[1] > MAX_CONV_WIDTH or cache.conv.dtype != xbcdt.dtype:
+            return super().mamba2_states(xbcdt, weights, layout, cache)
+        self._run_mamba2(xbcdt, weights, layout, cache, None)
+
+    def _run_mamba2(
+        self, rows: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors, out: Tensor | None
+    ) -> None:
+        rows = rows.contiguous()
+        w, places = self._mamba2_address(weights), self._layout_address(layout)
         states = weights.num_heads * weights.head_dim * weights.d_state
         threads = threads_for(states * (TILE * layout.num_tiles + layout.num_decode) // 4)
-        out = torch.empty(layout.num_rows, weights.num_heads * weights.head_dim, dtype=zxbcdt.dtype)
         self._c.mamba2(
-            *(rows, w, zxbcdt.data_ptr(), out.data_ptr()),
+            *(places, w, rows.data_ptr(), None if out is None else out.data_ptr()),
             *(cache.conv.data_ptr(), cache.conv.stride(0), cache.state.data_ptr(), cache.state.stride(0)),
-            *(self._scratch_memory(self._c.mamba2_scratch(rows, w, threads)), threads, zxbcdt.dtype is torch.bfloat16),
+            *(self._scratch_memory(self._c.mamba2_scratch(places, w, threads)), threads, rows.dtype is torch.bfloat16),
         )
-        return out
 
     def add_gated_mlp(
         self, hidden: Tensor, norm: NormWeights, multiplier: float, gate_up: Linear, down: Linear

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from hybrid_cache.kernels import native_calls
 from hybrid_cache.kernels.memory import Pool
+from hybrid_cache.kernels.ops import Linear
 
 PANEL = 64  # in linear.c
+RANK_PANEL = 16  # of first factors, in low_rank.c
+BLOCK_ROWS = 6  # in low_rank.c
 MIN_VALUES_FOR_THREADS = 1 << 17  # below this, waking a second thread takes longer than the work
 
 
@@ -18,14 +22,14 @@ def threads_for(num_values: int) -> int:
     return torch.get_num_threads() if num_values >= MIN_VALUES_FOR_THREADS else 1
 
 
-def pack(weights: Sequence[Tensor], memory: Pool) -> Tensor:
-    """Bfloat16 weights [out, in] -> in panels, [n, panels, in / 2, PANEL, 2]."""
+def pack(weights: Sequence[Tensor], memory: Pool, panel: int = PANEL) -> Tensor:
+    """Bfloat16 weights [out, in] -> in panels, [n, panels, in / 2, panel, 2]."""
     out_features, in_features = weights[0].shape
-    num_panels = -(-out_features // PANEL)
-    packed = memory.empty((len(weights), num_panels, in_features // 2, PANEL, 2), torch.bfloat16)
+    num_panels = -(-out_features // panel)
+    packed = memory.empty((len(weights), num_panels, in_features // 2, panel, 2), torch.bfloat16)
     for panels, weight in zip(packed, weights, strict=True):
-        padded = F.pad(weight, (0, 0, 0, num_panels * PANEL - out_features))
-        panels.copy_(padded.view(num_panels, PANEL, -1, 2).transpose(1, 2))
+        padded = F.pad(weight, (0, 0, 0, num_panels * panel - out_features))
+        panels.copy_(padded.view(num_panels, panel, -1, 2).transpose(1, 2))
     return packed
 
 
@@ -37,13 +41,34 @@ class NativeLinear:
         self.out_features, self.in_features = weight.shape
         self._weight = pack([weight], memory)
         self._bias = None if bias is None else bias.float().contiguous()
+        self._linear = library.linear
+        self._describe()
+
+    def _describe(self) -> None:
+        """address: of what C reads"""
         self._weight_address = self._weight.data_ptr()
         self._bias_address = None if self._bias is None else self._bias.data_ptr()
         self._structure = native_calls.Linear(
             self.in_features, self.out_features, self._weight_address, self._bias_address
         )
         self.address = ctypes.addressof(self._structure)
-        self._linear = library.linear
+
+    def tail(self, first: int) -> "Linear | None":
+        """The outputs from `first` on, out of the same memory; None where a panel would have to be cut."""
+        if first % PANEL:
+            return None
+        other = copy(self)
+        other.out_features = self.out_features - first
+        other._weight = self._weight[:, first // PANEL :]
+        other._bias = None if self._bias is None else self._bias[first:]
+        other._describe()
+        return other
+
+    def _share(self, other: "NativeLinear") -> None:
+        """Becomes the same product, with the other's weight."""
+        self.out_features, self.in_features = other.out_features, other.in_features
+        self._weight, self._bias, self._linear = other._weight, other._bias, other._linear
+        self._describe()
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.stride(1) != 1:

@@ -11,8 +11,9 @@ Two promises hold for each method of each backend that says `exact`:
 2. tiles of one sequence give the same bits and states in one call as in several calls, cut at any tile's end.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -112,6 +113,61 @@ class Experts(Protocol):
         ...
 
 
+class Factors(Protocol):
+    """What one adapter adds to the projections of a model (LoRA, Hu et al. 2021), packed. It never changes."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowAdapters:
+    """Which adapter each row of a pass has.
+
+    index [R] int64, on the CPU: places in `factors`, -1 for rows without one
+    """
+
+    index: Tensor
+    factors: tuple[Factors, ...]
+
+    @classmethod
+    def one(cls, factors: Factors, num_rows: int) -> "RowAdapters":
+        """All rows have the same one."""
+        return cls(torch.zeros(num_rows, dtype=torch.int64), (factors,))
+
+    def of(self, rows: Tensor) -> "RowAdapters":
+        """Of some rows [L], in their order."""
+        return replace(self, index=self.index[rows.cpu()])
+
+
+class Bank(Protocol):
+    """The projections of one model that adapters may add to, y += B A x, for those rows of a pass that have one.
+
+    Rows without an adapter have the bits of the model alone, rows with one the same bits whatever other adapters there
+    are. One thread at a time runs a model with a bank.
+    """
+
+    num_places: int
+
+    def linear(self, base: Linear, sizes: Sequence[int]) -> tuple[Linear, range]:
+        """-> the projection, to which adapters may add, and the places of its parts.
+
+        sizes: output features of each part, in their order; together those of `base`
+        """
+        ...
+
+    def factors(self, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> Factors:
+        """Packs what one adapter adds, by place: A [rank, in], B [out, rank], in the type of the rows."""
+        ...
+
+    def during(self, adapters: RowAdapters | None) -> AbstractContextManager[None]:
+        """Inside, a pass runs whose rows have these adapters. Inside of that, another may run to its end."""
+        ...
+
+    def narrow(self, rows: Tensor) -> None:
+        """From here on the pass goes on with these of its rows, in their order."""
+        ...
+
+
 class Ops(Protocol):
     """A backend. See the module's two promises."""
 
@@ -122,6 +178,10 @@ class Ops(Protocol):
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """Packs weight [out, in] (+ bias [out]) -> y = x @ weight.T + bias; the caller may drop its copy."""
+        ...
+
+    def bank(self) -> Bank:
+        """For the projections of one model that adapters may add to."""
         ...
 
     def experts(
@@ -175,6 +235,17 @@ class Ops(Protocol):
 
         zxbcdt [R, 2 * H * P + 2 * G * N + H]: gate z, then x, B, C (convolved), then dt -> [R, H * P]
         """
+        ...
+
+    def mamba2_states(self, xbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> None:
+        """What `mamba2` does to the states, to the same bits, where nobody needs what it gives.
+
+        xbcdt [R, H * P + 2 * G * N + H]: as there, without z
+        """
+        ...
+
+    def write_rows(self, k: Tensor, v: Tensor, layout: RowLayout, kv: KVTensors) -> None:
+        """What `attention` writes: k, v [R, kv_heads, d] into the pages at `layout.kv_rows`."""
         ...
 
     def add_gated_mlp(

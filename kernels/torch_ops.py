@@ -23,7 +23,9 @@ from hybrid_cache.kernels import runs, sampling
 from hybrid_cache.kernels.elementwise import add, sigmoid, silu, softplus
 from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.kernels.layout import RowLayout
+from hybrid_cache.kernels.low_rank import TorchBank
 from hybrid_cache.kernels.ops import (
+    Bank,
     Draws,
     Experts,
     KVTensors,
@@ -154,6 +156,9 @@ class TorchOps:
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return pack(weight, bias)
 
+    def bank(self) -> Bank:
+        return TorchBank(self.linear, self.device)
+
     def experts(
         self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
     ) -> Experts:
@@ -170,6 +175,13 @@ class TorchOps:
 
     def gelu_tanh_mul(self, x: Tensor) -> Tensor:
         return self._fused(_gelu_tanh_mul)(x)
+
+    def mamba2_states(self, xbcdt: Tensor, weights: Mamba2Weights, layout: RowLayout, cache: StateTensors) -> None:
+        z = xbcdt.new_zeros(len(xbcdt), weights.num_heads * weights.head_dim)
+        self.mamba2(torch.cat([z, xbcdt], dim=1), weights, layout, cache)
+
+    def write_rows(self, k: Tensor, v: Tensor, layout: RowLayout, kv: KVTensors) -> None:
+        _write_rows(k, v, layout, kv)
 
     def add_gated_mlp(
         self, hidden: Tensor, norm: NormWeights, multiplier: float, gate_up: Linear, down: Linear

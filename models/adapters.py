@@ -1,7 +1,9 @@
 """LoRA adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, read, merged and written.
 
 A merged weight is W + scale * B A, in float32; scale is alpha / rank, or alpha / sqrt(rank) with `use_rslora`. Modules
-that were trained as a whole (`modules_to_save`) replace those of the base. Whatever else PEFT knows is refused by name.
+that were trained as a whole (`modules_to_save`) replace those of the base. An activated adapter
+(`alora_invocation_tokens`) is only on from its invocation in a prompt: it can be neither merged nor replace anything.
+Whatever else PEFT knows is refused by name.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1 << 20
+MAX_INVOCATION = 1 << 10
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-SHIPPED = {"embedded-choreo": "embedded_choreo"}  # inside the package
+SHIPPED = {"embedded-choreo": "embedded_choreo", "embedded-polite": "embedded_polite"}  # inside the package
 # Settings that change what an adapter means, with the values that mean nothing.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_dora": (False,),
@@ -37,7 +40,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "target_parameters": ([],),
     "trainable_token_indices": ([], {}),
     "layer_replication": ([],),
-    "alora_invocation_tokens": ([],),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base weights
 }
 
@@ -53,6 +55,7 @@ class LoraConfig:
     saved: tuple[str, ...] = ()  # modules that are replaced as a whole
     dropout: float = 0.0
     rslora: bool = False
+    invocation: tuple[int, ...] = ()  # tokens that switch it on; none: it always is
 
     @property
     def scale(self) -> float:
@@ -73,6 +76,7 @@ class LoraConfig:
             "use_dora": False,
             "bias": "none",
             "fan_in_fan_out": False,
+            "alora_invocation_tokens": list(self.invocation) or None,
             "inference_mode": True,
         }
         return json.dumps(values, indent=2) + "\n"
@@ -156,6 +160,9 @@ def load(path: str | Path) -> Adapter:
     with errors_begin_with(f"adapter {path}"):
         config = _read_config(folder)
         factors, replaced = _read_tensors(folder, config)
+        if config.invocation and (replaced or config.saved):
+            names = ", ".join(config.saved or replaced)
+            raise UnsupportedModel(f"modules_to_save is {names[:100]}, which an activated adapter cannot replace")
     return Adapter(name_of(path), config, factors, replaced)
 
 
@@ -186,6 +193,7 @@ def _read_config(folder: Path) -> LoraConfig:
         base=base if isinstance(base, str) else None,
         saved=_names(values.get("modules_to_save")),
         rslora=values.get("use_rslora") is True,
+        invocation=_invocation(values.get("alora_invocation_tokens")),
     )
 
 
@@ -199,6 +207,15 @@ def _alpha(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_ALPHA:
         raise ModelError(f"lora_alpha is {shown(value)}, must be a number in (0, {MAX_ALPHA}]")
     return value
+
+
+def _invocation(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    tokens = value if isinstance(value, list) else [None]
+    if len(tokens) > MAX_INVOCATION or not all(type(token) is int and token >= 0 for token in tokens):
+        raise ModelError(f"alora_invocation_tokens is {shown(value)}, must be at most {MAX_INVOCATION} tokens")
+    return tuple(tokens)
 
 
 def _names(value: object) -> tuple[str, ...]:

@@ -3,10 +3,25 @@
 import re
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
-from itertools import takewhile
+
+import torch
+from torch import Tensor
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _ABOVE = re.compile(r"^(?:[\w.]*\.)?(?:norm|norm_f|final_layernorm|embedding_norm|lm_head)\.")  # and in no layer
+
+
+def digest_of(tensor: Tensor) -> bytes:
+    """Of a tensor on the CPU: shape, type and contents."""
+    digest = blake2b(f"{list(tensor.shape)} {tensor.dtype}\n".encode(), digest_size=16)
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def fingerprint_of(facts: str, digests: Mapping[str, bytes]) -> str:
+    """Of a whole model, from what `chain_of` takes."""
+    named = "".join(f"\n{name} {digest.hex()}" for name, digest in digests.items())
+    return blake2b((facts + named).encode(), digest_size=16).hexdigest()
 
 
 def chain_of(facts: str, digests: Mapping[str, bytes]) -> tuple[str, ...]:
@@ -27,13 +42,6 @@ def chain_of(facts: str, digests: Mapping[str, bytes]) -> tuple[str, ...]:
     for index in range(max(layers, default=-1) + 1):
         chain.append(_link(chain[-1], layers.get(index, ())))
     return tuple(link.hex() for link in chain)
-
-
-def equal_layers(one: Iterable[str], other: Iterable[str]) -> int | None:
-    """How many layers, from the first one, two models have in common; None if they differ below the first."""
-    pairs = zip(one, other, strict=False)
-    count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return count - 1 if count else None
 
 
 def _link(before: bytes, weights: Iterable[tuple[str, bytes]]) -> bytes:

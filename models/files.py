@@ -3,7 +3,7 @@
 import json
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import isinf
 from pathlib import Path
@@ -30,9 +30,20 @@ def errors_begin_with(place: object) -> Iterator[None]:
         raise type(e)(f"{place}: {e}") from e
 
 
+def few(names: Iterable[str]) -> str:
+    """The first three in order, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
 def is_there(path: Path) -> bool:
     """Whether a folder has an entry of that name, whatever it is."""
     return path.exists() or path.is_symlink()
+
+
+def own_or(base: Path | None, path: Path) -> Path:
+    """A file, or where it is not there that of the same name in another folder."""
+    return path if base is None or is_there(path) else base / path.name
 
 
 def read_bytes(path: Path, at_most: int) -> bytes:

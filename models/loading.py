@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -10,18 +10,30 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from hybrid_cache.device.adapted import AdaptedModel
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.errors import ModelError
+from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models import adapters, quantized, registry
+from hybrid_cache.models import adapters, deltas, quantized, registry
+from hybrid_cache.models.adapters import Adapter
+from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.files import errors_begin_with, read_json
+from hybrid_cache.models.registry import ShapedModel
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.shelf import Shelf
 from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# Models inside the package, by name: folders beside this file.
+SHIPPED = {
+    "embedded": "embedded",
+    "embedded-style": "embedded_style",
+    "embedded-half": "embedded_half",
+    "recall": "recall",
+    "recall-style": "recall_style",
+}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -34,7 +46,7 @@ def load(
     merges: bool = True,
     shelf: Shelf | None = None,
 ) -> HybridModel:
-    """Reads a model folder, tensor by tensor, and merges the LoRA adapter of another folder into it.
+    """Reads a model folder or a delta, tensor by tensor, and merges the LoRA adapter of another folder into it.
 
     merges: else the adapter's products are computed beside those of the model, which stay as they are; other bits
     shelf: of models that share what they have in common
@@ -42,27 +54,64 @@ def load(
     `dtype` is the type that rows are computed and cached in. "auto" is bfloat16 for a checkpoint in bfloat16, and
     float32 for one in float32 or float16: float32 holds every float16 value, bfloat16 does not.
     """
-    folder = Path(path)
+    changes = None if adapter is None else adapters.load(adapter)
+    if changes is not None and merges and (invocation := changes.config.invocation):
+        raise UnsupportedModel(f"adapter {adapter} is activated by the tokens {[*invocation]}, and cannot be merged")
+    if changes is None or merges:
+        return _build(Path(path), dtype, ops, changes, shelf)
+    return beside(load_trunk(path, dtype=dtype, ops=ops, shelf=shelf, adapter=changes), changes)
+
+
+def load_trunk(
+    path: str | Path, *, dtype: str = "auto", ops: Ops, shelf: Shelf | None = None, adapter: Adapter | None = None
+) -> ShapedModel:
+    """As `load`, a model beside which adapters may stand; with the modules that an adapter replaces as a whole."""
+    replaced = replace(adapter, factors={}) if adapter is not None and adapter.replaced else None
+    return _build(Path(path), dtype, ops, replaced, shelf, AdapterBank(ops))
+
+
+def beside(trunk: ShapedModel, adapter: Adapter) -> AdaptedModel:
+    """A model with an adapter beside it: it shares all but the factors, which go with its last user.
+
+    trunk: as `load_trunk` makes it, for this adapter if that replaces modules. Raises ModelError for what does not fit.
+    """
+    assert trunk.bank is not None
+    model, invocation = trunk.bank.adapted(trunk, replace(adapter, replaced={})), adapter.config.invocation
+    return model.invoked_by(invocation) if invocation else model
+
+
+def _build(
+    folder: Path,
+    dtype: str,
+    ops: Ops,
+    adapter: Adapter | None,
+    shelf: Shelf | None,
+    bank: AdapterBank | None = None,
+) -> ShapedModel:
+    """adapter: merged into the weights   bank: for those that may stand beside the model"""
     compute_dtype = _compute_dtype(dtype)
     values = load_config(folder)
     stored = quantized.format_of(values)
-    changes = None if adapter is None else adapters.load(adapter)
     if stored is not None and compute_dtype is None:  # codes do not say what they were made from
         compute_dtype = _named_dtype(values)
+    delta = deltas.find(folder)
+    folder = folder if delta is None else delta.base
     with errors_begin_with(folder):
         build = registry.find(values.get("model_type"))
-        with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device, changes, merges) as weights:
+        with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device, adapter, bank) as weights:
+            if delta is not None:
+                delta.lay_over(weights)
             if shelf is None:
                 return build(Config(values), weights, ops, weights.dtype)
             return build(Config(values), shelf.weights(weights), shelf.ops(ops), weights.dtype)
 
 
 def load_config(path: str | Path) -> dict[str, object]:
-    """The config.json of a folder. Raises ModelError if there is none that can be read."""
+    """The config.json of a folder, or of a delta's base. Raises ModelError if there is none that can be read."""
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
-    return read_config(folder / "config.json")
+    return read_config(deltas.base_of(folder) / "config.json")
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -114,14 +163,19 @@ def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
 
 def embedded_path() -> Path:
     """The model that ships inside the package."""
-    return Path(__file__).parent / "embedded"
+    return Path(__file__).parent / SHIPPED["embedded"]
 
 
 def resolve(model: str) -> Path:
-    """A local folder as it is; otherwise a name on the Hugging Face hub, downloaded. Raises ModelError."""
+    """A local folder as it is; else the name of a model that ships, or one on the Hugging Face hub, downloaded.
+
+    Raises ModelError.
+    """
     folder = Path(model)
     if folder.is_dir():
         return folder
+    if model in SHIPPED:
+        return Path(__file__).parent / SHIPPED[model]
     wanted = f"{model} is not a local folder"
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise ModelError(wanted)

@@ -7,20 +7,24 @@ from typing import Protocol
 
 import torch
 
-from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.adapted import Trunk
 from hybrid_cache.errors import UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.files import shown
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.weights import ModelWeights
 
 
-class ShapedModel(HybridModel, Protocol):
-    """A model that can also say what it is made of."""
+class ShapedModel(Trunk, Protocol):
+    """A model that can also say what it is made of, and what may stand beside it."""
 
     @property
     def shape(self) -> ModelShape: ...
+
+    @property
+    def bank(self) -> AdapterBank | None: ...
 
 
 Build = Callable[[Config, ModelWeights, Ops, torch.dtype], ShapedModel]

@@ -10,7 +10,7 @@ rows that somebody reads.
 A part that keeps something also says how tokens update it, see `Advance`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Protocol
@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
+from hybrid_cache.spec import AttentionSpec, CacheSpec, LayerSpec, PrefillCost, StateSpec
 
 
 class Advance(StrEnum):
@@ -497,11 +497,12 @@ class ModelShape:
     hidden_size: int
     vocab_size: int
     dtype: torch.dtype  # of rows, and of what is cached of them
+    stream: torch.dtype | None = None  # of rows between layers, where it is not `dtype`
 
     @property
     def cache_spec(self) -> CacheSpec:
         specs = (layer.cache for layer in self.layers)
-        return CacheSpec(tuple(spec for spec in specs if spec is not None), self.hidden_size, self.dtype)
+        return CacheSpec(tuple(spec for spec in specs if spec is not None), self.hidden_size, self.dtype, self.stream)
 
     @property
     def prefill_cost(self) -> PrefillCost:
@@ -512,6 +513,30 @@ class ModelShape:
     def head_flops(self) -> float:
         """Of the logits of one row. A prompt pays this once, not for each token."""
         return LinearShape(self.hidden_size, self.vocab_size).weight_flops
+
+
+def layer_specs(layers: Iterable[Sequence[LayerShape]]) -> tuple[LayerSpec, ...]:
+    """Layers by the shapes of their parts."""
+    specs, entry = list[LayerSpec](), 0
+    for shapes in layers:
+        kept = [shape for shape in shapes if shape.cache is not None]
+        entries, entry = tuple(range(entry, entry + len(kept))), entry + len(kept)
+        kinds = " and ".join(shape.kind for shape in kept)
+        write = total_cost(map(write_cost, kept))
+        specs.append(LayerSpec(kinds, entries, total_cost(shape.cost for shape in shapes), write))
+    return tuple(specs)
+
+
+def write_cost(shape: LayerShape) -> PrefillCost:
+    """Of what a part caches alone, where there is a shorter way to it than running all of it."""
+    match shape:
+        case AttentionShape(num_kv_heads=heads, head_dim=size):
+            return PrefillCost(_product(shape.in_features, 2 * heads * size), 0.0)
+        case Mamba2Shape():
+            into = _product(shape.hidden, shape.channels + shape.num_heads)
+            state = 2.0 * shape.inner * shape.d_state
+            return PrefillCost(into + _conv(shape.conv_width, shape.channels) + state, 0.0)
+    return shape.cost
 
 
 def ways_to_compose(shape: ModelShape) -> tuple[str, ...]:

@@ -19,17 +19,24 @@ Key = tuple[object, ...]
 class Shelf:
     """Matrices as they were packed, and tensors as they are, by their contents. It keeps nothing alive.
 
-    num_bytes, num_shared_bytes: of what was asked for since `begin`, and of what was there already
+    num_bytes, num_shared_bytes: of matrices that were packed since `begin`, and of those that were there already
     """
 
     def __init__(self) -> None:
         self._packed: WeakValueDictionary[Key, Any] = WeakValueDictionary()
         self._tensors: WeakValueDictionary[Key, Tensor] = WeakValueDictionary()
-        self.num_bytes = self.num_shared_bytes = 0
+        self.begin()
 
     def begin(self) -> None:
         """Starts to count, as for one more model."""
         self.num_bytes = self.num_shared_bytes = 0
+        self._before, self._counted = set[Key](self._tensors), set[Key]()
+
+    @property
+    def num_own_bytes(self) -> int:
+        """Of what was asked for since `begin`, packed or as it is, and was not there already."""
+        new = [t for key, t in self._tensors.items() if key not in self._before and key not in self._counted]
+        return self.num_bytes - self.num_shared_bytes + sum(tensor.nbytes for tensor in new)
 
     def ops(self, ops: Ops) -> Ops:
         """The same backend, which packs matrices of equal contents once."""
@@ -55,7 +62,9 @@ class Shelf:
         return _ShelvedWeights(weights, self)
 
     def _pack(self, kind: Key, tensors: Sequence[Tensor], pack: Callable[[], T]) -> T:
-        key = (*kind, *(_contents(tensor) for tensor in tensors))
+        contents: list[Key] = [_contents(tensor) for tensor in tensors]
+        key: Key = (*kind, *contents)
+        self._counted.update((each,) for each in contents)
         found: T | None = self._packed.get(key)
         self._count(tensors, shared=found is not None)
         if found is None:
@@ -83,7 +92,7 @@ class _ShelvedWeights:
         self._weights = weights
         self._shelf = shelf
         self.take_float32, self.take_joined = weights.take_float32, weights.take_joined
-        self.has, self.low_rank = weights.has, weights.low_rank
+        self.has, self.beside, self.bank = weights.has, weights.beside, weights.bank
         self.ignore, self.finish = weights.ignore, weights.finish
 
     def take(self, name: str, *shape: int) -> Tensor:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from hashlib import blake2b
 from math import isfinite, prod
 from pathlib import Path
@@ -14,8 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.kernels.ops import Linear
 from hybrid_cache.models.adapters import Adapter
-from hybrid_cache.models.files import TABLE_BYTES, read_json, shown
+from hybrid_cache.models.bank import AdapterBank
+from hybrid_cache.models.depth import digest_of
+from hybrid_cache.models.files import TABLE_BYTES, few, read_json, shown
 from hybrid_cache.models.quantized import Format, dequantize
 
 CPU = torch.device("cpu")
@@ -46,24 +48,21 @@ class Weights(Protocol):
 
     def has(self, name: str) -> bool: ...
 
-    def low_rank(self, name: str, out_features: int, in_features: int) -> "LowRank | None":
-        """What is to be added to products with a matrix that was taken as it is; None for nothing. Asked once.
+    def beside(self, packed: Linear, parts: Mapping[str, int]) -> Linear:
+        """A projection with matrices that were taken as they are, beside which adapters may stand, if any may come.
 
-        Raises ModelError for what does not fit a matrix [out_features, in_features].
+        parts: their names, with output features, in their order in the projection
         """
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """B A x beside W x, as an adapter has it: A [rank, in], B [out, rank] float32. The adapter's scale is in B."""
-
-    A: Tensor
-    B: Tensor
-
-
 class ModelWeights(Weights, Protocol):
-    """All weights of one model."""
+    """All weights of one model.
+
+    bank: where adapters may stand beside it, else None
+    """
+
+    bank: AdapterBank | None
 
     def ignore(self, pattern: str) -> None:
         """Tensors in whose name the regular expression is found may be left over."""
@@ -96,8 +95,8 @@ class Scope:
     def has(self, name: str) -> bool:
         return self._weights.has(self._prefix + name)
 
-    def low_rank(self, name: str, out_features: int, in_features: int) -> LowRank | None:
-        return self._weights.low_rank(self._prefix + name, out_features, in_features)
+    def beside(self, packed: Linear, parts: Mapping[str, int]) -> Linear:
+        return self._weights.beside(packed, {self._prefix + name: size for name, size in parts.items()})
 
 
 class _Slice(Protocol):
@@ -126,12 +125,12 @@ class SafetensorsWeights:
         stored: Format | None = None,
         device: torch.device = CPU,
         adapter: Adapter | None = None,
-        merges: bool = True,
+        bank: AdapterBank | None = None,
     ) -> None:
         """`dtype` None takes the files' own; float16 is computed in float32, which holds all its values.
 
         `stored` is the format of quantized matrices, if there are any; `device` is where tensors go; the changes of
-        an adapter are merged into what is read, or, without `merges`, left to `low_rank` where they are products.
+        an adapter are merged into what is read. Other adapters may stand beside it with a `bank`.
 
         Raises ModelError for files that cannot be read or that contradict each other.
         """
@@ -151,7 +150,7 @@ class SafetensorsWeights:
         self._left = set(self._names)
         self._ignored = [DERIVED]
         self._digests = dict[str, bytes]()
-        self._adapter, self._merges = adapter, merges
+        self._adapter, self.bank = adapter, bank
         self._to_change = set(adapter.weights) if adapter else set()
         self._check_adapter(self._to_change - self._names)
 
@@ -176,6 +175,38 @@ class SafetensorsWeights:
     def has(self, name: str) -> bool:
         return name in self._names
 
+    def lay_over(self, path: Path, unchanged: str) -> None:
+        """Replaces weights by those of a safetensors file; `unchanged` is the digest of the weights that stay.
+
+        Raises ModelError for weights that are not there, in another shape or dtype, and for another digest.
+        """
+        file = self._open(path)
+        names = sorted(file.keys())
+        for name in names:
+            self._check_replaces(name, file.get_slice(name), path.name)
+        if (found := self.digest_without(names)) != unchanged:
+            raise ModelError(
+                f"{path.name} was made for another base: the rest of its weights is {unchanged}, not {found}"
+            )
+        self._handle |= dict.fromkeys(names, file)
+
+    def digest_without(self, names: Iterable[str]) -> str:
+        """Of the names, shapes, types and contents of all tensors in the files but these."""
+        digest = blake2b(digest_size=16)
+        for name in sorted(self._handle.keys() - set(names)):
+            digest.update(name.encode() + b" " + digest_of(self._finite(name)))
+        return digest.hexdigest()
+
+    def _check_replaces(self, name: str, new: _Slice, file: str) -> None:
+        if name not in self._handle:
+            raise ModelError(f"{file} changes weight {name}, which the base does not have")
+        old = self._slice(name)
+        if old.get_dtype() not in DTYPES or (new.get_shape(), new.get_dtype()) != (old.get_shape(), old.get_dtype()):
+            raise ModelError(
+                f"{file} has weight {name} {new.get_shape()} in {new.get_dtype()}, "
+                f"but the base has {old.get_shape()} in {old.get_dtype()}"
+            )
+
     def ignore(self, pattern: str) -> None:
         self._ignored.append(pattern)
 
@@ -183,36 +214,19 @@ class SafetensorsWeights:
         ignored = re.compile("|".join(self._ignored))
         left = sorted(name for name in self._left if not ignored.search(name))
         if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            raise ModelError(f"unexpected weights: {', '.join(left[:3])}{more}{self._layers_left(left[0])}")
-        if self._adapter and not self._merges and self._to_change:
-            names = ", ".join(sorted(self._to_change)[:3])
-            raise UnsupportedModel(
-                f"adapter {self._adapter.name} changes {names}, which is no product that it can stand beside: merge it"
-            )
+            raise ModelError(f"unexpected weights: {few(left)}{self._layers_left(left[0])}")
         self._check_adapter(self._to_change)
         return self._digests
 
-    def low_rank(self, name: str, out_features: int, in_features: int) -> LowRank | None:
-        if self._adapter is None or self._merges or name not in self._to_change & self._adapter.factors.keys():
-            return None
-        A, B = self._adapter.factors[name]
-        self._to_change.remove(name)
-        for number, part in enumerate((A, B)):
-            self._put_down(f"{name} beside {self._adapter.config.scale!r} {number}", part)
-        self._adapter.check_fits(name, (out_features, in_features))
-        return LowRank(A.float(), self._adapter.config.scale * B.float())
+    def beside(self, packed: Linear, parts: Mapping[str, int]) -> Linear:
+        return packed if self.bank is None else self.bank.linear(packed, parts, self.dtype)
 
     def _check_adapter(self, unknown: set[str]) -> None:
         if unknown and self._adapter:
-            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            names = ", ".join(sorted(unknown)[:3])
-            raise ModelError(f"adapter {self._adapter.name} changes weights that are not there: {names}{more}")
+            raise ModelError(f"adapter {self._adapter.name} changes weights that are not there: {few(unknown)}")
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self._adapter is None or name not in self._to_change:
-            return self._read_base(name, shape, dtype)
-        if not self._merges and name in self._adapter.factors:
             return self._read_base(name, shape, dtype)
         self._to_change.remove(name)
         with CPU:
@@ -263,9 +277,7 @@ class SafetensorsWeights:
         return tensor
 
     def _put_down(self, name: str, tensor: Tensor) -> None:
-        digest = blake2b(f"{list(tensor.shape)} {tensor.dtype}\n".encode(), digest_size=16)
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._digests[name] = digest.digest()
+        self._digests[name] = digest_of(tensor)
 
     def _finite(self, name: str) -> Tensor:
         """A tensor as it lies in the file, which may be mapped into memory."""
@@ -328,6 +340,8 @@ class SafetensorsWeights:
 class ShapesOnly:
     """Gives weights without values: builds a model that has shapes and costs but cannot run."""
 
+    bank: AdapterBank | None = None
+
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.num_parameters = 0
@@ -354,8 +368,8 @@ class ShapesOnly:
     def ignore(self, pattern: str) -> None:
         pass
 
-    def low_rank(self, name: str, out_features: int, in_features: int) -> LowRank | None:
-        return None
+    def beside(self, packed: Linear, parts: Mapping[str, int]) -> Linear:
+        return packed
 
     def finish(self) -> Mapping[str, bytes]:
         return {}

@@ -55,11 +55,13 @@ class SumModel:
     max_length = 4096
     fingerprint = "sum-model"
     chain = ()
+    layers = ()
     device = torch.device("cpu")
     ops = TorchOps()
     packs = True
     fidelities = ()
     commutes = True
+    invocation = ()
 
     def __init__(self) -> None:
         self.rows_computed = 0  # rows of real tokens, padding left out

@@ -44,5 +44,11 @@ _bench("turns", "turns.command", "Count how much of an agent's next turn comes f
 _bench(
     "decode", "engine.decode", "Time whole steps of a model, with shared prefixes, next to the rates of this machine."
 )
+_bench("activated", "engine.activated", "Time the first token of an activated adapter behind what its base has read.")
 _bench("grammar", "engine.grammar", "Time decode steps with a JSON schema on every row, and without.")
 _bench("bookkeeping", "engine.bookkeeping", "Time the cache's own work in large trees.")
+_bench(
+    "variants",
+    "variants.command",
+    "Measure what models that share a base lose, save and serve when one reads what another has cached.",
+)

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from hybrid_cache import __version__
-from hybrid_cache.api.cli import bench, cache, models
+from hybrid_cache.api.cli import bench, cache, models, variants
 from hybrid_cache.api.cli.options import (
     Adapter,
     AutoBudget,
@@ -35,6 +35,7 @@ app = typer.Typer(
 app.add_typer(models.app, name="model")
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
+app.add_typer(variants.app, name="variants")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -146,8 +147,8 @@ def serve(
         bool,
         typer.Option(
             "--merge-adapters",
-            help="Merge adapters with a name into copies of the matrices that they change: faster, and more memory. "
-            "Else their products are computed beside the model's.",
+            help="Merge adapters with a name into copies of the matrices that they change; each has passes of its own. "
+            "Else their rows are computed together with the model's, and their products beside its.",
         ),
     ] = False,
     variant: Annotated[
@@ -155,9 +156,28 @@ def serve(
         typer.Option(
             metavar="NAME=DIR",
             help="Another model of the same shape, such as a fine-tune, served under a name out of the same memory "
-            "and queue; weights that are equal are stored once. May be given several times.",
+            "and queue; weights that are equal are stored once. A model folder, a delta (delta.json beside what it "
+            "changes of its base), or embedded-style or embedded-half, which ship. May be given several times.",
         ),
     ] = None,
+    profile: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What `variants profile` has measured of a pair of models that are served here, beside the files in "
+            "their folders. May be given several times.",
+        ),
+    ] = None,
+    sharing: Annotated[
+        str,
+        typer.Option(
+            help="exact: entries of the cache go from model to model only where no bit changes. profiled: also where a "
+            "profile expects a small loss; the reply says so. A request may say otherwise.",
+        ),
+    ] = "exact",
+    max_loss: Annotated[
+        float,
+        typer.Option(min=0, help="What profiled sharing may lose where a request does not say: nats a token."),
+    ] = 0.005,
     allow_adapter_loading: Annotated[
         bool,
         typer.Option(
@@ -256,6 +276,8 @@ def serve(
     from hybrid_cache.config import EngineConfig, verify_by_default
     from hybrid_cache.sizes import parse_bytes
 
+    if sharing not in ("exact", "profiled"):
+        raise typer.BadParameter(f"{sharing!r}, must be exact or profiled", param_hint="--sharing")
     merged, adapters = named_folders("--adapter", adapter or ())
     _, variants = named_folders("--variant", variant or (), all_named=True)
     options = process.ServeOptions(
@@ -298,6 +320,9 @@ def serve(
         response_store_bytes=response_store_mb << 20,
         response_life_s=parse_life(response_ttl),
         vllm_metrics=vllm_metrics,
+        profiles=tuple(profile or ()),
+        profiled=sharing == "profiled",
+        max_loss=max_loss,
         drain_timeout_s=drain_timeout,
         hung_after_s=hung_after,
         operator_keys=read_api_keys(operator_key_file) if operator_key_file else (),

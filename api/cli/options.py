@@ -11,7 +11,11 @@ import typer
 from hybrid_cache.errors import ConfigError
 
 Model = Annotated[
-    str | None, typer.Argument(help="A folder in Hugging Face format or a hub name; the embedded model if left out.")
+    str | None,
+    typer.Argument(
+        help="A folder in Hugging Face format, a delta, a hub name, or recall, which ships; the embedded model if left "
+        "out."
+    ),
 ]
 Budget = Annotated[str, typer.Option(help="Memory for KV pages and states together, such as 2GiB.")]
 AutoBudget = Annotated[

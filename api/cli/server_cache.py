@@ -98,10 +98,11 @@ def drop_conversations(server: ServerCache, name: str | None, *, as_json: bool) 
 
 
 def _conversations(rows: Sequence[ConversationInfo], *, short: bool = True) -> Table:
-    table = _table("name", "tokens", "own", "ends with", "used", "score", "hits", "namespace")
+    table = _table("name", "tokens", "own", "ends with", "used", "score", "hits", "model", "namespace")
     for row in rows:
         name = row.name[:SHORT_NAME] if short else row.name
-        table.add_row(*_facts(row, name, format_bytes(row.bytes)), harmless(row.namespace))
+        models = harmless(", ".join(row.models))
+        table.add_row(*_facts(row, name, format_bytes(row.bytes)), models, harmless(row.namespace))
     return table
 
 

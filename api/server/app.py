@@ -11,6 +11,7 @@ from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
+from hybrid_cache.api.server.responses import ACTIVE
 from hybrid_cache.api.server.routes import adapters, cache, chat, completions, messages, responses, server, tokens
 from hybrid_cache.api.server.routes.adapters import LoadVariant
 from hybrid_cache.api.server.serving import Variant, new_serving
@@ -70,7 +71,7 @@ def create_app(
             allow_origins=settings.allowed_origins,
             allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "Retry-After"),
+            expose_headers=("x-request-id", "Retry-After", ACTIVE),
         )
     if settings.allowed_hosts:
         app.add_middleware(Hosts, names=settings.allowed_hosts)

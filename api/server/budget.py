@@ -93,6 +93,16 @@ class MemoryPlan:
     free: FreeMemory
     taken_bytes: int | None  # by the program with the model; None where nothing says so
 
+    def room(self, device: torch.device, later_bytes: int = 0, root: Path = ROOT) -> FreeMemory:
+        """What is free for more weights: not what cache and process may still take of what was planned for them.
+
+        later_bytes: of weights that were loaded since
+        """
+        free, now = free_memory(device, root), _taken(device, root)
+        grown = 0 if now is None or self.taken_bytes is None else now - self.taken_bytes - later_bytes
+        planned = max(self.budget_bytes + self.beside_bytes - max(grown, 0), 0)
+        return FreeMemory(max(free.num_bytes - planned, 0), free.bound)
+
     def __str__(self) -> str:
         now = "" if self.taken_bytes is None else f"{format_bytes(self.taken_bytes)} with the model now, "
         cache, more = format_bytes(self.budget_bytes), format_bytes(self.beside_bytes)
@@ -123,8 +133,12 @@ def plan_memory(
         device=model.device,
     )
     budget_bytes = fitted(asked, free, needed, spec)
-    now = torch.cuda.memory_allocated(model.device) if needed.on_gpu else taken(root)
-    return MemoryPlan(budget_bytes, needed.total(budget_bytes), free, now)
+    return MemoryPlan(budget_bytes, needed.total(budget_bytes), free, _taken(model.device, root))
+
+
+def _taken(device: torch.device, root: Path) -> int | None:
+    """Bytes of the memory that the cache is in which this process has; None where nothing says so."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else taken(root)
 
 
 def beside(

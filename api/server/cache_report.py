@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas import cache as schemas
 from hybrid_cache.api.server.schemas.cache import CacheReport, MissedPart, NearestConversation
+from hybrid_cache.api.server.sharing import shown_sharing
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import Lookup
 from hybrid_cache.api.text.tokenizer import Tokenizer
@@ -46,9 +47,10 @@ def wants_report(headers: Mapping[str, str], asked: BaseModel) -> bool:
 
 
 def shown_report(tokenizer: Tokenizer, answer: Answer) -> dict[str, object]:
-    """The field of a reply, `cache_report`; nothing if nobody asked. Several prompts have a list of them."""
+    """The fields of a reply, `cache_report` if somebody asked, and `sharing`. Several prompts have lists of them."""
     reports = [_report(tokenizer, lookup).model_dump() for lookup in answer.lookups]
-    return {"cache_report": reports[0] if len(reports) == 1 else reports} if reports else {}
+    shown = {"cache_report": reports[0] if len(reports) == 1 else reports} if reports else {}
+    return {**shown, **shown_sharing(answer)}
 
 
 def _report(tokenizer: Tokenizer, lookup: Lookup) -> CacheReport:

@@ -216,6 +216,7 @@ def _cache_families(cache: CacheStats) -> Iterator[Metric]:
         "checkpoint": cache.checkpoint_bytes,
         "prompt_end": cache.prompt_end_bytes,
         "message": cache.message_bytes,
+        "layer_inputs": cache.input_bytes,
         "working": cache.working_bytes,
         "free": cache.free_bytes,
     }

@@ -20,19 +20,29 @@ from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, MemoryPlan, conv
 from hybrid_cache.api.server.connections import Connections, Listener, connection_limit
 from hybrid_cache.api.server.ending import FLUSH_TIMEOUT_S, FORCE_S, SECOND_S, Deadline, end_by_force
 from hybrid_cache.api.server.exposure import Exposure, is_loopback
-from hybrid_cache.api.server.launch import Loaded, LoadedVariant, LoadOptions, inexact_reasons, load, load_variant
+from hybrid_cache.api.server.launch import (
+    Loaded,
+    LoadedVariant,
+    LoadOptions,
+    apart,
+    find_profiles,
+    inexact_reasons,
+    load,
+    load_variant,
+)
 from hybrid_cache.api.server.protocol import ServerConfig
 from hybrid_cache.api.server.response_store import memory_bytes
 from hybrid_cache.api.server.serving import Variant
-from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.server.settings import MAX_LOSS, ServerSettings
+from hybrid_cache.api.text.alike import difference_of
 from hybrid_cache.api.text.defaults import listed
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.async_engine import HUNG_AFTER_S, AsyncEngine
-from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.errors import ConfigError, HybridCacheError, ModelError
 from hybrid_cache.kernels import dispatch
+from hybrid_cache.models.files import errors_begin_with
 from hybrid_cache.sizes import format_bytes, format_count
 from hybrid_cache.spec import CacheSpec
 
@@ -62,6 +72,9 @@ class ServeOptions:
     exposure: Exposure = field(default_factory=Exposure)
     hung_after_s: float = HUNG_AFTER_S
     operator_keys: tuple[str, ...] = ()  # beside these, for the whole cache
+    profiles: tuple[Path, ...] = ()  # of what is lost between pairs of models, beside those in their folders
+    profiled: bool = False  # what requests get that do not say
+    max_loss: float = MAX_LOSS
 
     def __post_init__(self) -> None:
         if self.operator_keys and not self.api_keys:
@@ -96,6 +109,8 @@ class ServeOptions:
             beside_bytes=beside_bytes,
             vllm_metrics=self.vllm_metrics,
             drain_timeout_s=self.drain_timeout_s,
+            max_loss=self.max_loss if self.profiled else None,
+            max_loss_asked=self.max_loss,
         )
 
 
@@ -109,7 +124,7 @@ def serve(options: ServeOptions) -> int:
         with console.status("loading the model"):
             loaded = load(options.load)
             text = TextModel.load(loaded.path)
-            variants = [_variant(each, loaded, text) for each in loaded.variants]
+            variants = [variant_of(each, loaded, text) for each in loaded.variants]
         with console.status("checking that cached and computed answers agree bit for bit"):
             inexact = inexact_reasons(loaded)
         memory = plan_memory(
@@ -124,20 +139,33 @@ def serve(options: ServeOptions) -> int:
             raise ConfigError("--host-budget is for a GPU: on a CPU the cache is in host memory, see --budget")
         engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
         models = {each.name: each.model for each in loaded.variants}
-        engine = AsyncEngine(loaded.model, engine_config, hung_after_s=options.hung_after_s, variants=models)
+        profiles, others = find_profiles(loaded, options.profiles)
+        engine = AsyncEngine(
+            loaded.model, engine_config, hung_after_s=options.hung_after_s, variants=models, profiles=profiles
+        )
+        del models
         exposure = options.exposure
         hosts = exposure.hosts(options.host, bound)
         settings = options.settings(loaded, inexact, memory.beside_bytes, hosts)
 
-        def load_adapter(name: str, folder: str) -> tuple[Variant, HybridModel]:
-            variant = load_variant(loaded, name, adapter=folder, merges=options.load.merges)
-            if not inexact and (differences := check_model(variant.model)):
-                raise ModelError(f"adapter {folder}: {differences[0]}")
-            return _variant(variant, loaded, text), variant.model
+        def load_adapter(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel]:
+            room = memory.room(loaded.model.device, later_bytes)
+            variant = load_variant(loaded, name, adapter=folder, merges=options.load.merges, room=room)
+            differences = variant.inexact_reasons(apart(loaded, variant.model))
+            if differences and not inexact:
+                raise ModelError(differences[0])
+            return variant_of(variant, loaded, text), variant.model
 
         app = create_app(engine, text, settings, variants, load_adapter if options.load.shares else None)
         url = url_of(bound, exposure.scheme)
         console.print(hello(loaded, inexact, engine_config, memory, url, settings.served_names[0]))
+        for variant in variants:
+            if variant.text_difference.parts:
+                line = f"variant {variant.name} {variant.text_difference}"
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
+        for path in others:
+            console.print(f"{path} is of other weights than these, and is not used", soft_wrap=True, markup=False)
+        loaded = replace(loaded, variants=())  # the engine has them, and lets go of those that are unloaded
         if text.defaults.ignored:
             console.print(ignored_line(text.defaults.ignored), soft_wrap=True, highlight=False, markup=False)
         if not options.api_keys and not is_loopback(bound):
@@ -158,10 +186,18 @@ def serve(options: ServeOptions) -> int:
     return int(engine.failed)
 
 
-def _variant(variant: LoadedVariant, loaded: Loaded, text: TextModel) -> Variant:
-    """What is served of a variant. text: that of the first model, which it has unless its folder has its own"""
-    own = text if variant.text_path == loaded.path else TextModel.load(variant.text_path)
-    return Variant(variant.name, str(variant.path), own, variant.adapter)
+def variant_of(variant: LoadedVariant, loaded: Loaded, text: TextModel) -> Variant:
+    """What is served of a variant. text: that of the first model, whose files it has where its folder has none; an
+    adapter's may have a chat template
+    """
+    own = text
+    if variant.text_path != loaded.path:
+        with errors_begin_with(variant.label):
+            own = TextModel.load_variant(variant.text_path, loaded.path, text)
+    if variant.adapter is not None:
+        own = own.with_template_of(variant.path)
+    facts = variant.adapter, difference_of(text, own), variant.own_bytes, variant.model.invocation
+    return Variant(variant.name, str(variant.path), own, *facts)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -214,6 +250,8 @@ def _variant_line(variant: LoadedVariant, num_layers: int) -> str:
         depth = "all layers are the model's"
     else:
         depth = f"differs from layer {equal} of {num_layers} on"
+    if variant.model.invocation:
+        depth = f"on from the tokens {[*variant.model.invocation]} in a prompt"
     return f"{variant.name}, {kind}: {depth}, {variant.shared:.0%} of its matrices are stored for others, too"
 
 

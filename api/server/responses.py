@@ -1,8 +1,9 @@
 """Responses that notice when the client goes away, so that its work in the engine ends within a step."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,6 +16,8 @@ from hybrid_cache.errors import HybridCacheError
 
 T = TypeVar("T")
 KEEP_ALIVE_S = 15.0
+ACTIVE = "x-adapter-active"  # of an activated adapter: 1 where the prompt invokes it, 0 where the base answers
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -54,13 +57,17 @@ class Reply(Protocol):
         ...
 
 
-async def respond(request: Request, reply: Reply, *, stream: bool) -> Response:
-    """The reply, whole or as a stream. What still runs is aborted when the client goes away."""
+async def respond(request: Request, reply: Reply, *, stream: bool, active: Sequence[bool] = ()) -> Response:
+    """The reply, whole or as a stream. What still runs is aborted when the client goes away.
+
+    active: of an activated adapter, whether each prompt switches it on
+    """
+    headers = {ACTIVE: ",".join("01"[each] for each in active)} if active else {}
     if stream:
-        return EventStream(reply.events(), reply.aclose, reply.failed)
+        return EventStream(reply.events(), reply.aclose, reply.failed, headers=headers)
     async with aclosing(reply):
         body = await unless_gone(request, reply.whole())
-    return Response(body, media_type="application/json")
+    return Response(body, media_type="application/json", headers=headers)
 
 
 async def unless_gone(request: Request, work: Coroutine[object, object, T]) -> T:
@@ -89,9 +96,10 @@ class EventStream(Response):
         failed: Callable[[Problem], bytes],
         *,
         keep_alive_s: float = KEEP_ALIVE_S,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> None:
         """`close` is called at the end, whatever the end is, and even if no event was ever asked for."""
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._events = events
         self._close = close

@@ -14,8 +14,10 @@ from hybrid_cache.api.server.metrics import Metrics, gate_families
 from hybrid_cache.api.server.response_store import ResponseStore
 from hybrid_cache.api.server.sessions import session_of
 from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.server.sharing import max_loss_of
 from hybrid_cache.api.server.tasks import kind_of, tool_time_of
 from hybrid_cache.api.server.tenants import owner_of
+from hybrid_cache.api.text.alike import SAME, TextDifference
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.text_engine import TextEngine
@@ -24,6 +26,7 @@ from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.choreography.book import MessageBook
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ConfigError, RequestError
+from hybrid_cache.namespaces import fingerprint_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,12 @@ class ServedModel:
     path: str  # of its folder, or its adapter's
     dtype: str
     system_fingerprint: str  # what a seed's promise holds for: server, weights, dtype and kernels
+    fingerprint: str  # of its weights, which namespaces of the cache begin with
     parent: str | None = None  # the model that it is a variant of
     adapter: str | None = None  # the name of the one that makes it a variant
+    text_difference: TextDifference = SAME  # from the model that it is a variant of
+    own_bytes: int = 0  # of a variant's weights, that no other model has
+    invocation: tuple[int, ...] = ()  # tokens that switch that on
 
     @property
     def name(self) -> str:
@@ -50,6 +57,9 @@ class Variant:
     path: str
     text: TextModel
     adapter: str | None = None
+    text_difference: TextDifference = SAME  # from the first model
+    own_bytes: int = 0  # of its weights, that no other model has
+    invocation: tuple[int, ...] = ()  # as in `HybridModel`
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +85,16 @@ class Serving:
             raise ModelNotFound(f"the model {quoted(asked)} is not served here, only {served}", param="model")
         return self.variants[asked]
 
+    def whose(self, namespace: str) -> "list[Serving]":
+        """What serves the model of a namespace of the cache, under each of its names; the first one comes first."""
+        fingerprint = fingerprint_in(namespace)
+        return [each for each in (self, *self.variants.values()) if each.model.fingerprint == fingerprint]
+
     def add(self, variant: Variant) -> None:
         """Serves a variant that the engine has. Raises ConfigError for a name that is taken."""
         if variant.name in (*self.model.names, *self.variants):
             raise ConfigError(f"the name {variant.name!r} is taken")
-        text = _text_engine(self.text.engine, variant.text, self.settings, variant.name, self.text.work)
+        text = _text_engine(self.text.engine, variant.text, self.settings, variant, self.text.work)
         facts = _served_model(self.text, self.settings)
         model = replace(
             facts,
@@ -87,7 +102,11 @@ class Serving:
             path=variant.path,
             parent=facts.name,
             adapter=variant.adapter,
+            text_difference=variant.text_difference,
+            own_bytes=variant.own_bytes,
+            invocation=variant.invocation,
             system_fingerprint=_system_fingerprint(text, self.settings),
+            fingerprint=text.fingerprint,
         )
         self.variants[variant.name] = replace(self, text=text, model=model)
 
@@ -112,6 +131,8 @@ class Serving:
                 reports=reports,
                 kind=kind_of(asked, spec.form),
                 tool_s=tool_s,
+                max_loss=max_loss_of(self.settings, asked),
+                first_model=self.model.parent or self.model.name,
             )
             for spec in specs
         ]
@@ -145,15 +166,20 @@ def new_serving(
 
 
 def _text_engine(
-    engine: AsyncEngine, text: TextModel, settings: ServerSettings, model: str = "", work: TextWork | None = None
+    engine: AsyncEngine,
+    text: TextModel,
+    settings: ServerSettings,
+    variant: Variant | None = None,
+    work: TextWork | None = None,
 ) -> TextEngine:
     return TextEngine.of(
         engine,
         text,
         special_tokens_in_content=settings.special_tokens_in_content,
         tool_parser=settings.tool_parser,
-        model=model,
+        model=variant.name if variant else "",
         work=work,
+        invocation=variant.invocation if variant else (),
     )
 
 
@@ -163,6 +189,7 @@ def _served_model(text: TextEngine, settings: ServerSettings) -> ServedModel:
         path=settings.model_path,
         dtype=_dtype(text),
         system_fingerprint=_system_fingerprint(text, settings),
+        fingerprint=text.fingerprint,
         adapter=settings.adapter,
     )
 

@@ -10,6 +10,7 @@ from hybrid_cache.errors import ConfigError
 MAX_BODY_BYTES = 10 << 20
 MESSAGE_BOOK_BYTES = 64 << 20
 RESPONSE_STORE_BYTES = 64 << 20
+MAX_LOSS = 0.005  # nats a token of an answer
 RESPONSE_LIFE_S = 24 * 3600.0
 
 
@@ -40,6 +41,8 @@ class ServerSettings:
     body_timeout_s: float = 30.0  # for the body of a request, beside a least rate
     vllm_metrics: bool = False
     drain_timeout_s: float = 30.0
+    max_loss: float | None = None  # of requests that do not say, in nats a token; None: only exact sharing
+    max_loss_asked: float = MAX_LOSS  # of those that allow a loss and do not say how much
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -54,6 +57,8 @@ class ServerSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
         if not self.response_life_s > 0:
             raise ConfigError(f"response_life_s is {self.response_life_s}, must be more than 0")
+        if self.max_loss_asked < 0:
+            raise ConfigError(f"max_loss is {self.max_loss_asked} nats a token, must be at least 0")
         if not self.body_timeout_s > 0:
             raise ConfigError(f"body_timeout_s is {self.body_timeout_s}, must be more than 0")
         if self.drain_timeout_s < 0:

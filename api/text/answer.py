@@ -18,6 +18,7 @@ from hybrid_cache.api.text.generation import (
     GenerationSpec,
     Lookup,
     Part,
+    Shared,
     Text,
     Thought,
     Token,
@@ -63,6 +64,11 @@ class Answer:
         return answer
 
     @property
+    def active(self) -> list[bool]:
+        """Of an activated adapter: whether each prompt switches it on. Empty for all other models."""
+        return [generation.active for generation in self._generations if generation.active is not None]
+
+    @property
     def usage(self) -> Usage:
         """Of all prompts so far."""
         return sum((generation.usage for generation in self._generations), Usage())
@@ -71,6 +77,11 @@ class Answer:
     def lookups(self) -> list[Lookup]:
         """Of the prompts that have been read and were to be reported of."""
         return [lookup for generation in self._generations if (lookup := generation.lookup) is not None]
+
+    @property
+    def shared(self) -> list[Shared]:
+        """Of the prompts that have been read, where a loss is allowed, or entries came from another model."""
+        return [shared for generation in self._generations if (shared := generation.shared) is not None]
 
     async def __aiter__(self) -> AsyncIterator[Events]:
         if len(self._generations) == 1:
@@ -118,6 +129,7 @@ class _Generation:
         self._number = number
         self._prompt = spec.prompt
         self._reports = spec.reports
+        self.active = text.active_from(spec.prompt) is not None if text.invocation else None
         self._tokens: list[int] = spec.prompt.tokens.tolist()
         self._output = PromptOutput(cached_tokens=0, written_tokens=0)
         self._has_begun = False
@@ -145,6 +157,7 @@ class _Generation:
                 kind=spec.kind,
                 owner=spec.owner,
                 model=text.model,
+                max_loss=spec.max_loss,
             )
         )
         self._text, self._spec = text, spec
@@ -161,6 +174,13 @@ class _Generation:
         if not (self._reports and self._has_begun):
             return None
         return Lookup(self._prompt, self._output.cached_tokens, self._output.found)
+
+    @property
+    def shared(self) -> Shared | None:
+        spec, received = self._spec, self._output.received
+        if not self._has_begun or (spec.max_loss is None and received is None):
+            return None
+        return Shared(spec.max_loss, received, spec.first_model)
 
     def __aiter__(self) -> "_Generation":
         return self

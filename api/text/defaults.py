@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hybrid_cache.api.text.stops import stops_of
 from hybrid_cache.errors import BadSampling, ModelError
-from hybrid_cache.models.files import errors_begin_with, read_json_if_there, shown
+from hybrid_cache.models.files import errors_begin_with, own_or, read_json_if_there, shown
 from hybrid_cache.sampling import MAX_INT, SamplingParams
 
 FILE = "generation_config.json"
@@ -97,12 +97,12 @@ class GenerationDefaults:
         return otherwise if self.max_length is None else max(1, self.max_length - num_prompt_tokens)
 
 
-def load_defaults(folder: Path, eos_id: int | None = None) -> GenerationDefaults:
+def load_defaults(folder: Path, eos_id: int | None = None, base: Path | None = None) -> GenerationDefaults:
     """Reads generation_config.json, falling back to config.json for the end tokens; `eos_id` is one more.
 
-    Raises ModelError with the value and the bound.
+    base: a folder whose files stand in for those that are not there   Raises ModelError with the value and the bound.
     """
-    values, model = read_json_if_there(folder / FILE), read_json_if_there(folder / "config.json")
+    values, model = (read_json_if_there(own_or(base, folder / name)) for name in (FILE, "config.json"))
     source, name = (values, FILE) if "eos_token_id" in values else (model, "config.json")
     with errors_begin_with(name):
         eos_ids = _eos_ids(source)

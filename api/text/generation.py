@@ -12,7 +12,7 @@ from hybrid_cache.api.text.messages import Talk
 from hybrid_cache.cache.misses import Found
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
-from hybrid_cache.request import CacheMode, FinishReason
+from hybrid_cache.request import CacheMode, FinishReason, Received
 from hybrid_cache.sampling import Constraint, SamplingParams, TokenLogprob
 from hybrid_cache.tokens import Prompt
 
@@ -48,6 +48,8 @@ class GenerationSpec:
     owner: str | None = ""  # as in `Request`
     kind: str = ""  # as in `Request`
     tool_s: float | None = None  # how long a tool that the answer calls takes, if the client says so
+    max_loss: float | None = None  # as in `Request`
+    first_model: str = ""  # what clients call the engine's own model
     reports: bool = False  # the client wants to know why tokens of its prompt were not cached
 
 
@@ -87,6 +89,15 @@ class Lookup:
     prompt: Prompt
     cached: int  # tokens that were not computed
     found: Found | None  # None for an arranged prompt, whose plan says it
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What became of a prompt beside another model's entries in the cache."""
+
+    max_loss: float | None  # that the request allows, in nats a token
+    received: Received | None
+    first_model: str  # what clients call the engine's own model
 
 
 @dataclass(frozen=True, slots=True)

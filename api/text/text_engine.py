@@ -23,7 +23,7 @@ from hybrid_cache.api.text.tool_schemas import properties_of
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ContextTooLong, RequestError
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.tokens import Prompt, TokenArray
+from hybrid_cache.tokens import Prompt, TokenArray, last_occurrence
 
 THOUGHT_TOKENS = 16  # at the end of a prompt: the mark that opens a thought is among them
 
@@ -41,6 +41,7 @@ class TextEngine:
     thoughts: ThoughtFormat | None  # and thoughts, if it has any
     grammars: Grammars
     model: str = ""  # the engine's name for it: empty, or a variant's
+    invocation: tuple[int, ...] = ()  # of an activated adapter: tokens that switch it on
     expecting: set[asyncio.Task[None]] = field(default_factory=set)  # work on turns that are still to come
 
     @classmethod
@@ -53,10 +54,12 @@ class TextEngine:
         tool_parser: str | None = None,
         model: str = "",
         work: TextWork | None = None,
+        invocation: tuple[int, ...] = (),
     ) -> "TextEngine":
         """special_tokens_in_content: as in `ChatEncoder`
         tool_parser: the name of a `ToolFormat`; None to find it from the chat template
         model: a variant of the engine   work: that of others, to share its threads with them
+        invocation: as the field
 
         Raises ConfigError for an unknown one.
         """
@@ -75,12 +78,17 @@ class TextEngine:
             thoughts=thoughts_of(sources),
             grammars=grammars,
             model=model,
+            invocation=invocation,
         )
 
     @property
     def fingerprint(self) -> str:
         """Of its model, which namespaces begin with."""
         return self.engine.fingerprint(self.model)
+
+    def active_from(self, prompt: Prompt) -> int | None:
+        """Where in a prompt an activated adapter is switched on; None if nothing does that."""
+        return last_occurrence(prompt.tokens, self.invocation) if self.invocation else None
 
     def answer_form(self, prompt: Prompt, tools: Sequence[Mapping[str, object]] | None) -> AnswerForm:
         """How an answer to a conversation is read. tools: definitions of functions; None where calls are text"""
@@ -179,8 +187,9 @@ class TextEngine:
         longest = self.engine.longest_sequence
         with suppress(RequestError):  # which a later request would get, too
             found = await self.work.run_later(talk.size + said.size, lambda: beginnings(self.chat, talk, said, longest))
+            read = spec.prompt.tokens[: self.active_from(spec.prompt)]  # by the model that reads what comes next
             for prompt in found or ():
-                if adds_pages(prompt.tokens, spec.prompt.tokens):
+                if adds_pages(prompt.tokens, read):
                     self.engine.commit(spec.namespace, prompt, spec.session, self.model)
 
     async def prompt(self, prompt: str | list[int], tenant: str, *, add_special_tokens: bool) -> Prompt:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -10,10 +10,12 @@ from tokenizers import Tokenizer as Backend
 from hybrid_cache.api.text.defaults import GenerationDefaults, load_defaults
 from hybrid_cache.api.text.template import ChatTemplate
 from hybrid_cache.api.text.text_work import LONG_TEXT, still_wanted
-from hybrid_cache.api.text.tokenizer_file import first_line, is_byte_level, is_panic, read_backend
+from hybrid_cache.api.text.tokenizer_file import first_line, has_backend, is_byte_level, is_panic, read_backend
 from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
-from hybrid_cache.models.files import errors_begin_with, is_there, read_json_if_there, read_text, shown
+from hybrid_cache.models import deltas
+from hybrid_cache.models.files import errors_begin_with, is_there, own_or, read_json_if_there, read_text, shown
 
+TEMPLATE = "chat_template.jinja"
 MAX_TEMPLATE = 1 << 20  # characters
 LIKELY_LENGTH = 8  # characters of a token; few are longer
 BLOCK = 1 << 16  # characters that are counted at once
@@ -170,25 +172,52 @@ class TextModel:
     chat_templates: Mapping[str, ChatTemplate]  # by name: "default", at times "tool_use"; empty for a base model
 
     @staticmethod
-    def load(path: Path) -> "TextModel":
-        """Reads the text files of a model folder. Raises ModelError with one line that names the file."""
-        folder = Path(path)
+    def load(path: Path, base: Path | None = None) -> "TextModel":
+        """Reads the text files of a model folder, or of a delta's base.
+
+        base: a folder whose files stand in for those that are not there
+        Raises ModelError with one line that names the file.
+        """
+        folder = Path(path) if base is not None else deltas.base_of(Path(path))
         if not folder.is_dir():
             raise ModelError(f"{folder} is not a folder")
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, base)
         with errors_begin_with(folder):
             _check_vocabulary(folder, tokenizer)
-            sources = load_chat_templates(folder)
+            sources = load_chat_templates(folder) or ({} if base is None else load_chat_templates(base))
             templates = {name: ChatTemplate(source, tokenizer.named_tokens) for name, source in sources.items()}
-            return TextModel(tokenizer, load_defaults(folder, tokenizer.eos_id), templates)
+            return TextModel(tokenizer, load_defaults(folder, tokenizer.eos_id, base), templates)
+
+    @staticmethod
+    def load_variant(path: Path, base_path: Path, base: "TextModel") -> "TextModel":
+        """Reads what the folder of a variant has of text files; the rest are those of the model that it varies.
+
+        A tokenizer that is another one stands alone: the other files of the base would name tokens that it lacks.
+        Raises as `load`.
+        """
+        if has_backend(path) and load_tokenizer(path, base_path).as_json() != base.tokenizer.as_json():
+            return TextModel.load(path)
+        return TextModel.load(path, base_path)
+
+    def with_template_of(self, folder: Path) -> "TextModel":
+        """The same with the chat template in a folder's chat_template.jinja, if it has one. Raises ModelError."""
+        if not is_there(path := folder / TEMPLATE):
+            return self
+        with errors_begin_with(folder):
+            template = ChatTemplate(read_text(path, MAX_TEMPLATE), self.tokenizer.named_tokens)
+        return replace(self, chat_templates={**self.chat_templates, "default": template})
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Reads tokenizer.json, or has transformers convert an older format. Raises ModelError."""
+def load_tokenizer(folder: Path, base: Path | None = None) -> Tokenizer:
+    """Reads tokenizer.json, or has transformers convert an older format. Raises ModelError.
+
+    base: a folder whose files stand in for those that are not there
+    """
     with errors_begin_with(folder):
-        config = read_json_if_there(folder / "tokenizer_config.json")
-        special = read_json_if_there(folder / "special_tokens_map.json")
-        tokenizer = Tokenizer(read_backend(folder), {**special, **config})
+        config = read_json_if_there(own_or(base, folder / "tokenizer_config.json"))
+        special = read_json_if_there(own_or(base, folder / "special_tokens_map.json"))
+        backend = read_backend(folder if base is None or has_backend(folder) else base)
+        tokenizer = Tokenizer(backend, {**special, **config})
         for name, token in tokenizer.named_tokens.items():
             if tokenizer.id_of(token) is None:
                 file = "tokenizer_config.json" if config.get(name) is not None else "special_tokens_map.json"
@@ -204,7 +233,7 @@ def load_chat_templates(folder: Path) -> dict[str, str]:
         templates["default"] = field
     elif isinstance(field, list):
         templates |= {str(t["name"]): str(t["template"]) for t in field if isinstance(t, dict) and "template" in t}
-    if is_there(path := folder / "chat_template.jinja"):
+    if is_there(path := folder / TEMPLATE):
         templates["default"] = read_text(path, MAX_TEMPLATE)
     for name, source in templates.items():
         if len(source) > MAX_TEMPLATE:

@@ -41,6 +41,11 @@ def read_backend(folder: Path) -> Backend:
     return backend
 
 
+def has_backend(folder: Path) -> bool:
+    """Whether a folder says what a tokenizer does, in whatever format."""
+    return is_there(folder / FILE) or any(any(folder.glob(pattern)) for pattern in OLDER)
+
+
 def is_byte_level(backend: Backend) -> bool:
     """Whether tokens are spelled in GPT-2's stand-ins for bytes."""
     return backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()

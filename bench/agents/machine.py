@@ -23,7 +23,7 @@ from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
-from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
+from hybrid_cache.spec import AttentionSpec, CacheSpec, LayerSpec, PrefillCost, StateSpec
 from hybrid_cache.work import Work
 
 GENERATED = 1  # the token of which every answer consists
@@ -104,11 +104,13 @@ class SimulatedModel:
 
     packs = False
     commutes = True
+    invocation = ()
     fidelities: tuple[str, ...] = ()
     vocab_size = 1 << 31
     max_length = 1 << 20
     fingerprint = "simulated"
-    chain = ()
+    chain: tuple[str, ...] = ()
+    layers: tuple[LayerSpec, ...] = ()
 
     def __init__(self, machine: Machine) -> None:
         self.cache_spec = machine.spec

@@ -1,14 +1,20 @@
 """Models with weights that are drawn where they are used: no file is read or written."""
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.kernels.ops import Linear, Ops
 from hybrid_cache.models import registry
+from hybrid_cache.models.adapters import Adapter, LoraConfig
+from hybrid_cache.models.bank import HEAD, AdapterBank
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.loading import beside
 from hybrid_cache.models.registry import ShapedModel
 
 _SMALL = {
@@ -127,14 +133,31 @@ MID_GRANITE: Mapping[str, object] = {
 
 
 class RandomWeights:
-    """Any weight that is asked for, drawn on a device: matrices keep the size of what they multiply."""
+    """Any weight that is asked for, drawn on a device: matrices keep the size of what they multiply.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+    Models of one seed have the same weights below the layer from which another seed counts.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int = 0,
+        bank: AdapterBank | None = None,
+        *,
+        other: int = 0,
+        first: int | None = None,
+    ) -> None:
+        """other: seed of the weights in layers from `first` on"""
         self.num_bytes = 0
+        self.bank = bank
         self._device = device
         self._dtype = dtype
         self._seed = seed
+        self._other, self._first = other, first
         self._rng = torch.Generator(device).manual_seed(seed)
+        self._other_rng = torch.Generator(device).manual_seed(other)
+        self._digests = dict[str, bytes]()
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self._draw(name, shape, self._dtype)
@@ -148,18 +171,23 @@ class RandomWeights:
     def has(self, name: str) -> bool:
         return name.endswith("experts.gate_up_proj")
 
-    def low_rank(self, name: str, out_features: int, in_features: int) -> None:
-        """Nothing is beside the weights."""
+    def beside(self, packed: Linear, parts: Mapping[str, int]) -> Linear:
+        return packed if self.bank is None else self.bank.linear(packed, parts, self._dtype)
 
     def ignore(self, pattern: str) -> None:
         """Nothing is left over."""
 
     def finish(self) -> Mapping[str, bytes]:
-        return {"random": str(self._seed).encode()}
+        return self._digests
 
     def _draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self.num_bytes += prod(shape) * dtype.itemsize
         values = torch.empty(shape, device=self._device, dtype=dtype).normal_(generator=self._rng)
+        layer = re.search(r"layers\.(\d+)\.", name)
+        is_other = self._first is not None and layer is not None and int(layer[1]) >= self._first
+        if is_other:
+            values.normal_(generator=self._other_rng)
+        self._digests[name] = f"{self._seed} {self._other if is_other else ''}".encode()
         if "conv" in name:
             return values.mul_(0.5)
         if "A_log" in name:
@@ -171,9 +199,42 @@ class RandomWeights:
         return values.mul_(0.2) if name.endswith("bias") else values.mul_(0.2).add_(1.0)
 
 
-def random_model(config: Mapping[str, object], ops: Ops, dtype: torch.dtype, seed: int = 0) -> tuple[ShapedModel, int]:
-    """-> a model of random weights on the device of `ops`, and the bytes of its weights."""
-    weights = RandomWeights(ops.device, dtype, seed)
+def random_model(
+    config: Mapping[str, object],
+    ops: Ops,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    adaptable: bool = False,
+    other: int = 0,
+    first: int | None = None,
+) -> tuple[ShapedModel, int]:
+    """-> a model of random weights on the device of `ops`, and the bytes of its weights.
+
+    adaptable: adapters may stand beside it   other: seed of the weights in layers from `first` on
+    """
+    bank = AdapterBank(ops) if adaptable else None
+    weights = RandomWeights(ops.device, dtype, seed, bank, other=other, first=first)
     with ops.device:
         model = registry.find(config.get("model_type"))(Config(config), weights, ops, dtype)
     return model, weights.num_bytes
+
+
+def random_adapter(model: ShapedModel, rank: int, seed: int) -> Adapter:
+    """For all matrices of the layers that it may stand beside; it moves outputs by about a tenth."""
+    assert model.bank is not None
+    rng = torch.Generator().manual_seed(seed)
+    factors = {
+        name: (
+            torch.randn(rank, size_in, generator=rng) * size_in**-0.5,
+            torch.randn(size_out, rank, generator=rng) * 0.1 * rank**-0.5,
+        )
+        for name, (size_out, size_in) in model.bank.shapes.items()
+        if name != HEAD
+    }
+    return Adapter(f"random-{seed}", LoraConfig(rank, float(rank), ()), factors, {})
+
+
+def activated_by(trunk: ShapedModel, adapter: Adapter, invocation: tuple[int, ...]) -> HybridModel:
+    """A model with an adapter beside it that these tokens switch on."""
+    return beside(trunk, replace(adapter, config=replace(adapter.config, invocation=invocation)))

@@ -71,6 +71,7 @@ def traits(asked: Asked) -> Iterator[str]:
         "n > 1": request.n > 1,
         "salts": bool(request.namespace),
         "of a variant": bool(request.model),
+        f"of {request.model}": bool(request.model),
         "mode off": request.cache_mode is CacheMode.OFF,
         "mode explicit": request.cache_mode is CacheMode.EXPLICIT and bool(marks),
         "mode explicit, nothing marked": request.cache_mode is CacheMode.EXPLICIT and not marks,

@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from hybrid_cache.bench.exactness.http.compare import compare_http
 from hybrid_cache.bench.exactness.http.report import HttpReport, table
-from hybrid_cache.bench.exactness.models import Subject, folders, named, shipped, small, wide
+from hybrid_cache.bench.exactness.models import Subject, by_name, folders, named, shipped, small, wide
 from hybrid_cache.bench.exactness.report import Report, mixture, results, verdicts
 from hybrid_cache.bench.exactness.run import compare
 from hybrid_cache.errors import HybridCacheError
@@ -72,9 +72,9 @@ def exactness(
 
 def _compare(subject: Subject, dtype: str, backend: str, rows: int, seed: int, progress: Progress) -> Report:
     ops = select(backend)
-    other = None if subject.other is None else subject.other(dtype, ops)
+    model, *variants = subject.load(dtype, ops)
     report = Report(subject.name, dtype, seed)
-    return compare(subject.load(dtype, ops), report, rows, progress, phase=subject.phase, variant=other)
+    return compare(model, report, rows, progress, phase=subject.phase, variants=by_name(variants))
 
 
 def _over_http(

@@ -7,32 +7,41 @@ from dataclasses import replace
 import numpy as np
 
 from hybrid_cache.bench.exactness.asked import Asked
+from hybrid_cache.bench.exactness.mix import salt_of
 from hybrid_cache.bench.exactness.report import Report
 from hybrid_cache.bench.exactness.rows import Ledger, PlainWatcher, watched_engine
 from hybrid_cache.bench.exactness.traffic import Traffic, room
+from hybrid_cache.cache.keys import Mark
 from hybrid_cache.choreography.arrangement import Fidelity
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.namespaces import namespace_of
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
-from hybrid_cache.tokens import Prompt, TokenArray
+from hybrid_cache.tokens import Prompt, TokenArray, last_occurrence
 
 
 class Judge:
     """A plain engine: no reuse, one request at a time. Says whether what a busy one did was right."""
 
     def __init__(self, models: Mapping[str, HybridModel], most_tokens: int, ledger: Ledger, report: Report) -> None:
-        """models: by the name that requests have for them; each is run by itself"""
-        self._ledger, self._report = ledger, report
+        """models: by the name that requests have for them; each is run by itself, or beside the first one if it is
+        invoked
+        """
+        self._ledger, self._report, self._models = ledger, report, models
         self._engines = dict[str, Engine]()
         for name, model in models.items():
             config = EngineConfig(
                 budget_bytes=room(model, most_tokens, 4), max_running=1, prefix_cache=False, verify=True, max_tiles=64
             )
-            self._engines[name] = watched_engine(model, config, PlainWatcher(ledger))
+            if model.invocation:
+                engine = watched_engine(models[""], config, PlainWatcher(ledger), variants={name: model})
+            else:
+                engine = watched_engine(model, config, PlainWatcher(ledger))
+            self._engines[name] = engine
 
     def round(self, asked: Sequence[Asked], traffic: Traffic) -> None:
         for one in asked:
@@ -72,15 +81,21 @@ class Judge:
             self._compare(asked, outputs)
 
     def _give(self, asked: Asked, prompt: TokenArray, traffic: Traffic) -> None:
-        namespace = traffic.mix.namespaces[asked.request.namespace]
-        traffic.given.prompt(namespace, prompt)
+        namespace = traffic.mix.namespaces[salt_of(asked.request)]
+        traffic.given.prompt(namespace, prompt, self._mark(asked.request, prompt))
         for index in range(asked.request.n):
             if asked.finished(index):
                 traffic.given.text(namespace, np.concatenate([prompt, asked.answer(index)]))
 
+    def _mark(self, request: Request, prompt: TokenArray) -> Mark | None:
+        """From where on a prompt is an activated adapter's."""
+        model = self._models[request.model]
+        position = last_occurrence(prompt, model.invocation) if model.invocation else None
+        return None if position is None else Mark(position, namespace_of(request.namespace, model.fingerprint))
+
     def _answer(self, request: Request) -> Outputs:
         engine = self._engines[request.model]
-        engine.submit(replace(request, model=""))
+        engine.submit(request if self._models[request.model].invocation else replace(request, model=""))
         return engine.run_until_idle()
 
     def _compare(self, asked: Asked, outputs: Outputs) -> None:
@@ -104,7 +119,9 @@ class Judge:
         n, cached = len(asked.request.prompt.tokens), reported.cached_tokens
         approximate = reported.plan is not None and reported.plan.fidelity is not Fidelity.EXACT
         prefix = reported.plan.prefix if reported.plan is not None else cached
-        if prefix % TILE and (approximate or prefix < n):
+        mark = self._mark(asked.request, asked.request.prompt.tokens)
+        self._report.mixed["gone on from at an invocation"] += mark is not None and prefix == mark.position
+        if prefix % TILE and (approximate or prefix < n) and (mark is None or prefix != mark.position):
             self._report.note(asked.request.id, f"goes on behind token {prefix}, where no state is good for that")
         if not asked.publishes and not approximate and (cached or reported.written_tokens):
             self._report.note(

@@ -24,7 +24,8 @@ from hybrid_cache.choreography.arrangement import (
 )
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import CacheMode, Request, namespace_of
+from hybrid_cache.namespaces import namespace_of
+from hybrid_cache.request import CacheMode, Request
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 
@@ -33,7 +34,9 @@ T = TypeVar("T")
 NO_VARIANTS: Mapping[str, HybridModel] = MappingProxyType({})
 
 SALTS = ("", "", "", "", "a")
-VARIANT = "variant"  # the name of another model, and the salt of its requests
+VARIANT = "variant"  # begins the names of other models, whose conversations are their own as those of a salt are
+ACTIVATED = "activated"  # the name of an adapter that is on from its invocation, for requests of any other salt
+BEHIND = (0, 0, 1, 20, 62, 64, 90)  # tokens behind an invocation
 ROLES = ("user", "user", "user", "critic")
 OPENING, CLOSING = 3, 2  # tokens
 KINDS = ("as it is", "as it is", "as it is", "continued", "continued", "longer", "other end", "shuffled", "changed")
@@ -97,6 +100,11 @@ LONG = Phase(
 )
 
 
+def salt_of(request: Request) -> str:
+    """Whose conversations a request is one of: a salt's, or another model's."""
+    return request.model if request.model.startswith(VARIANT) else request.namespace
+
+
 class Mix:
     """Seeded requests for one engine. What it has asked, and what was answered, comes again in later ones."""
 
@@ -104,19 +112,26 @@ class Mix:
         self, model: HybridModel, phase: Phase, rng: random.Random, variants: Mapping[str, HybridModel] = NO_VARIANTS
     ) -> None:
         self._rng = rng
-        self._salts = (*SALTS, *variants, *variants)
+        others = [name for name, variant in variants.items() if not variant.invocation]
+        self._invocation = variants[ACTIVATED].invocation if ACTIVATED in variants else ()
+        self._calls = random.Random(phase.name)  # of an activated adapter
+        self._read: dict[str, list[Said]] = {}  # what came before the last one, by salt
+        self._salts = (*SALTS, *others)
         self._vocab = model.vocab_size
         self._compositions = list(Composition)
         self._longest = min(phase.longest, model.max_length - max(phase.answers) - 1)
         self._phase = phase
         self._namespaces = {
-            salt: namespace_of(salt, variants.get(salt, model).fingerprint) for salt in dict.fromkeys(self._salts)
+            salt: namespace_of("" if salt in variants else salt, variants.get(salt, model).fingerprint)
+            for salt in dict.fromkeys(self._salts)
         }
         self._openings = {role: self._tokens(OPENING) for role in ("assistant", "critic")}
         self._closing = tuple(self._tokens(CLOSING).tolist())
         self._systems = [Said(self._tokens(length), "system") for length in phase.systems]
         self._texts = [self._text() for _ in range(6)]
         self._texts += [self._changed(said) for said in self._texts[:3]]
+        if self._invocation:
+            self._texts += [self._call() for _ in range(2)]
         self._more = self._tokens(phase.more)
         self._themes: dict[str, list[Said]] = {}
         self._answers: dict[str, list[Said]] = {salt: [] for salt in self._namespaces}
@@ -133,20 +148,26 @@ class Mix:
         salt = rng.choice(self._salts)
         if rng.random() < 0.1:
             self._texts[rng.randrange(len(self._texts))] = self._text()
-        messages = self._messages(salt)
+        model = salt if salt.startswith(VARIANT) else ""
+        messages = self._messages("" if model and rng.random() < 0.4 else salt)  # what another model may have read
+        if self._invocation and not model and self._calls.random() < 0.4:
+            if self._calls.random() < 0.8:
+                messages = self._read.get(salt, messages)
+            self._read[salt] = messages
+            messages, model = self._called(messages), ACTIVATED
         opening = self._tokens(0) if rng.random() < 0.2 else rng.choice(list(self._openings.values()))
         sampling = self._sampling()
         if rng.random() < 0.75:
-            return self._arranged(salt, messages, opening, sampling)
+            return self._arranged(salt, model, messages, opening, sampling)
         tokens, marks = self._joined(messages, opening)
         if rng.random() < 0.2:  # exactly on the grid, or next to it
             tokens = tokens[: max(1, len(tokens) // TILE * TILE + rng.choice((-1, 0, 1)))]
         marks = tuple(mark for mark in marks if mark.position <= len(tokens))
-        return Asked(self._request(salt, Prompt(tokens, marks), sampling), tuple(messages), opening)
+        return Asked(self._request(salt, model, Prompt(tokens, marks), sampling), tuple(messages), opening)
 
     def heard(self, asked: Asked) -> None:
         """A request was answered: others may refer to it."""
-        salt, arrangement = asked.request.namespace, asked.request.arrangement
+        salt, arrangement = salt_of(asked.request), asked.request.arrangement
         if len(asked.opening):
             tokens = closed(np.concatenate([asked.opening, asked.answer(0)]), self._closing)
             context = arrangement.context if arrangement else ()
@@ -159,6 +180,20 @@ class Mix:
 
     def _text(self) -> Said:
         return Said(self._tokens(self._rng.choice(self._phase.messages)), self._rng.choice(ROLES))
+
+    def _call(self) -> Said:
+        """A message that begins with the invocation of an adapter."""
+        more = self._tokens(min(self._calls.choice(BEHIND), self._longest // 4))
+        return Said(np.concatenate([np.array(self._invocation, np.int32), more]), "user")
+
+    def _called(self, messages: list[Said]) -> list[Said]:
+        """As a rule they end in an invocation; sometimes at one that they have, or nowhere."""
+        if self._calls.random() < 0.2:
+            return messages
+        room = self._longest - OPENING - self._longest // 4 - len(self._invocation)  # whatever the call, as many
+        while messages and sum(len(message.tokens) for message in messages) > room:
+            messages = messages[:-1]
+        return [*messages, self._call()]
 
     def _messages(self, salt: str) -> list[Said]:
         """What one prompt holds: the theme of its tenant, with a variation."""
@@ -218,7 +253,9 @@ class Mix:
 
     # Requests
 
-    def _arranged(self, salt: str, messages: Sequence[Said], opening: TokenArray, sampling: SamplingParams) -> Asked:
+    def _arranged(
+        self, salt: str, model: str, messages: Sequence[Said], opening: TokenArray, sampling: SamplingParams
+    ) -> Asked:
         rng, namespace = self._rng, self._namespaces[salt]
         tokens, marks = self._joined(messages, opening)
         usual, in_place, named = rng.random() < 0.7, rng.random() < 0.3, dict[str, TokenArray]()
@@ -244,7 +281,7 @@ class Mix:
             answer_start=len(tokens) - len(opening),
             context=tuple(ids),
         )
-        request = self._request(salt, Prompt(tokens, marks), sampling)
+        request = self._request(salt, model, Prompt(tokens, marks), sampling)
         return Asked(replace(request, arrangement=arrangement), tuple(messages), opening, named)
 
     def _unusual(self, part: Part) -> Part:
@@ -268,7 +305,7 @@ class Mix:
         ttl_s = self._rng.choice((None, None, 2.0, 60.0)) if kind is BoundaryKind.EXPLICIT else None
         return Boundary(position, kind, ttl_s, role)
 
-    def _request(self, salt: str, prompt: Prompt, sampling: SamplingParams) -> Request:
+    def _request(self, salt: str, model: str, prompt: Prompt, sampling: SamplingParams) -> Request:
         rng = self._rng
         mode = rng.choice((*CacheMode, *[CacheMode.IMPLICIT] * 4))
         if mode is CacheMode.EXPLICIT and rng.random() < 0.4:
@@ -278,8 +315,7 @@ class Mix:
         tenant, divisor = f"tenant {self._count % 3}", rng.randrange(2, 6)
         constraint = partial(Some, self._vocab, divisor) if rng.random() < 0.15 else None
         name, session = f"r{self._count}", ("", "", "s", "t")[self._count % 4]
-        choice = number, salt, mode, make_stopper, constraint
-        model = salt if salt == VARIANT else ""
+        choice = number, "" if salt == model else salt, mode, make_stopper, constraint
         return Request(name, prompt, sampling, *choice, tenant=tenant, session=session, model=model)
 
     def _sampling(self) -> SamplingParams:

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import torch
 
-from hybrid_cache.bench.common.random_model import SMALL, random_model
-from hybrid_cache.bench.exactness.mix import LONG, MIXED, Phase
+from hybrid_cache.bench.common.random_model import SMALL, activated_by, random_adapter, random_model
+from hybrid_cache.bench.exactness.mix import ACTIVATED, LONG, MIXED, VARIANT, Phase
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.adapters import SHIPPED
-from hybrid_cache.models.loading import COMPUTE_DTYPES, embedded_path, load, resolve
+from hybrid_cache.models.adapters import load as load_adapter
+from hybrid_cache.models.loading import COMPUTE_DTYPES, beside, embedded_path, load, load_trunk, resolve
 from hybrid_cache.models.tools.published import CONFIGS
 
+INVOCATION = (11, 12)
+RANK = 8
+MERGED = "embedded-choreo"  # an adapter that ships and can be merged
 # Attention only, whose messages can be relocated, and states only.
 PURE: Mapping[str, Mapping[str, object]] = {
     "llama": {
@@ -50,35 +53,36 @@ class Subject:
     """A model by the name that a command line gives it."""
 
     name: str
-    load: Callable[[str, Ops], HybridModel]  # dtype; raises HybridCacheError
-    other: Callable[[str, Ops], HybridModel] | None = None  # a variant of it: the same shape, other weights
+    load: Callable[[str, Ops], list[HybridModel]]  # dtype -> it, and variants of it; raises HybridCacheError
     phase: Phase = MIXED
 
 
+def by_name(variants: Sequence[HybridModel]) -> dict[str, HybridModel]:
+    """By the names that requests have for them."""
+    others = [each for each in variants if not each.invocation]
+    invoked = [(ACTIVATED, each) for each in variants if each.invocation]
+    return {**{f"{VARIANT} {number}": each for number, each in enumerate(others)}, **dict(invoked)}
+
+
 def shipped() -> list[Subject]:
-    """The embedded model, by itself and with each adapter."""
-    plain, first = partial(_load, embedded_path(), None), next(iter(SHIPPED))
-    adapted = [Subject(f"embedded+{name}", partial(_load, embedded_path(), name), plain) for name in SHIPPED]
-    return [Subject("embedded", plain, partial(_load, embedded_path(), first, merges=False)), *adapted]
+    """The embedded model with adapters beside it, and with one merged into it."""
+    return [Subject("embedded", _beside_embedded), Subject(f"embedded+{MERGED}", partial(_embedded, MERGED))]
 
 
 def small() -> list[Subject]:
     configs = {**SMALL, **PURE}
-    return [
-        Subject(f"small {name}", partial(_random, config, 0), partial(_random, config, 1))
-        for name, config in configs.items()
-    ]
+    return [Subject(f"small {name}", partial(_random, config)) for name, config in configs.items()]
 
 
 def wide() -> list[Subject]:
     configs = {name: {**CONFIGS[name], **changes} for name, changes in WIDE.items()}
-    return [Subject(f"wide {name}", partial(_random, config, 0), phase=LONG) for name, config in configs.items()]
+    return [Subject(f"wide {name}", partial(_plain, config), phase=LONG) for name, config in configs.items()]
 
 
 def named(name: str) -> Subject:
     """One of these, or a model folder. Raises ModelError."""
     known = {subject.name: subject for subject in (*shipped(), *small(), *wide())}
-    return known[name] if name in known else Subject(name, partial(_load, resolve(name), None))
+    return known[name] if name in known else Subject(name, partial(_folder, resolve(name)))
 
 
 def folders(names: Sequence[str]) -> list[str]:
@@ -87,9 +91,33 @@ def folders(names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in known]
 
 
-def _load(path: Path, adapter: str | None, dtype: str, ops: Ops, *, merges: bool = True) -> HybridModel:
-    return load(path, dtype=dtype, ops=ops, adapter=adapter, merges=merges)
+def _folder(path: Path, dtype: str, ops: Ops) -> list[HybridModel]:
+    return [load(path, dtype=dtype, ops=ops)]
 
 
-def _random(config: Mapping[str, object], seed: int, dtype: str, ops: Ops) -> HybridModel:
-    return random_model(config, ops, COMPUTE_DTYPES[dtype] or torch.float32, seed)[0]
+def _embedded(adapter: str, dtype: str, ops: Ops) -> list[HybridModel]:
+    """With an adapter merged into it, and without."""
+    return [load(embedded_path(), dtype=dtype, ops=ops, adapter=each) for each in (adapter, None)]
+
+
+def _beside_embedded(dtype: str, ops: Ops) -> list[HybridModel]:
+    """The model, with one adapter that ships and two random ones beside it."""
+    trunk = load_trunk(embedded_path(), dtype=dtype, ops=ops)
+    adapters = [load_adapter(MERGED), *(random_adapter(trunk, rank, seed=rank) for rank in (3, 16))]
+    invoked = activated_by(trunk, random_adapter(trunk, RANK, seed=RANK), INVOCATION)
+    return [trunk, *(beside(trunk, adapter) for adapter in adapters), invoked]
+
+
+def _random(config: Mapping[str, object], dtype: str, ops: Ops) -> list[HybridModel]:
+    """Random weights, with adapters beside them, other random weights, and some that are other from layer 1 on."""
+    compute_dtype = COMPUTE_DTYPES[dtype] or torch.float32
+    trunk, _ = random_model(config, ops, compute_dtype, 0, adaptable=True)
+    adapters = [random_adapter(trunk, rank, seed=rank) for rank in (4, 17)]
+    invoked = activated_by(trunk, random_adapter(trunk, RANK, seed=RANK), INVOCATION)
+    upper, _ = random_model(config, ops, compute_dtype, 0, other=2, first=1)
+    others = random_model(config, ops, compute_dtype, 1)[0], upper, invoked
+    return [trunk, *(beside(trunk, adapter) for adapter in adapters), *others]
+
+
+def _plain(config: Mapping[str, object], dtype: str, ops: Ops) -> list[HybridModel]:
+    return [random_model(config, ops, COMPUTE_DTYPES[dtype] or torch.float32)[0]]

@@ -80,21 +80,22 @@ def watched_engine(
                 part = Step((), tuple(s for s in step.decodes if s.prefill.model == fingerprint))
                 places = [i for i, rows in enumerate(work.decodes) if rows.model == fingerprint]
                 found = list(decode_rows(part, 0))
-                self._show(fingerprint, found, hidden.decodes[[places[i] for *_, i in found]])
+                self._show([fingerprint] * len(found), found, hidden.decodes[[places[i] for *_, i in found]])
             return hidden
 
         def forward(self, part: Part, batch: ForwardBatch) -> Tensor:
             step, seen = self.under_way[-1]
-            seen.add(part.model.fingerprint)
+            models = models_of(part.work, batch.layout)
+            seen |= set(models.values())
             found = list(exact_rows(part_of(step, part), batch.layout))
             rows = torch.tensor([row for *_, row in found], dtype=torch.int64, device=batch.output_rows.device)
             hidden = super().forward(part, replace(batch, output_rows=torch.cat([rows, batch.output_rows])))
-            self._show(part.model.fingerprint, found, hidden[: len(found)])
+            self._show([models[row] for *_, row in found], found, hidden[: len(found)])
             return hidden[len(found) :]
 
-        def _show(self, fingerprint: str, rows: list[tuple[Key, Origin, int]], hidden: Tensor) -> None:
+        def _show(self, models: list[str], rows: list[tuple[Key, Origin, int]], hidden: Tensor) -> None:
             if rows:
-                bits = self.logits(self.models[fingerprint], hidden).cpu().numpy().view(np.int32)
+                bits = self.all_logits(list(hidden), models).cpu().numpy().view(np.int32)
                 for (key, origin, _), row in zip(rows, bits, strict=True):
                     watcher.row(key, row, origin)
 
@@ -121,6 +122,16 @@ def part_of(step: Step, part: Part) -> Step:
     return Step(chunks, (*several, *(singles[i] for i in part.decodes)))
 
 
+def models_of(work: Work, layout: RowLayout) -> dict[int, str]:
+    """The fingerprint of the model of each row of a batch."""
+    first_rows = (*layout.chunk_row.tolist(), *range(layout.decode_row, layout.decode_row + len(work.decodes)))
+    return {
+        row: rows.model
+        for rows, first in zip((*work.chunks, *work.decodes), first_rows, strict=True)
+        for row in range(first, first + len(rows.tokens))
+    }
+
+
 def is_exact(prefill: Prefill) -> bool:
     """Neither an arranged prompt nor a message for the store."""
     return prefill.arrangement is None and prefill.program is None
@@ -130,9 +141,10 @@ def exact_rows(step: Step, layout: RowLayout) -> Iterator[tuple[Key, Origin, int
     """Every token of a step whose row has to be exact, and its place in the batch."""
     first_rows = layout.chunk_row.tolist()
     for chunk, row in zip(step.chunks, first_rows, strict=False):
-        if is_exact(chunk.prefill):
+        if is_exact(chunk.prefill) and chunk.rows.transfer is None:  # of which only entries come out
             name, path = name_of(chunk)
-            digests = prefix_digests(chunk.prefill.model, chunk.prefill.tokens, chunk.start, chunk.end)
+            models = origin_of(chunk.prefill, chunk.rows.model)
+            digests = prefix_digests(models, chunk.prefill.tokens, chunk.start, chunk.end)
             for place, digest in enumerate(digests, start=chunk.start):
                 yield (digest, -1), Origin(name, place, path), row + place - chunk.start
     yield from decode_rows(step, layout.decode_row, first_rows[len(step.chunks) :])
@@ -146,7 +158,8 @@ def decode_rows(step: Step, first: int, leaps: Iterable[int] = ()) -> Iterator[t
         row = next(single) if stride == 1 else next(several)
         if is_exact(sequence.prefill):
             tokens = np.concatenate([sequence.all_tokens(), np.asarray(sequence.forced, np.int32)])
-            for i, digest in enumerate(prefix_digests(sequence.prefill.model, tokens, start, start + stride)):
+            models = origin_of(sequence.prefill, sequence.prefill.model)
+            for i, digest in enumerate(prefix_digests(models, tokens, start, start + stride)):
                 yield (digest, _way(sequence)), Origin(sequence.request.id, start + i, "decode"), row + i
 
 
@@ -162,9 +175,15 @@ def name_of(chunk: Chunk) -> tuple[str, str]:
     return (chunk.sequence.request.id, "prefill") if chunk.sequence else ("a finished turn", "canonical pass")
 
 
-def prefix_digests(model: str, tokens: TokenArray, start: int, end: int) -> Iterator[bytes]:
-    """Of a model's fingerprint and all tokens up to each of [start, end), that one included."""
-    known = blake2b(model.encode() + np.ascontiguousarray(tokens[:start], np.int32).tobytes(), digest_size=16)
+def origin_of(prefill: Prefill, model: str) -> str:
+    """Says which models have computed the tokens of a sequence, up to those that `model` computes."""
+    mark = prefill.mark
+    return model if mark is None or model != prefill.model else f"{model} from {mark.position}"
+
+
+def prefix_digests(models: str, tokens: TokenArray, start: int, end: int) -> Iterator[bytes]:
+    """Of the models that computed them and all tokens up to each of [start, end), that one included."""
+    known = blake2b(models.encode() + np.ascontiguousarray(tokens[:start], np.int32).tobytes(), digest_size=16)
     for token in np.ascontiguousarray(tokens[start:end], np.int32):
         known.update(token.tobytes())
         yield known.copy().digest()

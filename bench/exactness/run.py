@@ -3,11 +3,12 @@
 import random
 import time
 import traceback
+from collections.abc import Mapping
 
 from rich.progress import Progress
 
 from hybrid_cache.bench.exactness.judge import Judge
-from hybrid_cache.bench.exactness.mix import MIXED, TIGHT, VARIANT, Phase
+from hybrid_cache.bench.exactness.mix import MIXED, NO_VARIANTS, TIGHT, Phase
 from hybrid_cache.bench.exactness.report import Report
 from hybrid_cache.bench.exactness.rows import Ledger
 from hybrid_cache.bench.exactness.traffic import Stuck, Traffic
@@ -22,10 +23,12 @@ MORE_ROUNDS = 12  # tight ones at most, for what a run has to meet and has not
 class Comparison:
     """Rounds with one model, until enough rows have been compared."""
 
-    def __init__(self, model: HybridModel, report: Report, phase: Phase, variant: HybridModel | None = None) -> None:
+    def __init__(
+        self, model: HybridModel, report: Report, phase: Phase, variants: Mapping[str, HybridModel] = NO_VARIANTS
+    ) -> None:
         self.report = report
         self._model, self._phase = model, phase
-        self._variants = {} if variant is None else {VARIANT: variant}
+        self._variants = variants
         self._rng = random.Random(f"{report.seed} {report.model} {report.dtype}")
         self._ledger = Ledger(report)
         most_tokens = max(p.most_tokens for p in (phase, TIGHT))
@@ -70,16 +73,16 @@ def compare(
     progress: Progress | None = None,
     requests_per_round: int | None = None,
     phase: Phase = MIXED,
-    variant: HybridModel | None = None,
+    variants: Mapping[str, HybridModel] = NO_VARIANTS,
 ) -> Report:
     """Rounds until at least `num_rows` rows are compared, a tight one among them; fills in and returns the report.
 
-    variant: another model of the same shape, which the busy engine runs beside the first; plain ones run one each
+    variants: other models of the same shape, which the busy engine runs beside the first; plain ones run one each
     More tight rounds follow while what the run has to meet has not been met.
     """
     started = time.perf_counter()
     task = progress.add_task(f"{report.model} {report.dtype}", total=num_rows) if progress else None
-    comparison = Comparison(model, report, phase, variant)
+    comparison = Comparison(model, report, phase, variants)
     try:
         while report.rounds < 2 or (report.rows < num_rows and report.rounds < 10 * num_rows):
             comparison.round(requests_per_round)

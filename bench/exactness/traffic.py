@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from hybrid_cache.bench.exactness.asked import Asked, traits
-from hybrid_cache.bench.exactness.mix import NO_VARIANTS, Mix, Phase
+from hybrid_cache.bench.exactness.mix import NO_VARIANTS, Mix, Phase, salt_of
 from hybrid_cache.bench.exactness.report import Report
 from hybrid_cache.bench.exactness.rows import BusyWatcher, Ledger, watched_engine
 from hybrid_cache.bench.exactness.tree import Given
@@ -92,6 +92,7 @@ class Traffic:
         mixed["pages from the second tier"] += stats.cache.host_loads
         mixed["tasks resumed"] += stats.pauses.num_resumed
         mixed["messages stored"] += stats.cache.admissions.get("message", 0)
+        mixed["tokens from another model"] += stats.received_tokens
         mixed["compactions"] += stats.cache.compactions
         mixed["digests compared"] += self.engine.worker.memory.digests.num_compared
 
@@ -174,7 +175,7 @@ class Traffic:
         tokens = np.concatenate([prompt.tokens[: len(prompt.tokens) - cut], np.asarray(said, np.int32)])
         if len(tokens) <= self.engine.longest_sequence:
             self._report.mixed["turns told of"] += 1
-            self.given.text(self.mix.namespaces[asked.request.namespace], tokens)
+            self.given.text(self.mix.namespaces[salt_of(asked.request)], tokens)
             prompt = Prompt(tokens, prompt.boundaries if not cut else ())
             self.engine.commit(asked.request.namespace, prompt, model=asked.request.model)
 

@@ -1,7 +1,7 @@
 """What may be in a prefix tree: what requests gave to it. Approximate ones never do, nor those with the cache off."""
 
 from hybrid_cache.cache.books import Books
-from hybrid_cache.cache.keys import Name, keys_of
+from hybrid_cache.cache.keys import Mark, Name, keys_of
 from hybrid_cache.tokens import TokenArray
 
 
@@ -15,10 +15,12 @@ class Given:
     def text(self, namespace: str, tokens: TokenArray) -> None:
         self._names.update(keys_of(namespace, tokens).names)
 
-    def prompt(self, namespace: str, tokens: TokenArray) -> None:
-        """Its end may be kept, too."""
+    def prompt(self, namespace: str, tokens: TokenArray, mark: Mark | None = None) -> None:
+        """Its end may be kept, too, and where it has a mark also what comes before that."""
         self.text(namespace, tokens)
-        self._ends.add(keys_of(namespace, tokens).end_name)
+        keys = keys_of(namespace, tokens, mark)
+        self._names.update(keys.names)
+        self._ends.update(each.end_name for each in (keys, keys.stem) if each is not None)
 
     def foreign(self, cache: Books) -> str:
         """Names something in the tree that nobody gave; empty if there is nothing."""

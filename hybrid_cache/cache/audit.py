@@ -5,16 +5,23 @@ from collections.abc import Iterable, Mapping
 
 from hybrid_cache.cache.commands import Item
 from hybrid_cache.cache.geometry import Kind
+from hybrid_cache.cache.inputs import InputStore
+from hybrid_cache.cache.keys import tokens_in
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.messages import MessageStore
 from hybrid_cache.cache.misses import Inquest
 from hybrid_cache.cache.pool import Pool
-from hybrid_cache.cache.tree import Kept, Node, PromptEnd
+from hybrid_cache.cache.tree import Kept, LayerInputs, Node, Outside, PromptEnd
 from hybrid_cache.stats import CacheStats
 
 
 def stats_of(
-    pool: Pool, messages: MessageStore, tokens: Mapping[str, int], inquest: Inquest, budget_bytes: int
+    pool: Pool,
+    messages: MessageStore,
+    inputs: InputStore,
+    tokens: Mapping[str, int],
+    inquest: Inquest,
+    budget_bytes: int,
 ) -> CacheStats:
     """What the budget holds now, and what has happened since the start.
 
@@ -22,11 +29,14 @@ def stats_of(
     """
     tree, stored = pool.tree, messages.stored.values()
     slot_bytes, page_bytes = pool.bytes_of(1, 0), pool.bytes_of(0, 1)
+    input_items = sum(len(run.items) for run in inputs.runs)
+    input_pages = input_items if pool.extra_kind is Kind.PAGE else 0
     ends = sum(isinstance(k, PromptEnd) for k in pool.slot_owner.values())
     checkpoints = len(pool.slot_owner) - ends - len(stored)
     message_items = [kind for message in stored for kind, _ in pool.items(message)]
     message_bytes = sum(pool.item_bytes[kind] for kind in message_items)
-    end_pages = len(pool.page_owner) - tree.num_nodes - message_items.count(Kind.PAGE)
+    end_pages = len(pool.page_owner) - tree.num_nodes - message_items.count(Kind.PAGE) - input_pages
+    input_bytes = input_items * pool.item_bytes[pool.extra_kind]
     kv_bytes = tree.num_nodes * page_bytes
     checkpoint_bytes = checkpoints * slot_bytes
     end_bytes = ends * slot_bytes + end_pages * page_bytes
@@ -38,7 +48,8 @@ def stats_of(
         checkpoint_bytes=checkpoint_bytes,
         prompt_end_bytes=end_bytes,
         message_bytes=message_bytes,
-        working_bytes=used_bytes - kv_bytes - checkpoint_bytes - end_bytes - message_bytes,
+        input_bytes=input_bytes,
+        working_bytes=used_bytes - kv_bytes - checkpoint_bytes - end_bytes - message_bytes - input_bytes,
         nodes=tree.num_nodes,
         checkpoints=checkpoints,
         prompt_ends=ends,
@@ -58,7 +69,9 @@ def stats_of(
     )
 
 
-def check_books(pool: Pool, messages: MessageStore, leases: Iterable[Lease], scratch: int | None) -> set[Item]:
+def check_books(
+    pool: Pool, messages: MessageStore, inputs: InputStore, leases: Iterable[Lease], scratch: int | None
+) -> set[Item]:
     """Proves that every item has one owner, pins are those of the leases, and all queues hold what they should.
 
     -> all published items
@@ -72,17 +85,20 @@ def check_books(pool: Pool, messages: MessageStore, leases: Iterable[Lease], scr
     in_tree = [node for node in nodes if node.parent is not None]
     fixed[Kind.PAGE].update(node.page for node in in_tree if node.pins)
     kept: set[Kept] = {k for node in nodes for k in (node.checkpoint, *node.ends.values()) if k is not None}
-    kept |= set(messages.stored.values())
-    held = {m for m in messages.stored.values() if m.holders}
+    kept |= set(messages.stored.values()) | set(inputs.stored.values())
+    outside: list[Outside] = [*messages.stored.values(), *inputs.stored.values()]
+    held: set[Kept] = {each for each in outside if each.holders}
     for kind, item in (each for m in held for each in pool.items(m)):
         fixed[kind].add(item)
     for k in kept:
         assert k.attached
-        assert pool.slot_owner[k.slot] is k
+        assert isinstance(k, LayerInputs) or pool.slot_owner[k.slot] is k
         assert all(kind is Kind.SLOT or pool.page_owner[item] is k for kind, item in pool.items(k))
     published = {(Kind.PAGE, node.page) for node in in_tree} | {each for k in kept for each in pool.items(k)}
     assert len(published) == len(in_tree) + sum(len(pool.items(k)) for k in kept)
-    assert len(pool.slot_owner) == len(kept)
+    assert len(pool.slot_owner) == sum(not isinstance(k, LayerInputs) for k in kept)
+    assert {run for run in inputs.runs} == set(inputs.stored.values())
+    assert inputs.unwritten == {run for lease in leases for run in lease.inputs}
     slots = {item for kind, item in published if kind is Kind.SLOT}
     assert slots == pool.slot_owner.keys() | pool.extra_slots
     num_pages = sum(kind is Kind.PAGE for k in kept for kind, _ in pool.items(k))
@@ -103,6 +119,7 @@ def _working_items(pool: Pool, messages: MessageStore, leases: Iterable[Lease], 
     items = list(messages.loans)
     items += [each for message in messages.unwritten for each in pool.items(message)]
     for lease in leases:
+        items += [each for run in lease.inputs for each in pool.items(run)]
         items += [(Kind.PAGE, page) for page in lease.pages[len(lease.nodes) :]]
         items += [(Kind.SLOT, slot) for slot in (lease.slot, *(r.slot for r in lease.reserved))]
     return items if scratch is None else [*items, (Kind.SLOT, scratch)]
@@ -130,5 +147,6 @@ def _check_node(pool: Pool, node: Node) -> None:
         assert not node.dead
         return
     assert pool.page_owner[node.page] is node
+    assert node.namespace == node.parent.namespace or len(node.key) > len(tokens_in(node.key))
     assert node.num_tokens == node.parent.num_tokens + pool.tree.page_tokens
     assert node.pins <= node.parent.pins

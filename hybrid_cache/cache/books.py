@@ -16,22 +16,23 @@ A lease pins its pages: they are neither evicted nor moved. It does not pin stat
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hybrid_cache.cache.audit import check_books, stats_of
 from hybrid_cache.cache.candidates import Candidates
 from hybrid_cache.cache.claims import Claims, Spare
-from hybrid_cache.cache.commands import Emit, Item, KeepHidden, VerifySome, nowhere
+from hybrid_cache.cache.commands import CopyEntries, Emit, Item, KeepHidden, VerifySome, nowhere
 from hybrid_cache.cache.fates import End
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.host import HostTier
+from hybrid_cache.cache.inputs import InputStore
 from hybrid_cache.cache.keys import Keys, keys_of
-from hybrid_cache.cache.lease import Lease, Match, Reservation, find
+from hybrid_cache.cache.lease import Lease, Match, Reservation, Sent, find
 from hybrid_cache.cache.messages import MessageStore
 from hybrid_cache.cache.misses import Inquest
 from hybrid_cache.cache.policies.base import Outline, Policy, Wish
 from hybrid_cache.cache.pool import Pool
-from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Node, PrefixTree, PromptEnd, StoredMessage
+from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, LayerInputs, Node, PrefixTree, PromptEnd, StoredMessage
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
@@ -74,6 +75,7 @@ class Books:
             self.pool.host = HostTier(*tier, stateless=self._stateless)
         self._candidates = Candidates(self.pool, cost, stateless=self._stateless)
         self.messages = MessageStore(self.pool, cost, 4 * spec.effect_size)
+        self.inputs = InputStore(self.pool, spec.input_bytes)
         self.inquest = Inquest(self.tree, self.pool.fates, clock, stateless=self._stateless)
         self.leases: set[Lease] = set()
         self.scratch: int | None = None
@@ -167,6 +169,57 @@ class Books:
         self.pool.evict(source)
         return self.acquire(self.match(match.namespace, match.keys), keys, publish=publish)
 
+    def sent(self, keys: Keys, start: int, layers: Sequence[int]) -> Sent | None:
+        """What there is of the first tokens of a prompt in another model's namespace, for a transfer that begins after
+        `start` of them and reads what these layers were given. Changes nothing; None for nothing.
+        """
+        path, first = self.tree.walk(keys.namespace, keys.pages), start // self._page_tokens
+        most = min(len(path), (keys.num_tokens - 1) // self._page_tokens)
+        most = self.inputs.reach(keys, layers, first, most)
+        while most > first and not (self._stateless or path[most - 1].checkpoint):
+            most -= 1
+        return Sent(keys, path[:most], tuple(layers), first) if most > first else None
+
+    def take_over(self, lease: Lease, sent: Sent, entries: Sequence[int]) -> tuple[LayerInputs, ...]:
+        """Copies what some layers have of another model's tokens into a lease that starts where `sent` does -> what
+        other layers were given, held until `inputs.let_go`.
+
+        entries: those to copy, in the order of `CacheSpec.layers`
+        """
+        by_kind = self.pool.geometry.entries
+        path, state = sent.path[max(sent.first, len(lease.nodes)) :], sent.path[-1].checkpoint
+        pages = tuple(zip((node.page for node in path), lease.pages[sent.end - len(path) : sent.end], strict=True))
+        items: list[Item] = [(Kind.PAGE, page) for page, _ in pages]
+        slots = () if state is None else ((state.slot, lease.slot),)
+        self.pool.verify([*items, *((Kind.SLOT, slot) for slot, _ in slots)])
+        for kind, copies in ((Kind.PAGE, pages), (Kind.SLOT, slots)):
+            some = tuple(each for each in entries if by_kind[each] is kind)
+            if some and copies:
+                self.pool.check_unpublished(kind, (target for _, target in copies))
+                self.pool.emit(CopyEntries(kind, copies, some))
+        if state is not None:
+            self.pool.stamp(state, sent.path)
+        return self.inputs.hold(sent.keys, sent.layers, sent.first, sent.end)
+
+    def copy_taken(self, lease: Lease, slots: Iterable[int], entries: Sequence[int]) -> None:
+        """Copies some layers' part of the working state into slots that the coming forward pass fills."""
+        some = tuple(each for each in entries if self.pool.geometry.entries[each] is Kind.SLOT)
+        copies = tuple((lease.slot, slot) for slot in slots)
+        if some and copies:
+            self.pool.check_unpublished(Kind.SLOT, (slot for _, slot in copies))
+            self.pool.emit(CopyEntries(Kind.SLOT, copies, some))
+
+    def reserve_inputs(self, lease: Lease, layer: int, spared: PrefillCost, start: int, end: int) -> list[LayerInputs]:
+        """Room for what a layer is given for the whole pages among the tokens [start, end), which the coming forward
+        pass fills. spared: cost of what need not be computed where they are there
+        """
+        if not lease.publish:
+            return []
+        pages = -(-start // self._page_tokens), min(end, lease.keys.num_tokens) // self._page_tokens
+        runs = self.inputs.reserve(lease.keys, layer, spared, *pages)
+        lease.inputs += runs
+        return runs
+
     def propose(
         self,
         lease: Lease,
@@ -228,6 +281,8 @@ class Books:
             return
         for index in range(len(lease.nodes), num_tokens // self._page_tokens):
             self._publish_page(lease, index)
+        self.inputs.publish(run for run in lease.inputs if run.num_tokens <= num_tokens)
+        lease.inputs = [run for run in lease.inputs if run.num_tokens > num_tokens]
         filled = [r for r in lease.reserved if r.position <= num_tokens]
         lease.reserved = [r for r in lease.reserved if r.position > num_tokens]
         for r in filled:
@@ -248,21 +303,40 @@ class Books:
         To be called between the prompt's last tile and the first decode step. False when it is there already, the lease
         does not publish, or the policy declines.
         """
-        tail, num_tokens = lease.keys.tail, lease.keys.num_tokens
-        if not lease.publish or len(lease.nodes) < len(lease.keys.pages) or tail in lease.tip.ends:
+        return self._publish_end(lease, lease.keys, row)
+
+    def publish_stem(self, lease: Lease, row: int) -> bool:
+        """Keeps the working state as the end of what comes before the mark of the lease's prompt, for others that go
+        on there or end there. To be called when just that has been computed; else as `publish_end`.
+
+        False also where a checkpoint is at hand there, or about to be.
+        """
+        stem = lease.keys.stem
+        node = lease.stem_tip
+        if stem is None or (not stem.tail and (node.checkpoint or node.awaited)):
             return False
-        num_pages = 1 if tail and self.pool.geometry.page_bytes else 0
-        taken = self._candidates.take(lease, num_tokens, CheckpointKind.PROMPT_END, num_pages)
+        return self._publish_end(lease, stem, row)
+
+    def _publish_end(self, lease: Lease, keys: Keys, row: int) -> bool:
+        """keys: the lease's, or their stem"""
+        path = lease.nodes[: len(keys.pages)]
+        node = path[-1] if path else lease.root
+        if not lease.publish or len(path) < len(keys.pages) or keys.tail in node.ends:
+            return False
+        num_pages = 1 if keys.tail and self.pool.geometry.page_bytes else 0
+        taken = self._candidates.take(lease, keys.num_tokens, CheckpointKind.PROMPT_END, num_pages)
         if taken is None:
             return False
         slot, pages = taken
-        end = PromptEnd(lease.tip, lease.keys.end_name, tail, num_tokens, slot, pages[0] if pages else None)
+        namespace = keys.namespace_of(len(path))
+        page = pages[0] if pages else None
+        end = PromptEnd(node, keys.end_name, namespace, keys.tail, keys.num_tokens, slot, page)
         self.pool.copy(Kind.SLOT, lease.slot, end.slot)
         if end.page is not None:
-            self.pool.copy(Kind.PAGE, lease.pages[len(lease.nodes)], end.page)
+            self.pool.copy(Kind.PAGE, lease.pages[len(path)], end.page)
         self.pool.emit(KeepHidden(end.slot, row))
-        lease.tip.ends[tail] = end
-        self.pool.publish(end, lease.nodes)
+        node.ends[keys.tail] = end
+        self.pool.publish(end, path)
         return True
 
     def fork(self, lease: Lease, num_tokens: int) -> Lease | None:
@@ -305,6 +379,8 @@ class Books:
             self.pool.policy.finished(lease.keys.names[-1], num_output_tokens)
         self._verify_some()
         self.leases.remove(lease)
+        self.inputs.give_back(lease.inputs)
+        lease.inputs = []
         for page in lease.pages[len(lease.nodes) :]:
             self.pool.give(Kind.PAGE, page)
         for slot in [lease.slot, *(r.slot for r in lease.reserved)]:
@@ -317,9 +393,10 @@ class Books:
     def drop(self, namespace: str | None = None) -> int:
         """Drops everything that is not in use, of one namespace or of all -> bytes freed."""
         before = self.pool.allocator.free_bytes
-        for kept in [k for k in self.pool.slot_owner.values() if namespace in (None, k.node.namespace)]:
+        for kept in [k for k in self.pool.slot_owner.values() if namespace in (None, k.namespace)]:
             if not (isinstance(kept, StoredMessage) and kept.holders):
                 self.pool.evict(kept, end=End.DROPPED)
+        self.inputs.drop(namespace)
         for node in [n for n in self.tree.nodes() if n.dead and namespace in (None, n.namespace)]:
             while node.dead and node.parent is not None:
                 self.pool.evict_page(node, End.DROPPED)
@@ -335,56 +412,72 @@ class Books:
         return match if whole and not match.hosted else self.match(match.namespace, match.keys)
 
     def _open_end(self, match: Match, keys: Keys) -> int | None:
-        """The last grid position of a prompt, if no state is there and none is about to be."""
-        position = keys.num_tokens // self._page_tokens * self._page_tokens
+        """The last grid position of what others may go on from, if no state is there and none is about to be."""
+        position = self._last_position(keys)
         if self._stateless or position <= match.length or not self.pool.policy.keeps_states:
             return None
-        node = match.path[-1] if match.path and match.shared == position else None
+        node = self._node_at(match, position)
         return None if node and (node.checkpoint or node.awaited) else position
 
+    def _last_position(self, keys: Keys) -> int:
+        """The last grid position of a prompt, or of its stem."""
+        return (keys.stem or keys).num_tokens // self._page_tokens * self._page_tokens
+
+    def _node_at(self, match: Match, position: int) -> Node | None:
+        """The node of a match that ends at a grid position, if it is there."""
+        return match.path[position // self._page_tokens - 1] if match.shared >= position > 0 else None
+
     def _is_end(self, match: Match, keys: Keys) -> bool:
-        """Whether the state that was matched is the one at the last grid position of a prompt."""
-        last = keys.num_tokens // self._page_tokens * self._page_tokens
-        return match.end is None and match.checkpoint is not None and match.length == last
+        """Whether the state that was matched is the one which others may go on from."""
+        last = self._last_position(keys)
+        return match.end is None and isinstance(match.checkpoint, Checkpoint) and match.length == last
 
     def _take_for(
         self, match: Match, num_pages: int, num_held: int, spare: Spare | None, num_slots: int, *, stays: bool
     ) -> tuple[list[int], list[int]] | None:
-        """A slot that holds the matched state, others, and pages; the last one with the rows of a matched prompt end.
+        """A slot that holds the matched state, others, and pages; one with the rows of a matched prompt end.
 
         Without room for a copy of the state, the state itself is taken out of the tree, unless it stays.
         """
         source = match.end or match.checkpoint
         if source is None:
             return self.pool.take(num_slots=num_slots, num_pages=num_pages, num_held=num_held, spare=spare)
-        tail = match.end.page if match.end else None
+        place = match.length // self._page_tokens - len(match.path)  # of a prompt end's page among those of its own
+        tail = source.page if isinstance(source, PromptEnd) else None
+        copied = tail is not None and place >= 0  # else the tree has it, and more
         self.pool.verify(self.pool.items(source))
         self.pool.guard(source)
         taken = self.pool.take(num_slots=num_slots, num_pages=num_pages, num_held=num_held, spare=spare)
         if taken is not None:
             self.pool.copy(Kind.SLOT, source.slot, taken[0][0])
-            if tail is not None:
-                self.pool.copy(Kind.PAGE, tail, taken[1][-1])
+            if tail is not None and copied:
+                self.pool.copy(Kind.PAGE, tail, taken[1][place])
             self.pool.stamp(source, match.path)
             self.pool.unguard(source)
             return taken
         if stays:
             self.pool.unguard(source)
             return None
-        num_others = num_pages - (tail is not None)
+        num_others = num_pages - copied
         rest = self.pool.take(num_slots=num_slots - 1, num_pages=num_others, num_held=num_held, spare=spare)
         if rest is None:
             self.pool.unguard(source)
             return None
         self.pool.detach(source)
-        return [source.slot, *rest[0]], rest[1] + ([tail] if tail is not None else [])
+        pages = rest[1]
+        if tail is not None and copied:
+            pages.insert(place, tail)
+        elif tail is not None:
+            self.pool.give(Kind.PAGE, tail)
+        return [source.slot, *rest[0]], pages
 
     def _publish_page(self, lease: Lease, index: int) -> None:
         """Gives the tree the lease's page of tokens [index * TILE, ...), or takes the page that the tree has."""
         parent, key = lease.tip, lease.keys.pages[index]
         node = parent.children.get(key)
         if node is None:
-            node = self.tree.insert(parent, key, lease.keys.names[index + 1], lease.pages[index], self._clock())
+            name, namespace = lease.keys.names[index + 1], lease.keys.namespace_of(index)
+            node = self.tree.insert(parent, key, name, lease.pages[index], self._clock(), namespace)
             lease.written_tokens += self._page_tokens
             self.pool.publish_page(node)
         else:
@@ -416,7 +509,7 @@ class Books:
             match.end,
         )
         if end is not None:
-            there = match.path[-1] if match.path and match.shared == end else None
+            there = self._node_at(match, end)
             lease.reserved.append(Reservation(end, slots[1], CheckpointKind.MESSAGE_END, 0.0, there))
             if there is not None:
                 there.awaited = True
@@ -458,14 +551,14 @@ class Books:
         self.tokens.update(hit=match.length, kv_only=kv_only, miss=num_tokens - match.length - kv_only)
 
     def stats(self) -> CacheStats:
-        return stats_of(self.pool, self.messages, self.tokens, self.inquest, self.budget_bytes)
+        return stats_of(self.pool, self.messages, self.inputs, self.tokens, self.inquest, self.budget_bytes)
 
     def check(self) -> set[Item]:
         """Proves that the books are in order -> all published items."""
-        published = check_books(self.pool, self.messages, self.leases, self.scratch)
+        published = check_books(self.pool, self.messages, self.inputs, self.leases, self.scratch)
         stats = self.stats()
         parts = [stats.free_bytes, stats.kv_bytes, stats.checkpoint_bytes, stats.prompt_end_bytes, stats.working_bytes]
-        parts.append(stats.message_bytes)
+        parts += [stats.message_bytes, stats.input_bytes]
         assert min(parts) >= 0
         assert sum(parts) <= self.budget_bytes
         return published

@@ -47,8 +47,9 @@ class Candidates:
 
     def _name(self, lease: Lease, position: int, kind: CheckpointKind) -> Name:
         """Names the prefix of a lease's prompt that a state at `position` would stand for."""
-        keys = lease.keys
-        return keys.end_name if kind is CheckpointKind.PROMPT_END else keys.names[position // self._page_tokens]
+        if kind is CheckpointKind.PROMPT_END:
+            return lease.keys.ending_at(position).end_name
+        return lease.keys.names[position // self._page_tokens]
 
     def _score(self, lease: Lease, position: int, kind: CheckpointKind) -> float | None:
         """The score that a state of a lease at `position` would have."""

@@ -30,6 +30,15 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyEntries:
+    """What some layers have in items, each (from, to); the rest of these items stays as it is."""
+
+    kind: Kind
+    copies: tuple[tuple[int, int], ...]
+    entries: tuple[int, ...]  # of the kind, in the order of `CacheSpec.layers`
+
+
+@dataclass(frozen=True, slots=True)
 class KeepHidden:
     """One of the hidden rows that the latest forward pass gave, into a slot."""
 
@@ -90,7 +99,7 @@ class MoveHost:
     moves: tuple[tuple[int, int], ...]
 
 
-Command = Copy | Move | KeepHidden | Seal | Unseal | Verify | VerifySome | Store | Load | MoveHost
+Command = Copy | CopyEntries | Move | KeepHidden | Seal | Unseal | Verify | VerifySome | Store | Load | MoveHost
 Emit = Callable[[Command], None]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.spec import CacheSpec, align64
+from hybrid_cache.spec import AttentionSpec, CacheSpec, align64
 
 MIN_FREE_PAGES = 1 << 16  # pages of a model without attention are numbers only, and cost no bytes
 
@@ -38,6 +38,7 @@ class Geometry:
     span: int  # units in a slab
     num_units: int
     large: Kind  # the kind that takes a whole slab
+    entries: tuple[Kind, ...]  # where each of the model's layers keeps what it caches
 
     @classmethod
     def of(cls, spec: CacheSpec, budget_bytes: int) -> "Geometry":
@@ -51,7 +52,8 @@ class Geometry:
             need_bytes = need * unit_bytes
             raise ConfigError(f"a cache budget of {budget_bytes} bytes holds no sequence, needs at least {need_bytes}")
         large = Kind.SLOT if slot_bytes > page_bytes else Kind.PAGE
-        return cls(page_bytes, slot_bytes, unit_bytes, span, num_units, large)
+        entries = tuple(Kind.PAGE if isinstance(layer, AttentionSpec) else Kind.SLOT for layer in spec.layers)
+        return cls(page_bytes, slot_bytes, unit_bytes, span, num_units, large, entries)
 
     def units(self, kind: Kind) -> int:
         """Units that one item of a kind takes."""

@@ -12,7 +12,7 @@ import numpy as np
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.fates import End
 from hybrid_cache.cache.geometry import Kind
-from hybrid_cache.cache.keys import Name
+from hybrid_cache.cache.keys import Name, goes_on_from, tokens_in
 from hybrid_cache.cache.tree import Checkpoint, Node, PromptEnd
 from hybrid_cache.tokens import TokenArray
 
@@ -60,7 +60,7 @@ class Inventory:
         self._pool = books.pool
         self._may_see = may_see
         owners = self._pool.slot_owner.values()
-        self._states = [s for s in owners if isinstance(s, Checkpoint | PromptEnd) and may_see(s.node.namespace)]
+        self._states = [s for s in owners if isinstance(s, Checkpoint | PromptEnd) and may_see(s.namespace)]
 
     def conversations(self) -> list[Conversation]:
         """The one that was used last comes first."""
@@ -89,7 +89,9 @@ class Inventory:
 
     def drop_all(self) -> int:
         """Drops all that is seen and nobody uses now -> bytes freed."""
-        known = {*self._pool.tree.roots, *(kept.node.namespace for kept in self._pool.slot_owner.values())}
+        known = {node.namespace for node in self._pool.tree.nodes()}
+        known |= {kept.namespace for kept in self._pool.slot_owner.values()}
+        known |= {run.node.namespace for run in self._books.inputs.runs}
         if self._pool.host is not None:
             known |= self._pool.host.namespaces
         return sum(self._books.drop(namespace) for namespace in known if self._may_see(namespace))
@@ -114,7 +116,7 @@ class Inventory:
             if isinstance(state, Checkpoint):
                 if state.node not in inner:
                     yield state
-            elif not any(key.startswith(state.tail) for key in state.node.children):
+            elif not any(goes_on_from(key, state.tail) for key in state.node.children):
                 yield state
 
     def _stretch(self, end: State) -> tuple[list[Node], list[State]]:
@@ -126,7 +128,7 @@ class Inventory:
             nodes.append(node)
             states += [s for s in self._states_at(node, after) if s is not end]
             after, node = node.key, node.parent
-            if len(node.children) > 1 or any(not after.startswith(tail) for tail in node.ends):
+            if len(node.children) > 1 or any(not goes_on_from(after, tail) for tail in node.ends):
                 break
         return nodes[::-1], states
 
@@ -137,7 +139,7 @@ class Inventory:
     @staticmethod
     def _states_at(node: Node, after: bytes) -> Iterator[State]:
         """States at a node of a conversation that goes on with some tokens, the longest first."""
-        ends = [end for tail, end in node.ends.items() if after.startswith(tail)]
+        ends = [end for tail, end in node.ends.items() if goes_on_from(after, tail)]
         yield from sorted(ends, key=lambda end: -end.num_tokens)
         if node.checkpoint is not None:
             yield node.checkpoint
@@ -146,7 +148,7 @@ class Inventory:
         nodes, states = self._stretch(end)
         num_bytes = sum(map(self._bytes_of, states)) + len(nodes) * self._pool.item_bytes[Kind.PAGE]
         hits = sum(state.uses - 1 for state in states)
-        return Conversation(end.node.namespace, self._info(end), num_bytes, hits)
+        return Conversation(end.namespace, self._info(end), num_bytes, hits)
 
     def _whole(self, end: State) -> WholeConversation:
         states, keys, node, after = [end], [self._tail(end)], end.node, self._tail(end)
@@ -156,7 +158,7 @@ class Inventory:
                 break
             keys.append(node.key)
             after, node = node.key, node.parent
-        tokens = np.frombuffer(b"".join(reversed(keys)), "<i4").astype(np.int32)
+        tokens = np.frombuffer(b"".join(map(tokens_in, reversed(keys))), "<i4").astype(np.int32)
         infos = sorted(map(self._info, states), key=lambda info: info.num_tokens)
         return WholeConversation(self._conversation(end), tuple(infos), tokens)
 

@@ -6,7 +6,16 @@ import numpy as np
 
 from hybrid_cache.cache.host import HostTier
 from hybrid_cache.cache.keys import Keys
-from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, KVRows, Node, PrefixTree, PromptEnd, rows_of
+from hybrid_cache.cache.tree import (
+    Checkpoint,
+    CheckpointKind,
+    KVRows,
+    LayerInputs,
+    Node,
+    PrefixTree,
+    PromptEnd,
+    rows_of,
+)
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 
@@ -17,9 +26,9 @@ class Match:
 
     keys: Keys  # of the tokens that were looked for
     path: tuple[Node, ...]  # nodes of [0, shared)
-    length: int  # tokens the request may skip: a grid position below the prompt's end, or all of it with `end`
+    length: int  # tokens the request may skip: below the prompt's end a grid position or its mark, or all with `end`
     shared: int  # tokens whose pages are there; more than `length` marks a branch point
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | PromptEnd | None  # the state there; the end of a prompt is good at a mark
     end: PromptEnd | None  # the whole prompt was seen: nothing needs computing
     hosted: bool = False  # the state that it starts from, and pages before it, come from the second tier
 
@@ -31,6 +40,21 @@ class Match:
         """The same without pages that lie beyond the state it starts from."""
         num_pages = self.length // page_tokens
         return replace(self, path=self.path[:num_pages], shared=min(self.shared, num_pages * page_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What another model has of a prompt, from a page on."""
+
+    keys: Keys  # of the prompt's tokens, in its namespace
+    path: tuple[Node, ...]  # of all pages up to the last one, where its state is
+    layers: tuple[int, ...]  # what these were given is there
+    first: int  # the page
+
+    @property
+    def end(self) -> int:
+        """Pages."""
+        return len(self.path)
 
 
 def find(tree: PrefixTree, keys: Keys, host: HostTier | None = None, *, stateless: bool) -> Match:
@@ -52,13 +76,18 @@ def _on_device(tree: PrefixTree, keys: Keys, *, stateless: bool) -> Match:
     end = tip.ends.get(keys.tail) if tip is not None and len(path) == len(keys.pages) else None
     if end is not None:
         return Match(keys, path, keys.num_tokens, len(path) * step, None, end)
-    if stateless:
-        length = min(len(path), max(keys.num_tokens - 1, 0) // step) * step
-        return Match(keys, path, length, len(path) * step, None, None)
-    usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < keys.num_tokens)
-    checkpoint = next(usable, None)
-    length = checkpoint.num_tokens if checkpoint else 0
-    return Match(keys, path, length, len(path) * step, checkpoint, None)
+    found: Checkpoint | PromptEnd | None = None
+    length = min(len(path), max(keys.num_tokens - 1, 0) // step) * step
+    if not stateless:
+        usable = (n.checkpoint for n in reversed(path) if n.checkpoint and n.num_tokens < keys.num_tokens)
+        found = next(usable, None)
+        length = found.num_tokens if found else 0
+    stem = keys.stem
+    if stem is not None and stem.num_tokens > length and len(path) >= len(stem.pages):
+        tip = path[len(stem.pages) - 1] if stem.pages else tree.roots.get(keys.namespace)
+        at_mark = tip.ends.get(stem.tail) if tip is not None else None
+        found, length = (at_mark, stem.num_tokens) if at_mark is not None else (found, length)
+    return Match(keys, path, length, len(path) * step, found, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +121,7 @@ class Lease:
     length: int  # tokens that the state held when it was acquired
     end: PromptEnd | None
     reserved: list[Reservation] = field(default_factory=list)
+    inputs: list[LayerInputs] = field(default_factory=list)  # that the coming forward pass fills
     written_tokens: int = 0  # tokens whose pages this lease has added to the tree
     released: bool = False
 
@@ -104,6 +134,13 @@ class Lease:
     def tip(self) -> Node:
         """The last node of the path, or the root."""
         return self.nodes[-1] if self.nodes else self.root
+
+    @property
+    def stem_tip(self) -> Node:
+        """The last node of what another sequence without this one's mark would have."""
+        mark = self.keys.mark
+        num_pages = len(self.nodes) if mark is None else min(mark.position // TILE, len(self.nodes))
+        return self.nodes[num_pages - 1] if num_pages else self.root
 
     def rows(self, start: int, end: int) -> KVRows:
         """Where the rows of tokens [start, end) lie, to be read: [end - start], page * TILE + offset.

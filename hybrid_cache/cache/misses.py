@@ -25,16 +25,16 @@ from itertools import chain, islice
 import numpy as np
 
 from hybrid_cache.cache.fates import End, Fate, Fates
-from hybrid_cache.cache.keys import Keys, Name
+from hybrid_cache.cache.keys import TOKEN_BYTES, Keys, Name, common, tokens_in
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.tree import Node, PrefixTree
+from hybrid_cache.namespaces import salt_in
 
 LEAST_ALIKE = 16  # tokens: less in common comes from the template, and is no conversation that a prompt differs from
 MOST_NEIGHBOURS = 64  # continuations of one prefix that are compared, the latest
 MOST_ROOTS = 64  # namespaces that are looked at, the latest
 MOST_WALKS = 4  # of these, so many in which a prompt's first page is known
 MOST_SHOWN = 24  # tokens of the nearest conversation
-TOKEN = 4  # bytes
 
 
 class Reason(Enum):
@@ -141,15 +141,19 @@ class Inquest:
             if part is not None and part.end > at:
                 parts.append(Part(at, part.end, part.reason, part.loss))
                 at = part.end
-        nearest = self._nearest(lease) if owner is not None and at == min(lease.shared, last) else None
+        untouched = at == max(length, min(lease.shared, last))
+        nearest = self._nearest(lease) if owner is not None and untouched else None
         parts += self._rest(keys, at, last, nearest, now)
         if nearest is not None and not (nearest.tokens and 0 < nearest.position < keys.num_tokens):
             nearest = None  # nothing in common, or nothing that differs
-        return Found(keys.num_tokens, length, self._kind(lease), shared - length, tuple(parts), nearest)
+        kv_only = max(shared - length, 0)
+        return Found(keys.num_tokens, length, self._kind(lease), kv_only, tuple(parts), nearest)
 
     def _kind(self, lease: Lease) -> str:
         if self._stateless or not lease.length:
             return "page" if lease.length else ""
+        if lease.length % self._step:
+            return "prompt_end"  # of what comes before a mark
         checkpoint = lease.nodes[lease.length // self._step - 1].checkpoint
         return "checkpoint" if checkpoint is None else checkpoint.label
 
@@ -183,7 +187,7 @@ class Inquest:
 
     def _rest(self, keys: Keys, at: int, last: int, nearest: Nearest | None, now: float) -> Iterator[Part]:
         end = keys.num_tokens
-        if at == last:
+        if at >= last:
             fate = self._fates.of_state(keys.end_name)
             yield Part(at, end, Reason.TILE_REMAINDER) if fate is None else _lost(at, end, fate, now)
             return
@@ -192,7 +196,7 @@ class Inquest:
             return
         if nearest.position > at:
             yield Part(at, nearest.position, Reason.TILE_REMAINDER)
-        yield Part(nearest.position, end, Reason.DIFFERS if nearest.tokens else Reason.NEVER_SEEN)
+        yield Part(max(nearest.position, at), end, Reason.DIFFERS if nearest.tokens else Reason.NEVER_SEEN)
 
     def _nearest(self, lease: Lease) -> Nearest:
         """What has most in common with a prompt; without tokens if it ends there."""
@@ -204,11 +208,13 @@ class Inquest:
             ((tail, None) for tail in islice(reversed(lease.tip.ends), MOST_NEIGHBOURS)),
         )
         for key, child in known:
-            if not text or key[: best + TOKEN] == rest[: best + TOKEN]:
-                best, text, follower = _common(key, rest), key, child
-        theirs = text[best:] + _following(follower)
-        tokens = np.frombuffer(theirs, "<i4", min(len(theirs) // TOKEN, MOST_SHOWN))
-        return Nearest(lease.shared + best // TOKEN, tuple(tokens.tolist()))
+            if not text or key[: best + TOKEN_BYTES] == rest[: best + TOKEN_BYTES]:
+                alike = common(key, rest)
+                if not text or alike > best:
+                    best, text, follower = alike, key, child
+        theirs = tokens_in(text)[best:] + _following(follower)
+        tokens = np.frombuffer(theirs, "<i4", min(len(theirs) // TOKEN_BYTES, MOST_SHOWN))
+        return Nearest(lease.shared + best // TOKEN_BYTES, tuple(tokens.tolist()))
 
 
 def _lost(start: int, end: int, fate: Fate, now: float) -> Part:
@@ -217,24 +223,10 @@ def _lost(start: int, end: int, fate: Fate, now: float) -> Part:
     return Part(start, end, Reason(fate.end.value), Loss(what, now - fate.time, fate.score))
 
 
-def salt_in(namespace: str) -> str:
-    """See `request.namespace_of`."""
-    return namespace.partition("/")[2]
-
-
-def _common(a: bytes, b: bytes) -> int:
-    """Bytes of the tokens that both begin with."""
-    size = min(len(a), len(b))
-    if a[:TOKEN] != b[:TOKEN]:
-        return 0
-    differing = int.from_bytes(a[:size]) ^ int.from_bytes(b[:size])
-    return (size - (differing.bit_length() + 7) // 8) // TOKEN * TOKEN
-
-
 def _following(node: Node | None) -> bytes:
     """The tokens that one conversation goes on with after a node: at least MOST_SHOWN, if it has them."""
     text = b""
-    while node is not None and len(text) < MOST_SHOWN * TOKEN and (node.children or node.ends):
-        text += next(reversed(node.children or node.ends))
+    while node is not None and len(text) < MOST_SHOWN * TOKEN_BYTES and (node.children or node.ends):
+        text += tokens_in(next(reversed(node.children or node.ends)))
         node = next(reversed(node.children.values()), None)
     return text

@@ -16,7 +16,16 @@ from hybrid_cache.cache.fates import End, Fates
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.host import HostTier
 from hybrid_cache.cache.policies.base import Policy, Worth
-from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PrefixTree, PromptEnd, StoredMessage
+from hybrid_cache.cache.tree import (
+    Checkpoint,
+    Kept,
+    LayerInputs,
+    Node,
+    Outside,
+    PrefixTree,
+    PromptEnd,
+    StoredMessage,
+)
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
@@ -58,9 +67,9 @@ class Pool:
         if tree.page_tokens != TILE:
             self.allocator = Ledger(budget_bytes, self.item_bytes)
         # For compaction: who holds each small item that may be moved.
-        self.page_owner: dict[int, Node | PromptEnd | StoredMessage] = {}
+        self.page_owner: dict[int, Node | PromptEnd | Outside] = {}
         self.slot_owner: dict[int, Kept] = {}
-        self.extra_slots: set[int] = set()  # of published messages, where slots hold their effects; these never move
+        self.extra_slots: set[int] = set()  # of what is published outside the tree, beside its state; these never move
         policy.open(self.worth, clock)
         self.queues = EvictionQueues(policy, clock)
         self.admissions: Counter[str] = Counter()
@@ -81,7 +90,9 @@ class Pool:
         return num_slots * self.item_bytes[Kind.SLOT] + num_pages * self.item_bytes[Kind.PAGE]
 
     def items(self, kept: Kept) -> tuple[Item, ...]:
-        """All items that a state owns; its slot comes first."""
+        """All items that a state owns; its slot comes first, if it has one."""
+        if isinstance(kept, LayerInputs):
+            return tuple((self.extra_kind, item) for item in kept.items)
         if isinstance(kept, StoredMessage):
             pages = ((Kind.PAGE, page) for page in kept.pages)
             return ((Kind.SLOT, kept.slot), *pages, *((self.extra_kind, item) for item in kept.extra))
@@ -90,7 +101,8 @@ class Pool:
 
     def _others(self, kept: Kept, kind: Kind) -> list[int]:
         """Its items of a kind, without the slot that holds its state."""
-        return [item for each, item in self.items(kept)[1:] if each is kind]
+        items = self.items(kept)
+        return [item for each, item in (items if isinstance(kept, LayerInputs) else items[1:]) if each is kind]
 
     # Room
 
@@ -172,12 +184,15 @@ class Pool:
         """Notes with the owner of a small item that the item has moved."""
         if kind is Kind.SLOT:
             kept = self.slot_owner[target] = self.slot_owner.pop(source)
+            assert not isinstance(kept, LayerInputs)
             kept.slot = target
         else:
             owner = self.page_owner[target] = self.page_owner.pop(source)
             if isinstance(owner, StoredMessage):
                 pages = owner.pages if source in owner.pages else owner.extra
                 pages[pages.index(source)] = target
+            elif isinstance(owner, LayerInputs):
+                owner.items[owner.items.index(source)] = target
             else:
                 owner.page = target
 
@@ -192,7 +207,8 @@ class Pool:
 
     def publish(self, kept: Kept, path: Iterable[Node]) -> None:
         """Files a new state. path: the nodes of the request that made it"""
-        self.slot_owner[kept.slot] = kept
+        if not isinstance(kept, LayerInputs):
+            self.slot_owner[kept.slot] = kept
         if not isinstance(kept, Checkpoint):
             self.page_owner.update((item, kept) for item in self._others(kept, Kind.PAGE))
         self.extra_slots.update(self._others(kept, Kind.SLOT))
@@ -308,16 +324,17 @@ class Pool:
         self._unseal(self.items(kept))
         if self.host is not None and end is End.EVICTED and isinstance(kept, Checkpoint):
             self.host.keep_state(kept, claimed=bool(self.claims.on(kept)))
-        del self.slot_owner[kept.slot]
+        if not isinstance(kept, LayerInputs):
+            del self.slot_owner[kept.slot]
         for page in self._others(kept, Kind.PAGE):
             del self.page_owner[page]
         self.extra_slots.difference_update(self._others(kept, Kind.SLOT))
         kept.take_out()
         if end is End.EVICTED:
             self.evictions[kept.label] += 1
-        above = None if isinstance(kept, StoredMessage) else nearest_checkpoint(kept.node)
+        above = None if isinstance(kept, Outside) else nearest_checkpoint(kept.node)
         self.policy.lost(kept.name, score, above)
-        if isinstance(kept, StoredMessage):
+        if isinstance(kept, Outside):
             return
         self.claims.lost(kept)
         self.fates.lost(kept.name, kept.kind, score, end)
@@ -362,6 +379,9 @@ class Pool:
     def worth(self, kept: Kept) -> Worth:
         """What evicting a state would cost in FLOPs, and free in bytes."""
         start = kept.resume_without()
+        if isinstance(kept, LayerInputs):
+            num_bytes = len(kept.items) * self.item_bytes[self.extra_kind]
+            return Worth(kept.spared.flops(start, kept.num_tokens), num_bytes)
         if self._stateless and not isinstance(kept, StoredMessage):
             start = (kept.num_tokens - 1) // self._page_tokens * self._page_tokens
         return Worth(self._cost.flops(start, kept.num_tokens), self.bytes_of(1, kept.pages_freed()))

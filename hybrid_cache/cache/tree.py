@@ -14,6 +14,7 @@ import numpy.typing as npt
 from hybrid_cache.cache.keys import Name, root_name
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.spec import PrefillCost
 
 KVRows = npt.NDArray[np.int64]  # page * TILE + offset
 
@@ -27,13 +28,14 @@ class CheckpointKind(Enum):
     INTERIOR = "interior"  # a sparse point inside a long message
     EXPLICIT = "explicit"  # the client marked it
     PROMPT_END = "prompt_end"  # a whole prompt, for starting to decode at once
+    LAYER_INPUTS = "layer_inputs"  # no state, but what a layer was given, for other models to go on from
 
 
 @dataclass(slots=True, eq=False)
 class Node:
     """One page of tokens after its parent's; a root stands for the empty prefix of its namespace and has no page."""
 
-    namespace: str
+    namespace: str  # with the model that computed its last token
     parent: "Node | None"
     key: bytes
     num_tokens: int  # from the start of the sequence to the end of this page
@@ -99,6 +101,10 @@ class Checkpoint:
         return self.node.checkpoint is self
 
     @property
+    def namespace(self) -> str:
+        return self.node.namespace
+
+    @property
     def num_tokens(self) -> int:
         return self.node.num_tokens
 
@@ -114,7 +120,7 @@ class Checkpoint:
     @property
     def title(self) -> str:
         """For error messages."""
-        return f"{self.label} of {self.num_tokens} tokens of {self.node.namespace}"
+        return f"{self.label} of {self.num_tokens} tokens of {self.namespace}"
 
     def take_out(self) -> None:
         self.node.checkpoint = None
@@ -134,7 +140,8 @@ class PromptEnd:
 
     node: Node
     name: Name
-    tail: bytes  # the tokens after the node, less than a page
+    namespace: str  # with the model that computed its last token
+    tail: bytes  # the tokens after the node, less than a page, as a key
     num_tokens: int
     slot: int
     page: int | None  # KV rows of the tail; None for an empty tail, or without attention
@@ -156,7 +163,7 @@ class PromptEnd:
     @property
     def title(self) -> str:
         """For error messages."""
-        return f"{self.label} of {self.num_tokens} tokens of {self.node.namespace}"
+        return f"{self.label} of {self.num_tokens} tokens of {self.namespace}"
 
     def take_out(self) -> None:
         del self.node.ends[self.tail]
@@ -201,6 +208,10 @@ class StoredMessage:
         return self.store.get(self.key) is self
 
     @property
+    def namespace(self) -> str:
+        return self.node.namespace
+
+    @property
     def label(self) -> str:
         """What statistics count it as."""
         return "message"
@@ -235,7 +246,62 @@ class StoredMessage:
         return len(self.pages) + len(self.extra)
 
 
-Kept = Checkpoint | PromptEnd | StoredMessage
+@dataclass(slots=True, eq=False)
+class LayerInputs:
+    """What a layer was given for some pages of a prompt, kept outside the tree: rows of the residual stream.
+
+    See `cache.inputs`.
+    """
+
+    node: Node  # the root of its namespace, for policies; not in the tree
+    name: Name
+    layer: int
+    spared: PrefillCost  # of what need not be computed where they are there
+    start: int  # tokens before its first row
+    num_tokens: int  # and with its last row
+    items: list[int]  # that hold the rows one after the other, of the kind that holds effects of messages
+    pages: tuple[Name, ...]  # the prefixes that its pages end
+    store: "dict[tuple[Name, int], LayerInputs]"  # where it can be found once it is published
+    holders: int = 0  # requests that are about to read it
+    kind: CheckpointKind = CheckpointKind.LAYER_INPUTS
+    keep_until: float = 0.0
+    base: float = 0.0
+    last_used: float = 0.0
+    uses: int = 0
+
+    @property
+    def namespace(self) -> str:
+        return self.node.namespace
+
+    @property
+    def attached(self) -> bool:
+        """It is published: everything of it has been written, and it can be found."""
+        return self.store.get((self.pages[-1], self.layer)) is self
+
+    @property
+    def label(self) -> str:
+        """What statistics count it as."""
+        return self.kind.value
+
+    @property
+    def title(self) -> str:
+        """For error messages."""
+        return f"inputs of layer {self.layer} for tokens {self.start} to {self.num_tokens} of {self.node.namespace}"
+
+    def take_out(self) -> None:
+        for page in self.pages:
+            del self.store[page, self.layer]
+
+    def resume_without(self) -> int:
+        """They would be computed again after as many tokens."""
+        return self.start
+
+    def pages_freed(self) -> int:
+        return len(self.items)
+
+
+Kept = Checkpoint | PromptEnd | StoredMessage | LayerInputs
+Outside = StoredMessage | LayerInputs  # of the tree
 
 
 def rows_of(pages: Sequence[int], start: int, end: int) -> KVRows:
@@ -280,8 +346,9 @@ class PrefixTree:
                 path.append(node)
         return tuple(path)
 
-    def insert(self, parent: Node, key: bytes, name: Name, page: int, now: float) -> Node:
-        node = Node(parent.namespace, parent, key, parent.num_tokens + self.page_tokens, page, now, name)
+    def insert(self, parent: Node, key: bytes, name: Name, page: int, now: float, namespace: str = "") -> Node:
+        """namespace: where it is not the parent's"""
+        node = Node(namespace or parent.namespace, parent, key, parent.num_tokens + self.page_tokens, page, now, name)
         parent.children[key] = node
         self.num_nodes += 1
         return node

@@ -34,8 +34,9 @@ class Relocation:
 
 @dataclass(frozen=True, slots=True)
 class Relocate:
-    """All at once; no row is both a source and a target."""
+    """All at once; no row is both a source and a target. model: the fingerprint of the one whose keys these are"""
 
+    model: str
     relocations: tuple[Relocation, ...]
 
     def written(self) -> set[Item]:
@@ -56,9 +57,11 @@ class StoredEffect:
 class Compose:
     """Takes the states in a slot to those after some messages.
 
+    model: the fingerprint of the one whose states these are
     from_zero: the states are taken for zero, whatever the slot holds
     """
 
+    model: str
     slot: int
     how: Composition
     effects: tuple[StoredEffect, ...]
@@ -73,9 +76,11 @@ class Compose:
 class KeepEffect:
     """Completes P of some tokens in `items`, and takes the states in a slot from those after the tokens to S.
 
+    model: the fingerprint of the one whose states these are
     base: slot with the states before the tokens; None if these were zero
     """
 
+    model: str
     slot: int
     items: tuple[int, ...]
     base: int | None

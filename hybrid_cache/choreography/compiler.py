@@ -34,9 +34,12 @@ class Traits:
     recurrent: bool
 
 
-def key_of(name: str, seam: int) -> str:
-    """The key that a message is stored under. Its first `seam` tokens, which are computed again, are not stored."""
-    return f"{name}/{seam}"
+def key_of(namespace: str, name: str, seam: int) -> str:
+    """The key that a message is stored under. Its first `seam` tokens, which are computed again, are not stored.
+
+    A namespace begins with its model and a slash, so nothing that is stored is found for another model.
+    """
+    return f"{namespace}/{name}/{seam}"
 
 
 class Compiler:
@@ -71,12 +74,12 @@ class Compiler:
             why = "; ".join(filter(None, [why, "the order was chosen for what the cache has of it"]))
         return exact_plan(arrangement.fidelity, ids, lengths, prefix, self._cost, why)
 
-    def plan(self, arrangement: Arrangement, prefix: int, *, in_place: bool = False) -> Plan:
+    def plan(self, namespace: str, arrangement: Arrangement, prefix: int, *, in_place: bool = False) -> Plan:
         """What would be done now for a prompt whose first `prefix` tokens the cache has a state for.
 
         in_place: no stored message is used
         """
-        has = self._has(arrangement, in_place=in_place)
+        has = self._has(namespace, arrangement, in_place=in_place)
         return make_plan(arrangement, prefix, has, self._cost, states=self.traits.recurrent)
 
     def is_stored(self, key: str) -> bool:
@@ -86,7 +89,7 @@ class Compiler:
         """Whether it is being computed."""
         return key in self.making
 
-    def missing(self, arrangement: Arrangement) -> list[int]:
+    def missing(self, namespace: str, arrangement: Arrangement) -> list[int]:
         """Indices of parts that have to be encoded from zero before a prompt begins; all of them at once.
 
         The first part starts from zero in the prompt, too, and is stored from there; but not where messages are
@@ -100,12 +103,12 @@ class Compiler:
             and part.id
             and part.encoding is Encoding.ALONE
             and part.num_tokens > arrangement.seam
-            and not self.is_stored(key_of(part.id, arrangement.seam))
+            and not self.is_stored(key_of(namespace, part.id, arrangement.seam))
         ]
 
-    def _has(self, arrangement: Arrangement, *, in_place: bool) -> Callable[[str], bool]:
+    def _has(self, namespace: str, arrangement: Arrangement, *, in_place: bool) -> Callable[[str], bool]:
         """Whether the message of an id is stored as an arrangement needs it."""
-        return lambda name: not in_place and self.is_stored(key_of(name, arrangement.seam))
+        return lambda name: not in_place and self.is_stored(key_of(namespace, name, arrangement.seam))
 
     def program(
         self,
@@ -121,10 +124,10 @@ class Compiler:
         num_others: number of waiting prompts that have a message with this id   in_place: everything is computed,
         and nothing of it stored
         """
-        has = self._has(arrangement, in_place=in_place)
+        has = self._has(namespace, arrangement, in_place=in_place)
         plan = plan_after(arrangement, prefix, has, self._cost, states=self.traits.recurrent)
         assert plan.prefix == prefix
-        steps = self._steps(arrangement, plan, prefix, num_others, keeps=not in_place)
+        steps = self._steps(namespace, arrangement, plan, prefix, num_others, keeps=not in_place)
         answer_at = -1
         if arrangement.closing is not None and not in_place:
             answer_at = arrangement.answer_start + arrangement.seam
@@ -143,7 +146,14 @@ class Compiler:
         )
 
     def _steps(
-        self, arrangement: Arrangement, plan: Plan, prefix: int, num_others: Callable[[str], int], *, keeps: bool
+        self,
+        namespace: str,
+        arrangement: Arrangement,
+        plan: Plan,
+        prefix: int,
+        num_others: Callable[[str], int],
+        *,
+        keeps: bool,
     ) -> deque[Step]:
         passing = arrangement.parts[-2] if self._passes(plan, arrangement, num_others) else None
         steps, position = deque[Step](), prefix
@@ -152,34 +162,30 @@ class Compiler:
         for item, part in zip(plan.items, arrangement.parts, strict=True):
             if item.end <= prefix:
                 continue
-            first = max(item.start, prefix)
+            first, key = max(item.start, prefix), key_of(namespace, part.id, arrangement.seam)
             if leftmost:
                 position = sibling_start if item.id else sibling_end
             if item.action is Action.COMPUTED:
                 kept = keeps and part.id and part.keep and part is not passing and first == item.start
-                self._add_computed(steps, arrangement, first, item.end, position, part.id if kept else "")
+                self._add_computed(steps, first, item.end, position, arrangement.seam, key if kept else "")
             else:
-                self._add_attached(steps, arrangement, first, item.end, position, part.id)
+                self._add_attached(steps, first, item.end, position, arrangement.seam, key)
             position += item.end - first
             sibling_end = max(sibling_end, position)
             if not item.id:
                 sibling_start = sibling_end
         return steps
 
-    def _add_computed(
-        self, steps: deque[Step], arrangement: Arrangement, start: int, end: int, position: int, name: str
-    ) -> None:
-        """name: id under which the message is stored, unless it is stored or being computed already"""
-        key = key_of(name, arrangement.seam) if name and end - start > arrangement.seam else ""
+    def _add_computed(self, steps: deque[Step], start: int, end: int, position: int, seam: int, key: str) -> None:
+        """key: under which the message is stored, unless it is stored or being computed already; empty for none"""
+        key = key if end - start > seam else ""
         if key and not self.is_stored(key) and not self.is_making(key):
-            steps += self._kept_steps(start, end, position, arrangement.seam, key)
+            steps += self._kept_steps(start, end, position, seam, key)
         else:
             _compute(steps, start, end, position)
 
-    def _add_attached(
-        self, steps: deque[Step], arrangement: Arrangement, start: int, end: int, position: int, name: str
-    ) -> None:
-        message, seam = self._messages.get(key_of(name, arrangement.seam)), arrangement.seam
+    def _add_attached(self, steps: deque[Step], start: int, end: int, position: int, seam: int, key: str) -> None:
+        message = self._messages.get(key)
         assert message is not None
         if seam:
             _compute(steps, start, start + seam, position)
@@ -202,7 +208,7 @@ class Compiler:
     def encoding(self, namespace: str, arrangement: Arrangement, index: int) -> Program | None:
         """The steps that encode one part from zero, in a sequence of its own. None without room."""
         part, seam = arrangement.parts[index], arrangement.seam
-        key = key_of(part.id, arrangement.seam)
+        key = key_of(namespace, part.id, arrangement.seam)
         items = self._messages.lend_extra(namespace, key, seam, part.num_tokens)
         if items is None:
             return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from hybrid_cache.cache.tree import StoredMessage
 from hybrid_cache.choreography.arrangement import Composition
 from hybrid_cache.choreography.plan import Plan
+from hybrid_cache.namespaces import fingerprint_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,11 @@ class Program:
     shift: int = 0  # index of a row in the sequence minus its position, for what is being computed
     answer_at: int = -1  # index from which on the answer's message is kept
     spare: tuple[int, ...] | None = None  # items for the first message
+
+    @property
+    def model(self) -> str:
+        """The fingerprint of the model whose prompt it is."""
+        return fingerprint_in(self.namespace)
 
     def fork(self) -> "Program":
         """For another answer to the same prompt, which is not kept."""

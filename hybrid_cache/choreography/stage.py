@@ -178,10 +178,10 @@ class Stage:
         messages = [step.stored for step in steps]
         if self._has_rows:
             rows = ((s.stored.rows(), lease.own_rows(s.start, s.end), s.position - s.stored.position) for s in steps)
-            self._emit(Relocate(tuple(Relocation(*each) for each in rows)))
+            self._emit(Relocate(program.model, tuple(Relocation(*each) for each in rows)))
         if self._recurrent:
             effects = tuple(StoredEffect(m.slot, tuple(m.extra), m.length) for m in messages)
-            self._emit(Compose(lease.slot, program.composition, effects, from_zero))
+            self._emit(Compose(program.model, lease.slot, program.composition, effects, from_zero))
         for message in messages:
             self._cache.messages.let_go(message, used=True)
 
@@ -199,7 +199,7 @@ class Stage:
             self._drop(span.items)
             return
         if self._has_rows:
-            self._emit(Relocate((Relocation(lease.rows(span.start, end), stored.own_rows(), 0),)))
+            self._emit(Relocate(program.model, (Relocation(lease.rows(span.start, end), stored.own_rows(), 0),)))
         self._cache.messages.copy_slot(program.states.get(end, lease.slot), stored.slot)
-        self._emit(KeepEffect(stored.slot, span.items, program.states.get(span.start)))
+        self._emit(KeepEffect(program.model, stored.slot, span.items, program.states.get(span.start)))
         self._cache.messages.publish(stored)

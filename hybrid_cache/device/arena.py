@@ -58,6 +58,11 @@ class Arena:
         """All items of a kind as numbers, [items, numbers in each] float32."""
         return self._rows[kind].view(torch.float32)
 
+    def input_rows(self, spec: CacheSpec, kind: Kind) -> Tensor:
+        """All items of a kind as rows of the residual stream, [items, rows in each, hidden]."""
+        num_rows = self._geometry.stride_bytes(kind) // spec.input_bytes
+        return self._view(kind, spec.stream_dtype or spec.hidden_dtype, 0, (num_rows, spec.hidden_size))
+
     def _layers(self, spec: CacheSpec) -> CacheTensors:
         """Views [pages, TILE, kv_heads, head_dim] and [slots, ...] of every layer, side by side inside an item."""
         layers: list[KVTensors | StateTensors] = []

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.layout import RowLayout
-from hybrid_cache.kernels.ops import KVTensors, Ops, StateTensors
-from hybrid_cache.spec import CacheSpec, PrefillCost
+from hybrid_cache.kernels.ops import KVTensors, Ops, RowAdapters, StateTensors
+from hybrid_cache.spec import CacheSpec, LayerSpec, PrefillCost
+from hybrid_cache.transfer import Transfer
 
 CacheTensors = tuple[KVTensors | StateTensors, ...]
 
@@ -46,6 +47,17 @@ class EffectRecorder(Protocol):
         ...
 
 
+class LayerInputs(Protocol):
+    """Rows of the residual stream before layers, as another model had them; see `transfer`."""
+
+    @property
+    def transfer(self) -> Transfer: ...
+
+    def __call__(self, layer: int) -> Tensor:
+        """What a layer is given, for all rows of the batch: [R, hidden], the caller's own."""
+        ...
+
+
 def go_on() -> None:
     """Nothing to do between two layers."""
 
@@ -60,6 +72,10 @@ class ForwardBatch:
     output_rows: Tensor  # [L] int64, the rows whose hidden state is wanted
     effects: EffectRecorder | None = None  # every layer that keeps something reports to it
     pause: Callable[[], None] = go_on  # called between layers; may run another batch, of other sequences
+    tap: Callable[[int, Tensor], None] | None = None  # takes each layer's number, and what it is given [R, hidden]
+    inputs: LayerInputs | None = None  # layers are not run one after the other, but as a transfer says
+    adapters: RowAdapters | None = None  # that some rows have, in a model with a bank; None for none
+    narrowed: Callable[[], None] = go_on  # called where from now on there are only the rows that are wanted
 
     def to(self, device: torch.device) -> "ForwardBatch":
         rows = (t.to(device, non_blocking=True) for t in (self.token_ids, self.positions, self.output_rows))
@@ -106,8 +122,20 @@ class HybridModel(Protocol):
         ...
 
     @property
+    def invocation(self) -> tuple[int, ...]:
+        """Tokens that switch it on: it computes a prompt from their last occurrence on, and the model that it is a
+        variant of what comes before (activated LoRA, Greenewald et al. 2025, arXiv 2504.12397). Empty for others.
+        """
+        ...
+
+    @property
     def chain(self) -> tuple[str, ...]:
         """Names of what it computes up to each of its layers, as in `models.depth`; empty if nobody knows."""
+        ...
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Its layers one by one."""
         ...
 
     @property

@@ -1,5 +1,6 @@
 """Carries out what choreography asks of the memory: rows relocated, effects noted, composed and kept."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from hybrid_cache.choreography.arrangement import Composition
 from hybrid_cache.choreography.commands import Clear, Command, Compose, KeepEffect, Relocate, StoredEffect
 from hybrid_cache.device.compose import compose
-from hybrid_cache.device.effects import Effect, EffectMap, Numbers, Recorder
+from hybrid_cache.device.effects import Effect, EffectMap, Numbers, Recorder, StatePart
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.kernels.ops import Ops, StateTensors
 from hybrid_cache.work import Noted
@@ -20,22 +21,35 @@ MOST_TOGETHER = 16  # messages whose effects are composed in one operation, wher
 class Composer:
     """The effects of one memory.
 
-    effect_map: filled by the first pass that notes effects
+    maps: where each model, by its fingerprint, has its states and keys, and what tokens do to them; each is filled by
+    the first pass of its model that notes effects
     """
 
     def __init__(self, memory: CacheMemory, ops: Ops, num_sums: int) -> None:
         """num_sums: numbers of an effect that add up over tokens"""
-        self.effect_map = EffectMap()
+        self.maps = defaultdict[str, EffectMap](EffectMap)
         self._memory = memory
         self._ops = ops
         self._num_sums = num_sums
         self._states = [t for t in memory.tensors if isinstance(t, StateTensors)]
         self._making: dict[int, Effect] = {}  # by the first item that it is noted in
 
-    def recorder(self, noted: Iterable[tuple[slice, Noted]]) -> Recorder | None:
-        """Takes notes of a pass: rows of the batch, and what they belong to. None if there is nothing to note."""
+    def recorder(self, model: str, noted: Iterable[tuple[slice, Noted]]) -> Recorder | None:
+        """Takes notes of a model's pass: rows of the batch, and what they belong to. None if there is nothing to note.
+
+        model: its fingerprint
+        """
         runs = [(rows, self._effect(each)) for rows, each in noted]
-        return Recorder(self.effect_map, runs) if runs else None
+        return Recorder(self.maps[model], runs) if runs else None
+
+    def alias(self, model: str, others: Iterable[str]) -> None:
+        """Other models have their states and keys where this one has them: it computes their rows."""
+        for other in others:
+            self.maps[other] = self.maps[model]
+
+    def forget(self, model: str) -> None:
+        """To be called when nothing of a model is stored any more."""
+        self.maps.pop(model, None)
 
     def run(self, command: Command) -> None:
         match command:
@@ -50,10 +64,10 @@ class Composer:
             case KeepEffect():
                 self._keep(command)
 
-    def effects(self, slot: int, items: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def effects(self, model: str, slot: int, items: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Copies of (P, S) of a stored message, one pair for each state: P as its transition has it, S [*shape]."""
         numbers = Numbers(self._memory.numbers, items)
-        return [(part.of(numbers), part.state[slot].clone()) for part in self.effect_map.states]
+        return [(part.of(numbers), part.state[slot].clone()) for part in self.maps[model].states]
 
     def _effect(self, noted: Noted) -> Effect:
         if not noted.items:  # the model has no states
@@ -64,7 +78,8 @@ class Composer:
 
     def _relocate(self, command: Relocate) -> None:
         moved = command.relocations
-        device = self.effect_map.keys[0].kv.k.device
+        keys = self.maps[command.model].keys
+        device = keys[0].kv.k.device
         source, target, rotation = (
             torch.from_numpy(np.concatenate(rows)).to(device)
             for rows in (
@@ -73,7 +88,7 @@ class Composer:
                 [np.full(len(m.sources), m.rotation) for m in moved],
             )
         )
-        for rows in self.effect_map.keys:
+        for rows in keys:
             self._ops.relocate_keys(rows.kv, source, target, rotation, rows.inv_freq, rows.first)
 
     def _compose(self, command: Compose) -> None:
@@ -81,7 +96,8 @@ class Composer:
         most = MOST_TOGETHER if command.how is Composition.ORDERED else len(effects)
         for first in range(0, len(effects), most):
             some = effects[first : first + most]
-            self._compose_states(slot, command.how, some, from_zero=command.from_zero and not first)
+            states = self.maps[command.model].states
+            self._compose_states(states, slot, command.how, some, from_zero=command.from_zero and not first)
         for tensors in self._states:
             if command.from_zero:
                 tensors.conv[slot] = 0
@@ -89,9 +105,17 @@ class Composer:
             for effect in effects[long[-1] if long else 0 :]:  # what came before a long one has left the window
                 slide(tensors.conv[slot], tensors.conv[effect.slot], effect.num_tokens)
 
-    def _compose_states(self, slot: int, how: Composition, effects: Sequence[StoredEffect], *, from_zero: bool) -> None:
+    def _compose_states(
+        self,
+        states: Sequence[StatePart],
+        slot: int,
+        how: Composition,
+        effects: Sequence[StoredEffect],
+        *,
+        from_zero: bool,
+    ) -> None:
         numbers = [Numbers(self._memory.numbers, effect.items) for effect in effects]
-        for part in self.effect_map.states:
+        for part in states:
             sums = [part.state[effect.slot] for effect in effects]
             compose(how, part.transition, part.state[slot], part.of_all(numbers), sums, from_zero=from_zero)
 
@@ -100,7 +124,7 @@ class Composer:
             self._making.pop(command.items[0]).flush()
         if command.base is not None:
             numbers = Numbers(self._memory.numbers, command.items)
-            for part in self.effect_map.states:
+            for part in self.maps[command.model].states:
                 part.transition.take_away(part.state[command.slot], part.of(numbers), part.state[command.base])
 
 

@@ -1,7 +1,12 @@
 """How much memory this process may still take: the least of what the machine, its control groups and its own limits
 leave. Files are read below `root`, so that a folder can stand for a machine.
+
+And what was freed, given back: glibc keeps pieces of memory that it may need again, which add up where large models
+come and go.
 """
 
+import ctypes
+import gc
 import os
 import resource
 from collections.abc import Iterator
@@ -35,6 +40,17 @@ def free_on_machine(root: Path = ROOT) -> FreeMemory:
     """What is only kept in case it is read again, such as files, counts as free."""
     found = [*_machine(root), *_control_groups(root), *_own_limits(root)]
     return min(found, key=lambda each: each.num_bytes)
+
+
+def give_back_freed() -> None:
+    """Collects what nothing refers to any more, and has glibc return free pages to the system (malloc_trim(3)).
+
+    Where there is no glibc, nothing is returned.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def taken(root: Path = ROOT) -> int | None:

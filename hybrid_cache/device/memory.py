@@ -8,6 +8,7 @@ from torch import Tensor
 from hybrid_cache.cache.commands import (
     Command,
     Copy,
+    CopyEntries,
     Item,
     KeepHidden,
     Load,
@@ -24,13 +25,15 @@ from hybrid_cache.device.arena import Arena
 from hybrid_cache.device.batch import CacheTensors
 from hybrid_cache.device.digests import Digests
 from hybrid_cache.device.host_memory import HostMemory
+from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.spec import CacheSpec
 
 
 class CacheMemory:
     """Pages and slots of all layers.
 
-    rows  hidden rows [L, hidden] that the latest forward pass gave, for `KeepHidden`
+    rows    hidden rows [L, hidden] that the latest forward pass gave, for `KeepHidden`
+    inputs  all items that may hold what layers were given: [items, rows in each, hidden]
     """
 
     def __init__(
@@ -43,6 +46,11 @@ class CacheMemory:
         self.digests = Digests(self._arena.digest)
         self._verify = verify
         self.rows = torch.empty(0)
+        self.inputs = self._arena.input_rows(spec, self._extra_kind)
+
+    @property
+    def _extra_kind(self) -> Kind:
+        return Kind.PAGE if self._geometry.page_bytes else Kind.SLOT
 
     @property
     def tensors(self) -> CacheTensors:
@@ -52,7 +60,7 @@ class CacheMemory:
     @property
     def numbers(self) -> Tensor:
         """All items of the kind that holds effects of messages, as numbers: [items, numbers in each] float32."""
-        return self._arena.numbers(Kind.PAGE if self._geometry.page_bytes else Kind.SLOT)
+        return self._arena.numbers(self._extra_kind)
 
     def hidden(self, slots: Sequence[int]) -> Tensor:
         """Copies of the hidden rows [slots, hidden_size] that are kept in these slots, at least one."""
@@ -63,6 +71,8 @@ class CacheMemory:
         match command:
             case Copy():
                 self._arena.copy(command.kind, command.source, command.target)
+            case CopyEntries():
+                self._copy_entries(command)
             case Move():
                 self._arena.move(command.kind, command.moves)
                 if self._verify:
@@ -80,6 +90,13 @@ class CacheMemory:
             case Store() | Load() | MoveHost():
                 assert self._host is not None
                 self._host.run(command)
+
+    def _copy_entries(self, command: CopyEntries) -> None:
+        sources, targets = torch.tensor(command.copies, device=self._arena.device).T
+        for index in command.entries:
+            entry = self.tensors[index]
+            for tensor in (entry.k, entry.v) if isinstance(entry, KVTensors) else (entry.conv, entry.state):
+                tensor[targets] = tensor[sources]
 
     def check(self, published: set[Item]) -> None:
         """Proves that what was sealed is what is published. Raises PublishedBytesChanged."""

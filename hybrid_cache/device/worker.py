@@ -2,20 +2,24 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hybrid_cache.choreography import commands as choreography
+from hybrid_cache.device.adapted import AdaptedModel, Trunk, head_adapters, row_adapters, trunk_of
 from hybrid_cache.device.batch import ForwardBatch, HybridModel, go_on
 from hybrid_cache.device.composition import Composer
 from hybrid_cache.device.cuda_graphs import DecodeGraphs
+from hybrid_cache.device.inputs import KeptInputs, SentInputs
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.sampler import choose_tokens, log_probabilities
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
+from hybrid_cache.kernels.ops import RowAdapters
 from hybrid_cache.kernels.shared_prefix import with_schedule
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
 from hybrid_cache.work import Command, Noted, OutOfDeviceMemory, PassFailed, Work
@@ -32,16 +36,17 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one model computes of a piece of work: rows of other models have no bit in common with it."""
+    """What one model computes of a piece of work in a pass, with the adapters beside it."""
 
-    model: HybridModel
+    model: HybridModel  # a trunk
     work: Work
     chunks: Sequence[int]  # its places among those of the whole
     decodes: Sequence[int]
 
 
 class Worker:
-    """Runs models on one memory, one after the other. What a test or a benchmark watches or forces, it overrides here.
+    """Runs models on one memory, one after the other, adapters together with the model that they stand beside. What a
+    test or a benchmark watches or forces, it overrides here.
 
     models: by fingerprint; all have the shape of the first one
     """
@@ -65,11 +70,14 @@ class Worker:
 
     def remove(self, fingerprint: str) -> None:
         """Forgets a model, for which there must be no work any more."""
-        del self.models[fingerprint]
+        trunk = trunk_of(self.models.pop(fingerprint))
         self.graphs.pop(fingerprint, None)
+        self.composer.forget(fingerprint)
+        if all(trunk_of(model) is not trunk for model in self.models.values()):
+            self.composer.forget(trunk.fingerprint)
 
     def _record(self, model: HybridModel) -> None:
-        if model.device.type == "cuda":
+        if model.device.type == "cuda" and not isinstance(model, AdaptedModel):
             self.graphs[model.fingerprint] = DecodeGraphs(model, self.memory, self._spare_slot())
 
     def run(self, work: Work, pause: Callable[[], None] = go_on) -> Hidden:
@@ -132,29 +140,37 @@ class Worker:
         return torch.cat([rows for rows in (*chunks, *decodes) if rows is not None])
 
     def _parts(self, work: Work) -> list[Part]:
-        """By model, in the order in which they appear."""
-        rows = (*work.chunks, *work.decodes)
-        if all(each.model == rows[0].model for each in rows):
-            return [Part(self.models[rows[0].model], work, range(len(work.chunks)), range(len(work.decodes)))]
-        parts = []
-        for fingerprint in dict.fromkeys(each.model for each in rows):
+        """Transfers each for themselves, the others by trunk, in the order in which they appear."""
+        models, rows = self.models, (*work.chunks, *work.decodes)
+        trunks = {name: trunk_of(models[name]) for name in dict.fromkeys(each.model for each in rows)}
+        plain = {id(trunks[each.model]): trunks[each.model] for each in rows if each.transfer is None}
+        sent = [index for index, chunk in enumerate(work.chunks) if chunk.transfer is not None]
+        if not sent and len(plain) == 1:
+            (first,) = plain.values()
+            return [Part(first, work, range(len(work.chunks)), range(len(work.decodes)))]
+        parts = [Part(trunks[work.chunks[i].model], Work((), (work.chunks[i],)), (i,), ()) for i in sent]
+        for model in plain.values():
             chunks, decodes = (
-                [i for i, each in enumerate(some) if each.model == fingerprint] for some in (work.chunks, work.decodes)
+                [i for i, each in enumerate(some) if trunks[each.model] is model and each.transfer is None]
+                for some in (work.chunks, work.decodes)
             )
             own = Work((), tuple(work.chunks[i] for i in chunks), tuple(work.decodes[i] for i in decodes))
-            parts.append(Part(self.models[fingerprint], own, chunks, decodes))
+            parts.append(Part(model, own, chunks, decodes))
         return parts
 
     def _forward(self, part: Part, pause: Callable[[], None]) -> Tensor:
         work, model = part.work, part.model
         batch = build_batch(work, packed=model.packs)
+        batch = replace(batch, adapters=row_adapters(work, batch.layout, self.models))
         if model.device.type == "cpu":  # elsewhere the layers are only queued here
             batch = replace(batch, pause=pause)
-        recorder = self.composer.recorder(noted_rows(work, batch.layout))
+        batch = self._with_inputs(work, batch)
+        recorder = self.composer.recorder(model.fingerprint, noted_rows(work, batch.layout))
         graphs = self.graphs.get(model.fingerprint)
         if recorder is not None:
+            self.composer.alias(model.fingerprint, (rows.model for rows in (*work.chunks, *work.decodes)))
             batch = replace(batch, effects=recorder)
-        elif graphs is not None and not work.chunks:
+        elif graphs is not None and not work.chunks and batch.adapters is None:
             decodes = graphs.run(batch)
             if decodes is not None:
                 return decodes
@@ -162,6 +178,15 @@ class Worker:
         if recorder is not None:
             recorder.end()
         return hidden
+
+    def _with_inputs(self, work: Work, batch: ForwardBatch) -> ForwardBatch:
+        """The batch of a part, which keeps what layers are given, or takes it from where another model left it."""
+        if work.chunks and work.chunks[0].transfer is not None:
+            return replace(batch, inputs=SentInputs(self.memory.inputs, work.chunks[0], batch.layout.num_rows))
+        if any(chunk.kept_inputs for chunk in work.chunks):
+            chunks = list(zip(batch.layout.chunk_row.tolist(), work.chunks, strict=True))
+            return replace(batch, tap=KeptInputs(self.memory.inputs, chunks))
+        return batch
 
     def forward(self, part: Part, batch: ForwardBatch) -> Tensor:
         """Runs a part's model on the batch of its work -> the hidden rows [L, hidden] that the batch wants."""
@@ -193,7 +218,7 @@ class Worker:
         """
         try:
             with torch.inference_mode():
-                logits = self._all_logits(rows, models)
+                logits = self.all_logits(rows, models)
                 tokens = self.pick(logits, choosers)
                 scored = [i for i, n in enumerate(num_top) if n is not None]
                 if not scored:
@@ -212,14 +237,17 @@ class Worker:
         """The next token of each row of logits [S, V]."""
         return choose_tokens(logits, choosers, self.model.ops)
 
-    def _all_logits(self, rows: Sequence[Tensor], models: Sequence[str]) -> Tensor:
+    def all_logits(self, rows: Sequence[Tensor], models: Sequence[str]) -> Tensor:
         """Hidden rows [hidden], the fingerprint of a model for each -> [S, V] float32."""
-        if all(model == models[0] for model in models):
-            return self.logits(self.models[models[0]], torch.stack(list(rows)))
+        all_models = [self.models[model] for model in models]
+        trunks = [trunk_of(model) for model in all_models]
+        if all(trunk is trunks[0] for trunk in trunks):
+            return self.logits(trunks[0], torch.stack(list(rows)), head_adapters(all_models))
         found: list[Tensor | None] = [None] * len(rows)
-        for fingerprint in dict.fromkeys(models):
-            places = [i for i, model in enumerate(models) if model == fingerprint]
-            logits = self.logits(self.models[fingerprint], torch.stack([rows[i] for i in places]))
+        for trunk in {id(trunk): trunk for trunk in trunks}.values():
+            places = [i for i, other in enumerate(trunks) if other is trunk]
+            adapters = head_adapters([all_models[i] for i in places])
+            logits = self.logits(trunk, torch.stack([rows[i] for i in places]), adapters)
             for i, row in zip(places, logits, strict=True):
                 found[i] = row
         return torch.stack([row for row in found if row is not None])
@@ -242,15 +270,20 @@ class Worker:
         except Exception as error:
             raise failure(error) from error
 
-    def logits(self, model: HybridModel, hidden: Tensor) -> Tensor:
-        """hidden [L, hidden] -> [L, V] float32. Without device memory for all rows at once, in halves."""
+    def logits(self, model: HybridModel, hidden: Tensor, adapters: RowAdapters | None = None) -> Tensor:
+        """hidden [L, hidden] -> [L, V] float32. Without device memory for all rows at once, in halves.
+
+        adapters: of the rows, in a trunk
+        """
         try:
-            return model.logits(hidden)
+            return model.logits(hidden) if adapters is None else cast(Trunk, model).logits(hidden, adapters)
         except (RuntimeError, MemoryError) as error:
             if len(hidden) <= MIN_ROWS or not is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()
-        return torch.cat([self.logits(model, half) for half in hidden.chunk(2)])
+        halves = torch.arange(len(hidden)).chunk(2)
+        parts = ((hidden[half[0] : half[-1] + 1], adapters and adapters.of(half)) for half in halves)
+        return torch.cat([self.logits(model, rows, some) for rows, some in parts])
 
 
 def _num_wanted(work: Work) -> list[int]:

@@ -18,6 +18,7 @@ from hybrid_cache.engine.canonical import MAX_WAITING
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
+from hybrid_cache.profile import Profile
 from hybrid_cache.request import FailedOutput, Output, Request, TokenOutput
 from hybrid_cache.stats import EngineStats
 from hybrid_cache.tokens import Prompt
@@ -164,9 +165,14 @@ class AsyncEngine:
         *,
         hung_after_s: float = HUNG_AFTER_S,
         variants: Mapping[str, HybridModel] = MappingProxyType({}),
+        profiles: Iterable[Profile] = (),
     ) -> None:
-        """hung_after_s: seconds without an end after which a step counts as hung   variants: as for `Engine`"""
+        """hung_after_s: seconds without an end after which a step counts as hung   variants: as for `Engine`
+        profiles: of pairs of these models, see `Engine.add_profile`
+        """
         self._engine = Engine(model, config, variants=variants)
+        for profile in profiles:
+            self._engine.add_profile(profile)
         self._engine.between_layers = self._between_layers
         self._config = config
         self._hung_after_s = hung_after_s

@@ -34,11 +34,14 @@ class CanonicalPasses:
         return len(self._queue)
 
     def add_turn(self, sequence: Sequence) -> None:
-        """Has the generated tokens of a finished sequence computed again, if any of them fill a page."""
+        """Has the generated tokens of a finished sequence computed again, if any of them fill a page; with what else of
+        it the model of its namespace has not read.
+        """
         prefill = sequence.prefill
         if not (prefill.publish and sequence.request.commits) or prefill.only_marked:
             return
-        if grid_floor(sequence.num_tokens) > grid_floor(len(prefill.tokens)):
+        num_read = len(prefill.tokens) if prefill.mark is None else prefill.mark.position
+        if grid_floor(sequence.num_tokens) > grid_floor(num_read):
             self.add(prefill.namespace, sequence.all_tokens(), (), prefill.session, sequence.request.id)
 
     def add(

@@ -43,7 +43,7 @@ class Encodings:
         name = message_id(prefill.namespace, tokens[arrangement.answer_start :], arrangement.context)
         if len(tokens) - arrangement.answer_start <= arrangement.seam or not self._cache.extend(lease, len(tokens)):
             return
-        last = self._stage.answer(program, key_of(name, arrangement.seam), len(tokens), sequence.fed)
+        last = self._stage.answer(program, key_of(prefill.namespace, name, arrangement.seam), len(tokens), sequence.fed)
         if last is not None:
             message = Prefill(prefill.namespace, tokens, False, False, lease=lease, computed=sequence.fed, program=last)
             prefill.lease = None
@@ -59,21 +59,21 @@ class Encodings:
         if arrangement is None or prefill.in_place:
             return False
         starts = np.cumsum([0, *(part.num_tokens for part in arrangement.parts)])
-        for index in self._compiler.missing(arrangement):
-            key = key_of(arrangement.parts[index].id, arrangement.seam)
+        for index in self._compiler.missing(prefill.namespace, arrangement):
+            key = key_of(prefill.namespace, arrangement.parts[index].id, arrangement.seam)
             if self._compiler.is_making(key) or key in prefill.refused:
                 continue
             if len(self._messages) >= self.most:
                 return True
             tokens = prefill.tokens[starts[index] : starts[index + 1]]
             begun = self._begin(Prefill(prefill.namespace, tokens, False, False), arrangement, index)
-            if not begun and self._is_making_any(arrangement):
+            if not begun and self._is_making_any(prefill.namespace, arrangement):
                 return True  # there is more room when they are done
             prefill.refused.add(key)  # it is tried once
-        return self._is_making_any(arrangement)
+        return self._is_making_any(prefill.namespace, arrangement)
 
-    def _is_making_any(self, arrangement: Arrangement) -> bool:
-        keys = (key_of(part.id, arrangement.seam) for part in arrangement.parts if part.id)
+    def _is_making_any(self, namespace: str, arrangement: Arrangement) -> bool:
+        keys = (key_of(namespace, part.id, arrangement.seam) for part in arrangement.parts if part.id)
         return any(self._compiler.is_making(key) for key in keys)
 
     def _begin(self, message: Prefill, arrangement: Arrangement, index: int) -> bool:

@@ -27,7 +27,9 @@ from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.turns import Gap
 from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
-from hybrid_cache.request import Request, fingerprint_in, namespace_of
+from hybrid_cache.namespaces import fingerprint_in, lane_in, namespace_of
+from hybrid_cache.profile import Profile
+from hybrid_cache.request import Request
 from hybrid_cache.scheduling.base import Order
 from hybrid_cache.scheduling.registry import make_order
 from hybrid_cache.stats import EngineStats
@@ -89,7 +91,7 @@ class Engine:
             self.cache, self._cost, config, order or make_order(config.order), self._compiler, self._stage, clock
         )
         self._family = Family(model)
-        limits = self._family.fingerprint, model.vocab_size, model.max_length
+        limits = self._family, model.vocab_size, model.max_length
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler, clock)
         self._outcomes = Outcomes(model, self.cache, self.worker, self._stage, self._scheduler, self._intake)
         self._interruptions = Interruptions(self._scheduler, self._intake)
@@ -98,6 +100,11 @@ class Engine:
         self._failures = 0  # requests given up since a step passed
         self._gap: Gap | None = None  # while a pass is under way
         self._between_s = 0.0  # of it that steps between its layers took
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names that requests may use; the empty one is the engine's own model's."""
+        return self._family.names
 
     def fingerprint(self, model: str) -> str:
         """Of a variant by its name; of the engine's own model for the empty one. Raises RequestError for any other."""
@@ -110,6 +117,14 @@ class Engine:
         """
         self._family.add(name, model)
         self.worker.add(model)
+        self._scheduler.senders.update(self._family.models)
+
+    def add_profile(self, profile: Profile) -> None:
+        """Lets requests that allow a loss use entries of one model for another, as was measured.
+
+        Raises ConfigError for a profile of models that are not here.
+        """
+        self._scheduler.senders.learn(profile)
 
     def remove_variant(self, name: str) -> None:
         """Forgets a variant, and what is cached of it. Raises RequestError if there is none, or it is in use."""
@@ -121,13 +136,16 @@ class Engine:
         if not self._family.remove(name):
             return  # another name of the same model stays
 
+        lanes = self._scheduler.senders.lanes(fingerprint)
+
         def is_its(namespace: str) -> bool:
-            return fingerprint_in(namespace) == fingerprint
+            return fingerprint_in(namespace) == fingerprint or lane_in(namespace) in lanes
 
         self.forget_turns(is_its)
         Inventory(self.cache, is_its).drop_all()
         self.settle()
         self.worker.remove(fingerprint)
+        self._scheduler.senders.update(self._family.models)
 
     @property
     def has_work(self) -> bool:
@@ -163,24 +181,31 @@ class Engine:
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens of a prompt that would not be computed if it came now."""
-        return self.cache.match(
-            namespace_of(request.namespace, self._family.fingerprint(request.model)), request.prompt.tokens
-        ).length
+        return self._intake.num_cached(request)
 
-    def is_stored(self, message: str, seam: int = 0) -> bool:
-        """Whether rows and effect of the message with an id are in the cache for use at another position."""
-        return self._compiler.is_stored(key_of(message, seam))
+    def is_stored(self, message: str, seam: int = 0, *, namespace: str = "", model: str = "") -> bool:
+        """Whether rows and effect of the message with an id are in the cache for use at another position.
 
-    def effects(self, message: str, seam: int = 0) -> "list[tuple[Tensor, Tensor]] | None":
+        namespace, model: as in `Request`
+        """
+        return self._compiler.is_stored(self._key_of(message, seam, namespace, model))
+
+    def effects(
+        self, message: str, seam: int = 0, *, namespace: str = "", model: str = ""
+    ) -> "list[tuple[Tensor, Tensor]] | None":
         """Copies of (P, S) of a stored message for each state of the model, in the order of its layers.
 
         P as its `Transition` writes it down, S [*state_shape], both float32. None if it is not stored.
+        namespace, model: as in `Request`
         """
-        stored = self.cache.messages.get(key_of(message, seam))
+        stored = self.cache.messages.get(self._key_of(message, seam, namespace, model))
         if stored is None:
             return None
         self.settle()
-        return self.worker.composer.effects(stored.slot, stored.extra)
+        return self.worker.composer.effects(self.fingerprint(model), stored.slot, stored.extra)
+
+    def _key_of(self, message: str, seam: int, namespace: str, model: str) -> str:
+        return key_of(namespace_of(namespace, self.fingerprint(model)), message, seam)
 
     @property
     def has_room(self) -> bool:
@@ -276,7 +301,7 @@ class Engine:
             return outputs + self._fail(step, error)
         self._failures = 0
         self._scheduler.passed(step)
-        flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
+        flops = sum(chunk.flops for chunk in step.chunks)
         self._scheduler.pace.note(self._clock() - started_s - self._between_s, flops, len(step.decodes))
         return [output for output in outputs if output[0] != OWN]
 

@@ -1,6 +1,7 @@
 """From a request to a sequence that can be scheduled: whether it can be served, and in which way."""
 
 import bisect
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Numbers
 from dataclasses import replace
@@ -9,20 +10,25 @@ from functools import partial
 import numpy as np
 
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.keys import keys_of
 from hybrid_cache.choreography.arrangement import Order
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.order import best_order
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.engine.family import Family
 from hybrid_cache.engine.scheduler import Scheduler
-from hybrid_cache.engine.sequence import Sequence, new_prefill
+from hybrid_cache.engine.sequence import Prefill, Sequence, new_prefill
 from hybrid_cache.engine.sharing import soon_known
 from hybrid_cache.errors import BadSampling, ContextTooLong, RequestError
-from hybrid_cache.request import CacheMode, Request, namespace_of
+from hybrid_cache.namespaces import fingerprint_in
+from hybrid_cache.request import CacheMode, Request
 from hybrid_cache.sampling import SamplingParams, TokenChooser
 from hybrid_cache.tokens import Prompt, TokenArray
 
 OWN = "\0own"  # id of a request of our own
+
+logger = logging.getLogger("hybrid_cache")
 
 
 class Intake:
@@ -30,7 +36,7 @@ class Intake:
 
     def __init__(
         self,
-        fingerprint_of: Callable[[str], str],
+        family: Family,
         vocab_size: int,
         max_length: int,
         config: EngineConfig,
@@ -39,10 +45,8 @@ class Intake:
         scheduler: Scheduler,
         clock: Callable[[], float],
     ) -> None:
-        """fingerprint_of: a model by its name; it raises RequestError for one that is not there
-        max_length: tokens of the model's longest context, prompt and answer together
-        """
-        self._fingerprint_of = fingerprint_of
+        """max_length: tokens of the model's longest context, prompt and answer together"""
+        self._family = family
         self.vocab_size = vocab_size
         self._max_length = max_length
         self._config = config
@@ -59,7 +63,7 @@ class Intake:
 
     def check(self, request: Request) -> None:
         """Raises RequestError, ContextTooLong or BadSampling for a request that can never be served."""
-        self._fingerprint_of(request.model)
+        self._family.fingerprint(request.model)
         n, limit = self._check_prompt(request.prompt), self._max_length
         if (n >= limit and request.sampling.max_tokens > 0) or n > limit:
             raise ContextTooLong(f"the prompt has {n} tokens, the context holds {limit} with the answer")
@@ -77,12 +81,11 @@ class Intake:
 
     def commit(self, namespace: str, prompt: Prompt, session: str, model: str) -> None:
         """See `Engine.commit`."""
-        fingerprint = self._fingerprint_of(model)
+        namespace = self._family.namespace(model, namespace)
         n = self._check_prompt(prompt)
         if n > self.longest_sequence:
             raise ContextTooLong(f"the prompt has {n} tokens, context and cache hold {self.longest_sequence}")
         if self._config.prefix_cache:
-            namespace = namespace_of(namespace, fingerprint)
             self._scheduler.canonical.add(namespace, prompt.tokens, prompt.boundaries, session)
 
     def tokens_of(self, numbers: Numbers[object]) -> TokenArray:
@@ -107,16 +110,26 @@ class Intake:
             raise RequestError(f"prompt token {wrong} is outside the vocabulary [0, {self.vocab_size})", param="prompt")
         return len(prompt.tokens)
 
-    def sequence(self, request: Request, index: int) -> Sequence:
-        """One of the `n` continuations of a request."""
-        asked, fingerprint = request.arrangement, self._fingerprint_of(request.model)
+    def num_cached(self, request: Request) -> int:
+        """Tokens of a prompt that the cache has a state for."""
+        salt, tokens = request.namespace, request.prompt.tokens
+        namespace, mark = self._family.namespace(request.model, salt), self._family.mark(request.model, salt, tokens)
+        return self._cache.match(namespace, keys_of(namespace, tokens, mark)).length
+
+    def sequence(self, request: Request, index: int, before: Prefill | None = None) -> Sequence:
+        """One of the `n` continuations of a request. before: what it goes on from, after a pause"""
+        asked, salt = request.arrangement, request.namespace
         arranged = asked is not None and not self.why_exact(request)
         if index == 0 and asked is not None and asked.order is Order.ANY and not arranged:  # forks have its prompt
-            namespace, earlier = namespace_of(request.namespace, fingerprint), tuple(self._scheduler.sequences())
+            namespace, earlier = self._family.namespace(request.model, salt), tuple(self._scheduler.sequences())
             known = partial(soon_known, self._cache, earlier, namespace)
             prompt, asked = best_order(request.prompt, asked, known)
             request = replace(request, prompt=prompt, arrangement=asked)
-        prefill = new_prefill(request, fingerprint, enabled=self._config.prefix_cache, arranged=arranged)
+        mark = self._family.mark(request.model, salt, request.prompt.tokens) if before is None else before.mark
+        if mark is None and index == 0 and self._family[request.model].invocation:
+            logger.info("request %s does not invoke %s: the base answers", request.id, request.model)
+        reader = fingerprint_in(self._family.namespace(request.model, salt))
+        prefill = new_prefill(request, reader, enabled=self._config.prefix_cache, arranged=arranged, mark=mark)
         prefill.asks = index == 0 and not arranged
         constraint = None if request.make_constraint is None else request.make_constraint()
         self._arrivals += 1
@@ -149,7 +162,7 @@ class Intake:
             plan = self.exact_plan(sequence.request, prefix)
             assert plan is not None
             return plan
-        return self._compiler.plan(prompt.arrangement, prefix)
+        return self._compiler.plan(prompt.namespace, prompt.arrangement, prefix)
 
     def exact_plan(self, request: Request, prefix: int) -> Plan | None:
         """What is done for a request that names messages and is computed exactly; None for one that names none."""
@@ -161,8 +174,6 @@ class Intake:
         """Why a request that names messages is computed exactly; empty if it may be arranged."""
         if not self._config.prefix_cache or request.cache_mode is CacheMode.OFF:
             return "the cache is off"
-        if request.model:
-            return "messages of a variant are computed exactly"
         if request.sampling.prompt_logprobs is not None:
             return "log-probabilities of a prompt take all of it"
         return self._compiler.why_exact(request.arrangement) if request.arrangement else "as asked"

@@ -73,7 +73,7 @@ class Interruptions:
         sampling = replace(request.sampling, max_tokens=most, min_tokens=least)
         request = replace(request, prompt=prompt, sampling=sampling)
         self._intake.check(request)
-        sequence = self._intake.sequence(request, 0)
+        sequence = self._intake.sequence(request, 0, before.prefill)
         sequence.chooser, sequence.stopper = before.chooser, before.stopper
         sequence.continues = request_id
         sequence.chooser.go_on(prompt.tokens)

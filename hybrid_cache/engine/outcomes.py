@@ -98,7 +98,7 @@ class Outcomes:
         assert prefill.lease is not None
         prefill.computed = chunk.end
         self._cache.publish(prefill.lease, grid_floor(min(chunk.end, prefill.wanted)))
-        self.tally.flops_computed += self._cost.flops(chunk.start, chunk.end)
+        self.tally.flops_computed += chunk.flops
         if prefill.program is not None:
             prefill.computed = self._stage.advance(prefill.program, prefill.lease, prefill.computed)
         if sequence is None and prefill.program is not None:
@@ -116,7 +116,9 @@ class Outcomes:
         if sequence.request.sampling.prompt_logprobs is not None:
             new, tokens = sequence.unscored(chunk.start, chunk.end)
             num_top = sequence.request.sampling.prompt_logprobs
-            sequence.prompt_logprobs += self._worker.score(prefill.model, rows[new], tokens, num_top)
+            sequence.prompt_logprobs += self._worker.score(chunk.rows.model, rows[new], tokens, num_top)
+        if prefill.leaves_stem(chunk.end):
+            self._cache.publish_stem(prefill.lease, last_row)
         if not prefill.done:
             return []
         self._scheduler.tasks.began(sequence)  # before its end is kept, which might displace what its task returns to

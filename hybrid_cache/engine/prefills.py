@@ -1,18 +1,23 @@
 """The way of a prompt into the cache: what is found of it, the room it takes, and the chunks it becomes."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.claims import Spare
-from hybrid_cache.cache.lease import Lease, Match
+from hybrid_cache.cache.keys import keys_of
+from hybrid_cache.cache.lease import Lease, Match, Sent
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.program import Span, Stretch
 from hybrid_cache.choreography.stage import Stage
-from hybrid_cache.engine.sequence import Prefill, Sequence
+from hybrid_cache.engine.senders import Offer, Senders
+from hybrid_cache.engine.sequence import Prefill, Sequence, Source, grid_floor
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.work import Noted, Rows
+from hybrid_cache.namespaces import fingerprint_in, lane_in, namespace_beside
+from hybrid_cache.spec import PrefillCost
+from hybrid_cache.work import InputRows, Noted, Rows, input_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,11 @@ class Chunk:
     prefill: Prefill
     sequence: Sequence | None  # None: a message for the store, or a canonical pass
     rows: Rows
+    cost: PrefillCost
+
+    @property
+    def flops(self) -> float:
+        return self.cost.flops(self.start, self.end)
 
     @property
     def start(self) -> int:
@@ -33,14 +43,17 @@ class Chunk:
 
     @property
     def num_tiles(self) -> int:
-        return -(-len(self.rows.tokens) // TILE)
+        """At most."""
+        return -(-len(self.rows.tokens) // TILE) + len(self.rows.cuts)
 
 
 class Prefills:
     """Takes room for prompts, of requests and others, and cuts them into chunks."""
 
-    def __init__(self, cache: Books, compiler: Compiler, stage: Stage) -> None:
+    def __init__(self, cache: Books, cost: PrefillCost, compiler: Compiler, stage: Stage, senders: Senders) -> None:
         self._cache = cache
+        self._cost = cost
+        self._senders = senders
         self._compiler = compiler
         self._stage = stage
 
@@ -48,6 +61,8 @@ class Prefills:
         """What the cache has of a prompt that it may use."""
         if prefill.arrangement is not None:
             return self._match_arranged(prefill)
+        if prefill.max_loss is not None and prefill.cached is None and prefill.mark is None:
+            prefill.enter_lane(self._best_lane(prefill, prefill.max_loss))
         return self._cache.match(prefill.namespace, prefill.keys if prefill.reuse else prefill.tokens[:0])
 
     def _match_arranged(self, prefill: Prefill) -> Match:
@@ -55,7 +70,7 @@ class Prefills:
         assert prefill.arrangement is not None
         end = min(prefill.arrangement.answer_start or len(prefill.tokens), len(prefill.tokens) - 1)
         match = self._cache.match(prefill.namespace, prefill.keys.beginning(end if prefill.reuse else 0))
-        plan = self._compiler.plan(prefill.arrangement, match.length, in_place=prefill.in_place)
+        plan = self._compiler.plan(prefill.namespace, prefill.arrangement, match.length, in_place=prefill.in_place)
         return match if plan.prefix == match.length else self._cache.match(prefill.namespace, prefill.tokens[:0])
 
     def acquire(
@@ -94,12 +109,56 @@ class Prefills:
             session=prefill.session,
         )
         prefill.wishes, prefill.proposed = deque(wishes), True
+        self._receive(prefill, lease)
         return True
+
+    def _best_lane(self, prefill: Prefill, max_loss: float) -> Offer | None:
+        """In which namespace least of a prompt is left to compute; None for that of the model's own entries."""
+        num_tokens, best, least = len(prefill.tokens), None, math.inf
+        for lane in (None, *self._senders.profiled(prefill.model, max_loss)):
+            namespace = namespace_beside(prefill.namespace, prefill.model, lane.lane if lane else "")
+            start = self._cache.match(namespace, prefill.tokens).length
+            sent = self._best_sent(prefill, start, lane)
+            flops = self._cost.flops(start, num_tokens) - (sent[2] if sent else 0.0)
+            if flops < least:
+                best, least = lane, flops
+        return best
+
+    def _best_sent(self, prefill: Prefill, start: int, lane: Offer | None) -> tuple[Offer, Sent, float] | None:
+        """From what most is saved of a prompt of which the first tokens are there; and how many FLOPs."""
+        best, most = None, 0.0
+        for offer in self._senders.exact(prefill.model) if lane is None else (lane,):
+            keys = keys_of(namespace_beside(prefill.namespace, offer.sender), prefill.tokens)
+            sent = None if start % TILE else self._cache.sent(keys, start, offer.transfer.reads)
+            saved = 0.0 if sent is None else offer.spares.flops(start, sent.end * TILE)
+            if sent is not None and saved > most:
+                best, most = (offer, sent, saved), saved
+        return best
+
+    def _receive(self, prefill: Prefill, lease: Lease) -> None:
+        """Begins to make entries from those of the model from which most is saved, if there is one."""
+        best, first = None, prefill.computed
+        if prefill.publish and prefill.reuse and prefill.mark is None:
+            best = self._best_sent(prefill, first, prefill.lane)
+        if best is None:
+            return
+        offer, sent, _ = best
+        runs = self._cache.take_over(lease, sent, offer.entries)
+        prefill.source = prefill.received = Source(offer, first, sent.end * TILE, runs)
+        if not offer.transfer.computes:
+            prefill.computed = prefill.source.end
+            self._end_source(prefill)
+
+    def _end_source(self, prefill: Prefill) -> None:
+        if prefill.source is not None:
+            self._cache.inputs.let_go(prefill.source.runs, used=prefill.computed == prefill.source.end)
+        prefill.source = None
 
     def release(self, prefill: Prefill, num_output_tokens: int | None = None) -> None:
         """Gives back all that a prompt holds; `num_output_tokens` if its request is done."""
         if prefill.program is not None:
             self._stage.end(prefill.program)
+        self._end_source(prefill)
         if prefill.lease is not None:
             prefill.written += prefill.lease.written_tokens
             self._cache.release(prefill.lease, num_output_tokens)
@@ -111,13 +170,18 @@ class Prefills:
         assert lease is not None
         if program is not None:
             prefill.computed = self._stage.advance(program, lease, prefill.computed)
-        start, end = prefill.computed, min(prefill.computed + tiles * TILE, prefill.until)
+        if prefill.source is not None and prefill.computed == prefill.source.end:
+            self._end_source(prefill)
         if program is None:
+            start, end, cuts = self._next(prefill, tiles)
             stretch = Stretch(end, self._captures(prefill, lease, start, end), ())
         else:
-            stretch = self._stage.cut(program, start, end)
+            start = prefill.computed
+            stretch = self._stage.cut(program, start, min(start + tiles * TILE, prefill.until))
+            cuts = stretch.cuts
+        source = prefill.source
         rows = Rows(
-            model=prefill.model,
+            model=prefill.next_model,
             tokens=prefill.tokens[start : stretch.end],
             start=start,
             shift=prefill.shift,
@@ -126,26 +190,50 @@ class Prefills:
             kv_rows=lease.rows_to_fill(start, stretch.end),
             fresh=start == 0 and not prefill.from_zero,
             captures=stretch.captures,
-            cuts=() if program is None else stretch.cuts,
+            cuts=cuts,
             noted=tuple(_noted(span, first, last) for first, last, span in stretch.spans),
             num_wanted=0 if sequence is None else _num_wanted(sequence, start, stretch.end),
+            kept_inputs=() if source or program else self._keep_inputs(prefill, lease, start, stretch.end),
+            transfer=source.offer.transfer if source else None,
+            sent_inputs=source.inputs(start, stretch.end) if source else (),
         )
-        return Chunk(prefill, sequence, rows)
+        return Chunk(prefill, sequence, rows, source.offer.cost if source else self._cost)
+
+    def _keep_inputs(self, prefill: Prefill, lease: Lease, start: int, end: int) -> tuple[InputRows, ...]:
+        own = not lane_in(prefill.namespace) and (prefill.mark is None or end <= prefill.mark.position)
+        layers = self._senders.kept_inputs(fingerprint_in(prefill.namespace)) if own else {}
+        runs = (
+            run
+            for layer, spared in layers.items()
+            for run in self._cache.reserve_inputs(lease, layer, spared, start, end)
+        )
+        return tuple(map(input_rows, runs))
+
+    def _next(self, prefill: Prefill, tiles: int) -> tuple[int, int, tuple[int, ...]]:
+        """Where the next chunk starts, ends, and comes back to the grid if it starts off it, behind a mark."""
+        start = prefill.computed
+        end, back = min(grid_floor(start) + tiles * TILE, prefill.until), grid_floor(start) + TILE
+        if start % TILE == 0 or end <= back:
+            return start, end, ()
+        return (start, end, (back,)) if self._compiler.traits.packs else (start, back, ())
 
     def _captures(self, prefill: Prefill, lease: Lease, start: int, end: int) -> tuple[tuple[int, int], ...]:
         while prefill.wishes and prefill.wishes[0].position <= end:
             wish = prefill.wishes.popleft()
-            if wish.position <= start:
+            if wish.position <= start or (prefill.source and wish.position < prefill.source.end):
                 continue
             self._cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
-        return tuple(sorted((r.position, r.slot) for r in lease.reserved if start < r.position <= end))
+        captures = tuple(sorted((r.position, r.slot) for r in lease.reserved if start < r.position <= end))
+        if prefill.source:  # the pass adds what it computes
+            self._cache.copy_taken(lease, (slot for _, slot in captures), prefill.source.offer.entries)
+        return captures
 
 
 def _num_wanted(sequence: Sequence, start: int, end: int) -> int:
     """How many of the last rows of a chunk are read: all, to score a prompt; the last one, to decode from."""
     if sequence.request.sampling.prompt_logprobs is not None:
         return end - start
-    return int(end == len(sequence.prefill.tokens))
+    return int(end == len(sequence.prefill.tokens) or sequence.prefill.leaves_stem(end))
 
 
 def decode_rows(sequence: Sequence) -> Rows:

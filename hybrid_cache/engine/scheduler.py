@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.lease import Match
@@ -19,6 +20,7 @@ from hybrid_cache.engine.canonical import CanonicalPasses
 from hybrid_cache.engine.encodings import Encodings
 from hybrid_cache.engine.pace import Pace
 from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
+from hybrid_cache.engine.senders import Senders
 from hybrid_cache.engine.sequence import Phase, Prefill, Sequence
 from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
 from hybrid_cache.engine.sharing import someone_computes_more
@@ -86,7 +88,8 @@ class Scheduler:
         self.tasks = Tasks(order, cache, cost, self.pace, clock)
         self._waiting = self.tasks.waiting
         self._running: list[Sequence] = []
-        self._prefills = Prefills(cache, compiler, stage)
+        self.senders = Senders()
+        self._prefills = Prefills(cache, cost, compiler, stage, self.senders)
         self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
         self.canonical = CanonicalPasses(cache, self._prefills, self.tasks.pauses)
         self._shares = Shares()
@@ -165,7 +168,7 @@ class Scheduler:
         """What fits between the layers of a pass; None if it has to stay by itself."""
         if self._suspects or not step.chunks or any(chunk.sequence is None for chunk in step.chunks):
             return None
-        flops = sum(self._cost.flops(chunk.start, chunk.end) for chunk in step.chunks)
+        flops = sum(chunk.flops for chunk in step.chunks)
         return Gap(flops, self._max_tiles, frozenset(step.sequences))
 
     def schedule_between(self, gap: Gap) -> Step:
@@ -174,9 +177,10 @@ class Scheduler:
         chunks = tuple(self._cut(s.prefill, s, s.prefill.tiles_left) for s in admitted if s.phase is Phase.PREFILL)
         return Step(chunks, (), _decoding(admitted))
 
-    def _num_waiting_for(self, name: str) -> int:
-        """Waiting prompts with a message of this id."""
-        arrangements = (sequence.prefill.arrangement for sequence in self._waiting)
+    def _num_waiting_for(self, namespace: str, name: str) -> int:
+        """Waiting prompts of a namespace with a message of this id."""
+        prefills = (sequence.prefill for sequence in self._waiting)
+        arrangements = (prefill.arrangement for prefill in prefills if prefill.namespace == namespace)
         return sum(arrangement is not None and name in arrangement.ids for arrangement in arrangements)
 
     # Decoding
@@ -305,14 +309,15 @@ class Scheduler:
         """Takes room for a prompt; while others run, what those who will come back count on stays."""
         prefill, spare = sequence.prefill, self.tasks.spare(busy=bool(self._running))
         keeps_end = self.tasks.reserves(sequence, match.length)
-        if self._prefills.acquire(prefill, match, self._num_waiting_for, keeps_end, spare):
+        num_others = partial(self._num_waiting_for, prefill.namespace)
+        if self._prefills.acquire(prefill, match, num_others, keeps_end, spare):
             return True
-        if keeps_end and spare is None and self._prefills.acquire(prefill, match, self._num_waiting_for):
+        if keeps_end and spare is None and self._prefills.acquire(prefill, match, num_others):
             return True
         if not self.canonical.give_room():
             return False
         match = self._prefills.match(prefill)
-        return self._prefills.acquire(prefill, match, self._num_waiting_for, keeps_end and bool(spare), spare)
+        return self._prefills.acquire(prefill, match, num_others, keeps_end and bool(spare), spare)
 
     # Prefill
 

@@ -8,22 +8,40 @@ from functools import cached_property
 
 import numpy as np
 
-from hybrid_cache.cache.keys import Keys, keys_of
+from hybrid_cache.cache.keys import Keys, Mark, keys_of
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.misses import Found
 from hybrid_cache.cache.policies.base import Wish
+from hybrid_cache.cache.tree import LayerInputs
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.program import Program
+from hybrid_cache.engine.senders import Offer
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper, fingerprint_in, namespace_of
+from hybrid_cache.namespaces import fingerprint_in, namespace_beside, namespace_of
+from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
 from hybrid_cache.scheduling.base import Pause, Task
 from hybrid_cache.tokens import Boundary, BoundaryKind, TokenArray
+from hybrid_cache.work import InputRows, input_rows
 
 
 def grid_floor(position: int) -> int:
     """The last grid position at or before `position`."""
     return position // TILE * TILE
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What another model has of a prompt, from which its entries are being made."""
+
+    offer: Offer
+    start: int  # tokens that the receiver had itself
+    end: int  # tokens that it has then
+    runs: tuple[LayerInputs, ...]  # held
+
+    def inputs(self, start: int, end: int) -> tuple[InputRows, ...]:
+        """Where what layers were given for tokens [start, end) lies, and more."""
+        return tuple(input_rows(run) for run in self.runs if run.start < end and run.num_tokens > start)
 
 
 @dataclass(eq=False)
@@ -58,17 +76,47 @@ class Prefill:
     found: Found | None = None  # once it was admitted
     cached: int | None = None  # tokens that it started from when it was first admitted
     written: int = 0  # tokens whose pages it added to the tree before it was preempted
+    max_loss: float | None = None  # as in `Request`
+    lane: Offer | None = None  # from which its entries may be made; None: only exactly
+    source: Source | None = None  # while its entries are made from another model's
+    received: Source | None = None  # the latest that it had
     in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
+    mark: Mark | None = None  # from where on another model computes it; a tile ends there
 
     @cached_property
     def keys(self) -> Keys:
         """Made when the cache is first asked for these tokens, and not again while they wait."""
-        return keys_of(self.namespace, self.tokens)
+        return keys_of(self.namespace, self.tokens, self.mark)
+
+    @cached_property
+    def text(self) -> Keys:
+        """As the model of the namespace would read all of it: what comes next may be known by that."""
+        return self.keys if self.mark is None else keys_of(self.namespace, self.tokens)
 
     @cached_property
     def model(self) -> str:
-        """The fingerprint of the model that computes it."""
-        return fingerprint_in(self.namespace)
+        """The fingerprint of the model that computes its end, and goes on from there."""
+        return fingerprint_in(self.namespace if self.mark is None else self.mark.namespace)
+
+    @property
+    def before_mark(self) -> bool:
+        return self.mark is not None and self.computed < self.mark.position
+
+    @property
+    def next_model(self) -> str:
+        """The fingerprint of the model that computes what comes next."""
+        return fingerprint_in(self.namespace) if self.before_mark else self.model
+
+    def leaves_stem(self, position: int) -> bool:
+        """Whether what was computed up to a position is to be kept for others, who go on otherwise."""
+        return self.mark is not None and self.mark.position == position and self.publish and not self.only_marked
+
+    def enter_lane(self, lane: Offer | None) -> None:
+        """From now on its entries are looked for, and kept, in a lane, or among the model's own."""
+        if lane is not self.lane:
+            self.lane = lane
+            self.namespace = namespace_beside(self.namespace, self.model, lane.lane if lane else "")
+            self.__dict__.pop("keys", None)
 
     @property
     def shift(self) -> int:
@@ -83,7 +131,11 @@ class Prefill:
     @property
     def until(self) -> int:
         """Where the next chunk ends at the latest."""
-        return self.program.until() if self.program else len(self.tokens)
+        if self.source is not None:
+            return self.source.end
+        if self.program is not None:
+            return self.program.until()
+        return self.mark.position if self.mark is not None and self.before_mark else len(self.tokens)
 
     @property
     def wanted(self) -> int:
@@ -99,7 +151,10 @@ class Prefill:
 
     @property
     def tiles_left(self) -> int:
-        return -(-self.num_left // TILE)
+        """Behind a mark, with the one that goes back to the grid."""
+        if self.program is not None:
+            return -(-self.num_left // TILE)
+        return -(-len(self.tokens) // TILE) - self.computed // TILE
 
     @property
     def done(self) -> bool:
@@ -207,8 +262,13 @@ class Sequence:
         return np.concatenate([self.prefill.tokens, np.asarray(self.generated, dtype=np.int32)])
 
 
-def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: bool = False) -> Prefill:
-    """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all."""
+def new_prefill(
+    request: Request, fingerprint: str, *, enabled: bool, arranged: bool = False, mark: Mark | None = None
+) -> Prefill:
+    """The prefill of a request under its cache mode; `enabled=False` switches the cache off for all.
+
+    fingerprint: of the model that its namespace names   mark: from where on another one computes it
+    """
     marked = tuple(b for b in request.prompt.boundaries if b.kind is BoundaryKind.EXPLICIT)
     scored = request.sampling.prompt_logprobs is not None  # which takes all of the prompt
     unmarked = request.cache_mode is CacheMode.EXPLICIT and not marked
@@ -218,6 +278,8 @@ def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: 
         return Prefill(namespace, request.prompt.tokens, False, not off, arrangement=request.arrangement)
     only_marked = request.cache_mode is CacheMode.EXPLICIT
     boundaries = marked if only_marked else request.prompt.boundaries
+    if mark is not None and not only_marked:
+        boundaries = tuple(sorted((*boundaries, Boundary(mark.position)), key=lambda b: b.position))
     on = not off
     return Prefill(
         namespace,
@@ -228,4 +290,6 @@ def new_prefill(request: Request, fingerprint: str, *, enabled: bool, arranged: 
         only_marked,
         owner=request.owner,
         session=request.session,
+        max_loss=request.max_loss if on else None,
+        mark=mark,
     )

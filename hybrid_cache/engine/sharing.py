@@ -23,14 +23,24 @@ def someone_computes_more(running: Iterable[Sequence], prefill: Prefill, match: 
     for other in (s.prefill for s in running if s.phase is Phase.PREFILL):
         if not other.publish or other.namespace != prefill.namespace:
             continue
-        if np.array_equal(other.tokens, prefill.tokens) and not other.only_marked:
+        alike = _alike(other, prefill)
+        if alike == len(other.tokens) == len(prefill.tokens) and not other.only_marked:
             return True
-        shared = _kept(other, min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens) - 1))
+        shared = _kept(other, min(alike, len(prefill.tokens) - 1))
+        stem = len(prefill.tokens) if prefill.mark is None else prefill.mark.position
+        if alike >= stem and other.leaves_stem(stem):
+            shared = max(stem, shared)
         if shared > max(other.computed, match.length):
             if not other.only_marked:
-                other.wish(Wish(shared, CheckpointKind.BRANCH))
+                other.wish(Wish(grid_floor(shared), CheckpointKind.BRANCH))
             return True
     return False
+
+
+def _alike(a: Prefill, b: Prefill) -> int:
+    """Tokens that two prompts begin with and that the same models compute."""
+    marks = () if a.mark == b.mark else (p.mark.position for p in (a, b) if p.mark is not None)
+    return min(common_prefix(a.tokens, b.tokens), *marks, len(a.tokens))
 
 
 def _kept(prefill: Prefill, shared: int) -> int:
@@ -46,7 +56,8 @@ def soon_known(cache: Books, sequences: Iterable[Sequence], namespace: str, toke
     for prefill in (sequence.prefill for sequence in islice(sequences, MOST_EARLIER)):
         if prefill.publish and prefill.namespace == namespace:
             needed = grid_floor(max(most, prefill.computed)) + TILE
-            most = max(most, _kept(prefill, common_prefix(prefill.tokens, tokens, needed)))
+            read = prefill.tokens if prefill.mark is None else prefill.tokens[: prefill.mark.position]
+            most = max(most, _kept(prefill, common_prefix(read, tokens, needed)))
     return most, match.shared
 
 

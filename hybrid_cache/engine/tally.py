@@ -2,8 +2,8 @@
 
 from hybrid_cache.choreography.plan import Action, Plan
 from hybrid_cache.engine.scheduler import Scheduler
-from hybrid_cache.engine.sequence import Sequence
-from hybrid_cache.request import PromptOutput
+from hybrid_cache.engine.sequence import Prefill, Sequence
+from hybrid_cache.request import PromptOutput, Received
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.stats import CacheStats, Counters, EngineStats
 
@@ -25,6 +25,11 @@ class Tally(Counters):
         if plan is not None:
             self.moved_tokens += plan.tokens(Action.RELOCATED) + plan.tokens(Action.COMPOSED)
         self.flops_saved += plan.flops_of_encoding - plan.flops if plan else cost.flops(0, length)
+        source = prefill.received
+        received = _received(prefill)
+        if source is not None:
+            self.received_tokens += source.end - source.start
+            self.flops_saved += source.offer.spares.flops(source.start, source.end)
         wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
         return PromptOutput(
             cached_tokens=cached,
@@ -33,6 +38,7 @@ class Tally(Counters):
             queued_s=sequence.started_s - sequence.submitted_s,
             plan=plan,
             found=prefill.found,
+            received=received,
         )
 
     def stats(self, scheduler: Scheduler, num_graph_replays: int, cache: CacheStats) -> EngineStats:
@@ -48,6 +54,7 @@ class Tally(Counters):
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             moved_tokens=self.moved_tokens,
+            received_tokens=self.received_tokens,
             computed_tokens=self.computed_tokens,
             generated_tokens=self.generated_tokens,
             commit_tokens=self.commit_tokens,
@@ -57,3 +64,13 @@ class Tally(Counters):
             pauses=scheduler.tasks.pauses.stats,
             cache=cache,
         )
+
+
+def _received(prefill: Prefill) -> Received | None:
+    """What was made of a prompt from another model's entries, now or by an earlier request in its lane."""
+    source = prefill.received
+    offer = prefill.lane if source is None else source.offer
+    if offer is None:
+        return None
+    start, end = (0, 0) if source is None else (source.start, source.end)
+    return Received(offer.name, start, end, str(offer.transfer), offer.loss if offer.lane else None)

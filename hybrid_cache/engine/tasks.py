@@ -96,7 +96,7 @@ class Tasks:
             sequence.claim = self.pauses.resumed(
                 request.tenant,
                 request.session,
-                prefill.keys,
+                prefill.text,
                 kind=request.kind,
                 answers=_answers(request.prompt),
                 request_id=sequence.continues,
@@ -176,7 +176,7 @@ class Tasks:
         task, lease = sequence.task, sequence.prefill.lease
         if sequence.reserves and sequence.claim is None and task is not None and lease is not None:
             sequence.claim = Pause(task=task, running=True)
-            self._cache.claims.place(sequence.claim, lease.tip, len(sequence.prefill.tokens))
+            self._cache.claims.place(sequence.claim, lease.stem_tip, len(sequence.prefill.tokens))
 
     def end_turn(self, sequence: Sequence, finish: FinishReason) -> None:
         """A sequence has got its last token; it still has its lease."""
@@ -190,8 +190,8 @@ class Tasks:
         task.num_calls += 1
         last = max((b.position for b in request.prompt.boundaries), default=0)
         said = last if last > num_tokens - TILE else num_tokens  # behind the last message comes a header at most
-        tip = prefill.lease.tip if prefill.lease is not None else None
-        self.pauses.ended(request.id, task, request.session, prefill.keys, said, tip, len(sequence.generated))
+        tip = prefill.lease.stem_tip if prefill.lease is not None else None
+        self.pauses.ended(request.id, task, request.session, prefill.text, said, tip, len(sequence.generated))
         if finish is FinishReason.TOOL_CALL:
             self.pauses.called(request.id, "", None)
 

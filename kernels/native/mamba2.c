@@ -11,6 +11,8 @@
  *
  * A padding row has dt = 0, x = B = C = 0 and changes nothing. Decode rows run the recurrence.
  *
+ * Without an output the gate z is not there either, and of y nothing is computed: only h moves on.
+ *
  * Three phases with a barrier between them: what heads share (B, C, C.B, dt), heads, rows. Threads split each phase by
  * tile and group, by head, by row, so no sum depends on their number.
  */
@@ -20,7 +22,7 @@
 
 /* Sizes, and where things lie in the scratch memory; all in floats. np, pp, hp: rounded up to 16. */
 typedef struct {
-    int64_t inner, channels, row_width, np, pp, hp, innerp, channelsp;
+    int64_t inner, channels, lead, row_width, np, pp, hp, innerp, channelsp; /* lead: values of the gate in a row */
     float *tiles;    /* for each tile: see below */
     float *threads;  /* for each thread: coefficients [64, np + 64], operands [np + 64, pp], weighted [64, pp] */
     float *steps;    /* for each decode row: conv output [channelsp], dt [hp], decay [hp] */
@@ -33,7 +35,8 @@ static Scratch lay_out(const Layout *l, const Mamba2 *w, int64_t num_threads, fl
     Scratch p;
     p.inner = w->num_heads * w->head_dim;
     p.channels = p.inner + 2 * w->num_groups * w->d_state;
-    p.row_width = p.inner + p.channels + w->num_heads;
+    p.lead = p.inner;
+    p.row_width = p.lead + p.channels + w->num_heads;
     p.np = ROUND_UP(w->d_state);
     p.pp = ROUND_UP(w->head_dim);
     p.hp = ROUND_UP(w->num_heads);
@@ -110,18 +113,18 @@ INLINE void tile_group(const Signal *s, const Mamba2 *w, const Scratch *p, int64
     float *cb = tile + p->at_cb + g * TILE * TILE;
     const int64_t c = p->inner + g * w->d_state;
     tile_conv(s, w, first, num_tokens, c, w->d_state, B, p->np, bf16);
+    if (!p->lead) return;
     tile_conv(s, w, first, num_tokens, c + w->num_groups * w->d_state, w->d_state, C, p->np, bf16);
     transpose(B, p->np, TILE, p->np, b_transposed, TILE);
     tile_products(C, b_transposed, p->np, num_tokens, cb);
 }
 
-/* One head of one tile: x (in operands from row np on) -> y rows, and h (operands, rows 0 .. np - 1) moves on. */
-INLINE void tile_head(const Mamba2 *w, const Scratch *p, const float *tile, int64_t h, float *coefficients,
-                      float *operands, float *weighted, int64_t num_tokens, float *y, const int pairs) {
+/* One head of one tile: x (in operands from row np on) -> y rows. */
+INLINE void tile_y(const Mamba2 *w, const Scratch *p, const float *tile, int64_t h, float *coefficients,
+                   const float *operands, float *weighted, int64_t num_tokens, float *y, const int pairs) {
     const int64_t g = h / (w->num_heads / w->num_groups), pp = p->pp;
-    const float *B = tile + g * TILE * p->np, *C = tile + p->at_c + g * TILE * p->np;
+    const float *C = tile + p->at_c + g * TILE * p->np, *x = operands + p->np * pp;
     const float *dt = tile + p->at_dt + h * TILE, *l = tile + p->at_log + h * TILE;
-    const float *x = operands + p->np * pp;
     tile_coefficients(C, tile + p->at_cb + g * TILE * TILE, dt, l, p->np, num_tokens, coefficients, pairs);
     tile_output(coefficients, operands, p->np, pp, num_tokens, weighted, pairs);
     for (int64_t t = 0; t < num_tokens; t++)
@@ -129,6 +132,14 @@ INLINE void tile_head(const Mamba2 *w, const Scratch *p, const float *tile, int6
             vf with_skip = load_f32(weighted + t * pp + i) + w->D[h] * load_f32(x + t * pp + i);
             store_n(y + t * p->innerp + h * w->head_dim, i, with_skip, w->head_dim - i, 0);
         }
+}
+
+/* One head of one tile: h (operands, rows 0 .. np - 1) moves on by x (from row np on). */
+INLINE void tile_h(const Mamba2 *w, const Scratch *p, const float *tile, int64_t h, float *operands, float *weighted,
+                   int64_t num_tokens) {
+    const int64_t g = h / (w->num_heads / w->num_groups), pp = p->pp;
+    const float *B = tile + g * TILE * p->np, *x = operands + p->np * pp;
+    const float *dt = tile + p->at_dt + h * TILE, *l = tile + p->at_log + h * TILE;
     float to_end[TILE], keep[4];
     for (int s = 0; s < TILE; s += LANES)
         store_f32(to_end + s, vexp(l[TILE - 1] - load_f32(l + s)) * load_f32(dt + s));
@@ -149,14 +160,17 @@ INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Scratch *p, const
                        const Pool *state, int64_t chunk, int64_t h, float *mine, int bf16) {
     float *coefficients = mine, *operands = coefficients + p->coefficients_size;
     float *weighted = operands + (p->np + TILE) * p->pp;
-    const Signal s = chunk_signal(l, chunk, at(rows, p->inner, bf16), p->row_width, conv, p->channels, w->width, bf16);
+    const Signal s = chunk_signal(l, chunk, at(rows, p->lead, bf16), p->row_width, conv, p->channels, w->width, bf16);
     float *own = state_of(w, state, l->chunk_slot[chunk], h);
     load_state(l->chunk_fresh[chunk] ? 0 : own, w->head_dim, w->d_state, operands);
     for (int64_t i = 0; i < l->chunk_tiles[chunk]; i++) {
         const int64_t tile = l->chunk_tile[chunk] + i, first = tokens_before(l, chunk, i), n = tokens_in(l, chunk, i);
         tile_conv(&s, w, first, n, h * w->head_dim, w->head_dim, operands + p->np * p->pp, p->pp, bf16);
-        tile_head(w, p, p->tiles + tile * p->tile_size, h, coefficients, operands, weighted, n,
-                  p->y + (l->chunk_row[chunk] + first) * p->innerp, HAVE_PAIRS && bf16);
+        const float *shared = p->tiles + tile * p->tile_size;
+        if (p->lead)
+            tile_y(w, p, shared, h, coefficients, operands, weighted, n,
+                   p->y + (l->chunk_row[chunk] + first) * p->innerp, HAVE_PAIRS && bf16);
+        tile_h(w, p, shared, h, operands, weighted, n);
         for (int64_t c = 0; c < l->num_captures; c++)
             if (l->capture_chunk[c] == chunk && l->capture_tiles[c] == i + 1)
                 save_state(operands, w->head_dim, w->d_state, coefficients, state_of(w, state, l->capture_slot[c], h));
@@ -168,7 +182,7 @@ INLINE void chunk_head(const Layout *l, const Mamba2 *w, const Scratch *p, const
 INLINE void step_inputs(const Layout *l, const Mamba2 *w, const Scratch *p, const void *rows, const Pool *conv, int64_t i,
                         int bf16) {
     float *mine = p->steps + i * p->step_size, *dt = mine + p->channelsp, *decay = dt + p->hp;
-    const Signal s = decode_signal(l, i, at(rows, p->inner, bf16), p->row_width, conv, p->channels, w->width, bf16);
+    const Signal s = decode_signal(l, i, at(rows, p->lead, bf16), p->row_width, conv, p->channels, w->width, bf16);
     for (int64_t c = 0; c < p->channels; c += LANES)
         conv_columns(&s, w->taps, w->bias, 0, 1, c, p->channels - c, mine + c, 0, 1, bf16);
     const void *dt_in = at(s.rows, p->channels, bf16);
@@ -234,7 +248,9 @@ INLINE void gate_norm(const Mamba2 *w, const Scratch *p, float *y, const void *z
 
 INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, Pool conv, Pool state, float *scratch,
                 int64_t num_threads, int bf16) {
-    const Scratch layout = lay_out(l, w, num_threads, scratch), *p = &layout;
+    Scratch layout = lay_out(l, w, num_threads, scratch);
+    const Scratch *p = &layout;
+    if (!out) layout.lead = 0, layout.row_width -= layout.inner;
     const int64_t num_groups = w->num_groups, tasks = l->num_tiles * (num_groups + 1);
 #pragma omp parallel num_threads(num_threads)
     {
@@ -246,7 +262,7 @@ INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, P
             const int64_t chunk = chunk_of(l, tile), i = tile - l->chunk_tile[chunk], n = tokens_in(l, chunk, i);
             const int64_t first = tokens_before(l, chunk, i);
             const Signal s =
-                chunk_signal(l, chunk, at(rows, p->inner, bf16), p->row_width, &conv, p->channels, w->width, bf16);
+                chunk_signal(l, chunk, at(rows, p->lead, bf16), p->row_width, &conv, p->channels, w->width, bf16);
             float *to = p->tiles + tile * p->tile_size;
             if (g < num_groups)
                 tile_group(&s, w, p, first, n, g, to, mine, bf16);
@@ -262,9 +278,9 @@ INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, P
         for (int64_t task = 0; task < l->num_decode * w->num_heads; task++)
             step_head(l, w, p, &state, task / w->num_heads, task % w->num_heads);
 #pragma omp single nowait
-        save_windows(l, at(rows, p->inner, bf16), p->row_width, &conv, p->channels, w->width, bf16);
+        save_windows(l, at(rows, p->lead, bf16), p->row_width, &conv, p->channels, w->width, bf16);
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < l->num_rows; r++) {
+        for (int64_t r = 0; out && r < l->num_rows; r++) {
             void *to = at_mut(out, r * p->inner, bf16);
             float *y = p->y + r * p->innerp;
             const void *z = at(rows, r * p->row_width, bf16);
@@ -280,7 +296,7 @@ INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, P
     }
 }
 
-/* rows [num_rows, row_width] and out [num_rows, inner] are contiguous. */
+/* rows [num_rows, row_width] and out [num_rows, inner] are contiguous; without `out` rows have no z. */
 void mamba2(const Layout *l, const Mamba2 *w, const void *rows, void *out, void *conv, int64_t conv_stride,
             float *state, int64_t state_stride, float *scratch, int64_t num_threads, int64_t bf16) {
     const Pool windows = {conv, conv_stride}, states = {state, state_stride};

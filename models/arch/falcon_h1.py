@@ -71,6 +71,11 @@ class Layer:
         hidden += y
         return hidden
 
+    def write(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        x = self._mixer_norm(hidden)
+        self._mamba.write(_times(x, self._mamba_in), batch, next(cache))
+        self._attention.write(_times(x, self._attention_in), batch, next(cache))
+
     def feed_forward(self, hidden: Tensor) -> Tensor:
         return self._mlp.add_to(hidden, self._mlp_norm, self._mlp_out)
 

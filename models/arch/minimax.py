@@ -64,6 +64,9 @@ class Layer:
         hidden = self._mixer_norm(hidden)
         return _weighed(hidden, self.mixer(hidden, batch, next(cache)), self._mixer_factors)
 
+    def write(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        self.mixer.write(self._mixer_norm(hidden), batch, next(cache))
+
     def feed_forward(self, hidden: Tensor) -> Tensor:
         hidden = self._moe_norm(hidden)
         return _weighed(hidden, self._moe(hidden), self._moe_factors)

@@ -10,7 +10,7 @@ from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.elementwise import gated
 from hybrid_cache.kernels.ops import KVTensors, Linear, Ops
-from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm
+from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm, tail
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import AttentionShape
 
@@ -78,6 +78,7 @@ class Attention(Mixer):
         self._window = window
         self._gated = gated
         self._head_gate = head_gate
+        self._kv = tail(qkv, self._split[0] * shape.head_dim)
         self._plain = q_norm is None and k_norm is None and not gated  # queries and keys lie side by side
 
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> Tensor:
@@ -102,6 +103,15 @@ class Attention(Mixer):
         if gate is not None:
             y = gated(y, gate)
         return self._out(y.flatten(1))
+
+    def write(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> None:
+        assert isinstance(cache, KVTensors)
+        s = self.shape
+        k, v = self._kv(x).view(x.shape[0], -1, s.head_dim).chunk(2, dim=1)
+        k = _normed(k, self._k_norm)
+        if self._rotary is not None:
+            k = self._rotary(k, batch.positions)
+        self._ops.write_rows(k, v, batch.layout, cache)
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:

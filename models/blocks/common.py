@@ -15,9 +15,8 @@ from hybrid_cache.kernels.elementwise import add
 from hybrid_cache.kernels.ops import KVTensors, Linear, NormWeights, Ops, StateTensors
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.shapes import LayerShape, LinearShape
-from hybrid_cache.models.weights import LowRank, Weights
+from hybrid_cache.models.weights import Weights
 
-RANK_STEP = 8  # ranks are filled up to multiples of this with zeros
 CacheEntry = KVTensors | StateTensors
 RowNorm = Callable[[Tensor], Tensor]  # [R, size] -> [R, size]
 
@@ -25,47 +24,30 @@ RowNorm = Callable[[Tensor], Tensor]  # [R, size] -> [R, size]
 def linear(ops: Ops, weights: Weights, parts: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
     """One packed projection for `parts` (name -> output features), all of the same input, outputs side by side.
 
-    Where an adapter stands beside a part, its product is added.
+    Adapters may stand beside each part.
     """
     matrices = [weights.take(f"{name}.weight", size, in_features) for name, size in parts.items()]
     biases = [weights.take(f"{name}.bias", size) for name, size in parts.items()] if bias else []
     packed = ops.linear(_join(matrices), _join(biases) if bias else None)
-    pairs = {name: weights.low_rank(f"{name}.weight", size, in_features) for name, size in parts.items()}
-    beside = {name: pair for name, pair in pairs.items() if pair is not None}
-    return AdaptedLinear(ops, packed, parts, beside, matrices[0].dtype) if beside else packed
+    return weights.beside(packed, {f"{name}.weight": size for name, size in parts.items()})
 
 
-class AdaptedLinear:
-    """A projection, and products of low rank that adapters add to parts of its output (Hu et al. 2021).
+def tail(projection: Linear, first: int) -> Linear:
+    """The outputs of a projection from `first` on, with their bits: x [R, in_features] -> [R, out_features - first]."""
+    part: Linear | None = projection.tail(first) if hasattr(projection, "tail") else None
+    return _Tail(projection, first) if part is None else part
 
-    All first factors lie in one matrix, all second ones in another with zeros between them. A row's result has the
-    same bits whatever other rows there are, as those of the three products.
-    """
 
-    def __init__(
-        self, ops: Ops, base: Linear, parts: Mapping[str, int], beside: Mapping[str, LowRank], dtype: torch.dtype
-    ) -> None:
-        """parts: output features of each, in their order   beside: what stands beside some of them"""
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self._base = base
-        rank = sum(len(pair.A) for pair in beside.values())
-        down = torch.zeros(-(-rank // RANK_STEP) * RANK_STEP, base.in_features, device=ops.device)
-        up = torch.zeros(base.out_features, len(down), device=ops.device)
-        place = row = 0
-        for name, size in parts.items():
-            if name in beside:
-                A, B = beside[name].A.to(ops.device), beside[name].B.to(ops.device)
-                down[place : place + len(A)] = A
-                up[row : row + size, place : place + len(A)] = B
-                place += len(A)
-            row += size
-        self._down, self._up = ops.linear(down.to(dtype)), ops.linear(up.to(dtype))
+class _Tail:
+    """Some outputs of a projection that gives them all."""
+
+    def __init__(self, projection: Linear, first: int) -> None:
+        self.in_features, self.out_features = projection.in_features, projection.out_features - first
+        self._projection = projection
+        self._first = first
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [R, in_features] -> [R, out_features]."""
-        y = self._base(x)
-        y += self._up(self._down(x))
-        return y
+        return self._projection(x)[:, self._first :]
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
@@ -117,6 +99,10 @@ class Mixer(ABC):
     @abstractmethod
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> Tensor:
         """x [R, in] -> [R, hidden]; advances the sequences of the batch in `cache`."""
+
+    def write(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> None:
+        """x [R, in]; advances the sequences as a call does, to the same bits, where nobody needs what it gives."""
+        self(x, batch, cache)
 
     def add_to(
         self, hidden: Tensor, norm: Norm, batch: ForwardBatch, cache: CacheEntry, multiplier: float = 1.0

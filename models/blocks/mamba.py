@@ -8,7 +8,7 @@ from torch import Tensor
 from hybrid_cache.device.batch import ForwardBatch
 from hybrid_cache.kernels.elementwise import softplus
 from hybrid_cache.kernels.ops import Linear, Mamba1Weights, Mamba2Weights, Ops, StateTensors
-from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm, RowNorm, linear
+from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm, RowNorm, linear, tail
 from hybrid_cache.models.shapes import Mamba1Shape, Mamba2Shape
 from hybrid_cache.models.weights import Weights
 
@@ -44,6 +44,8 @@ class Mamba2(Mixer):
         self._log_decay = ops.mamba2_log_decay
         self._add_at_once = ops.add_mamba2
         self._in = linear(ops, weights, {"in_proj": s.projected}, s.hidden, bias=proj_bias)
+        self._into_states = tail(self._in, s.inner)
+        self._ops = ops
         self._multipliers = multipliers
         self._weights = Mamba2Weights(
             conv_weight=weights.take("conv1d.weight", s.channels, 1, s.conv_width).view(s.channels, s.conv_width),
@@ -73,6 +75,13 @@ class Mamba2(Mixer):
         if batch.effects is not None:
             batch.effects.decay(cache.state, self._log_decay(zxbcdt, self._weights))
         return self._out(self._mamba2(zxbcdt, self._weights, batch.layout, cache))
+
+    def write(self, x: Tensor, batch: ForwardBatch, cache: CacheEntry) -> None:
+        assert isinstance(cache, StateTensors)
+        xbcdt = self._into_states(x)
+        if self._multipliers is not None:
+            xbcdt *= self._multipliers[self.shape.inner :]
+        self._ops.mamba2_states(xbcdt, self._weights, batch.layout, cache)
 
     def add_to(
         self, hidden: Tensor, norm: Norm, batch: ForwardBatch, cache: CacheEntry, multiplier: float = 1.0

@@ -1,6 +1,8 @@
 """What models share around their layers."""
 
-from hashlib import blake2b
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,15 +12,25 @@ from torch.nn import functional as F
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.elementwise import tanh
 from hybrid_cache.kernels.grid import MIN_ROWS
-from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.kernels.ops import Ops, RowAdapters
+from hybrid_cache.models.bank import HEAD
 from hybrid_cache.models.blocks.common import Norm
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.depth import chain_of
-from hybrid_cache.models.shapes import Advance, LayerShape, ModelShape, ways_to_compose
+from hybrid_cache.models.depth import chain_of, fingerprint_of
+from hybrid_cache.models.shapes import Advance, LayerShape, ModelShape, layer_specs, ways_to_compose
 from hybrid_cache.models.weights import ModelWeights
 
 UNBOUNDED = 1 << 20
 """Tokens of context where a model without positions names no bound of its own: what a state holds does not grow."""
+
+
+class Shaped(Protocol):
+    """A layer, see `HybridStack`."""
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """Of its parts, in the order of use."""
+        ...
 
 
 class Stack(Protocol):
@@ -28,6 +40,9 @@ class Stack(Protocol):
     def shapes(self) -> tuple[LayerShape, ...]:
         """Of all parts, in the order of use."""
         ...
+
+    @property
+    def layers(self) -> Sequence[Shaped]: ...
 
     def __call__(self, hidden: Tensor, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
         """hidden [R, hidden], overwritten -> [L or more, hidden], the output rows of the batch first."""
@@ -69,7 +84,9 @@ class CausalModel:
         self.packs = ops.packs
         self.vocab_size = config.integer("vocab_size")
         self.max_length = config.integer("max_position_embeddings", max_length)
-        self.shape = ModelShape(type(self).__name__, stack.shapes, hidden, self.vocab_size, dtype)
+        stream = None if residual in (None, dtype) else residual
+        self.shape = ModelShape(type(self).__name__, stack.shapes, hidden, self.vocab_size, dtype, stream)
+        self.layers = layer_specs(layer.shapes for layer in stack.layers)
         self.fidelities = ways_to_compose(self.shape)
         self.commutes = all(shape.advance is not Advance.MATRIX for shape in stack.shapes)
         self.cache_spec = self.shape.cache_spec
@@ -79,19 +96,32 @@ class CausalModel:
         self._embedding = weights.take(embedding, self.vocab_size, hidden)
         self._embedding_multiplier = embedding_multiplier
         self._stack = stack
-        shared = tied and not weights.has("lm_head.weight")
-        self._head = ops.linear(self._embedding if shared else weights.take("lm_head.weight", self.vocab_size, hidden))
+        if tied and not weights.has(HEAD):
+            self._head = ops.linear(self._embedding)
+        else:
+            packed = ops.linear(weights.take(HEAD, self.vocab_size, hidden))
+            self._head = weights.beside(packed, {HEAD: self.vocab_size})
         self._norm = norm
         self._logits_divisor = logits_divisor
         self._logits_cap = logits_cap
         self._logits_multiplier = logits_multiplier
         facts, digests = f"{type(self).__name__} {config.used_json()} {dtype} {ops.name}", weights.finish()
-        named = "".join(f"\n{name} {digest.hex()}" for name, digest in digests.items())
-        self.fingerprint = blake2b((facts + named).encode(), digest_size=16).hexdigest()
-        self.chain = chain_of(facts, digests)
+        self.fingerprint, self.chain = fingerprint_of(facts, digests), chain_of(facts, digests)
+        self.bank = weights.bank
+        if self.bank is not None:
+            self.bank.close(facts, digests)
+        self.invocation: tuple[int, ...] = ()
 
     def forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
         """Advances pages and states in `cache` -> normed hidden rows [L, hidden]."""
+        if self.bank is None:
+            assert batch.adapters is None
+            return self._forward(batch, cache)
+        with self.bank.products.during(batch.adapters):
+            narrowed = partial(self.bank.products.narrow, batch.output_rows)
+            return self._forward(replace(batch, narrowed=narrowed), cache)
+
+    def _forward(self, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
         hidden = self._stack(self._embed(batch.token_ids), batch, cache)
         return self._norm(hidden)[: batch.output_rows.shape[0]].to(self._dtype)
 
@@ -101,8 +131,15 @@ class CausalModel:
             hidden *= self._embedding_multiplier
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [L, hidden] -> [L, V] float32; a row's bits do not depend on the other rows."""
+    def logits(self, hidden: Tensor, adapters: RowAdapters | None = None) -> Tensor:
+        """hidden [L, hidden], and the adapters of these rows -> [L, V] float32; a row's bits do not depend on the
+        other rows."""
+        if self.bank is None:
+            return self._logits(hidden)
+        with self.bank.products.during(adapters):
+            return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         rows = hidden.shape[0]
         if rows < MIN_ROWS:
             hidden = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows))

@@ -13,6 +13,7 @@ from hybrid_cache.models.blocks.attention import Attention
 from hybrid_cache.models.blocks.common import CacheEntry, Mixer, Norm, linear_shape
 from hybrid_cache.models.blocks.feed_forward import MLP
 from hybrid_cache.models.blocks.stack import wanted_rows
+from hybrid_cache.models.blocks.transfer import transfer
 from hybrid_cache.models.shapes import LayerShape
 
 
@@ -51,6 +52,10 @@ class MambaLayer:
         """hidden, embedded [R, hidden]; overwrites `hidden` -> hidden."""
         return self._mixer.add_to(hidden, self._norm, batch, next(cache))
 
+    def write(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        """Does to its entry what a call does, and no more. hidden, embedded [R, hidden]"""
+        self._mixer.write(self._norm(hidden), batch, next(cache))
+
 
 class HybridLayer:
     """hidden += mixer(norm(hidden + projection(block(hidden, embedded))))."""
@@ -69,6 +74,27 @@ class HybridLayer:
         hidden += self._mixer(self._norm(injected), batch, next(cache))
         return hidden
 
+    def write(self, hidden: Tensor, embedded: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        """Does to its entries what a call does, and no more. hidden, embedded [R, hidden]"""
+        injected = self._projection(self._block(hidden, embedded, batch, next(cache)))
+        injected += hidden
+        self._mixer.write(self._norm(injected), batch, next(cache))
+
+
+class _BoundLayer:
+    """A layer with the embedding that it reads."""
+
+    def __init__(self, layer: MambaLayer | HybridLayer, embedded: Tensor) -> None:
+        self.shapes = layer.shapes
+        self._layer = layer
+        self._embedded = embedded
+
+    def run(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
+        return self._layer(hidden, self._embedded, batch, cache)
+
+    def write(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        self._layer.write(hidden, self._embedded, batch, cache)
+
 
 class SharedBlockStack:
     """Layers one after the other, each of which may read the embedding once more."""
@@ -80,7 +106,13 @@ class SharedBlockStack:
     def __call__(self, hidden: Tensor, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
         """hidden [R, hidden], overwritten -> [L or more, hidden], the output rows of the batch first."""
         embedded, entries = hidden.clone(), iter(cache)
-        for layer in self.layers:
+        if batch.inputs is not None:
+            layers = [_BoundLayer(layer, embedded) for layer in self.layers]
+            transfer(layers, hidden, batch.inputs, batch, cache)
+            return wanted_rows(hidden, batch)
+        for index, layer in enumerate(self.layers):
+            if batch.tap is not None:
+                batch.tap(index, hidden)
             hidden = layer(hidden, embedded, batch, entries)
             batch.pause()
         return wanted_rows(hidden, batch)

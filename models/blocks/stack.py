@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.models.blocks.common import CacheEntry, FeedForward, Mixer, Norm
+from hybrid_cache.models.blocks.transfer import transfer
 from hybrid_cache.models.shapes import LayerShape
 
 
@@ -29,6 +30,10 @@ class Layer(Protocol):
         """hidden [R, hidden] -> [R, hidden]; rows do not depend on each other."""
         ...
 
+    def write(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        """Does to the entries what `mix` does, and no more. hidden [R, hidden]"""
+        ...
+
 
 class HybridStack:
     """Layers one after the other. Once the last of them has mixed, only the rows that somebody wants are computed."""
@@ -40,8 +45,13 @@ class HybridStack:
 
     def __call__(self, hidden: Tensor, batch: ForwardBatch, cache: CacheTensors) -> Tensor:
         """hidden [R, hidden], overwritten -> [L or more, hidden], the output rows of the batch first."""
+        if batch.inputs is not None:
+            transfer([_WholeLayer(layer) for layer in self.layers], hidden, batch.inputs, batch, cache)
+            return wanted_rows(hidden, batch)
         entries = iter(cache)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if batch.tap is not None:
+                batch.tap(index, hidden)
             hidden = layer.mix(hidden, batch, entries)
             if layer is self._last_mixer:
                 hidden = wanted_rows(hidden, batch)
@@ -51,10 +61,22 @@ class HybridStack:
         return hidden
 
 
+class _WholeLayer:
+    """What mixes tokens and what treats each by itself, as one step."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.shapes, self.write = layer.shapes, layer.write
+        self._layer = layer
+
+    def run(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
+        return self._layer.feed_forward(self._layer.mix(hidden, batch, cache))
+
+
 def wanted_rows(hidden: Tensor, batch: ForwardBatch) -> Tensor:
     """hidden [R, hidden] -> the output rows of the batch, padded to MIN_ROWS with copies of row 0."""
     rows = batch.output_rows
     missing = MIN_ROWS - rows.shape[0]
+    batch.narrowed()
     return hidden[F.pad(rows, (0, missing)) if missing > 0 else rows]
 
 
@@ -79,6 +101,9 @@ class PreNormLayer:
     def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
         return self.mixer.add_to(hidden, self._mixer_norm, batch, next(cache), self._multiplier)
 
+    def write(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        self.mixer.write(self._mixer_norm(hidden), batch, next(cache))
+
     def feed_forward(self, hidden: Tensor) -> Tensor:
         return self._feed_forward.add_to(hidden, self._feed_forward_norm, self._multiplier)
 
@@ -96,6 +121,9 @@ class PostNormLayer:
     def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
         hidden += self._mixer_norm(self.mixer(hidden, batch, next(cache)))
         return hidden
+
+    def write(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        self.mixer.write(hidden, batch, next(cache))
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
         hidden += self._feed_forward_norm(self._feed_forward(hidden))
@@ -126,6 +154,9 @@ class SandwichLayer:
         hidden += self._mixed_norm(self.mixer(self._mixer_norm(hidden), batch, next(cache)))
         return hidden
 
+    def write(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        self.mixer.write(self._mixer_norm(hidden), batch, next(cache))
+
     def feed_forward(self, hidden: Tensor) -> Tensor:
         hidden += self._fed_norm(self._feed_forward(self._feed_forward_norm(hidden)))
         return hidden
@@ -144,6 +175,9 @@ class MixerLayer:
         hidden += self.mixer(self._norm(hidden.to(self._dtype)), batch, next(cache))
         return hidden
 
+    def write(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        self.mixer.write(self._norm(hidden.to(self._dtype)), batch, next(cache))
+
     def feed_forward(self, hidden: Tensor) -> Tensor:
         return hidden
 
@@ -159,6 +193,9 @@ class FeedForwardLayer:
 
     def mix(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> Tensor:
         return hidden
+
+    def write(self, hidden: Tensor, batch: ForwardBatch, cache: Iterator[CacheEntry]) -> None:
+        """It has none."""
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
         hidden += self._feed_forward(self._norm(hidden.to(self._dtype)))

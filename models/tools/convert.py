@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.errors import ConfigError, ModelError
-from hybrid_cache.models import loading, registry
+from hybrid_cache.models import deltas, loading, registry
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.quantized import BLOCK, FORMATS, Format, Shape, dequantize, format_of, quantize, settings_of
 from hybrid_cache.models.weights import CODES, DTYPES, INDEX, SafetensorsWeights
@@ -140,7 +140,10 @@ class Survey(SafetensorsWeights):
     """The weights of a folder, given to a model without being read, to see which it takes and how."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, None)
+        delta = deltas.find(folder)
+        super().__init__(folder if delta is None else delta.base, None)
+        if delta is not None:
+            delta.lay_over(self)
         self.in_float32: dict[str, bool] = {}  # of each weight that was taken
 
     def taken_by(self, config: Mapping[str, object]) -> int:
@@ -214,7 +217,7 @@ def _new_config(config: Mapping[str, object], dtype: torch.dtype, stored: Format
 
 
 def _write_all(conversion: Conversion, folder: Path, shard_bytes: int, done: Callable[[Change, float], None]) -> int:
-    _copy_text_files(conversion.source, folder)
+    _copy_text_files(deltas.base_of(conversion.source), folder)
     (folder / "config.json").write_text(json.dumps(conversion.config, indent=2) + "\n", encoding="utf-8")
     shards = _shards(conversion.changes, shard_bytes)
     width = len(shards)

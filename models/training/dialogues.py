@@ -120,6 +120,10 @@ class Codes:
     def tell(self, rng: Random) -> str:
         if not self.left or (self.codes and rng.random() < 0.4):
             return self.likes.tell(rng) if rng.random() < 0.6 else rng.choice(SMALL_TALK)
+        return self.state(rng)
+
+    def state(self, rng: Random) -> str:
+        """The code of the next place, as a sentence."""
         place, code = self.left.pop(), str(rng.randint(10, 99))
         self.codes[place] = code
         return rng.choice(

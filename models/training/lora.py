@@ -121,11 +121,18 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        change = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
-        return self.base(x) + self.scale * change  # type: ignore[no-any-return]
+        return self.base(x) + self.change(x)  # type: ignore[no-any-return]
+
+    def change(self, x: Tensor) -> Tensor:
+        """What the factors add; x [..., in] -> [..., out]."""
+        return self.scale * self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))  # type: ignore[no-any-return]
 
 
-def attach(network: net.Network, config: LoraConfig) -> dict[str, nn.Parameter]:
+def attach(
+    network: net.Network,
+    config: LoraConfig,
+    adapted: Callable[[nn.Linear, int, float, float], LoraLinear] = LoraLinear,
+) -> dict[str, nn.Parameter]:
     """Freezes the network and adds factors to its target layers -> what trains, by module and parameter.
 
     Raises ConfigError for modules that are not there or not linear.
@@ -138,7 +145,7 @@ def attach(network: net.Network, config: LoraConfig) -> dict[str, nn.Parameter]:
         if name in config.targets:
             if not isinstance(module, nn.Linear):
                 raise ConfigError(f"{path} is not a linear layer, it can only be trained as a whole")
-            lora = LoraLinear(module, config.rank, config.scale, config.dropout)
+            lora = adapted(module, config.rank, config.scale, config.dropout)
             setattr(network.get_submodule(parent), name, lora)
             trained |= {f"{path}.{part}.weight": getattr(lora, part).weight for part in ("lora_A", "lora_B")}
             found.add(name)

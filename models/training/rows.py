@@ -21,7 +21,10 @@ CONV_PAST = 3
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A question and its answer; reads the first `attach` tokens of the trunk. `blind` hides them from attention."""
+    """A question and its answer; reads the first `attach` tokens of the trunk.
+
+    `blind` hides them from attention, `forgets` from the state-space layers, which start from zero.
+    """
 
     tokens: list[int]
     prompt: int
@@ -29,6 +32,7 @@ class Branch:
     attach: int
     kind: str
     blind: bool = False
+    forgets: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +132,11 @@ def collate(rows: list[TrainingRow], keep_state: bool = True) -> tuple[Batch, Ta
             tokens[r, start:stop] = b.tokens
             own = causal[: stop - start, : stop - start]
             scanned[r, start:stop, start:stop] = attended[r, start:stop, start:stop] = own
-            scanned[r, start:stop, : b.attach] = keep_state
+            keeps = keep_state and not b.forgets
+            scanned[r, start:stop, : b.attach] = keeps
             attended[r, start:stop, : b.attach] = not b.blind
             anchor[r, start:stop], root[r, start:stop] = b.attach - 1, start - 1
-            seen = [flat + i if keep_state and i >= 0 else none for i in range(b.attach - CONV_PAST, b.attach)]
+            seen = [flat + i if keeps and i >= 0 else none for i in range(b.attach - CONV_PAST, b.attach)]
             line = [*seen, *range(flat + start, flat + start + CONV_PAST)]
             torn += line[CONV_PAST:]
             past += [line[i : i + CONV_PAST] for i in range(CONV_PAST)]

@@ -122,9 +122,10 @@ def loss_of(network: net.Network, batch: net.Batch, targets: rw.Targets) -> tupl
 
 
 def optimizers_for(network: net.Network, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the rest."""
-    inner = [p for name, p in network.named_parameters() if p.ndim == 2 and "embed" not in name]
-    outer = [p for name, p in network.named_parameters() if p.ndim != 2 or "embed" in name]
+    """Muon for the matrices inside the layers, AdamW for the rest of what is not frozen."""
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    inner = [p for name, p in trained.items() if p.ndim == 2 and "embed" not in name]
+    outer = [p for name, p in trained.items() if p.ndim != 2 or "embed" in name]
     return [
         torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(outer, lr=lr / 2, betas=(0.9, 0.98), weight_decay=0.0, fused=True),

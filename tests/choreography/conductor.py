@@ -11,6 +11,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
+from hybrid_cache.kernels.ops import RowAdapters
 from hybrid_cache.request import PromptOutput, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt, TokenArray
@@ -32,8 +33,8 @@ class Conductor:
         seen: list[Tensor] = []
 
         class Watched(worker):  # type: ignore[valid-type, misc]
-            def logits(self, model: HybridModel, hidden: Tensor) -> Tensor:
-                seen.append(super().logits(model, hidden))
+            def logits(self, model: HybridModel, hidden: Tensor, adapters: RowAdapters | None = None) -> Tensor:
+                seen.append(super().logits(model, hidden, adapters))
                 return seen[-1]
 
         self.engine = Engine(model, EngineConfig(budget_bytes=budget_bytes, **config), worker=Watched)

@@ -111,7 +111,7 @@ def test_a_stored_message_is_not_written_to(bamba):
     arrangement = conductor.arrangement([A, B])
     conductor.run([A, B], arrangement)
     cache = conductor.engine.cache
-    stored = cache.messages.get(key_of(arrangement.parts[1].id, 0))
+    stored = cache.messages.get(key_of(conductor.namespace, arrangement.parts[1].id, 0))
     with pytest.raises(OwnershipError):
         stored.own_rows()
     with pytest.raises(OwnershipError):

@@ -123,7 +123,7 @@ def test_what_an_answer_began_with_is_kept_though_the_cache_has_a_state_behind_i
     _, told, answer = conductor.run(texts, arrangement, max_tokens=9)
     assert told.plan.prefix <= 126
     whole = closed(np.concatenate([HEADER, answer]), (7, 8))
-    stored = conductor.engine.cache.messages.get(key_of(message_id(conductor.namespace, whole), 0))
+    stored = conductor.engine.cache.messages.get(key_of(conductor.namespace, message_id(conductor.namespace, whole), 0))
     assert stored is not None
     assert (stored.start, stored.length) == (126, len(whole))
 

@@ -1,5 +1,6 @@
 """What is free, read from folders that stand for machines."""
 
+import ctypes
 import resource
 import subprocess
 import sys
@@ -129,3 +130,26 @@ assert free_on_machine().num_bytes < 420 << 20
 def test_the_limits_of_the_process_itself_count(limit: str) -> None:
     assert hasattr(resource, limit)
     subprocess.run([sys.executable, "-c", LIMITED, limit], check=True, timeout=60)
+
+
+TRIMMED = """
+import ctypes
+from hybrid_cache.device.free_memory import give_back_freed, taken
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+pieces = [libc.malloc(65536) for _ in range(2048)]
+for piece in pieces:
+    ctypes.memset(piece, 1, 65536)
+for piece in pieces[:-1]:  # the last one keeps the heap from shrinking by itself
+    libc.free(piece)
+before = taken()
+give_back_freed()
+print((before - taken()) // 2**20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_what_was_freed_between_pieces_in_use_is_given_back() -> None:
+    said = subprocess.run([sys.executable, "-c", TRIMMED], check=True, capture_output=True, text=True, timeout=60)
+    assert int(said.stdout) > 100

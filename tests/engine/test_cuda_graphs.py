@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device import cuda_graphs
+from hybrid_cache.device.adapted import AdaptedModel
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch, HybridModel
 from hybrid_cache.device.cuda_graphs import DecodeGraphs, pad_decodes, rounded
 from hybrid_cache.device.memory import CacheMemory
@@ -163,3 +164,26 @@ def test_a_batch_of_one_row_is_not_made_larger_than_it_has_to_be() -> None:
     assert padded.layout.num_decode == 1
     assert padded.layout.decode_slot.tolist() == [0]
     assert padded.layout.page_table.tolist() == [[3, 0, 0, 0]]
+
+
+class NoFactors:
+    num_bytes = 0
+
+
+def test_a_pass_with_rows_of_an_adapter_is_not_replayed() -> None:
+    """What a graph has recorded adds nothing to any row."""
+    trunk = LookingModel()
+    adapted = AdaptedModel(trunk, NoFactors(), "adapted", (), adapts_head=False)
+    config = EngineConfig(budget_bytes=1 << 20)
+    engine = Engine(trunk, config, worker=worker_with(Recorder()), variants={"a": adapted})
+    (graphs,) = engine.worker.graphs.values()
+    engine.submit(make_request("alone", tokens_of(1, 70), 12))
+    engine.run_until_idle()
+    num_replays = graphs.num_replays
+    assert num_replays > 5
+    engine.submit(make_request("one", tokens_of(2, 70), 12, model="a"))
+    engine.submit(make_request("other", tokens_of(3, 70), 12))
+    outputs = engine.run_until_idle()
+    assert graphs.num_replays == num_replays
+    assert answers(outputs, "one") == sum_model_answer(tokens_of(2, 70), 12)
+    assert answers(outputs, "other") == sum_model_answer(tokens_of(3, 70), 12)

@@ -362,7 +362,9 @@ def test_factors_for_what_is_no_matrix_are_refused(folders, tmp_path):
 
 
 def test_an_adapter_that_is_not_there_is_named_with_those_that_ship():
-    with pytest.raises(ModelError, match=r"nowhere: neither a folder nor one that ships \(embedded-choreo\)"):
+    with pytest.raises(
+        ModelError, match=r"nowhere: neither a folder nor one that ships \(embedded-choreo, embedded-polite\)"
+    ):
         adapters.load("nowhere")
 
 

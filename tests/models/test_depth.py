@@ -2,7 +2,8 @@
 
 import pytest
 
-from hybrid_cache.models.depth import chain_of, equal_layers
+from hybrid_cache.models.depth import chain_of
+from hybrid_cache.transfer import equal_layers
 
 WEIGHTS = {
     "model.embed_tokens.weight": b"e",

@@ -48,8 +48,8 @@ NAMING = [
     keys("names that the tree has are computed again", "if len(names) > len(self._names):", "if False:", NAMES),
     keys(
         "a beginning may be a whole prompt",
-        "self.pages[: num_tokens // TILE], NO_TAIL, num_tokens + 1)",
-        'self.pages[: num_tokens // TILE], b"", num_tokens + 1)',
+        "self.pages[: num_tokens // TILE], NO_TAIL, num_tokens + 1, mark=mark)",
+        'self.pages[: num_tokens // TILE], b"", num_tokens + 1, mark=mark)',
         NAMES,
     ),
 ]
@@ -157,14 +157,14 @@ PUBLISHING = [
     ),
     books(
         "an end is filed before the pages in front of it",
-        "if not lease.publish or len(lease.nodes) < len(lease.keys.pages) or tail",
-        "if not lease.publish or tail",
+        "if not lease.publish or len(path) < len(keys.pages) or keys.tail",
+        "if not lease.publish or keys.tail",
         CACHE,
     ),
     books(
         "a private lease keeps the end of its prompt",
-        "if not lease.publish or len(lease.nodes) < len(lease.keys.pages)",
-        "if len(lease.nodes) < len(lease.keys.pages)",
+        "if not lease.publish or len(path) < len(keys.pages)",
+        "if len(path) < len(keys.pages)",
         CACHE,
     ),
     candidates(
@@ -175,7 +175,7 @@ PUBLISHING = [
     ),
     books(
         "the last rows of a prompt's end are not kept",
-        "            self.pool.copy(Kind.PAGE, lease.pages[len(lease.nodes)], end.page)\n",
+        "            self.pool.copy(Kind.PAGE, lease.pages[len(path)], end.page)\n",
         "            pass\n",
         CACHE,
     ),
@@ -237,7 +237,7 @@ SHARING = [
     ),
     books(
         "the last rows of a prompt's end are not handed on",
-        "                self.pool.copy(Kind.PAGE, tail, taken[1][-1])\n",
+        "                self.pool.copy(Kind.PAGE, tail, taken[1][place])\n",
         "                pass\n",
         CACHE,
     ),
@@ -318,7 +318,7 @@ EVICTING = [
     ),
     books(
         "dropping one namespace drops the states of all",
-        "[k for k in self.pool.slot_owner.values() if namespace in (None, k.node.namespace)]",
+        "[k for k in self.pool.slot_owner.values() if namespace in (None, k.namespace)]",
         "list(self.pool.slot_owner.values())",
         CACHE,
     ),

@@ -13,6 +13,7 @@ LLAMA = (LAYERS + "test_one_layer_composes_messages_in_any_order[torch-llama of 
 
 stage_test = partial(tests_of, "tests/choreography/test_stage.py")
 stored = partial(tests_of, "tests/choreography/test_stored.py")
+variants = partial(tests_of, "tests/choreography/test_variants.py")
 compiler = partial(Mutant, "hybrid_cache/choreography/compiler.py")
 composition = partial(Mutant, "hybrid_cache/device/composition.py")
 program = partial(Mutant, "hybrid_cache/choreography/program.py")
@@ -27,9 +28,21 @@ book_test = partial(tests_of, "tests/choreography/test_book.py")
 MOVING = [
     compiler(
         "messages of different seams have one name",
-        'return f"{name}/{seam}"',
-        'return f"{name}/"',
+        'return f"{namespace}/{name}/{seam}"',
+        'return f"{namespace}/{name}/"',
         stored("a_message_is_stored_apart_for_each_seam"),
+    ),
+    compiler(
+        "messages of different models have one name",
+        'return f"{namespace}/{name}/{seam}"',
+        'return f"{name}/{seam}"',
+        variants("what_one_has_stored_is_computed_by_another"),
+    ),
+    composition(
+        "all models have the rotary frequencies and decays of one",
+        "self.maps = defaultdict[str, EffectMap](EffectMap)",
+        "self.maps = defaultdict[str, EffectMap](lambda one=EffectMap(): one)",
+        variants("what_each_stores_and_says_is_what_it_does_alone"),
     ),
     stage(
         "keys turn the wrong way",

@@ -29,7 +29,7 @@ sharing = partial(Mutant, "hybrid_cache/engine/sharing.py")
 engine = partial(Mutant, "hybrid_cache/engine/engine.py")
 outcomes = partial(Mutant, "hybrid_cache/engine/outcomes.py")
 sequence = partial(Mutant, "hybrid_cache/engine/sequence.py")
-request = partial(Mutant, "hybrid_cache/request.py")
+namespaces = partial(Mutant, "hybrid_cache/namespaces.py")
 sampler = partial(Mutant, "hybrid_cache/device/sampler.py")
 tasks = partial(Mutant, "hybrid_cache/engine/tasks.py")
 suspects = partial(Mutant, "hybrid_cache/engine/suspects.py")
@@ -67,13 +67,13 @@ SCHEDULING = [
     ),
     sharing(
         "a prompt waits for a state at its very end",
-        "min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens) - 1)",
-        "min(common_prefix(other.tokens, prefill.tokens), len(prefill.tokens))",
+        "min(alike, len(prefill.tokens) - 1)",
+        "min(alike, len(prefill.tokens))",
         SCHEDULER,
     ),
     sharing(
         "nobody waits for a prefix that is on its way",
-        "            other.wish(Wish(shared, CheckpointKind.BRANCH))\n            return True\n",
+        "            other.wish(Wish(grid_floor(shared), CheckpointKind.BRANCH))\n            return True\n",
         "            pass\n",
         ENGINE,
     ),
@@ -513,16 +513,16 @@ ASKING = [
         "return self.arrival, 0",
         ("tests/engine/test_progress.py",),
     ),
-    request(
+    namespaces(
         "tenants share what is cached",
-        'return f"{fingerprint}/{salt}"',
-        'return f"{fingerprint}/"',
+        'else f"{fingerprint}/{salt}"',
+        'else f"{fingerprint}/"',
         BOTH,
     ),
-    request(
+    namespaces(
         "models share what is cached",
-        'return f"{fingerprint}/{salt}"',
-        'return f"/{salt}"',
+        'else f"{fingerprint}/{salt}"',
+        'else f"/{salt}"',
         SCHEDULER,
     ),
     sequence(

@@ -7,28 +7,32 @@ from tests.mutants.mutant import Mutant
 VARIANTS = ("tests/engine/test_variants.py",)
 DEPTH = ("tests/models/test_depth.py",)
 ADAPTERS = ("tests/models/test_adapters.py",)
+BANK = ("tests/models/test_bank.py",)
 
-adapted = partial(Mutant, "models/blocks/common.py")
+adapted = partial(Mutant, "hybrid_cache/device/adapted.py")
+bank = partial(Mutant, "models/bank.py")
 depth = partial(Mutant, "models/depth.py")
 engine = partial(Mutant, "hybrid_cache/engine/engine.py")
 family = partial(Mutant, "hybrid_cache/engine/family.py")
 intake = partial(Mutant, "hybrid_cache/engine/intake.py")
 inventory = partial(Mutant, "hybrid_cache/cache/inventory.py")
+native_bank = partial(Mutant, "kernels/native_low_rank.py")
 shelf = partial(Mutant, "models/shelf.py")
-weights = partial(Mutant, "models/weights.py")
+stack = partial(Mutant, "models/blocks/stack.py")
+torch_bank = partial(Mutant, "kernels/low_rank.py")
 worker = partial(Mutant, "hybrid_cache/device/worker.py")
 
 MUTANTS = [
     worker(
         "all rows of a step are the first one's model's",
-        "if all(each.model == rows[0].model for each in rows):",
-        "if rows:",
+        "        if not sent and len(plain) == 1:\n            (first,) = plain.values()\n",
+        "        if plain:\n            first = next(iter(plain.values()))\n",
         VARIANTS,
     ),
     worker(
         "logits of all rows are the first one's model's",
-        "if all(model == models[0] for model in models):",
-        "if models:",
+        "if all(trunk is trunks[0] for trunk in trunks):",
+        "if trunks:",
         VARIANTS,
     ),
     worker(
@@ -44,15 +48,21 @@ MUTANTS = [
         "logits = self.logits(self.model, rows[start",
         VARIANTS,
     ),
+    worker(
+        "rows of adapters are replayed without them",
+        "and not work.chunks and batch.adapters is None:",
+        "and not work.chunks:",
+        ("tests/engine/test_cuda_graphs.py",),
+    ),
     intake(
         "what comes next is computed by the first model",
-        "        fingerprint = self._fingerprint_of(model)\n",
-        '        self._fingerprint_of(model)\n        fingerprint = self._fingerprint_of("")\n',
+        "        namespace = self._family.namespace(model, namespace)\n",
+        '        self._family.namespace(model, "")\n        namespace = self._family.namespace("", namespace)\n',
         VARIANTS,
     ),
     intake(
         "a model that is not there is the first one",
-        "        self._fingerprint_of(request.model)\n        n, limit",
+        "        self._family.fingerprint(request.model)\n        n, limit",
         "        n, limit",
         VARIANTS,
     ),
@@ -108,20 +118,41 @@ MUTANTS = [
     depth("what several layers share is above them", "elif not _ABOVE.match(name):", "elif False:", DEPTH),
     depth("a head that differs is below all layers", "elif not _ABOVE.match(name):", "else:", DEPTH),
     depth("a layer's name does not say what is below it", "_link(chain[-1], layers", "_link(chain[0], layers", DEPTH),
-    adapted("what is beside a projection is left out", "        y += self._up(self._down(x))\n", "", ADAPTERS),
-    adapted("factors of several parts lie over each other", "                place += len(A)\n", "", ADAPTERS),
-    adapted("factors stand beside the first part", "            row += size\n", "            row += 0\n", ADAPTERS),
-    weights(
-        "an adapter beside a model has no scale",
-        "return LowRank(A.float(), self._adapter.config.scale * B.float())",
-        "return LowRank(A.float(), B.float())",
-        ADAPTERS,
+    torch_bank("what is beside a projection is left out", "for group in self._bank.groups:", "for group in ():", BANK),
+    torch_bank("factors stand beside the first part", "sum(sizes[:i]) for i", "0 for i", BANK),
+    torch_bank(
+        "the pass between layers leaves its rows to the other",
+        "            self._show(before)\n",
+        "            pass\n",
+        BANK,
     ),
-    weights(
+    torch_bank(
+        "the rows that are wanted are taken for all",
+        "self._show(self._adapters.of(rows))",
+        "self._show(self._adapters)",
+        BANK,
+    ),
+    stack("the bank is not told which rows go on", "    batch.narrowed()\n", "", BANK),
+    adapted("all rows have the first adapter", "numbers.get(model.fingerprint, -1) for", "0 for", BANK),
+    adapted(
+        "a head that an adapter changes is the trunk's",
+        "each if not isinstance(each, AdaptedModel) or each.adapts_head else",
+        "each if not isinstance(each, AdaptedModel) else",
+        BANK,
+    ),
+    bank("an adapter beside a model has no scale", "(adapter.config.scale * B.float())", "(1.0 * B.float())", BANK),
+    bank(
         "what cannot stand beside the model is left out",
-        "        if self._adapter and not self._merges and self._to_change:\n",
-        "        if False:\n",
-        ADAPTERS,
+        "        if others := adapter.factors.keys() - self._targets.keys():\n",
+        "        if others := set[str]():\n",
+        BANK,
+    ),
+    bank("an adapter has the name of its model", "            digests |= {", "            digests | {", BANK),
+    native_bank(
+        "who shares a matrix does not find it",
+        "        self._base = base  # whoever",
+        "        # whoever",
+        ("tests/api/server/test_variants.py",),
     ),
     shelf(
         "nothing is stored once",

@@ -1,6 +1,6 @@
 """All faults that the tests are to notice."""
 
-from tests.mutants import of_api, of_cache, of_choreography, of_engine, of_kernels, of_tasks, of_variants
+from tests.mutants import of_activated, of_api, of_cache, of_choreography, of_engine, of_kernels, of_tasks, of_variants
 
 MUTANTS = [
     *of_api.MUTANTS,
@@ -10,4 +10,5 @@ MUTANTS = [
     *of_choreography.MUTANTS,
     *of_kernels.MUTANTS,
     *of_variants.MUTANTS,
+    *of_activated.MUTANTS,
 ]

@@ -21,7 +21,7 @@ from hybrid_cache.api.server.tenants import current_tenant, salt_of, tenant_of
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.policies.registry import make_policy
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.request import namespace_of
+from hybrid_cache.namespaces import namespace_of
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
 from hybrid_cache.tokens import Boundary, TokenArray
 from tests.soak.common import Options, Report, Scene, parse, run

@@ -187,7 +187,7 @@ class MessageReply:
             usage=self._usage(used),
             diagnostics=diagnostics,
         )
-        return {**message.model_dump(exclude={"cache_report"}), **self._cache_report()}
+        return {**message.model_dump(exclude={"cache_report", "sharing"}), **self._cache_report()}
 
     def _cache_report(self) -> dict[str, object]:
         return shown_report(self._tokenizer, self._answer)

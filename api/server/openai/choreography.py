@@ -28,7 +28,7 @@ from hybrid_cache.choreography.assembly import Piece, context_of
 from hybrid_cache.choreography.book import Message
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.errors import RequestError
-from hybrid_cache.request import namespace_of
+from hybrid_cache.namespaces import namespace_of
 from hybrid_cache.tokens import Prompt, TokenArray
 
 MOST_MESSAGES = 256  # of an arranged request

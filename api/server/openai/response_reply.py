@@ -154,7 +154,7 @@ class ResponseReply:
             output=[],
         )
         report = {} if self._status == "in_progress" else shown_report(self._serving.text.tokenizer, self._answer)
-        return {**shown.model_dump(exclude={"output", "cache_report"}), **report}
+        return {**shown.model_dump(exclude={"output", "cache_report", "sharing"}), **report}
 
 
 def _usage(used: Usage) -> ResponseUsage:

@@ -20,8 +20,8 @@ from hybrid_cache.api.server.schemas.common import MAX_SALT
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import is_operator, owner_of, salt_of
 from hybrid_cache.cache.inventory import Conversation, Inventory, MaySee, StateInfo
-from hybrid_cache.cache.misses import salt_in
 from hybrid_cache.engine.engine import Engine
+from hybrid_cache.namespaces import salt_in
 
 MOST_LISTED = 1000
 SHOWN_TOKENS = 256  # at the end of a conversation
@@ -36,7 +36,7 @@ T = TypeVar("T")
 def router(serving: Serving) -> APIRouter:
     """The routes, bound to the cache. They answer between two steps of the engine."""
     routes = APIRouter(tags=["Cache"], responses=CACHE_ERRORS)
-    engine, tokenizer = serving.text.engine, serving.text.tokenizer
+    engine = serving.text.engine
 
     async def ask(request: Request, salt: str | None, question: Callable[[Inventory], T]) -> T:
         sees = _sees(salt)
@@ -46,7 +46,7 @@ def router(serving: Serving) -> APIRouter:
     async def conversations(request: Request, limit: Limit = 100, cache_salt: Salt = None) -> ConversationList:
         """The conversations that are kept, those used last first."""
         found = await ask(request, cache_salt, lambda inventory: inventory.conversations())
-        return ConversationList(data=[_shown(each) for each in found[:limit]], total=len(found))
+        return ConversationList(data=[_shown(serving, each) for each in found[:limit]], total=len(found))
 
     @routes.get(PATH + "/{name}")
     async def one_conversation(request: Request, name: str, cache_salt: Salt = None) -> ConversationDetail:
@@ -55,10 +55,13 @@ def router(serving: Serving) -> APIRouter:
         whole = await ask(request, cache_salt, lambda inventory: inventory.find(prefix))
         if whole is None:
             raise _not_one(name)
+        readers = serving.whose(whole.conversation.namespace)
+        if not readers:  # its model has just been unloaded
+            raise _not_one(name)
         return ConversationDetail(
-            **_shown(whole.conversation).model_dump(),
+            **_shown(serving, whole.conversation).model_dump(),
             states=[_state(each) for each in whole.states],
-            text=tokenizer.decode(whole.tokens[-SHOWN_TOKENS:].tolist()),
+            text=readers[0].text.tokenizer.decode(whole.tokens[-SHOWN_TOKENS:].tolist()),
         )
 
     @routes.delete(PATH + "/{name}")
@@ -112,9 +115,10 @@ def _not_one(name: str) -> NoSuchConversation:
     return NoSuchConversation(f"no cached conversation has the name {quoted(name)}, or more than one", param="name")
 
 
-def _shown(conversation: Conversation) -> ConversationInfo:
+def _shown(serving: Serving, conversation: Conversation) -> ConversationInfo:
     end = _state(conversation.end).model_dump()
-    whole = {"bytes": conversation.num_bytes, "hits": conversation.hits}
+    models = [name for each in serving.whose(conversation.namespace) for name in each.model.names]
+    whole = {"bytes": conversation.num_bytes, "hits": conversation.hits, "models": models}
     return ConversationInfo.model_validate({**end, **whole, "namespace": salt_in(conversation.namespace)})
 
 

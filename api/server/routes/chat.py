@@ -37,7 +37,9 @@ def router(everything: Serving) -> APIRouter:
         serving = everything.named(asked.model)
         spec, arranged = await unless_gone(request, _parse(serving, asked))
         answer = await serving.answer([spec], request.headers, asked)
-        return await respond(request, ChatReply(serving, asked, answer, arranged), stream=bool(asked.stream))
+        return await respond(
+            request, ChatReply(serving, asked, answer, arranged), stream=bool(asked.stream), active=answer.active
+        )
 
     return routes
 

@@ -39,7 +39,9 @@ def router(everything: Serving) -> APIRouter:
         grammar = await unless_gone(request, serving.text.grammar(source, AnswerForm(), tenant, body_size()))
         specs = [_spec(serving.text, asked, prompt, grammar) for prompt in prompts]
         answer = await serving.answer(specs, request.headers, asked)
-        return await respond(request, CompletionReply(serving, asked, answer), stream=bool(asked.stream))
+        return await respond(
+            request, CompletionReply(serving, asked, answer), stream=bool(asked.stream), active=answer.active
+        )
 
     return routes
 

@@ -25,7 +25,12 @@ def router(everything: Serving) -> APIRouter:
         spec = await unless_gone(request, spec_of(serving.text, asked, conversation))
         changes = await unless_gone(request, changes_of(serving.text.work, serving.diagnoses, asked))
         answer = await serving.answer([spec], request.headers, asked)
-        return await respond(request, MessageReply(serving, asked, spec, answer, changes), stream=bool(asked.stream))
+        return await respond(
+            request,
+            MessageReply(serving, asked, spec, answer, changes),
+            stream=bool(asked.stream),
+            active=answer.active,
+        )
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(asked: CountRequest, request: Request) -> TokenCount:

@@ -38,7 +38,9 @@ def router(everything: Serving) -> APIRouter:
         turn = await unless_gone(request, turn_of(serving, asked))
         spec = await unless_gone(request, _parse(serving, asked, turn))
         answer = await serving.answer([spec], request.headers, asked)
-        return await respond(request, ResponseReply(serving, asked, turn, spec, answer), stream=bool(asked.stream))
+        return await respond(
+            request, ResponseReply(serving, asked, turn, spec, answer), stream=bool(asked.stream), active=answer.active
+        )
 
     @routes.get("/v1/responses/{name}", response_model=ResponseObject)
     async def retrieve(name: str, cache_salt: Salt = None, stream: bool | None = None) -> Response:

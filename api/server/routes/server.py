@@ -21,6 +21,7 @@ def router(serving: Serving) -> APIRouter:
 
     def cards() -> Iterator[ModelCard]:
         for each in (serving, *serving.variants.values()):
+            invocation = [*each.model.invocation]
             for name in each.model.names:
                 yield ModelCard(
                     id=name,
@@ -29,7 +30,11 @@ def router(serving: Serving) -> APIRouter:
                     owned_by="hybrid-cache",
                     root=PurePath(each.model.path).name or each.model.name,
                     parent=each.model.parent,
+                    text_differs=list(each.model.text_difference.parts),
+                    same_tokens=each.model.text_difference.same_tokens,
                     max_model_len=each.text.max_length,
+                    invocation=each.text.tokenizer.decode(invocation) if invocation else None,
+                    invocation_tokens=invocation or None,
                 )
 
     @routes.get("/v1/models", responses=LOOKUP_ERRORS)
@@ -56,6 +61,7 @@ def router(serving: Serving) -> APIRouter:
             model=model.name,
             adapter=settings.adapter,
             variants=[*serving.variants],
+            variant_bytes={name: each.model.own_bytes for name, each in serving.variants.items()},
             dtype=model.dtype,
             version=__version__,
         )

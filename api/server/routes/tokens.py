@@ -60,8 +60,9 @@ def router(everything: Serving) -> APIRouter:
         return await _made(text, request, len(asked.tokens), reply)
 
     @routes.get("/tokenizer_info")
-    async def tokenizer_info() -> TokenizerInfo:
-        tokenizer = everything.text.tokenizer
+    async def tokenizer_info(model: str | None = None) -> TokenizerInfo:
+        text = everything.named(model).text
+        tokenizer = text.tokenizer
         named = tokenizer.named_tokens
         return TokenizerInfo(
             tokenizer_class="PreTrainedTokenizerFast",
@@ -71,7 +72,7 @@ def router(everything: Serving) -> APIRouter:
             pad_token=named.get("pad_token"),
             unk_token=named.get("unk_token"),
             eos_token_id=tokenizer.eos_id,
-            chat_template=everything.text.chat.source,
+            chat_template=text.chat.source,
         )
 
     return routes

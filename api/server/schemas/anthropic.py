@@ -8,6 +8,7 @@ from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.cache import CacheReport
 from hybrid_cache.api.server.schemas.common import Count, Request, Response
 from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
+from hybrid_cache.api.server.schemas.sharing import Sharing, SharingReport
 from hybrid_cache.api.text.stops import MAX_STOP_LENGTH, MAX_STOPS
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -219,6 +220,7 @@ class MessagesRequest(CountRequest):
     metadata: Metadata | None = None
     session_id: str | None = None
     cache_report: bool | None = None
+    sharing: Sharing | None = None
     diagnostics: Diagnostics | None = None
     output_config: OutputConfig | None = None
 
@@ -256,3 +258,4 @@ class MessageResponse(Response):
     usage: MessageUsage
     diagnostics: dict[str, object] | None = None
     cache_report: CacheReport | None = None
+    sharing: SharingReport | None = None

@@ -65,6 +65,7 @@ class ConversationInfo(CachedState):
     """A cached conversation: a state that no other goes on from. `bytes` and `hits` are those of all that it has to
     itself: pages and states after the last place where another conversation branches off."""
 
+    models: list[str]  # the names of the model whose it is
     namespace: str  # the tenant's digest and the salt; empty for neither
 
 

@@ -9,6 +9,7 @@ from hybrid_cache.api.server.schemas.cache import CacheReport
 from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport
 from hybrid_cache.api.server.schemas.common import MAX_TOP_LOGPROBS, Count, GenerationRequest, Request, Response, Usage
 from hybrid_cache.api.server.schemas.messages import ChatMessages, Tools, check_one_of_them
+from hybrid_cache.api.server.schemas.sharing import SharingReport
 from hybrid_cache.errors import RequestError
 
 
@@ -118,5 +119,6 @@ class ChatResponse(Response):
     choices: list[ChatChoice]
     usage: Usage
     cache_report: CacheReport | None = None
+    sharing: SharingReport | None = None
     choreography: ChoreographyReport | None = None
     prompt_token_ids: list[int] | None = None

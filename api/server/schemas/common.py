@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from pydantic.fields import FieldInfo
 
 from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.server.schemas.sharing import Sharing
 from hybrid_cache.api.text.stops import MAX_STOP_LENGTH, MAX_STOPS, stops_of
 from hybrid_cache.errors import RequestError
 from hybrid_cache.sampling import BOUNDS, MAX_INT
@@ -212,6 +213,7 @@ class GenerationRequest(Request):
     prompt_cache_key: str | None = None
     session_id: str | None = None
     cache_report: bool | None = None
+    sharing: Sharing | None = None
     prompt_cache_options: CacheOptions | None = None
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from hybrid_cache.api.server.schemas.common import (
     Response,
     Usage,
 )
+from hybrid_cache.api.server.schemas.sharing import SharingReport
 from hybrid_cache.sampling import MAX_INT
 
 MAX_PROMPTS = 128  # prompts of one /v1/completions request
@@ -107,3 +108,4 @@ class CompletionResponse(Response):
     choices: list[CompletionChoice]
     usage: Usage
     cache_report: CacheReport | list[CacheReport] | None = None
+    sharing: SharingReport | list[SharingReport] | None = None

@@ -17,6 +17,7 @@ from hybrid_cache.api.server.schemas.common import (
     Response,
 )
 from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
+from hybrid_cache.api.server.schemas.sharing import Sharing, SharingReport
 from hybrid_cache.errors import RequestError
 
 MAX_METADATA = 16
@@ -343,6 +344,7 @@ class ResponsesRequest(Request):
     prompt_cache_key: str | None = None
     prompt_cache_options: ResponseCacheOptions | None = None
     cache_report: bool | None = None
+    sharing: Sharing | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -435,6 +437,7 @@ class ResponseObject(Response):
     usage: ResponseUsage | None
     user: str | None
     cache_report: CacheReport | None = None  # only where one was asked for
+    sharing: SharingReport | None = None
     output: list[JsonObject]
 
 

@@ -12,7 +12,11 @@ class ModelCard(Response):
     owned_by: str = "hybrid-cache"
     root: str
     parent: str | None = None  # the model that it is a variant of
+    text_differs: list[str]  # from that one: tokenizer, special tokens, chat templates
+    same_tokens: bool  # whether text becomes the tokens that it becomes for that one
     max_model_len: int
+    invocation: str | None = None  # text that switches an activated adapter on, from its last occurrence in a prompt
+    invocation_tokens: list[int] | None = None  # what is really looked for
 
 
 class ModelList(Response):
@@ -29,6 +33,7 @@ class Health(Response):
     model: str
     adapter: str | None  # that is merged into the model
     variants: list[str]  # other models that are served beside it, by name
+    variant_bytes: dict[str, int]  # of their weights, that no other model has
     dtype: str
     version: str
 

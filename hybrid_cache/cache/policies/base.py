@@ -70,6 +70,12 @@ class Outline:
         return self.keys.names[position // self.page_tokens]
 
     @property
+    def start_name(self) -> Name:
+        """Names what the prompt is resumed from."""
+        keys = self.keys.ending_at(self.start)
+        return keys.end_name if self.start == keys.num_tokens else self.name(self.start)
+
+    @property
     def end_name(self) -> Name:
         """Names the state at the very end, from which decoding starts."""
         return self.keys.end_name

@@ -26,11 +26,12 @@ from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth, every_place
 from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
 from hybrid_cache.cache.policies.returns import MOST_LIVES, ReturnModel
-from hybrid_cache.cache.tree import CheckpointKind, Kept, Node, StoredMessage
+from hybrid_cache.cache.tree import CheckpointKind, Kept, Node, Outside
 
 FIT_EARLY = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448)  # requests after which the model is fitted,
 FIT_EVERY = 512  # and requests between two fits after that
 SHORTLIST_SHARE = 64
+OUTSIDE = (CheckpointKind.EXPLICIT, CheckpointKind.LAYER_INPUTS)  # may be kept outside the tree
 STALE_SCORES = 512  # scores computed in vain a second, at most: a shortlist of n states lives for n / 512 seconds
 
 
@@ -101,12 +102,12 @@ class Learned:
 
     def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
         place = self._memory.get(name)
-        if place is None and kind is CheckpointKind.EXPLICIT:  # a message that is kept outside the tree
+        if place is None and kind in OUTSIDE:
             place = self._memory.add_unseen(kind, name, 0, self._now)
         return 0.0 if place is None else self._index(place) * worth.flops / worth.num_bytes
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
-        if isinstance(kept, StoredMessage) and kept.attached:  # `propose` sees the returns to what is in the tree
+        if isinstance(kept, Outside) and kept.attached:  # `propose` sees the returns to what is in the tree
             place = self._memory.get(kept.name)
             if place is not None:
                 self._memory.returned_to(place, self._clock())

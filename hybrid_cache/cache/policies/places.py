@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hybrid_cache.cache.keys import Name
+from hybrid_cache.cache.keys import Keys, Name
 from hybrid_cache.cache.policies.base import Outline, Wish
 from hybrid_cache.cache.policies.returns import ReturnModel
 from hybrid_cache.cache.tree import CheckpointKind, Kept
@@ -75,13 +75,13 @@ class PlaceMemory:
             pace, turns = log2_bin(now - found.since, 12), min(found.turns + 1, 7)
             self.returned_to(found, now)
         if outline.start and not outline.generated and not outline.again:
-            whole = outline.start == outline.num_tokens
-            resumed = self.get(outline.end_name if whole else outline.name(outline.start))
+            resumed = self.get(outline.start_name)
             if resumed is not None and resumed is not found:
                 self.returned_to(resumed, now)
         new = [(outline.name(w.position), w.position, w.kind) for w in wishes]
         if not outline.generated:
-            new.append((outline.end_name, outline.num_tokens, CheckpointKind.PROMPT_END))
+            wholes = filter(None, (outline.keys, _stem(outline)))
+            new += [(keys.end_name, keys.num_tokens, CheckpointKind.PROMPT_END) for keys in wholes]
         new = [place for place in new if place[0] not in self._places]
         if new:
             known = outline.shared / outline.num_tokens
@@ -147,13 +147,19 @@ class PlaceMemory:
         """The whole prompt if it is known, otherwise the last known place that leaves something to compute."""
         if (whole := self.get(outline.end_name)) is not None:
             return whole
-        names = outline.keys.names
+        names, stem = outline.keys.names, _stem(outline)
         last = len(names) - 1 - (outline.num_tokens % outline.page_tokens == 0)
-        for num_pages in range(last, 0, -1):
-            place = self._places.get(names[num_pages])
-            if place is not None:
+        for num_pages in range(last, -1, -1):
+            if stem is not None and num_pages == len(stem.pages) and (place := self.get(stem.end_name)) is not None:
+                return place
+            if num_pages and (place := self.get(names[num_pages])) is not None:
                 return place
         return None
+
+
+def _stem(outline: Outline) -> Keys | None:
+    """What comes before a prompt's mark, if that ends off the grid; on it a checkpoint is kept like any other."""
+    return outline.keys.stem if outline.keys.stem is not None and outline.keys.stem.tail else None
 
 
 def log2_bin(value: float, most: int) -> int:

@@ -24,8 +24,8 @@ def places(outline: Outline) -> Iterable[Wish]:
 
 
 def admit(kind: CheckpointKind) -> float | None:
-    """The score of a candidate: it always gets in, whatever has to go, unless it is the end of a prompt."""
-    return None if kind is CheckpointKind.PROMPT_END else math.inf
+    """The score of a candidate: it always gets in, whatever has to go, unless these systems have no such thing."""
+    return None if kind in (CheckpointKind.PROMPT_END, CheckpointKind.LAYER_INPUTS) else math.inf
 
 
 def normalised(values: Floats) -> Floats:

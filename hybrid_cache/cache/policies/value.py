@@ -12,6 +12,7 @@ RATE = {
     CheckpointKind.TURN_END: 1.0,
     CheckpointKind.PROMPT_END: 0.5,
     CheckpointKind.INTERIOR: 0.25,
+    CheckpointKind.LAYER_INPUTS: 1.0,
 }
 
 

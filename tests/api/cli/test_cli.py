@@ -120,7 +120,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "--forwarded-allow-ips 10.0.0.0/8,::1 --max-connections 7 "
         "--header-timeout 1 --body-timeout 2 --reader-timeout 3 --special-tokens-in-content --message-book 2MiB "
         f"--keep-billing-header --tool-parser jamba --operator-key-file {operators} "
-        "--response-store-mb 7 --response-ttl 30m"
+        "--response-store-mb 7 --response-ttl 30m --profile a.json --profile b.json --sharing profiled --max-loss 0.25"
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
@@ -161,6 +161,9 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "drain_timeout_s": 1.5,
         "hung_after_s": 7.0,
         "operator_keys": ("root",),
+        "profiles": (Path("a.json"), Path("b.json")),
+        "profiled": True,
+        "max_loss": 0.25,
     }
 
 

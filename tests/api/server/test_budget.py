@@ -1,5 +1,6 @@
 """How much the cache gets of what is free, and how much a server needs beside it."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from hybrid_cache.api.server.budget import (
     CONVERSATION_TOKENS,
     GPU_BYTES,
     Beside,
+    MemoryPlan,
     beside,
     conversation_bytes,
     fitted,
@@ -94,6 +96,31 @@ def test_each_part_grows_with_what_it_is_for() -> None:
 @pytest.fixture(scope="module")
 def embedded() -> Loaded:
     return load(LoadOptions())
+
+
+def machine(folder: Path, free_bytes: int, taken_bytes: int) -> Path:
+    """A folder that stands for a machine with so much free memory, of which this process has taken some."""
+    (folder / "proc/self").mkdir(parents=True, exist_ok=True)
+    (folder / "proc/meminfo").write_text(f"MemAvailable: {free_bytes // 1024} kB\n")
+    (folder / "proc/self/statm").write_text(f"0 {taken_bytes // os.sysconf('SC_PAGE_SIZE')} 0 0\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("free", "taken", "later", "room"),
+    [
+        (8 * GIB, GIB, 0, 5 * GIB),  # nothing of the 3 GiB that were planned is taken yet
+        (6 * GIB, 3 * GIB, 0, 5 * GIB),  # two of them are
+        (4 * GIB, 5 * GIB, 0, 4 * GIB),  # more than all are
+        (6 * GIB, 3 * GIB, GIB, 4 * GIB),  # one of the two was for weights that came later
+        (2 * GIB, GIB, 0, 0),  # somebody else has taken it
+    ],
+)
+def test_room_for_more_weights_is_what_the_plan_does_not_need(
+    tmp_path: Path, free: int, taken: int, later: int, room: int
+) -> None:
+    plan = MemoryPlan(2 * GIB, GIB, FREE, taken_bytes=GIB)
+    assert plan.room(torch.device("cpu"), later, machine(tmp_path, free, taken)) == FreeMemory(room, "the machine")
 
 
 def test_a_container_bounds_the_budget_of_a_loaded_model(embedded: Loaded, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class Said:
     """An answer that says pieces of text."""
 
     usage = Usage(1, 2, 0, 0)
-    lookups = ()
+    lookups = shared = ()
 
     def __init__(self, form: AnswerForm, pieces: Iterable[str]) -> None:
         said = [(self._event(item),) for item in items_of(form, pieces)]

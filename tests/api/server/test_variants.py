@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,28 @@ import openai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
 from typer.testing import CliRunner
 
 from hybrid_cache.api.cli import main as cli
 from hybrid_cache.api.cli.options import named_folders
-from hybrid_cache.api.server import launch
+from hybrid_cache.api.server import launch, process
 from hybrid_cache.api.server.app import create_app
 from hybrid_cache.api.server.launch import Loaded, LoadOptions
 from hybrid_cache.api.server.process import ServeOptions
 from hybrid_cache.api.server.serving import Variant
 from hybrid_cache.api.server.settings import ServerSettings
-from hybrid_cache.api.text.tokenizer import TextModel
+from hybrid_cache.api.text.alike import SAME, TextDifference, difference_of
+from hybrid_cache.api.text.tokenizer import TextModel, Tokenizer
 from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.adapted import AdaptedModel
 from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.free_memory import FreeMemory
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.selfcheck import check_model
-from hybrid_cache.errors import ConfigError, HybridCacheError
+from hybrid_cache.errors import ConfigError, HybridCacheError, ModelError
+from hybrid_cache.models import adapters
 from hybrid_cache.models.loading import embedded_path
 from hybrid_cache.request import Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
@@ -68,6 +74,12 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(half: Path) -> Loaded:
     return launch.load(LoadOptions(variants={HALF: str(half)}, adapters={CHOREO: "embedded-choreo"}))
+
+
+@pytest.fixture
+def plain() -> Loaded:
+    """The model by itself, to which others may come; what another test has loaded is not shared with it."""
+    return launch.load(LoadOptions(shares=True))
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +188,22 @@ def test_what_is_equal_is_stored_once(loaded: Loaded, half: Path) -> None:
     assert plain.model.fingerprint == loaded.model.fingerprint
 
 
+def test_an_adapter_is_checked_on_a_copy_of_the_model_that_others_run(loaded: Loaded) -> None:
+    """The checks of a new adapter run beside the engine, and a model runs one pass at a time."""
+    variant = next(each.model for each in loaded.variants if each.name == CHOREO)
+    assert isinstance(variant, AdaptedModel)
+    assert variant.trunk is loaded.trunk is loaded.model
+    assert loaded.shelf is not None
+    loaded.shelf.begin()
+    copy = launch.apart(loaded, variant)
+    assert isinstance(copy, AdaptedModel)
+    assert copy.trunk is not loaded.trunk
+    assert copy.fingerprint == variant.fingerprint
+    assert copy.factors is variant.factors
+    assert loaded.shelf.num_shared_bytes == loaded.shelf.num_bytes
+    assert check_model(copy) == []
+
+
 @pytest.mark.parametrize(
     ("config", "why"),
     [
@@ -233,16 +261,18 @@ def test_names_and_folders(tmp_path: Path) -> None:
 
 
 OPERATOR, CLIENT = "operator", "client"
+CHOREO_BYTES, CHOREO_SIZE = 1212416, "1.16 MiB"  # its factors in bfloat16, as they are packed
 
 
 @contextmanager
-def loading_server(loaded: Loaded, **settings: object) -> Iterator[httpx.Client]:
-    """A server that loads adapters when it is asked."""
+def loading_server(loaded: Loaded, free_bytes: int = 1 << 30, **settings: object) -> Iterator[httpx.Client]:
+    """A server that loads adapters when it is asked, as far as memory is free."""
     text = TextModel.load(loaded.path)
 
-    def load(name: str, folder: str) -> tuple[Variant, HybridModel]:
-        variant = launch.load_variant(loaded, name, adapter=folder)
-        return Variant(name, str(variant.path), text, variant.adapter), variant.model
+    def load(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel]:
+        room = FreeMemory(free_bytes - later_bytes, "the machine")
+        variant = launch.load_variant(loaded, name, adapter=folder, room=room)
+        return Variant(name, str(variant.path), text, variant.adapter, own_bytes=variant.own_bytes), variant.model
 
     engine = AsyncEngine(loaded.model, EngineConfig(budget_bytes=32 << 20))
     facts = {"served_names": ("embedded",), "backend": "fake", "model_path": str(loaded.path), **settings}
@@ -258,14 +288,16 @@ def ask(client: httpx.Client, model: str, **more: object) -> httpx.Response:
     return client.post("/v1/chat/completions", json=body)
 
 
-def test_adapters_come_and_go(loaded: Loaded) -> None:
-    with loading_server(loaded) as client:
+def test_adapters_come_and_go(plain: Loaded) -> None:
+    with loading_server(plain) as client:
         asked = {"lora_name": "later", "lora_path": "embedded-choreo"}
         assert ask(client, "later").status_code == 404
         reply = client.post("/v1/load_lora_adapter", json=asked)
-        assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'later' added successfully.")
+        said = f"Success: LoRA adapter 'later' added successfully. Its own weights take {CHOREO_SIZE}."
+        assert (reply.status_code, reply.text) == (200, said)
         assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["embedded", "later"]
-        assert client.get("/health").json()["variants"] == ["later"]
+        health = client.get("/health").json()
+        assert (health["variants"], health["variant_bytes"]) == (["later"], {"later": CHOREO_BYTES})
         first, base = ask(client, "later").json(), ask(client, "embedded").json()
         assert first["system_fingerprint"] != base["system_fingerprint"]
         assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
@@ -321,6 +353,71 @@ def test_what_cannot_be_loaded_is_named(loaded: Loaded, asked: dict[str, str], s
         assert ask(client, "embedded").status_code == 200
 
 
+def not_finite(folder: Path) -> Path:
+    """The embedded model with one weight that makes more than numbers can be."""
+    shutil.copytree(embedded_path(), folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.2.mamba.in_proj.weight"))
+    weights[name] = torch.full_like(weights[name], 3e38)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def huge(folder: Path) -> Path:
+    """An adapter whose factors are finite, and make numbers that are not."""
+    shutil.copytree(adapters.resolve("embedded-choreo"), folder)
+    weights = {name: torch.full_like(w, 1e30) for name, w in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_variant_whose_numbers_are_not_finite_is_named(tmp_path: Path) -> None:
+    models = LoadOptions(variants={"good": str(embedded_path()), "bad": str(not_finite(tmp_path / "a"))})
+    with pytest.raises(ModelError, match=r"^variant bad: the model computes values that are not finite"):
+        launch.inexact_reasons(launch.load(models))
+    models = LoadOptions(adapters={"much": str(huge(tmp_path / "b"))})
+    with pytest.raises(ModelError, match=r"^adapter much: the model computes values that are not finite"):
+        launch.inexact_reasons(launch.load(models))
+
+
+def test_what_differs_on_a_probe_is_named(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "check_exact", lambda ops, dtype: [])
+    monkeypatch.setattr(
+        launch, "check_model", lambda model, base=None: [] if model is loaded.model else ["a prompt differs"]
+    )
+    assert launch.inexact_reasons(loaded) == ["variant half: a prompt differs", "adapter choreo: a prompt differs"]
+    twice = replace(loaded, variants=(*loaded.variants, replace(loaded.variants[0], name="again")))
+    assert len(launch.inexact_reasons(twice)) == 2
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_packed(plain: Loaded) -> None:
+    asked = {"lora_name": "a", "lora_path": "embedded-choreo"}
+    with loading_server(plain, free_bytes=5 << 20) as client:
+        assert client.post("/v1/load_lora_adapter", json=asked).status_code == 200
+        refused = client.post("/v1/load_lora_adapter", json={**asked, "lora_name": "b"})
+        assert refused.status_code == 400
+        why = "adapter b: its weights take up to 4.57 MiB, and 3.84 MiB are free by the machine beside the cache"
+        assert refused.json()["error"]["message"] == why
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "a"}).status_code == 200
+        assert client.post("/v1/load_lora_adapter", json={**asked, "lora_name": "b"}).status_code == 200
+    room = FreeMemory(7 << 20, "a test")
+    with pytest.raises(ModelError, match=r"adapter m: its weights take up to 7.17 MiB, and 7 MiB are free by a test"):
+        launch.load_variant(plain, "m", adapter="embedded-choreo", merges=True, room=room)
+
+
+def test_what_is_freed_is_given_back(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = list[str]()
+    monkeypatch.setattr("hybrid_cache.api.server.routes.adapters.give_back_freed", lambda: called.append("back"))
+    asked = {"lora_name": "a", "lora_path": "embedded-choreo"}
+    with loading_server(loaded) as client:
+        client.post("/v1/load_lora_adapter", json=asked)
+        assert called == []
+        client.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
+        assert called == ["back"]
+        client.post("/v1/load_lora_adapter", json={**asked, "lora_path": str(embedded_path())})
+        assert called == ["back"] * 2
+
+
 def test_only_an_operator_loads_where_there_is_one(loaded: Loaded) -> None:
     keys = {"api_keys": (CLIENT, OPERATOR), "operator_keys": (OPERATOR,)}
     asked = {"lora_name": "x", "lora_path": "embedded-choreo"}
@@ -331,6 +428,145 @@ def test_only_an_operator_loads_where_there_is_one(loaded: Loaded) -> None:
             for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
         ]
         assert statuses == [403, 403, 200, 200]
+
+
+OWN_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+
+
+def served_with(tmp_path: Path, **files: str) -> Variant:
+    """What is served of the embedded model's weights in a folder with these text files beside them."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(embedded_path() / name)
+    for name, text in files.items():
+        (folder / {"jinja": "chat_template.jinja"}.get(name, f"{name}.json")).write_text(text)
+    base = launch.load(LoadOptions(shares=True))
+    variant = launch.load_variant(base, "v", str(folder))
+    return process.variant_of(variant, base, TextModel.load(base.path))
+
+
+def test_a_folder_without_text_files_has_those_of_the_model(tmp_path: Path) -> None:
+    served, base = served_with(tmp_path), TextModel.load(embedded_path())
+    assert served.text_difference == SAME
+    assert str(served.text_difference) == "reads text as the model does"
+    assert {name: t.source for name, t in served.text.chat_templates.items()} == {
+        name: t.source for name, t in base.chat_templates.items()
+    }
+    assert served.text.defaults == base.defaults
+
+
+def test_a_template_of_its_own_is_used_without_a_tokenizer_beside_it(tmp_path: Path) -> None:
+    served = served_with(tmp_path, jinja=OWN_TEMPLATE, generation_config='{"temperature": 0.25, "eos_token_id": 3}')
+    assert served.text.chat_templates["default"].source == OWN_TEMPLATE
+    assert served.text.defaults.temperature == 0.25
+    assert 3 in served.text.defaults.eos_ids
+    assert served.text.tokenizer.as_json() == TextModel.load(embedded_path()).tokenizer.as_json()
+    assert served.text_difference == TextDifference(("chat template 'default'",), same_tokens=False)
+    assert str(served.text_difference) == (
+        "differs from the model in its chat template 'default'; a conversation becomes other tokens"
+    )
+
+
+def test_a_template_in_the_tokenizers_settings_is_used_too(tmp_path: Path) -> None:
+    config = json.loads((embedded_path() / "tokenizer_config.json").read_text())
+    served = served_with(tmp_path, tokenizer_config=json.dumps({**config, "chat_template": OWN_TEMPLATE}))
+    assert served.text.chat_templates["default"].source == OWN_TEMPLATE
+    assert not served.text_difference.same_tokens
+
+
+def test_a_template_of_other_words_that_renders_the_same_may_share(tmp_path: Path) -> None:
+    base = TextModel.load(embedded_path()).chat_templates["default"].source
+    served = served_with(tmp_path, jinja=base + "{# a remark #}")
+    assert served.text_difference == TextDifference(("chat template 'default'",), same_tokens=True)
+
+
+def test_a_tokenizer_of_its_own_stands_alone(tmp_path: Path) -> None:
+    values = json.loads((embedded_path() / "tokenizer.json").read_text())
+    values["model"]["merges"] = values["model"]["merges"][:-50]
+    served = served_with(tmp_path, tokenizer=json.dumps(values))
+    assert served.text.chat_templates == {}
+    assert "tokenizer" in served.text_difference.parts
+    assert not served.text_difference.same_tokens
+    assert served.text.tokenizer.as_json() != TextModel.load(embedded_path()).tokenizer.as_json()
+
+
+def test_a_copy_of_the_tokenizer_is_the_same_one(tmp_path: Path) -> None:
+    served = served_with(tmp_path, tokenizer=(embedded_path() / "tokenizer.json").read_text())
+    assert served.text_difference == SAME
+    assert [*served.text.chat_templates] == [*TextModel.load(embedded_path()).chat_templates]
+
+
+def test_text_files_that_cannot_be_read_name_the_variant(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"variant v: .*: the chat template does not compile"):
+        served_with(tmp_path, jinja="{% for %}")
+
+
+def swapped(text: TextModel) -> TextModel:
+    """A text model in which two letters are each other's tokens."""
+    values = json.loads(text.tokenizer.as_json())
+    vocab = values["model"]["vocab"]
+    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    return replace(text, tokenizer=Tokenizer(Backend.from_str(json.dumps(values)), {}))
+
+
+@pytest.fixture(scope="module")
+def mixed_url(loaded: Loaded) -> Iterator[str]:
+    """A base and a variant that spells in its own way, which has two names."""
+    text, model = TextModel.load(loaded.path), loaded.variants[0].model
+    engine = AsyncEngine(loaded.model, EngineConfig(budget_bytes=32 << 20), variants={"odd": model, "odder": model})
+    other = swapped(text)
+    served = [Variant(name, "odd", other, None, difference_of(text, other), 77) for name in ("odd", "odder")]
+    with over_the_wire(new_app(engine, text, served, served_names=("embedded", "alias"))) as address:
+        yield address
+
+
+def test_what_is_cached_is_told_with_its_models_and_in_their_words(
+    mixed_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    words = {"odd": "There are three green apples here. " * 9, "embedded": "A base has a name as well. " * 9}
+    for model, prompt in words.items():
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        assert httpx.post(f"{mixed_url}/v1/completions", json=body).status_code == 200
+    found = httpx.get(f"{mixed_url}/cache/conversations").json()["data"]
+    names = {tuple(each["models"]): each["name"] for each in found}
+    assert {*names} == {("odd", "odder"), ("embedded", "alias")}
+    shown = {models[0]: httpx.get(f"{mixed_url}/cache/conversations/{name}").json() for models, name in names.items()}
+    for model, prompt in words.items():
+        assert prompt.strip() in shown[model]["text"]
+    for command, said in (("ls", ("odd, odder", "embedded, alias")), ("show", ("odd, odder", "three green apples"))):
+        name = [names["odd", "odder"]] if command == "show" else []
+        with pytest.raises(SystemExit) as end:
+            cli.main(["cache", command, *name, "--url", mixed_url])
+        assert not end.value.code
+        table = capsys.readouterr().out
+        assert all(each in table for each in said)
+
+
+def test_a_report_and_the_facts_of_a_tokenizer_are_those_of_the_model_asked(mixed_url: str) -> None:
+    for end in ("one way to end", "another end here"):
+        body = {
+            "model": "odd",
+            "prompt": "The greatest table stands near the lake. " * 6 + end,
+            "max_tokens": 1,
+            "cache_report": True,
+        }
+        reply = httpx.post(f"{mixed_url}/v1/completions", json=body).json()
+    nearest = reply["cache_report"]["nearest"]
+    assert "table stands near the lake" in nearest["before"]
+    assert "one" in nearest["there"]
+    cards = {card["id"]: card for card in httpx.get(f"{mixed_url}/v1/models").json()["data"]}
+    assert {name: (card["same_tokens"], card["text_differs"]) for name, card in cards.items()} == {
+        "embedded": (True, []),
+        "alias": (True, []),
+        "odd": (False, ["tokenizer", "special tokens"]),
+        "odder": (False, ["tokenizer", "special tokens"]),
+    }
+    facts = [httpx.get(f"{mixed_url}/tokenizer_info", params={"model": name}).json() for name in ("odd", "embedded")]
+    assert facts[0]["eos_token"] is None
+    assert facts[1]["eos_token"] is not None
+    assert httpx.get(f"{mixed_url}/tokenizer_info", params={"model": "nobody"}).status_code == 404
 
 
 def test_nobody_loads_where_it_was_not_allowed(url: str) -> None:

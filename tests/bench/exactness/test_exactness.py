@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hybrid_cache.api.cli import main as cli
 from hybrid_cache.bench.exactness import command
 from hybrid_cache.bench.exactness import run as rounds
-from hybrid_cache.bench.exactness.models import named
+from hybrid_cache.bench.exactness.models import by_name, named
 from hybrid_cache.bench.exactness.report import Report, verdicts
 from hybrid_cache.bench.exactness.run import compare
 from hybrid_cache.cache.lease import Lease
@@ -30,6 +30,7 @@ MET = (
         "n > 1",
         "salts",
         "of a variant",
+        "of activated",
         "mode off",
     ),
     *("mode explicit", "penalties", "prompt logprobs", "stop tokens", "messages stored", "digests compared"),
@@ -44,11 +45,9 @@ def run(model: SumModel, requests_per_round: int = 3) -> Report:
 @pytest.mark.parametrize("name", [pytest.param("small minimax", marks=pytest.mark.slow), "small lfm2"])
 def test_a_busy_engine_gives_the_bits_of_a_plain_one_whatever_is_asked(name: str) -> None:
     torch.set_num_threads(1)
-    model, other = named(name), named(name).other
-    assert other is not None
-    models = model.load("float32", select()), other("float32", select())
-    assert models[0].fingerprint != models[1].fingerprint
-    report = compare(models[0], Report(name, "float32", seed=2), 1, requests_per_round=17, variant=models[1])
+    model, *others = named(name).load("float32", select())
+    assert len({each.fingerprint for each in (model, *others)}) == 6
+    report = compare(model, Report(name, "float32", seed=3), 1, requests_per_round=17, variants=by_name(others))
     assert report.findings == []
     assert report.exact
     assert report.rows > 500

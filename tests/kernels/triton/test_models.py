@@ -14,7 +14,8 @@ from hybrid_cache.models import loading
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.workflow import Workflow
 from tests.models import checkpoints
-from tests.models.driver import Driver
+from tests.models.driver import Chunk, Driver
+from tests.models.test_bank import MixedDriver, adapted, tokens_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors of these tests lie on the CPU")
 
@@ -67,6 +68,24 @@ def test_a_layer_needs_no_fallback(name, tmp_path):
     found, expected = hidden_rows(folder, ops), hidden_rows(folder, TorchOps())
     assert ops.reasons == {}
     assert (found - expected).square().mean().sqrt() < 1e-5 * expected.square().mean().sqrt()
+
+
+def test_rows_of_adapters_have_the_bits_that_they_have_alone(tmp_path):
+    """In tiles that are padded."""
+    case = next(case for case in checkpoints.CASES if str(case) == "bamba of one Mamba-2 layer")
+    folder = checkpoints.save(checkpoints.reference(case), tmp_path, torch.float32)
+    trunk = loading.load_trunk(folder, dtype="float32", ops=CheckedTritonOps())
+    base = loading.load(folder, dtype="float32", ops=CheckedTritonOps())
+    models = [adapted(trunk, 1), trunk, adapted(trunk, 4)]
+    driver = MixedDriver(trunk)
+    sequences = [driver.of(model, tokens_of(i, 9 + i)) for i, model in enumerate(models)]
+    mixed = driver.step([Chunk(s, 8 + i) for i, s in enumerate(sequences)])
+    mixed = [torch.cat(rows) for rows in zip(mixed, driver.step([], sequences), strict=True)]
+    for i, model in enumerate((models[0], base, models[2])):
+        alone = Driver(model)
+        sequence = alone.sequence(tokens_of(i, 9 + i))
+        expected = torch.cat([*alone.step([Chunk(sequence, 8 + i)]), *alone.step([], [sequence])])
+        assert torch.equal(mixed[i], expected)
 
 
 def test_a_server_chooses_tokens_and_moves_messages_with_kernels(tmp_path, monkeypatch):

@@ -1,0 +1,190 @@
+"""`hybrid-cache variants profile`: a search with a progress bar, then a table, a file and a picture."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hybrid_cache.api.text.tokenizer import TextModel
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.family import difference_of
+from hybrid_cache.errors import ConfigError
+from hybrid_cache.kernels import dispatch
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.models import adapters, loading
+from hybrid_cache.models.tools.pairs import Example, Measured, Pair
+from hybrid_cache.models.tools.plans import Found, is_group, search
+from hybrid_cache.models.training.paired import dialogues
+from hybrid_cache.profile import PROFILES, Plan, Profile
+
+FEWEST_EXAMPLES = 20
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """See the command's options."""
+
+    data: Path | None
+    num_examples: int
+    num_context: int
+    num_answer: int
+    backend: str
+    dtype: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A model and where it comes from."""
+
+    name: str
+    folder: Path
+    model: HybridModel
+
+
+def run(sender: str, receiver: str, settings: Settings, *, out: Path | None, plot: Path | None, threads: int) -> None:
+    """Loads, measures, writes and prints. Raises HybridCacheError."""
+    if threads:
+        torch.set_num_threads(threads)
+    one, other = (load(name, settings) for name in (sender, receiver))
+    difference = difference_of(one.model, other.model)
+    if difference:
+        raise ConfigError(f"{receiver} is no variant of {sender}: {difference}")
+    pair = Pair(one.model, other.model, examples_of(other.folder, settings))
+    found = measure(pair)
+    what = f"{len(pair.examples)} of {settings.data.name if settings.data else f'dialogues, seed {settings.seed}'}"
+    layers = len(other.model.layers)
+    profile = Profile(one.model.fingerprint, other.model.fingerprint, layers, what, found.plans)
+    path = out or other.folder / PROFILES.replace("*", f"{one.name}-{one.model.fingerprint[:8]}")
+    profile.save(path)
+    show(pair, found, one.name, other.name)
+    Console(stderr=True).print(f"written to {path}", soft_wrap=True, highlight=False)
+    if plot is not None:
+        draw(pair, found, f"{one.name} to {other.name}", plot)
+
+
+def load(name: str, settings: Settings) -> Named:
+    """`DIR`, `embedded`, and after a + an adapter. Raises HybridCacheError."""
+    base, _, adapter = name.partition("+")
+    folder = loading.embedded_path() if base in ("", EMBEDDED) else loading.resolve(base)
+    try:
+        ops = dispatch.select(settings.backend)
+    except dispatch.BackendUnavailable as error:
+        raise ConfigError(str(error)) from error
+    model = loading.load(folder, dtype=settings.dtype, ops=ops, adapter=adapter or None)
+    title = (EMBEDDED if base in ("", EMBEDDED) else folder.name) + (f"+{adapters.name_of(adapter)}" if adapter else "")
+    return Named(title.replace("/", "-"), adapters.resolve(adapter) if adapter else folder, model)
+
+
+def examples_of(folder: Path, settings: Settings) -> list[Example]:
+    """Raises ConfigError for data that cannot be read, or too little of it."""
+    if settings.data is None:
+        return list(dialogues(loading.embedded_path(), settings.num_examples, settings.seed))
+    tokenizer = TextModel.load(folder if (folder / "tokenizer.json").is_file() else loading.embedded_path()).tokenizer
+    try:
+        text = settings.data.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{settings.data} cannot be read: {error}") from error
+    if settings.data.suffix == ".jsonl":
+        found = [
+            _of_line(tokenizer.encode_literal, number, line) for number, line in enumerate(text.splitlines(), start=1)
+        ]
+    else:
+        found = list(_pieces(tokenizer.encode_literal(text), settings))
+    found = [each for each in found if each.shared][: settings.num_examples]
+    if len(found) < FEWEST_EXAMPLES:
+        need = f"needs at least {FEWEST_EXAMPLES} examples with {TILE} tokens of context"
+        raise ConfigError(f"{settings.data} has {len(found)}, {need}")
+    return found
+
+
+def _of_line(encode: Callable[[str], list[int]], number: int, line: str) -> Example:
+    try:
+        values = json.loads(line)
+        context, answer = encode(values["context"]), encode(values["answer"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"line {number} is not {{context, answer}}: {type(error).__name__}: {error}") from error
+    if not answer:
+        raise ConfigError(f"line {number} has no answer")
+    return Example(np.array(context + answer, np.int32), len(context), len(answer))
+
+
+def _pieces(tokens: Sequence[int], settings: Settings) -> Iterator[Example]:
+    size = settings.num_context + settings.num_answer
+    for start in range(0, len(tokens) - size + 1, size):
+        piece = np.array(tokens[start : start + size], np.int32)
+        yield Example(piece, settings.num_context, settings.num_answer)
+
+
+def measure(pair: Pair) -> Found:
+    """With a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        return search(pair, report)
+
+
+def show(pair: Pair, found: Found, sender: str, receiver: str) -> None:
+    """Tables of critical layers and of plans."""
+    console = Console()
+    layers = Table("layer", "kind", "loss if taken alone", "agreement", title=f"{receiver}, from {sender}")
+    for index, (layer, measured) in enumerate(zip(pair.receiver.layers, found.alone, strict=True)):
+        layers.add_row(str(index), layer.kind or "none", f"{measured.kl:.5f}", f"{measured.agreement:.2%}")
+    layers.add_row("", "control: states zeroed", f"{found.zeroed.kl:.5f}", f"{found.zeroed.agreement:.2%}")
+    console.print(layers)
+    kinds = [kind for kind in next(iter(found.measured.values())).by_kind if kind]
+    plans = Table("faster", "loss", "agreement", *(f"{kind} right" for kind in kinds), "kept", "layers")
+    best = {plan.transfer for plan in found.plans}
+    for plan, measured in _ordered(pair, found):
+        plans.add_row(
+            "all" if not plan.flops else f"{1 / plan.flops:.1f}x",
+            f"{plan.loss:.5f}",
+            f"{plan.agreement:.2%}",
+            *(f"{measured.by_kind[kind]:.1%}" for kind in kinds),
+            f"{plan.input_bytes} B a token",
+            plan.transfer.letters,
+            style="bold" if plan.transfer in best else "",
+        )
+    number = next(iter(found.measured.values())).num_examples
+    plans.caption = f"{number} examples; t: taken, p: projected, r: recomputed; bold: no other is cheaper and better"
+    console.print(plans)
+
+
+def _ordered(pair: Pair, found: Found) -> list[tuple[Plan, Measured]]:
+    plans = [(pair.plan(transfer, measured), measured) for transfer, measured in found.measured.items()]
+    return sorted(plans, key=lambda each: each[0].flops)
+
+
+def draw(pair: Pair, found: Found, title: str, path: Path) -> None:
+    """Critical layers, by kind, beside what each plan costs and loses."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    kinds = list(dict.fromkeys(layer.kind for layer in pair.receiver.layers))
+    for kind in kinds:
+        numbers = [index for index, layer in enumerate(pair.receiver.layers) if layer.kind == kind]
+        left.bar(numbers, [found.alone[index].kl for index in numbers], label=kind or "no entries")
+    left.set(title=f"{title}: one layer taken, the others own", xlabel="layer", ylabel="nats a token")
+    left.legend()
+    for label, marker, shown in (("projected or mixed", "o", False), ("contiguous groups", "s", True)):
+        some = [plan for plan, _ in _ordered(pair, found) if is_group(plan.transfer) is shown]
+        right.scatter([plan.flops for plan in some], [plan.loss for plan in some], marker=marker, label=label)
+    front = sorted(found.plans, key=lambda plan: plan.flops)
+    right.step([p.flops for p in front], [p.loss for p in front], where="post", color="grey", linewidth=1)
+    right.set(title="plans", xlabel="FLOPs, of computing everything", ylabel="nats a token", ylim=(0, None))
+    right.legend()
+    figure.savefig(path, dpi=120)

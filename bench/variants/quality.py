@@ -1,0 +1,72 @@
+"""What answers lose when one model of a pair reads what the other has cached: contenders side by side."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from hybrid_cache.models.tools.pairs import Measured, Pair
+from hybrid_cache.models.tools.plans import group, is_group
+from hybrid_cache.profile import Plan
+from hybrid_cache.transfer import Transfer, Way, projected, upper
+
+BUDGETS = (1 / 24, 1 / 12, 1 / 8, 1 / 4.5, 1 / 2)  # FLOPs of the receiver, of computing everything
+RANDOM_SETS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One contender in one direction of a pair."""
+
+    name: str
+    plan: Plan
+    measured: Measured
+
+    @property
+    def is_group(self) -> bool:
+        """DroidSpeak's way; taking everything is nobody's."""
+        return is_group(self.plan.transfer) and self.plan.flops > 0
+
+
+def contenders(pair: Pair, seed: int) -> Iterator[tuple[str, Transfer]]:
+    """Everything taken, all projected sets of a small model, random ones of a large one, and all contiguous groups."""
+    layers = pair.receiver.layers
+    num, every = len(layers), range(len(layers))
+    attention = [index for index in every if layers[index].kind.startswith("attention")]
+    states = [index for index in every if index not in attention and layers[index].entries]
+    yield "take all", upper(num, num)
+    yield "project all", projected(num, every)
+    yield "project states", projected(num, states)
+    yield "project attention", projected(num, attention)
+    choose = Random(seed)
+    for number in range(RANDOM_SETS):
+        yield f"random set {number + 1}", projected(num, choose.sample(every, num // 2))
+    for index in every:
+        yield f"project {index}", projected(num, [index])
+    for one in states:
+        for other in states:
+            if one < other:
+                yield f"project {one} and {other}", projected(num, [one, other])
+    for first in every:
+        for last in range(first, num):
+            if last - first + 1 < num:
+                yield f"recompute {first}-{last}", group(num, first, last)
+    for last in every[1:]:
+        yield (
+            f"recompute 0-{last - 1}, project the rest",
+            Transfer((Way.RECOMPUTE,) * last + (Way.PROJECT,) * (num - last)),
+        )
+
+
+def outcomes(pair: Pair, seed: int) -> Iterator[list[Outcome]]:
+    """Of all contenders; comes again and again, with the latest example added."""
+    named = {transfer.for_layers(pair.receiver.layers): name for name, transfer in reversed([*contenders(pair, seed)])}
+    transfers = [*named][::-1]
+    for measured in pair.measure(transfers, range(len(pair.examples))):
+        rows = zip(transfers, measured, strict=True)
+        yield [Outcome(named[transfer], pair.plan(transfer, each), each) for transfer, each in rows]
+
+
+def best(found: Sequence[Outcome], budget: float, *, groups: bool) -> Outcome | None:
+    """The least loss for no more FLOPs, among contiguous groups or among all others."""
+    some = [each for each in found if each.is_group is groups and 0 < each.plan.flops <= budget * (1 + 1e-9)]
+    return min(some, key=lambda each: each.measured.kl, default=None)

@@ -1,0 +1,112 @@
+"""Time to the first token over a prefix that another model has read, on a hybrid of 152 M random parameters."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hybrid_cache.bench.common.random_model import MID_GRANITE, activated_by, random_adapter, random_model
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models.tools.plans import group
+from hybrid_cache.profile import Plan, Profile
+from hybrid_cache.request import CacheMode, PromptOutput, Received, Request
+from hybrid_cache.sampling import SamplingParams
+from hybrid_cache.tokens import Boundary, Prompt, TokenArray
+from hybrid_cache.transfer import Transfer, projected, upper
+
+INVOCATION = (11, 12)
+BUDGET_BYTES = 2 << 30
+LOSS = 0.01  # that the profiles claim: random weights say nothing of it
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Processor seconds to the first token."""
+
+    name: str
+    whole_s: float  # everything computed
+    shared_s: float
+    tokens: int  # that came from the sender
+    layers: str
+
+    @property
+    def ratio(self) -> float:
+        return self.whole_s / self.shared_s
+
+
+class Stage:
+    """The models, one engine, and a prefix."""
+
+    def __init__(self, ops: Ops, num_tokens: int, num_new: int, seed: int) -> None:
+        self.base, _ = random_model(MID_GRANITE, ops, torch.bfloat16, adaptable=True)
+        self.num_layers = len(self.base.layers)
+        self._ops = ops
+        self._rng = np.random.default_rng(seed)
+        self._shared = self._tokens(num_tokens)
+        self._num_new = num_new
+
+    def _tokens(self, num: int) -> TokenArray:
+        return self._rng.integers(100, self.base.vocab_size, num).astype(np.int32)
+
+    def variant(self, first: int) -> HybridModel:
+        """Other weights from a layer on."""
+        return random_model(MID_GRANITE, self._ops, torch.bfloat16, other=1 + first, first=first)[0]
+
+    def time(self, name: str, model: HybridModel, transfer: Transfer | None = None) -> Timing:
+        """transfer: what a profile allows; None where sharing is exact"""
+        engine = Engine(self.base, EngineConfig(BUDGET_BYTES), variants={"other": model})
+        if transfer is not None:
+            plan = Plan(transfer, LOSS, 1.0, 0.5, 0)
+            engine.add_profile(Profile(self.base.fingerprint, model.fingerprint, self.num_layers, "", (plan,)))
+            self._ask(engine, self._tokens(9), "other", LOSS)  # such entries are asked for
+        invoked = np.array(model.invocation, np.int32)
+        prompt = np.concatenate([self._shared, invoked, self._tokens(self._num_new - len(invoked))])
+        whole_s = min(self._ask(engine, prompt, "other", None, CacheMode.OFF)[0] for _ in range(2))
+        self._ask(engine, np.append(self._shared, prompt[-1:]), "")
+        engine.run_until_idle()
+        if len(invoked):  # the first call leaves the base's state at the invocation
+            self._ask(engine, np.concatenate([self._shared, invoked, self._tokens(5)]), "other")
+            engine.run_until_idle()
+        shared_s, received = self._ask(engine, prompt, "other", None if transfer is None else LOSS)
+        tokens = len(self._shared) if received is None else received.end - received.start
+        return Timing(name, whole_s, shared_s, tokens, "" if received is None else received.transfer)
+
+    def _ask(
+        self,
+        engine: Engine,
+        tokens: TokenArray,
+        model: str,
+        max_loss: float | None = None,
+        mode: CacheMode = CacheMode.IMPLICIT,
+    ) -> tuple[float, Received | None]:
+        prompt = Prompt(tokens, (Boundary(min(len(self._shared), len(tokens))),))
+        sampling, received = SamplingParams(temperature=0, max_tokens=1), None
+        start = time.process_time()
+        engine.submit(Request("r", prompt, sampling, cache_mode=mode, model=model, max_loss=max_loss))
+        while engine.is_open("r"):
+            for _, output in engine.step():
+                received = output.received if isinstance(output, PromptOutput) else received
+        return time.process_time() - start, received
+
+
+def timings(ops: Ops, num_tokens: int, num_new: int, seed: int) -> Iterator[Timing]:
+    """One after the other."""
+    stage = Stage(ops, num_tokens, num_new, seed)
+    layers, num = stage.base.layers, stage.num_layers
+    adapter = activated_by(stage.base, random_adapter(stage.base, 16, seed), INVOCATION)
+    yield stage.time("activated adapter, exact", adapter)
+    for share, first in (("quarter", num - num // 4), ("half", num // 2)):
+        yield stage.time(f"other weights in the top {share}, exact", stage.variant(first))
+    other = stage.variant(0)
+    states = [index for index, layer in enumerate(layers) if "attention" not in layer.kind]
+    middle = num // 3
+    yield stage.time("project all", other, projected(num, range(num)))
+    yield stage.time("project states", other, projected(num, states))
+    yield stage.time("project one layer", other, projected(num, [middle]))
+    yield stage.time(f"recompute {middle}-{middle + 4}", other, group(num, middle, middle + 4))
+    yield stage.time("take all", other, upper(num, num))

@@ -1,0 +1,157 @@
+"""Who may hand entries of the cache to whom among the models of an engine, and in which way; see `transfer`.
+
+What is exact goes among a model's own entries. What is not stays in a *lane*: a namespace for one receiver, sender and
+transfer, whose entries no other request ever sees, and from which nothing is handed on.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Protocol
+
+from hybrid_cache.errors import ConfigError
+from hybrid_cache.profile import Profile
+from hybrid_cache.spec import LayerSpec, PrefillCost
+from hybrid_cache.transfer import Transfer, Way, equal_layers, upper
+
+
+class Layered(Protocol):
+    """What has to be known of a model, as in `HybridModel`."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def chain(self) -> tuple[str, ...]: ...
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A way for one model to make entries from another's."""
+
+    sender: str  # the other's fingerprint
+    name: str  # and its name, as requests say it
+    transfer: Transfer
+    cost: PrefillCost  # of what the receiver runs
+    spares: PrefillCost  # what it does not run
+    entries: tuple[int, ...]  # that it takes as they are, in the order of `CacheSpec.layers`
+    loss: float = 0.0  # expected, in nats a token; 0: none, to the bit
+    lane: str = ""  # where what is made belongs; empty: among its own entries
+
+
+@dataclass(slots=True)
+class Senders:
+    """The models of one engine by fingerprint."""
+
+    _models: dict[str, Layered] = field(default_factory=dict)
+    _names: dict[str, str] = field(default_factory=dict)
+    _offers: dict[str, tuple[Offer, ...]] = field(default_factory=dict)
+    _kept: dict[str, Mapping[int, PrefillCost]] = field(default_factory=dict)
+    _profiles: dict[tuple[str, str], Profile] = field(default_factory=dict)  # by sender and receiver
+    _wanted: set[tuple[str, str]] = field(default_factory=set)  # lanes by receiver that requests have asked for
+
+    def learn(self, profile: Profile) -> None:
+        """Raises ConfigError for a profile of models that are not here."""
+        for fingerprint in (profile.sender, profile.receiver):
+            if fingerprint not in self._models:
+                raise ConfigError(f"a profile of other weights: {fingerprint}, here are {', '.join(self._models)}")
+        layers = len(self._models[profile.receiver].layers)
+        if profile.num_layers != layers:
+            raise ConfigError(f"a profile of {profile.num_layers} layers, the models have {layers}")
+        self._profiles[profile.sender, profile.receiver] = profile
+        self._make_offers()
+
+    def update(self, models: Mapping[str, Layered]) -> None:
+        """To be called when a model has come or gone. models: by name"""
+        self._names = {model.fingerprint: name for name, model in reversed([*models.items()])}
+        self._models = {model.fingerprint: model for model in models.values()}
+        self._profiles = {pair: profile for pair, profile in self._profiles.items() if {*pair} <= {*self._models}}
+        self._make_offers()
+
+    def _make_offers(self) -> None:
+        self._offers = {name: (*self._exact(model), *self._profiled(model)) for name, model in self._models.items()}
+        self._choose_inputs()
+
+    def _choose_inputs(self) -> None:
+        """What is kept for entries of a model's own always is; for others once such entries were asked for."""
+        kept: dict[str, dict[int, list[PrefillCost]]] = {name: {} for name in self._models}
+        for name, offers in self._offers.items():
+            for each in offers:
+                if not each.lane or (name, each.lane) in self._wanted:
+                    reads = each.transfer.reads
+                    for layer in reads:
+                        kept[each.sender].setdefault(layer, []).append(each.spares.part(1 / len(reads)))
+        self._kept = {
+            name: {layer: max(costs, key=lambda cost: cost.per_token) for layer, costs in sorted(layers.items())}
+            for name, layers in kept.items()
+        }
+
+    def exact(self, receiver: str) -> Sequence[Offer]:
+        """From what a model may make entries of its own."""
+        return [offer for offer in self._offers.get(receiver, ()) if not offer.lane]
+
+    def profiled(self, receiver: str, max_loss: float) -> Sequence[Offer]:
+        """From what a model may make entries that lose no more than this, in nats a token: the cheapest of each sender.
+
+        From now on senders keep what these read.
+        """
+        cheapest = dict[str, Offer]()
+        for each in self._offers.get(receiver, ()):
+            best = cheapest.get(each.sender)
+            cheaper = best is None or each.cost.per_token < best.cost.per_token
+            if each.lane and each.loss <= max_loss and cheaper:
+                cheapest[each.sender] = each
+        lanes = {(receiver, each.lane) for each in cheapest.values()}
+        if not lanes <= self._wanted:
+            self._wanted |= lanes
+            self._choose_inputs()
+        return list(cheapest.values())
+
+    def kept_inputs(self, sender: str) -> Mapping[int, PrefillCost]:
+        """Layers of a model whose inputs others read, with what having them spares these."""
+        return self._kept.get(sender, {})
+
+    def lanes(self, fingerprint: str) -> set[str]:
+        """Those that a model has anything to do with."""
+        offers = ((name, each) for name, offers in self._offers.items() for each in offers)
+        return {each.lane for name, each in offers if each.lane and fingerprint in (name, each.sender)}
+
+    def _profiled(self, receiver: Layered) -> Iterable[Offer]:
+        for (sender, name), profile in self._profiles.items():
+            if name == receiver.fingerprint:
+                for plan in profile.plans:
+                    lane = lane_of(sender, plan.transfer)
+                    yield offer(sender, self._names[sender], receiver.layers, plan.transfer, plan.loss, lane)
+
+    def _exact(self, receiver: Layered) -> Iterable[Offer]:
+        """Layers that are the same in both from the first one on are taken, those above are computed."""
+        for name, sender in self._models.items():
+            common = 0 if sender is receiver else equal_layers(sender.chain, receiver.chain) or 0
+            if common:
+                yield offer(name, self._names[name], receiver.layers, upper(len(receiver.layers), common))
+
+
+def lane_of(sender: str, transfer: Transfer) -> str:
+    return blake2b(f"{sender} {transfer}".encode(), digest_size=8).hexdigest()
+
+
+def offer(
+    sender: str, name: str, layers: Sequence[LayerSpec], transfer: Transfer, loss: float = 0.0, lane: str = ""
+) -> Offer:
+    """layers: of the receiver"""
+    transfer = transfer.for_layers(layers)
+    ways = list(enumerate(zip(layers, transfer.ways, strict=True)))
+    runs = (spec.cost if transfer.goes_on(i) else spec.write_cost for i, (spec, way) in ways if way is not Way.TAKE)
+    taken = tuple(entry for _, (spec, way) in ways if way is Way.TAKE for entry in spec.entries)
+    cost = _total(runs)
+    whole = _total(spec.cost for spec in layers)
+    spares = PrefillCost(whole.per_token - cost.per_token, whole.per_token_per_position - cost.per_token_per_position)
+    return Offer(sender, name, transfer, cost, spares, taken, loss, lane)
+
+
+def _total(costs: Iterable[PrefillCost]) -> PrefillCost:
+    costs = list(costs)
+    return PrefillCost(sum(c.per_token for c in costs), sum(c.per_token_per_position for c in costs))
