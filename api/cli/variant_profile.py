@@ -14,7 +14,7 @@ from rich.table import Table
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.family import difference_of
-from hybrid_cache.errors import ConfigError
+from hybrid_cache.errors import ConfigError, RequestError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import adapters, loading
@@ -108,8 +108,11 @@ def examples_of(folder: Path, settings: Settings) -> list[Example]:
 def _of_line(encode: Callable[[str], list[int]], number: int, line: str) -> Example:
     try:
         values = json.loads(line)
-        context, answer = encode(values["context"]), encode(values["answer"])
-    except (ValueError, KeyError, TypeError) as error:
+        texts = [values["context"], values["answer"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("both must be text")
+        context, answer = map(encode, texts)
+    except (ValueError, KeyError, TypeError, RequestError) as error:
         raise ConfigError(f"line {number} is not {{context, answer}}: {type(error).__name__}: {error}") from error
     if not answer:
         raise ConfigError(f"line {number} has no answer")

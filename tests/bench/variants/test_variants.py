@@ -1,0 +1,72 @@
+"""The benchmark of models that share a base: what it compares, and that more sharing never serves fewer pipelines."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hybrid_cache.api.cli import main as cli
+from hybrid_cache.bench.variants import command, pipeline, speed
+from hybrid_cache.bench.variants.pipeline import Load, Pipelines
+from hybrid_cache.bench.variants.quality import best, contenders, outcomes
+from hybrid_cache.kernels.dispatch import select
+from hybrid_cache.models import loading
+from hybrid_cache.models.tools.pairs import Pair
+from hybrid_cache.models.training.paired import dialogues
+from hybrid_cache.transfer import projected, upper
+
+SHORT = Load(3, num_context=512, num_question=16, num_answer=4, num_pipelines=6)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    path, ops = loading.embedded_path(), select()
+    receiver = loading.load(path, ops=ops, adapter="embedded-choreo")
+    return Pair(loading.load(path, ops=ops), receiver, [*dialogues(path, 6, 1)])
+
+
+def test_contenders_are_compared_at_equal_cost(pair: Pair) -> None:
+    transfers = [transfer for _, transfer in contenders(pair, 1)]
+    num = len(pair.receiver.layers)
+    assert {upper(num, num), projected(num, range(num))} <= {*transfers}
+    *_, found = outcomes(pair, 1)
+    everything = next(each for each in found if each.name == "take all")
+    assert everything.plan.flops == 0
+    assert everything.measured.kl > 0
+    for budget in (1 / 24, 1 / 2):
+        ours, group = best(found, budget, groups=False), best(found, budget, groups=True)
+        assert ours is not None
+        assert group is not None
+        assert max(ours.plan.flops, group.plan.flops) <= budget
+        assert group.is_group
+        assert not ours.is_group
+    assert best(found, 1e-6, groups=True) is None
+
+
+def test_pipelines_that_share_more_take_less_time() -> None:
+    layers = 20
+    ways = [(None, None), (None, layers // 2), (projected(layers, range(layers)), None), (upper(layers, layers), None)]
+    took = [sum(Pipelines(SHORT, *way).run(1000.0)) for way in ways]
+    assert len(Pipelines(SHORT, None, None).run(1000.0)) == SHORT.num_pipelines
+    own, bands, made, taken = took
+    assert own > 1.2 * bands
+    assert own > 1.2 * made
+    assert made >= taken
+    alone = pipeline.alone_s(SHORT)
+    assert 0.5 * 3 * 512 / 605 < alone < 2 * 3 * 512 / 605, "three prefills of the context, and little else"
+    slow = pipeline.throughput(SHORT, None, None, 3 * alone, steps=3)
+    assert pipeline.throughput(SHORT, upper(layers, layers), None, 3 * alone, steps=3) > slow
+
+
+def test_the_command_writes_what_it_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "AGENTS", (2,))
+    monkeypatch.setattr(pipeline, "Load", lambda agents, seed: Load(agents, 128, 8, 2, 2, seed=seed))
+    out = tmp_path / "found.json"
+    line = f"bench variants --examples 4 --no-speed --json {out} --pair embedded:embedded+embedded-choreo"
+    result = CliRunner().invoke(cli.app, line.split())
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["quality"][0]["contenders"][0]["num_examples"] <= 4
+    assert set(found["pipelines"][0]["per second"]) >= {"take all", "project all"}
+    assert speed.LOSS == pipeline.LOSS

@@ -1,0 +1,124 @@
+"""What is lost between two models: nothing between equal ones, and more the less is made again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from hybrid_cache.api.cli import main as cli
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.kernels.dispatch import select
+from hybrid_cache.models import loading
+from hybrid_cache.models.tools.pairs import Example, Pair
+from hybrid_cache.models.tools.plans import FEW_LAYERS, candidates, group, groups, search
+from hybrid_cache.models.training.paired import dialogues
+from hybrid_cache.profile import load_profile
+from hybrid_cache.transfer import Transfer, Way, projected, upper
+
+PATH = loading.embedded_path()
+
+
+@pytest.fixture(scope="module")
+def base() -> HybridModel:
+    return loading.load(PATH, ops=select())
+
+
+@pytest.fixture(scope="module")
+def choreo() -> HybridModel:
+    return loading.load(PATH, ops=select(), adapter="embedded-choreo")
+
+
+def last(steps):
+    *_, found = steps
+    return found
+
+
+def test_equal_models_lose_nothing_whatever_is_shared(base: HybridModel) -> None:
+    pair = Pair(base, base, [*dialogues(PATH, 4, 1)])
+    num = len(base.layers)
+    ways = [
+        upper(num, num),
+        projected(num, range(num)),
+        group(num, 1, 3),
+        Transfer((Way.RECOMPUTE,) * 2 + (Way.PROJECT,) * 4),
+    ]
+    for measured in last(pair.measure(ways, range(4))):
+        assert measured.kl == 0
+        assert measured.agreement == 1
+    assert [each.kl for each in last(pair.measure_layers(range(4)))] == [0] * num
+    (zeroed,) = last(pair.measure_without_states(range(4)))
+    assert zeroed.kl > 0.05
+    assert zeroed.right < 1
+
+
+def test_what_is_lost_lies_where_the_study_found_it(base: HybridModel, choreo: HybridModel) -> None:
+    pair = Pair(base, choreo, [*dialogues(PATH, 12, 3)])
+    alone = [each.kl for each in last(pair.measure_layers(range(12)))]
+    assert alone.index(max(alone)) == 2, "the first state-space layer above attention"
+    num = len(base.layers)
+    everything, one, whole = (
+        each.kl for each in last(pair.measure([upper(num, num), projected(num, [2]), group(num, 0, 3)], range(12)))
+    )
+    assert whole < one < everything
+    assert pair.plan(upper(num, num), alone_measured(pair)).flops == 0
+    assert pair.plan(projected(num, [2]), alone_measured(pair)).input_bytes == base.cache_spec.input_bytes
+
+
+def alone_measured(pair: Pair):
+    return last(pair.measure_layers(range(1)))[0]
+
+
+def test_a_search_finds_a_frontier(base: HybridModel, choreo: HybridModel) -> None:
+    pair, told = Pair(base, choreo, [*dialogues(PATH, 4, 2)]), []
+    found = search(pair, lambda what, done, total: told.append((what, done, total)))
+    assert len({what for what, *_ in told}) == 4
+    assert all(done <= total for _, done, total in told)
+    losses, costs = [plan.loss for plan in found.plans], [plan.flops for plan in found.plans]
+    assert costs == sorted(costs)
+    assert losses == sorted(losses, reverse=True)
+    assert found.zeroed.kl > max(each.kl for each in found.alone)
+
+
+def test_large_models_try_few_groups(base: HybridModel) -> None:
+    assert len(groups(6, [0.0] * 6)) == 20
+    many = groups(40, [float(i == 7) for i in range(40)])
+    assert len(many) < 80
+    assert all(first <= 7 <= last for first, last in many if first)
+    assert FEW_LAYERS < 40
+    assert candidates(base.layers, [0.0] * 6)[0] == upper(6, 6)
+
+
+def test_contexts_without_a_whole_tile_are_left_out(base: HybridModel) -> None:
+    short = Example(np.arange(5, 60).astype(np.int32), 50, 3)
+    pair = Pair(base, base, [short, *dialogues(PATH, 2, 1)])
+    assert len(pair.examples) == 2
+    assert all(each is not short for each in pair.examples)
+
+
+def test_the_command_writes_a_profile_and_a_picture(tmp_path: Path) -> None:
+    out, plot = tmp_path / "p.json", tmp_path / "p.png"
+    line = f"variants profile embedded embedded+embedded-choreo --examples 4 --out {out} --plot {plot}"
+    result = CliRunner().invoke(cli.app, line.split())
+    assert result.exit_code == 0, result.output
+    assert "control: states zeroed" in result.output
+    assert len(load_profile(out).plans) > 1
+    assert plot.stat().st_size > 10_000
+
+
+def test_a_text_of_the_users_is_cut_into_examples(tmp_path: Path) -> None:
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("The lamp is red now. Ben put three coins into the box. " * 400)
+    lines.write_text("\n".join(json.dumps({"context": "The lamp is red. " * 30, "answer": "Red."}) for _ in range(20)))
+    begin = "variants profile embedded embedded-style --examples 20 --context 64 --answer 4"
+    for data in (text, lines):
+        result = CliRunner().invoke(cli.app, [*begin.split(), "--data", str(data), "--out", str(tmp_path / "p.json")])
+        assert result.exit_code == 0, result.output
+        assert "20 of a." in load_profile(tmp_path / "p.json").data
+    for content, says in (("short", "needs at least 20 examples"), ('{"context": 1}', "line 1 is not")):
+        path = tmp_path / ("b.txt" if content == "short" else "b.jsonl")
+        path.write_text(content)
+        result = CliRunner().invoke(cli.app, [*begin.split(), "--data", str(path), "--out", str(tmp_path / "p.json")])
+        assert result.exit_code != 0
+        assert says in str(result.exception) + result.output
