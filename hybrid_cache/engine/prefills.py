@@ -138,7 +138,10 @@ class Prefills:
     def _receive(self, prefill: Prefill, lease: Lease) -> None:
         """Begins to make entries from those of the model from which most is saved, if there is one."""
         best, first = None, prefill.computed
-        if prefill.publish and prefill.reuse and prefill.mark is None:
+        own = lane_in(prefill.namespace) == (
+            prefill.lane.lane if prefill.lane else ""
+        )  # a finished turn of a lane has none
+        if prefill.publish and prefill.reuse and prefill.mark is None and own:
             best = self._best_sent(prefill, first, prefill.lane)
         if best is None:
             return

@@ -21,6 +21,11 @@ shelf = partial(Mutant, "models/shelf.py")
 stack = partial(Mutant, "models/blocks/stack.py")
 torch_bank = partial(Mutant, "kernels/low_rank.py")
 worker = partial(Mutant, "hybrid_cache/device/worker.py")
+senders = partial(Mutant, "hybrid_cache/engine/senders.py")
+prefills = partial(Mutant, "hybrid_cache/engine/prefills.py")
+books = partial(Mutant, "hybrid_cache/cache/books.py")
+inputs = partial(Mutant, "hybrid_cache/device/inputs.py")
+BANDS, PROFILED = ("tests/engine/test_bands.py",), ("tests/engine/test_profiled.py",)
 
 MUTANTS = [
     worker(
@@ -160,4 +165,44 @@ MUTANTS = [
         "        found: T | None = None\n",
         ADAPTERS,
     ),
+    senders(
+        "one more layer is taken for equal",
+        "equal_layers(sender.chain, receiver.chain) or 0",
+        "(equal_layers(sender.chain, receiver.chain) or 0) + 1",
+        BANDS,
+    ),
+    senders(
+        "any loss is allowed", "each.lane and each.loss <= max_loss and cheaper", "each.lane and cheaper", PROFILED
+    ),
+    prefills(
+        "a state in the middle of a band is kept",
+        "if wish.position <= start or (prefill.source and wish.position < prefill.source.end):",
+        "if wish.position <= start:",
+        BANDS,
+    ),
+    prefills(
+        "a kept state lacks what was taken",
+        "        if prefill.source:  # the pass adds what it computes\n",
+        "        if False:\n",
+        BANDS,
+    ),
+    prefills(
+        "what is not exact is looked for among the model's own",
+        "            prefill.enter_lane(self._best_lane(prefill, prefill.max_loss))\n",
+        "            prefill.lane = self._best_lane(prefill, prefill.max_loss)\n",
+        PROFILED,
+    ),
+    prefills(
+        "a lane hands on what it was given",
+        "own = not lane_in(prefill.namespace) and",
+        "own = True and",
+        PROFILED,
+    ),
+    books(
+        "the pages of another prefix are taken",
+        "lease.pages[sent.end - len(path) : sent.end]",
+        "lease.pages[: len(path)]",
+        BANDS,
+    ),
+    inputs("rows are read from the start of an item", "slice(first, first + num)", "slice(0, num)", BANDS),
 ]
