@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +123,15 @@ def test_conversations_that_go_from_model_to_model_have_the_bits_of_each(
         outputs = run(engine, *asked.values())
         for name, request in asked.items():
             assert said(outputs, name) == alone(models[request.model], request.prompt.tokens), (number, name)
+
+
+def test_nothing_is_received_across_salts(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 1)
+    engine = Engine(base, EngineConfig(budget_bytes=BUDGET, verify=True), variants={"other": other})
+    shared = tokens_of(base, 1, 3 * TILE + 17)
+    run(engine, replace(ask("base", np.append(shared, 5).astype(np.int32), "", (len(shared),)), namespace="one"))
+    for salt, tokens in (("two", 0), ("", 0), ("one", 3 * TILE)):
+        before = engine.stats().received_tokens
+        outputs = run(engine, replace(ask(salt or "none", shared, "other"), namespace=salt))
+        assert engine.stats().received_tokens - before == tokens
+        assert said(outputs, salt or "none") == alone(other, shared)
