@@ -1,5 +1,6 @@
 """What one model keeps in the cache, in shapes and bytes; the cache learns nothing else about a model."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -110,6 +111,11 @@ class LayerSpec:
     entries: tuple[int, ...]  # of what is cached, in the order of `CacheSpec.layers`
     cost: PrefillCost
     write_cost: PrefillCost  # of what it caches alone, without what it gives to the next layer
+
+
+def total_cost(costs: Iterable[PrefillCost]) -> PrefillCost:
+    costs = list(costs)
+    return PrefillCost(sum(c.per_token for c in costs), sum(c.per_token_per_position for c in costs))
 
 
 def align64(num_bytes: int) -> int:

@@ -62,6 +62,28 @@ def load(
     return beside(load_trunk(path, dtype=dtype, ops=ops, shelf=shelf, adapter=changes), changes)
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A model by what a command line calls it."""
+
+    title: str  # in tables and names of files
+    folder: Path  # of its weights and text files
+    own_folder: Path  # its adapter's, if it has one
+    model: HybridModel
+
+
+def load_named(name: str, *, dtype: str = "auto", ops: Ops, merges: bool = False) -> Named:
+    """`DIR`, or what ships, and after a + an adapter, which stands beside it unless it is merged.
+
+    Raises HybridCacheError.
+    """
+    base, _, adapter = name.partition("+")
+    folder = resolve(base)
+    model = load(folder, dtype=dtype, ops=ops, adapter=adapter or None, merges=merges)
+    title = Path(base).name + (f"+{adapters.name_of(adapter)}" if adapter else "")
+    return Named(title, folder, adapters.resolve(adapter) if adapter else folder, model)
+
+
 def load_trunk(
     path: str | Path, *, dtype: str = "auto", ops: Ops, shelf: Shelf | None = None, adapter: Adapter | None = None
 ) -> ShapedModel:

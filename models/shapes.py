@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.spec import AttentionSpec, CacheSpec, LayerSpec, PrefillCost, StateSpec
+from hybrid_cache.spec import AttentionSpec, CacheSpec, LayerSpec, PrefillCost, StateSpec, total_cost
 
 
 class Advance(StrEnum):
@@ -549,11 +549,6 @@ def ways_to_compose(shape: ModelShape) -> tuple[str, ...]:
     if not advances or None in advances:
         return ()
     return ("relocated", "composed") if advances == {Advance.ROWS} else ("composed",)
-
-
-def total_cost(costs: Iterable[PrefillCost]) -> PrefillCost:
-    costs = list(costs)
-    return PrefillCost(sum(c.per_token for c in costs), sum(c.per_token_per_position for c in costs))
 
 
 def _product(in_features: int, out_features: int) -> float:

@@ -12,19 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hybrid_cache.api.text.tokenizer import TextModel
-from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.family import difference_of
 from hybrid_cache.errors import ConfigError, RequestError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.models import adapters, loading
+from hybrid_cache.models import loading
 from hybrid_cache.models.tools.pairs import Example, Measured, Pair
 from hybrid_cache.models.tools.plans import Found, is_group, search
 from hybrid_cache.models.training.paired import dialogues
 from hybrid_cache.profile import PROFILES, Plan, Profile
 
 FEWEST_EXAMPLES = 20
-EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +36,20 @@ class Settings:
     backend: str
     dtype: str
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A model and where it comes from."""
-
-    name: str
-    folder: Path
-    model: HybridModel
+    merges: bool  # adapters are merged, as `serve --merge-adapters` does it
 
 
 def run(sender: str, receiver: str, settings: Settings, *, out: Path | None, plot: Path | None, threads: int) -> None:
     """Loads, measures, writes and prints. Raises HybridCacheError."""
     if threads:
         torch.set_num_threads(threads)
-    one, other = (load(name, settings) for name in (sender, receiver))
+    try:
+        ops = dispatch.select(settings.backend)
+    except dispatch.BackendUnavailable as error:
+        raise ConfigError(str(error)) from error
+    one, other = (
+        loading.load_named(name, dtype=settings.dtype, ops=ops, merges=settings.merges) for name in (sender, receiver)
+    )
     difference = difference_of(one.model, other.model)
     if difference:
         raise ConfigError(f"{receiver} is no variant of {sender}: {difference}")
@@ -62,32 +58,19 @@ def run(sender: str, receiver: str, settings: Settings, *, out: Path | None, plo
     what = f"{len(pair.examples)} of {settings.data.name if settings.data else f'dialogues, seed {settings.seed}'}"
     layers = len(other.model.layers)
     profile = Profile(one.model.fingerprint, other.model.fingerprint, layers, what, found.plans)
-    path = out or other.folder / PROFILES.replace("*", f"{one.name}-{one.model.fingerprint[:8]}")
+    path = out or other.own_folder / PROFILES.replace("*", f"{one.title}-{one.model.fingerprint[:8]}")
     profile.save(path)
-    show(pair, found, one.name, other.name)
+    show(pair, found, one.title, other.title)
     Console(stderr=True).print(f"written to {path}", soft_wrap=True, highlight=False)
     if plot is not None:
-        draw(pair, found, f"{one.name} to {other.name}", plot)
-
-
-def load(name: str, settings: Settings) -> Named:
-    """`DIR`, `embedded`, and after a + an adapter. Raises HybridCacheError."""
-    base, _, adapter = name.partition("+")
-    folder = loading.embedded_path() if base in ("", EMBEDDED) else loading.resolve(base)
-    try:
-        ops = dispatch.select(settings.backend)
-    except dispatch.BackendUnavailable as error:
-        raise ConfigError(str(error)) from error
-    model = loading.load(folder, dtype=settings.dtype, ops=ops, adapter=adapter or None)
-    title = (EMBEDDED if base in ("", EMBEDDED) else folder.name) + (f"+{adapters.name_of(adapter)}" if adapter else "")
-    return Named(title.replace("/", "-"), adapters.resolve(adapter) if adapter else folder, model)
+        draw(pair, found, f"{one.title} to {other.title}", plot)
 
 
 def examples_of(folder: Path, settings: Settings) -> list[Example]:
     """Raises ConfigError for data that cannot be read, or too little of it."""
     if settings.data is None:
         return list(dialogues(loading.embedded_path(), settings.num_examples, settings.seed))
-    tokenizer = TextModel.load(folder if (folder / "tokenizer.json").is_file() else loading.embedded_path()).tokenizer
+    tokenizer = TextModel.load(folder).tokenizer
     try:
         text = settings.data.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="Models of one shape: what they can
 @app.command()
 def profile(
     sender: Annotated[str, typer.Argument(help="Whose entries are used: a folder, `embedded`, or + and an adapter.")],
-    receiver: Annotated[str, typer.Argument(help="Who uses them. `DIR+ADAPTER` is a model with an adapter merged.")],
+    receiver: Annotated[str, typer.Argument(help="Who uses them. `DIR+ADAPTER` is a model with an adapter.")],
     data: Annotated[
         Path | None,
         typer.Option(
@@ -31,6 +31,9 @@ def profile(
     backend: Annotated[str, typer.Option(help="As in `serve`.")] = "auto",
     dtype: Annotated[str, typer.Option(help="As in `serve`.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the dialogues.")] = 1,
+    merge_adapters: Annotated[
+        bool, typer.Option("--merge-adapters", help="As in `serve`: the numbers, and so the profile, are others.")
+    ] = False,
     threads: Threads = 1,
 ) -> None:
     """Measure what is lost when one model makes its cache entries from another's, layer by layer.
@@ -40,5 +43,5 @@ def profile(
     """
     from hybrid_cache.api.cli import variant_profile as command
 
-    settings = command.Settings(data, examples, context, answer, backend, dtype, seed)
+    settings = command.Settings(data, examples, context, answer, backend, dtype, seed, merge_adapters)
     command.run(sender, receiver, settings, out=out, plot=plot, threads=threads)

@@ -19,8 +19,8 @@ from hybrid_cache.cache.policies.learned import Learned, new_model
 from hybrid_cache.cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
 from hybrid_cache.cache.policies.registry import make_policy
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.models.shapes import ModelShape, total_cost
-from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec
+from hybrid_cache.models.shapes import ModelShape
+from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec, total_cost
 
 # Policies that only make sense here: two need hindsight, the other more facts of a model than a server reports.
 STATIC, ARTIFACT, HINDSIGHT = "marconi-static", "marconi-artifact", "learned-hindsight"

@@ -64,15 +64,10 @@ def variants(
         as_json.write_text(json.dumps(found, indent=2, default=str) + "\n")
 
 
-def _load(name: str, ops: Ops) -> Any:
-    base, _, adapter = name.partition("+")
-    folder = loading.embedded_path() if base == "embedded" else loading.resolve(base)
-    return loading.load(folder, ops=ops, adapter=adapter or None)
-
-
 def _quality(name: str, ops: Ops, num: int, seed: int, progress: Progress, console: Console) -> dict[str, object]:
     sender, _, receiver = name.partition(":")
-    pair = Pair(_load(sender, ops), _load(receiver, ops), [*dialogues(loading.embedded_path(), num, seed)])
+    one, other = (loading.load_named(each, ops=ops).model for each in (sender, receiver))
+    pair = Pair(one, other, [*dialogues(loading.embedded_path(), num, seed)])
     task, found = progress.add_task(f"{sender} to {receiver}", total=len(pair.examples)), list[Outcome]()
     for latest in outcomes(pair, seed):
         found = latest

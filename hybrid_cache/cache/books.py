@@ -198,7 +198,9 @@ class Books:
                 self.pool.check_unpublished(kind, (target for _, target in copies))
                 self.pool.emit(CopyEntries(kind, copies, some))
         if state is not None:
+            self.pool.guard(state)
             self.pool.stamp(state, sent.path)
+            self.pool.unguard(state)
         return self.inputs.hold(sent.keys, sent.layers, sent.first, sent.end)
 
     def copy_taken(self, lease: Lease, slots: Iterable[int], entries: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ A run that a prompt ends in, or begins in, holds fewer pages. Integers only: `de
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from hybrid_cache.cache.fates import End
 from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.keys import Keys, Name, inputs_name
 from hybrid_cache.cache.policies.base import Worth
@@ -124,7 +125,13 @@ class InputStore:
             if not run.holders:
                 self._pool.unguard(run)
 
+    def drop_pages(self, names: Iterable[Name]) -> None:
+        """Drops all that nobody holds of pages that end these prefixes."""
+        wanted = set(names)
+        for run in [run for run in self.runs if not run.holders and not wanted.isdisjoint(run.pages)]:
+            self._pool.evict(run, end=End.DROPPED)
+
     def drop(self, namespace: str | None = None) -> None:
         """Drops all that nobody holds, of one namespace or of all."""
         for run in [run for run in self.runs if not run.holders and namespace in (None, run.node.namespace)]:
-            self._pool.evict(run)
+            self._pool.evict(run, end=End.DROPPED)

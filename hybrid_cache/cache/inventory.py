@@ -79,6 +79,7 @@ class Inventory:
         nodes, states = self._stretch(end)
         for state in states:
             self._pool.evict(state, end=End.DROPPED)
+        self._books.inputs.drop_pages(node.name for node in nodes)
         if nodes:
             self._drop_pages(nodes[0])
         return self._pool.allocator.free_bytes - free_bytes

@@ -92,11 +92,11 @@ class CacheMemory:
                 self._host.run(command)
 
     def _copy_entries(self, command: CopyEntries) -> None:
-        sources, targets = torch.tensor(command.copies, device=self._arena.device).T
         for index in command.entries:
             entry = self.tensors[index]
             for tensor in (entry.k, entry.v) if isinstance(entry, KVTensors) else (entry.conv, entry.state):
-                tensor[targets] = tensor[sources]
+                for source, target in command.copies:  # needs no memory between
+                    tensor[target] = tensor[source]
 
     def check(self, published: set[Item]) -> None:
         """Proves that what was sealed is what is published. Raises PublishedBytesChanged."""

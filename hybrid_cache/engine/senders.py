@@ -11,7 +11,7 @@ from typing import Protocol
 
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.profile import Profile
-from hybrid_cache.spec import LayerSpec, PrefillCost
+from hybrid_cache.spec import LayerSpec, PrefillCost, total_cost
 from hybrid_cache.transfer import Transfer, Way, equal_layers, upper
 
 
@@ -146,12 +146,7 @@ def offer(
     ways = list(enumerate(zip(layers, transfer.ways, strict=True)))
     runs = (spec.cost if transfer.goes_on(i) else spec.write_cost for i, (spec, way) in ways if way is not Way.TAKE)
     taken = tuple(entry for _, (spec, way) in ways if way is Way.TAKE for entry in spec.entries)
-    cost = _total(runs)
-    whole = _total(spec.cost for spec in layers)
+    cost = total_cost(runs)
+    whole = total_cost(spec.cost for spec in layers)
     spares = PrefillCost(whole.per_token - cost.per_token, whole.per_token_per_position - cost.per_token_per_position)
     return Offer(sender, name, transfer, cost, spares, taken, loss, lane)
-
-
-def _total(costs: Iterable[PrefillCost]) -> PrefillCost:
-    costs = list(costs)
-    return PrefillCost(sum(c.per_token for c in costs), sum(c.per_token_per_position for c in costs))

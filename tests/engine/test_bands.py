@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from hybrid_cache.cache.inventory import Inventory
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.engine import Engine
@@ -135,3 +136,27 @@ def test_nothing_is_received_across_salts(tmp_path: Path) -> None:
         outputs = run(engine, replace(ask(salt or "none", shared, "other"), namespace=salt))
         assert engine.stats().received_tokens - before == tokens
         assert said(outputs, salt or "none") == alone(other, shared)
+
+
+def test_states_inside_a_band_are_not_kept_with_what_was_taken_at_its_end(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 1)
+    engine = Engine(base, EngineConfig(budget_bytes=BUDGET, verify=True), variants={"other": other})
+    shared = tokens_of(base, 1, 4 * TILE + 17)
+    run(engine, ask("base", np.append(shared, 5).astype(np.int32), "", (len(shared),)))
+    places = (TILE, 2 * TILE, len(shared))
+    assert said(run(engine, ask("all", shared, "other", places)), "all") == alone(other, shared)
+    for number, length in enumerate((TILE + 9, 2 * TILE + 9, 3 * TILE + 9)):
+        prompt = np.concatenate([shared[:length], tokens_of(base, 7 + number, 20)])
+        assert said(run(engine, ask(f"{number}", prompt, "other")), f"{number}") == alone(other, prompt)
+
+
+def test_what_is_dropped_takes_what_its_layers_were_given_with_it(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 1)
+    engine = Engine(base, EngineConfig(budget_bytes=BUDGET, verify=True), variants={"other": other})
+    run(engine, ask("base", tokens_of(base, 1, 4 * TILE + 17), ""))
+    assert engine.stats().cache.input_bytes > 0
+    inventory = Inventory(engine.cache, lambda namespace: True)
+    (conversation,) = inventory.conversations()
+    inventory.drop(conversation.end.name.hex())
+    engine.check()
+    assert engine.stats().cache.input_bytes == 0

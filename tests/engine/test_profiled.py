@@ -13,6 +13,7 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.namespaces import lane_in
 from hybrid_cache.profile import Plan, Profile, frontier, load_profile
 from hybrid_cache.request import PromptOutput, Received
 from hybrid_cache.transfer import Transfer, Way, projected, transfer_of, upper
@@ -69,6 +70,8 @@ def test_what_is_not_exact_stays_in_its_lane(tmp_path: Path) -> None:
     num = len(base.layers)
     engine = Engine(base, EngineConfig(budget_bytes=BUDGET, verify=True), variants={"other": other})
     engine.add_profile(profile_of(base, other, (upper(num, num), 0.5), (projected(num, range(num)), 0.02)))
+    engine.add_profile(profile_of(other, base, (projected(num, range(num)), 0.02)))
+    run(engine, replace(ask("zeroth", tokens_of(base, 9, 10), ""), max_loss=0.1))  # now `other` is a sender, too
     shared = tokens_of(base, 1, 4 * TILE)
     prompt = np.concatenate([shared, tokens_of(base, 2, 30)])
     run(engine, replace(ask("first", shared[:10], "other"), max_loss=0.1))
@@ -80,6 +83,7 @@ def test_what_is_not_exact_stays_in_its_lane(tmp_path: Path) -> None:
         assert found is not None
         assert (found.start, found.end, found.loss) == (0, 4 * TILE, loss)
         assert [o.logprob for o in said(outputs, name)] != [o.logprob for o in alone(other, prompt)]
+    assert not any(lane_in(run.namespace) for run in engine.cache.inputs.runs)
     for name, model, max_loss in (("exact", "other", None), ("tight", "other", 0.001), ("own", "", 1.0)):
         outputs = run(engine, replace(ask(name, prompt, model), max_loss=max_loss))
         assert said(outputs, name) == alone(other if model else base, prompt)
