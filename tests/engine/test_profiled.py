@@ -73,7 +73,7 @@ def test_what_is_not_exact_stays_in_its_lane(tmp_path: Path) -> None:
     engine.add_profile(profile_of(other, base, (projected(num, range(num)), 0.02)))
     run(engine, replace(ask("zeroth", tokens_of(base, 9, 10), ""), max_loss=0.1))  # now `other` is a sender, too
     shared = tokens_of(base, 1, 4 * TILE)
-    prompt = np.concatenate([shared, tokens_of(base, 2, 30)])
+    prompt = np.concatenate([shared, tokens_of(base, 2, 100)])
     run(engine, replace(ask("first", shared[:10], "other"), max_loss=0.1))
     run(engine, ask("base", np.append(shared, 5).astype(np.int32), "", (len(shared),)))
     loose = run(engine, replace(ask("loose", prompt, "other"), max_loss=0.1))
