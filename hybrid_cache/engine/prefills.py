@@ -42,9 +42,13 @@ class Chunk:
         return self.rows.end
 
     @property
-    def num_tiles(self) -> int:
-        """At most."""
-        return -(-len(self.rows.tokens) // TILE) + len(self.rows.cuts)
+    def least_tiles(self) -> int:
+        """As many as its tokens fill; cuts add to them."""
+        return -(-len(self.rows.tokens) // TILE)
+
+    @property
+    def most_tiles(self) -> int:
+        return self.least_tiles + len(self.rows.cuts)
 
 
 class Prefills:

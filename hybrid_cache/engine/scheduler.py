@@ -338,7 +338,7 @@ class Scheduler:
             chunk = self._cut(prefill, sequence, most)
             chunks.append(chunk)
             room.take(chunk.start, chunk.end)
-            tiles -= chunk.num_tiles
+            tiles -= chunk.most_tiles
             if not chunks[1:]:
                 self._aged_last = aged_first and prefill.passed_over >= MOST_PASSED_OVER
                 if sequence is not None:
@@ -414,7 +414,7 @@ class Scheduler:
             return True
         messages = [chunk.prefill for chunk in step.chunks if chunk.prefill in self.messages]
         turns = [chunk.prefill for chunk in step.chunks if chunk.sequence is None and chunk.prefill not in messages]
-        num_tiles = sum(chunk.num_tiles for chunk in step.chunks)
+        num_tiles = sum(chunk.least_tiles for chunk in step.chunks)  # what limits are set for
         num_sequences = len(step.chunks) + len(step.decodes)
         if num_tiles <= 1 and num_sequences <= 1 and not messages:
             return False

@@ -91,7 +91,7 @@ SCHEDULING = [
     ),
     scheduler(
         "several prompts have as many tiles each",
-        "            tiles -= chunk.num_tiles\n",
+        "            tiles -= chunk.most_tiles\n",
         "",
         SCHEDULER,
     ),
