@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from hybrid_cache.cache import books
-from hybrid_cache.cache.keys import Keys, keys_of
+from hybrid_cache.cache.keys import Keys, Mark, keys_of
 from hybrid_cache.cache.tree import Checkpoint
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
@@ -113,9 +113,9 @@ def test_choices_beyond_the_most_that_may_run_wait() -> None:
 def test_keys_of_a_prompt_are_made_once_however_long_it_waits(monkeypatch: pytest.MonkeyPatch, waits_for: str) -> None:
     made = list[int]()
 
-    def counted(namespace: str, tokens: TokenArray) -> Keys:
+    def counted(namespace: str, tokens: TokenArray, mark: Mark | None = None) -> Keys:
         made.append(len(tokens))
-        return keys_of(namespace, tokens)
+        return keys_of(namespace, tokens, mark)
 
     for module in (books, sequence):
         monkeypatch.setattr(module, "keys_of", counted)
