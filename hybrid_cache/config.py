@@ -26,6 +26,7 @@ class EngineConfig:
     host_bytes: int = 0  # a second tier in the memory of the host, beside a GPU; 0: none
     order: str = "learned"  # whose turn it is, and what is kept for tasks that wait for a tool; see `scheduling`
     prefix_cache: bool = True  # off: nothing is reused between requests
+    double_writing: bool = True  # prompts are written for models, too, that are expected to read them with a loss
     max_tiles: int = 16  # prefill tiles in a step with nobody decoding
     max_tiles_beside_decode: int = 4  # bounds the pause that a long prompt causes between the tokens of other requests
     max_step_ms: float | None = None  # a step's prefill is bounded by measured rates so that it takes no longer

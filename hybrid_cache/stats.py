@@ -83,6 +83,7 @@ class EngineStats:
     computed_tokens: int
     generated_tokens: int
     commit_tokens: int
+    twin_tokens: int  # prompt tokens that were written for another model, too, while they were computed
     committing: int  # finished turns that are still to be computed again
     flops_saved: float
     flops_computed: float

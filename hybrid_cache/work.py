@@ -70,6 +70,7 @@ class Rows(NamedTuple):
     kept_inputs: tuple[InputRows, ...] = ()  # what layers are given for some of the tokens is written there
     transfer: Transfer | None = None  # entries of each layer are made in this way: what is taken is there already,
     sent_inputs: tuple[InputRows, ...] = ()  # and this is what other layers are given
+    beside: int | None = None  # or what those of a chunk of the same work are given, by its place; it has more tokens
 
     @property
     def end(self) -> int:

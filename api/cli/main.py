@@ -178,6 +178,14 @@ def serve(
         float,
         typer.Option(min=0, help="What profiled sharing may lose where a request does not say: nats a token."),
     ] = 0.005,
+    double_writing: Annotated[
+        bool,
+        typer.Option(
+            "--double-writing/--no-double-writing",
+            help="While a model reads a prompt, what others are expected to read of it with a loss is written at once: "
+            "for models that read half of what it read before.",
+        ),
+    ] = True,
     allow_adapter_loading: Annotated[
         bool,
         typer.Option(
@@ -291,6 +299,7 @@ def serve(
             order=order,
             host_bytes=0 if host_budget == "0" else parse_bytes(host_budget),
             prefix_cache=prefix_cache,
+            double_writing=double_writing,
             max_tiles=max_tiles,
             max_tiles_beside_decode=max_tiles_beside_decode,
             max_step_ms=max_step_ms or None,

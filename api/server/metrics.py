@@ -182,6 +182,9 @@ def _own_families(stats: EngineStats, settings: ServerSettings, book: MessageBoo
     yield _counter("moved_tokens", "Of these, taken from stored messages by choreographies.", stats.moved_tokens)
     yield _counter("computed_tokens", "Prompt tokens computed, repeats included.", stats.computed_tokens)
     yield _counter("generated_tokens", "Tokens chosen.", stats.generated_tokens)
+    received = "Prompt tokens made from what another model has of the prompt."
+    yield _counter("received_tokens", received, stats.received_tokens)
+    yield _counter("twin_tokens", "Prompt tokens that were at once written for another model.", stats.twin_tokens)
     yield _counter("commit_tokens", "Generated tokens computed again while idle, to be cached.", stats.commit_tokens)
     yield _counter("preemptions", "Sequences that gave their memory back and began again.", stats.num_preemptions)
     yield _counter("steps", "Forward passes.", stats.steps)

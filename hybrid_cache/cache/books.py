@@ -186,17 +186,13 @@ class Books:
 
         entries: those to copy, in the order of `CacheSpec.layers`
         """
-        by_kind = self.pool.geometry.entries
         path, state = sent.path[max(sent.first, len(lease.nodes)) :], sent.path[-1].checkpoint
         pages = tuple(zip((node.page for node in path), lease.pages[sent.end - len(path) : sent.end], strict=True))
         items: list[Item] = [(Kind.PAGE, page) for page, _ in pages]
         slots = () if state is None else ((state.slot, lease.slot),)
         self.pool.verify([*items, *((Kind.SLOT, slot) for slot, _ in slots)])
-        for kind, copies in ((Kind.PAGE, pages), (Kind.SLOT, slots)):
-            some = tuple(each for each in entries if by_kind[each] is kind)
-            if some and copies:
-                self.pool.check_unpublished(kind, (target for _, target in copies))
-                self.pool.emit(CopyEntries(kind, copies, some))
+        self._copy_entries(Kind.PAGE, pages, entries)
+        self._copy_entries(Kind.SLOT, slots, entries)
         if state is not None:
             self.pool.guard(state)
             self.pool.stamp(state, sent.path)
@@ -205,11 +201,32 @@ class Books:
 
     def copy_taken(self, lease: Lease, slots: Iterable[int], entries: Sequence[int]) -> None:
         """Copies some layers' part of the working state into slots that the coming forward pass fills."""
-        some = tuple(each for each in entries if self.pool.geometry.entries[each] is Kind.SLOT)
-        copies = tuple((lease.slot, slot) for slot in slots)
+        self._copy_entries(Kind.SLOT, [(lease.slot, slot) for slot in slots], entries)
+
+    def copy_beside(
+        self,
+        source: Lease,
+        target: Lease,
+        start: int,
+        end: int,
+        slots: Sequence[tuple[int, int]],
+        entries: Sequence[int],
+    ) -> None:
+        """Copies what some layers have of the tokens [start, end), whole pages, from one lease of them to another.
+
+        slots: of states that were kept in them, each (from, to)
+        """
+        first, last = max(start // self._page_tokens, len(target.nodes)), end // self._page_tokens
+        pages = [*zip(source.pages[first:last], target.pages[first:last], strict=True)]
+        self._copy_entries(Kind.PAGE, pages, entries)
+        self._copy_entries(Kind.SLOT, slots, entries)
+
+    def _copy_entries(self, kind: Kind, copies: Sequence[tuple[int, int]], entries: Sequence[int]) -> None:
+        """Of the entries, those of the kind."""
+        some = tuple(each for each in entries if self.pool.geometry.entries[each] is kind)
         if some and copies:
-            self.pool.check_unpublished(Kind.SLOT, (slot for _, slot in copies))
-            self.pool.emit(CopyEntries(Kind.SLOT, copies, some))
+            self.pool.check_unpublished(kind, (target for _, target in copies))
+            self.pool.emit(CopyEntries(kind, tuple(copies), some))
 
     def reserve_inputs(self, lease: Lease, layer: int, spared: PrefillCost, start: int, end: int) -> list[LayerInputs]:
         """Room for what a layer is given for the whole pages among the tokens [start, end), which the coming forward

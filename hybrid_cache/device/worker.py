@@ -1,7 +1,8 @@
 """Carries out the work of engine steps on one memory, for a model and others of its shape; decides nothing."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from hybrid_cache.device.adapted import AdaptedModel, Trunk, head_adapters, row_
 from hybrid_cache.device.batch import ForwardBatch, HybridModel, go_on
 from hybrid_cache.device.composition import Composer
 from hybrid_cache.device.cuda_graphs import DecodeGraphs
-from hybrid_cache.device.inputs import KeptInputs, SentInputs
+from hybrid_cache.device.inputs import HeldInputs, KeptInputs, SentInputs
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.sampler import choose_tokens, log_probabilities
 from hybrid_cache.errors import HybridCacheError
@@ -42,6 +43,7 @@ class Part:
     work: Work
     chunks: Sequence[int]  # its places among those of the whole
     decodes: Sequence[int]
+    held: Mapping[int, HeldInputs] = field(default_factory=dict)  # by such a place: what is read in a later part
 
 
 class Worker:
@@ -140,7 +142,9 @@ class Worker:
         return torch.cat([rows for rows in (*chunks, *decodes) if rows is not None])
 
     def _parts(self, work: Work) -> list[Part]:
-        """Transfers each for themselves, the others by trunk, in the order in which they appear."""
+        """Transfers each for themselves, the others by trunk, in the order in which they appear; last what is made
+        beside chunks, from what these hold for it.
+        """
         models, rows = self.models, (*work.chunks, *work.decodes)
         trunks = {name: trunk_of(models[name]) for name in dict.fromkeys(each.model for each in rows)}
         plain = {id(trunks[each.model]): trunks[each.model] for each in rows if each.transfer is None}
@@ -148,15 +152,17 @@ class Worker:
         if not sent and len(plain) == 1:
             (first,) = plain.values()
             return [Part(first, work, range(len(work.chunks)), range(len(work.decodes)))]
-        parts = [Part(trunks[work.chunks[i].model], Work((), (work.chunks[i],)), (i,), ()) for i in sent]
+        held = _held(work)
+        alone = [Part(trunks[work.chunks[i].model], Work((), (work.chunks[i],)), (i,), (), held) for i in sent]
+        parts = [part for part in alone if part.work.chunks[0].beside is None]
         for model in plain.values():
             chunks, decodes = (
                 [i for i, each in enumerate(some) if trunks[each.model] is model and each.transfer is None]
                 for some in (work.chunks, work.decodes)
             )
             own = Work((), tuple(work.chunks[i] for i in chunks), tuple(work.decodes[i] for i in decodes))
-            parts.append(Part(model, own, chunks, decodes))
-        return parts
+            parts.append(Part(model, own, chunks, decodes, held))
+        return parts + [part for part in alone if part.work.chunks[0].beside is not None]
 
     def _forward(self, part: Part, pause: Callable[[], None]) -> Tensor:
         work, model = part.work, part.model
@@ -164,7 +170,7 @@ class Worker:
         batch = replace(batch, adapters=row_adapters(work, batch.layout, self.models))
         if model.device.type == "cpu":  # elsewhere the layers are only queued here
             batch = replace(batch, pause=pause)
-        batch = self._with_inputs(work, batch)
+        batch = self._with_inputs(part, batch)
         recorder = self.composer.recorder(model.fingerprint, noted_rows(work, batch.layout))
         graphs = self.graphs.get(model.fingerprint)
         if recorder is not None:
@@ -179,14 +185,22 @@ class Worker:
             recorder.end()
         return hidden
 
-    def _with_inputs(self, work: Work, batch: ForwardBatch) -> ForwardBatch:
+    def _with_inputs(self, part: Part, batch: ForwardBatch) -> ForwardBatch:
         """The batch of a part, which keeps what layers are given, or takes it from where another model left it."""
+        work, memory = part.work, self.memory.inputs
         if work.chunks and work.chunks[0].transfer is not None:
-            return replace(batch, inputs=SentInputs(self.memory.inputs, work.chunks[0], batch.layout.num_rows))
-        if any(chunk.kept_inputs for chunk in work.chunks):
-            chunks = list(zip(batch.layout.chunk_row.tolist(), work.chunks, strict=True))
-            return replace(batch, tap=KeptInputs(self.memory.inputs, chunks))
-        return batch
+            rows = work.chunks[0]
+            held = None if rows.beside is None else part.held[rows.beside]
+            return replace(batch, inputs=SentInputs(memory, rows, batch.layout.num_rows, held))
+        chunks = [*zip(batch.layout.chunk_row.tolist(), part.chunks, work.chunks, strict=True)]
+        taps = list[Callable[[int, Tensor], None]]()
+        for first, place, rows in chunks:
+            if place in part.held:
+                part.held[place].rows = slice(first, first + len(rows.tokens))
+                taps.append(part.held[place])
+        if any(rows.kept_inputs for rows in work.chunks):
+            taps.append(KeptInputs(memory, [(first, rows) for first, _, rows in chunks]))
+        return replace(batch, tap=partial(_tap_all, taps)) if taps else batch
 
     def forward(self, part: Part, batch: ForwardBatch) -> Tensor:
         """Runs a part's model on the batch of its work -> the hidden rows [L, hidden] that the batch wants."""
@@ -284,6 +298,20 @@ class Worker:
         halves = torch.arange(len(hidden)).chunk(2)
         parts = ((hidden[half[0] : half[-1] + 1], adapters and adapters.of(half)) for half in halves)
         return torch.cat([self.logits(model, rows, some) for rows, some in parts])
+
+
+def _held(work: Work) -> dict[int, HeldInputs]:
+    """Of chunks beside which others are made."""
+    layers: dict[int, set[int]] = {}
+    for rows in work.chunks:
+        if rows.beside is not None and rows.transfer is not None:
+            layers.setdefault(rows.beside, set()).update(rows.transfer.reads)
+    return {place: HeldInputs(reads) for place, reads in layers.items()}
+
+
+def _tap_all(taps: Sequence[Callable[[int, Tensor], None]], layer: int, hidden: Tensor) -> None:
+    for tap in taps:
+        tap(layer, hidden)
 
 
 def _num_wanted(work: Work) -> list[int]:

@@ -142,6 +142,7 @@ class Engine:
             return fingerprint_in(namespace) == fingerprint or lane_in(namespace) in lanes
 
         self.forget_turns(is_its)
+        self._scheduler.twins.forget()
         Inventory(self.cache, is_its).drop_all()
         self.settle()
         self.worker.remove(fingerprint)

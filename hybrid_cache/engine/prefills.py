@@ -2,18 +2,19 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.claims import Spare
-from hybrid_cache.cache.keys import keys_of
 from hybrid_cache.cache.lease import Lease, Match, Sent
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.program import Span, Stretch
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.engine.senders import Offer, Senders
-from hybrid_cache.engine.sequence import Prefill, Sequence, Source, grid_floor
+from hybrid_cache.engine.sequence import Phase, Prefill, Sequence, Source, Twin, grid_floor
+from hybrid_cache.engine.sharing import someone_computes_more, will_share, wish_for
+from hybrid_cache.engine.twins import Twins
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.namespaces import fingerprint_in, lane_in, namespace_beside
 from hybrid_cache.spec import PrefillCost
@@ -28,10 +29,12 @@ class Chunk:
     sequence: Sequence | None  # None: a message for the store, or a canonical pass
     rows: Rows
     cost: PrefillCost
+    twins: tuple[tuple[Twin, Rows], ...] = ()  # what the pass makes beside it
 
     @property
     def flops(self) -> float:
-        return self.cost.flops(self.start, self.end)
+        beside = (twin.offer.cost.flops(rows.start, rows.end) for twin, rows in self.twins)
+        return self.cost.flops(self.start, self.end) + sum(beside)
 
     @property
     def start(self) -> int:
@@ -54,10 +57,13 @@ class Chunk:
 class Prefills:
     """Takes room for prompts, of requests and others, and cuts them into chunks."""
 
-    def __init__(self, cache: Books, cost: PrefillCost, compiler: Compiler, stage: Stage, senders: Senders) -> None:
+    def __init__(
+        self, cache: Books, cost: PrefillCost, compiler: Compiler, stage: Stage, senders: Senders, twins: Twins
+    ) -> None:
         self._cache = cache
         self._cost = cost
         self._senders = senders
+        self._twins = twins
         self._compiler = compiler
         self._stage = stage
 
@@ -65,9 +71,41 @@ class Prefills:
         """What the cache has of a prompt that it may use."""
         if prefill.arrangement is not None:
             return self._match_arranged(prefill)
-        if prefill.max_loss is not None and prefill.cached is None and prefill.mark is None:
-            prefill.enter_lane(self._best_lane(prefill, prefill.max_loss))
+        if self._may_enter_a_lane(prefill):
+            prefill.enter_lane(self._best_lane(prefill, prefill.max_loss or 0.0))
         return self._cache.match(prefill.namespace, prefill.keys if prefill.reuse else prefill.tokens[:0])
+
+    def is_on_its_way(self, prefill: Prefill, match: Match, running: Iterable[Sequence]) -> bool:
+        """True while a running prompt will leave more for this one than there is now: in its namespace, or in another
+        model's, what it can go on from.
+        """
+        lanes: list[Offer | None] = [prefill.lane]
+        if self._may_enter_a_lane(prefill):
+            lanes = [None, *self._senders.profiled(prefill.model, prefill.max_loss or 0.0)]
+        namespaces = [namespace_beside(prefill.namespace, prefill.model, lane.lane) for lane in lanes if lane]
+        if someone_computes_more(running, prefill, match, namespaces):
+            return True
+        return self._receives(prefill) and any(
+            self._is_sent(prefill, match, offer, sequence.prefill)
+            for sequence in running
+            if sequence.phase is Phase.PREFILL
+            for lane in lanes
+            for offer in self._offers(prefill, lane)
+        )
+
+    def _is_sent(self, prefill: Prefill, match: Match, offer: Offer, other: Prefill) -> bool:
+        """Whether a running prompt keeps what a transfer reads, and will have more of it than is matched now."""
+        namespace = namespace_beside(prefill.namespace, offer.sender)
+        if other.namespace != namespace or other.source is not None or other.arrangement is not None:
+            return False
+        shared, reads = will_share(other, prefill), offer.transfer.reads
+        if shared <= max(other.computed, match.length) or not set(reads) <= {*self._kept_layers(other, shared)}:
+            return False
+        first, there = -(-match.length // TILE), min(other.computed, shared) // TILE
+        if self._cache.inputs.reach(prefill.keys_in(namespace), reads, first, there) < there:
+            return False
+        wish_for(other, shared)
+        return True
 
     def _match_arranged(self, prefill: Prefill) -> Match:
         """The prefix that an arranged prompt starts from, which ends before its answer's header."""
@@ -112,8 +150,12 @@ class Prefills:
             again=prefill.proposed,
             session=prefill.session,
         )
+        again = prefill.proposed
         prefill.wishes, prefill.proposed = deque(wishes), True
+        if prefill.lane is not None:
+            self._twins.readers.found(prefill.keys.names[1 : lease.length // TILE + 1])
         self._receive(prefill, lease)
+        self._twins.begin(prefill, spare, again=again)
         return True
 
     def _best_lane(self, prefill: Prefill, max_loss: float) -> Offer | None:
@@ -121,7 +163,7 @@ class Prefills:
         num_tokens, best, least = len(prefill.tokens), None, math.inf
         for lane in (None, *self._senders.profiled(prefill.model, max_loss)):
             namespace = namespace_beside(prefill.namespace, prefill.model, lane.lane if lane else "")
-            start = self._cache.match(namespace, prefill.tokens).length
+            start = self._cache.match(namespace, prefill.keys_in(namespace)).length
             sent = self._best_sent(prefill, start, lane)
             flops = self._cost.flops(start, num_tokens) - (sent[2] if sent else 0.0)
             if flops < least:
@@ -131,27 +173,36 @@ class Prefills:
     def _best_sent(self, prefill: Prefill, start: int, lane: Offer | None) -> tuple[Offer, Sent, float] | None:
         """From what most is saved of a prompt of which the first tokens are there; and how many FLOPs."""
         best, most = None, 0.0
-        for offer in self._senders.exact(prefill.model) if lane is None else (lane,):
-            keys = keys_of(namespace_beside(prefill.namespace, offer.sender), prefill.tokens)
+        for offer in self._offers(prefill, lane):
+            keys = prefill.keys_in(namespace_beside(prefill.namespace, offer.sender))
             sent = None if start % TILE else self._cache.sent(keys, start, offer.transfer.reads)
             saved = 0.0 if sent is None else offer.spares.flops(start, sent.end * TILE)
             if sent is not None and saved > most:
                 best, most = (offer, sent, saved), saved
         return best
 
+    def _offers(self, prefill: Prefill, lane: Offer | None) -> Iterable[Offer]:
+        """From what entries of a namespace may be made: a lane's, or the model's own."""
+        return self._senders.exact(prefill.model) if lane is None else (lane,)
+
+    def _may_enter_a_lane(self, prefill: Prefill) -> bool:
+        """Not once it has begun: its first answer names what was done."""
+        return prefill.max_loss is not None and prefill.cached is None and prefill.mark is None
+
+    def _receives(self, prefill: Prefill) -> bool:
+        own = lane_in(prefill.namespace) == (prefill.lane.lane if prefill.lane else "")
+        return prefill.publish and prefill.reuse and prefill.mark is None and own  # a finished turn of a lane is not
+
     def _receive(self, prefill: Prefill, lease: Lease) -> None:
         """Begins to make entries from those of the model from which most is saved, if there is one."""
-        best, first = None, prefill.computed
-        own = lane_in(prefill.namespace) == (
-            prefill.lane.lane if prefill.lane else ""
-        )  # a finished turn of a lane has none
-        if prefill.publish and prefill.reuse and prefill.mark is None and own:
-            best = self._best_sent(prefill, first, prefill.lane)
+        first = prefill.computed
+        best = self._best_sent(prefill, first, prefill.lane) if self._receives(prefill) else None
         if best is None:
             return
         offer, sent, _ = best
         runs = self._cache.take_over(lease, sent, offer.entries)
         prefill.source = prefill.received = Source(offer, first, sent.end * TILE, runs)
+        self._twins.readers.read(offer.lane, sent.end * TILE - first)
         if not offer.transfer.computes:
             prefill.computed = prefill.source.end
             self._end_source(prefill)
@@ -166,6 +217,7 @@ class Prefills:
         if prefill.program is not None:
             self._stage.end(prefill.program)
         self._end_source(prefill)
+        self._twins.end(prefill)
         if prefill.lease is not None:
             prefill.written += prefill.lease.written_tokens
             self._cache.release(prefill.lease, num_output_tokens)
@@ -204,17 +256,28 @@ class Prefills:
             transfer=source.offer.transfer if source else None,
             sent_inputs=source.inputs(start, stretch.end) if source else (),
         )
-        return Chunk(prefill, sequence, rows, source.offer.cost if source else self._cost)
+        twins = tuple(self._twins.rows(prefill, rows))
+        return Chunk(prefill, sequence, rows, source.offer.cost if source else self._cost, twins)
+
+    def wrote(self, chunk: Chunk) -> None:
+        """To be called when a chunk has been computed, before what it has written is published."""
+        for twin, rows in chunk.twins:
+            self._twins.wrote(chunk.prefill, chunk.rows, twin, rows)
 
     def _keep_inputs(self, prefill: Prefill, lease: Lease, start: int, end: int) -> tuple[InputRows, ...]:
-        own = not lane_in(prefill.namespace) and (prefill.mark is None or end <= prefill.mark.position)
-        layers = self._senders.kept_inputs(fingerprint_in(prefill.namespace)) if own else {}
         runs = (
             run
-            for layer, spared in layers.items()
+            for layer, spared in self._kept_layers(prefill, end).items()
             for run in self._cache.reserve_inputs(lease, layer, spared, start, end)
         )
         return tuple(map(input_rows, runs))
+
+    def _kept_layers(self, prefill: Prefill, end: int) -> Mapping[int, PrefillCost]:
+        """Layers whose inputs are kept of a prompt up to a position, with what that spares."""
+        if lane_in(prefill.namespace) or (prefill.mark is not None and end > prefill.mark.position):
+            return {}
+        written = frozenset(twin.offer.lane for twin in prefill.twins)
+        return self._senders.kept_inputs(fingerprint_in(prefill.namespace), written)
 
     def _next(self, prefill: Prefill, tiles: int) -> tuple[int, int, tuple[int, ...]]:
         """Where the next chunk starts, ends, and comes back to the grid if it starts off it, behind a mark."""

@@ -23,10 +23,10 @@ from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
 from hybrid_cache.engine.senders import Senders
 from hybrid_cache.engine.sequence import Phase, Prefill, Sequence
 from hybrid_cache.engine.shares import DECODE_WEIGHT, Shares
-from hybrid_cache.engine.sharing import someone_computes_more
 from hybrid_cache.engine.suspects import Suspects
 from hybrid_cache.engine.tasks import Tasks
 from hybrid_cache.engine.turns import MOST_PASSED_OVER, Gap, prompts_in_turn
+from hybrid_cache.engine.twins import Twins
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.scheduling.base import Order
 from hybrid_cache.spec import PrefillCost
@@ -57,11 +57,14 @@ class Step:
         yield from self.resumed
 
     def work(self, commands: tuple[Command, ...]) -> Work:
-        """What the device has to do, after some commands. Sequences that are fed several tokens are its last chunks."""
+        """What the device has to do, after some commands. Behind the chunks come sequences that are fed several tokens,
+        and last what is made beside chunks.
+        """
         kept = tuple(s.prefill.lease.slot for s in self.resumed if s.prefill.lease is not None)
         fed = [decode_rows(s) for s in self.decodes]
         leaps, singles = (tuple(rows for rows in fed if (len(rows.tokens) > 1) is several) for several in (True, False))
-        return Work(commands, (*(c.rows for c in self.chunks), *leaps), singles, kept)
+        beside = (rows._replace(beside=i) for i, chunk in enumerate(self.chunks) for _, rows in chunk.twins)
+        return Work(commands, (*(c.rows for c in self.chunks), *leaps, *beside), singles, kept)
 
 
 class Scheduler:
@@ -89,7 +92,8 @@ class Scheduler:
         self._waiting = self.tasks.waiting
         self._running: list[Sequence] = []
         self.senders = Senders()
-        self._prefills = Prefills(cache, cost, compiler, stage, self.senders)
+        self.twins = Twins(cache, cost, self.senders, on=config.double_writing)
+        self._prefills = Prefills(cache, cost, compiler, stage, self.senders, self.twins)
         self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
         self.canonical = CanonicalPasses(cache, self._prefills, self.tasks.pauses)
         self._shares = Shares()
@@ -196,7 +200,7 @@ class Scheduler:
         assert sequence.prefill.lease is not None
         lease, num_tokens = sequence.prefill.lease, sequence.fed + sequence.stride
         while not self._cache.extend(lease, num_tokens):
-            if not (self.canonical.give_room() or self._forgo_answer()):
+            if not (self.canonical.give_room() or self.twins.give_room() or self._forgo_answer()):
                 return False
         return True
 
@@ -244,7 +248,7 @@ class Scheduler:
             if gap is None and self._would_wait(sequence.prefill):
                 passed_over.append(sequence)
                 break
-            if not self._acquire(sequence, match):
+            if not self._acquire(sequence, match, gap):
                 passed_over.append(sequence)
                 break
             if gap:
@@ -264,7 +268,7 @@ class Scheduler:
         if self.messages.wanted(prefill):
             return None
         match = self._prefills.match(prefill)
-        if someone_computes_more(self._running, prefill, match):
+        if self._prefills.is_on_its_way(prefill, match, self._running):
             return None
         flops, tiles = _left(self._cost, prefill, match)
         return match if gap is None or (flops <= gap.flops and tiles <= gap.tiles) else None
@@ -305,7 +309,7 @@ class Scheduler:
         before = (s.prefill for s in self._running if s.phase is Phase.PREFILL)
         return sum(p.tiles_left for p in before if p.tiles_left <= most) >= tiles
 
-    def _acquire(self, sequence: Sequence, match: Match) -> bool:
+    def _acquire(self, sequence: Sequence, match: Match, gap: Gap | None) -> bool:
         """Takes room for a prompt; while others run, what those who will come back count on stays."""
         prefill, spare = sequence.prefill, self.tasks.spare(busy=bool(self._running))
         keeps_end = self.tasks.reserves(sequence, match.length)
@@ -314,7 +318,7 @@ class Scheduler:
             return True
         if keeps_end and spare is None and self._prefills.acquire(prefill, match, num_others):
             return True
-        if not self.canonical.give_room():
+        if not (self.canonical.give_room() or (gap is None and self.twins.give_room())):
             return False
         match = self._prefills.match(prefill)
         return self._prefills.acquire(prefill, match, num_others, keeps_end and bool(spare), spare)
@@ -348,6 +352,10 @@ class Scheduler:
                 ends = ends or (chunk.end == len(prefill.tokens) and tiles >= quarter)
         return tuple(chunks)
 
+    def wrote_twins(self, chunk: Chunk) -> None:
+        """To be called when a chunk has been computed, before what it has written is published."""
+        self._prefills.wrote(chunk)
+
     def _cut(self, prefill: Prefill, sequence: Sequence | None, tiles: int) -> Chunk:
         chunk = self._prefills.cut(prefill, sequence, tiles)
         if sequence is not None:
@@ -360,9 +368,11 @@ class Scheduler:
         """Takes back a step that failed -> the id of the request at fault, if that is known now.
 
         States of its sequences may have moved on: all that run begin again, as after any preemption, and those of the
-        step as suspects. Messages for the store and canonical passes in it are given up; then these may have been at
-        fault, and nobody is suspected.
+        step as suspects. Messages for the store and canonical passes in it are given up, and all twins; then these may
+        have been at fault, and nobody is suspected.
         """
+        self.twins.forget()
+        doubled = any(chunk.twins for chunk in step.chunks)
         others = [chunk.prefill for chunk in step.chunks if chunk.sequence is None]
         for prefill in others:
             if prefill in self.messages:
@@ -373,7 +383,7 @@ class Scheduler:
         arrivals = {sequence.arrival for sequence in step.sequences}
         goals = {s.rank: ends.get(s.rank, s.fed + 1) for s in self._running if s.arrival in arrivals}
         self._preempt_all(self._running)
-        arrival = None if others else self._suspects.failed(goals)
+        arrival = None if others or doubled else self._suspects.failed(goals)
         self._max_running = self._suspects.fewer(self._max_running)
         return next((s.request.id for s in self._waiting if s.arrival == arrival), None)
 
@@ -412,6 +422,7 @@ class Scheduler:
             self.canonical.give_up_first()
             self.num_out_of_memory += 1
             return True
+        self.twins.forget()
         messages = [chunk.prefill for chunk in step.chunks if chunk.prefill in self.messages]
         turns = [chunk.prefill for chunk in step.chunks if chunk.sequence is None and chunk.prefill not in messages]
         num_tiles = sum(chunk.least_tiles for chunk in step.chunks)  # what limits are set for

@@ -40,6 +40,7 @@ class Offer:
     entries: tuple[int, ...]  # that it takes as they are, in the order of `CacheSpec.layers`
     loss: float = 0.0  # expected, in nats a token; 0: none, to the bit
     lane: str = ""  # where what is made belongs; empty: among its own entries
+    receiver: str = ""  # its own fingerprint
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Senders:
     _models: dict[str, Layered] = field(default_factory=dict)
     _names: dict[str, str] = field(default_factory=dict)
     _offers: dict[str, tuple[Offer, ...]] = field(default_factory=dict)
-    _kept: dict[str, Mapping[int, PrefillCost]] = field(default_factory=dict)
+    _kept: dict[tuple[str, frozenset[str]], Mapping[int, PrefillCost]] = field(default_factory=dict)
     _profiles: dict[tuple[str, str], Profile] = field(default_factory=dict)  # by sender and receiver
     _wanted: set[tuple[str, str]] = field(default_factory=set)  # lanes by receiver that requests have asked for
 
@@ -73,21 +74,7 @@ class Senders:
 
     def _make_offers(self) -> None:
         self._offers = {name: (*self._exact(model), *self._profiled(model)) for name, model in self._models.items()}
-        self._choose_inputs()
-
-    def _choose_inputs(self) -> None:
-        """What is kept for entries of a model's own always is; for others once such entries were asked for."""
-        kept: dict[str, dict[int, list[PrefillCost]]] = {name: {} for name in self._models}
-        for name, offers in self._offers.items():
-            for each in offers:
-                if not each.lane or (name, each.lane) in self._wanted:
-                    reads = each.transfer.reads
-                    for layer in reads:
-                        kept[each.sender].setdefault(layer, []).append(each.spares.part(1 / len(reads)))
-        self._kept = {
-            name: {layer: max(costs, key=lambda cost: cost.per_token) for layer, costs in sorted(layers.items())}
-            for name, layers in kept.items()
-        }
+        self._kept.clear()
 
     def exact(self, receiver: str) -> Sequence[Offer]:
         """From what a model may make entries of its own."""
@@ -107,12 +94,32 @@ class Senders:
         lanes = {(receiver, each.lane) for each in cheapest.values()}
         if not lanes <= self._wanted:
             self._wanted |= lanes
-            self._choose_inputs()
+            self._kept.clear()
         return list(cheapest.values())
 
-    def kept_inputs(self, sender: str) -> Mapping[int, PrefillCost]:
-        """Layers of a model whose inputs others read, with what having them spares these."""
-        return self._kept.get(sender, {})
+    def read_from(self, sender: str) -> Sequence[Offer]:
+        """In which ways requests have asked to read a model with a loss."""
+        offers = (each for some in self._offers.values() for each in some)
+        return [each for each in offers if each.sender == sender and (each.receiver, each.lane) in self._wanted]
+
+    def kept_inputs(self, sender: str, but: frozenset[str] = frozenset()) -> Mapping[int, PrefillCost]:
+        """Layers of a model whose inputs others read, with what having them spares these.
+
+        What is kept for entries of a model's own always is; for others once such entries were asked for.
+        but: not what is read for these lanes
+        """
+        if (sender, but) not in self._kept:
+            self._kept[sender, but] = self._inputs(sender, but)
+        return self._kept[sender, but]
+
+    def _inputs(self, sender: str, but: frozenset[str]) -> dict[int, PrefillCost]:
+        exact = (each for some in self._offers.values() for each in some if each.sender == sender and not each.lane)
+        kept: dict[int, list[PrefillCost]] = {}
+        for each in (*exact, *(each for each in self.read_from(sender) if each.lane not in but)):
+            reads = each.transfer.reads
+            for layer in reads:
+                kept.setdefault(layer, []).append(each.spares.part(1 / len(reads)))
+        return {layer: max(costs, key=lambda cost: cost.per_token) for layer, costs in sorted(kept.items())}
 
     def lanes(self, fingerprint: str) -> set[str]:
         """Those that a model has anything to do with."""
@@ -124,7 +131,8 @@ class Senders:
             if name == receiver.fingerprint:
                 for plan in profile.plans:
                     lane = lane_of(sender, plan.transfer)
-                    yield offer(sender, self._names[sender], receiver.layers, plan.transfer, plan.loss, lane)
+                    more = plan.loss, lane, name
+                    yield offer(sender, self._names[sender], receiver.layers, plan.transfer, *more)
 
     def _exact(self, receiver: Layered) -> Iterable[Offer]:
         """Layers that are the same in both from the first one on are taken, those above are computed."""
@@ -139,7 +147,13 @@ def lane_of(sender: str, transfer: Transfer) -> str:
 
 
 def offer(
-    sender: str, name: str, layers: Sequence[LayerSpec], transfer: Transfer, loss: float = 0.0, lane: str = ""
+    sender: str,
+    name: str,
+    layers: Sequence[LayerSpec],
+    transfer: Transfer,
+    loss: float = 0.0,
+    lane: str = "",
+    receiver: str = "",
 ) -> Offer:
     """layers: of the receiver"""
     transfer = transfer.for_layers(layers)
@@ -149,4 +163,4 @@ def offer(
     cost = total_cost(runs)
     whole = total_cost(spec.cost for spec in layers)
     spares = PrefillCost(whole.per_token - cost.per_token, whole.per_token_per_position - cost.per_token_per_position)
-    return Offer(sender, name, transfer, cost, spares, taken, loss, lane)
+    return Offer(sender, name, transfer, cost, spares, taken, loss, lane, receiver)

@@ -44,6 +44,14 @@ class Source:
         return tuple(input_rows(run) for run in self.runs if run.start < end and run.num_tokens > start)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Twin:
+    """What is made of a prompt for another model in the passes that compute it; see `engine.twins`."""
+
+    offer: Offer
+    prefill: "Prefill"  # in its lane
+
+
 @dataclass(eq=False)
 class Prefill:
     """Tokens on their way through the canonical tiles; what comes of it may enter the cache.
@@ -80,13 +88,21 @@ class Prefill:
     lane: Offer | None = None  # from which its entries may be made; None: only exactly
     source: Source | None = None  # while its entries are made from another model's
     received: Source | None = None  # the latest that it had
+    twins: list[Twin] = field(default_factory=list)
     in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
     mark: Mark | None = None  # from where on another model computes it; a tile ends there
+    _keys: dict[str, Keys] = field(default_factory=dict)
 
     @cached_property
     def keys(self) -> Keys:
         """Made when the cache is first asked for these tokens, and not again while they wait."""
         return keys_of(self.namespace, self.tokens, self.mark)
+
+    def keys_in(self, namespace: str) -> Keys:
+        """Keys of the same tokens in a namespace beside its own, made once."""
+        if namespace not in self._keys:
+            self._keys[namespace] = keys_of(namespace, self.tokens)
+        return self._keys[namespace]
 
     @cached_property
     def text(self) -> Keys:
@@ -135,7 +151,9 @@ class Prefill:
             return self.source.end
         if self.program is not None:
             return self.program.until()
-        return self.mark.position if self.mark is not None and self.before_mark else len(self.tokens)
+        end = self.mark.position if self.mark is not None and self.before_mark else len(self.tokens)
+        ahead = (twin.prefill.computed for twin in self.twins)
+        return min((there for there in ahead if there > self.computed), default=end)
 
     @property
     def wanted(self) -> int:

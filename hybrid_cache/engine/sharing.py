@@ -1,6 +1,6 @@
 """Prefixes that running prompts will have in common with others: who waits for them, and what is counted on."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from itertools import islice
 
 import numpy as np
@@ -16,25 +16,40 @@ from hybrid_cache.tokens import TokenArray
 MOST_EARLIER = 16  # prompts that an order of messages is chosen by
 
 
-def someone_computes_more(running: Iterable[Sequence], prefill: Prefill, match: Match) -> bool:
-    """True while a running prompt will publish a longer shared prefix; asks it for a checkpoint there."""
+def someone_computes_more(
+    running: Iterable[Sequence], prefill: Prefill, match: Match, namespaces: Container[str] = ()
+) -> bool:
+    """True while a running prompt, or one of its twins, will publish a longer shared prefix in the prompt's namespace,
+    or in others where it may be looked for; asks it for a checkpoint there.
+    """
     if not prefill.reuse or match.end is not None or prefill.arrangement is not None:
         return False
-    for other in (s.prefill for s in running if s.phase is Phase.PREFILL):
-        if not other.publish or other.namespace != prefill.namespace:
-            continue
-        alike = _alike(other, prefill)
-        if alike == len(other.tokens) == len(prefill.tokens) and not other.only_marked:
-            return True
-        shared = _kept(other, min(alike, len(prefill.tokens) - 1))
-        stem = len(prefill.tokens) if prefill.mark is None else prefill.mark.position
-        if alike >= stem and other.leaves_stem(stem):
-            shared = max(stem, shared)
-        if shared > max(other.computed, match.length):
-            if not other.only_marked:
-                other.wish(Wish(grid_floor(shared), CheckpointKind.BRANCH))
-            return True
+    for owner in (s.prefill for s in running if s.phase is Phase.PREFILL):
+        for other in (owner, *(twin.prefill for twin in owner.twins)):
+            if not other.publish or not (other.namespace == prefill.namespace or other.namespace in namespaces):
+                continue
+            alike = _alike(other, prefill)
+            if alike == len(other.tokens) == len(prefill.tokens) and not other.only_marked:
+                return True
+            shared = will_share(other, prefill)
+            stem = len(prefill.tokens) if prefill.mark is None else prefill.mark.position
+            if alike >= stem and other.leaves_stem(stem):
+                shared = max(stem, shared)
+            if shared > max(other.computed, match.length):
+                wish_for(owner, shared)
+                return True
     return False
+
+
+def will_share(other: Prefill, prefill: Prefill) -> int:
+    """Up to where a running prompt may leave something, as far as another one begins with the same tokens."""
+    return _kept(other, min(_alike(other, prefill), len(prefill.tokens) - 1))
+
+
+def wish_for(prefill: Prefill, position: int) -> None:
+    """Asks a running prompt for a checkpoint at or before a position."""
+    if not prefill.only_marked:
+        prefill.wish(Wish(grid_floor(position), CheckpointKind.BRANCH))
 
 
 def _alike(a: Prefill, b: Prefill) -> int:

@@ -58,6 +58,7 @@ class Tally(Counters):
             computed_tokens=self.computed_tokens,
             generated_tokens=self.generated_tokens,
             commit_tokens=self.commit_tokens,
+            twin_tokens=scheduler.twins.num_tokens,
             committing=len(scheduler.canonical),
             flops_saved=self.flops_saved,
             flops_computed=self.flops_computed,

@@ -11,6 +11,7 @@ import torch
 from hybrid_cache.bench.common.random_model import SMALL, activated_by, random_adapter, random_model
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine import twins
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels.dispatch import select
 from hybrid_cache.kernels.grid import TILE
@@ -80,7 +81,12 @@ def alone(
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ["granite", "jamba", "qwen3 next"])
-def test_whatever_is_shared_what_is_cached_has_the_bytes_that_it_has_alone(name: str, seed: int) -> None:
+def test_whatever_is_shared_what_is_cached_has_the_bytes_that_it_has_alone(
+    name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if seed:  # whoever may read is expected to
+        monkeypatch.setattr(twins.Readers, "expects", lambda self, lane: True)
+        monkeypatch.setattr(twins, "MOST_COST", 2)
     choose, rng = random.Random(seed), np.random.default_rng(seed)
     models = models_of(name, seed)
     base, num = models[""], len(models[""].layers)
@@ -128,6 +134,7 @@ def test_whatever_is_shared_what_is_cached_has_the_bytes_that_it_has_alone(name:
                 tokens = np.frombuffer(b"".join(reversed(keys)), "<i4").astype(np.int32)
                 prompts.append((node.namespace.partition("/")[2], np.append(tokens, 7).astype(np.int32)))
     assert engine.stats().received_tokens > 0
+    assert (engine.stats().twin_tokens > 0) == (seed > 0)
     for key in ("", "upper", "far", "beside"):
         expected = alone(models[key], base, prompts)
         for prefix, what, tensors in entries(engine, models[key]):

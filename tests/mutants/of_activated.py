@@ -96,7 +96,7 @@ MUTANTS = [
     ),
     sharing(
         "nobody waits for the state at an invocation",
-        "        if alike >= stem and other.leaves_stem(stem):\n            shared = max(stem, shared)\n",
+        "            if alike >= stem and other.leaves_stem(stem):\n                shared = max(stem, shared)\n",
         "",
         activated("two_who_go_on_from_one_place_wait_for_it_once"),
     ),

@@ -25,7 +25,10 @@ senders = partial(Mutant, "hybrid_cache/engine/senders.py")
 prefills = partial(Mutant, "hybrid_cache/engine/prefills.py")
 books = partial(Mutant, "hybrid_cache/cache/books.py")
 inputs = partial(Mutant, "hybrid_cache/device/inputs.py")
+twins = partial(Mutant, "hybrid_cache/engine/twins.py")
+scheduler = partial(Mutant, "hybrid_cache/engine/scheduler.py")
 BANDS, PROFILED = ("tests/engine/test_bands.py",), ("tests/engine/test_profiled.py",)
+TWINS = ("tests/engine/test_twins.py",)
 
 MUTANTS = [
     worker(
@@ -188,14 +191,14 @@ MUTANTS = [
     ),
     prefills(
         "what is not exact is looked for among the model's own",
-        "            prefill.enter_lane(self._best_lane(prefill, prefill.max_loss))\n",
-        "            prefill.lane = self._best_lane(prefill, prefill.max_loss)\n",
+        "            prefill.enter_lane(self._best_lane(prefill, prefill.max_loss or 0.0))\n",
+        "            prefill.lane = self._best_lane(prefill, prefill.max_loss or 0.0)\n",
         PROFILED,
     ),
     prefills(
         "a lane hands on what it was given",
-        "own = not lane_in(prefill.namespace) and",
-        "own = True and",
+        "        if lane_in(prefill.namespace) or (prefill.mark",
+        "        if (prefill.mark",
         PROFILED,
     ),
     books(
@@ -209,5 +212,77 @@ MUTANTS = [
         "slice(first, first + num)",
         "slice(0, num)",
         ("tests/device/test_inputs.py",),
+    ),
+    twins(
+        "a prompt is written for whoever has ever read",
+        "        return computed > 0 and self._read[lane] >= EXPECTED * computed",
+        "        return computed > 0",
+        TWINS,
+    ),
+    twins(
+        "what is taken is not copied into a twin",
+        "        self._cache.copy_beside(prefill.lease, lease, made.start, made.end, copies, twin.offer.entries)\n",
+        "",
+        TWINS,
+    ),
+    twins(
+        "taken states are copied from where the prompt is now",
+        "copies = [(slots[position], slot) for position, slot in made.captures]",
+        "copies = [(prefill.lease.slot, slot) for position, slot in made.captures]",
+        TWINS,
+    ),
+    twins(
+        "a twin goes on behind a gap",
+        "            if twin.prefill.computed != start or end <= start or lease is None:",
+        "            if end <= start or lease is None:",
+        ("tests/engine/test_variants_mixed.py", "tests/engine/test_twins.py"),
+    ),
+    twins(
+        "twins outlive their prompt",
+        "                self._cache.release(twin.prefill.lease)\n",
+        "",
+        TWINS,
+    ),
+    twins(
+        "pages that were written for a reader count for nothing when it reads them",
+        "                self.read(lane, TILE)\n",
+        "                pass\n",
+        TWINS,
+    ),
+    prefills(
+        "what twins have written is kept for their readers, too",
+        "        written = frozenset(twin.offer.lane for twin in prefill.twins)\n",
+        "        written = frozenset[str]()\n",
+        TWINS,
+    ),
+    prefills(
+        "nobody waits for a model that computes what it can go on from",
+        "        return self._receives(prefill) and any(",
+        "        return False and any(",
+        TWINS,
+    ),
+    prefills(
+        "nobody waits for what is being written in a lane",
+        "namespaces = [namespace_beside(prefill.namespace, prefill.model, lane.lane) for lane in lanes if lane]",
+        "namespaces = list[str]()",
+        TWINS,
+    ),
+    scheduler(
+        "a request is at fault where a twin may be",
+        "arrival = None if others or doubled else",
+        "arrival = None if others else",
+        TWINS,
+    ),
+    scheduler(
+        "twins are kept while others begin again",
+        "self.canonical.give_room() or self.twins.give_room() or self._forgo_answer()",
+        "self.canonical.give_room() or self._forgo_answer()",
+        TWINS,
+    ),
+    worker(
+        "a twin is given the rows of another chunk",
+        "                part.held[place].rows = slice(first, first + len(rows.tokens))\n",
+        "                part.held[place].rows = slice(0, len(rows.tokens))\n",
+        ("tests/engine/test_twins.py", "tests/engine/test_variants_mixed.py"),
     ),
 ]

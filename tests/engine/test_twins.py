@@ -1,0 +1,195 @@
+"""Double writing: the pass that computes a prompt makes entries for a model that is expected to read it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_cache.config import EngineConfig
+from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.outcomes import Outputs
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.ops import KVTensors
+from hybrid_cache.namespaces import lane_in
+from hybrid_cache.request import PromptOutput, Received, Request
+from hybrid_cache.tokens import TokenArray
+from hybrid_cache.transfer import Transfer, projected, upper
+from tests.engine.test_bands import BUDGET, CASES, alone, ask, pair, run, said, tokens_of
+from tests.engine.test_profiled import FAMILIES, every_transfer, profile_of, received, twins
+
+LENGTH = 3 * TILE + 9
+
+
+def new_engine(base: HybridModel, other: HybridModel, transfer: Transfer, **settings: object) -> Engine:
+    config = EngineConfig(budget_bytes=BUDGET, verify=True, **settings)  # type: ignore[arg-type]
+    engine = Engine(base, config, variants={"other": other})
+    engine.add_profile(profile_of(base, other, (transfer, 0.01)))
+    return engine
+
+
+def reads(name: str, tokens: TokenArray, boundary: int = LENGTH) -> Request:
+    return replace(ask(name, tokens, "other", (boundary,)), max_loss=0.01)
+
+
+def expect(engine: Engine, base: HybridModel) -> None:
+    """Two texts that the base computes and the other model reads: from now on it is expected."""
+    for seed in (81, 82):
+        text = tokens_of(base, seed, LENGTH)
+        run(engine, ask(f"base {seed}", np.append(text, 5).astype(np.int32), "", (LENGTH,)))
+        run(engine, reads(f"other {seed}", np.append(text, 6).astype(np.int32)))
+
+
+def found(outputs: Outputs, name: str) -> PromptOutput:
+    (output,) = [o for request_id, o in outputs if request_id == name and isinstance(o, PromptOutput)]
+    return output
+
+
+def lane_entries(engine: Engine) -> dict[tuple[bytes, str], list[torch.Tensor]]:
+    """What is cached in lanes: by prefix, copies of its tensors."""
+    engine.settle()
+    tensors, entries = engine.worker.memory.tensors, {}
+    for node in engine.cache.tree.nodes():
+        if node.parent is None or not lane_in(node.namespace):
+            continue
+        pages = [each for each in tensors if isinstance(each, KVTensors)]
+        entries[node.name, "page"] = [half[node.page].clone() for kv in pages for half in (kv.k, kv.v)]
+        if node.checkpoint is not None:
+            states = [each for each in tensors if not isinstance(each, KVTensors)]
+            slot = node.checkpoint.slot
+            entries[node.name, "state"] = [part[slot].clone() for each in states for part in (each.conv, each.state)]
+    return entries
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reader_finds_what_was_written_for_it_and_computes_nothing_of_it(family: str, tmp_path: Path) -> None:
+    base, other = twins(family, tmp_path)
+    shared = tokens_of(base, 1, LENGTH)
+    prompt = np.concatenate([shared, tokens_of(base, 2, 80)])
+    for transfer in every_transfer(len(base.layers), 3)[:5]:
+        engine = new_engine(base, other, transfer)
+        cheap = _cost(engine, base, other) <= base.prefill_cost.per_token / 3
+        expect(engine, base)
+        written, kept = engine.stats().twin_tokens, engine.cache.inputs.stored.copy()
+        run(engine, ask("base", np.append(shared, 5).astype(np.int32), "", (LENGTH,)))
+        assert engine.stats().twin_tokens - written == (3 * TILE if cheap else 0), str(transfer)
+        outputs = run(engine, reads("other", prompt))
+        assert said(outputs, "other") == alone(other, prompt), str(transfer)
+        if cheap:
+            assert engine.cache.inputs.stored == kept  # nothing was kept that is not needed
+            assert found(outputs, "other").cached_tokens == 3 * TILE
+            done = str(transfer.for_layers(other.layers))
+            assert received(outputs, "other") == Received("", 0, 0, done, 0.01)
+
+
+def _cost(engine: Engine, base: HybridModel, other: HybridModel) -> float:
+    engine._scheduler.senders.profiled(other.fingerprint, 1.0)
+    (offer,) = engine._scheduler.senders.read_from(base.fingerprint)
+    return offer.cost.per_token
+
+
+@pytest.mark.parametrize("family", ["Bamba", "Jamba", "Zamba2", "NemotronH", "Qwen3_5"])
+def test_what_is_written_beside_has_the_bytes_of_what_is_made_later(family: str, tmp_path: Path) -> None:
+    base, other = pair(CASES[family], tmp_path, 0)
+    num, shared = len(base.layers), tokens_of(base, 1, LENGTH)
+    checked = 0
+    for transfer in (upper(num, num), projected(num, range(num)), *every_transfer(num, 5)[3:5]):
+        both = []
+        for beside in (True, False):
+            engine = new_engine(base, other, transfer, double_writing=beside)
+            expect(engine, base)
+            run(engine, ask("base", np.append(shared, 5).astype(np.int32), "", (LENGTH,)))
+            run(engine, reads("other", np.append(shared, 7).astype(np.int32)))
+            both.append(lane_entries(engine))
+        assert both[0].keys() >= both[1].keys()  # a twin keeps states where the prompt does
+        for name, tensors in both[1].items():
+            assert all(map(torch.equal, tensors, both[0][name])), (str(transfer), name)
+            checked += name[1] == "state" or not base.cache_spec.slot_bytes
+    assert checked >= 5
+
+
+def test_who_does_not_read_any_more_is_not_written_for(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    engine = new_engine(base, other, projected(len(base.layers), range(len(base.layers))))
+    expect(engine, base)
+    written = []
+    for seed in range(40):
+        run(engine, ask(f"{seed}", tokens_of(base, seed, 2 * TILE + 1), ""))
+        written.append(engine.stats().twin_tokens)
+    assert written[0] == 2 * TILE
+    assert written[-1] == written[-10] < 30 * 2 * TILE
+    assert engine.cache.inputs.stored  # what it may ask for is kept again
+
+
+def test_a_reader_that_comes_too_early_waits_for_what_is_being_written(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    num, shared = len(base.layers), tokens_of(base, 1, 8 * TILE)
+    for beside in (True, False):
+        engine = new_engine(base, other, projected(num, range(num)), max_tiles=1, double_writing=beside)
+        expect(engine, base)
+        engine.submit(ask("base", np.append(shared, 5).astype(np.int32), "", (len(shared),)))
+        engine.step()
+        before = engine.stats()
+        outputs = run(engine, reads("other", np.append(shared, 7).astype(np.int32), len(shared)))
+        prompt = found(outputs, "other")
+        assert (prompt.cached_tokens == 8 * TILE) is beside
+        assert prompt.received is not None
+        assert (prompt.received.end == 8 * TILE) is not beside
+        whole = base.prefill_cost.flops(0, 8 * TILE)
+        assert engine.stats().flops_computed - before.flops_computed < 1.6 * whole
+
+
+def test_without_room_twins_are_given_up_before_anyone_begins_again(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    num, shared = len(base.layers), tokens_of(base, 1, 8 * TILE)
+    spec = base.cache_spec
+    room = 2 * (10 * TILE * spec.kv_bytes_per_token + 4 * spec.slot_bytes)
+    engine = Engine(base, EngineConfig(budget_bytes=room, verify=True, max_tiles=1), variants={"other": other})
+    engine.add_profile(profile_of(base, other, (projected(num, range(num)), 0.01)))
+    expect(engine, base)
+    before = engine.stats().twin_tokens
+    engine.submit(ask("base", np.append(shared, 5).astype(np.int32), ""))
+    engine.step()
+    assert engine.stats().twin_tokens > before
+    others = [tokens_of(base, 40 + i, 7 * TILE) for i in range(2)]
+    outputs = run(engine, *(ask(f"{i}", tokens, "") for i, tokens in enumerate(others)))
+    assert engine.stats().num_preemptions == 0
+    for i, tokens in enumerate(others):
+        assert said(outputs, f"{i}") == alone(base, tokens)
+    assert not engine._scheduler.twins._owners
+
+
+@pytest.mark.parametrize("how", ["abort", "pass fails", "variant goes"])
+def test_twins_end_with_their_prompt_and_with_their_reader(how: str, tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    num, shared = len(base.layers), tokens_of(base, 1, 8 * TILE)
+    engine = new_engine(base, other, projected(num, range(num)), max_tiles=2)
+    expect(engine, base)
+    engine.submit(ask("base", shared, ""))
+    engine.step()
+    assert engine._scheduler.twins._owners
+    if how == "abort":
+        engine.abort("base")
+    elif how == "variant goes":
+        engine.remove_variant("other")
+        assert not [root for root in engine.cache.tree.roots if "~" in root]
+    else:
+        forward, calls = other.forward, []
+
+        def failing(*args: object) -> torch.Tensor:
+            calls.append(args)
+            if len(calls) == 1:
+                raise ValueError("a transfer that fails")
+            return forward(*args)  # type: ignore[arg-type]
+
+        other.forward = failing  # type: ignore[method-assign, assignment]
+        engine.step()
+        assert calls
+    assert not engine._scheduler.twins._owners
+    outputs = engine.run_until_idle()
+    engine.check()
+    if how != "abort":
+        assert said(outputs, "base") == alone(base, shared)
+    assert engine.stats().cache.working_bytes == 0
