@@ -24,7 +24,17 @@ import transformers
 
 PRELOADED = (hypothesis, numpy, torch, transformers.BambaForCausalLM)
 FIRST_EXAMPLE = [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.shrink]  # that fails is enough
-OPTIONS = ("-x", "-v", "-p", "no:cacheprovider", "-p", "hypothesispytest", "--hypothesis-seed=0")
+OPTIONS = (
+    "-x",
+    "-v",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "hypothesispytest",
+    "-p",
+    "pytest_timeout",
+    "--hypothesis-seed=0",
+)
 QUICK = ("-m", "not slow")  # what `make test` runs is what has to notice
 
 

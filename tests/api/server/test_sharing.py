@@ -151,3 +151,15 @@ def test_profiles_are_found_beside_models(loaded: Loaded, tmp_path: Path) -> Non
     assert find_profiles(loaded, ()) == ([], [path])
     path.unlink()
     assert embedded_path() == loaded.path
+
+
+def test_a_model_that_is_expected_to_read_is_written_for(url: str) -> None:
+    for salt in ("one", "two", "three"):
+        chat(url, "embedded", cache_salt=salt)
+        shared = chat(url, OTHER, cache_salt=salt, sharing=PROFILED)
+    assert shared["sharing"]["expected_loss"] == 0.004
+    assert shared["sharing"]["tokens"] == 0, "it found them"
+    details = shared["usage"]["prompt_tokens_details"]
+    assert details["cached_tokens"] == shared["usage"]["prompt_tokens"] // 64 * 64
+    written = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if "twin_tokens_total" in line]
+    assert float(written[-1].split()[-1]) >= details["cached_tokens"]
