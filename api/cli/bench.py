@@ -52,3 +52,8 @@ _bench(
     "variants.command",
     "Measure what models that share a base lose, save and serve when one reads what another has cached.",
 )
+_bench(
+    "pipeline",
+    "variants.live",
+    "Play agents that are variants of one base on a server: each by itself, and reading what the others have cached.",
+)
