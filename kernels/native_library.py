@@ -38,14 +38,29 @@ class BuildError(RuntimeError):
 @functools.cache
 def load() -> ctypes.CDLL:
     """The compiled library; the first call on a machine takes a few seconds. Raises `BuildError`."""
-    compiler = find_compiler()
-    errors = []
-    for flags in ((*FLAGS, *OPENMP), FLAGS):
+    compiler, folder = find_compiler(), cache_folder()
+    try:
+        return ctypes.CDLL(str(build(compiler, (*FLAGS, *OPENMP), folder)))
+    except (BuildError, OSError) as error:
+        if takes_openmp(compiler):
+            raise BuildError(str(error)) from error
+    try:
+        return ctypes.CDLL(str(build(compiler, FLAGS, folder)))
+    except OSError as error:
+        raise BuildError(str(error)) from error
+
+
+def takes_openmp(compiler: str) -> bool:
+    """Whether a compiler makes libraries with OpenMP that can be loaded. Some come without its headers or library."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, output = Path(scratch) / "threads.c", Path(scratch) / "threads.so"
+        source.write_text("#include <omp.h>\nint threads(void) { return omp_get_max_threads(); }\n")
         try:
-            return ctypes.CDLL(str(build(compiler, flags, cache_folder())))
-        except (BuildError, OSError) as error:
-            errors.append(str(error))
-    raise BuildError(errors[-1])
+            _run([compiler, "-fPIC", "-shared", *OPENMP, str(source), "-o", str(output)])
+            ctypes.CDLL(str(output))
+        except (BuildError, OSError):
+            return False
+        return True
 
 
 @functools.cache

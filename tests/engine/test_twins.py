@@ -13,7 +13,7 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
-from hybrid_cache.namespaces import lane_in
+from hybrid_cache.namespaces import lane_in, namespace_of
 from hybrid_cache.request import PromptOutput, Received, Request
 from hybrid_cache.tokens import TokenArray
 from hybrid_cache.transfer import Transfer, projected, upper
@@ -193,3 +193,22 @@ def test_twins_end_with_their_prompt_and_with_their_reader(how: str, tmp_path: P
     if how != "abort":
         assert said(outputs, "base") == alone(base, shared)
     assert engine.stats().cache.working_bytes == 0
+
+
+def test_a_twin_that_is_ahead_of_its_prompt_waits_for_it(tmp_path: Path) -> None:
+    base, other = twins("Bamba", tmp_path)
+    engine = new_engine(base, other, projected(len(base.layers), range(len(base.layers))), max_tiles=8)
+    expect(engine, base)
+    shared = tokens_of(base, 1, LENGTH)
+    longer = np.concatenate([shared, tokens_of(base, 2, 4 * TILE)])
+    run(engine, ask("base", np.append(shared, 5).astype(np.int32), "", (LENGTH,)))
+    run(engine, reads("first", np.append(shared, 6).astype(np.int32)))
+    engine.cache.drop(namespace_of("", base.fingerprint))
+    before = engine.stats().twin_tokens
+    outputs = run(engine, ask("longer", longer, "", (len(longer) - 1,)))
+    assert said(outputs, "longer") == alone(base, longer)
+    assert engine.stats().twin_tokens - before == len(longer) // TILE * TILE - 3 * TILE
+    prompt = np.append(longer, 9).astype(np.int32)
+    outputs = run(engine, reads("other", prompt, len(longer)))
+    assert found(outputs, "other").cached_tokens >= 6 * TILE
+    assert said(outputs, "other") == alone(other, prompt)

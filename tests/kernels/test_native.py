@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from hybrid_cache.kernels import native_products
+from hybrid_cache.kernels import native_library, native_products
 from hybrid_cache.kernels.native_ops import NativeOps
 from hybrid_cache.kernels.native_products import NativeLinear
 from hybrid_cache.kernels.ops import NormWeights, StateTensors
@@ -204,3 +204,25 @@ def test_experts_in_one_call_give_what_each_gives_alone(rows, threads, num_threa
         torch.testing.assert_close(found[row].float(), expected, rtol=2**-8, atol=1e-5)
         alone = ops.experts(w_in, w_out)(wide[row : row + 1, :HIDDEN], ids[row : row + 1], shares[row : row + 1])
         assert torch.equal(alone[0], found[row])
+
+
+def test_the_library_has_threads_where_the_compiler_has_them():
+    compiler = native_library.find_compiler()
+    flags = (*native_library.FLAGS, *native_library.OPENMP)
+    if not native_library.takes_openmp(compiler):
+        pytest.skip("the compiler has no OpenMP")
+    assert native_library.load()._name == str(native_library.build(compiler, flags, native_library.cache_folder()))
+
+
+def test_sources_that_do_not_compile_with_threads_are_not_built_without(monkeypatch, tmp_path):
+    compiler = native_library.find_compiler()
+    if not native_library.takes_openmp(compiler):
+        pytest.skip("the compiler has no OpenMP")
+    loop = "#pragma omp parallel for\n    for (int i = 0; a && i < n; i++) a[i] = i;\n"
+    (tmp_path / "loop.c").write_text(f"int run(int n, int *a) {{\n{loop}    return 0;\n}}\n")
+    monkeypatch.setattr(native_library, "SOURCES", tmp_path)
+    monkeypatch.setattr(native_library, "cache_folder", lambda: tmp_path)
+    with pytest.raises(native_library.BuildError, match=r"loop\.c"):
+        native_library.load.__wrapped__()
+    monkeypatch.setattr(native_library, "takes_openmp", lambda compiler: False)
+    assert native_library.load.__wrapped__().run(0, None) == 0
