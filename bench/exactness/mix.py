@@ -60,6 +60,7 @@ class Phase:
     stopped: float = 0.25  # share of requests that something may stop early
     arrivals: tuple[int, ...] = (0,)  # steps between two requests; -1 is until nobody waits and a little more
     in_turn: float = 0.3  # share of requests of conversations that several models read in turn, if there are any
+    usual: int = 4  # requests with the usual cache mode, to one with each of all modes
     policies: tuple[str, ...] = (*policy_names(), Learned.name, Learned.name)
 
     @property
@@ -69,7 +70,7 @@ class Phase:
     @property
     def sharing(self) -> "Phase":
         """The same where models often find what others have cached: one has been answered when the next one asks."""
-        return replace(self, in_turn=0.85, policies=KEEPING, arrivals=(0, 2, -1, -1, -1, -1))
+        return replace(self, in_turn=0.85, usual=12, policies=KEEPING, arrivals=(0, 2, -1, -1, -1, -1))
 
 
 GRID = (63, 64, 65, 128)
@@ -89,7 +90,7 @@ SHARED = replace(
     MIXED,
     name="shared",
     requests=40,
-    messages=(20, 40, 64, 90, 150, *GRID),
+    messages=(20, 40, 90, 150, 200, 250, *GRID),
     longest=700,
     answers=(0, 1, 2, 8, 20),
     budgets=(12, 60, 200, 400),
@@ -175,7 +176,7 @@ class Mix:
         salt, model, messages = self._in_turn() if in_turn else self._of_its_own()
         opening = self._tokens(0) if rng.random() < 0.2 else rng.choice(list(self._openings.values()))
         sampling = self._sampling()
-        if rng.random() < (0.2 if in_turn else 0.75):
+        if rng.random() < (0.1 if in_turn else 0.75):
             return self._arranged(salt, model, messages, opening, sampling)
         tokens, marks = self._joined(messages, opening)
         if rng.random() < (0.05 if in_turn else 0.2):  # exactly on the grid, or next to it
@@ -351,7 +352,7 @@ class Mix:
 
     def _request(self, salt: str, model: str, prompt: Prompt, sampling: SamplingParams) -> Request:
         rng = self._rng
-        mode = rng.choice((*CacheMode, *[CacheMode.IMPLICIT] * 4))
+        mode = rng.choice((*CacheMode, *[CacheMode.IMPLICIT] * self._phase.usual))
         if mode is CacheMode.EXPLICIT and rng.random() < 0.4:
             prompt = Prompt(prompt.tokens, tuple(replace(b, kind=BoundaryKind.MESSAGE_END) for b in prompt.boundaries))
         make_stopper = stop_at(rng.randrange(7)) if rng.random() < self._phase.stopped / 2 else None

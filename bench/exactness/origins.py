@@ -26,6 +26,7 @@ class Origins:
     """Of what sequences of one engine go on from."""
 
     def __init__(self) -> None:
+        self.received_tokens = 0  # of all sequences
         self._received = set[Name]()
         self._computed = set[Name]()  # by somebody who had received nothing
         self._starts: dict[Prefill, tuple[Lease, int]] = {}  # where received entries begin in a sequence
@@ -44,6 +45,7 @@ class Origins:
         lease, start = self._starts[prefill]
         if chunk.rows.transfer is not None:
             start = min(start, chunk.start)
+            self.received_tokens += chunk.end - chunk.start
             self._starts[prefill] = lease, start
         if prefill.publish:
             for index in range(chunk.start // TILE, chunk.end // TILE):

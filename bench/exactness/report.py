@@ -47,7 +47,7 @@ class Report:
     cached_tokens: int = 0
     rounds: int = 0
     seconds: float = 0.0
-    received_tokens: int = 0  # of prompts, whose entries were made from another model's
+    received_tokens: int = 0  # whose entries were made from another model's
     behind: dict[Behind, Compared] = field(default_factory=lambda: {kind: Compared() for kind in Behind})
     mixed: Counter[str] = field(default_factory=Counter)  # what the busy engines met, by name
     needed: tuple[str, ...] = ("preemptions", "evictions")  # names without which a run proves nothing

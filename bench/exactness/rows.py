@@ -267,7 +267,7 @@ class BusyWatcher:
     def __init__(self, ledger: Ledger, report: Report) -> None:
         self._ledger = ledger
         self._mixed = report.mixed
-        self._origins = Origins()
+        self.origins = Origins()
         self._pass: tuple[Prefill, int] | None = None  # the last canonical pass, and how far it has come
         self.prompts: dict[str, TokenArray] = {}  # by request, those that were computed or decoded exactly
         self.turns: dict[Key, tuple[str, TokenArray]] = {}  # what canonical passes of a model have come to, by the
@@ -286,20 +286,20 @@ class BusyWatcher:
             if not is_exact(chunk.prefill):
                 self._mixed["rows of approximate sequences"] += chunk.end - chunk.start
                 continue
-            self._origins.chunk(chunk)
+            self.origins.chunk(chunk)
             if chunk.sequence is not None:
                 self.prompts.setdefault(chunk.sequence.request.id, chunk.prefill.tokens)
         for sequence in step.decodes:
             if is_exact(sequence.prefill):
-                self._origins.begins(sequence.prefill)
+                self.origins.begins(sequence.prefill)
                 self.prompts.setdefault(sequence.request.id, sequence.prefill.tokens)
                 self._mixed["forced tokens, replayed" if sequence.replaying else "forced tokens"] += sequence.stride - 1
             else:
                 self._mixed["rows of approximate sequences"] += 1
 
     def row(self, key: Key, bits: Bits, origin: Origin) -> None:
-        self._ledger.busy(key, bits, origin, self._origins.behind(origin.prefill, origin.position))
+        self._ledger.busy(key, bits, origin, self.origins.behind(origin.prefill, origin.position))
 
     def end_round(self) -> None:
         """Nothing runs."""
-        self._origins.end_round()
+        self.origins.end_round()

@@ -90,7 +90,7 @@ class Traffic:
         mixed["pages from the second tier"] += stats.cache.host_loads
         mixed["tasks resumed"] += stats.pauses.num_resumed
         mixed["messages stored"] += stats.cache.admissions.get("message", 0)
-        self._report.received_tokens += stats.received_tokens
+        self._report.received_tokens += self.watcher.origins.received_tokens
         mixed["compactions"] += stats.cache.compactions
         mixed["digests compared"] += self.engine.worker.memory.digests.num_compared
 
