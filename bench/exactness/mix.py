@@ -61,6 +61,7 @@ class Phase:
     arrivals: tuple[int, ...] = (0,)  # steps between two requests; -1 is until nobody waits and a little more
     in_turn: float = 0.3  # share of requests of conversations that several models read in turn, if there are any
     usual: int = 4  # requests with the usual cache mode, to one with each of all modes
+    scored: float = 0.1  # share of requests whose prompt is scored
     policies: tuple[str, ...] = (*policy_names(), Learned.name, Learned.name)
 
     @property
@@ -70,7 +71,15 @@ class Phase:
     @property
     def sharing(self) -> "Phase":
         """The same where models often find what others have cached: one has been answered when the next one asks."""
-        return replace(self, in_turn=0.85, usual=12, policies=KEEPING, arrivals=(0, 2, -1, -1, -1, -1))
+        return replace(
+            self,
+            in_turn=0.85,
+            usual=30,
+            scored=0.02,
+            budgets=self.budgets[-3:],
+            policies=KEEPING,
+            arrivals=(0, 2, -1, -1, -1, -1),
+        )
 
 
 GRID = (63, 64, 65, 128)
@@ -90,8 +99,8 @@ SHARED = replace(
     MIXED,
     name="shared",
     requests=40,
-    messages=(20, 40, 90, 150, 200, 250, *GRID),
-    longest=700,
+    messages=(20, 90, 150, 200, 250, 290, *GRID),
+    longest=900,
     answers=(0, 1, 2, 8, 20),
     budgets=(12, 60, 200, 400),
 ).sharing
@@ -382,7 +391,7 @@ class Mix:
             min_tokens=rng.choice((0, 0, min(5, most))),
             stop_token_ids=(*self._closing[:1], *self._tokens(min(self._vocab // 40, 100)).tolist()) if stopped else (),
             logprobs=rng.choice((None, 0, 3)),
-            prompt_logprobs=rng.choice((0, 2)) if rng.random() < 0.1 else None,
+            prompt_logprobs=rng.choice((0, 2)) if rng.random() < self._phase.scored else None,
         )
 
 

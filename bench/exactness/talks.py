@@ -14,7 +14,7 @@ from hybrid_cache.bench.exactness.asked import ROLES, Said
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import TokenArray
 
-MOST = 3  # conversations at a time
+MOST = 2  # conversations at a time
 WAYS = ("longer", "longer", "longer", "as it is", "other end", "cut")
 BEHIND = (0, 1, 20, 62, 64, 130, 250)  # tokens behind an invocation
 
@@ -43,13 +43,13 @@ class Talks:
         readers: Sequence[str],
         invocations: Sequence[tuple[int, ...]],
     ) -> None:
-        """lengths: of messages   longest: tokens of a prompt   readers: names of models, with an invocation of each;
-        empty for those that are always on
+        """lengths: of messages; conversations begin with one of the longest   longest: tokens of a prompt
+        readers: names of models, with an invocation of each; empty for those that are always on
         """
         self._rng, self._vocab, self._lengths, self._longest = rng, vocab, lengths, longest
         self._invocations = dict(zip(readers, invocations, strict=True))
         invoked = [name for name, invocation in self._invocations.items() if invocation]
-        self._kin = ["", *invoked, *invoked] if invoked else []  # the base, and those that go on from its entries
+        self._kin = ["", *invoked] if invoked else []  # the base, and those that go on from its entries
         self._talks: list[Talk] = []
 
     def next(self) -> tuple[list[Said], str]:
@@ -73,8 +73,8 @@ class Talks:
 
     def _choose(self) -> Talk:
         if len(self._talks) < MOST or self._rng.random() < 0.06:
-            self._talks = [*self._talks, Talk([self._text(), self._text()], self._rng.choice(list(self._invocations)))]
-            self._talks = self._talks[-MOST:]
+            begin = [Said(self._tokens(max(self._lengths)), "system"), self._text()]
+            self._talks = [*self._talks, Talk(begin, self._rng.choice(list(self._invocations)))][-MOST:]
             return self._talks[-1]
         talk = self._rng.choice(self._talks)
         while talk.num_tokens > self._longest // 2 and len(talk.said) > 1:
