@@ -34,7 +34,7 @@ from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 
 T = TypeVar("T")
 
-KEEPING = ("learned", "flops-per-byte", "lru", "gdsf")  # policies that keep what layers are given
+KEEPING = ("learned", "flops-per-byte", "lru")  # policies that keep what layers are given
 
 NO_VARIANTS: Mapping[str, HybridModel] = MappingProxyType({})
 
@@ -73,9 +73,7 @@ class Phase:
         """The same where models often find what others have cached: one has been answered when the next one asks."""
         return replace(
             self,
-            in_turn=0.85,
-            usual=30,
-            scored=0.02,
+            in_turn=max(self.in_turn, 0.7),
             budgets=self.budgets[-3:],
             policies=KEEPING,
             arrivals=(0, 2, -1, -1, -1, -1),
@@ -98,6 +96,9 @@ MIXED = Phase(
 SHARED = replace(
     MIXED,
     name="shared",
+    in_turn=0.93,
+    usual=30,
+    scored=0.02,
     requests=40,
     messages=(20, 90, 150, 200, 250, 290, *GRID),
     longest=900,
