@@ -31,26 +31,32 @@ class Origins:
         self._computed = set[Name]()  # by somebody who had received nothing
         self._starts: dict[Prefill, tuple[Lease, int]] = {}  # where received entries begin in a sequence
 
-    def begins(self, prefill: Prefill) -> None:
-        """A sequence is in the coming step."""
+    def begins(self, prefill: Prefill) -> bool:
+        """A sequence is in the coming step -> whether it was in none before."""
         lease = prefill.lease
         assert lease is not None
-        if prefill not in self._starts or self._starts[prefill][0] is not lease:
-            self._starts[prefill] = lease, self._start(lease)
+        if prefill in self._starts and self._starts[prefill][0] is lease:
+            return False
+        self._starts[prefill] = lease, self._start(lease)
+        return True
 
     def chunk(self, chunk: Chunk) -> None:
         """These tokens are in the coming step."""
-        prefill = chunk.prefill
-        self.begins(prefill)
-        lease, start = self._starts[prefill]
-        if chunk.rows.transfer is not None:
-            start = min(start, chunk.start)
-            self.received_tokens += chunk.end - chunk.start
+        prefill, lease = chunk.prefill, chunk.prefill.lease
+        assert lease is not None
+        if self.begins(prefill) and chunk.start > lease.length:  # all layers were taken, and nothing was computed
+            self._comes(prefill, lease, lease.length, chunk.start, received=True)
+        self._comes(prefill, lease, chunk.start, chunk.end, received=chunk.rows.transfer is not None)
+
+    def _comes(self, prefill: Prefill, lease: Lease, first: int, end: int, *, received: bool) -> None:
+        _, start = self._starts[prefill]
+        if received:
+            start = min(start, first)
+            self.received_tokens += end - first
             self._starts[prefill] = lease, start
-        if prefill.publish:
-            for index in range(chunk.start // TILE, chunk.end // TILE):
-                name = lease.keys.names[index + 1]
-                (self._received if start < (index + 1) * TILE else self._computed).add(name)
+        for index in range(first // TILE, end // TILE if prefill.publish else 0):
+            name = lease.keys.names[index + 1]
+            (self._received if start < (index + 1) * TILE else self._computed).add(name)
 
     def end_round(self) -> None:
         """Forgets sequences, but not what they have left."""
