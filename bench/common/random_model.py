@@ -132,6 +132,12 @@ MID_GRANITE: Mapping[str, object] = {
 }
 
 
+def layer_of(name: str, otherwise: int) -> int:
+    """Which layer a weight is one of; otherwise: if it is of none."""
+    layer = re.search(r"layers\.(\d+)\.", name)
+    return otherwise if layer is None else int(layer[1])
+
+
 class RandomWeights:
     """Any weight that is asked for, drawn on a device: matrices keep the size of what they multiply.
 
@@ -183,8 +189,7 @@ class RandomWeights:
     def _draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self.num_bytes += prod(shape) * dtype.itemsize
         values = torch.empty(shape, device=self._device, dtype=dtype).normal_(generator=self._rng)
-        layer = re.search(r"layers\.(\d+)\.", name)
-        is_other = self._first is not None and layer is not None and int(layer[1]) >= self._first
+        is_other = self._first is not None and layer_of(name, -1) >= self._first
         if is_other:
             values.normal_(generator=self._other_rng)
         self._digests[name] = f"{self._seed} {self._other if is_other else ''}".encode()
@@ -220,8 +225,8 @@ def random_model(
     return model, weights.num_bytes
 
 
-def random_adapter(model: ShapedModel, rank: int, seed: int) -> Adapter:
-    """For all matrices of the layers that it may stand beside; it moves outputs by about a tenth."""
+def random_adapter(model: ShapedModel, rank: int, seed: int, *, first: int = 0) -> Adapter:
+    """For all matrices that it may stand beside of the layers from `first` on; it moves outputs by about a tenth."""
     assert model.bank is not None
     rng = torch.Generator().manual_seed(seed)
     factors = {
@@ -230,7 +235,7 @@ def random_adapter(model: ShapedModel, rank: int, seed: int) -> Adapter:
             torch.randn(size_out, rank, generator=rng) * 0.1 * rank**-0.5,
         )
         for name, (size_out, size_in) in model.bank.shapes.items()
-        if name != HEAD
+        if name != HEAD and layer_of(name, first) >= first
     }
     return Adapter(f"random-{seed}", LoraConfig(rank, float(rank), ()), factors, {})
 

@@ -10,6 +10,10 @@ from hybrid_cache.request import CacheMode, PromptOutput, Request, Stopper, Toke
 from hybrid_cache.sampling import Mask, mask_of
 from hybrid_cache.tokens import BoundaryKind, TokenArray
 
+VARIANT = "variant"  # begins the names of other models, whose conversations are their own as those of a salt are
+ACTIVATED = "activated"  # the name of an adapter that is on from its invocation, for requests of any other salt
+ROLES = ("user", "user", "user", "critic")
+
 
 @dataclass(frozen=True, slots=True)
 class Said:

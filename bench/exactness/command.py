@@ -22,8 +22,8 @@ from rich.progress import Progress
 
 from hybrid_cache.bench.exactness.http.compare import compare_http
 from hybrid_cache.bench.exactness.http.report import HttpReport, table
-from hybrid_cache.bench.exactness.models import Subject, by_name, folders, named, shipped, small, wide
-from hybrid_cache.bench.exactness.report import Report, mixture, results, verdicts
+from hybrid_cache.bench.exactness.models import Subject, by_name, folders, named, sharing, shipped, small, wide
+from hybrid_cache.bench.exactness.report import Report, mixture, results, shared, verdicts
 from hybrid_cache.bench.exactness.run import compare
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.dispatch import select
@@ -44,6 +44,9 @@ def exactness(
     widths: Annotated[
         bool, typer.Option("--widths", help="Add real widths, with prompts of up to 16K tokens.")
     ] = False,
+    bands: Annotated[
+        bool, typer.Option("--bands", help="Add models of equal lower layers, which read the same conversations.")
+    ] = False,
     http: Annotated[int, typer.Option(help="Also send this many requests to two servers, for each model folder.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the reports to this file.")] = None,
 ) -> None:
@@ -53,13 +56,13 @@ def exactness(
     console, options = Console(), "" if backend == "auto" else f" --backend {backend}"
     try:
         subjects = [named(name) for name in models or ()] or [*shipped(), *small()]
-        subjects += wide() if widths else []
+        subjects += [*(wide() if widths else ()), *(sharing() if bands else ())]
         with Progress(console=Console(stderr=True)) as progress:
             reports = [_compare(s, name, backend, rows, seed, progress) for s in subjects for name in dtype.split(",")]
             over_http = _over_http(folders(models or []), http, seed, dtype, backend, progress) if http else []
     except HybridCacheError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(results(reports), mixture(reports))
+    console.print(results(reports), shared(reports), mixture(reports))
     for report in over_http:
         console.print(table(report))
     for line in verdicts(reports, options):

@@ -53,6 +53,7 @@ class Judge:
                 self._answer(Request("turn", Prompt(tokens), SamplingParams(max_tokens=0), model=name))
         turns.clear()
         self._ledger.end_round()
+        traffic.watcher.end_round()
         if foreign := traffic.given.foreign(traffic.engine.cache):
             self._report.note("the cache", f"holds {foreign}")
 
@@ -114,8 +115,12 @@ class Judge:
 
     def _check_told(self, asked: Asked) -> None:
         """What a reply says of its prompt must be possible."""
-        reported = asked.reported
+        reported, received = asked.reported, asked.reported.received if asked.reported else None
         assert reported is not None
+        if received is not None:
+            self._report.mixed[f"prompts received, {received.transfer}"] += 1
+            if received.loss is not None:
+                self._report.note(asked.request.id, f"took entries of {received.sender!r} that are not exact")
         n, cached = len(asked.request.prompt.tokens), reported.cached_tokens
         approximate = reported.plan is not None and reported.plan.fidelity is not Fidelity.EXACT
         prefix = reported.plan.prefix if reported.plan is not None else cached

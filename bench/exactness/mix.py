@@ -9,7 +9,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from hybrid_cache.bench.exactness.asked import Asked, Said, Some, stop_at
+from hybrid_cache.bench.exactness.asked import ACTIVATED, ROLES, VARIANT, Asked, Said, Some, stop_at
+from hybrid_cache.bench.exactness.talks import Talks
+from hybrid_cache.cache.policies.learned import Learned
+from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.choreography.arrangement import (
     SEAMS,
     Arrangement,
@@ -31,13 +34,12 @@ from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 
 T = TypeVar("T")
 
+KEEPING = ("learned", "flops-per-byte", "lru")  # policies that keep what layers are given
+
 NO_VARIANTS: Mapping[str, HybridModel] = MappingProxyType({})
 
 SALTS = ("", "", "", "", "a")
-VARIANT = "variant"  # begins the names of other models, whose conversations are their own as those of a salt are
-ACTIVATED = "activated"  # the name of an adapter that is on from its invocation, for requests of any other salt
 BEHIND = (0, 0, 1, 20, 62, 64, 90)  # tokens behind an invocation
-ROLES = ("user", "user", "user", "critic")
 OPENING, CLOSING = 3, 2  # tokens
 KINDS = ("as it is", "as it is", "as it is", "continued", "continued", "longer", "other end", "shuffled", "changed")
 MOST_ANSWERS = 8
@@ -57,10 +59,25 @@ class Phase:
     budgets: tuple[int, ...]  # sequences; none: two prompts, and one answer's pages to share
     stopped: float = 0.25  # share of requests that something may stop early
     arrivals: tuple[int, ...] = (0,)  # steps between two requests; -1 is until nobody waits and a little more
+    in_turn: float = 0.3  # share of requests of conversations that several models read in turn, if there are any
+    usual: int = 4  # requests with the usual cache mode, to one with each of all modes
+    scored: float = 0.1  # share of requests whose prompt is scored
+    policies: tuple[str, ...] = (*policy_names(), Learned.name, Learned.name)
 
     @property
     def most_tokens(self) -> int:
         return self.longest + max(self.answers)
+
+    @property
+    def sharing(self) -> "Phase":
+        """The same where models often find what others have cached: one has been answered when the next one asks."""
+        return replace(
+            self,
+            in_turn=max(self.in_turn, 0.7),
+            budgets=self.budgets[-3:],
+            policies=KEEPING,
+            arrivals=(0, 2, -1, -1, -1, -1),
+        )
 
 
 GRID = (63, 64, 65, 128)
@@ -76,6 +93,18 @@ MIXED = Phase(
     budgets=(2, 4, 12, 40, 80),
     arrivals=ARRIVALS,
 )
+SHARED = replace(
+    MIXED,
+    name="shared",
+    in_turn=0.93,
+    usual=30,
+    scored=0.02,
+    requests=40,
+    messages=(20, 90, 150, 200, 250, 290, *GRID),
+    longest=900,
+    answers=(0, 1, 2, 8, 20),
+    budgets=(12, 60, 200, 400),
+).sharing
 TIGHT = Phase(
     "tight",
     requests=10,
@@ -133,9 +162,17 @@ class Mix:
         if self._invocation:
             self._texts += [self._call() for _ in range(2)]
         self._more = self._tokens(phase.more)
+        self._talks = self._talks_of(variants) if variants else None
         self._themes: dict[str, list[Said]] = {}
         self._answers: dict[str, list[Said]] = {salt: [] for salt in self._namespaces}
         self._count = 0
+
+    def _talks_of(self, variants: Mapping[str, HybridModel]) -> Talks:
+        readers = {"": (), **{name: variant.invocation for name, variant in variants.items()}}
+        rng = random.Random()
+        rng.setstate(self._rng.getstate())  # drawn apart: what a seed mixes besides stays the same
+        lengths = [length for length in self._phase.messages if length < self._longest // 3]
+        return Talks(rng, self._vocab, lengths, self._longest - OPENING, [*readers], [*readers.values()])
 
     @property
     def namespaces(self) -> Mapping[str, str]:
@@ -145,22 +182,14 @@ class Mix:
     def next(self) -> Asked:
         rng = self._rng
         self._count += 1
-        salt = rng.choice(self._salts)
-        if rng.random() < 0.1:
-            self._texts[rng.randrange(len(self._texts))] = self._text()
-        model = salt if salt.startswith(VARIANT) else ""
-        messages = self._messages("" if model and rng.random() < 0.4 else salt)  # what another model may have read
-        if self._invocation and not model and self._calls.random() < 0.4:
-            if self._calls.random() < 0.8:
-                messages = self._read.get(salt, messages)
-            self._read[salt] = messages
-            messages, model = self._called(messages), ACTIVATED
+        in_turn = self._talks is not None and self._calls.random() < self._phase.in_turn
+        salt, model, messages = self._in_turn() if in_turn else self._of_its_own()
         opening = self._tokens(0) if rng.random() < 0.2 else rng.choice(list(self._openings.values()))
         sampling = self._sampling()
-        if rng.random() < 0.75:
+        if rng.random() < (0.1 if in_turn else 0.75):
             return self._arranged(salt, model, messages, opening, sampling)
         tokens, marks = self._joined(messages, opening)
-        if rng.random() < 0.2:  # exactly on the grid, or next to it
+        if rng.random() < (0.05 if in_turn else 0.2):  # exactly on the grid, or next to it
             tokens = tokens[: max(1, len(tokens) // TILE * TILE + rng.choice((-1, 0, 1)))]
         marks = tuple(mark for mark in marks if mark.position <= len(tokens))
         return Asked(self._request(salt, model, Prompt(tokens, marks), sampling), tuple(messages), opening)
@@ -171,7 +200,33 @@ class Mix:
         if len(asked.opening):
             tokens = closed(np.concatenate([asked.opening, asked.answer(0)]), self._closing)
             context = arrangement.context if arrangement else ()
-            _keep(self._answers[salt], Said(tokens, "assistant", context, is_answer=True))
+            answer = Said(tokens, "assistant", context, is_answer=True)
+            _keep(self._answers[salt], answer)
+            if self._talks is not None:
+                self._talks.heard(asked.messages, answer)
+
+    # Conversations
+
+    def _in_turn(self) -> tuple[str, str, list[Said]]:
+        """-> a salt, a model, and what comes next in a conversation that several models read."""
+        assert self._talks is not None
+        messages, model = self._talks.next()
+        return model if model.startswith(VARIANT) else "", model, self._fitting(messages)
+
+    def _of_its_own(self) -> tuple[str, str, list[Said]]:
+        """-> a salt, a model, and what comes next in a conversation of theirs, or at times of another's."""
+        rng = self._rng
+        salt = rng.choice(self._salts)
+        if rng.random() < 0.1:
+            self._texts[rng.randrange(len(self._texts))] = self._text()
+        model = salt if salt.startswith(VARIANT) else ""
+        messages = self._messages("" if model and rng.random() < 0.4 else salt)  # what another model may have read
+        if self._invocation and not model and self._calls.random() < 0.4:
+            if self._calls.random() < 0.8:
+                messages = self._read.get(salt, messages)
+            self._read[salt] = messages
+            messages, model = self._called(messages), ACTIVATED
+        return salt, model, messages
 
     # Messages
 
@@ -307,7 +362,7 @@ class Mix:
 
     def _request(self, salt: str, model: str, prompt: Prompt, sampling: SamplingParams) -> Request:
         rng = self._rng
-        mode = rng.choice((*CacheMode, *[CacheMode.IMPLICIT] * 4))
+        mode = rng.choice((*CacheMode, *[CacheMode.IMPLICIT] * self._phase.usual))
         if mode is CacheMode.EXPLICIT and rng.random() < 0.4:
             prompt = Prompt(prompt.tokens, tuple(replace(b, kind=BoundaryKind.MESSAGE_END) for b in prompt.boundaries))
         make_stopper = stop_at(rng.randrange(7)) if rng.random() < self._phase.stopped / 2 else None
@@ -337,7 +392,7 @@ class Mix:
             min_tokens=rng.choice((0, 0, min(5, most))),
             stop_token_ids=(*self._closing[:1], *self._tokens(min(self._vocab // 40, 100)).tolist()) if stopped else (),
             logprobs=rng.choice((None, 0, 3)),
-            prompt_logprobs=rng.choice((0, 2)) if rng.random() < 0.1 else None,
+            prompt_logprobs=rng.choice((0, 2)) if rng.random() < self._phase.scored else None,
         )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from hybrid_cache.bench.common.random_model import SMALL, activated_by, random_adapter, random_model
-from hybrid_cache.bench.exactness.mix import ACTIVATED, LONG, MIXED, VARIANT, Phase
+from hybrid_cache.bench.exactness.asked import ACTIVATED, VARIANT
+from hybrid_cache.bench.exactness.mix import LONG, MIXED, SHARED, Phase
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.adapters import load as load_adapter
@@ -18,18 +19,17 @@ from hybrid_cache.models.tools.published import CONFIGS
 INVOCATION = (11, 12)
 RANK = 8
 MERGED = "embedded-choreo"  # an adapter that ships and can be merged
+_SHAPE: Mapping[str, object] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
 # Attention only, whose messages can be relocated, and states only.
 PURE: Mapping[str, Mapping[str, object]] = {
-    "llama": {
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    },
+    "llama": {**_SHAPE, "model_type": "llama", "num_hidden_layers": 2},
     "mamba2": {
         "model_type": "mamba2",
         "vocab_size": 512,
@@ -45,6 +45,42 @@ PURE: Mapping[str, Mapping[str, object]] = {
 WIDE: Mapping[str, Mapping[str, object]] = {
     "granite-4-h-350m": {"num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"], "vocab_size": 1024},
     "falcon-h1-0.5b": {"num_hidden_layers": 2, "max_position_embeddings": 32768, "vocab_size": 1024},
+}
+
+
+_DEEP = {**_SHAPE, "num_hidden_layers": 4}
+# Four layers or more, of which variants have some in common; three keep the stream in float32 whatever the weights are.
+DEEP: Mapping[str, Mapping[str, object]] = {
+    "granite": {
+        **SMALL["granite"],
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "attention", "mamba", "attention"],
+    },
+    "jamba": SMALL["jamba"],
+    "mamba2": {**PURE["mamba2"], "num_hidden_layers": 4},
+    "falcon mamba": {**_DEEP, "model_type": "falcon_mamba", "state_size": 16, "time_step_rank": 8},
+    "nemotron h": {
+        **_DEEP,
+        "model_type": "nemotron_h",
+        "head_dim": 32,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 32,
+        "n_groups": 2,
+        "layers_block_type": ["linear_attention", "full_attention", "linear_attention", "mlp"],
+        "residual_in_fp32": True,
+    },
+    "zamba2": {
+        **_DEEP,
+        "model_type": "zamba2",
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid", "mamba"],
+        "num_mem_blocks": 2,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 32,
+        "adapter_rank": 8,
+    },
 }
 
 
@@ -74,6 +110,10 @@ def small() -> list[Subject]:
     return [Subject(f"small {name}", partial(_random, config)) for name, config in configs.items()]
 
 
+def sharing() -> list[Subject]:
+    return [Subject(f"bands {name}", partial(_layered, config), phase=SHARED) for name, config in DEEP.items()]
+
+
 def wide() -> list[Subject]:
     configs = {name: {**CONFIGS[name], **changes} for name, changes in WIDE.items()}
     return [Subject(f"wide {name}", partial(_plain, config), phase=LONG) for name, config in configs.items()]
@@ -81,14 +121,18 @@ def wide() -> list[Subject]:
 
 def named(name: str) -> Subject:
     """One of these, or a model folder. Raises ModelError."""
-    known = {subject.name: subject for subject in (*shipped(), *small(), *wide())}
+    known = _known()
     return known[name] if name in known else Subject(name, partial(_folder, resolve(name)))
 
 
 def folders(names: Sequence[str]) -> list[str]:
     """Those that are none of the names above."""
-    known = {subject.name for subject in (*shipped(), *small(), *wide())}
+    known = _known()
     return [name for name in names if name not in known]
+
+
+def _known() -> Mapping[str, Subject]:
+    return {subject.name: subject for subject in (*shipped(), *small(), *wide(), *sharing())}
 
 
 def _folder(path: Path, dtype: str, ops: Ops) -> list[HybridModel]:
@@ -117,6 +161,19 @@ def _random(config: Mapping[str, object], dtype: str, ops: Ops) -> list[HybridMo
     upper, _ = random_model(config, ops, compute_dtype, 0, other=2, first=1)
     others = random_model(config, ops, compute_dtype, 1)[0], upper, invoked
     return [trunk, *(beside(trunk, adapter) for adapter in adapters), *others]
+
+
+def _layered(config: Mapping[str, object], dtype: str, ops: Ops) -> list[HybridModel]:
+    """Random weights; the same with others in the top quarter, in the top half, in all layers but the first; with an
+    adapter on the top half; and with one that is invoked.
+    """
+    compute_dtype = COMPUTE_DTYPES[dtype] or torch.float32
+    trunk, _ = random_model(config, ops, compute_dtype, 0, adaptable=True)
+    num = len(trunk.layers)
+    firsts = (num - num // 4, num // 2, 1)
+    others = [random_model(config, ops, compute_dtype, 0, other=first + 1, first=first)[0] for first in firsts]
+    adapter, invoked = random_adapter(trunk, 4, seed=4, first=num // 2), random_adapter(trunk, RANK, seed=RANK)
+    return [trunk, *others, beside(trunk, adapter), activated_by(trunk, invoked, INVOCATION)]
 
 
 def _plain(config: Mapping[str, object], dtype: str, ops: Ops) -> list[HybridModel]:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from rich import box
 from rich.table import Table
 
+from hybrid_cache.bench.exactness.origins import Behind
+
 SHOWN = 5  # findings of one model
 
 
@@ -17,6 +19,15 @@ class Finding:
     round: int
     request: str  # id, or what else it belongs to
     what: str
+
+
+@dataclass(slots=True)
+class Compared:
+    """Some rows, and what differed in them."""
+
+    rows: int = 0
+    differing_rows: int = 0
+    differing_bits: int = 0
 
 
 @dataclass(slots=True)
@@ -36,6 +47,8 @@ class Report:
     cached_tokens: int = 0
     rounds: int = 0
     seconds: float = 0.0
+    received_tokens: int = 0  # whose entries were made from another model's
+    behind: dict[Behind, Compared] = field(default_factory=lambda: {kind: Compared() for kind in Behind})
     mixed: Counter[str] = field(default_factory=Counter)  # what the busy engines met, by name
     needed: tuple[str, ...] = ("preemptions", "evictions")  # names without which a run proves nothing
     findings: list[Finding] = field(default_factory=list)  # the first ones
@@ -48,7 +61,8 @@ class Report:
     @property
     def untried(self) -> tuple[str, ...]:
         """What a run has to meet and this one did not."""
-        return tuple(name for name in self.needed if not self.mixed[name])
+        met = self.mixed + Counter({kind.value: compared.rows for kind, compared in self.behind.items()})
+        return tuple(name for name in self.needed if not met[name])
 
     def note(self, request: str, what: str) -> None:
         """Keeps a finding of the present round, if it is one of the first."""
@@ -56,7 +70,9 @@ class Report:
             self.findings.append(Finding(self.rounds, request, what))
 
     def as_json(self) -> dict[str, object]:
-        return {**asdict(replace(self, mixed=Counter())), "mixed": dict(self.mixed), "exact": self.exact}
+        behind = {kind.value: asdict(compared) for kind, compared in self.behind.items()}
+        plain = asdict(replace(self, mixed=Counter(), behind={}))
+        return {**plain, "behind": behind, "mixed": dict(self.mixed), "exact": self.exact}
 
 
 def results(reports: Iterable[Report]) -> Table:
@@ -72,6 +88,25 @@ def results(reports: Iterable[Report]) -> Table:
         more = (r.mixed["evictions"], r.mixed["preemptions"], round(r.rows / max(r.seconds, 1e-9)))
         table.add_row(r.model, r.dtype, *(f"{c:,}" for c in counts), reused, *(f"{c:,}" for c in more))
     return table
+
+
+def shared(reports: Sequence[Report]) -> Table:
+    """A line for each model and dtype, and one for all: rows that go on from what models share, counted apart."""
+    table = Table(title="rows that go on from what models share", box=box.SIMPLE_HEAD)
+    columns = ["model", "dtype", "tokens received"]
+    columns += [name for kind in Behind for name in (kind.value, "differing bits")]
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    lines = [(r.model, r.dtype, _shared(r)) for r in reports]
+    lines.append(("in all", "", [sum(column) for column in zip(*(line for *_, line in lines), strict=True)]))
+    for model, dtype, counts in lines:
+        table.add_row(model, dtype, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _shared(report: Report) -> list[int]:
+    counts = (n for each in report.behind.values() for n in (each.rows, each.differing_bits))
+    return [report.received_tokens, *counts]
 
 
 def mixture(reports: Sequence[Report]) -> Table:

@@ -4,8 +4,9 @@ Requests may be answered in an order that is known only afterwards, so the busy 
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import count
 from types import MappingProxyType
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hybrid_cache.bench.exactness.origins import Behind, Origins
 from hybrid_cache.bench.exactness.report import Report
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import ForwardBatch, HybridModel, go_on
@@ -40,6 +42,7 @@ class Origin(NamedTuple):
     request: str
     position: int
     path: str  # prefill, decode, canonical pass
+    prefill: Prefill
 
     def __str__(self) -> str:
         return f"token {self.position} in {self.path}"
@@ -146,7 +149,7 @@ def exact_rows(step: Step, layout: RowLayout) -> Iterator[tuple[Key, Origin, int
             models = origin_of(chunk.prefill, chunk.rows.model)
             digests = prefix_digests(models, chunk.prefill.tokens, chunk.start, chunk.end)
             for place, digest in enumerate(digests, start=chunk.start):
-                yield (digest, -1), Origin(name, place, path), row + place - chunk.start
+                yield (digest, -1), Origin(name, place, path, chunk.prefill), row + place - chunk.start
     yield from decode_rows(step, layout.decode_row, first_rows[len(step.chunks) :])
 
 
@@ -160,7 +163,8 @@ def decode_rows(step: Step, first: int, leaps: Iterable[int] = ()) -> Iterator[t
             tokens = np.concatenate([sequence.all_tokens(), np.asarray(sequence.forced, np.int32)])
             models = origin_of(sequence.prefill, sequence.prefill.model)
             for i, digest in enumerate(prefix_digests(models, tokens, start, start + stride)):
-                yield (digest, _way(sequence)), Origin(sequence.request.id, start + i, "decode"), row + i
+                origin = Origin(sequence.request.id, start + i, "decode", sequence.prefill)
+                yield (digest, _way(sequence)), origin, row + i
 
 
 def _way(sequence: Sequence) -> int:
@@ -195,7 +199,8 @@ class BusyRow:
 
     bits: Bits
     origin: Origin  # of the first
-    count: int = 1
+    count: int = 0
+    behind: Counter[Behind] = field(default_factory=Counter)
 
 
 class Ledger:
@@ -205,17 +210,20 @@ class Ledger:
         self._report = report
         self._waiting: dict[Key, list[BusyRow]] = {}
 
-    def busy(self, key: Key, bits: Bits, origin: Origin) -> None:
+    def busy(self, key: Key, bits: Bits, origin: Origin, behind: Iterable[Behind] = ()) -> None:
         rows = self._waiting.setdefault(key, [])
-        for row in rows:
-            if np.array_equal(row.bits, bits):
-                row.count += 1
-                return
-        rows.append(BusyRow(bits, origin))
+        row = next((row for row in rows if np.array_equal(row.bits, bits)), None)
+        if row is None:
+            row = BusyRow(bits, origin)
+            rows.append(row)
+        row.count += 1
+        row.behind.update(behind)
 
     def plain(self, key: Key, bits: Bits) -> None:
         for row in self._waiting.pop(key, ()):
             self._report.rows += row.count
+            for behind, num in row.behind.items():
+                self._report.behind[behind].rows += num
             if not np.array_equal(row.bits, bits):
                 self._differs(row, bits)
 
@@ -233,6 +241,9 @@ class Ledger:
         report, num_bits = self._report, int(np.bitwise_count(row.bits ^ expected).sum())
         report.differing_rows += row.count
         report.differing_bits += num_bits * row.count
+        for behind, num in row.behind.items():
+            report.behind[behind].differing_rows += num
+            report.behind[behind].differing_bits += num_bits * num
         most = np.abs(row.bits.view(np.float32) - expected.view(np.float32)).max()
         report.note(row.origin.request, f"{row.origin}: {num_bits} bits of its logits differ, by up to {most:.2g}")
 
@@ -256,6 +267,7 @@ class BusyWatcher:
     def __init__(self, ledger: Ledger, report: Report) -> None:
         self._ledger = ledger
         self._mixed = report.mixed
+        self.origins = Origins()
         self._pass: tuple[Prefill, int] | None = None  # the last canonical pass, and how far it has come
         self.prompts: dict[str, TokenArray] = {}  # by request, those that were computed or decoded exactly
         self.turns: dict[Key, tuple[str, TokenArray]] = {}  # what canonical passes of a model have come to, by the
@@ -273,14 +285,21 @@ class BusyWatcher:
         for chunk in step.chunks:
             if not is_exact(chunk.prefill):
                 self._mixed["rows of approximate sequences"] += chunk.end - chunk.start
-            elif chunk.sequence is not None:
+                continue
+            self.origins.chunk(chunk)
+            if chunk.sequence is not None:
                 self.prompts.setdefault(chunk.sequence.request.id, chunk.prefill.tokens)
         for sequence in step.decodes:
             if is_exact(sequence.prefill):
+                self.origins.begins(sequence.prefill)
                 self.prompts.setdefault(sequence.request.id, sequence.prefill.tokens)
                 self._mixed["forced tokens, replayed" if sequence.replaying else "forced tokens"] += sequence.stride - 1
             else:
                 self._mixed["rows of approximate sequences"] += 1
 
     def row(self, key: Key, bits: Bits, origin: Origin) -> None:
-        self._ledger.busy(key, bits, origin)
+        self._ledger.busy(key, bits, origin, self.origins.behind(origin.prefill, origin.position))
+
+    def end_round(self) -> None:
+        """Nothing runs."""
+        self.origins.end_round()

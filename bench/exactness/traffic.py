@@ -13,8 +13,6 @@ from hybrid_cache.bench.exactness.report import Report
 from hybrid_cache.bench.exactness.rows import BusyWatcher, Ledger, watched_engine
 from hybrid_cache.bench.exactness.tree import Given
 from hybrid_cache.cache.geometry import Geometry, Kind
-from hybrid_cache.cache.policies.learned import Learned
-from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.outcomes import Outputs
@@ -92,7 +90,7 @@ class Traffic:
         mixed["pages from the second tier"] += stats.cache.host_loads
         mixed["tasks resumed"] += stats.pauses.num_resumed
         mixed["messages stored"] += stats.cache.admissions.get("message", 0)
-        mixed["tokens from another model"] += stats.received_tokens
+        self._report.received_tokens += self.watcher.origins.received_tokens
         mixed["compactions"] += stats.cache.compactions
         mixed["digests compared"] += self.engine.worker.memory.digests.num_compared
 
@@ -236,6 +234,6 @@ def _config(model: HybridModel, phase: Phase, rng: random.Random) -> EngineConfi
         max_running=rng.choice((2, 4, 12, 32)),
         max_tiles=rng.choice((1, 2, 3, 7, 16)),
         max_tiles_beside_decode=rng.choice((1, 2, 4)),
-        policy=rng.choice((*policy_names(), Learned.name, Learned.name)),
+        policy=rng.choice(phase.policies),
         verify=True,
     )
