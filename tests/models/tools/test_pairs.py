@@ -53,6 +53,18 @@ def test_equal_models_lose_nothing_whatever_is_shared(base: HybridModel) -> None
     assert zeroed.right < 1
 
 
+def test_a_receiver_is_compared_with_what_is_asked_for(base: HybridModel, choreo: HybridModel) -> None:
+    examples, every = [*dialogues(PATH, 4, 3)], range(4)
+    own, moved = Pair(base, choreo, examples), Pair(base, choreo, examples, base)
+    assert last(own.measure_own(every))[0].kl == 0
+    assert last(moved.measure_own(every))[0].kl > 1e-4
+    assert last(Pair(base, base, examples, choreo).measure_own(every))[0].kl > 1e-4
+    taken = upper(6, 6)
+    (alone,), (other,) = last(own.measure([taken], every)), last(moved.measure([taken], every))
+    assert alone.by_kind == other.by_kind, "the same answers"
+    assert alone.kl != other.kl
+
+
 def test_what_is_lost_lies_where_the_study_found_it(base: HybridModel, choreo: HybridModel) -> None:
     pair = Pair(base, choreo, [*dialogues(PATH, 12, 3)])
     alone = [each.kl for each in last(pair.measure_layers(range(12)))]
