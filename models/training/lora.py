@@ -438,10 +438,10 @@ def _copy_adapter(path: str, settings: Settings, trained: Mapping[str, nn.Parame
     """Raises ConfigError if it changes other weights, or has another rank or scale."""
     adapter = adapters.load(path)
     tensors, scale = adapter.tensors, settings.lora("").scale
-    if adapter.config.scale != scale:
-        raise ConfigError(f"adapter {path} counts {adapter.config.scale:g} times, that of this run {scale:g} times")
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trained.items()}:
         raise ConfigError(f"adapter {path} does not have the rank and the modules of this run")
+    if adapter.config.scale != scale:
+        raise ConfigError(f"adapter {path} counts {adapter.config.scale:g} times, that of this run {scale:g} times")
     for name, p in trained.items():
         p.copy_(tensors[name])
 

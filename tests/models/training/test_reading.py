@@ -188,7 +188,7 @@ def of_another_shape(folder: Path) -> Path:
         (lambda path: {"reads": "nobody"}, ModelError, "nobody is not a local folder"),
         (lambda path: {"reads": "embedded+nobody"}, ModelError, "adapter nobody: neither a folder nor"),
         (lambda path: {"reads": "embedded+embedded-polite"}, UnsupportedModel, "activated by a prompt"),
-        (lambda path: {"start": "embedded-choreo"}, ConfigError, "counts 1 times, that of this run 16 times"),
+        (lambda path: {"start": "embedded-choreo"}, ConfigError, "does not have the rank and the modules"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(
