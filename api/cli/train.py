@@ -44,9 +44,9 @@ def train_lora(
         typer.Option(help="Another model of this shape, whose cache entries are read: as in `variants profile`."),
     ] = None,
     transfer: Annotated[
-        str,
-        typer.Option(help="How they are made from that one's, such as `take 0-1, project 2, take 3-5`; all are taken."),
-    ] = "",
+        str | None,
+        typer.Option(help="How, by layer, such as `take 0-1, project 2, take 3-5`; without it, all are taken."),
+    ] = None,
     start: Annotated[str | None, typer.Option(help="Adapter of the same rank and modules to go on from.")] = None,
     seed: Annotated[int, typer.Option(help="Of data and factors.")] = 1,
     every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,

@@ -1,6 +1,5 @@
 """`hybrid-cache train-lora`: training with a progress bar, then a table of what it changed."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -72,10 +71,7 @@ def _print(before: Sequence[composed.Score], after: Sequence[composed.Score]) ->
     for anew, reuse in dict.fromkeys((s.anew, s.reuse) for s in after):
         cells = (f"{old[anew, reuse, kind]:.1f} > {new[anew, reuse, kind]:.1f}" for kind in KINDS)
         table.add_row("new" if anew else "as told", reuse.name, *cells)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
+    _show(table, 120)
 
 
 def _compare(
@@ -102,4 +98,12 @@ def _print_lines(lines: Sequence[repaired.Line]) -> None:
         measured = line.measured
         right = (f"{measured.by_kind[kind]:.1%}" for kind in KINDS)
         table.add_row(line.model, line.reads, line.alone, f"{measured.kl:.5f}", f"{measured.agreement:.2%}", *right)
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140).print(table)
+    _show(table, 150)
+
+
+def _show(table: Table, width: int) -> None:
+    """width: where the output is no terminal, in characters"""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = width
+    console.print(table)

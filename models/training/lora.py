@@ -61,6 +61,7 @@ QUESTIONS = 4
 MOST_CONTEXT = 4
 MOST_NEW = 24  # tokens of an answer
 WARM = 0.03
+OF_MESSAGES = ("reuse", "seam", "stress", "focus", "fewest", "anew", "checked")  # settings that need `reads` unset
 Row = TypeVar("Row")
 
 
@@ -89,7 +90,7 @@ class Settings:
     anew: float = 0.0  # share of the dialogues that are read in a new order
     checked: bool = False  # leaves out what the teacher itself gets wrong
     reads: str | None = None  # a model whose entries are read, as in `variants profile`
-    transfer: str = ""  # how they are made from that one's, as `transfer_of` reads it; empty: all are taken
+    transfer: str | None = None  # how they are made from that one's, as `transfer_of` reads it; None: all are taken
 
     def __post_init__(self) -> None:
         bounds = {"rank": 1, "alpha": 0, "lr": 0, "steps": 1, "batch_size": 1, "seam": 0, "fewest": 1}
@@ -105,15 +106,15 @@ class Settings:
             raise ConfigError(f"focus is {self.focus!r}, must be one of {', '.join(KINDS)}")
         if self.reuse not in ENCODED:
             raise ConfigError(f"reuse is {self.reuse!r}, must be one of {', '.join(ENCODED)}")
-        if self.transfer and self.reads is None:
+        self._check_that_one_thing_is_taught()
+
+    def _check_that_one_thing_is_taught(self) -> None:
+        if self.reads is None and self.transfer is not None:
             raise ConfigError(f"transfer is {self.transfer!r}, which needs a model whose entries are read")
-        if self.reads is not None:
-            defaults = {f.name: f.default for f in fields(self)}
-            for name in ("reuse", "seam", "stress", "focus", "fewest", "anew", "checked"):
-                if getattr(self, name) != defaults[name]:
-                    raise ConfigError(
-                        f"{name} is {getattr(self, name)!r}, which says nothing about reading {self.reads}"
-                    )
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in OF_MESSAGES if self.reads is not None else ():
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ConfigError(f"{name} is {value!r}, which says nothing about reading {self.reads}")
 
     def lora(self, base: str) -> LoraConfig:
         return LoraConfig(self.rank, self.alpha, self.targets, base, self.saved, self.dropout)

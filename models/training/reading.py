@@ -113,7 +113,7 @@ class Reader:
 
 def transfer_for(settings: lora.Settings, num_layers: int) -> Transfer:
     """Raises ConfigError for one of other layers."""
-    if not settings.transfer:
+    if settings.transfer is None:
         return upper(num_layers, num_layers)
     try:
         return transfer_of(settings.transfer, num_layers)
