@@ -103,16 +103,11 @@ class Pair:
 
     def measure_without_states(self, examples: range) -> Iterator[list[Measured]]:
         """The same for the receiver's own entries with all recurrent states zeroed: a control."""
+        return self._measure([self._forget], examples)
 
-        def clear(place: _Place) -> None:
-            self._own(place)
-            self._run(Work((Clear(place.working),)))
-
-        return self._measure([clear], examples)
-
-    def measure_own(self, examples: range) -> Iterator[list[Measured]]:
-        """The same for the receiver's own entries: how far it is from the reference without sharing."""
-        return self._measure([self._own], examples)
+    def measure_beside_controls(self, transfer: Transfer, examples: range) -> Iterator[list[Measured]]:
+        """The same for the receiver's own entries, for a transfer, and for its own with states zeroed."""
+        return self._measure([self._own, self._receive(transfer), self._forget], examples)
 
     def _measure(self, prepares: Sequence[Prepare], examples: range) -> Iterator[list[Measured]]:
         sums = [_Sums() for _ in prepares]
@@ -141,6 +136,11 @@ class Pair:
         pairs = zip(place.own_pages, place.pages, strict=False)
         pages = [Copy(Kind.PAGE, own, work) for own, work in list(pairs)[: place.shared // TILE]]
         self._run(Work((*pages, Copy(Kind.SLOT, place.own, place.working))))
+
+    def _forget(self, place: "_Place") -> None:
+        """The receiver's own entries with states zeroed."""
+        self._own(place)
+        self._run(Work((Clear(place.working),)))
 
     def _take_alone(self, index: int) -> Prepare:
         entries = self.receiver.layers[index].entries

@@ -60,26 +60,21 @@ class Trio:
     def compare(
         self, transfer: Transfer, examples: Sequence[Example], progress: Progress = lambda what, done, total: None
     ) -> Comparison:
-        """Both models without sharing and with it, the trained one also with itself; as controls, zeroed states."""
+        """Each without sharing, with it, and with zeroed states; the trained one also against what it was."""
         sender, before, after = self.sender.model, self.before.model, self.after.model
-        old, new = Pair(sender, before, examples), Pair(sender, after, examples)
-        moved = Pair(sender, after, examples, before)
-        every, made = range(len(old.examples)), f"{self.sender.title}: {transfer}"
-        planned = [
-            ("before", OWN, "before", old.measure_own(every)),
-            ("after", OWN, "before", moved.measure_own(every)),
-            ("before", made, "before", old.measure([transfer], every)),
-            ("after", made, "before", moved.measure([transfer], every)),
-            ("after", made, "after", new.measure([transfer], every)),
-            ("before", ZEROED, "before", old.measure_without_states(every)),
-            ("after", ZEROED, "after", new.measure_without_states(every)),
-        ]
-        lines = tuple(
-            Line(model, reads, alone, latest(steps, f"{model} against {alone}: {reads}", every, progress)[0])
-            for model, reads, alone, steps in planned
-        )
-        (shared,) = (line.measured for line in lines if line.reads == made and line.alone == "after")
-        return Comparison(lines, new.plan(transfer, shared))
+        pairs = {
+            ("before", "before"): Pair(sender, before, examples),
+            ("after", "before"): Pair(sender, after, examples, before),
+            ("after", "after"): Pair(sender, after, examples),
+        }
+        what = (OWN, f"{self.sender.title}: {transfer}", ZEROED)
+        lines = list[Line]()
+        for (model, alone), pair in pairs.items():
+            every = range(len(pair.examples))
+            steps = pair.measure_beside_controls(transfer, every)
+            found = latest(steps, f"{model}, against {alone} alone", every, progress)
+            lines += [Line(model, reads, alone, each) for reads, each in zip(what, found, strict=True)]
+        return Comparison(tuple(lines), pair.plan(transfer, lines[-2].measured))
 
     def save_profile(self, plan: Plan, data: str) -> Path:
         """Writes the trained model's profile beside its adapter, as `variants profile` does -> the file."""

@@ -54,15 +54,19 @@ def test_equal_models_lose_nothing_whatever_is_shared(base: HybridModel) -> None
 
 
 def test_a_receiver_is_compared_with_what_is_asked_for(base: HybridModel, choreo: HybridModel) -> None:
-    examples, every = [*dialogues(PATH, 4, 3)], range(4)
-    own, moved = Pair(base, choreo, examples), Pair(base, choreo, examples, base)
-    assert last(own.measure_own(every))[0].kl == 0
-    assert last(moved.measure_own(every))[0].kl > 1e-4
-    assert last(Pair(base, base, examples, choreo).measure_own(every))[0].kl > 1e-4
-    taken = upper(6, 6)
-    (alone,), (other,) = last(own.measure([taken], every)), last(moved.measure([taken], every))
-    assert alone.by_kind == other.by_kind, "the same answers"
-    assert alone.kl != other.kl
+    examples, taken = [*dialogues(PATH, 4, 3)], upper(6, 6)
+
+    def measured(sender: HybridModel, receiver: HybridModel, reference: HybridModel | None = None):
+        return last(Pair(sender, receiver, examples, reference).measure_beside_controls(taken, range(4)))
+
+    for own, received, zeroed in (measured(base, choreo), measured(base, choreo, choreo)):
+        assert own.kl == 0
+        assert 0 < received.kl < zeroed.kl
+    moved, other, _ = measured(base, choreo, base)
+    assert moved.kl > 1e-4
+    assert other.by_kind == received.by_kind, "the same answers"
+    assert other.kl != received.kl
+    assert measured(base, base, choreo)[1].kl == measured(base, base, choreo)[0].kl, "its own entries are the sender's"
 
 
 def test_what_is_lost_lies_where_the_study_found_it(base: HybridModel, choreo: HybridModel) -> None:
