@@ -45,6 +45,11 @@ class Profile:
         path.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def file_name(sender: str, fingerprint: str) -> str:
+    """Of the profile of a sender, in the receiver's folder."""
+    return PROFILES.replace("*", f"{sender}-{fingerprint[:8]}")
+
+
 def frontier(plans: Sequence[Plan]) -> tuple[Plan, ...]:
     """Those that no other beats in loss and in FLOPs, from the cheapest on."""
     best, least = list[Plan](), math.inf

@@ -28,7 +28,10 @@ def train_lora(
     ] = "mixed",
     in_place: Annotated[float, typer.Option(help="Share of dialogues that are re-encoded as usual.")] = 0.15,
     seam: Annotated[int, typer.Option(help="Tokens at the start of each message that are computed again.")] = 0,
-    distill: Annotated[float, typer.Option(help="Share of the loss that compares logits, not answers.")] = 0.0,
+    distill: Annotated[
+        float | None,
+        typer.Option(help="Share of the loss that compares logits, not answers; by default 0, with --reads 1."),
+    ] = None,
     stress: Annotated[
         bool, typer.Option("--stress", help="Longer dialogues, and more of those that the state has to carry.")
     ] = False,
@@ -36,6 +39,14 @@ def train_lora(
     fewest: Annotated[int, typer.Option(help="Messages of a dialogue.")] = 1,
     anew: Annotated[float, typer.Option(help="Share of dialogues read in a new order.")] = 0.0,
     checked: Annotated[bool, typer.Option("--checked", help="Leave out what the model itself gets wrong.")] = False,
+    reads: Annotated[
+        str | None,
+        typer.Option(help="Another model of this shape, whose cache entries are read: as in `variants profile`."),
+    ] = None,
+    transfer: Annotated[
+        str | None,
+        typer.Option(help="How, by layer, such as `take 0-1, project 2, take 3-5`; without it, all are taken."),
+    ] = None,
     start: Annotated[str | None, typer.Option(help="Adapter of the same rank and modules to go on from.")] = None,
     seed: Annotated[int, typer.Option(help="Of data and factors.")] = 1,
     every: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 100,
@@ -46,6 +57,7 @@ def train_lora(
 ) -> None:
     """Train a LoRA adapter with which a model reads messages that were encoded separately, from its own answers.
 
+    With --reads, it learns to read the entries of another model instead, and to answer as it did from its own.
     For models like the embedded one: GraniteMoeHybrid without experts, with the embedded tokenizer.
     """
     from hybrid_cache.api.cli import train_lora as command
@@ -64,12 +76,14 @@ def train_lora(
         reuse=reuse,
         in_place=in_place,
         seam=seam,
-        distill=distill,
+        distill=float(reads is not None) if distill is None else distill,
         stress=stress,
         focus=focus,
         fewest=fewest,
         anew=anew,
         checked=checked,
         start=start,
+        reads=reads,
+        transfer=transfer,
     )
     command.run(model, out, settings, resume=resume, every=every, num_seeds=eval_seeds, each=eval_each, threads=threads)

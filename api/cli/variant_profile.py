@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
 from hybrid_cache.models.tools.pairs import Example, Measured, Pair
 from hybrid_cache.models.tools.plans import Found, is_group, search
+from hybrid_cache.models.tools.plans import Progress as Report
 from hybrid_cache.models.training.paired import dialogues
-from hybrid_cache.profile import PROFILES, Plan, Profile
+from hybrid_cache.profile import Plan, Profile, file_name
 
 FEWEST_EXAMPLES = 20
 
@@ -54,11 +56,12 @@ def run(sender: str, receiver: str, settings: Settings, *, out: Path | None, plo
     if difference:
         raise ConfigError(f"{receiver} is no variant of {sender}: {difference}")
     pair = Pair(one.model, other.model, examples_of(other.folder, settings))
-    found = measure(pair)
+    with bars() as report:
+        found = search(pair, report)
     what = f"{len(pair.examples)} of {settings.data.name if settings.data else f'dialogues, seed {settings.seed}'}"
     layers = len(other.model.layers)
     profile = Profile(one.model.fingerprint, other.model.fingerprint, layers, what, found.plans)
-    path = out or other.own_folder / PROFILES.replace("*", f"{one.title}-{one.model.fingerprint[:8]}")
+    path = out or other.own_folder / file_name(one.title, one.model.fingerprint)
     profile.save(path)
     show(pair, found, one.title, other.title)
     Console(stderr=True).print(f"written to {path}", soft_wrap=True, highlight=False)
@@ -109,8 +112,9 @@ def _pieces(tokens: Sequence[int], settings: Settings) -> Iterator[Example]:
         yield Example(piece, settings.num_context, settings.num_answer)
 
 
-def measure(pair: Pair) -> Found:
-    """With a progress bar."""
+@contextmanager
+def bars() -> Iterator[Report]:
+    """A progress bar for each thing that is measured."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks = {}
@@ -120,7 +124,7 @@ def measure(pair: Pair) -> Found:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
 
-        return search(pair, report)
+        yield report
 
 
 def show(pair: Pair, found: Found, sender: str, receiver: str) -> None:

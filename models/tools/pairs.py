@@ -50,8 +50,8 @@ class Example:
 class Measured:
     """Means over the tokens of answers, and shares of answers."""
 
-    kl: float  # nats a token, from the receiver alone
-    agreement: float  # tokens that are the first choice of the receiver alone
+    kl: float  # nats a token, from the receiver (or the reference) alone
+    agreement: float  # tokens that are the first choice of that alone
     right: float  # answers of which all tokens are the first choice
     by_kind: dict[str, float]  # `right`
     num_examples: int
@@ -63,16 +63,26 @@ Prepare = Callable[["_Place"], None]  # makes the receiver's entries of the shar
 class Pair:
     """A sender and a receiver of one shape on one memory."""
 
-    def __init__(self, sender: HybridModel, receiver: HybridModel, examples: Sequence[Example]) -> None:
-        """examples: with at least one whole tile to share"""
+    def __init__(
+        self,
+        sender: HybridModel,
+        receiver: HybridModel,
+        examples: Sequence[Example],
+        reference: HybridModel | None = None,
+    ) -> None:
+        """examples: with at least one whole tile to share
+        reference: with whose answers alone the receiver's are compared, instead of its own
+        """
         self.receiver = receiver
         self._sender = sender
+        self._reference = reference or receiver
         self.examples = [each for each in examples if each.shared]
         self._places = _Places(receiver, max(len(each.tokens) for each in self.examples))
         self._worker = Worker(receiver, self._places.memory)
-        if sender.fingerprint != receiver.fingerprint:
-            self._worker.add(sender)
-        self._alone: dict[int, Tensor] = {}  # by example: logits of the receiver alone, [scored, V]
+        for other in {each.fingerprint: each for each in (sender, self._reference)}.values():
+            if other.fingerprint != receiver.fingerprint:
+                self._worker.add(other)
+        self._alone: dict[int, Tensor] = {}  # by example: logits of the reference alone, [scored, V]
 
     def offer(self, transfer: Transfer) -> Offer:
         return offer(self._sender.fingerprint, "", self.receiver.layers, transfer)
@@ -93,12 +103,11 @@ class Pair:
 
     def measure_without_states(self, examples: range) -> Iterator[list[Measured]]:
         """The same for the receiver's own entries with all recurrent states zeroed: a control."""
+        return self._measure([self._forget], examples)
 
-        def clear(place: _Place) -> None:
-            self._own(place)
-            self._run(Work((Clear(place.working),)))
-
-        return self._measure([clear], examples)
+    def measure_beside_controls(self, transfer: Transfer, examples: range) -> Iterator[list[Measured]]:
+        """The same for the receiver's own entries, for a transfer, and for its own with states zeroed."""
+        return self._measure([self._own, self._receive(transfer), self._forget], examples)
 
     def _measure(self, prepares: Sequence[Prepare], examples: range) -> Iterator[list[Measured]]:
         sums = [_Sums() for _ in prepares]
@@ -106,11 +115,10 @@ class Pair:
             example, place = self.examples[index], self._places.of(self.examples[index])
             self._send(place)
             if index not in self._alone:
-                self._own(place)
-                self._alone[index] = self._answer(place)
+                self._alone[index] = self._answer_alone(place)
             for prepare, total in zip(prepares, sums, strict=True):
                 prepare(place)
-                total.add(example, self._alone[index], self._answer(place))
+                total.add(example, self._alone[index], self._answer(place, self.receiver))
             yield [total.means() for total in sums]
 
     # One example
@@ -128,6 +136,11 @@ class Pair:
         pairs = zip(place.own_pages, place.pages, strict=False)
         pages = [Copy(Kind.PAGE, own, work) for own, work in list(pairs)[: place.shared // TILE]]
         self._run(Work((*pages, Copy(Kind.SLOT, place.own, place.working))))
+
+    def _forget(self, place: "_Place") -> None:
+        """The receiver's own entries with states zeroed."""
+        self._own(place)
+        self._run(Work((Clear(place.working),)))
 
     def _take_alone(self, index: int) -> Prepare:
         entries = self.receiver.layers[index].entries
@@ -154,14 +167,20 @@ class Pair:
 
         return prepare
 
-    def _answer(self, place: "_Place") -> Tensor:
-        """The receiver computes what comes after the shared part -> logits that the answer is predicted by."""
+    def _answer_alone(self, place: "_Place") -> Tensor:
+        """The reference computes everything -> as `_answer`."""
+        rows = self._rows(place, self._reference, place.pages, place.working, 0, place.shared)
+        self._run(Work(chunks=(rows._replace(fresh=True),)))
+        return self._answer(place, self._reference)
+
+    def _answer(self, place: "_Place", model: HybridModel) -> Tensor:
+        """A model computes what comes after the shared part -> logits that the answer is predicted by, [scored, V]."""
         example = place.example
         end = len(example.tokens) - 1
-        rows = self._rows(place, self.receiver, place.pages, place.working, place.shared, end)
+        rows = self._rows(place, model, place.pages, place.working, place.shared, end)
         hidden = self._run(Work(chunks=(rows._replace(num_wanted=example.num_scored),)))
         with torch.inference_mode():
-            return self._worker.logits(self.receiver, hidden)
+            return self._worker.logits(model, hidden)
 
     def _rows(self, place: "_Place", model: HybridModel, pages: Sequence[int], slot: int, start: int, end: int) -> Rows:
         tokens, kv_rows = place.example.tokens[start:end], rows_of(pages, start, end)

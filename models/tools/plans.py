@@ -60,14 +60,14 @@ def groups(num_layers: int, losses: Sequence[float]) -> list[tuple[int, int]]:
 def search(pair: Pair, progress: Progress = lambda what, done, total: None) -> Found:
     """Measures layers alone, then candidates, and the best of these on all examples."""
     few, every = range(min(SEARCHED, len(pair.examples))), range(len(pair.examples))
-    alone = _last(pair.measure_layers(few), "layers alone", few, progress)
-    zeroed = _last(pair.measure_without_states(few), "control", few, progress)[0]
+    alone = latest(pair.measure_layers(few), "layers alone", few, progress)
+    zeroed = latest(pair.measure_without_states(few), "control", few, progress)[0]
     tried = candidates(pair.receiver.layers, [each.kl for each in alone])
-    first = _last(pair.measure(tried, few), "candidates", few, progress)
+    first = latest(pair.measure(tried, few), "candidates", few, progress)
     plans = [pair.plan(transfer, measured) for transfer, measured in zip(tried, first, strict=True)]
     best = {plan.transfer for plan in (*frontier(plans), *frontier([p for p in plans if is_group(p.transfer)]))}
     kept = [transfer for transfer in tried if transfer in best or transfer is tried[0]]
-    measured = dict(zip(kept, _last(pair.measure(kept, every), "the best of them", every, progress), strict=True))
+    measured = dict(zip(kept, latest(pair.measure(kept, every), "the best of them", every, progress), strict=True))
     return Found(tuple(alone), zeroed, measured, frontier([pair.plan(*each) for each in measured.items()]))
 
 
@@ -77,9 +77,10 @@ def is_group(transfer: Transfer) -> bool:
     return Way.PROJECT not in ways or (Way.RECOMPUTE not in ways and ways.count(Way.PROJECT) == 1)
 
 
-def _last(steps: Iterable[list[Measured]], what: str, examples: range, progress: Progress) -> list[Measured]:
-    latest: list[Measured] = []
+def latest(steps: Iterable[list[Measured]], what: str, examples: range, progress: Progress) -> list[Measured]:
+    """What a measurement has come to on all examples; `progress` hears of each."""
+    found: list[Measured] = []
     for number, measured in enumerate(steps, start=1):
         progress(what, number, len(examples))
-        latest = measured
-    return latest
+        found = measured
+    return found

@@ -32,7 +32,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import numpy as np
 import torch
 
-from hybrid_cache.errors import ModelError
+from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.models import adapters
 from hybrid_cache.models.training import network as net
 from hybrid_cache.models.training import rows as rw
@@ -479,17 +479,19 @@ def evaluate(
 
 
 @torch.no_grad()
-def adapted(folder: Path, adapter: str | Path) -> net.Network:
-    """The network with an adapter merged, in fp32 on weights rounded to bf16, as they are served.
+def adapted(folder: Path, adapter: str | Path, dtype: torch.dtype = torch.bfloat16) -> net.Network:
+    """The network with an adapter merged, in fp32 on weights rounded to a dtype, by default as they are served.
 
     Raises ModelError if the adapter does not fit.
     """
     network, changes = net.load(folder), adapters.load(adapter)
+    if changes.config.invocation:
+        raise UnsupportedModel(f"adapter {adapter} is activated by a prompt, and cannot be merged")
     weights = dict(network.named_parameters())
     for name in changes.weights:
         if name not in weights:
             raise ModelError(f"adapter {adapter}: {folder} has no weight {name}")
-        weights[name].copy_(changes.merged(name, weights[name]).bfloat16())
+        weights[name].copy_(changes.merged(name, weights[name]).to(dtype))
     return network
 
 

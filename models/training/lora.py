@@ -5,8 +5,9 @@
 The teacher is the model itself, re-encoding everything: its greedy answers are the targets, and with `distill` its
 logits too. The student reads the same dialogues from stored messages, through the masks of `composed`, so gradients
 go through what each message leaves behind and through the composed state. A share of rows stays in place, so that
-re-encoding keeps working. DIR gets a PEFT adapter, `training.json` with every setting and the scores before and after,
-and `run/` with a checkpoint to resume from. Batches depend on the seed and the step only.
+re-encoding keeps working. With `--reads` it learns to read another model's entries instead: see `reading`. DIR gets a
+PEFT adapter, `training.json` with every setting and the scores before and after, and `run/` with a checkpoint to resume
+from. Batches depend on the seed and the step only.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
@@ -29,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hybrid_cache.errors import ConfigError, ModelError, UnsupportedModel
-from hybrid_cache.models import adapters
+from hybrid_cache.models import adapters, deltas
 from hybrid_cache.models.adapters import LoraConfig
 from hybrid_cache.models.loading import load_config
 from hybrid_cache.models.training import composed
@@ -58,6 +61,8 @@ QUESTIONS = 4
 MOST_CONTEXT = 4
 MOST_NEW = 24  # tokens of an answer
 WARM = 0.03
+OF_MESSAGES = ("reuse", "seam", "stress", "focus", "fewest", "anew", "checked")  # settings that need `reads` unset
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,8 @@ class Settings:
     fewest: int = 1  # messages of a dialogue
     anew: float = 0.0  # share of the dialogues that are read in a new order
     checked: bool = False  # leaves out what the teacher itself gets wrong
+    reads: str | None = None  # a model whose entries are read, as in `variants profile`
+    transfer: str | None = None  # how they are made from that one's, as `transfer_of` reads it; None: all are taken
 
     def __post_init__(self) -> None:
         bounds = {"rank": 1, "alpha": 0, "lr": 0, "steps": 1, "batch_size": 1, "seam": 0, "fewest": 1}
@@ -99,6 +106,15 @@ class Settings:
             raise ConfigError(f"focus is {self.focus!r}, must be one of {', '.join(KINDS)}")
         if self.reuse not in ENCODED:
             raise ConfigError(f"reuse is {self.reuse!r}, must be one of {', '.join(ENCODED)}")
+        self._check_that_one_thing_is_taught()
+
+    def _check_that_one_thing_is_taught(self) -> None:
+        if self.reads is None and self.transfer is not None:
+            raise ConfigError(f"transfer is {self.transfer!r}, which needs a model whose entries are read")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in OF_MESSAGES if self.reads is not None else ():
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ConfigError(f"{name} is {value!r}, which says nothing about reading {self.reads}")
 
     def lora(self, base: str) -> LoraConfig:
         return LoraConfig(self.rank, self.alpha, self.targets, base, self.saved, self.dropout)
@@ -159,7 +175,7 @@ def attach(
 
 def load_base(folder: Path) -> tuple[net.Network, Codec]:
     """Raises UnsupportedModel for what the differentiable network does not cover."""
-    config = load_config(folder)
+    config, texts = load_config(folder), deltas.base_of(folder)
     wanted = net.Shape().to_config()
     fixed = {
         "model_type",
@@ -177,13 +193,13 @@ def load_base(folder: Path) -> tuple[net.Network, Codec]:
             raise UnsupportedModel(
                 f"{folder}: {name} is {config.get(name)!r}, training supports GraniteMoeHybrid with {wanted[name]!r}"
             )
-    if not (folder / "tokenizer.json").is_file():
-        raise ModelError(f"{folder}: tokenizer.json is not there")
+    if not (texts / "tokenizer.json").is_file():
+        raise ModelError(f"{texts}: tokenizer.json is not there")
     try:
         network = net.load(folder)
     except (KeyError, RuntimeError, OSError, SafetensorError) as e:
         raise ModelError(f"{folder} is not what the training network expects: {e}") from e
-    codec = Codec.load(folder)
+    codec = Codec.load(texts)
     if [codec.tokenizer.token_to_id(token) for token in SPECIALS[:5]] != list(range(5)):
         raise UnsupportedModel(f"{folder}: training supports the embedded model's tokenizer, with {SPECIALS[4]!r} as 4")
     return network, codec
@@ -240,14 +256,21 @@ def row_of(codec: Codec, case: Case, settings: Settings, rng: Random) -> ReuseRo
 
 def batches(codec: Codec, settings: Settings, step: int) -> Iterator[list[ReuseRow]]:
     """Batches from this step on, the same whenever they are asked for."""
+
+    def drawn(rng: Random) -> ReuseRow:
+        return row_of(codec, case_of(lesson(rng, settings), settings, rng), settings, rng)
+
+    return pooled(drawn, len, settings, step)
+
+
+def pooled(
+    drawn: Callable[[Random], Row], length: Callable[[Row], int], settings: Settings, step: int
+) -> Iterator[list[Row]]:
+    """Batches of rows of similar length from this step on; they depend on the seed and the step only."""
     while True:
         pool, first = divmod(step, POOL)
         rng = Random(f"{settings.seed} {pool}")
-        rows = []
-        for _ in range(POOL * settings.batch_size):
-            case = case_of(lesson(rng, settings), settings, rng)
-            rows.append(row_of(codec, case, settings, rng))
-        rows.sort(key=len)
+        rows = sorted((drawn(rng) for _ in range(POOL * settings.batch_size)), key=length)
         slices = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
         rng.shuffle(slices)
         yield from slices[first:]
@@ -344,22 +367,21 @@ class TrainingRun:
         torch.manual_seed(settings.seed)
         trained = attach(student, settings.lora(folder.name))
         if settings.start is not None:
-            _copy_adapter(settings.start, trained)
+            _copy_adapter(settings.start, settings, trained)
         optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
         return cls(settings, teacher.requires_grad_(False), student, codec, trained, optimizer)
 
     def precision(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16) if self.settings.bf16 else nullcontext()
 
-    def take(self, rows: Sequence[ReuseRow]) -> float:
-        """One step of the optimizer -> the loss."""
+    def take(self, loss_of: Callable[[], Tensor]) -> float:
+        """One step of the optimizer -> the loss; loss_of: the student's, a scalar []."""
         torch.manual_seed(hash((self.settings.seed, self.step)))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.step)
         self.student.train()
         with self.precision():
-            found = transcribed(self.teacher, rows)
-            loss = self.loss(confirmed(rows, found) if self.settings.checked else found)
+            loss = loss_of()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
@@ -367,17 +389,19 @@ class TrainingRun:
         self.step += 1
         return loss.item()
 
+    def taught(self, rows: Sequence[ReuseRow]) -> Tensor:
+        """The loss on what the teacher answers, a scalar []."""
+        found = transcribed(self.teacher, rows)
+        return self.loss(confirmed(rows, found) if self.settings.checked else found)
+
     def loss(self, rows: Sequence[ReuseRow]) -> Tensor:
         """Mean loss over the weighted targets of the rows, a scalar []."""
         batch, targets = composed.collate(rows)
-        logits = _logits(self.student, batch, targets)
-        losses = F.cross_entropy(logits, targets.token, reduction="none")
-        if self.settings.distill:
-            with torch.no_grad():
-                theirs = _logits(self.teacher, *composed.collate([in_place(row) for row in rows])).log_softmax(-1)
-            apart = F.kl_div(logits.log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
-            losses = torch.lerp(losses, apart, self.settings.distill)
-        return (losses * targets.weight).sum() / targets.weight.sum()
+
+        def theirs() -> Tensor:
+            return logits_of(self.teacher, *composed.collate([in_place(row) for row in rows]))
+
+        return blended(logits_of(self.student, batch, targets), targets, theirs, self.settings.distill)
 
     def save(self, folder: Path) -> None:
         """A checkpoint to resume from; replaces the old one only when it is complete."""
@@ -411,18 +435,44 @@ class TrainingRun:
 
 
 @torch.no_grad()
-def _copy_adapter(path: str, trained: Mapping[str, nn.Parameter]) -> None:
-    """Raises ConfigError if it changes other weights, or has another rank."""
-    tensors = adapters.load(path).tensors
+def _copy_adapter(path: str, settings: Settings, trained: Mapping[str, nn.Parameter]) -> None:
+    """Raises ConfigError if it changes other weights, or has another rank or scale."""
+    adapter = adapters.load(path)
+    tensors, scale = adapter.tensors, settings.lora("").scale
     if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trained.items()}:
         raise ConfigError(f"adapter {path} does not have the rank and the modules of this run")
+    if adapter.config.scale != scale:
+        raise ConfigError(f"adapter {path} counts {adapter.config.scale:g} times, that of this run {scale:g} times")
     for name, p in trained.items():
         p.copy_(tensors[name])
 
 
-def _logits(network: net.Network, batch: net.Batch, targets: rw.Targets) -> Tensor:
-    """At the targets, in fp32."""
+def logits_of(network: net.Network, batch: net.Batch, targets: rw.Targets) -> Tensor:
+    """At the n targets, in fp32; [n, V]."""
     return network.logits(network.hidden(batch).flatten(0, 1).index_select(0, targets.position)).float()
+
+
+def blended(logits: Tensor, targets: rw.Targets, theirs: Callable[[], Tensor], distill: float) -> Tensor:
+    """Mean over the weighted targets -> a scalar []: cross-entropy, and a share of divergence from a teacher's logits.
+
+    logits, theirs() [n, V]
+    """
+    losses = F.cross_entropy(logits, targets.token, reduction="none")
+    if distill:
+        with torch.no_grad():
+            wanted = theirs().log_softmax(-1)
+        apart = F.kl_div(logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
+        losses = torch.lerp(losses, apart, distill)
+    return (losses * targets.weight).sum() / targets.weight.sum()
+
+
+# What a run learns from: losses of its student, from the step that it has come to.
+Lessons = Callable[[TrainingRun], Iterator[Callable[[], Tensor]]]
+
+
+def stored_messages(run: TrainingRun) -> Iterator[Callable[[], Tensor]]:
+    """Dialogues whose messages were encoded separately."""
+    return (partial(run.taught, rows) for rows in batches(run.codec, run.settings, run.step))
 
 
 def train(
@@ -430,6 +480,7 @@ def train(
     out: Path,
     settings: Settings,
     *,
+    lessons: Lessons = stored_messages,
     resume: bool = False,
     every: int = 250,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
@@ -443,7 +494,7 @@ def train(
         run.resume(out / "run")
     elif (out / "run").exists():
         raise ConfigError(f"{out} holds a run already: resume it, or choose another folder")
-    source = batches(run.codec, settings, run.step)
+    source = lessons(run)
     while run.step < settings.steps:
         loss = run.take(next(source))
         on_step(run.step, loss)
@@ -466,10 +517,7 @@ def evaluate(
     return before, composed.evaluate(composed.adapted(folder, out), codec, seeds, each, original_order, new_order)
 
 
-def report(out: Path, settings: Settings, scores: Mapping[str, Sequence[Score]]) -> None:
+def report(out: Path, settings: Settings, scores: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
     """Writes settings and scores into the adapter's folder."""
-    values = {
-        "settings": settings.to_json(),
-        "scores": {name: [asdict(score) for score in found] for name, found in scores.items()},
-    }
+    values = {"settings": settings.to_json(), "scores": scores}
     (out / "training.json").write_text(json.dumps(values, indent=1) + "\n")

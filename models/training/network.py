@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from hybrid_cache.models import deltas
+
+# Given what a mixer would cache of each token [B, T, ...], one tensor after another -> what later tokens read instead.
+Cached = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,11 @@ class Batch:
     gain: Tensor | None = None
 
 
+def own(entry: Tensor) -> Tensor:
+    """What a mixer caches itself; [B, T, ...] -> the same."""
+    return entry
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -147,13 +158,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def forward(self, hidden: Tensor, batch: Batch, cached: Cached = own) -> Tensor:
         """hidden [B, T, hidden] -> [B, T, hidden]."""
 
         def heads(x: Tensor) -> Tensor:
             return x.view(*x.shape[:2], -1, self.shape.head_dim).transpose(1, 2)
 
-        q, k, v = heads(self.q_proj(hidden)), heads(self.k_proj(hidden)), heads(self.v_proj(hidden))
+        q, k, v = heads(self.q_proj(hidden)), heads(cached(self.k_proj(hidden))), heads(cached(self.v_proj(hidden)))
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -214,14 +225,16 @@ class Mamba2(nn.Module):
             out = out.flatten(0, 1).index_copy(0, batch.torn, fixed).view_as(x)
         return F.silu(out + self.conv1d.bias.to(x.dtype))  # type: ignore[union-attr]
 
-    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def forward(self, hidden: Tensor, batch: Batch, cached: Cached = own) -> Tensor:
         """hidden [B, T, hidden] -> [B, T, hidden]."""
         shape = self.shape
         inner, states, heads = shape.inner, shape.mamba_d_state, shape.mamba_n_heads
         gate, xBC, dt = torch.split(self.in_proj(hidden), [inner, inner + 2 * states, heads], dim=-1)
-        x, B, C = torch.split(self.convolve(xBC, batch), [inner, states, states], dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias)
-        total = branch_decay(-dt * self.A_log.float().exp(), batch)
+        # A window holds what goes into the convolution; what comes out of it, the steps and the decays make a state.
+        mixed = cached(self.convolve(cached(xBC), batch))
+        x, B, C = torch.split(mixed, [inner, states, states], dim=-1)
+        dt = cached(F.softplus(dt.float() + self.dt_bias))
+        total = branch_decay(cached(-dt * self.A_log.float().exp()), batch)
         x = x.reshape(*x.shape[:2], heads, shape.mamba_d_head).transpose(1, 2)
         scores = (C @ B.transpose(1, 2))[:, None] * decay_matrix(total, batch.scanned, C.dtype)
         if batch.gain is not None:
@@ -244,10 +257,10 @@ class Layer(nn.Module):
             self.self_attn = Attention(shape)
         self.kind = kind
 
-    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def forward(self, hidden: Tensor, batch: Batch, cached: Cached = own) -> Tensor:
         """hidden [B, T, hidden] -> [B, T, hidden]."""
         mixer = self.mamba if self.kind == "mamba" else self.self_attn
-        mixed = mixer(self.input_layernorm(hidden), batch)
+        mixed = mixer(self.input_layernorm(hidden), batch, cached)
         hidden = hidden + self.residual_multiplier * mixed
         return hidden + self.residual_multiplier * self.shared_mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
 
@@ -280,9 +293,13 @@ class Network(nn.Module):
             dt = torch.logspace(-1, -0.5, heads)
             module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """What the first layer is given; tokens [B, T] -> [B, T, hidden]."""
+        return self.model.embed_tokens(tokens) * self.shape.embedding_multiplier  # type: ignore[no-any-return]
+
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states, normalised; [B, T, hidden]."""
-        hidden = self.model.embed_tokens(batch.tokens) * self.shape.embedding_multiplier
+        hidden = self.embedded(batch.tokens)
         for layer in self.model.layers:
             hidden = layer(hidden, batch)
         return self.model.norm(hidden)  # type: ignore[no-any-return]
@@ -321,7 +338,12 @@ def save(network: Network, folder: Path) -> None:
 
 
 def load(folder: Path) -> Network:
-    """The network in fp32 with the rounded weights of a folder written by `save`."""
+    """The network in fp32 with the rounded weights of a folder written by `save`, or of a delta over one."""
+    delta = deltas.find(folder)
+    if delta is not None:
+        network = load(delta.base)
+        network.load_state_dict({k: v.float() for k, v in load_file(delta.weights).items()}, strict=False)
+        return network
     network = Network(Shape.from_config(json.loads((folder / "config.json").read_text())))
     network.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
     return network

@@ -19,13 +19,16 @@ def dialogues(folder: Path, num: int, seed: int) -> Iterator[Example]:
     The shared context is all messages but the question.
     """
     codec, choose = Codec.load(folder), Random(f"paired {seed}")
-    opening = codec.opening("assistant")
     for number in range(num):
-        kind = KINDS[number % len(KINDS)]
-        dialogue = examined(kind, choose, *MESSAGES)
-        question = dialogue.questions[0]
-        context = [token for turn in dialogue.turns for token in codec.turn(turn.role, turn.text)]
-        answer = codec.turn("assistant", question.answer)[len(opening) :]
-        answer = answer[: answer.index(IM_END) + 1]
-        tokens = np.array([*context, *codec.turn("user", question.ask), *opening, *answer], np.int32)
-        yield Example(tokens, len(context), len(answer), kind)
+        yield dialogue(codec, KINDS[number % len(KINDS)], choose)
+
+
+def dialogue(codec: Codec, kind: str, rng: Random) -> Example:
+    """One with a question of a kind."""
+    said, opening = examined(kind, rng, *MESSAGES), codec.opening("assistant")
+    question = said.questions[0]
+    context = [token for turn in said.turns for token in codec.turn(turn.role, turn.text)]
+    answer = codec.turn("assistant", question.answer)[len(opening) :]
+    answer = answer[: answer.index(IM_END) + 1]
+    tokens = np.array([*context, *codec.turn("user", question.ask), *opening, *answer], np.int32)
+    return Example(tokens, len(context), len(answer), kind)

@@ -223,11 +223,7 @@ def opened(recipe: Recipe, folder: Path, codec: Codec) -> Pupil:
             for name, p in pupil.factors.items():
                 p.copy_(tensors[adapters.PREFIX + name])
         return pupil
-    delta = deltas.find(folder)
-    network = net.load(folder if delta is None else delta.base)
-    if delta is not None:
-        network.load_state_dict({n: t.float() for n, t in load_file(delta.weights).items()}, strict=False)
-    return Pupil(network)
+    return Pupil(net.load(folder))
 
 
 def scored(recipe: Recipe, pupil: Pupil, codec: Codec, seeds: Sequence[int], each: int) -> list[scores.Score]:

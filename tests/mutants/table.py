@@ -1,6 +1,16 @@
 """All faults that the tests are to notice."""
 
-from tests.mutants import of_activated, of_api, of_cache, of_choreography, of_engine, of_kernels, of_tasks, of_variants
+from tests.mutants import (
+    of_activated,
+    of_api,
+    of_cache,
+    of_choreography,
+    of_engine,
+    of_kernels,
+    of_reading,
+    of_tasks,
+    of_variants,
+)
 
 MUTANTS = [
     *of_api.MUTANTS,
@@ -11,4 +21,5 @@ MUTANTS = [
     *of_kernels.MUTANTS,
     *of_variants.MUTANTS,
     *of_activated.MUTANTS,
+    *of_reading.MUTANTS,
 ]

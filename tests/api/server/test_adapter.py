@@ -116,3 +116,6 @@ def test_train_lora_hands_its_options_over(monkeypatch: pytest.MonkeyPatch, tmp_
     assert told == [("some/model", tmp_path, settings, rest)]
     assert CliRunner().invoke(cli.app, ["train-lora", "--out", str(tmp_path)]).exit_code == 0
     assert told[1][2] == Settings()
+    line = ["train-lora", "--out", str(tmp_path), "--reads", "embedded-half", "--transfer", "take 0-4, project 5"]
+    assert CliRunner().invoke(cli.app, line).exit_code == 0
+    assert told[2][2] == Settings(reads="embedded-half", transfer="take 0-4, project 5", distill=1.0)

@@ -53,6 +53,22 @@ def test_equal_models_lose_nothing_whatever_is_shared(base: HybridModel) -> None
     assert zeroed.right < 1
 
 
+def test_a_receiver_is_compared_with_what_is_asked_for(base: HybridModel, choreo: HybridModel) -> None:
+    examples, taken = [*dialogues(PATH, 4, 3)], upper(6, 6)
+
+    def measured(sender: HybridModel, receiver: HybridModel, reference: HybridModel | None = None):
+        return last(Pair(sender, receiver, examples, reference).measure_beside_controls(taken, range(4)))
+
+    for own, received, zeroed in (measured(base, choreo), measured(base, choreo, choreo)):
+        assert own.kl == 0
+        assert 0 < received.kl < zeroed.kl
+    moved, other, _ = measured(base, choreo, base)
+    assert moved.kl > 1e-4
+    assert other.by_kind == received.by_kind, "the same answers"
+    assert other.kl != received.kl
+    assert measured(base, base, choreo)[1].kl == measured(base, base, choreo)[0].kl, "its own entries are the sender's"
+
+
 def test_what_is_lost_lies_where_the_study_found_it(base: HybridModel, choreo: HybridModel) -> None:
     pair = Pair(base, choreo, [*dialogues(PATH, 12, 3)])
     alone = [each.kl for each in last(pair.measure_layers(range(12)))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -275,7 +276,7 @@ def test_a_fresh_adapter_changes_nothing_and_trained_ones_learn(folder: Path, co
         before = run.loss(rows)
     frozen = {name: p.clone() for name, p in run.student.named_parameters() if not p.requires_grad}
     for _ in range(20):
-        run.take(rows)
+        run.take(partial(run.taught, rows))
     with torch.no_grad():
         assert run.loss(rows) < 0.9 * before
     assert all(torch.equal(p, frozen[n]) for n, p in run.student.named_parameters() if n in frozen)
@@ -323,6 +324,8 @@ def test_a_run_can_go_on_from_another_adapter(folder: Path, codec: Codec, tmp_pa
     assert all(torch.equal(run.trained[f"{n[:-7]}.lora_B.weight"], B.float()) for n, (_, B) in first.items())
     with pytest.raises(ConfigError, match="does not have the rank and the modules"):
         lora.TrainingRun.start(folder, replace(SETTINGS, rank=3, start=str(tmp_path / "first")))
+    with pytest.raises(ConfigError, match="counts 16 times, that of this run 4 times"):
+        lora.TrainingRun.start(folder, replace(SETTINGS, alpha=8.0, start=str(tmp_path / "first")))
 
 
 def test_under_stress_more_dialogues_are_about_count_and_order_and_none_is_short() -> None:
