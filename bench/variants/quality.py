@@ -28,6 +28,11 @@ class Outcome:
         """DroidSpeak's way; taking everything is nobody's."""
         return is_group(self.plan.transfer) and self.plan.flops > 0
 
+    @property
+    def is_set(self) -> bool:
+        """Any other way; one layer by itself is both."""
+        return not self.is_group or Way.RECOMPUTE not in self.plan.transfer.ways
+
     def written_twice(self) -> "Outcome":
         """The same entries, projected by the sender in its own prefill: the receiver finds them."""
         plan = replace(self.plan, flops=0.0, input_bytes=0)
@@ -103,6 +108,7 @@ def outcomes(pair: Pair, seed: int) -> Iterator[list[Outcome]]:
 
 
 def best(found: Sequence[Outcome], budget: float, *, groups: bool) -> Outcome | None:
-    """The least loss for no more FLOPs, among contiguous groups or among all others."""
-    some = [each for each in found if each.is_group is groups and 0 < each.plan.flops <= budget * (1 + 1e-9)]
+    """The least loss for no more FLOPs, among contiguous groups or among other sets of layers."""
+    some = [each for each in found if (each.is_group if groups else each.is_set)]
+    some = [each for each in some if 0 < each.plan.flops <= budget * (1 + 1e-9)]
     return min(some, key=lambda each: each.measured.kl, default=None)

@@ -7,11 +7,12 @@ from random import Random
 from hybrid_cache.models.tools.pairs import Measured, Pair
 from hybrid_cache.profile import Plan, frontier
 from hybrid_cache.spec import LayerSpec
-from hybrid_cache.transfer import Transfer, Way, projected, upper
+from hybrid_cache.transfer import Transfer, Way, projected
 
 FEW_LAYERS = 8  # up to so many, all contiguous groups are tried, and what differs from a good plan in one layer
 SEARCHED = 120  # examples that candidates are compared on; the best of them are measured on all others
 RANDOM_SETS = 3
+WORTH = 2 / 3  # of the FLOPs of computing everything: what takes more is not measured further
 
 Progress = Callable[[str, int, int], None]  # what is measured, examples done, of how many
 
@@ -38,15 +39,21 @@ def candidates(layers: Sequence[LayerSpec], losses: Sequence[float]) -> list[Tra
     """Transfers worth a try, from what taking each layer alone loses; everything taken comes first."""
     num = len(layers)
     writing = [index for index, layer in enumerate(layers) if layer.entries]
-    attention = [index for index in writing if layers[index].kind.startswith("attention")]
     worst = sorted(writing, key=lambda i: -losses[i] / max(layers[i].write_cost.per_token, 1.0))
-    found = [upper(num, num)]
+    found = by_kind(layers)
     found += [projected(num, worst[:count]) for count in range(1, len(worst) + 1)]
-    found += [projected(num, attention), projected(num, set(writing) - set(attention))]
     found += [group(num, first, last) for first, last in groups(num, losses)]
     for last in range(1, num) if num <= FEW_LAYERS else {int(num * share) for share in (0.25, 0.5, 0.75)}:
         found.append(Transfer((Way.RECOMPUTE,) * last + (Way.PROJECT,) * (num - last)))  # computed below
     return list(dict.fromkeys(each.for_layers(layers) for each in found))
+
+
+def by_kind(layers: Sequence[LayerSpec]) -> list[Transfer]:
+    """Everything taken; everything, state-space layers, and attention layers projected. These are always measured."""
+    num = len(layers)
+    attention = {index for index, layer in enumerate(layers) if layer.kind.startswith("attention")}
+    sets = ((), range(num), {*range(num)} - attention, attention)
+    return [projected(num, some).for_layers(layers) for some in sets]
 
 
 def neighbours(transfer: Transfer) -> Iterator[Transfer]:
@@ -92,9 +99,9 @@ def search(pair: Pair, progress: Progress = lambda what, done, total: None) -> F
         near = (other.for_layers(layers) for plan in _frontier(pair, tried) for other in neighbours(plan.transfer))
         _try(pair, ("more like the best", [*dict.fromkeys(near)]), tried, few, progress)
     groups_tried = {transfer: measured for transfer, measured in tried.items() if is_group(transfer)}
-    drawn, everything = random_sets(layers), upper(len(layers), len(layers))
-    best = (plan.transfer for some in (tried, groups_tried) for plan in _frontier(pair, some))
-    kept = [*dict.fromkeys((everything, *best, *drawn))]
+    best = [plan.transfer for some in (tried, groups_tried) for plan in _frontier(pair, some) if plan.flops < WORTH]
+    drawn = random_sets(layers)
+    kept = [*dict.fromkeys((*by_kind(layers), *best, *drawn))]
     measured = dict(zip(kept, _last(pair.measure(kept, others), "the best of them", others, progress), strict=True))
     controls = _last(pair.measure_alone(others), "controls", others, progress)
     return Found(tuple(alone), tuple(controls), measured, _frontier(pair, measured), drawn, len(few))
