@@ -265,8 +265,8 @@ class _Sums:
     def add(self, example: Example, alone: Tensor, logits: Tensor) -> None:
         """alone, logits [scored, V]"""
         expected = torch.from_numpy(example.tokens[-example.num_scored :].astype(np.int64))
-        own, other = torch.log_softmax(alone.double(), 1), torch.log_softmax(logits.double(), 1)
-        self._kl += max(float((own.exp() * (own - other)).sum()), 0.0)
+        own, other = torch.log_softmax(alone, 1), torch.log_softmax(logits, 1)
+        self._kl += max(float((own.exp() * (own - other)).sum(1).double().sum()), 0.0)
         choice = logits.argmax(1)
         self._agreed += float((choice == alone.argmax(1)).sum())
         self._num_tokens += len(expected)
