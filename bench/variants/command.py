@@ -32,6 +32,7 @@ BOTH_WAYS = (
     ("recall", "recall-style"),
 )
 PAIRS = tuple(f"{a}:{b}" for one, other in BOTH_WAYS for a, b in ((one, other), (other, one)))
+ACTIVATED = "embedded+embedded-polite"
 AGENTS = (3, 8)
 SHOWN = ("take all", "exact band", "random set", "project all", "project states", "project attention")
 
@@ -61,9 +62,11 @@ def variants(
         ops = select(backend)
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             if quality:
-                measured = [_quality(name, ops, examples, seed, progress, console) for name in pair or PAIRS]
+                names = pair or (*PAIRS, f"embedded:{ACTIVATED}")
+                found_of = (_quality(name, ops, examples, seed, progress, console) for name in names)
+                measured = [each for each in found_of if each is not None]
                 found["quality"] = [each.values() for each in measured]
-                if plot is not None:
+                if plot is not None and measured:
                     draw(measured, plot)
             if speed:
                 found["speed"] = _speed(ops, tokens, new, seed, progress, console)
@@ -75,9 +78,13 @@ def variants(
         as_json.write_text(json.dumps(found, indent=2, default=str) + "\n")
 
 
-def _quality(name: str, ops: Ops, num: int, seed: int, progress: Progress, console: Console) -> Quality:
+def _quality(name: str, ops: Ops, num: int, seed: int, progress: Progress, console: Console) -> Quality | None:
+    """None for an activated adapter, which reads what comes before its invocation as its base does."""
     sender, _, receiver = name.partition(":")
     one, other = (loading.load_named(each, ops=ops) for each in (sender, receiver))
+    if other.model.invocation or one.model.invocation:
+        console.print(f"{sender} to {receiver}: exact before the invocation, nothing is lost")
+        return None
     pair = Pair(one.model, other.model, [*dialogues(loading.embedded_path(), num, seed, other.own_folder)])
     task = progress.add_task(f"{sender} to {receiver}", total=3 * len(pair.examples))
     found = _last(outcomes(pair, seed), progress, task)

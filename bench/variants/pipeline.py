@@ -38,7 +38,7 @@ from hybrid_cache.work import Work
 TOKEN_S = 1 / 605  # prefill of the 152 M model on one core, see bench/RESULTS.md
 STEP_S, ROW_S, BYTES_PER_S = 0.010, 0.0022, 8e9
 WRITES = 5.38 / 4.4  # what write halves take, of what their FLOPs say: all layers' were measured, see bench/RESULTS.md
-STEPS = 5  # of a bisection from what is served without sharing to twice as much for each agent: to 12 % with eight
+STEPS = 6  # of a bisection from what is served without sharing to twice as much for each agent: to 5 % with eight
 IN_TIME = 0.9  # part of the pipelines
 LOSS = 0.01
 ONE = SamplingParams(temperature=0, max_tokens=1)

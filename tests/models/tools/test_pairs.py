@@ -83,6 +83,22 @@ def alone_measured(pair: Pair):
     return last(pair.measure_layers(range(1)))[0]
 
 
+def test_what_two_models_have_in_common_is_shared_without_loss(base: HybridModel) -> None:
+    path = loading.resolve("embedded-half")
+    pair = Pair(base, loading.load(path, ops=select()), [*dialogues(PATH, 6, 1, path)])
+    assert pair.common == 3
+    band, everything = last(pair.measure([upper(6, 3), upper(6, 6)], range(6)))
+    assert band.kl == 0
+    assert everything.kl > 0
+    assert {each.kind for each in pair.examples} == {"recall", "last", "count", "order"}
+
+
+def test_an_activated_adapter_has_nothing_to_profile() -> None:
+    result = CliRunner().invoke(cli.app, ["variants", "profile", "embedded", "embedded+embedded-polite"])
+    assert result.exit_code != 0
+    assert "embedded+embedded-polite reads what comes before its invocation as its base does" in str(result.exception)
+
+
 def test_a_search_finds_a_frontier(base: HybridModel, choreo: HybridModel) -> None:
     pair, told = Pair(base, choreo, [*dialogues(PATH, 5, 2)]), []
     found = search(pair, lambda what, done, total: told.append((what, done, total)))
