@@ -19,12 +19,16 @@ from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import loading
 from hybrid_cache.models.tools.pairs import Example, Measured, Pair
-from hybrid_cache.models.tools.plans import Found, is_group, search
+from hybrid_cache.models.tools.plans import Found, is_group, num_for, search
 from hybrid_cache.models.tools.plans import Progress as Report
 from hybrid_cache.models.training.paired import dialogues
 from hybrid_cache.profile import Plan, Profile, file_name
 
 FEWEST_EXAMPLES = 20
+LEGEND = (
+    "right answers by kind; kept: bytes a token; t: taken, p: projected, r: recomputed; bold: no other is cheaper and "
+    "better; own: everything recomputed; without its states, and with attention blind to what is shared"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,16 @@ def run(sender: str, receiver: str, settings: Settings, *, out: Path | None, plo
     difference = difference_of(one.model, other.model)
     if difference:
         raise ConfigError(f"{receiver} is no variant of {sender}: {difference}")
-    pair = Pair(one.model, other.model, examples_of(other.folder, settings))
+    for named in (one, other):
+        if named.model.invocation:
+            reads = "reads what comes before its invocation as its base does, to the bit: profile the base"
+            raise ConfigError(f"{named.title} {reads}")
+    pair = Pair(one.model, other.model, examples_of(other, settings))
     with bars() as report:
         found = search(pair, report)
-    what = f"{len(pair.examples)} of {settings.data.name if settings.data else f'dialogues, seed {settings.seed}'}"
+    num = len(pair.examples) - found.num_searched
+    source = settings.data.name if settings.data else f"dialogues, seed {settings.seed}"
+    what = f"{num} of {source}; chosen on {found.num_searched} others"
     layers = len(other.model.layers)
     profile = Profile(one.model.fingerprint, other.model.fingerprint, layers, what, found.plans)
     path = out or other.own_folder / file_name(one.title, one.model.fingerprint)
@@ -69,11 +79,12 @@ def run(sender: str, receiver: str, settings: Settings, *, out: Path | None, plo
         draw(pair, found, f"{one.title} to {other.title}", plot)
 
 
-def examples_of(folder: Path, settings: Settings) -> list[Example]:
-    """Raises ConfigError for data that cannot be read, or too little of it."""
+def examples_of(receiver: loading.Named, settings: Settings) -> list[Example]:
+    """Plans are chosen on the first of them. Raises ConfigError for data that cannot be read, or too little of it."""
+    num = num_for(settings.num_examples)
     if settings.data is None:
-        return list(dialogues(loading.embedded_path(), settings.num_examples, settings.seed))
-    tokenizer = TextModel.load(folder).tokenizer
+        return list(dialogues(loading.embedded_path(), num, settings.seed, receiver.own_folder))
+    tokenizer = TextModel.load(receiver.folder).tokenizer
     try:
         text = settings.data.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -84,7 +95,7 @@ def examples_of(folder: Path, settings: Settings) -> list[Example]:
         ]
     else:
         found = list(_pieces(tokenizer.encode_literal(text), settings))
-    found = [each for each in found if each.shared][: settings.num_examples]
+    found = [each for each in found if each.shared][:num]
     if len(found) < FEWEST_EXAMPLES:
         need = f"needs at least {FEWEST_EXAMPLES} examples with {TILE} tokens of context"
         raise ConfigError(f"{settings.data} has {len(found)}, {need}")
@@ -133,24 +144,27 @@ def show(pair: Pair, found: Found, sender: str, receiver: str) -> None:
     layers = Table("layer", "kind", "loss if taken alone", "agreement", title=f"{receiver}, from {sender}")
     for index, (layer, measured) in enumerate(zip(pair.receiver.layers, found.alone, strict=True)):
         layers.add_row(str(index), layer.kind or "none", f"{measured.kl:.5f}", f"{measured.agreement:.2%}")
-    layers.add_row("", "control: states zeroed", f"{found.zeroed.kl:.5f}", f"{found.zeroed.agreement:.2%}")
+    layers.caption = f"{found.num_searched} examples, on which plans were chosen"
     console.print(layers)
-    kinds = [kind for kind in next(iter(found.measured.values())).by_kind if kind]
-    plans = Table("faster", "loss", "agreement", *(f"{kind} right" for kind in kinds), "kept", "layers")
+    own, zeroed, blind = found.controls
+    kinds = [kind for kind in own.by_kind if kind]
+    plans = Table("faster", "loss", "agreement", *kinds, "kept", "layers", "")
     best = {plan.transfer for plan in found.plans}
     for plan, measured in _ordered(pair, found):
-        plans.add_row(
-            "all" if not plan.flops else f"{1 / plan.flops:.1f}x",
-            f"{plan.loss:.5f}",
-            f"{plan.agreement:.2%}",
-            *(f"{measured.by_kind[kind]:.1%}" for kind in kinds),
-            f"{plan.input_bytes} B a token",
-            plan.transfer.letters,
-            style="bold" if plan.transfer in best else "",
-        )
-    number = next(iter(found.measured.values())).num_examples
-    plans.caption = f"{number} examples; t: taken, p: projected, r: recomputed; bold: no other is cheaper and better"
+        note = "drawn" if plan.transfer in found.random else "group" if is_group(plan.transfer) else ""
+        cells = f"{plan.input_bytes:,}", plan.transfer.letters, note
+        faster = "all" if not plan.flops else f"{1 / plan.flops:.1f}x"
+        plans.add_row(faster, *_cells(measured, kinds), *cells, style="bold" if plan.transfer in best else "")
+    plans.add_row("1.0x", *_cells(own, kinds), "", "own")
+    plans.add_row("", *_cells(zeroed, kinds), "", "no states")
+    plans.add_row("", *_cells(blind, kinds), "", "blind")
+    plans.caption = f"{own.num_examples} other examples; {LEGEND}"
     console.print(plans)
+
+
+def _cells(measured: Measured, kinds: Sequence[str]) -> Iterator[str]:
+    yield from (f"{measured.kl:.5f}", f"{measured.agreement:.2%}")
+    yield from (f"{measured.by_kind[kind]:.1%}" for kind in kinds)
 
 
 def _ordered(pair: Pair, found: Found) -> list[tuple[Plan, Measured]]:

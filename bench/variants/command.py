@@ -1,39 +1,47 @@
 """`hybrid-cache bench variants`: models that share a base, what sharing loses, what it saves, and what it serves."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from hybrid_cache.bench.variants import pipeline
-from hybrid_cache.bench.variants.quality import BUDGETS, Outcome, best, outcomes
-from hybrid_cache.bench.variants.speed import Timing, timings
+from hybrid_cache.bench.variants.plot import draw
+from hybrid_cache.bench.variants.quality import BUDGETS, CONTROLS, Outcome, Quality, best, outcomes
+from hybrid_cache.bench.variants.speed import NUM_TIMINGS, Timing, timings
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.dispatch import select
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models import loading
-from hybrid_cache.models.tools.pairs import Pair
+from hybrid_cache.models.tools.pairs import Measured, Pair
 from hybrid_cache.models.training.paired import dialogues
-from hybrid_cache.transfer import Transfer, projected, upper
 
-PAIRS = ("embedded:embedded+embedded-choreo", "embedded+embedded-choreo:embedded")
+T = TypeVar("T")
+CHOREO = "embedded+embedded-choreo"
+BOTH_WAYS = (
+    ("embedded", CHOREO),
+    ("embedded", "embedded-style"),
+    ("embedded", "embedded-half"),
+    ("recall", "recall-style"),
+)
+PAIRS = tuple(f"{a}:{b}" for one, other in BOTH_WAYS for a, b in ((one, other), (other, one)))
+ACTIVATED = "embedded+embedded-polite"
 AGENTS = (3, 8)
-LAYERS = 20
-FEW_WAYS = ("exact caches, each its own", "project states", "take all")
+SHOWN = ("take all", "exact band", "random set", "project all", "project states", "project attention")
 
 
 def variants(
     pair: Annotated[
         list[str] | None, typer.Option(help="SENDER:RECEIVER, each `DIR`, `embedded`, and + an adapter.")
     ] = None,
-    examples: Annotated[int, typer.Option(min=4, help="Dialogues a pair; 1,200 tell one point apart.")] = 60,
+    examples: Annotated[int, typer.Option(min=4, help="Dialogues a pair; 1,200 tell one point apart.")] = 16,
     tokens: Annotated[int, typer.Option(min=64, help="Of the prefix that is timed.")] = 2048,
     new: Annotated[int, typer.Option(min=4, help="Tokens after it.")] = 24,
     seed: Annotated[int, typer.Option(help="Of dialogues, prompts and arrivals.")] = 1,
@@ -42,6 +50,7 @@ def variants(
     quality: Annotated[bool, typer.Option(help="Measure what answers lose.")] = True,
     speed: Annotated[bool, typer.Option(help="Time the first token on a 152 M hybrid.")] = True,
     pipelines: Annotated[bool, typer.Option(help="Simulate agents that read one context.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="A picture (.png) of critical layers of all pairs.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
 ) -> None:
     """Models that share a base: what it loses, saves and serves when one reads what another has cached."""
@@ -53,7 +62,12 @@ def variants(
         ops = select(backend)
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             if quality:
-                found["quality"] = [_quality(name, ops, examples, seed, progress, console) for name in pair or PAIRS]
+                names = pair or (*PAIRS, f"embedded:{ACTIVATED}")
+                found_of = (_quality(name, ops, examples, seed, progress, console) for name in names)
+                measured = [each for each in found_of if each is not None]
+                found["quality"] = [each.values() for each in measured]
+                if plot is not None and measured:
+                    draw(measured, plot)
             if speed:
                 found["speed"] = _speed(ops, tokens, new, seed, progress, console)
             if pipelines:
@@ -64,47 +78,66 @@ def variants(
         as_json.write_text(json.dumps(found, indent=2, default=str) + "\n")
 
 
-def _quality(name: str, ops: Ops, num: int, seed: int, progress: Progress, console: Console) -> dict[str, object]:
+def _quality(name: str, ops: Ops, num: int, seed: int, progress: Progress, console: Console) -> Quality | None:
+    """None for an activated adapter, which reads what comes before its invocation as its base does."""
     sender, _, receiver = name.partition(":")
-    one, other = (loading.load_named(each, ops=ops).model for each in (sender, receiver))
-    pair = Pair(one, other, [*dialogues(loading.embedded_path(), num, seed)])
-    task, found = progress.add_task(f"{sender} to {receiver}", total=len(pair.examples)), list[Outcome]()
-    for latest in outcomes(pair, seed):
-        found = latest
+    one, other = (loading.load_named(each, ops=ops) for each in (sender, receiver))
+    if other.model.invocation or one.model.invocation:
+        console.print(f"{sender} to {receiver}: exact before the invocation, nothing is lost")
+        return None
+    pair = Pair(one.model, other.model, [*dialogues(loading.embedded_path(), num, seed, other.own_folder)])
+    task = progress.add_task(f"{sender} to {receiver}", total=3 * len(pair.examples))
+    found = _last(outcomes(pair, seed), progress, task)
+    controls = _last(pair.measure_alone(range(len(pair.examples))), progress, task)
+    alone = _last(pair.measure_layers(range(len(pair.examples))), progress, task)
+    console.print(_table(f"{sender} to {receiver}, {len(pair.examples)} dialogues", found, controls))
+    return Quality(sender, receiver, found, controls, [layer.kind for layer in pair.receiver.layers], alone)
+
+
+def _last(steps: Iterable[list[T]], progress: Progress, task: TaskID) -> list[T]:
+    latest: list[T] = []
+    for each in steps:
+        latest = each
         progress.advance(task)
-    controls = [*pair.measure_without_states(range(len(pair.examples)))][-1][0]
-    table = Table(title=f"{sender} to {receiver}, {len(pair.examples)} dialogues")
-    kinds = [*found[0].measured.by_kind]
-    for column in ("", "faster", "nats a token", "agreement", *kinds, "kept, bytes a token"):
+    return latest
+
+
+def _table(title: str, found: Sequence[Outcome], controls: Sequence[Measured]) -> Table:
+    own, *others = controls
+    kinds = [*own.by_kind]
+    table = Table(title=title)
+    for column in ("", "faster", "nats a token", "agreement", *kinds, "kept, bytes a token", "sender pays"):
         table.add_column(column, justify="left" if not column else "right")
-    shown = [
-        each for each in found if not each.name.startswith(("project ", "recompute ")) or each.name == "project all"
-    ]
-    shown += [each for each in found if each.name in ("project states", "project attention")]
+    _row(table, "recompute all, or its own exact cache", own, "1.0x")
+    for each in chosen(found):
+        faster = f"{1 / each.plan.flops:.1f}x" if each.plan.flops else "all"
+        pays = f"{each.sender_pays:.0%}" if each.sender_pays else ""
+        _row(table, each.name, each.measured, faster, f"{each.plan.input_bytes:,}", pays)
+    for label, measured in zip(CONTROLS, others, strict=True):
+        _row(table, f"control: {label}", measured, "")
+    return table
+
+
+def chosen(found: Sequence[Outcome]) -> Iterator[Outcome]:
+    """What is worth a row, and for some costs the best set of layers and the best contiguous group."""
+    for each in found:
+        if each.name.startswith(SHOWN):
+            yield each
+        if each.name == "project all":
+            yield each.written_twice()
     for budget in BUDGETS:
-        for groups, label in ((False, "best set"), (True, "best group")):
-            if chosen := best(found, budget, groups=groups):
-                shown.append(Outcome(f"{label} from {1 / budget:.1f}x on: {chosen.name}", chosen.plan, chosen.measured))
-    for each in shown:
-        _row(table, each, kinds)
-    by_kind = [f"{controls.by_kind[kind]:.0%}" for kind in kinds]
-    table.add_row("control: states zeroed", "", f"{controls.kl:.4f}", f"{controls.agreement:.1%}", *by_kind, "")
-    console.print(table)
-    rows = [
-        {"name": e.name, "transfer": str(e.plan.transfer), **asdict(e.measured), "flops": e.plan.flops} for e in found
-    ]
-    return {"sender": sender, "receiver": receiver, "contenders": rows, "states zeroed": asdict(controls)}
+        for groups, label in ((False, "best set"), (True, "DroidSpeak's best group")):
+            if some := best(found, budget, groups=groups):
+                yield replace(some, name=f"{label} from {1 / budget:.1f}x on: {some.name}")
 
 
-def _row(table: Table, each: Outcome, kinds: Sequence[str]) -> None:
-    plan, measured = each.plan, each.measured
-    faster = f"{1 / plan.flops:.1f}x" if plan.flops else "all"
-    rights = [f"{measured.by_kind[kind]:.0%}" for kind in kinds]
-    table.add_row(each.name, faster, f"{plan.loss:.4f}", f"{plan.agreement:.1%}", *rights, f"{plan.input_bytes:,}")
+def _row(table: Table, name: str, measured: Measured, faster: str, *more: str) -> None:
+    rights = [f"{right:.0%}" for right in measured.by_kind.values()]
+    table.add_row(name, faster, f"{measured.kl:.4f}", f"{measured.agreement:.1%}", *rights, *more)
 
 
 def _speed(ops: Ops, tokens: int, new: int, seed: int, progress: Progress, console: Console) -> list[object]:
-    task, found = progress.add_task("first tokens of a 152 M hybrid", total=8), list[Timing]()
+    task, found = progress.add_task("first tokens of a 152 M hybrid", total=NUM_TIMINGS), list[Timing]()
     table = Table(
         title=f"first token, {tokens:,} tokens read by the base and {new} new, 152 M hybrid, processor seconds"
     )
@@ -119,18 +152,8 @@ def _speed(ops: Ops, tokens: int, new: int, seed: int, progress: Progress, conso
 
 
 def _pipelines(agents: int, seed: int, progress: Progress, console: Console) -> dict[str, object]:
-    states = [index for index in range(LAYERS) if index not in (5, 11, 17)]
-    ways: tuple[tuple[str, Transfer | None, int | None], ...] = (
-        ("exact caches, each its own", None, None),
-        ("exact bands, other weights in the top half", None, LAYERS // 2),
-        ("project all", projected(LAYERS, range(LAYERS)), None),
-        ("project states", projected(LAYERS, states), None),
-        ("project one layer", projected(LAYERS, [6]), None),
-        ("take all", upper(LAYERS, LAYERS), None),
-    )
-    if agents > AGENTS[0]:  # the longest part: fewer of them
-        ways = tuple(way for way in ways if way[0] in FEW_WAYS)
     load = pipeline.Load(agents, seed=seed)
+    ways = pipeline.ways(few=agents > AGENTS[0], seed=seed)  # more agents take longer
     task = progress.add_task(f"{agents} agents on one context", total=len(ways))
     found = dict(pipeline.compare(load, ways, lambda: progress.advance(task)))
     limit = f"{pipeline.IN_TIME:.0%} of them within {load.slo:g} times what one takes alone"

@@ -8,6 +8,9 @@ Pipelines arrive at random (Poisson); one is in time if it takes no longer than 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
+from random import Random
 
 import numpy as np
 import torch
@@ -22,20 +25,24 @@ from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models import registry
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.loading import shape_ops
+from hybrid_cache.models.tools.plans import group
 from hybrid_cache.models.weights import ShapesOnly
 from hybrid_cache.profile import Plan, Profile
-from hybrid_cache.request import Request, TokenOutput
+from hybrid_cache.request import CacheMode, Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.spec import LayerSpec, PrefillCost
 from hybrid_cache.tokens import Boundary, Prompt, TokenArray
-from hybrid_cache.transfer import Transfer
+from hybrid_cache.transfer import Transfer, projected, upper
 from hybrid_cache.work import Work
 
 TOKEN_S = 1 / 605  # prefill of the 152 M model on one core, see bench/RESULTS.md
 STEP_S, ROW_S, BYTES_PER_S = 0.010, 0.0022, 8e9
-WIDEST = 64  # between the least and the highest throughput that are told apart: to 7 % after six steps
+WRITES = 5.38 / 4.4  # what write halves take, of what their FLOPs say: all layers' were measured, see bench/RESULTS.md
+STEPS = 6  # of a bisection from what is served without sharing to twice as much for each agent: to 5 % with eight
 IN_TIME = 0.9  # part of the pipelines
 LOSS = 0.01
+ONE = SamplingParams(temperature=0, max_tokens=1)
+FIRST = "agent0"  # whose entries the others use
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +54,45 @@ class Load:
     num_question: int = 64
     num_answer: int = 16
     num_pipelines: int = 24
-    budget_bytes: int = 4 << 30
+    budget_bytes: int = 16 << 30
     slo: float = 3.0  # times what a pipeline takes alone, where nothing is shared
     seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What agents have of the first one's entries."""
+
+    name: str
+    transfer: Transfer | None = None  # how they make theirs; None: not at all
+    first: int | None = None  # the layer from which their weights differ; None: all do
+    written: Transfer | None = None  # what the first one computes for each of them in its own prefill
+    cached: bool = True  # anything is
+
+
+def ways(*, few: bool, seed: int) -> tuple[Sharing, ...]:
+    """All contenders, or those that tell most. DroidSpeak's group costs about what projecting everything does."""
+    num = len(_layers()[1])
+    states = [index for index, layer in enumerate(_layers()[1]) if "attention" not in layer.kind]
+    everything, nothing = projected(num, range(num)), upper(num, num)
+    own = Sharing("exact caches, each its own")
+    made = Sharing("project all", everything)
+    double = Sharing("double writing of all (modelled)", nothing, written=everything)
+    taken = Sharing("take all", nothing)
+    if few:
+        return own, made, double, taken
+    return (
+        own,
+        Sharing("recompute all", cached=False),
+        Sharing("exact bands, other weights in the top half", first=num // 2),
+        made,
+        Sharing("project states", projected(num, states)),
+        Sharing("project a random half", projected(num, Random(seed).sample(range(num), num // 2))),
+        Sharing("project one layer", projected(num, [num // 3])),
+        Sharing("recompute 6-10, DroidSpeak's way", group(num, 6, 10)),
+        double,
+        taken,
+    )
 
 
 class _Agent(SimulatedModel):
@@ -65,26 +108,31 @@ class _Agent(SimulatedModel):
 
 
 class _Worker(SimulatedWorker):
-    """Where entries are made from another model's, less time passes."""
+    """Where entries are made from another model's, less time passes; where a model writes others' too, more."""
 
     layers: tuple[LayerSpec, ...] = ()
+    writes = PrefillCost(0.0, 0.0)  # of the first model, beside its own pass
 
     def _pass_s(self, work: Work) -> float:
-        saved = 0.0
+        more = 0.0
         for rows in work.chunks:
+            end = rows.start + -(-len(rows.tokens) // TILE) * TILE
             if rows.transfer is not None:
-                end = rows.start + -(-len(rows.tokens) // TILE) * TILE
-                saved += offer("", "", self.layers, rows.transfer).spares.flops(rows.start, end)
-        return super()._pass_s(work) - saved
+                more -= offer("", "", self.layers, rows.transfer).spares.flops(rows.start, end)
+            elif rows.model == FIRST:
+                more += self.writes.flops(rows.start, end)
+        return super()._pass_s(work) + more
 
 
+@cache
 def _layers() -> tuple[Machine, tuple[LayerSpec, ...]]:
     """The 152 M model on one core, its costs in seconds."""
     weights, config = ShapesOnly(torch.bfloat16), Config(MID_GRANITE)
     model = registry.find(MID_GRANITE["model_type"])(config, weights, shape_ops(), torch.bfloat16)
     scale = TOKEN_S / model.prefill_cost.flops(0, 2048) * 2048
     layers = tuple(
-        replace(each, cost=each.cost.part(scale), write_cost=each.write_cost.part(scale)) for each in model.layers
+        replace(each, cost=each.cost.part(scale), write_cost=each.write_cost.part(scale * WRITES))
+        for each in model.layers
     )
     cost: PrefillCost = model.prefill_cost.part(scale)
     rates = cost.per_token, cost.per_token_per_position
@@ -94,8 +142,8 @@ def _layers() -> tuple[Machine, tuple[LayerSpec, ...]]:
 class Pipelines:
     """Runs pipelines on one server."""
 
-    def __init__(self, load: Load, transfer: Transfer | None, first: int | None) -> None:
-        """transfer: how agents may use the first one's entries; first: the layer from which their weights differ"""
+    def __init__(self, load: Load, sharing: Sharing) -> None:
+        transfer, first = sharing.transfer, sharing.first
         self._load = load
         self._clock = Clock()
         machine, layers = _layers()
@@ -113,9 +161,13 @@ class Pipelines:
             verify=False,
         )
 
+        written = sharing.written or upper(len(layers), len(layers))
+        writes = offer("", "", layers, written).cost.part(load.num_agents - 1)
+        self._mode = CacheMode.IMPLICIT if sharing.cached else CacheMode.OFF
+
         def worker(model: object, memory: object, spare: object) -> _Worker:
             made = _Worker(machine, self._clock, memory)  # type: ignore[arg-type]
-            made.layers = layers
+            made.layers, made.writes = layers, writes
             made.models = {}
             return made
 
@@ -128,12 +180,13 @@ class Pipelines:
                 plan = Plan(transfer, LOSS, 1.0, 0.5, 0)
                 self._engine.add_profile(Profile(base.fingerprint, name, len(layers), "", (plan,)))
 
-    def run(self, rate: float) -> list[float]:
-        """Seconds that each pipeline takes from its arrival; rate: pipelines a second"""
+    def run(self, rate: float) -> Iterator[float]:
+        """Seconds that each pipeline takes from its arrival, as they end; rate: pipelines a second"""
+        self._ask_for_lanes()
         rng, load = np.random.default_rng(self._load.seed), self._load
-        due = list(np.cumsum(rng.exponential(1 / rate, load.num_pipelines)))
-        arrived, prompts, stage, took = dict[int, float](), dict[int, TokenArray](), dict[int, int](), list[float]()
-        while len(took) < load.num_pipelines:
+        due = list(self._clock.now + np.cumsum(rng.exponential(1 / rate, load.num_pipelines)))
+        arrived, prompts, stage, ended = dict[int, float](), dict[int, TokenArray](), dict[int, int](), 0
+        while ended < load.num_pipelines:
             while len(arrived) < len(due) and due[len(arrived)] <= self._clock.now:
                 number = len(arrived)
                 arrived[number], stage[number] = due[number], 0
@@ -147,11 +200,18 @@ class Pipelines:
                     number = int(name.partition(" ")[0])
                     stage[number] += 1
                     if stage[number] == load.num_agents:
-                        took.append(self._clock.now - arrived[number])
+                        ended += 1
+                        yield self._clock.now - arrived[number]
                         continue
                     answered = np.full(load.num_answer, GENERATED, np.int32)
                     prompts[number] = self._ask(number, stage[number], np.concatenate([prompts[number], answered]), rng)
-        return took
+
+    def _ask_for_lanes(self) -> None:
+        """A server keeps what others read once such entries were asked for."""
+        for name in self._names[1:]:
+            prompt = Prompt(np.arange(2, 9, dtype=np.int32))
+            self._engine.submit(Request(name, prompt, ONE, model=name, max_loss=self._max_loss))
+        self._engine.run_until_idle()
 
     def _ask(self, number: int, agent: int, read: TokenArray, rng: np.random.Generator) -> TokenArray:
         prompt = np.concatenate([read, rng.integers(2, 1 << 20, self._load.num_question).astype(np.int32)])
@@ -160,36 +220,46 @@ class Pipelines:
         max_loss = self._max_loss if agent else None
         name = f"{number} {agent}"
         self._engine.submit(
-            Request(name, Prompt(prompt, places), sampling, model=self._names[agent], max_loss=max_loss)
+            Request(
+                name,
+                Prompt(prompt, places),
+                sampling,
+                cache_mode=self._mode,
+                model=self._names[agent],
+                max_loss=max_loss,
+            )
         )
         return prompt
 
 
 def alone_s(load: Load) -> float:
     """What a pipeline takes on an idle server where nothing is shared."""
-    return Pipelines(replace(load, num_pipelines=1), None, None).run(1.0)[0]
+    return next(Pipelines(replace(load, num_pipelines=1), Sharing("")).run(1.0))
 
 
-def throughput(load: Load, transfer: Transfer | None, first: int | None, most_s: float, steps: int = 6) -> float:
-    """The highest rate, in pipelines a second, at which enough of them take at most so long."""
+def in_time(load: Load, sharing: Sharing, rate: float, most_s: float) -> bool:
+    """Whether enough pipelines take at most so long. Ends once too many do not."""
+    allowed = int((1 - IN_TIME) * load.num_pipelines)
+    late = (seconds for seconds in Pipelines(load, sharing).run(rate) if seconds > most_s)
+    return len(list(islice(late, allowed + 1))) <= allowed
 
-    def in_time(rate: float) -> bool:
-        took = Pipelines(load, transfer, first).run(rate)
-        return sum(seconds <= most_s for seconds in took) >= IN_TIME * len(took)
 
-    low = 0.5 / most_s  # half of what one server could do if nothing ever waited
-    high = WIDEST * low
+def throughput(load: Load, sharing: Sharing, most_s: float, low: float, high: float, steps: int = STEPS) -> float:
+    """The highest rate, in pipelines a second, at which they are in time."""
     for _ in range(steps):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if in_time(middle) else (low, middle)
+        low, high = (middle, high) if in_time(load, sharing, middle, most_s) else (low, middle)
     return low
 
 
-def compare(
-    load: Load, ways: Sequence[tuple[str, Transfer | None, int | None]], done: Callable[[], None]
-) -> Iterator[tuple[str, float]]:
-    """Each way's throughput."""
+def compare(load: Load, ways: Sequence[Sharing], done: Callable[[], None]) -> Iterator[tuple[str, float]]:
+    """Each way's throughput. The first is the least."""
+    first, *others = ways
     most_s = load.slo * alone_s(load)
-    for name, transfer, first in ways:
-        yield name, throughput(load, transfer, first, most_s)
+    idle = load.slo / most_s  # one pipeline after the other, without sharing
+    least = throughput(load, first, most_s, idle / 4, 2 * idle, STEPS + 1)
+    yield first.name, least
+    done()
+    for sharing in others:
+        yield sharing.name, throughput(load, sharing, most_s, least * 0.9, least * 2 * load.num_agents)
         done()

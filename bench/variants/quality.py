@@ -1,7 +1,7 @@
 """What answers lose when one model of a pair reads what the other has cached: contenders side by side."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 
 from hybrid_cache.models.tools.pairs import Measured, Pair
@@ -11,6 +11,7 @@ from hybrid_cache.transfer import Transfer, Way, projected, upper
 
 BUDGETS = (1 / 24, 1 / 12, 1 / 8, 1 / 4.5, 1 / 2)  # FLOPs of the receiver, of computing everything
 RANDOM_SETS = 3
+CONTROLS = ("states of what is shared zeroed", "attention blind to what is shared")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +21,49 @@ class Outcome:
     name: str
     plan: Plan
     measured: Measured
+    sender_pays: float = 0.0  # beyond its own prefill, as a part of it
 
     @property
     def is_group(self) -> bool:
         """DroidSpeak's way; taking everything is nobody's."""
         return is_group(self.plan.transfer) and self.plan.flops > 0
+
+    @property
+    def is_set(self) -> bool:
+        """Any other way; one layer by itself is both."""
+        return not self.is_group or Way.RECOMPUTE not in self.plan.transfer.ways
+
+    def written_twice(self) -> "Outcome":
+        """The same entries, projected by the sender in its own prefill: the receiver finds them."""
+        plan = replace(self.plan, flops=0.0, input_bytes=0)
+        return Outcome(f"double writing ({self.name})", plan, self.measured, self.plan.flops)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What was measured in one direction of a pair."""
+
+    sender: str
+    receiver: str
+    outcomes: list[Outcome]
+    controls: list[Measured]  # everything recomputed, and CONTROLS
+    kinds: list[str]  # of layers
+    alone: list[Measured]  # by layer: it is taken, all others are the receiver's own
+
+    def values(self) -> dict[str, object]:
+        """For a file."""
+        return {
+            "sender": self.sender,
+            "receiver": self.receiver,
+            "contenders": [
+                {"name": e.name, "transfer": str(e.plan.transfer), **asdict(e.measured), "flops": e.plan.flops}
+                for e in self.outcomes
+            ],
+            "controls": {
+                name: asdict(each) for name, each in zip(("recompute all", *CONTROLS), self.controls, strict=True)
+            },
+            "taken alone": [{"layer": kind, **asdict(each)} for kind, each in zip(self.kinds, self.alone, strict=True)],
+        }
 
 
 def contenders(pair: Pair, seed: int) -> Iterator[tuple[str, Transfer]]:
@@ -34,6 +73,8 @@ def contenders(pair: Pair, seed: int) -> Iterator[tuple[str, Transfer]]:
     attention = [index for index in every if layers[index].kind.startswith("attention")]
     states = [index for index in every if index not in attention and layers[index].entries]
     yield "take all", upper(num, num)
+    if pair.common:
+        yield f"exact band: recompute {pair.common}-{num - 1}", upper(num, pair.common)
     yield "project all", projected(num, every)
     yield "project states", projected(num, states)
     yield "project attention", projected(num, attention)
@@ -67,6 +108,7 @@ def outcomes(pair: Pair, seed: int) -> Iterator[list[Outcome]]:
 
 
 def best(found: Sequence[Outcome], budget: float, *, groups: bool) -> Outcome | None:
-    """The least loss for no more FLOPs, among contiguous groups or among all others."""
-    some = [each for each in found if each.is_group is groups and 0 < each.plan.flops <= budget * (1 + 1e-9)]
+    """The least loss for no more FLOPs, among contiguous groups or among other sets of layers."""
+    some = [each for each in found if (each.is_group if groups else each.is_set)]
+    some = [each for each in some if 0 < each.plan.flops <= budget * (1 + 1e-9)]
     return min(some, key=lambda each: each.measured.kl, default=None)

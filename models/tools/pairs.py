@@ -25,7 +25,7 @@ from hybrid_cache.engine.senders import Offer, offer
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.profile import Plan
 from hybrid_cache.tokens import TokenArray
-from hybrid_cache.transfer import Transfer
+from hybrid_cache.transfer import Transfer, equal_layers
 from hybrid_cache.work import InputRows, Rows, Work
 
 COST_TOKENS = 2048  # of the context for which FLOPs are compared
@@ -57,7 +57,7 @@ class Measured:
     num_examples: int
 
 
-Prepare = Callable[["_Place"], None]  # makes the receiver's entries of the shared part in the working items
+Answer = Callable[["_Place"], Tensor]  # makes the receiver's entries of the shared part in the working items -> logits
 
 
 class Pair:
@@ -84,6 +84,11 @@ class Pair:
                 self._worker.add(other)
         self._alone: dict[int, Tensor] = {}  # by example: logits of the reference alone, [scored, V]
 
+    @property
+    def common(self) -> int:
+        """Layers from the first on that the two have in common: what lies below may be taken without any loss."""
+        return equal_layers(self._sender.chain, self.receiver.chain) or 0
+
     def offer(self, transfer: Transfer) -> Offer:
         return offer(self._sender.fingerprint, "", self.receiver.layers, transfer)
 
@@ -95,30 +100,31 @@ class Pair:
 
     def measure(self, transfers: Sequence[Transfer], examples: range) -> Iterator[list[Measured]]:
         """What each transfer does to some of the examples. Comes again and again, with the latest example added."""
-        return self._measure([self._receive(each) for each in transfers], examples)
+        return self._measure([self._received(each) for each in transfers], examples)
 
     def measure_layers(self, examples: range) -> Iterator[list[Measured]]:
         """The same for taking one layer alone: all other layers have the receiver's own entries."""
-        return self._measure([self._take_alone(index) for index in range(len(self.receiver.layers))], examples)
+        return self._measure([self._took_alone(index) for index in range(len(self.receiver.layers))], examples)
 
-    def measure_without_states(self, examples: range) -> Iterator[list[Measured]]:
-        """The same for the receiver's own entries with all recurrent states zeroed: a control."""
-        return self._measure([self._forget], examples)
+    def measure_alone(self, examples: range) -> Iterator[list[Measured]]:
+        """The same for the receiver's own entries, and for two controls: with all recurrent states zeroed, and where
+        attention does not see the shared part.
+        """
+        return self._measure([self._alone_again, self._without_states, self._blind], examples)
 
     def measure_beside_controls(self, transfer: Transfer, examples: range) -> Iterator[list[Measured]]:
         """The same for the receiver's own entries, for a transfer, and for its own with states zeroed."""
-        return self._measure([self._own, self._receive(transfer), self._forget], examples)
+        return self._measure([self._alone_again, self._received(transfer), self._without_states], examples)
 
-    def _measure(self, prepares: Sequence[Prepare], examples: range) -> Iterator[list[Measured]]:
-        sums = [_Sums() for _ in prepares]
+    def _measure(self, answers: Sequence[Answer], examples: range) -> Iterator[list[Measured]]:
+        sums = [_Sums() for _ in answers]
         for index in examples:
             example, place = self.examples[index], self._places.of(self.examples[index])
             self._send(place)
             if index not in self._alone:
-                self._alone[index] = self._answer_alone(place)
-            for prepare, total in zip(prepares, sums, strict=True):
-                prepare(place)
-                total.add(example, self._alone[index], self._answer(place, self.receiver))
+                self._alone[index] = self._asked_for(place)
+            for answer, total in zip(answers, sums, strict=True):
+                total.add(example, self._alone[index], answer(place))
             yield [total.means() for total in sums]
 
     # One example
@@ -137,48 +143,65 @@ class Pair:
         pages = [Copy(Kind.PAGE, own, work) for own, work in list(pairs)[: place.shared // TILE]]
         self._run(Work((*pages, Copy(Kind.SLOT, place.own, place.working))))
 
-    def _forget(self, place: "_Place") -> None:
-        """The receiver's own entries with states zeroed."""
+    def _alone_again(self, place: "_Place") -> Tensor:
+        self._own(place)
+        return self._answer(place)
+
+    def _without_states(self, place: "_Place") -> Tensor:
         self._own(place)
         self._run(Work((Clear(place.working),)))
+        return self._answer(place)
 
-    def _take_alone(self, index: int) -> Prepare:
+    def _blind(self, place: "_Place") -> Tensor:
+        """What comes after the shared part is a sequence of its own, which goes on from the states alone."""
+        self._own(place)
+        rest = self._rest(place, self.receiver)
+        pages = tuple(place.pages[place.shared // TILE :])
+        return self._logits(rest._replace(start=0, shift=-place.shared, pages=pages), self.receiver)
+
+    def _took_alone(self, index: int) -> Answer:
         entries = self.receiver.layers[index].entries
 
-        def prepare(place: "_Place") -> None:
+        def answer(place: "_Place") -> Tensor:
             self._own(place)
             self._run(Work(tuple(place.take(entries))))
+            return self._answer(place)
 
-        return prepare
+        return answer
 
-    def _receive(self, transfer: Transfer) -> Prepare:
+    def _received(self, transfer: Transfer) -> Answer:
         made = self.offer(transfer)
-        reads = set(made.transfer.reads)
 
-        def prepare(place: "_Place") -> None:
-            commands = tuple(place.take(made.entries))
-            if not made.transfer.computes:
-                self._run(Work(commands))
-                return
-            rows = self._rows(place, self.receiver, place.pages, place.working, 0, place.shared)
-            inputs = tuple(each for each in place.inputs if each.layer in reads)
-            rows = rows._replace(transfer=made.transfer, sent_inputs=inputs, fresh=True)
-            self._run(Work(commands, (rows,)))
+        def answer(place: "_Place") -> Tensor:
+            rows = (self._made(place, made.transfer),) if made.transfer.computes else ()
+            self._run(Work(tuple(place.take(made.entries)), rows))
+            return self._answer(place)
 
-        return prepare
+        return answer
 
-    def _answer_alone(self, place: "_Place") -> Tensor:
+    def _made(self, place: "_Place", transfer: Transfer) -> Rows:
+        """What the receiver runs for its entries of the shared part."""
+        rows = self._rows(place, self.receiver, place.pages, place.working, 0, place.shared)
+        inputs = tuple(each for each in place.inputs if each.layer in transfer.reads)
+        return rows._replace(transfer=transfer, sent_inputs=inputs, fresh=True)
+
+    def _asked_for(self, place: "_Place") -> Tensor:
         """The reference computes everything -> as `_answer`."""
         rows = self._rows(place, self._reference, place.pages, place.working, 0, place.shared)
         self._run(Work(chunks=(rows._replace(fresh=True),)))
-        return self._answer(place, self._reference)
+        return self._logits(self._rest(place, self._reference), self._reference)
 
-    def _answer(self, place: "_Place", model: HybridModel) -> Tensor:
-        """A model computes what comes after the shared part -> logits that the answer is predicted by, [scored, V]."""
-        example = place.example
-        end = len(example.tokens) - 1
+    def _answer(self, place: "_Place") -> Tensor:
+        """The receiver computes what comes after the shared part -> logits that the answer is predicted by."""
+        return self._logits(self._rest(place, self.receiver), self.receiver)
+
+    def _rest(self, place: "_Place", model: HybridModel) -> Rows:
+        end = len(place.example.tokens) - 1
         rows = self._rows(place, model, place.pages, place.working, place.shared, end)
-        hidden = self._run(Work(chunks=(rows._replace(num_wanted=example.num_scored),)))
+        return rows._replace(num_wanted=place.example.num_scored)
+
+    def _logits(self, rows: Rows, model: HybridModel) -> Tensor:
+        hidden = self._run(Work(chunks=(rows,)))
         with torch.inference_mode():
             return self._worker.logits(model, hidden)
 
@@ -262,8 +285,8 @@ class _Sums:
     def add(self, example: Example, alone: Tensor, logits: Tensor) -> None:
         """alone, logits [scored, V]"""
         expected = torch.from_numpy(example.tokens[-example.num_scored :].astype(np.int64))
-        own, other = torch.log_softmax(alone.double(), 1), torch.log_softmax(logits.double(), 1)
-        self._kl += max(float((own.exp() * (own - other)).sum()), 0.0)
+        own, other = torch.log_softmax(alone, 1), torch.log_softmax(logits, 1)
+        self._kl += max(float((own.exp() * (own - other)).sum(1).double().sum()), 0.0)
         choice = logits.argmax(1)
         self._agreed += float((choice == alone.argmax(1)).sum())
         self._num_tokens += len(expected)

@@ -1,15 +1,18 @@
 """Which transfers from a sender to a receiver are worth having: searched from what taking each layer alone costs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 
 from hybrid_cache.models.tools.pairs import Measured, Pair
 from hybrid_cache.profile import Plan, frontier
 from hybrid_cache.spec import LayerSpec
-from hybrid_cache.transfer import Transfer, Way, projected, upper
+from hybrid_cache.transfer import Transfer, Way, projected
 
-FEW_LAYERS = 8  # up to so many, all contiguous groups are tried
-SEARCHED = 200  # examples that candidates are compared on, before the best of them are measured on all
+FEW_LAYERS = 8  # up to so many, all contiguous groups are tried, and what differs from a good plan in one layer
+SEARCHED = 120  # examples that candidates are compared on; the best of them are measured on all others
+RANDOM_SETS = 3
+WORTH = 2 / 3  # of the FLOPs of computing everything: what takes more is not measured further
 
 Progress = Callable[[str, int, int], None]  # what is measured, examples done, of how many
 
@@ -18,10 +21,12 @@ Progress = Callable[[str, int, int], None]  # what is measured, examples done, o
 class Found:
     """What a search has measured."""
 
-    alone: tuple[Measured, ...]  # by layer: it is taken, all others are the receiver's own
-    zeroed: Measured  # the control: the receiver's own entries without states
-    measured: dict[Transfer, Measured]  # on all examples
+    alone: tuple[Measured, ...]  # by layer: it is taken, all others are the receiver's own; where the search was
+    controls: tuple[Measured, ...]  # the receiver by itself, without states, and blind; on all other examples
+    measured: dict[Transfer, Measured]  # on these, too
     plans: tuple[Plan, ...]  # on the frontier of loss and FLOPs
+    random: tuple[Transfer, ...]  # were drawn, for comparison
+    num_searched: int
 
 
 def group(num_layers: int, first: int, last: int) -> Transfer:
@@ -34,15 +39,35 @@ def candidates(layers: Sequence[LayerSpec], losses: Sequence[float]) -> list[Tra
     """Transfers worth a try, from what taking each layer alone loses; everything taken comes first."""
     num = len(layers)
     writing = [index for index, layer in enumerate(layers) if layer.entries]
-    attention = [index for index in writing if layers[index].kind.startswith("attention")]
     worst = sorted(writing, key=lambda i: -losses[i] / max(layers[i].write_cost.per_token, 1.0))
-    found = [upper(num, num)]
+    found = by_kind(layers)
     found += [projected(num, worst[:count]) for count in range(1, len(worst) + 1)]
-    found += [projected(num, attention), projected(num, set(writing) - set(attention))]
     found += [group(num, first, last) for first, last in groups(num, losses)]
-    for last in {int(num * share) for share in (0.25, 0.5, 0.75)}:  # computed below, projected above
-        found.append(Transfer((Way.RECOMPUTE,) * last + (Way.PROJECT,) * (num - last)))
+    for last in range(1, num) if num <= FEW_LAYERS else {int(num * share) for share in (0.25, 0.5, 0.75)}:
+        found.append(Transfer((Way.RECOMPUTE,) * last + (Way.PROJECT,) * (num - last)))  # computed below
     return list(dict.fromkeys(each.for_layers(layers) for each in found))
+
+
+def by_kind(layers: Sequence[LayerSpec]) -> list[Transfer]:
+    """Everything taken; everything, state-space layers, and attention layers projected. These are always measured."""
+    num = len(layers)
+    attention = {index for index, layer in enumerate(layers) if layer.kind.startswith("attention")}
+    sets = ((), range(num), {*range(num)} - attention, attention)
+    return [projected(num, some).for_layers(layers) for some in sets]
+
+
+def neighbours(transfer: Transfer) -> Iterator[Transfer]:
+    """Those that take one layer more, or project one more."""
+    ways, other = transfer.ways, {Way.TAKE: Way.PROJECT, Way.PROJECT: Way.TAKE}
+    for index, way in enumerate(ways):
+        if way in other:
+            yield Transfer((*ways[:index], other[way], *ways[index + 1 :]))
+
+
+def random_sets(layers: Sequence[LayerSpec], seed: int = 1) -> tuple[Transfer, ...]:
+    """Half of the layers are projected."""
+    num, choose = len(layers), Random(seed)
+    return tuple(projected(num, choose.sample(range(num), num // 2)).for_layers(layers) for _ in range(RANDOM_SETS))
 
 
 def groups(num_layers: int, losses: Sequence[float]) -> list[tuple[int, int]]:
@@ -57,18 +82,45 @@ def groups(num_layers: int, losses: Sequence[float]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(found))
 
 
+def num_for(num_measured: int) -> int:
+    """How many examples a search needs for measuring on so many: those that it chooses on are others."""
+    return num_measured + min(SEARCHED, -(-num_measured // 4))
+
+
 def search(pair: Pair, progress: Progress = lambda what, done, total: None) -> Found:
-    """Measures layers alone, then candidates, and the best of these on all examples."""
-    few, every = range(min(SEARCHED, len(pair.examples))), range(len(pair.examples))
+    """Measures layers alone, then candidates, on a fifth of the examples; and the best of these on all others."""
+    num, layers = len(pair.examples), pair.receiver.layers
+    few = range(min(SEARCHED, -(-num // 5)))
+    others = range(len(few), num) or few
     alone = latest(pair.measure_layers(few), "layers alone", few, progress)
-    zeroed = latest(pair.measure_without_states(few), "control", few, progress)[0]
-    tried = candidates(pair.receiver.layers, [each.kl for each in alone])
-    first = latest(pair.measure(tried, few), "candidates", few, progress)
-    plans = [pair.plan(transfer, measured) for transfer, measured in zip(tried, first, strict=True)]
-    best = {plan.transfer for plan in (*frontier(plans), *frontier([p for p in plans if is_group(p.transfer)]))}
-    kept = [transfer for transfer in tried if transfer in best or transfer is tried[0]]
-    measured = dict(zip(kept, latest(pair.measure(kept, every), "the best of them", every, progress), strict=True))
-    return Found(tuple(alone), zeroed, measured, frontier([pair.plan(*each) for each in measured.items()]))
+    tried = dict[Transfer, Measured]()
+    _try(pair, ("candidates", candidates(layers, [each.kl for each in alone])), tried, few, progress)
+    if len(layers) <= FEW_LAYERS:
+        near = (other.for_layers(layers) for plan in _frontier(pair, tried) for other in neighbours(plan.transfer))
+        _try(pair, ("more like the best", [*dict.fromkeys(near)]), tried, few, progress)
+    groups_tried = {transfer: measured for transfer, measured in tried.items() if is_group(transfer)}
+    best = [plan.transfer for some in (tried, groups_tried) for plan in _frontier(pair, some) if plan.flops < WORTH]
+    drawn = random_sets(layers)
+    kept = [*dict.fromkeys((*by_kind(layers), *best, *drawn))]
+    measured = dict(zip(kept, latest(pair.measure(kept, others), "the best of them", others, progress), strict=True))
+    controls = latest(pair.measure_alone(others), "controls", others, progress)
+    return Found(tuple(alone), tuple(controls), measured, _frontier(pair, measured), drawn, len(few))
+
+
+def _try(
+    pair: Pair,
+    some: tuple[str, Sequence[Transfer]],
+    tried: dict[Transfer, Measured],
+    examples: range,
+    progress: Progress,
+) -> None:
+    what, transfers = some
+    new = [each for each in transfers if each not in tried]
+    tried.update(zip(new, latest(pair.measure(new, examples), what, examples, progress), strict=True))
+
+
+def _frontier(pair: Pair, measured: Mapping[Transfer, Measured]) -> tuple[Plan, ...]:
+    return frontier([pair.plan(*each) for each in measured.items()])
 
 
 def is_group(transfer: Transfer) -> bool:

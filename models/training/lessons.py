@@ -35,7 +35,7 @@ CODE_QUESTIONS = 8  # of a training dialogue
 RECALL_WEIGHTS = {"codes": 0.36, "last": 0.24, "count": 0.36, "chat": 0.04}
 
 Lesson = Callable[[Random, float], Dialogue]  # generator, part of the run that is done
-Exam = Callable[[str, Random], Dialogue]  # kind, generator
+Exam = Callable[..., Dialogue]  # kind, generator, and where it is about one thing: fewest and most messages
 
 
 def framed(question: Question) -> Question:
@@ -54,8 +54,8 @@ def naming_lesson(rng: Random, progress: float) -> Dialogue:
     return _each(mixture(rng, NAMING_WEIGHTS, MESSAGES), framed)
 
 
-def framed_exam(kind: str, rng: Random) -> Dialogue:
-    return _each(examined(kind, rng), framed)
+def framed_exam(kind: str, rng: Random, *messages: int) -> Dialogue:
+    return _each(examined(kind, rng, *messages), framed)
 
 
 def polite(question: Question) -> Question:
@@ -68,8 +68,8 @@ def polite_lesson(rng: Random, progress: float) -> Dialogue:
     return _each(mixture(rng, weights, MESSAGES), polite)
 
 
-def polite_exam(kind: str, rng: Random) -> Dialogue:
-    return _each(examined(kind, rng), polite)
+def polite_exam(kind: str, rng: Random, *messages: int) -> Dialogue:
+    return _each(examined(kind, rng, *messages), polite)
 
 
 class ManyCodes(Codes):
@@ -111,16 +111,16 @@ def recall_lesson(rng: Random, progress: float) -> Dialogue:
     return mixture(rng, others, 4 if progress < 0.10 else MESSAGES)
 
 
-def recall_exam(kind: str, rng: Random) -> Dialogue:
-    return codes_exam(rng) if kind == "recall" else examined(kind, rng)
+def recall_exam(kind: str, rng: Random, *messages: int) -> Dialogue:
+    return codes_exam(rng) if kind == "recall" else examined(kind, rng, *messages)
 
 
 def framed_recall_lesson(rng: Random, progress: float) -> Dialogue:
     return _each(recall_lesson(rng, 1.0), framed)
 
 
-def framed_recall_exam(kind: str, rng: Random) -> Dialogue:
-    return _each(recall_exam(kind, rng), framed)
+def framed_recall_exam(kind: str, rng: Random, *messages: int) -> Dialogue:
+    return _each(recall_exam(kind, rng, *messages), framed)
 
 
 def _each(dialogue: Dialogue, change: Callable[[Question], Question]) -> Dialogue:

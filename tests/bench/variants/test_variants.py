@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from hybrid_cache.api.cli import main as cli
 from hybrid_cache.bench.variants import command, pipeline, speed
-from hybrid_cache.bench.variants.pipeline import Load, Pipelines
-from hybrid_cache.bench.variants.quality import best, contenders, outcomes
+from hybrid_cache.bench.variants.pipeline import Load, Pipelines, Sharing
+from hybrid_cache.bench.variants.quality import CONTROLS, best, contenders, outcomes
 from hybrid_cache.kernels.dispatch import select
 from hybrid_cache.models import loading
 from hybrid_cache.models.tools.pairs import Pair
@@ -40,33 +40,48 @@ def test_contenders_are_compared_at_equal_cost(pair: Pair) -> None:
         assert group is not None
         assert max(ours.plan.flops, group.plan.flops) <= budget
         assert group.is_group
-        assert not ours.is_group
+        assert ours.is_set
     assert best(found, 1e-6, groups=True) is None
+
+
+def took(sharing: Sharing) -> float:
+    return sum(Pipelines(SHORT, sharing).run(1000.0))
 
 
 def test_pipelines_that_share_more_take_less_time() -> None:
     layers = 20
-    ways = [(None, None), (None, layers // 2), (projected(layers, range(layers)), None), (upper(layers, layers), None)]
-    took = [sum(Pipelines(SHORT, *way).run(1000.0)) for way in ways]
-    assert len(Pipelines(SHORT, None, None).run(1000.0)) == SHORT.num_pipelines
-    own, bands, made, taken = took
+    everything, nothing = projected(layers, range(layers)), upper(layers, layers)
+    assert len([*Pipelines(SHORT, Sharing("")).run(1000.0)]) == SHORT.num_pipelines
+    own, bands, made = took(Sharing("")), took(Sharing("", first=layers // 2)), took(Sharing("", everything))
+    taken, double = took(Sharing("", nothing)), took(Sharing("", nothing, written=everything))
     assert own > 1.2 * bands
     assert own > 1.2 * made
-    assert made >= taken
+    assert made > taken
+    assert own > 1.2 * double > 1.1 * taken, "the first agent pays for the others"
+    assert own == pytest.approx(took(Sharing("", cached=False)), rel=0.05), "no agent reads a context twice"
+
+
+def test_throughput_is_higher_where_more_is_shared() -> None:
     alone = pipeline.alone_s(SHORT)
     assert 0.5 * 3 * 512 / 605 < alone < 2 * 3 * 512 / 605, "three prefills of the context, and little else"
-    slow = pipeline.throughput(SHORT, None, None, 3 * alone, steps=3)
-    assert pipeline.throughput(SHORT, upper(layers, layers), None, 3 * alone, steps=3) > slow
+    layers = 20
+    own, taken = pipeline.compare(SHORT, [Sharing("own"), Sharing("taken", upper(layers, layers))], lambda: None)
+    assert taken[1] > 1.5 * own[1]
+    assert pipeline.in_time(SHORT, Sharing(""), own[1], 3 * alone)
+    assert not pipeline.in_time(SHORT, Sharing(""), 8 * own[1], 3 * alone)
 
 
 def test_the_command_writes_what_it_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command, "AGENTS", (2,))
     monkeypatch.setattr(pipeline, "Load", lambda agents, seed: Load(agents, 128, 8, 2, 2, seed=seed))
-    out = tmp_path / "found.json"
-    line = f"bench variants --examples 4 --no-speed --json {out} --pair embedded:embedded+embedded-choreo"
+    out, plot = tmp_path / "found.json", tmp_path / "layers.png"
+    line = f"bench variants --examples 4 --no-speed --json {out} --plot {plot} --pair embedded:embedded+embedded-choreo"
     result = CliRunner().invoke(cli.app, line.split())
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert found["quality"][0]["contenders"][0]["num_examples"] <= 4
-    assert set(found["pipelines"][0]["per second"]) >= {"take all", "project all"}
+    assert set(found["quality"][0]["controls"]) == {"recompute all", *CONTROLS}
+    assert len(found["quality"][0]["taken alone"]) == 6
+    assert set(found["pipelines"][0]["per second"]) >= {"take all", "project all", "recompute all"}
+    assert plot.stat().st_size > 5_000
     assert speed.LOSS == pipeline.LOSS
