@@ -47,14 +47,19 @@ def test_a_busy_engine_gives_the_bits_of_a_plain_one_whatever_is_asked(name: str
     torch.set_num_threads(1)
     model, *others = named(name).load("float32", select())
     assert len({each.fingerprint for each in (model, *others)}) == 6
-    report = compare(model, Report(name, "float32", seed=3), 1, requests_per_round=17, variants=by_name(others))
-    assert report.findings == []
-    assert report.exact
-    assert report.rows > 500
-    assert report.answers > 10
-    assert report.cached_tokens > 0
-    assert [met for met in MET if not report.mixed[met]] == []
-    assert report.untried == ()
+    missing = set(MET)  # a round may by chance not meet one or the other
+    for seed in range(3, 9):
+        report = compare(model, Report(name, "float32", seed=seed), 1, requests_per_round=17, variants=by_name(others))
+        assert report.findings == []
+        assert report.exact
+        assert report.rows > 500
+        assert report.answers > 10
+        assert report.cached_tokens > 0
+        assert report.untried == ()
+        missing = {met for met in missing if not report.mixed[met]}
+        if not missing:
+            break
+    assert not missing
 
 
 class NeighbourModel(SumModel):

@@ -64,7 +64,7 @@ def test_a_receiver_is_compared_with_what_is_asked_for(base: HybridModel, choreo
         assert own.kl == 0
         assert 0 < received.kl < zeroed.kl
     moved, other, _ = measured(base, choreo, base)
-    assert moved.kl > 1e-4
+    assert moved.kl > 1e-5
     assert other.by_kind == received.by_kind, "the same answers"
     assert other.kl != received.kl
     assert measured(base, base, choreo)[1].kl == measured(base, base, choreo)[0].kl, "its own entries are the sender's"
