@@ -1,5 +1,7 @@
 """Entries that one model makes from another's where a profile allows it: in lanes of their own, and labelled."""
 
+import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -116,12 +118,14 @@ def test_profiles_are_written_and_read(tmp_path: Path) -> None:
     profile = replace(profile, plans=tuple(plans))
     profile.save(tmp_path / "profile.json")
     assert load_profile(tmp_path / "profile.json") == profile
-    for text in ("{}", "[]", "{", '{"format": 2}'):
+    huge = json.dumps({**json.loads((tmp_path / "profile.json").read_text()), "num_layers": math.inf})
+    alike = (tmp_path / "profile.json").read_text().replace('"receiver": "b"', '"receiver": "a"')
+    for text in ("{}", "[]", "{", '{"format": 2}', "[" * 100_000, huge, alike):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ConfigError, match="profile"):
             load_profile(tmp_path / "bad.json")
     for transfer in every_transfer(6, 1):
         assert transfer_of(str(transfer), 6) == transfer
-    for text in ("take 0-4", "take 1-6", "take 0-6", "steal 0-5", "take 0-2, take 2-5", ""):
+    for text in ("take 0-4", "take 1-6", "take 0-6", "steal 0-5", "take 0-2, take 2-5", "take 0-99999999999", ""):
         with pytest.raises(ValueError, match=r".+"):
             transfer_of(text, 6)
