@@ -39,6 +39,10 @@ class Profile:
     data: str  # what it was measured on
     plans: tuple[Plan, ...]
 
+    def __post_init__(self) -> None:
+        if self.sender == self.receiver:
+            raise ConfigError(f"a profile of {self.sender} and itself, must be of two models")
+
     def save(self, path: Path) -> None:
         values = {"format": FORMAT, **asdict(self)}
         values["plans"] = [asdict(plan) | {"transfer": str(plan.transfer)} for plan in self.plans]
@@ -80,5 +84,5 @@ def load_profile(path: Path) -> Profile:
             for each in values["plans"]
         )
         return Profile(str(values["sender"]), str(values["receiver"]), layers, str(values["data"]), plans)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"profile {path} cannot be read: {type(error).__name__}: {error}") from error

@@ -94,7 +94,10 @@ def transfer_of(text: str, num_layers: int) -> Transfer:
         first, _, last = layers.partition("-")
         if int(first) != len(ways):
             raise ValueError(f"{text!r}: layer {len(ways)} should come before {part!r}")
-        ways += [Way(way)] * (int(last or first) + 1 - len(ways))
+        end = int(last or first) + 1
+        if end > num_layers:
+            raise ValueError(f"{text!r} names {end} layers, the model has {num_layers}")
+        ways += [Way(way)] * (end - len(ways))
     if len(ways) != num_layers:
         raise ValueError(f"{text!r} names {len(ways)} layers, the model has {num_layers}")
     return Transfer(tuple(ways))

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from hybrid_cache.errors import ConfigError
@@ -57,8 +58,8 @@ class ServerSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
         if not self.response_life_s > 0:
             raise ConfigError(f"response_life_s is {self.response_life_s}, must be more than 0")
-        if self.max_loss_asked < 0:
-            raise ConfigError(f"max_loss is {self.max_loss_asked} nats a token, must be at least 0")
+        if not 0 <= self.max_loss_asked < inf:
+            raise ConfigError(f"max_loss is {self.max_loss_asked} nats a token, must be a number of at least 0")
         if not self.body_timeout_s > 0:
             raise ConfigError(f"body_timeout_s is {self.body_timeout_s}, must be more than 0")
         if self.drain_timeout_s < 0:

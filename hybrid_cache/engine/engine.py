@@ -133,8 +133,8 @@ class Engine:
         num_open = sum(prefill.model == fingerprint for prefill in (*prefills, *self._scheduler.messages))
         if num_open:
             raise RequestError(f"{name!r} is in use by {num_open} requests", param="model", code="model_in_use")
-        if not self._family.remove(name):
-            return  # another name of the same model stays
+        if not self._family.remove(name):  # another name of the same model stays
+            return self._scheduler.senders.update(self._family.models)
 
         lanes = self._scheduler.senders.lanes(fingerprint)
 

@@ -1,5 +1,7 @@
 """Entries that one model makes from another's where a profile allows it: in lanes of their own, and labelled."""
 
+import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +111,19 @@ def test_a_profile_of_other_weights_is_refused_and_one_goes_with_its_models(tmp_
     assert received(run(engine, replace(ask("two", more, "other"), max_loss=1.0)), "two") is None
 
 
+def test_a_sender_is_called_by_a_name_that_it_still_has(tmp_path: Path) -> None:
+    base, other = twins("Bamba", tmp_path)
+    variants = {"one": other, "two": other}
+    engine = Engine(base, EngineConfig(budget_bytes=BUDGET), variants=variants)
+    engine.add_profile(profile_of(other, base, (upper(len(base.layers), len(base.layers)), 0.01)))
+    engine.remove_variant("one")
+    prompt = tokens_of(base, 1, 3 * TILE)
+    run(engine, ask("other", prompt, "two"))
+    made = received(run(engine, replace(ask("base", np.append(prompt, 7).astype(np.int32), ""), max_loss=1.0)), "base")
+    assert made is not None
+    assert made.sender == "two"
+
+
 def test_profiles_are_written_and_read(tmp_path: Path) -> None:
     plans = [Plan(upper(6, n), loss, 0.9, n / 6, n) for n, loss in ((0, 0.0), (2, 0.2), (3, 0.3), (5, 0.1))]
     profile = Profile("a", "b", 6, "somewhere", frontier(plans))
@@ -116,12 +131,14 @@ def test_profiles_are_written_and_read(tmp_path: Path) -> None:
     profile = replace(profile, plans=tuple(plans))
     profile.save(tmp_path / "profile.json")
     assert load_profile(tmp_path / "profile.json") == profile
-    for text in ("{}", "[]", "{", '{"format": 2}'):
+    huge = json.dumps({**json.loads((tmp_path / "profile.json").read_text()), "num_layers": math.inf})
+    alike = (tmp_path / "profile.json").read_text().replace('"receiver": "b"', '"receiver": "a"')
+    for text in ("{}", "[]", "{", '{"format": 2}', "[" * 100_000, huge, alike):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ConfigError, match="profile"):
             load_profile(tmp_path / "bad.json")
     for transfer in every_transfer(6, 1):
         assert transfer_of(str(transfer), 6) == transfer
-    for text in ("take 0-4", "take 1-6", "take 0-6", "steal 0-5", "take 0-2, take 2-5", ""):
+    for text in ("take 0-4", "take 1-6", "take 0-6", "steal 0-5", "take 0-2, take 2-5", "take 0-99999999999", ""):
         with pytest.raises(ValueError, match=r".+"):
             transfer_of(text, 6)

@@ -1,5 +1,6 @@
 """What requests and replies say about entries of the cache that one model makes from another's."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hybrid_cache.api.server import launch
 from hybrid_cache.api.server.launch import Loaded, LoadOptions, find_profiles
 from hybrid_cache.api.server.serving import Variant
+from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.server.sharing import NOTHING
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
@@ -135,6 +137,12 @@ def test_what_cannot_be_allowed_is_refused(url: str, sharing: object, says: str)
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 400
     assert says in answer.text
+
+
+@pytest.mark.parametrize("max_loss", [-1.0, math.inf, math.nan])
+def test_a_server_allows_no_endless_loss(max_loss: float) -> None:
+    with pytest.raises(ConfigError, match=f"max_loss is {max_loss} nats a token, must be a number of at least 0"):
+        ServerSettings(("embedded",), "native", "embedded", max_loss_asked=max_loss)
 
 
 def test_profiles_are_found_beside_models(loaded: Loaded, tmp_path: Path) -> None:
