@@ -251,7 +251,7 @@ INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, P
     Scratch layout = lay_out(l, w, num_threads, scratch);
     const Scratch *p = &layout;
     if (!out) layout.lead = 0, layout.row_width -= layout.inner;
-    const int64_t num_groups = w->num_groups, tasks = l->num_tiles * (num_groups + 1);
+    const int64_t num_groups = w->num_groups, tasks = l->num_tiles * (num_groups + 1), num_gated = out ? l->num_rows : 0;
 #pragma omp parallel num_threads(num_threads)
     {
         FLUSH_SUBNORMALS;
@@ -280,7 +280,7 @@ INLINE void run(const Layout *l, const Mamba2 *w, const void *rows, void *out, P
 #pragma omp single nowait
         save_windows(l, at(rows, p->lead, bf16), p->row_width, &conv, p->channels, w->width, bf16);
 #pragma omp for schedule(static)
-        for (int64_t r = 0; out && r < l->num_rows; r++) {
+        for (int64_t r = 0; r < num_gated; r++) {
             void *to = at_mut(out, r * p->inner, bf16);
             float *y = p->y + r * p->innerp;
             const void *z = at(rows, r * p->row_width, bf16);
