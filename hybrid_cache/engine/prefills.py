@@ -96,7 +96,8 @@ class Prefills:
     def _is_sent(self, prefill: Prefill, match: Match, offer: Offer, other: Prefill) -> bool:
         """Whether a running prompt keeps what a transfer reads, and will have more of it than is matched now."""
         namespace = namespace_beside(prefill.namespace, offer.sender)
-        if other.namespace != namespace or other.source is not None or other.arrangement is not None:
+        plain = other.source is None and other.arrangement is None
+        if other.namespace != namespace or not (other.publish and plain):
             return False
         shared, reads = will_share(other, prefill), offer.transfer.reads
         if shared <= max(other.computed, match.length) or not set(reads) <= {*self._kept_layers(other, shared)}:

@@ -134,6 +134,11 @@ class Prefill:
             self.namespace = namespace_beside(self.namespace, self.model, lane.lane if lane else "")
             self.__dict__.pop("keys", None)
 
+    def follow(self, first: "Prefill") -> None:
+        """It is of a further choice of a request, whose answer has named what was done for the first one."""
+        self.enter_lane(first.lane)
+        self.cached = first.cached
+
     @property
     def shift(self) -> int:
         """Index of a token in the sequence minus its position for the model."""

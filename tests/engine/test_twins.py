@@ -14,8 +14,8 @@ from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.namespaces import lane_in
-from hybrid_cache.request import PromptOutput, Received, Request
-from hybrid_cache.tokens import TokenArray
+from hybrid_cache.request import CacheMode, PromptOutput, Received, Request
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from hybrid_cache.transfer import Transfer, projected, upper
 from tests.engine.test_bands import BUDGET, CASES, alone, ask, pair, run, said, tokens_of
 from tests.engine.test_profiled import FAMILIES, every_transfer, profile_of, received, twins
@@ -193,3 +193,52 @@ def test_twins_end_with_their_prompt_and_with_their_reader(how: str, tmp_path: P
     if how != "abort":
         assert said(outputs, "base") == alone(base, shared)
     assert engine.stats().cache.working_bytes == 0
+
+
+@pytest.mark.parametrize("mode", list(CacheMode))
+def test_nobody_waits_for_a_sender_that_leaves_nothing(mode: CacheMode, tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    num, shared = len(base.layers), tokens_of(base, 1, 6 * TILE)
+    engine = new_engine(base, other, upper(num, num), max_tiles=1, order="fcfs")
+    run(engine, reads("lane", shared[:10], 10))  # from now on it is asked for
+    long = np.concatenate([shared, tokens_of(base, 2, 4 * TILE)])
+    engine.submit(replace(ask("base", long, ""), cache_mode=mode))
+    engine.step()
+    engine.submit(reads("other", np.append(shared, 7).astype(np.int32), len(shared)))
+    before = engine.stats().received_tokens
+    outputs = engine.run_until_idle()
+    engine.check()
+    assert [name for name, output in outputs if isinstance(output, PromptOutput)] == ["other", "base"]
+    waits = mode is CacheMode.IMPLICIT
+    assert engine.stats().received_tokens - before == (6 * TILE if waits else 0)
+
+
+@pytest.mark.parametrize("num_read", [2, 5])
+def test_nobody_waits_for_states_that_twins_of_a_marked_prompt_do_not_keep(num_read: int, tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    num, long = len(base.layers), tokens_of(base, 1, 14 * TILE)
+    engine = new_engine(base, other, projected(num, range(num)), max_tiles=1, order="fcfs")
+    expect(engine, base)
+    marks = tuple(Boundary(tiles * TILE, BoundaryKind.EXPLICIT) for tiles in ((2,) if num_read == 2 else (2, 12)))
+    engine.submit(replace(ask("base", long, ""), prompt=Prompt(long, marks), cache_mode=CacheMode.EXPLICIT))
+    engine.step()
+    assert [len(twin.prefill.tokens) for twin in engine._scheduler.twins._owners[0].twins] == [marks[-1].position]
+    engine.submit(reads("other", long[: num_read * TILE], TILE))
+    for _ in range(2):
+        engine.step()
+    assert engine.stats().running == 2  # it has waited for the first mark at most
+    engine.run_until_idle()
+    engine.check()
+
+
+def test_a_choice_that_waits_for_room_stays_in_the_lane_of_the_first_or_out_of_it(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    num, shared = len(base.layers), tokens_of(base, 1, 4 * TILE + 9)
+    engine = new_engine(base, other, upper(num, num), max_running=2)
+    marked = Prompt(shared, (Boundary(TILE, BoundaryKind.EXPLICIT),))
+    request = replace(reads("other", shared), prompt=marked, cache_mode=CacheMode.EXPLICIT, n=2)
+    outputs = run(engine, request, ask("base", np.append(shared, 5).astype(np.int32), "", (4 * TILE,)))
+    assert received(outputs, "other") is None
+    expected = alone(other, shared)
+    for index in range(2):
+        assert [replace(o, index=0) for o in said(outputs, "other") if o.index == index] == expected
