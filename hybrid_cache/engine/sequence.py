@@ -21,6 +21,7 @@ from hybrid_cache.namespaces import fingerprint_in, namespace_beside, namespace_
 from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
 from hybrid_cache.scheduling.base import Pause, Task
+from hybrid_cache.spec import PrefillCost, total_cost
 from hybrid_cache.tokens import Boundary, BoundaryKind, TokenArray
 from hybrid_cache.work import InputRows, input_rows
 
@@ -159,6 +160,11 @@ class Prefill:
         end = self.mark.position if self.mark is not None and self.before_mark else len(self.tokens)
         ahead = (twin.prefill.computed for twin in self.twins)
         return min((there for there in ahead if there > self.computed), default=end)
+
+    @property
+    def beside(self) -> PrefillCost:
+        """Cost of what is made beside it."""
+        return total_cost(twin.offer.cost for twin in self.twins)
 
     @property
     def wanted(self) -> int:

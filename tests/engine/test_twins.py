@@ -1,5 +1,6 @@
 """Double writing: the pass that computes a prompt makes entries for a model that is expected to read it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.batch import HybridModel, go_on
+from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.kernels.grid import TILE
@@ -17,6 +19,7 @@ from hybrid_cache.namespaces import lane_in
 from hybrid_cache.request import CacheMode, PromptOutput, Received, Request
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from hybrid_cache.transfer import Transfer, projected, upper
+from hybrid_cache.work import Work
 from tests.engine.test_bands import BUDGET, CASES, alone, ask, pair, run, said, tokens_of
 from tests.engine.test_profiled import FAMILIES, every_transfer, profile_of, received, twins
 
@@ -242,3 +245,27 @@ def test_a_choice_that_waits_for_room_stays_in_the_lane_of_the_first_or_out_of_i
     expected = alone(other, shared)
     for index in range(2):
         assert [replace(o, index=0) for o in said(outputs, "other") if o.index == index] == expected
+
+
+def test_a_step_is_bounded_in_time_with_what_is_made_beside_it(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    now, took = [0.0], list[float]()
+    s_per_flop = 1e-3 / base.prefill_cost.flops(0, TILE)
+
+    class Timed(Worker):
+        def run(self, work: Work, pause: Callable[[], None] = go_on) -> Hidden:
+            hidden = super().run(work, pause)
+            if work.chunks:
+                now[0] += took[-1]
+            return hidden
+
+    config = EngineConfig(budget_bytes=BUDGET, verify=True, max_step_ms=4.0)
+    engine = Engine(base, config, worker=Timed, clock=lambda: now[0], variants={"other": other})
+    engine.watch = lambda step: took.append(sum(chunk.flops for chunk in step.chunks) * s_per_flop)
+    engine.add_profile(profile_of(base, other, (projected(len(base.layers), range(len(base.layers))), 0.01)))
+    expect(engine, base)
+    written = engine.stats().twin_tokens
+    took.clear()
+    run(engine, ask("base", tokens_of(base, 1, 14 * TILE + 1), ""))
+    assert engine.stats().twin_tokens - written == 14 * TILE
+    assert 2e-3 < max(took) < 4.001e-3
