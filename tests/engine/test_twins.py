@@ -15,6 +15,7 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
+from hybrid_cache.models import loading
 from hybrid_cache.namespaces import lane_in
 from hybrid_cache.request import CacheMode, PromptOutput, Received, Request
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
@@ -269,3 +270,26 @@ def test_a_step_is_bounded_in_time_with_what_is_made_beside_it(tmp_path: Path) -
     run(engine, ask("base", tokens_of(base, 1, 14 * TILE + 1), ""))
     assert engine.stats().twin_tokens - written == 14 * TILE
     assert 2e-3 < max(took) < 4.001e-3
+
+
+def test_nobody_waits_for_a_sender_while_another_has_as_much(tmp_path: Path) -> None:
+    base, other = twins("Bamba", tmp_path)
+    third = loading.load(tmp_path / "other", dtype="float32", ops=base.ops)
+    third.fingerprint, third.chain = "third", ()  # type: ignore[misc]
+    config = EngineConfig(budget_bytes=BUDGET, verify=True, max_tiles=1, order="fcfs")
+    engine = Engine(base, config, variants={"other": other, "third": third})
+    for sender in (base, third):
+        engine.add_profile(profile_of(sender, other, (projected(len(base.layers), range(len(base.layers))), 0.01)))
+    shared = tokens_of(base, 1, 8 * TILE)
+    run(engine, reads("lane", shared[:10], 10))  # from now on it is asked for
+    run(engine, ask("base", np.append(shared, 5).astype(np.int32), "", (len(shared),)))
+    engine.submit(ask("third", np.append(shared, 6).astype(np.int32), "third", (len(shared),)))
+    engine.step()
+    engine.submit(reads("other", np.append(shared, 7).astype(np.int32), len(shared)))
+    engine.step()
+    assert engine.stats().running == 2
+    outputs = engine.run_until_idle()
+    engine.check()
+    prompt = found(outputs, "other")
+    assert prompt.received is not None
+    assert prompt.received.end == 8 * TILE
