@@ -129,8 +129,9 @@ class Engine:
     def remove_variant(self, name: str) -> None:
         """Forgets a variant, and what is cached of it. Raises RequestError if there is none, or it is in use."""
         fingerprint = self._family.fingerprint(name)
-        prefills = (s.prefill for s in (*self._scheduler.sequences(), *self._interruptions.sequences()))
-        num_open = sum(prefill.model == fingerprint for prefill in (*prefills, *self._scheduler.messages))
+        sequences = (*self._scheduler.sequences(), *self._interruptions.sequences())
+        num_open = sum(s.request.model == name or s.prefill.model == fingerprint for s in sequences)
+        num_open += sum(message.model == fingerprint for message in self._scheduler.messages)
         if num_open:
             raise RequestError(f"{name!r} is in use by {num_open} requests", param="model", code="model_in_use")
         if not self._family.remove(name):  # another name of the same model stays

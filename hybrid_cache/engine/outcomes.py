@@ -146,6 +146,7 @@ class Outcomes:
         for index in range(1, first.request.n):
             sequence = self._intake.sequence(first.request, index)
             sequence.arrival, sequence.task = first.arrival, first.task
+            sequence.prefill.follow(first.prefill)
             assert first.prefill.lease is not None
             room = self._scheduler.has_room
             lease = self._cache.fork(first.prefill.lease, len(first.prefill.tokens)) if room else None

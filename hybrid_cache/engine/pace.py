@@ -1,10 +1,11 @@
 """How long a step may take, in tiles: from the rate at which steps before it were computed."""
 
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.spec import PrefillCost
+from hybrid_cache.spec import PrefillCost, total_cost
 
 NEWEST = 0.2  # weight of the newest step in a moving average
 FIRST_TILES = 4  # in a step before any rate is known
+NOTHING = total_cost(())
 
 
 class Pace:
@@ -54,21 +55,25 @@ class Room:
         self._flops = flops
         self._empty = True
 
-    def tiles(self, start: int, most: int) -> int:
-        """How many of a prompt's next tiles still fit, when its first `start` tokens are there."""
+    def tiles(self, start: int, most: int, beside: PrefillCost = NOTHING) -> int:
+        """How many of a prompt's next tiles still fit, when its first `start` tokens are there.
+
+        beside: cost of what the same pass makes of them
+        """
         if self._flops is None:
             return most
+        cost = total_cost((self._cost, beside))
         low, high = int(self._empty), most
         while low < high:
             middle = (low + high + 1) // 2
-            if self._cost.flops(start, start + middle * TILE) <= self._flops:
+            if cost.flops(start, start + middle * TILE) <= self._flops:
                 low = middle
             else:
                 high = middle - 1
         return min(low, most)
 
-    def take(self, start: int, end: int) -> None:
-        """These tokens are computed in the step."""
+    def take(self, start: int, end: int, beside: PrefillCost = NOTHING) -> None:
+        """These tokens are computed in the step. beside: as in `tiles`"""
         self._empty = False
         if self._flops is not None:
-            self._flops -= self._cost.flops(start, end)
+            self._flops -= total_cost((self._cost, beside)).flops(start, end)

@@ -94,15 +94,21 @@ class Prefills:
         )
 
     def _is_sent(self, prefill: Prefill, match: Match, offer: Offer, other: Prefill) -> bool:
-        """Whether a running prompt keeps what a transfer reads, and will have more of it than is matched now."""
+        """Whether a running prompt keeps what a transfer reads, and will have more of it than is matched, or can be
+        received, now.
+        """
         namespace = namespace_beside(prefill.namespace, offer.sender)
-        if other.namespace != namespace or other.source is not None or other.arrangement is not None:
+        plain = other.source is None and other.arrangement is None
+        if other.namespace != namespace or not (other.publish and plain):
             return False
         shared, reads = will_share(other, prefill), offer.transfer.reads
         if shared <= max(other.computed, match.length) or not set(reads) <= {*self._kept_layers(other, shared)}:
             return False
         first, there = -(-match.length // TILE), min(other.computed, shared) // TILE
         if self._cache.inputs.reach(prefill.keys_in(namespace), reads, first, there) < there:
+            return False
+        now = self._best_sent(prefill, match.length, prefill.lane)
+        if now is not None and shared <= now[1].end * TILE:
             return False
         wish_for(other, shared)
         return True

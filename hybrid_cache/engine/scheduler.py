@@ -335,13 +335,13 @@ class Scheduler:
         if not (prompts or self.messages):
             return ()
         for prefill, sequence in [*((message, None) for message in self.messages), *((s.prefill, s) for s in prompts)]:
-            most = min(room.tiles(prefill.computed, tiles), tiles)
+            most = min(room.tiles(prefill.computed, tiles, prefill.beside), tiles)
             if most <= 0 or (ends and prefill.tiles_left > most):
                 prefill.passed_over += 1
                 continue
             chunk = self._cut(prefill, sequence, most)
             chunks.append(chunk)
-            room.take(chunk.start, chunk.end)
+            room.take(chunk.start, chunk.end, prefill.beside)
             tiles -= chunk.most_tiles
             if not chunks[1:]:
                 self._aged_last = aged_first and prefill.passed_over >= MOST_PASSED_OVER

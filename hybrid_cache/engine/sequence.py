@@ -21,6 +21,7 @@ from hybrid_cache.namespaces import fingerprint_in, namespace_beside, namespace_
 from hybrid_cache.request import CacheMode, FinishReason, Request, Stopper
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
 from hybrid_cache.scheduling.base import Pause, Task
+from hybrid_cache.spec import PrefillCost, total_cost
 from hybrid_cache.tokens import Boundary, BoundaryKind, TokenArray
 from hybrid_cache.work import InputRows, input_rows
 
@@ -134,6 +135,11 @@ class Prefill:
             self.namespace = namespace_beside(self.namespace, self.model, lane.lane if lane else "")
             self.__dict__.pop("keys", None)
 
+    def follow(self, first: "Prefill") -> None:
+        """It is of a further choice of a request, whose answer has named what was done for the first one."""
+        self.enter_lane(first.lane)
+        self.cached = first.cached
+
     @property
     def shift(self) -> int:
         """Index of a token in the sequence minus its position for the model."""
@@ -154,6 +160,11 @@ class Prefill:
         end = self.mark.position if self.mark is not None and self.before_mark else len(self.tokens)
         ahead = (twin.prefill.computed for twin in self.twins)
         return min((there for there in ahead if there > self.computed), default=end)
+
+    @property
+    def beside(self) -> PrefillCost:
+        """Cost of what is made beside it."""
+        return total_cost(twin.offer.cost for twin in self.twins)
 
     @property
     def wanted(self) -> int:

@@ -29,7 +29,7 @@ def someone_computes_more(
             if not other.publish or not (other.namespace == prefill.namespace or other.namespace in namespaces):
                 continue
             alike = _alike(other, prefill)
-            if alike == len(other.tokens) == len(prefill.tokens) and not other.only_marked:
+            if other is owner and alike == len(other.tokens) == len(prefill.tokens) and not other.only_marked:
                 return True
             shared = will_share(other, prefill)
             stem = len(prefill.tokens) if prefill.mark is None else prefill.mark.position

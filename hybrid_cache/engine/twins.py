@@ -97,7 +97,8 @@ class Twins:
 
     def _begin(self, prefill: Prefill, offer: Offer, spare: Spare | None) -> None:
         tokens = prefill.tokens[: grid_floor(prefill.wanted)]
-        twin = Prefill(namespace_beside(prefill.namespace, offer.receiver, offer.lane), tokens, True, True)
+        namespace, marks = namespace_beside(prefill.namespace, offer.receiver, offer.lane), prefill.boundaries
+        twin = Prefill(namespace, tokens, True, True, marks, prefill.only_marked)
         match = self._cache.match(twin.namespace, twin.keys.beginning(len(tokens)))
         page, state = self._cache.context_bytes
         held = self._cache.fixed_bytes + page * (len(tokens) - match.shared) + state

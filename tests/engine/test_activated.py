@@ -417,3 +417,20 @@ def test_whatever_is_mixed_answers_are_those_worked_out_by_hand(seed: int) -> No
     stats = engine.stats()
     assert min(stats.cached_tokens, stats.cache.num_evictions) > 0
     assert min(models[name].rows_computed for name in models) > 0
+
+
+@pytest.mark.parametrize("how", ["runs", "is paused"])
+def test_an_adapter_stays_while_a_request_names_it_that_does_not_invoke_it(how: str) -> None:
+    engine, _ = new_engine()
+    tokens = text_of(1, 100)
+    engine.submit(replace(make_request("a", tokens, 3, n=1 if how == "is paused" else 2), model="judge"))
+    if how == "is paused":
+        engine.pause("a")
+    with pytest.raises(RequestError, match="'judge' is in use by 1 requests"):
+        engine.remove_variant("judge")
+    if how == "is paused":
+        engine.resume("a", [5])
+        tokens = np.append(tokens, 5).astype(np.int32)
+    assert answers(engine.run_until_idle(), "a") == answer_of("", tokens, 3)
+    engine.remove_variant("judge")
+    engine.check()

@@ -1,5 +1,6 @@
 """Double writing: the pass that computes a prompt makes entries for a model that is expected to read it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +9,18 @@ import pytest
 import torch
 
 from hybrid_cache.config import EngineConfig
-from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.device.batch import HybridModel, go_on
+from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import KVTensors
+from hybrid_cache.models import loading
 from hybrid_cache.namespaces import lane_in, namespace_of
-from hybrid_cache.request import PromptOutput, Received, Request
-from hybrid_cache.tokens import TokenArray
+from hybrid_cache.request import CacheMode, PromptOutput, Received, Request
+from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt, TokenArray
 from hybrid_cache.transfer import Transfer, projected, upper
+from hybrid_cache.work import Work
 from tests.engine.test_bands import BUDGET, CASES, alone, ask, pair, run, said, tokens_of
 from tests.engine.test_profiled import FAMILIES, every_transfer, profile_of, received, twins
 
@@ -212,3 +216,99 @@ def test_a_twin_that_is_ahead_of_its_prompt_waits_for_it(tmp_path: Path) -> None
     outputs = run(engine, reads("other", prompt, len(longer)))
     assert found(outputs, "other").cached_tokens >= 6 * TILE
     assert said(outputs, "other") == alone(other, prompt)
+
+
+@pytest.mark.parametrize("mode", list(CacheMode))
+def test_nobody_waits_for_a_sender_that_leaves_nothing(mode: CacheMode, tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    num, shared = len(base.layers), tokens_of(base, 1, 6 * TILE)
+    engine = new_engine(base, other, upper(num, num), max_tiles=1, order="fcfs")
+    run(engine, reads("lane", shared[:10], 10))  # from now on it is asked for
+    long = np.concatenate([shared, tokens_of(base, 2, 4 * TILE)])
+    engine.submit(replace(ask("base", long, ""), cache_mode=mode))
+    engine.step()
+    engine.submit(reads("other", np.append(shared, 7).astype(np.int32), len(shared)))
+    before = engine.stats().received_tokens
+    outputs = engine.run_until_idle()
+    engine.check()
+    assert [name for name, output in outputs if isinstance(output, PromptOutput)] == ["other", "base"]
+    waits = mode is CacheMode.IMPLICIT
+    assert engine.stats().received_tokens - before == (6 * TILE if waits else 0)
+
+
+@pytest.mark.parametrize("num_read", [2, 5])
+def test_nobody_waits_for_states_that_twins_of_a_marked_prompt_do_not_keep(num_read: int, tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    num, long = len(base.layers), tokens_of(base, 1, 14 * TILE)
+    engine = new_engine(base, other, projected(num, range(num)), max_tiles=1, order="fcfs")
+    expect(engine, base)
+    marks = tuple(Boundary(tiles * TILE, BoundaryKind.EXPLICIT) for tiles in ((2,) if num_read == 2 else (2, 12)))
+    engine.submit(replace(ask("base", long, ""), prompt=Prompt(long, marks), cache_mode=CacheMode.EXPLICIT))
+    engine.step()
+    assert [len(twin.prefill.tokens) for twin in engine._scheduler.twins._owners[0].twins] == [marks[-1].position]
+    engine.submit(reads("other", long[: num_read * TILE], TILE))
+    for _ in range(2):
+        engine.step()
+    assert engine.stats().running == 2  # it has waited for the first mark at most
+    engine.run_until_idle()
+    engine.check()
+
+
+def test_a_choice_that_waits_for_room_stays_in_the_lane_of_the_first_or_out_of_it(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    num, shared = len(base.layers), tokens_of(base, 1, 4 * TILE + 9)
+    engine = new_engine(base, other, upper(num, num), max_running=2)
+    marked = Prompt(shared, (Boundary(TILE, BoundaryKind.EXPLICIT),))
+    request = replace(reads("other", shared), prompt=marked, cache_mode=CacheMode.EXPLICIT, n=2)
+    outputs = run(engine, request, ask("base", np.append(shared, 5).astype(np.int32), "", (4 * TILE,)))
+    assert received(outputs, "other") is None
+    expected = alone(other, shared)
+    for index in range(2):
+        assert [replace(o, index=0) for o in said(outputs, "other") if o.index == index] == expected
+
+
+def test_a_step_is_bounded_in_time_with_what_is_made_beside_it(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    now, took = [0.0], list[float]()
+    s_per_flop = 1e-3 / base.prefill_cost.flops(0, TILE)
+
+    class Timed(Worker):
+        def run(self, work: Work, pause: Callable[[], None] = go_on) -> Hidden:
+            hidden = super().run(work, pause)
+            if work.chunks:
+                now[0] += took[-1]
+            return hidden
+
+    config = EngineConfig(budget_bytes=BUDGET, verify=True, max_step_ms=4.0)
+    engine = Engine(base, config, worker=Timed, clock=lambda: now[0], variants={"other": other})
+    engine.watch = lambda step: took.append(sum(chunk.flops for chunk in step.chunks) * s_per_flop)
+    engine.add_profile(profile_of(base, other, (projected(len(base.layers), range(len(base.layers))), 0.01)))
+    expect(engine, base)
+    written = engine.stats().twin_tokens
+    took.clear()
+    run(engine, ask("base", tokens_of(base, 1, 14 * TILE + 1), ""))
+    assert engine.stats().twin_tokens - written == 14 * TILE
+    assert 2e-3 < max(took) < 4.001e-3
+
+
+def test_nobody_waits_for_a_sender_while_another_has_as_much(tmp_path: Path) -> None:
+    base, other = twins("Bamba", tmp_path)
+    third = loading.load(tmp_path / "other", dtype="float32", ops=base.ops)
+    third.fingerprint, third.chain = "third", ()  # type: ignore[misc]
+    config = EngineConfig(budget_bytes=BUDGET, verify=True, max_tiles=1, order="fcfs")
+    engine = Engine(base, config, variants={"other": other, "third": third})
+    for sender in (base, third):
+        engine.add_profile(profile_of(sender, other, (projected(len(base.layers), range(len(base.layers))), 0.01)))
+    shared = tokens_of(base, 1, 8 * TILE)
+    run(engine, reads("lane", shared[:10], 10))  # from now on it is asked for
+    run(engine, ask("base", np.append(shared, 5).astype(np.int32), "", (len(shared),)))
+    engine.submit(ask("third", np.append(shared, 6).astype(np.int32), "third", (len(shared),)))
+    engine.step()
+    engine.submit(reads("other", np.append(shared, 7).astype(np.int32), len(shared)))
+    engine.step()
+    assert engine.stats().running == 2
+    outputs = engine.run_until_idle()
+    engine.check()
+    prompt = found(outputs, "other")
+    assert prompt.received is not None
+    assert prompt.received.end == 8 * TILE
