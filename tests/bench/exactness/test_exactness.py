@@ -43,15 +43,18 @@ def run(model: SumModel, requests_per_round: int = 3) -> Report:
     return compare(model, Report("fake", "float32", seed=1), 1, requests_per_round=requests_per_round)
 
 
-@pytest.mark.parametrize("name", [pytest.param("small minimax", marks=pytest.mark.slow), "small lfm2"])
+@pytest.mark.parametrize(
+    ("name", "num_requests", "more"),
+    [pytest.param("small minimax", 30, rounds.MORE_ROUNDS, marks=pytest.mark.slow), ("small lfm2", 15, 0)],
+)
 def test_a_busy_engine_gives_the_bits_of_a_plain_one_whatever_is_asked(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, num_requests: int, more: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(rounds, "MORE_ROUNDS", 0)
+    monkeypatch.setattr(rounds, "MORE_ROUNDS", more)
     model, *others = named(name).load("float32", select())
     assert len({each.fingerprint for each in (model, *others)}) == 6
-    report = compare(model, Report(name, "float32", seed=7), 1, requests_per_round=15, variants=by_name(others))
+    report = compare(model, Report(name, "float32", 7), 1, None, num_requests, variants=by_name(others))
     assert report.findings == []
     assert report.exact
     assert report.rows > 500
