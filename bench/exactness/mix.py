@@ -60,6 +60,7 @@ class Phase:
     stopped: float = 0.25  # share of requests that something may stop early
     arrivals: tuple[int, ...] = (0,)  # steps between two requests; -1 is until nobody waits and a little more
     in_turn: float = 0.3  # share of requests of conversations that several models read in turn, if there are any
+    named: float = 0.4  # share of these that name their messages
     usual: int = 4  # requests with the usual cache mode, to one with each of all modes
     scored: float = 0.1  # share of requests whose prompt is scored
     policies: tuple[str, ...] = (*policy_names(), Learned.name, Learned.name)
@@ -97,13 +98,14 @@ SHARED = replace(
     MIXED,
     name="shared",
     in_turn=0.93,
+    named=0.1,
     usual=30,
     scored=0.02,
     requests=40,
     messages=(20, 90, 150, 200, 250, 290, *GRID),
     longest=900,
     answers=(0, 1, 2, 8, 20),
-    budgets=(12, 60, 200, 400),
+    budgets=(12, 30, 100),
 ).sharing
 TIGHT = Phase(
     "tight",
@@ -186,7 +188,7 @@ class Mix:
         salt, model, messages = self._in_turn() if in_turn else self._of_its_own()
         opening = self._tokens(0) if rng.random() < 0.2 else rng.choice(list(self._openings.values()))
         sampling = self._sampling()
-        if rng.random() < (0.1 if in_turn else 0.75):
+        if rng.random() < (self._phase.named if in_turn else 0.75):
             return self._arranged(salt, model, messages, opening, sampling)
         tokens, marks = self._joined(messages, opening)
         if rng.random() < (0.05 if in_turn else 0.2):  # exactly on the grid, or next to it
