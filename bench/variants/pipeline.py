@@ -54,7 +54,7 @@ class Load:
     num_question: int = 64
     num_answer: int = 16
     num_pipelines: int = 24
-    budget_bytes: int = 16 << 30
+    budget_bytes: int = 4 << 30
     slo: float = 3.0  # times what a pipeline takes alone, where nothing is shared
     seed: int = 1
 

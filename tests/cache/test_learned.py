@@ -118,6 +118,18 @@ def test_before_anything_is_known_the_older_is_worth_less() -> None:
     assert indices == sorted(indices, reverse=True)
 
 
+def test_what_was_used_after_the_clock_was_read_is_worth_what_is_used_now() -> None:
+    model = ReturnModel((1.0,), (1,))
+    for i in range(100):  # all return after three seconds, so that waiting makes a place worth more at first
+        model.end(0, model.begin(0, [0], 10.0 * i), 10.0 * i + 3.0)
+    model.fit(1000.0)
+    now = model.index_of(0, [0], 0.0)
+    assert model.index_of(0, [0], 2.0) > now > 0
+    assert model.index_of(0, [0], -20.0) == now
+    nothing, ages = np.zeros(1, np.int64), np.array([-20.0])
+    assert model.index(nothing, model.level(nothing, np.zeros((1, 1), np.int64)), ages)[0] == pytest.approx(now)
+
+
 # Places
 
 

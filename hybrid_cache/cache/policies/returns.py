@@ -117,7 +117,10 @@ class ReturnModel:
         return np.asarray(np.clip(((log_rate - LEVELS[0]) * 4 + 0.5).astype(np.int64), 0, len(LEVELS) - 1))
 
     def index(self, groups: Ints, levels: Ints, ages: Floats) -> Floats:
-        """Returns a second that holding each place is worth now, all arguments [n]."""
+        """Returns a second that holding each place is worth now, all arguments [n]. A negative age, of what
+        was used after the clock was read, counts as zero.
+        """
+        ages = np.maximum(ages, 0.0)
         bucket = buckets(ages)
         part = np.minimum((ages - EDGES[bucket]) / WIDTHS[bucket], 1.0)
         here, there = self._table[groups, levels, bucket], self._table[groups, levels, bucket + 1]
@@ -125,6 +128,7 @@ class ReturnModel:
 
     def index_of(self, group: int, features: Sequence[int], age: float) -> float:
         """`index` of one place: the same numbers without the cost of arrays."""
+        age = max(age, 0.0)
         log_rate = sum(map(operator.getitem, self._weights[group], features))
         level = min(max(int((log_rate - LEVELS[0]) * 4 + 0.5), 0), len(LEVELS) - 1)
         bucket = min(max(math.frexp(max(age, 0.5))[1], 0), NUM_BUCKETS - 1)
