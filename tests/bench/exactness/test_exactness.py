@@ -13,7 +13,6 @@ from hybrid_cache.api.cli import main as cli
 from hybrid_cache.bench.exactness import command
 from hybrid_cache.bench.exactness import run as rounds
 from hybrid_cache.bench.exactness.models import by_name, named
-from hybrid_cache.bench.exactness.origins import Behind
 from hybrid_cache.bench.exactness.report import Report, verdicts
 from hybrid_cache.bench.exactness.run import compare
 from hybrid_cache.cache.lease import Lease
