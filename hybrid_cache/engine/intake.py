@@ -108,6 +108,9 @@ class Intake:
         if low < 0 or high >= self.vocab_size:
             wrong = low if low < 0 else high
             raise RequestError(f"prompt token {wrong} is outside the vocabulary [0, {self.vocab_size})", param="prompt")
+        last = max((boundary.position for boundary in prompt.boundaries), default=0)
+        if last > len(prompt.tokens):
+            raise RequestError(f"a boundary at {last}, the prompt has {len(prompt.tokens)} tokens", param="prompt")
         return len(prompt.tokens)
 
     def num_cached(self, request: Request) -> int:

@@ -66,10 +66,9 @@ class Senders:
         self._make_offers()
 
     def update(self, models: Mapping[str, Layered]) -> None:
-        """To be called when a model has come or gone. models: by name"""
+        """To be called when a model has come or gone; profiles wait for models that come back. models: by name"""
         self._names = {model.fingerprint: name for name, model in reversed([*models.items()])}
         self._models = {model.fingerprint: model for model in models.values()}
-        self._profiles = {pair: profile for pair, profile in self._profiles.items() if {*pair} <= {*self._models}}
         self._make_offers()
 
     def _make_offers(self) -> None:
@@ -128,7 +127,7 @@ class Senders:
 
     def _profiled(self, receiver: Layered) -> Iterable[Offer]:
         for (sender, name), profile in self._profiles.items():
-            if name == receiver.fingerprint:
+            if name == receiver.fingerprint and sender in self._models:
                 for plan in profile.plans:
                     lane = lane_of(sender, plan.transfer)
                     more = plan.loss, lane, name

@@ -107,6 +107,9 @@ class Twins:
         lease = self._cache.acquire(match, twin.keys, spare=spare)
         if lease is None:
             return
+        if lease.length < prefill.computed:  # what was matched had to make room
+            self._cache.release(lease)
+            return
         twin.lease, twin.computed = lease, lease.length
         prefill.twins.append(Twin(offer, twin))
 

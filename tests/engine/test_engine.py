@@ -299,3 +299,10 @@ def test_a_plan_is_made_for_arranged_requests_only() -> None:
     engine, _ = new_engine()
     with pytest.raises(RequestError, match="names no messages"):
         engine.plan(make_request("a", tokens_of(0, 70)))
+
+
+def test_a_boundary_behind_the_prompt_is_refused() -> None:
+    engine = Engine(SumModel(), EngineConfig(budget_bytes=1 << 22))
+    prompt = Prompt(tokens_of(1, 100), (Boundary(100), Boundary(101)))
+    with pytest.raises(RequestError, match="a boundary at 101, the prompt has 100 tokens"):
+        engine.submit(Request("a", prompt, SamplingParams(temperature=0, max_tokens=1)))
