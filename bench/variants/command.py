@@ -14,24 +14,24 @@ from rich.table import Table
 
 from hybrid_cache.bench.variants import pipeline
 from hybrid_cache.bench.variants.plot import draw
-from hybrid_cache.bench.variants.quality import BUDGETS, CONTROLS, Outcome, Quality, best, outcomes
+from hybrid_cache.bench.variants.quality import (
+    BUDGETS,
+    CONTROLS,
+    PAIRS,
+    Outcome,
+    Quality,
+    best,
+    layers_of,
+    load_pair,
+    outcomes,
+)
 from hybrid_cache.bench.variants.speed import NUM_TIMINGS, Timing, timings
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.dispatch import select
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models import loading
-from hybrid_cache.models.tools.pairs import Measured, Pair
-from hybrid_cache.models.training.paired import dialogues
+from hybrid_cache.models.tools.pairs import Measured
 
 T = TypeVar("T")
-CHOREO = "embedded+embedded-choreo"
-BOTH_WAYS = (
-    ("embedded", CHOREO),
-    ("embedded", "embedded-style"),
-    ("embedded", "embedded-half"),
-    ("recall", "recall-style"),
-)
-PAIRS = tuple(f"{a}:{b}" for one, other in BOTH_WAYS for a, b in ((one, other), (other, one)))
 ACTIVATED = "embedded+embedded-polite"
 AGENTS = (3, 8)
 SHOWN = ("take all", "exact band", "random set", "project all", "project states", "project attention")
@@ -67,7 +67,7 @@ def variants(
                 measured = [each for each in found_of if each is not None]
                 found["quality"] = [each.values() for each in measured]
                 if plot is not None and measured:
-                    draw(measured, plot)
+                    draw([each.layers for each in measured], plot)
             if speed:
                 found["speed"] = _speed(ops, tokens, new, seed, progress, console)
             if pipelines:
@@ -79,19 +79,17 @@ def variants(
 
 
 def _quality(name: str, ops: Ops, num: int, seed: int, progress: Progress, console: Console) -> Quality | None:
-    """None for an activated adapter, which reads what comes before its invocation as its base does."""
-    sender, _, receiver = name.partition(":")
-    one, other = (loading.load_named(each, ops=ops) for each in (sender, receiver))
-    if other.model.invocation or one.model.invocation:
-        console.print(f"{sender} to {receiver}: exact before the invocation, nothing is lost")
+    title, pair = name.replace(":", " to ", 1), load_pair(name, ops, num, seed)
+    if pair is None:
+        console.print(f"{title}: exact before the invocation, nothing is lost")
         return None
-    pair = Pair(one.model, other.model, [*dialogues(loading.embedded_path(), num, seed, other.own_folder)])
-    task = progress.add_task(f"{sender} to {receiver}", total=3 * len(pair.examples))
+    examples = range(len(pair.examples))
+    task = progress.add_task(title, total=3 * len(examples))
     found = _last(outcomes(pair, seed), progress, task)
-    controls = _last(pair.measure_alone(range(len(pair.examples))), progress, task)
-    alone = _last(pair.measure_layers(range(len(pair.examples))), progress, task)
-    console.print(_table(f"{sender} to {receiver}, {len(pair.examples)} dialogues", found, controls))
-    return Quality(sender, receiver, found, controls, [layer.kind for layer in pair.receiver.layers], alone)
+    controls = _last(pair.measure_alone(examples), progress, task)
+    alone = _last(pair.measure_layers(examples), progress, task)
+    console.print(_table(f"{title}, {len(examples)} dialogues", found, controls))
+    return Quality(layers_of(name, pair, alone), found, controls)
 
 
 def _last(steps: Iterable[list[T]], progress: Progress, task: TaskID) -> list[T]:

@@ -4,12 +4,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from random import Random
 
+from hybrid_cache.kernels.ops import Ops
+from hybrid_cache.models import loading
 from hybrid_cache.models.tools.pairs import Measured, Pair
 from hybrid_cache.models.tools.plans import group, is_group
+from hybrid_cache.models.training.paired import dialogues
 from hybrid_cache.profile import Plan
 from hybrid_cache.transfer import Transfer, Way, projected, upper
 
 BUDGETS = (1 / 24, 1 / 12, 1 / 8, 1 / 4.5, 1 / 2)  # FLOPs of the receiver, of computing everything
+CHOREO = "embedded+embedded-choreo"
+BOTH_WAYS = (
+    ("embedded", CHOREO),
+    ("embedded", "embedded-style"),
+    ("embedded", "embedded-half"),
+    ("recall", "recall-style"),
+)
+PAIRS = tuple(f"{a}:{b}" for one, other in BOTH_WAYS for a, b in ((one, other), (other, one)))
 RANDOM_SETS = 3
 CONTROLS = ("states of what is shared zeroed", "attention blind to what is shared")
 
@@ -40,21 +51,28 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
-    """What was measured in one direction of a pair."""
+class Layers:
+    """What taking one layer alone loses in one direction of a pair, all others being the receiver's own."""
 
     sender: str
     receiver: str
+    kinds: list[str]  # of layers
+    alone: list[Measured]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What was measured in one direction of a pair."""
+
+    layers: Layers
     outcomes: list[Outcome]
     controls: list[Measured]  # everything recomputed, and CONTROLS
-    kinds: list[str]  # of layers
-    alone: list[Measured]  # by layer: it is taken, all others are the receiver's own
 
     def values(self) -> dict[str, object]:
         """For a file."""
         return {
-            "sender": self.sender,
-            "receiver": self.receiver,
+            "sender": self.layers.sender,
+            "receiver": self.layers.receiver,
             "contenders": [
                 {"name": e.name, "transfer": str(e.plan.transfer), **asdict(e.measured), "flops": e.plan.flops}
                 for e in self.outcomes
@@ -62,8 +80,24 @@ class Quality:
             "controls": {
                 name: asdict(each) for name, each in zip(("recompute all", *CONTROLS), self.controls, strict=True)
             },
-            "taken alone": [{"layer": kind, **asdict(each)} for kind, each in zip(self.kinds, self.alone, strict=True)],
+            "taken alone": [
+                {"layer": kind, **asdict(each)} for kind, each in zip(self.layers.kinds, self.layers.alone, strict=True)
+            ],
         }
+
+
+def load_pair(name: str, ops: Ops, num: int, seed: int) -> Pair | None:
+    """name: SENDER:RECEIVER. None with an activated adapter: it reads what comes before its invocation as its base."""
+    sender, _, receiver = name.partition(":")
+    one, other = (loading.load_named(each, ops=ops) for each in (sender, receiver))
+    if one.model.invocation or other.model.invocation:
+        return None
+    return Pair(one.model, other.model, [*dialogues(loading.embedded_path(), num, seed, other.own_folder)])
+
+
+def layers_of(name: str, pair: Pair, alone: list[Measured]) -> Layers:
+    sender, _, receiver = name.partition(":")
+    return Layers(sender, receiver, [layer.kind for layer in pair.receiver.layers], alone)
 
 
 def contenders(pair: Pair, seed: int) -> Iterator[tuple[str, Transfer]]:
