@@ -26,6 +26,7 @@ prefills = partial(Mutant, "hybrid_cache/engine/prefills.py")
 books = partial(Mutant, "hybrid_cache/cache/books.py")
 inputs = partial(Mutant, "hybrid_cache/device/inputs.py")
 twins = partial(Mutant, "hybrid_cache/engine/twins.py")
+sequence = partial(Mutant, "hybrid_cache/engine/sequence.py")
 scheduler = partial(Mutant, "hybrid_cache/engine/scheduler.py")
 BANDS, PROFILED = ("tests/engine/test_bands.py",), ("tests/engine/test_profiled.py",)
 TWINS = ("tests/engine/test_twins.py",)
@@ -284,5 +285,35 @@ MUTANTS = [
         "                part.held[place].rows = slice(first, first + len(rows.tokens))\n",
         "                part.held[place].rows = slice(0, len(rows.tokens))\n",
         ("tests/engine/test_twins.py", "tests/engine/test_variants_mixed.py"),
+    ),
+    prefills(
+        "a prompt waits for a sender that leaves nothing",
+        "not (other.publish and plain)",
+        "not plain",
+        TWINS,
+    ),
+    prefills(
+        "a prompt waits for what another sender has already",
+        "        if now is not None and shared <= now[1].end * TILE:\n            return False\n",
+        "",
+        TWINS,
+    ),
+    sequence(
+        "a further choice chooses a lane for itself",
+        "        self.enter_lane(first.lane)\n",
+        "",
+        TWINS,
+    ),
+    twins(
+        "a twin of a prompt that keeps only marked states is waited for elsewhere",
+        "Prefill(namespace, tokens, True, True, marks, prefill.only_marked)",
+        "Prefill(namespace, tokens, True, True)",
+        TWINS,
+    ),
+    senders(
+        "a profile whose sender has gone is offered",
+        " and sender in self._models:",
+        ":",
+        PROFILED,
     ),
 ]
