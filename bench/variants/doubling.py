@@ -40,7 +40,7 @@ class Texts:
 
     def __init__(self, ops: Ops, num_tokens: int, num_new: int, seed: int) -> None:
         self.base = random_model(MID_GRANITE, ops, torch.bfloat16)[0]
-        self.other = random_model(MID_GRANITE, ops, torch.bfloat16, other=1)[0]
+        self.other = random_model(MID_GRANITE, ops, torch.bfloat16, other=1, first=0)[0]
         self._rng = np.random.default_rng(seed)
         self._num_tokens = num_tokens
         self._num_new = num_new
