@@ -11,6 +11,7 @@ import torch
 from hybrid_cache.bench.common.random_model import MID_GRANITE, random_model
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.profile import Plan, Profile
 from hybrid_cache.request import PromptOutput, Request
@@ -85,7 +86,7 @@ class Texts:
                 senders[place].append(self.ask(engine, np.append(text, 5), "", len(text))[0])
                 seconds, cached = self.ask(engine, np.concatenate([text, new]), "other", len(text))
                 receivers[place].append(seconds)
-                if place == 0 and cached < len(text) // 64 * 64:
+                if place == 0 and cached < len(text) // TILE * TILE:
                     raise RuntimeError(f"{name}: {cached} of {len(text)} tokens were written for the receiver")
                 engine.cache.drop()
             wholes.append(self.ask(engines[1], np.concatenate([text, new]), "other", len(text))[0])

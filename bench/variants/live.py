@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Annotated
 
 import httpx
@@ -160,11 +161,18 @@ def _pairs(one: Sequence[Sequence[Turn]], other: Sequence[Sequence[Turn]]) -> li
     return [pair for a, b in zip(one, other, strict=True) for pair in zip(a, b, strict=True)]
 
 
+def _apart(pairs: Sequence[tuple[Turn, Turn]]) -> float:
+    """By how much log-probabilities of tokens differ that both said, up to the first that differs: a mean."""
+    both = (takewhile(lambda two: two[0][0] == two[1][0], zip(a.logprobs, b.logprobs, strict=False)) for a, b in pairs)
+    differences = [abs(one[1] - other[1]) for said in both for one, other in said]
+    return statistics.fmean(differences) if differences else 0.0
+
+
 def show(agents: Sequence[str], ways: dict[str, list[list[Turn]]], console: Console) -> None:
     """Tables: a row for each agent and way; what differs from agents by themselves."""
     first, *_ = ways.values()
     table = Table(title=f"{len(first)} pipelines of {len(agents)} agents, medians")
-    for column in ("", "seconds", "of each by itself", "same tokens", "same bits"):
+    for column in ("", "seconds", "of alone", "same tokens", "same bits", "nats apart"):
         table.add_column(column, justify="left" if not column else "right")
     for way, played in ways.items():
         seconds = statistics.median(sum(turn.seconds for turn in turns) for turns in played)
@@ -175,7 +183,8 @@ def show(agents: Sequence[str], ways: dict[str, list[list[Turn]]], console: Cons
         pairs = _pairs(first, played)
         tokens = sum([t for t, _ in a.logprobs] == [t for t, _ in b.logprobs] for a, b in pairs)
         bits = sum(a.logprobs == b.logprobs for a, b in pairs)
-        table.add_row(way, f"{seconds:.3f}", f"{ratio:.2f}", f"{tokens}/{len(pairs)}", f"{bits}/{len(pairs)}")
+        same = f"{tokens}/{len(pairs)}", f"{bits}/{len(pairs)}"
+        table.add_row(way, f"{seconds:.3f}", f"{ratio:.2f}", *same, f"{_apart(pairs):.4f}")
     console.print(table)
     table = Table(title="tokens of prompts: all, cached, received from another model; medians")
     for column in ("agent", "way", "prompt", "cached", "received", "seconds"):

@@ -51,9 +51,13 @@ def test_agents_are_played_by_themselves_and_together(url: str) -> None:
     done = CliRunner().invoke(cli.app, [*PLAY, "--url", url, "--pipelines", "3", "--max-loss", "0.01"])
     assert done.exit_code == 0, done.output
     rows = [re.split(r"\s*[│┃]\s*", line.strip()) for line in done.output.splitlines()]
-    bits = {row[1]: row[5] for row in rows if len(row) == 7 and row[5].endswith("/9")}
+    bits = {row[1]: row[5] for row in rows if len(row) == 8 and row[5].endswith("/9")}
     assert (bits["each by itself"], bits["exact sharing"]) == ("9/9", "9/9")
-    received = {tuple(row[1:3]): int(row[5].replace(",", "")) for row in rows if len(row) == 8 and row[3] != "prompt"}
+    received = {
+        tuple(row[1:3]): int(row[5].replace(",", ""))
+        for row in rows
+        if len(row) == 8 and row[4].isdecimal() and row[3] != "prompt"
+    }
     assert received[HALF, "exact sharing"] > 64
     assert received[HALF, "each by itself"] == received[OTHER, "exact sharing"] == 0
 
