@@ -184,7 +184,7 @@ def show(agents: Sequence[str], ways: dict[str, list[list[Turn]]], console: Cons
         tokens = sum([t for t, _ in a.logprobs] == [t for t, _ in b.logprobs] for a, b in pairs)
         bits = sum(a.logprobs == b.logprobs for a, b in pairs)
         same = f"{tokens}/{len(pairs)}", f"{bits}/{len(pairs)}"
-        table.add_row(way, f"{seconds:.3f}", f"{ratio:.2f}", *same, f"{_apart(pairs):.4f}")
+        table.add_row(way, f"{seconds:.3f}", f"{ratio:.2f}", *same, f"{_apart(pairs):.6f}")
     console.print(table)
     table = Table(title="tokens of prompts: all, cached, received from another model; medians")
     for column in ("agent", "way", "prompt", "cached", "received", "seconds"):

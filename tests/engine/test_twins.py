@@ -312,3 +312,14 @@ def test_nobody_waits_for_a_sender_while_another_has_as_much(tmp_path: Path) -> 
     prompt = found(outputs, "other")
     assert prompt.received is not None
     assert prompt.received.end == 8 * TILE
+
+
+def test_the_policy_learns_of_what_is_written_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    engine = new_engine(base, other, projected(len(base.layers), range(len(base.layers))))
+    expect(engine, base)
+    policy, seen = engine.cache.pool.policy, list[str]()
+    propose = policy.propose
+    monkeypatch.setattr(policy, "propose", lambda outline: seen.append(outline.keys.namespace) or propose(outline))
+    run(engine, ask("base", tokens_of(base, 1, LENGTH), ""))
+    assert any(lane_in(namespace) for namespace in seen)  # else it takes a state there for worthless

@@ -316,4 +316,10 @@ MUTANTS = [
         ":",
         PROFILED,
     ),
+    twins(
+        "the policy never hears of what is written beside",
+        "        self._cache.propose(lease, prefill.boundaries, only_marked=prefill.only_marked, session=prefill.session)\n",
+        "",
+        TWINS,
+    ),
 ]
