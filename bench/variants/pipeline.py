@@ -42,7 +42,6 @@ STEPS = 6  # of a bisection from what is served without sharing to twice as much
 IN_TIME = 0.9  # part of the pipelines
 LOSS = 0.01
 ONE = SamplingParams(temperature=0, max_tokens=1)
-FIRST = "agent0"  # whose entries the others use
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class Sharing:
     name: str
     transfer: Transfer | None = None  # how they make theirs; None: not at all
     first: int | None = None  # the layer from which their weights differ; None: all do
-    written: Transfer | None = None  # what the first one computes for each of them in its own prefill
+    twice: bool = False  # the first one writes for them in its own prefill, once it knows that they read it
     cached: bool = True  # anything is
 
 
@@ -77,7 +76,7 @@ def ways(*, few: bool, seed: int) -> tuple[Sharing, ...]:
     everything, nothing = projected(num, range(num)), upper(num, num)
     own = Sharing("exact caches, each its own")
     made = Sharing("project all", everything)
-    double = Sharing("double writing of all (modelled)", nothing, written=everything)
+    double = Sharing("double writing of all", everything, twice=True)
     taken = Sharing("take all", nothing)
     if few:
         return own, made, double, taken
@@ -108,20 +107,17 @@ class _Agent(SimulatedModel):
 
 
 class _Worker(SimulatedWorker):
-    """Where entries are made from another model's, less time passes; where a model writes others' too, more."""
+    """Where entries are made from another model's, less time passes."""
 
     layers: tuple[LayerSpec, ...] = ()
-    writes = PrefillCost(0.0, 0.0)  # of the first model, beside its own pass
 
     def _pass_s(self, work: Work) -> float:
-        more = 0.0
+        spared = 0.0
         for rows in work.chunks:
             end = rows.start + -(-len(rows.tokens) // TILE) * TILE
             if rows.transfer is not None:
-                more -= offer("", "", self.layers, rows.transfer).spares.flops(rows.start, end)
-            elif rows.model == FIRST:
-                more += self.writes.flops(rows.start, end)
-        return super()._pass_s(work) + more
+                spared += offer("", "", self.layers, rows.transfer).spares.flops(rows.start, end)
+        return super()._pass_s(work) - spared
 
 
 @cache
@@ -158,16 +154,15 @@ class Pipelines:
             max_waiting=1 << 12,
             max_tiles=16,
             max_tiles_beside_decode=4,
+            double_writing=sharing.twice,
             verify=False,
         )
 
-        written = sharing.written or upper(len(layers), len(layers))
-        writes = offer("", "", layers, written).cost.part(load.num_agents - 1)
         self._mode = CacheMode.IMPLICIT if sharing.cached else CacheMode.OFF
 
         def worker(model: object, memory: object, spare: object) -> _Worker:
             made = _Worker(machine, self._clock, memory)  # type: ignore[arg-type]
-            made.layers, made.writes = layers, writes
+            made.layers = layers
             made.models = {}
             return made
 

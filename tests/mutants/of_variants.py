@@ -318,8 +318,8 @@ MUTANTS = [
     ),
     twins(
         "the policy never hears of what is written beside",
-        "        self._cache.propose(lease, prefill.boundaries, only_marked=prefill.only_marked, session=prefill.session)\n",
-        "",
+        "        self._cache.propose(lease, ",
+        "        dict(lease=lease, of=",
         TWINS,
     ),
 ]
