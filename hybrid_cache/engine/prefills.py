@@ -148,15 +148,15 @@ class Prefills:
             inquest = self._cache.inquest
             off = not prefill.reuse
             prefill.found = inquest.off(len(prefill.tokens)) if off else inquest.of(lease, prefill.owner)
+        again = prefill.proposed
         wishes = self._cache.propose(
             lease,
             prefill.boundaries,
             only_marked=prefill.only_marked,
             generated=prefill.generated,
-            again=prefill.proposed,
+            again=again,
             session=prefill.session,
         )
-        again = prefill.proposed
         prefill.wishes, prefill.proposed = deque(wishes), True
         if prefill.lane is not None:
             self._twins.readers.found(prefill.keys.names[1 : lease.length // TILE + 1])

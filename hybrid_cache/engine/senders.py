@@ -129,7 +129,7 @@ class Senders:
         for (sender, name), profile in self._profiles.items():
             if name == receiver.fingerprint and sender in self._models:
                 for plan in profile.plans:
-                    lane = lane_of(sender, plan.transfer)
+                    lane = lane_of(sender, name, plan.transfer)
                     more = plan.loss, lane, name
                     yield offer(sender, self._names[sender], receiver.layers, plan.transfer, *more)
 
@@ -141,8 +141,9 @@ class Senders:
                 yield offer(name, self._names[name], receiver.layers, upper(len(receiver.layers), common))
 
 
-def lane_of(sender: str, transfer: Transfer) -> str:
-    return blake2b(f"{sender} {transfer}".encode(), digest_size=8).hexdigest()
+def lane_of(sender: str, receiver: str, transfer: Transfer) -> str:
+    """Of two models by their fingerprints: what others make in the same way is apart."""
+    return blake2b(f"{sender} {receiver} {transfer}".encode(), digest_size=8).hexdigest()
 
 
 def offer(

@@ -323,3 +323,24 @@ def test_the_policy_learns_of_what_is_written_beside(tmp_path: Path, monkeypatch
     monkeypatch.setattr(policy, "propose", lambda outline: seen.append(outline.keys.namespace) or propose(outline))
     run(engine, ask("base", tokens_of(base, 1, LENGTH), ""))
     assert any(lane_in(namespace) for namespace in seen)  # else it takes a state there for worthless
+
+
+def test_of_two_models_that_read_in_the_same_way_only_the_one_that_does_is_written_for(tmp_path: Path) -> None:
+    base, other = pair(CASES["Bamba"], tmp_path, 0)
+    (tmp_path / "third").mkdir()
+    _, third = pair(CASES["Bamba"], tmp_path / "third", 0)
+    third.fingerprint = "third"  # type: ignore[misc]
+    transfer = projected(len(base.layers), range(len(base.layers)))
+    engine = new_engine(base, other, transfer)
+    engine.add_variant("third", third)
+    engine.add_profile(profile_of(base, third, (transfer, 0.01)))
+    run(engine, replace(ask("once", tokens_of(base, 7, 70), "third"), max_loss=0.01))  # and never again
+    expect(engine, base)
+    before = engine.stats().twin_tokens
+    text = tokens_of(base, 1, LENGTH)
+    run(engine, ask("base", np.append(text, 5).astype(np.int32), "", (LENGTH,)))
+    assert engine.stats().twin_tokens - before == 3 * TILE
+    run(engine, reads("other", np.append(text, 6).astype(np.int32)))
+    engine.remove_variant("third")
+    outputs = run(engine, reads("again", np.append(text, 7).astype(np.int32)))
+    assert found(outputs, "again").cached_tokens == 3 * TILE, "what is another reader's stays"
