@@ -227,6 +227,15 @@ def inexact_reasons(loaded: Loaded) -> list[str]:
         return said + own
 
 
+def profile_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(PROFILES))
+
+
+def profiles_in(folder: Path) -> list[Profile]:
+    """Raises ConfigError for a file that is no profile."""
+    return [load_profile(path) for path in profile_files(folder)]
+
+
 def find_profiles(loaded: Loaded, given: Sequence[Path]) -> tuple[list[Profile], list[Path]]:
     """Those that are given and those beside the models -> what applies to these, and files that do not.
 
@@ -239,7 +248,7 @@ def find_profiles(loaded: Loaded, given: Sequence[Path]) -> tuple[list[Profile],
         if missing:
             raise ConfigError(f"profile {path} is of other weights: no model here is {' or '.join(sorted(missing))}")
     folders = dict.fromkeys((loaded.path, *(each.path for each in loaded.variants)))
-    for path in (path for folder in folders for path in sorted(folder.glob(PROFILES))):
+    for path in (path for folder in folders for path in profile_files(folder)):
         profile = load_profile(path)
         if {profile.sender, profile.receiver} <= here:
             found.append(profile)

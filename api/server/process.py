@@ -29,6 +29,7 @@ from hybrid_cache.api.server.launch import (
     inexact_reasons,
     load,
     load_variant,
+    profiles_in,
 )
 from hybrid_cache.api.server.protocol import ServerConfig
 from hybrid_cache.api.server.response_store import memory_bytes
@@ -43,6 +44,7 @@ from hybrid_cache.engine.async_engine import HUNG_AFTER_S, AsyncEngine
 from hybrid_cache.errors import ConfigError, HybridCacheError, ModelError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models.files import errors_begin_with
+from hybrid_cache.profile import Profile
 from hybrid_cache.sizes import format_bytes, format_count
 from hybrid_cache.spec import CacheSpec
 
@@ -148,13 +150,13 @@ def serve(options: ServeOptions) -> int:
         hosts = exposure.hosts(options.host, bound)
         settings = options.settings(loaded, inexact, memory.beside_bytes, hosts)
 
-        def load_adapter(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel]:
+        def load_adapter(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel, list[Profile]]:
             room = memory.room(loaded.model.device, later_bytes)
             variant = load_variant(loaded, name, adapter=folder, merges=options.load.merges, room=room)
             differences = variant.inexact_reasons(apart(loaded, variant.model))
             if differences and not inexact:
                 raise ModelError(differences[0])
-            return variant_of(variant, loaded, text), variant.model
+            return variant_of(variant, loaded, text), variant.model, profiles_in(variant.path)
 
         app = create_app(engine, text, settings, variants, load_adapter if options.load.shares else None)
         url = url_of(bound, exposure.scheme)

@@ -146,6 +146,8 @@ class Worker:
         beside chunks, from what these hold for it.
         """
         models, rows = self.models, (*work.chunks, *work.decodes)
+        if len(models) == 1:
+            return [Part(self.model, work, range(len(work.chunks)), range(len(work.decodes)))]
         trunks = {name: trunk_of(models[name]) for name in dict.fromkeys(each.model for each in rows)}
         plain = {id(trunks[each.model]): trunks[each.model] for each in rows if each.transfer is None}
         sent = [index for index, chunk in enumerate(work.chunks) if chunk.transfer is not None]
@@ -167,10 +169,11 @@ class Worker:
     def _forward(self, part: Part, pause: Callable[[], None]) -> Tensor:
         work, model = part.work, part.model
         batch = build_batch(work, packed=model.packs)
-        batch = replace(batch, adapters=row_adapters(work, batch.layout, self.models))
-        if model.device.type == "cpu":  # elsewhere the layers are only queued here
-            batch = replace(batch, pause=pause)
-        batch = self._with_inputs(part, batch)
+        on_cpu = model.device.type == "cpu"  # elsewhere the layers are only queued here
+        adapters = row_adapters(work, batch.layout, self.models) if len(self.models) > 1 else None
+        batch = replace(batch, adapters=adapters, pause=pause if on_cpu else batch.pause)
+        if work.chunks:
+            batch = self._with_inputs(part, batch)
         recorder = self.composer.recorder(model.fingerprint, noted_rows(work, batch.layout))
         graphs = self.graphs.get(model.fingerprint)
         if recorder is not None:
@@ -186,9 +189,9 @@ class Worker:
         return hidden
 
     def _with_inputs(self, part: Part, batch: ForwardBatch) -> ForwardBatch:
-        """The batch of a part, which keeps what layers are given, or takes it from where another model left it."""
+        """The batch of a part with chunks, which keeps what layers are given or takes what another model left."""
         work, memory = part.work, self.memory.inputs
-        if work.chunks and work.chunks[0].transfer is not None:
+        if work.chunks[0].transfer is not None:
             rows = work.chunks[0]
             held = None if rows.beside is None else part.held[rows.beside]
             return replace(batch, inputs=SentInputs(memory, rows, batch.layout.num_rows, held))
@@ -253,6 +256,8 @@ class Worker:
 
     def all_logits(self, rows: Sequence[Tensor], models: Sequence[str]) -> Tensor:
         """Hidden rows [hidden], the fingerprint of a model for each -> [S, V] float32."""
+        if len(self.models) == 1:
+            return self.logits(self.model, torch.stack(list(rows)))
         all_models = [self.models[model] for model in models]
         trunks = [trunk_of(model) for model in all_models]
         if all(trunk is trunks[0] for trunk in trunks):

@@ -5,7 +5,7 @@ Nothing is published before the pass that fills it has completed. `async_engine`
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from hybrid_cache.engine.interruptions import Interruptions
 from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.turns import Gap
-from hybrid_cache.errors import HybridCacheError, Overloaded, RequestError
+from hybrid_cache.errors import ConfigError, HybridCacheError, Overloaded, RequestError
 from hybrid_cache.namespaces import fingerprint_in, lane_in, namespace_of
 from hybrid_cache.profile import Profile
 from hybrid_cache.request import Request
@@ -110,14 +110,23 @@ class Engine:
         """Of a variant by its name; of the engine's own model for the empty one. Raises RequestError for any other."""
         return self._family.fingerprint(model)
 
-    def add_variant(self, name: str, model: HybridModel) -> None:
+    def add_variant(self, name: str, model: HybridModel, profiles: Iterable[Profile] = ()) -> None:
         """Runs another model beside the others, which requests name. Its entries in the cache are its own.
 
-        Raises ConfigError for a name that is taken, or a model of another shape.
+        profiles: of it and others; those of models that are not here are left out
+        Raises ConfigError for a name that is taken, a model of another shape, or a profile of another one.
         """
         self._family.add(name, model)
         self.worker.add(model)
         self._scheduler.senders.update(self._family.models)
+        here = {each.fingerprint for each in self._family.models.values()}
+        try:
+            for profile in profiles:
+                if {profile.sender, profile.receiver} <= here:
+                    self.add_profile(profile)
+        except ConfigError:
+            self.remove_variant(name)
+            raise
 
     def add_profile(self, profile: Profile) -> None:
         """Lets requests that allow a loss use entries of one model for another, as was measured.

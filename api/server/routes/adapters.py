@@ -1,7 +1,7 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them: variants that come and go."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
@@ -15,11 +15,12 @@ from hybrid_cache.api.server.tenants import is_operator
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.device.free_memory import give_back_freed
 from hybrid_cache.errors import ConfigError, ModelError, RequestError
+from hybrid_cache.profile import Profile
 from hybrid_cache.sizes import format_bytes
 
-LoadVariant = Callable[[str, str, int], tuple[Variant, HybridModel]]
-"""From a name, a folder with an adapter and the bytes of weights that were loaded since the start to a variant and its
-model. Raises HybridCacheError.
+LoadVariant = Callable[[str, str, int], tuple[Variant, HybridModel, Sequence[Profile]]]
+"""From a name, a folder with an adapter and the bytes of weights that were loaded since the start to a variant, its
+model, and the profiles beside it. Raises HybridCacheError.
 """
 
 
@@ -43,8 +44,8 @@ def router(serving: Serving, load: LoadVariant) -> APIRouter:
                 raise RequestError(f"the name {quoted(name)} is taken", param="lora_name", code="name_taken")
             refusal = ""
             try:
-                variant, model = await asyncio.to_thread(load, name, asked.lora_path, sum(later.values()))
-                await engine.ask(lambda core: core.add_variant(name, model))
+                variant, model, profiles = await asyncio.to_thread(load, name, asked.lora_path, sum(later.values()))
+                await engine.ask(lambda core: core.add_variant(name, model, profiles))
             except (ModelError, ConfigError) as error:
                 refusal = str(error)  # without what the error holds of what was loaded
             if refusal:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Sharing(BaseModel):
     """max_loss: what a profile may expect to be lost in the answer, in nats a token; the server's if left out"""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     fidelity: Literal["exact", "profiled"] = "exact"
     max_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None

@@ -128,6 +128,8 @@ def test_all_dialects_and_streams_say_it(url: str) -> None:
         ({"fidelity": "loose"}, "fidelity"),
         ({"fidelity": "profiled", "max_loss": -1}, "max_loss"),
         ({"fidelity": "profiled", "max_loss": "much"}, "max_loss"),
+        ({"fidelity": "profiled", "max_loss": "0.1"}, "max_loss"),
+        ({"fidelity": "profiled", "max_loss": True}, "max_loss"),
         ({"max_los": 1}, "max_los"),
         ("profiled", "sharing"),
     ],

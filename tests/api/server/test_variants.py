@@ -40,9 +40,11 @@ from hybrid_cache.engine.selfcheck import check_model
 from hybrid_cache.errors import ConfigError, HybridCacheError, ModelError
 from hybrid_cache.models import adapters
 from hybrid_cache.models.loading import embedded_path
+from hybrid_cache.profile import Plan, Profile
 from hybrid_cache.request import Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
+from hybrid_cache.transfer import projected
 from tests.api.servers import new_app, over_the_wire
 
 HALF, CHOREO = "half", "choreo"
@@ -269,10 +271,11 @@ def loading_server(loaded: Loaded, free_bytes: int = 1 << 30, **settings: object
     """A server that loads adapters when it is asked, as far as memory is free."""
     text = TextModel.load(loaded.path)
 
-    def load(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel]:
+    def load(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel, list[Profile]]:
         room = FreeMemory(free_bytes - later_bytes, "the machine")
         variant = launch.load_variant(loaded, name, adapter=folder, room=room)
-        return Variant(name, str(variant.path), text, variant.adapter, own_bytes=variant.own_bytes), variant.model
+        served = Variant(name, str(variant.path), text, variant.adapter, own_bytes=variant.own_bytes)
+        return served, variant.model, launch.profiles_in(variant.path)
 
     engine = AsyncEngine(loaded.model, EngineConfig(budget_bytes=32 << 20))
     facts = {"served_names": ("embedded",), "backend": "fake", "model_path": str(loaded.path), **settings}
@@ -311,6 +314,31 @@ def test_adapters_come_and_go(plain: Loaded) -> None:
         second = ask(client, "later").json()
         assert second["choices"] == first["choices"]
         assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "what was cached of it has gone with it"
+
+
+def test_the_profiles_beside_an_adapter_are_read(plain: Loaded, tmp_path: Path) -> None:
+    shutil.copytree(adapters.resolve("embedded-choreo"), tmp_path / "adapter")
+    adapter = launch.load_variant(plain, "later", adapter=str(tmp_path / "adapter")).model.fingerprint
+    num = len(plain.model.layers)  # type: ignore[arg-type]
+    plans = (Plan(projected(num, range(num)), 0.004, 0.99, 0.2, 1),)
+    Profile(plain.model.fingerprint, adapter, num, "by hand", plans).save(tmp_path / "adapter/sharing-base.json")
+    Profile("another", adapter, num, "by hand", plans).save(tmp_path / "adapter/sharing-another.json")
+    asked = {"lora_name": "later", "lora_path": str(tmp_path / "adapter")}
+    with loading_server(plain) as client:
+        assert client.post("/v1/load_lora_adapter", json=asked).status_code == 200
+        profiled = {"fidelity": "profiled", "max_loss": 0.01}
+        ask(client, "later", sharing=profiled, cache_salt="so that what is read later is kept")
+        ask(client, "embedded")
+        assert ask(client, "later", sharing=profiled).json()["sharing"]["layers"] == f"project 0-{num - 1}"
+        client.post("/v1/unload_lora_adapter", json={"lora_name": "later"})
+        (tmp_path / "adapter/sharing-base.json").write_text("{}")
+        refused = client.post("/v1/load_lora_adapter", json=asked)
+        assert refused.status_code == 400
+        assert "sharing-base.json" in refused.json()["error"]["message"]
+        Profile(plain.model.fingerprint, adapter, num + 1, "", ()).save(tmp_path / "adapter/sharing-base.json")
+        assert "layers" in client.post("/v1/load_lora_adapter", json=asked).json()["error"]["message"]
+        (tmp_path / "adapter/sharing-base.json").unlink()
+        assert client.post("/v1/load_lora_adapter", json=asked).status_code == 200, "nothing of it had stayed"
 
 
 def test_an_adapter_in_use_stays(loaded: Loaded) -> None:
