@@ -1,3 +1,4 @@
+# make demo    a conversation with the cache and without, side by side
 # make serve   talk to the embedded model on http://127.0.0.1:8000 (PORT=8123 MODEL=dir HOST=0.0.0.0 ARGS="--budget 4GiB")
 # make test    what CI runs on code: pytest, without the slow sweeps (WORKERS=2 processes, ARGS="-k scheduler")
 # make test-all   the slow sweeps as well
@@ -21,7 +22,7 @@ CLIENTS_VENV := .venv/conformance
 
 PYTEST = OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install serve test test-all conformance lint check clean
+.PHONY: install demo serve test test-all conformance lint check clean
 
 install: $(STAMP)
 
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml constraints.txt
 	test "$$(uname -sm)" != "Linux x86_64" || test -d .venv/triton-$(OLD_TRITON) || \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	touch $(STAMP)
+
+demo: install
+	$(BIN)/hybrid-cache demo $(MODEL) $(ARGS)
 
 serve: install
 	$(BIN)/hybrid-cache serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)

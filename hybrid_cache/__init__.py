@@ -1,6 +1,6 @@
 """hybrid-cache: serve attention + state-space models behind one exact prefix cache.
 
-    from hybrid_cache import Engine, EngineConfig, Prompt, Request, SamplingParams, Workflow, errors
+    from hybrid_cache import LLM, Engine, EngineConfig, Prompt, Request, SamplingParams, Workflow, errors
 
 Names are imported when they are first asked for: `import hybrid_cache.cache` loads no torch.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hybrid_cache import errors as errors
+    from hybrid_cache.api.llm import LLM as LLM
     from hybrid_cache.config import EngineConfig as EngineConfig
     from hybrid_cache.engine.engine import Engine as Engine
     from hybrid_cache.request import Request as Request
@@ -25,6 +26,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 __version__ = "0.1.0"
 
 _HOMES = {
+    "LLM": "api.llm",
     "Engine": "engine.engine",
     "EngineConfig": "config",
     "Prompt": "tokens",
@@ -32,7 +34,7 @@ _HOMES = {
     "SamplingParams": "sampling",
     "Workflow": "workflow",
 }
-__all__ = ["Engine", "EngineConfig", "Prompt", "Request", "SamplingParams", "Workflow", "__version__", "errors"]
+__all__ = ["LLM", "Engine", "EngineConfig", "Prompt", "Request", "SamplingParams", "Workflow", "__version__", "errors"]
 
 
 def __getattr__(name: str) -> object:

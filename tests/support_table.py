@@ -1,6 +1,6 @@
 """Which architecture does what, from test results.
 
-    python -m tests.support_table [--write README.md]
+    python -m tests.support_table [--write docs/models.md]
 
 Runs the tests of tests/models, prints a table with a line for each architecture, and puts it between the two markers of
 a file. A cell says yes when all tests behind it pass, and otherwise how many fail.
@@ -20,7 +20,7 @@ from hybrid_cache.models.shapes import ways_to_compose
 from tests.models.case import Case, all_cases
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- architectures: python -m tests.support_table --write README.md -->", "<!-- end -->"
+BEGIN, END = "<!-- architectures: python -m tests.support_table --write docs/models.md -->", "<!-- end -->"
 # Which tests stand behind a column.
 COLUMNS = {
     "loads": ("test_describe_agrees_with_the_loaded_model",),

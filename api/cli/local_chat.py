@@ -16,6 +16,13 @@ from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt
 
+# Long enough that the second turn finds a tile of it in the cache.
+EMBEDDED_SYSTEM = (
+    "You are a small test model. You keep in mind what people tell you in this conversation: codes, colours, where "
+    "somebody is, how many things are in a box. When somebody asks, you answer in one short sentence. When you do not "
+    "know something, you say so, and ask nothing in return. You never invent a fact."
+)
+
 
 class EnginePartner:
     """A partner that runs the model in this process."""

@@ -15,6 +15,7 @@ from hybrid_cache.api.cli.options import (
     Backend,
     Dtype,
     Fast,
+    Json,
     KeyFile,
     Model,
     Threads,
@@ -346,7 +347,9 @@ def chat(
     model: Model = None,
     url: Annotated[str | None, typer.Option(help="Talk to this server, such as http://127.0.0.1:8000.")] = None,
     api_key_file: KeyFile = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System prompt. The embedded model has one of its own; '' is for none.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own default if left out.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
@@ -363,14 +366,23 @@ def chat(
         keys = api_keys(path=api_key_file)
         num_failed = terminal.run(terminal.ServerPartner(url, model, keys[0] if keys else None, asked), system)
     else:
-        from hybrid_cache.api.cli.local_chat import EnginePartner
+        from hybrid_cache.api.cli.local_chat import EMBEDDED_SYSTEM, EnginePartner
         from hybrid_cache.api.server.budget import parse_budget
         from hybrid_cache.api.server.launch import LoadOptions
 
         options = LoadOptions(model, backend, fast, adapter=adapter)
+        system = EMBEDDED_SYSTEM if model is None and system is None else system
         num_failed = terminal.run(EnginePartner(options, parse_budget(budget), asked), system)
     # A person has seen it; a script looks at the exit code.
     raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
+
+
+@app.command()
+def demo(model: Model = None, backend: Backend = "auto", as_json: Json = False) -> None:
+    """Hold a conversation with the cache and without, and show what is computed of each prompt."""
+    from hybrid_cache.api.cli import demo
+
+    demo.run(model, backend, as_json=as_json)
 
 
 app.command("train-lora")(train_lora)

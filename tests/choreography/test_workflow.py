@@ -204,10 +204,10 @@ def test_nothing_is_left_in_use(workflow):
     assert stats.running == stats.waiting == 0
 
 
-def test_the_example_of_the_readme_runs(capsys):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_example_of_the_documentation_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs/choreography.md").read_text()
     example = next(block for block in text.split("```python\n") if "open_workflow" in block).split("```")[0]
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(example, "choreography.md", "exec"), {})
     printed = capsys.readouterr().out
     assert printed.count("composed") >= 4
     assert "You are welcome." in printed

@@ -32,18 +32,22 @@ def router(everything: Serving) -> APIRouter:
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """Continues texts, or tokens as they are: nothing is added to them."""
         serving = everything.named(asked.model)
-        _refuse_unsupported(asked)
-        prompts = await unless_gone(request, _prompts(serving.text, asked))
-        tenant = current_tenant_or(asked.cache_salt)
-        source = partial(source_of, asked) if asked.response_format or asked.structured_outputs else None
-        grammar = await unless_gone(request, serving.text.grammar(source, AnswerForm(), tenant, body_size()))
-        specs = [_spec(serving.text, asked, prompt, grammar) for prompt in prompts]
+        specs = await unless_gone(request, completion_specs(serving.text, asked))
         answer = await serving.answer(specs, request.headers, asked)
         return await respond(
             request, CompletionReply(serving, asked, answer), stream=bool(asked.stream), active=answer.active
         )
 
     return routes
+
+
+async def completion_specs(text: TextEngine, asked: CompletionRequest) -> list[GenerationSpec]:
+    """One for each prompt. Raises RequestError."""
+    _refuse_unsupported(asked)
+    prompts = await _prompts(text, asked)
+    source = partial(source_of, asked) if asked.response_format or asked.structured_outputs else None
+    grammar = await text.grammar(source, AnswerForm(), current_tenant_or(asked.cache_salt), body_size())
+    return [_spec(text, asked, prompt, grammar) for prompt in prompts]
 
 
 def _refuse_unsupported(asked: CompletionRequest) -> None:
