@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Notes how it was called. As `python -m venv .venv` it makes a folder with itself in it.
+# Notes how it was called. As `python -m venv .venv` it makes a folder with itself in it; as pip it says what it is told
 INTERPRETER = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
-case "$*" in "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/hybrid-cache ;; esac
+case "$*" in
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && cp "$0" .venv/bin/hybrid-cache ;;
+    "-m pip config list") echo "$PIP_SETTINGS" ;;
+    "-m pip show torch") echo "Requires: $TORCH_NEEDS" ;;
+esac
+"""
+LINUX = """#!/bin/sh
+test "$1" = -s && echo Linux || echo Linux x86_64
 """
 USER = """
 import hybrid_cache
@@ -33,14 +40,19 @@ class Checkout:
         self.folder, self._calls, self._python = folder, folder / "calls", folder / "interpreter"
         for name in ("Makefile", "pyproject.toml", "constraints.txt"):
             shutil.copy(ROOT / name, folder)
-        self._python.write_text(INTERPRETER)
-        self._python.chmod(0o755)
+        for path, text in ((self._python, INTERPRETER), (folder / "uname", LINUX)):
+            path.write_text(text)
+            path.chmod(0o755)
 
-    def make(self, *arguments: str) -> list[str]:
-        """-> what was installed by pip, a line a call."""
+    def make(self, *arguments: str, settings: str = ":env:.find-links='/wheels'", torch_needs: str = "") -> list[str]:
+        """-> what was installed by pip, a line a call.
+
+        settings: pip's; torch_needs: what the torch that was installed requires
+        """
         self._calls.write_text("")
-        environment = {**os.environ, "CALLS": str(self._calls), "MAKEFLAGS": ""}
-        command = ["make", *arguments, f"PYTHON={self._python}"]
+        environment = {**os.environ, "CALLS": str(self._calls), "MAKEFLAGS": "", "PIP_SETTINGS": settings}
+        environment |= {"TORCH_NEEDS": torch_needs, "PATH": f"{self.folder}:{os.environ['PATH']}"}
+        command = ["make", f"PYTHON={self._python}", f"DRIVER={self.folder}/driver", *arguments]
         subprocess.run(command, cwd=self.folder, env=environment, check=True, capture_output=True, timeout=60)
         marker = "-m pip install --quiet --disable-pip-version-check "
         return [line.partition(marker)[2] for line in self._calls.read_text().splitlines() if marker in line]
@@ -62,7 +74,7 @@ def test_a_server_gets_what_it_needs_and_no_more(checkout: Checkout) -> None:
 def test_tests_add_the_rest_to_it(checkout: Checkout) -> None:
     checkout.make("serve")
     added = checkout.make("test")
-    assert added[0] == "-c constraints.txt -e .[bench,dev]"
+    assert added[0] == "-c constraints.txt -e .[bench,dev] triton==3.9.0"
     assert not any("torch" in each for each in added)
     assert checkout.called("-m pytest")
 
@@ -76,13 +88,30 @@ def test_a_second_time_nothing_is_installed(checkout: Checkout, first: str, seco
 def test_what_is_needed_is_installed_again_when_it_changes(checkout: Checkout) -> None:
     checkout.make("test")
     os.utime(checkout.folder / "constraints.txt")
-    assert "-c constraints.txt -e .[bench,dev]" in checkout.make("test")
+    assert "-c constraints.txt -e .[bench,dev] triton==3.9.0" in checkout.make("test")
+
+
+def test_torch_for_cuda_brings_a_triton_of_its_own(checkout: Checkout) -> None:
+    """Which one, it says itself: a constraint of ours would make it impossible to install."""
+    installed = checkout.make("install", torch_needs="filelock, triton")
+    assert "-c constraints.txt -e .[bench,dev]" in installed
+    assert not [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("triton")]
 
 
 def test_torch_may_come_from_elsewhere(checkout: Checkout) -> None:
     first, second = checkout.make("serve", "TORCH_INDEX=https://wheels.example/cpu")
     assert first == "-c constraints.txt --extra-index-url https://wheels.example/cpu torch"
     assert "wheels.example" not in second
+
+
+def test_without_a_gpu_torch_is_a_build_for_cpus(checkout: Checkout) -> None:
+    first = checkout.make("serve", settings="global.timeout='60'")[0]
+    assert first == "-c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch"
+
+
+def test_with_a_driver_torch_is_what_pip_finds(checkout: Checkout) -> None:
+    (checkout.folder / "driver").mkdir()
+    assert checkout.make("serve", settings="")[0] == "-c constraints.txt torch"
 
 
 @pytest.fixture(scope="module")
