@@ -4,41 +4,60 @@
 # make test-all   the slow sweeps as well
 # make conformance   clients that need versions of their own: LiteLLM, instructor, lm-eval (1 GB in .venv/conformance)
 # make check   lint, types, tests
-# make install only sets up .venv
+# make install   only sets up .venv for all of these; make serve needs less and installs less
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+# Where torch comes from. PyPI's build for Linux brings gigabytes of CUDA: where there is no NVIDIA driver, and pip has
+# not been told where to look, it is PyTorch's own index of builds for CPUs.
+TORCH_INDEX ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+DRIVER := /proc/driver/nvidia
 WORKERS ?= 2
 BIN := .venv/bin
+# What is in .venv: all that a server needs, or also what benchmarks and tests do.
+SERVER := .venv/.server
 STAMP := .venv/.installed
+# A build of torch for CPUs needs no Triton; our kernels are tested with this one. Builds for CUDA bring their own.
+TRITON := 3.9.0
 # The oldest Triton that kernels have to compile under, beside the one that is used; tests look for it here.
 OLD_TRITON := 3.6.0
 # Clients whose versions do not go together with ours; they talk to a server of .venv.
 CLIENTS := litellm instructor lm_eval
 CLIENTS_VENV := .venv/conformance
 
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+torch_index = $(if $(TORCH_INDEX),echo --extra-index-url $(TORCH_INDEX),\
+	test "$$(uname -s)" != Linux || test -e $(DRIVER) || $(BIN)/python -m pip config list | grep -qE 'index-url|find-links' \
+	|| echo --extra-index-url $(CPU_INDEX))
+triton = test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip show torch | grep -q '^Requires:.*triton' \
+	|| echo triton==$(TRITON)
 PYTEST = OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: install demo serve test test-all conformance lint check clean
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(SERVER): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s" % sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,dev]'
-	test "$$(uname -sm)" != "Linux x86_64" || test -d .venv/triton-$(OLD_TRITON) || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
-	touch $(STAMP)
+	$(PIP) -c constraints.txt $$($(torch_index)) torch
+	$(PIP) -c constraints.txt -e .
+	touch $@
 
-demo: install
+$(STAMP): $(SERVER)
+	$(PIP) -c constraints.txt -e '.[bench,dev]' $$($(triton))
+	test "$$(uname -sm)" != "Linux x86_64" || test -d .venv/triton-$(OLD_TRITON) || \
+		$(PIP) --no-deps --target .venv/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
+	touch $@
+
+demo: $(SERVER)
 	$(BIN)/hybrid-cache demo $(MODEL) $(ARGS)
 
-serve: install
+serve: $(SERVER)
 	$(BIN)/hybrid-cache serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: install
@@ -64,4 +83,4 @@ lint: install
 check: lint test
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
