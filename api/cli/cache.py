@@ -9,7 +9,7 @@ from hybrid_cache.api.cli.options import Json, KeyFile, api_keys
 
 app = typer.Typer(help="What a running server has cached: yours, or with an operator's key all.", no_args_is_help=True)
 
-Url = Annotated[str, typer.Option(help="The server.")]
+Url = Annotated[str, typer.Option(help="The server.", envvar="HYBRID_CACHE_URL")]
 Key = Annotated[str | None, typer.Option(help="Your API key there. Other users may see it in ps.")]
 Salt = Annotated[str | None, typer.Option(help="Only what was cached with this cache_salt.")]
 Name = typer.Argument(help="A name from `cache ls`, or its first digits.")

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperOption
 
 from hybrid_cache import __version__
-from hybrid_cache.api.cli import bench, cache, models, variants
+from hybrid_cache.api.cli import bench, cache, configured, models, variants
+from hybrid_cache.api.cli.configured import Config, ConfiguredCommand, ShowConfig
 from hybrid_cache.api.cli.options import (
     Adapter,
     AutoBudget,
@@ -68,7 +69,7 @@ def options(
     pass
 
 
-class _NamesPolicies(TyperCommand):
+class _NamesPolicies(ConfiguredCommand):
     """A command whose help names policies and orders, which are imported when it is asked for."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -84,7 +85,10 @@ class _NamesPolicies(TyperCommand):
 
 @app.command(cls=_NamesPolicies)
 def serve(
+    ctx: typer.Context,
     model: Model = None,
+    config: Config = None,
+    show_config: ShowConfig = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -285,6 +289,11 @@ def serve(
     from hybrid_cache.config import EngineConfig, verify_by_default
     from hybrid_cache.sizes import parse_bytes
 
+    if show_config:
+        typer.echo(configured.show(ctx))
+        raise typer.Exit
+    for line in configured.warn_of_misspelt(ctx):
+        typer.echo(f"WARNING: {line}", err=True)
     if sharing not in ("exact", "profiled"):
         raise typer.BadParameter(f"{sharing!r}, must be exact or profiled", param_hint="--sharing")
     merged, adapters = named_folders("--adapter", adapter or ())
@@ -342,7 +351,7 @@ def serve(
     raise typer.Exit(status)
 
 
-@app.command()
+@app.command(cls=ConfiguredCommand)
 def chat(
     model: Model = None,
     url: Annotated[str | None, typer.Option(help="Talk to this server, such as http://127.0.0.1:8000.")] = None,
