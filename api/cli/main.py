@@ -232,6 +232,16 @@ def serve(
             help="Compare cached pages and states with digests at each use; end if one has changed. For tests, slow.",
         ),
     ] = False,
+    log_level: Annotated[
+        str, typer.Option(help="debug, info (a line for each request), warning or error: what is logged at least.")
+    ] = "info",
+    log_format: Annotated[str, typer.Option(help="text, or json: one object a line. Logs go to stderr.")] = "text",
+    log_content: Annotated[
+        bool,
+        typer.Option(
+            "--log-content", help="At level debug, log what requests and answers say, too; else nothing of it."
+        ),
+    ] = False,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that SIGTERM gives running requests.")] = 30,
     allow_host: Annotated[
@@ -284,6 +294,7 @@ def serve(
     from hybrid_cache.api.server.budget import parse_budget
     from hybrid_cache.api.server.exposure import Exposure
     from hybrid_cache.api.server.launch import LoadOptions
+    from hybrid_cache.api.server.logs import LogOptions
     from hybrid_cache.api.server.protocol import Patience
     from hybrid_cache.api.server.response_store import parse_life
     from hybrid_cache.config import EngineConfig, verify_by_default
@@ -339,6 +350,7 @@ def serve(
         response_store_bytes=response_store_mb << 20,
         response_life_s=parse_life(response_ttl),
         vllm_metrics=vllm_metrics,
+        log=LogOptions(log_level, log_format, log_content),
         profiles=tuple(profile or ()),
         profiled=sharing == "profiled",
         max_loss=max_loss,

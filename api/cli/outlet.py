@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TextIO
 
@@ -19,6 +19,7 @@ class Outlet(io.TextIOBase):
 
     def __init__(self, target: TextIO | None) -> None:
         """target: None drops everything, as a process without such a stream does"""
+        self.num_dropped = 0  # pieces
         self._target = target
         self._pieces: SimpleQueue[str | threading.Event] = SimpleQueue()  # may be put to in a signal handler
         threading.Thread(target=self._pass_on, name="hybrid-cache-outlet", daemon=True).start()
@@ -26,6 +27,8 @@ class Outlet(io.TextIOBase):
     def write(self, text: str) -> int:
         if self._pieces.qsize() < MOST_WAITING:
             self._pieces.put(text)
+        else:
+            self.num_dropped += 1
         return len(text)
 
     def settle(self, seconds: float) -> bool:
@@ -55,8 +58,10 @@ class Outlet(io.TextIOBase):
             if isinstance(piece, threading.Event):
                 piece.set()
             elif self._target is not None:
-                with suppress(OSError, ValueError):  # nobody reads, a full disk, a closed file
+                try:
                     self._write_now(self._target, piece)
+                except (OSError, ValueError):  # nobody reads, a full disk, a closed file
+                    self.num_dropped += 1
 
     def _write_now(self, target: TextIO, text: str) -> None:
         """Past the target's own buffer, which would keep what could not be written."""

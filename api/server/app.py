@@ -11,6 +11,7 @@ from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
+from hybrid_cache.api.server.request_log import RequestLog
 from hybrid_cache.api.server.responses import ACTIVE
 from hybrid_cache.api.server.routes import adapters, cache, chat, completions, messages, responses, server, tokens
 from hybrid_cache.api.server.routes.adapters import LoadVariant
@@ -76,4 +77,5 @@ def create_app(
     if settings.allowed_hosts:
         app.add_middleware(Hosts, names=settings.allowed_hosts)
     app.add_middleware(RequestIds)
+    app.add_middleware(RequestLog, content=settings.log_content)
     return app

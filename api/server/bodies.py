@@ -10,6 +10,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
+from hybrid_cache.api.server.facts import facts
+
 MAX_VALUES = (1 << 18) + 1024  # of one body, or twice the model's context: about what can be read in 100 ms
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -28,7 +30,9 @@ class JsonRoute(APIRoute):
 
 class _JsonRequest(Request):
     async def json(self) -> Any:
-        return parse_json(await self.body())
+        body = parse_json(await self.body())
+        facts().read(body)
+        return body
 
 
 def parse_json(body: bytes) -> object:

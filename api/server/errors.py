@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastapi import FastAPI, Request
@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from hybrid_cache.api.server.discretion import place_of, without_values, words_of
+from hybrid_cache.api.server.facts import facts
 from hybrid_cache.errors import (
     EngineStopped,
     HybridCacheError,
@@ -98,6 +100,11 @@ class Problem:
     param: str | None = None
     code: str | None = None
     retry: bool = False  # the same request may succeed later
+    for_log: str = ""  # the message without values that the client sent
+
+    def __post_init__(self) -> None:
+        if not self.for_log:
+            object.__setattr__(self, "for_log", without_values(self.message))
 
     def body(self) -> dict[str, object]:
         detail = ErrorDetail(message=printable(self.message), type=self.type, param=self.param, code=self.code)
@@ -122,11 +129,16 @@ class Problem:
         return {"x-should-retry": "false"} if self.status >= 500 else {}
 
     def response(self, path: str) -> JSONResponse:
+        facts().problem = self
         return JSONResponse(self.body_for(path), self.status, self.headers())
 
 
 def problem_of(error: BaseException) -> Problem:
     """How an exception looks to a client. What is not ours becomes a 500 that says nothing about the inside."""
+    return replace(_problem_of(error), for_log=words_of(error))
+
+
+def _problem_of(error: BaseException) -> Problem:
     match error:
         case ModelNotFound():
             return Problem(404, str(error), "invalid_request_error", error.param, "model_not_found")
@@ -244,7 +256,15 @@ def _problem_of_http(request: Request, error: HTTPException) -> Problem:
 
 
 def _problem_of_validation(errors: Sequence[dict[str, object]]) -> Problem:
-    first = errors[0]
+    problem, place = _first_problem(errors[0]), errors[0].get("loc")
+    loc = place[1:] if isinstance(place, tuple) else ()
+    message = problem.message
+    if problem.param is not None:
+        message = message.replace(problem.param, place_of(loc))
+    return replace(problem, for_log=without_values(message))
+
+
+def _first_problem(first: dict[str, object]) -> Problem:
     place = first.get("loc")
     loc = [str(part) for part in place] if isinstance(place, tuple) else []
     context, value = first.get("ctx"), first.get("input")

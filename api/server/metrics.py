@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from hybrid_cache import __version__
 from hybrid_cache.api.server.gate import Gate
+from hybrid_cache.api.server.logs import lines_lost
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.api.text.text_work import TextWork
@@ -197,6 +198,7 @@ def _own_families(stats: EngineStats, settings: ServerSettings, book: MessageBoo
     yield _gauge(
         "memory_beside_bytes", "Most that is needed beside weights and cache; 0: unknown.", settings.beside_bytes
     )
+    yield _counter("log_records_lost", "Records that could not be written to the log.", lines_lost())
     yield _gauge("message_book_messages", "Messages that requests may refer to.", len(book))
     yield _gauge("message_book_bytes", "What they and the names of forgotten ones take.", book.num_bytes)
     yield _gauge("message_book_limit_bytes", "Most that they may take.", book.most_bytes)

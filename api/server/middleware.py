@@ -24,6 +24,7 @@ from hybrid_cache.api.server.errors import (
     unauthorized,
     wrong_host,
 )
+from hybrid_cache.api.server.facts import KEY_CHARACTERS, facts
 from hybrid_cache.api.server.gate import LOOKING, Visit, current_visit
 from hybrid_cache.api.server.refusal import refuse, send_problem
 from hybrid_cache.api.server.tenants import current_tenant, is_operator, shared_cache, tenant_of
@@ -41,7 +42,7 @@ logger = logging.getLogger("hybrid_cache.api")
 class RequestIds:
     """Gives every response an `x-request-id` and a `request-id`, the client's own if it sent one.
 
-    Outermost: it also answers for bugs.
+    It also answers for bugs.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -120,6 +121,7 @@ class ApiKeys:
         tenant = self._tenant(Headers(scope=scope))
         if tenant is not None:
             current_tenant.set(tenant)
+            facts().key = tenant[:KEY_CHARACTERS]
             shared_cache.set(self._shared)
             is_operator.set(tenant in self._operators)
             return await self._app(scope, receive, send)

@@ -1,10 +1,12 @@
 """A server process: load, check, say hello, serve, drain."""
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -31,6 +33,7 @@ from hybrid_cache.api.server.launch import (
     load_variant,
     profiles_in,
 )
+from hybrid_cache.api.server.logs import FIELDS, LogOptions, log_stream, logging_to
 from hybrid_cache.api.server.protocol import ServerConfig
 from hybrid_cache.api.server.response_store import memory_bytes
 from hybrid_cache.api.server.serving import Variant
@@ -47,6 +50,8 @@ from hybrid_cache.models.files import errors_begin_with
 from hybrid_cache.profile import Profile
 from hybrid_cache.sizes import format_bytes, format_count
 from hybrid_cache.spec import CacheSpec
+
+logger = logging.getLogger("hybrid_cache.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ class ServeOptions:
     profiles: tuple[Path, ...] = ()  # of what is lost between pairs of models, beside those in their folders
     profiled: bool = False  # what requests get that do not say
     max_loss: float = MAX_LOSS
+    log: LogOptions = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
         if self.operator_keys and not self.api_keys:
@@ -110,6 +116,7 @@ class ServeOptions:
             response_life_s=self.response_life_s,
             beside_bytes=beside_bytes,
             vllm_metrics=self.vllm_metrics,
+            log_content=self.log.content,
             drain_timeout_s=self.drain_timeout_s,
             max_loss=self.max_loss if self.profiled else None,
             max_loss_asked=self.max_loss,
@@ -121,7 +128,13 @@ def serve(options: ServeOptions) -> int:
 
     A process in which something hangs does not get back here, but ends. Raises HybridCacheError when it cannot start.
     """
-    console = Console(stderr=True)
+    with logging_to(log_stream(), options.log):
+        return _serve(options)
+
+
+def _serve(options: ServeOptions) -> int:
+    console = Console(stderr=True, quiet=options.log.format == "json")
+    say = partial(console.print, soft_wrap=True, highlight=False, markup=False) if not console.quiet else logger.info
     with closing(bind(options.host, options.port)) as bound:
         with console.status("loading the model"):
             loaded = load(options.load)
@@ -160,18 +173,23 @@ def serve(options: ServeOptions) -> int:
 
         app = create_app(engine, text, settings, variants, load_adapter if options.load.shares else None)
         url = url_of(bound, exposure.scheme)
+        if console.quiet:
+            logger.info("serving", extra={FIELDS: _facts(settings, loaded, memory, url)})
         console.print(hello(loaded, inexact, engine_config, memory, url, settings.served_names[0]))
         for variant in variants:
             if variant.text_difference.parts:
                 line = f"variant {variant.name} {variant.text_difference}"
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                say(line)
         for path in others:
-            console.print(f"{path} is of other weights than these, and is not used", soft_wrap=True, markup=False)
+            say(f"{path} is of other weights than these, and is not used")
         loaded = replace(loaded, variants=())  # the engine has them, and lets go of those that are unloaded
         if text.defaults.ignored:
-            console.print(ignored_line(text.defaults.ignored), soft_wrap=True, highlight=False, markup=False)
+            say(ignored_line(text.defaults.ignored))
         if not options.api_keys and not is_loopback(bound):
-            console.print(f"WARNING: without an API key, whoever reaches {url} can use it", style="bold red")
+            warning = f"without an API key, whoever reaches {url} can use it"
+            console.print(f"WARNING: {warning}", style="bold red")
+            if console.quiet:
+                logger.warning(warning)
         console.print(curl_line(url, with_key=bool(options.api_keys)), soft_wrap=True, highlight=False)
         connections = Connections(connection_limit(exposure.max_connections))
         config = ServerConfig(
@@ -179,10 +197,11 @@ def serve(options: ServeOptions) -> int:
             connections,
             exposure.patience,
             timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+            log_level=options.log.uvicorn_level,
             **exposure.uvicorn_options(),
         )
         with Listener(bound, connections) as listener:
-            run_server(DrainingServer(config, engine, options.drain_timeout_s, console.print), listener)
+            run_server(DrainingServer(config, engine, options.drain_timeout_s, say), listener)
     if not engine.stopped:
         end_by_force()
     return int(engine.failed)
@@ -255,6 +274,23 @@ def _variant_line(variant: LoadedVariant, num_layers: int) -> str:
     if variant.model.invocation:
         depth = f"on from the tokens {[*variant.model.invocation]} in a prompt"
     return f"{variant.name}, {kind}: {depth}, {variant.shared:.0%} of its matrices are stored for others, too"
+
+
+def _facts(settings: ServerSettings, loaded: Loaded, memory: MemoryPlan, url: str) -> dict[str, object]:
+    """What the panel says, for machines."""
+    return {
+        "version": __version__,
+        "url": f"{url}/v1",
+        "model": settings.served_names[0],
+        "model_type": loaded.info.model_type,
+        "context": loaded.info.max_length,
+        "dtype": loaded.dtype_name,
+        "backend": settings.backend,
+        "exact": settings.exact,
+        "inexact": list(settings.inexact),
+        "variants": [each.name for each in loaded.variants],
+        "budget_bytes": memory.budget_bytes,
+    }
 
 
 def ignored_line(ignored: Sequence[str]) -> str:

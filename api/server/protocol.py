@@ -77,9 +77,9 @@ class ServerConfig(uvicorn.Config):
             loop="asyncio",
             lifespan="on",
             access_log=False,
-            log_level="warning",
+            log_config=None,  # see `logs`
             server_header=False,
-            **more,
+            **{"log_level": "warning", **more},
         )
 
 

@@ -10,7 +10,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from hybrid_cache.api.server.errors import Problem, logger, problem_of
+from hybrid_cache.api.server.errors import Problem, current_request_id, logger, problem_of
+from hybrid_cache.api.server.facts import facts
 from hybrid_cache.api.server.json_text import json_bytes
 from hybrid_cache.errors import HybridCacheError
 
@@ -139,10 +140,15 @@ class EventStream(Response):
         try:
             return await anext(self._events, None)
         except HybridCacheError as error:
-            return self._failed(problem_of(error))
+            return self._fail(error)
         except Exception as error:
-            logger.exception("a stream failed")
-            return self._failed(problem_of(error))
+            logger.exception("the stream of request %s failed", current_request_id.get())
+            return self._fail(error)
+
+    def _fail(self, error: Exception) -> bytes:
+        """The last event."""
+        problem = facts().problem = problem_of(error)
+        return self._failed(problem)
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -8,7 +8,8 @@ from pydantic import BaseModel
 from hybrid_cache import __version__
 from hybrid_cache.api.server.anthropic.diagnostics import Diagnoses
 from hybrid_cache.api.server.cache_report import wants_report
-from hybrid_cache.api.server.errors import ModelNotFound, quoted
+from hybrid_cache.api.server.errors import ModelNotFound, current_request_id, quoted
+from hybrid_cache.api.server.facts import facts
 from hybrid_cache.api.server.gate import MOST_BODIES, Gate, current_visit
 from hybrid_cache.api.server.metrics import Metrics, gate_families
 from hybrid_cache.api.server.response_store import ResponseStore
@@ -20,6 +21,7 @@ from hybrid_cache.api.server.tenants import owner_of
 from hybrid_cache.api.text.alike import SAME, TextDifference
 from hybrid_cache.api.text.answer import Answer
 from hybrid_cache.api.text.generation import GenerationSpec
+from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.text_work import TextWork
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -78,6 +80,7 @@ class Serving:
 
     def named(self, asked: str | None) -> "Serving":
         """What serves a model by its name; no name means the first one. Raises ModelNotFound."""
+        facts().model = asked or self.model.name
         if not asked or asked in self.model.names:
             return self
         if asked not in self.variants:
@@ -133,10 +136,17 @@ class Serving:
                 tool_s=tool_s,
                 max_loss=max_loss_of(self.settings, asked),
                 first_model=self.model.parent or self.model.name,
+                request_id=current_request_id.get() or "",
             )
             for spec in specs
         ]
-        return await Answer.to(self.text, specs, self.metrics.observe)
+        known = facts()
+
+        def observe(record: RequestRecord) -> None:
+            self.metrics.observe(record)
+            known.take(record)
+
+        return await Answer.to(self.text, specs, observe)
 
 
 def new_serving(

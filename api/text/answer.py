@@ -142,7 +142,7 @@ class _Generation:
         self._choices = [_Choice(first_choice + i, spec, detokenizer()) for i in range(spec.n)]
         self._stream = text.engine.submit(
             Request(
-                id=uuid.uuid4().hex,
+                id=_engine_id(spec.request_id),
                 prompt=spec.prompt,
                 sampling=spec.sampling,
                 n=spec.n,
@@ -229,7 +229,7 @@ class _Generation:
         """Calls the observer, once."""
         observe, self._observe = self._observe, None
         if observe is not None:
-            observe(self._watch.record(self.usage, self._output.queued_s))
+            observe(self._watch.record(self.usage, self._output.queued_s if self._has_begun else None))
 
 
 class _Choice:
@@ -287,6 +287,11 @@ class _Choice:
         if item.complete:
             self.called.append(self._calling)
         return CallEnd(self.number, item.complete, token)
+
+
+def _engine_id(request_id: str) -> str:
+    """A name that no other request has, and that begins with the one that the client knows."""
+    return f"{request_id}-{uuid.uuid4().hex[:16]}" if request_id else uuid.uuid4().hex
 
 
 async def _pump(generation: _Generation, queue: "asyncio.Queue[Events | Exception | None]") -> None:

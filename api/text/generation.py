@@ -50,6 +50,7 @@ class GenerationSpec:
     tool_s: float | None = None  # how long a tool that the answer calls takes, if the client says so
     max_loss: float | None = None  # as in `Request`
     first_model: str = ""  # what clients call the engine's own model
+    request_id: str = ""  # that the client knows; logs of the engine name it
     reports: bool = False  # the client wants to know why tokens of its prompt were not cached
 
 

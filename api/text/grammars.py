@@ -75,6 +75,10 @@ def lark_regex(pattern: str, param: str) -> str:
     return f"/{inner or '()'}/"
 
 
+class GrammarFault(Exception):
+    """What the library says of a grammar, which may quote it in any way."""
+
+
 def json_source(schema: object, param: str) -> Source:
     """A schema as JSON has it, or its text. Raises RequestError."""
     if schema is True:
@@ -265,7 +269,7 @@ class Grammars:
                 f"{len(source.text)} characters of a schema or a grammar, at most {MAX_SOURCE}", param=source.param
             )
         if fault := self._trials.fault_of(source.kind, source.text):
-            raise RequestError(fault, param=source.param)
+            raise RequestError(fault, param=source.param) from GrammarFault(fault)
         grammar = self._compile(source)
         with self._lock:
             self._kept[key] = grammar
@@ -281,7 +285,7 @@ class Grammars:
         if matcher.is_error() or probe.is_error() or not first.any():  # such as a schema that holds nothing but itself
             why = first_lines(matcher.get_error().partition("<state>")[0])
             nothing = "nothing that this model can say is of this form, or it takes too much to say"
-            raise RequestError(why or nothing, param=source.param)
+            raise RequestError(why or nothing, param=source.param) from GrammarFault(why)
         return Grammar(matcher, first, self._added, self._thread)
 
     @cached_property

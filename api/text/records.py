@@ -43,15 +43,17 @@ class Stopwatch:
     def end(self, choice: int, reason: str) -> None:
         self._finish_reasons[choice] = reason
 
-    def record(self, usage: Usage, queued_s: float) -> RequestRecord:
+    def record(self, usage: Usage, queued_s: float | None) -> RequestRecord:
+        """queued_s: None for a request that had no step: then all its life"""
+        total_s = time.monotonic() - self._start
         return RequestRecord(
             finish_reasons=tuple(self._finish_reasons),
             prompt_tokens=usage.prompt,
             cached_tokens=usage.cached,
             completion_tokens=usage.completion,
-            queued_s=queued_s,
+            queued_s=total_s if queued_s is None else queued_s,
             first_token_s=self._first,
             inter_token_s=tuple(self._gaps),
-            total_s=time.monotonic() - self._start,
+            total_s=total_s,
             session=self._session,
         )

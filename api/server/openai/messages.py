@@ -89,7 +89,7 @@ def _check_answered(open_calls: set[str] | None, place: int) -> None:
             "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
             f"'tool_call_id'. The following tool_call_ids did not have response messages: {names}",
             param=f"messages.[{place}].role",
-        )
+        ) from LookupError(names)  # which are the client's words
 
 
 def _calls_of(message: ChatMessage, place: int) -> set[str]:

@@ -7,6 +7,7 @@ from hybrid_cache.api.server.anthropic.diagnostics import changes_of
 from hybrid_cache.api.server.anthropic.parsing import conversation_of, spec_of
 from hybrid_cache.api.server.anthropic.reply import MessageReply
 from hybrid_cache.api.server.bodies import JsonRoute
+from hybrid_cache.api.server.facts import facts
 from hybrid_cache.api.server.openapi import ANTHROPIC_ERRORS, EVENTS, HINTS
 from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.schemas.anthropic import CountRequest, MessageResponse, MessagesRequest, TokenCount
@@ -37,6 +38,7 @@ def router(everything: Serving) -> APIRouter:
         """The tokens that the same messages would have as a prompt."""
         serving = everything.named(asked.model)
         conversation = await unless_gone(request, conversation_of(serving.text, asked, keep_billing=keep_billing))
+        facts().prompt_tokens = len(conversation.prompt.tokens)
         return TokenCount(input_tokens=len(conversation.prompt.tokens))
 
     return routes

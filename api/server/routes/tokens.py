@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from hybrid_cache.api.server.bodies import JsonRoute
+from hybrid_cache.api.server.facts import facts
 from hybrid_cache.api.server.json_text import json_in_pieces
 from hybrid_cache.api.server.openai.messages import conversation_of
 from hybrid_cache.api.server.openapi import ERRORS
@@ -35,6 +36,7 @@ def router(everything: Serving) -> APIRouter:
         """The tokens that the same prompt or messages would have in a completion."""
         text = everything.named(asked.model).text
         prompt = await unless_gone(request, _prompt(text, asked))
+        facts().prompt_tokens = len(prompt.tokens)
 
         def reply() -> bytes:
             tokens = prompt.tokens.tolist()
