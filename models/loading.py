@@ -19,6 +19,7 @@ from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.files import errors_begin_with, read_json
+from hybrid_cache.models.gguf import file as gguf
 from hybrid_cache.models.registry import ShapedModel
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.shelf import Shelf
@@ -114,7 +115,7 @@ def _build(
     compute_dtype = _compute_dtype(dtype)
     values = load_config(folder)
     stored = quantized.format_of(values)
-    if stored is not None and compute_dtype is None:  # codes do not say what they were made from
+    if compute_dtype is None and (stored is not None or gguf.find(folder)):  # codes do not say what they were made from
         compute_dtype = _named_dtype(values)
     delta = deltas.find(folder)
     folder = folder if delta is None else delta.base
@@ -129,8 +130,11 @@ def _build(
 
 
 def load_config(path: str | Path) -> dict[str, object]:
-    """The config.json of a folder, or of a delta's base. Raises ModelError if there is none that can be read."""
+    """The config.json of a folder, or of a delta's base, or what a GGUF file says in its place. Raises ModelError if
+    there is none that can be read."""
     folder = Path(path)
+    if (found := gguf.find(folder)) is not None:
+        return gguf.read_model(found).config
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
     return read_config(deltas.base_of(folder) / "config.json")
@@ -189,16 +193,16 @@ def embedded_path() -> Path:
 
 
 def resolve(model: str) -> Path:
-    """A local folder as it is; else the name of a model that ships, or one on the Hugging Face hub, downloaded.
+    """A local folder or GGUF file as it is; else a model that ships, or one on the Hugging Face hub, downloaded.
 
     Raises ModelError.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == gguf.SUFFIX and folder.is_file()):
         return folder
     if model in SHIPPED:
         return Path(__file__).parent / SHIPPED[model]
-    wanted = f"{model} is not a local folder"
+    wanted = f"{model} is not a local folder" if folder.suffix != gguf.SUFFIX else f"{model} is not a local file"
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise ModelError(wanted)
     try:

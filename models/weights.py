@@ -18,6 +18,7 @@ from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.depth import digest_of
 from hybrid_cache.models.files import TABLE_BYTES, few, read_json, shown
+from hybrid_cache.models.gguf.file import SUFFIX, GgufFile, find
 from hybrid_cache.models.quantized import Format, dequantize
 
 CPU = torch.device("cpu")
@@ -116,7 +117,7 @@ class _File(Protocol):
 
 
 class SafetensorsWeights:
-    """Streams tensors out of the safetensors files of one folder. Use as a context manager."""
+    """Streams tensors out of the safetensors files of one folder, or of a GGUF file. Use as a context manager."""
 
     def __init__(
         self,
@@ -330,6 +331,8 @@ class SafetensorsWeights:
         return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
     def _open(self, path: Path) -> _File:
+        if path.suffix == SUFFIX:
+            return GgufFile(path)
         try:
             file: _File = self._files.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as e:
@@ -386,6 +389,8 @@ def _num_layers(names: Iterable[str], prefix: str) -> int:
 
 
 def _shards(folder: Path) -> Iterable[Path]:
+    if (gguf := find(folder)) is not None:
+        return [gguf]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if (folder / INDEX).is_file():

@@ -18,6 +18,7 @@ from hybrid_cache.kernels.selfcheck import check_exact
 from hybrid_cache.models import adapters, loading
 from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.files import errors_begin_with
+from hybrid_cache.models.gguf import file as gguf
 from hybrid_cache.models.registry import ShapedModel
 from hybrid_cache.models.shelf import Shelf
 from hybrid_cache.profile import PROFILES, Profile, load_profile
@@ -211,6 +212,8 @@ def apart(loaded: Loaded, model: HybridModel) -> HybridModel:
 def _name(model: str | None) -> str:
     if model is None:
         return "embedded"
+    if (file := gguf.find(Path(model))) is not None:
+        return gguf.title_of(file)
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 

@@ -14,6 +14,7 @@ from hybrid_cache.api.text.tokenizer_file import first_line, has_backend, is_byt
 from hybrid_cache.errors import ContextTooLong, ModelError, RequestError
 from hybrid_cache.models import deltas
 from hybrid_cache.models.files import errors_begin_with, is_there, own_or, read_json_if_there, read_text, shown
+from hybrid_cache.models.gguf.text import text_folder
 
 TEMPLATE = "chat_template.jinja"
 MAX_TEMPLATE = 1 << 20  # characters
@@ -178,7 +179,8 @@ class TextModel:
         base: a folder whose files stand in for those that are not there
         Raises ModelError with one line that names the file.
         """
-        folder = Path(path) if base is not None else deltas.base_of(Path(path))
+        path, base = text_folder(Path(path)), None if base is None else text_folder(base)
+        folder = path if base is not None else deltas.base_of(path)
         if not folder.is_dir():
             raise ModelError(f"{folder} is not a folder")
         tokenizer = load_tokenizer(folder, base)
@@ -195,6 +197,7 @@ class TextModel:
         A tokenizer that is another one stands alone: the other files of the base would name tokens that it lacks.
         Raises as `load`.
         """
+        path, base_path = text_folder(path), text_folder(base_path)
         if has_backend(path) and load_tokenizer(path, base_path).as_json() != base.tokenizer.as_json():
             return TextModel.load(path)
         return TextModel.load(path, base_path)

@@ -25,6 +25,8 @@ from torch import Tensor
 from hybrid_cache.errors import ConfigError, ModelError
 from hybrid_cache.models import deltas, loading, registry
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.gguf.file import find
+from hybrid_cache.models.gguf.text import text_folder
 from hybrid_cache.models.quantized import BLOCK, FORMATS, Format, Shape, dequantize, format_of, quantize, settings_of
 from hybrid_cache.models.weights import CODES, DTYPES, INDEX, SafetensorsWeights
 
@@ -91,6 +93,8 @@ def prepare(source: Path, *, dtype: str | None = None, quantize: str | None = No
     new_dtype = _option("dtype", dtype, STORED_DTYPES)
     stored = _option("quantize", quantize, FORMATS)
     config = loading.load_config(source)
+    if new_dtype is None and find(source) is not None and config["dtype"] == "bfloat16":  # of decoded blocks
+        new_dtype = torch.bfloat16
     if format_of(config) is not None:
         raise ModelError(f"{source}: config.json: quantization_config is there, convert what it was made from")
     try:
@@ -217,7 +221,7 @@ def _new_config(config: Mapping[str, object], dtype: torch.dtype, stored: Format
 
 
 def _write_all(conversion: Conversion, folder: Path, shard_bytes: int, done: Callable[[Change, float], None]) -> int:
-    _copy_text_files(deltas.base_of(conversion.source), folder)
+    _copy_text_files(text_folder(deltas.base_of(conversion.source)), folder)
     (folder / "config.json").write_text(json.dumps(conversion.config, indent=2) + "\n", encoding="utf-8")
     shards = _shards(conversion.changes, shard_bytes)
     width = len(shards)
