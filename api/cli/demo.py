@@ -47,13 +47,13 @@ def run(model: str | None, backend: str, *, as_json: bool) -> None:
     """Prints a line for each request. Raises HybridCacheError, AnswersDiffer among them."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     with LLM(model, backend=backend) as llm:
-        if as_json:
-            rows = list(_rows(llm))
-            console.print(json.dumps([asdict(row) for row in rows], indent=2))
-        else:
-            rows = list(_shown(llm, console))
+        rows = list(_rows(llm)) if as_json else list(_shown(llm, console))
+    if as_json:
+        console.print(json.dumps([asdict(row) for row in rows], indent=2))
     if not all(row.same for row in rows):
         raise AnswersDiffer("answers with the cache and without it differ: this backend or model is not exact")
+    if not as_json:
+        console.print("\nThe same tokens in every answer, with the cache and without it.")
 
 
 def _shown(llm: LLM, console: Console) -> Iterator[Row]:
@@ -63,7 +63,6 @@ def _shown(llm: LLM, console: Console) -> Iterator[Row]:
     for row in _rows(llm):
         console.print(row.line)
         yield row
-    console.print("\nThe same tokens in every answer, with the cache and without it." if row.same else "")
 
 
 def _rows(llm: LLM) -> Iterator[Row]:

@@ -215,6 +215,17 @@ def test_the_embedded_model_answers_a_pipe(monkeypatch: pytest.MonkeyPatch, caps
     assert " + 0 computed prompt tokens" in notes[1]
 
 
+@pytest.mark.parametrize(("options", "cached"), [([], 64), (["--system", ""], 0)])
+def test_the_second_turn_with_the_embedded_model_shows_cached_tokens(
+    options: list[str], cached: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a system prompt of its own, which may be left out."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\nWho are you?\n"))
+    with pytest.raises(SystemExit):
+        cli.main(["chat", "--temperature", "0", "--max-tokens", "8", *options])
+    assert capsys.readouterr().err.splitlines()[1].startswith(f"{cached} cached + ")
+
+
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "file:///etc", "http://", "http://[::1"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ServerFailed):
