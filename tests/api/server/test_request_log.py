@@ -23,7 +23,7 @@ FIELDS = {
     *("time", "level", "logger", "message"),
     *("request_id", "method", "path", "status", "client", "key", "model", "stream"),
     *("prompt_tokens", "cached_tokens", "generated_tokens", "queued_s", "first_token_s", "total_s"),
-    *("finish_reasons", "error_code", "error"),
+    *("finish_reasons", "trace_id", "error_code", "error"),
 }
 CANARY = "canary7f3a"  # what no line may hold
 
