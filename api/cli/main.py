@@ -242,6 +242,12 @@ def serve(
             "--log-content", help="At level debug, log what requests and answers say, too; else nothing of it."
         ),
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Collector that gets a span for each request (OTLP over HTTP), such as http://127.0.0.1:4318."
+        ),
+    ] = None,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that SIGTERM gives running requests.")] = 30,
     allow_host: Annotated[
@@ -351,6 +357,7 @@ def serve(
         response_life_s=parse_life(response_ttl),
         vllm_metrics=vllm_metrics,
         log=LogOptions(log_level, log_format, log_content),
+        otlp_endpoint=otlp_endpoint,
         profiles=tuple(profile or ()),
         profiled=sharing == "profiled",
         max_loss=max_loss,

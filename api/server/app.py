@@ -13,10 +13,21 @@ from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
 from hybrid_cache.api.server.request_log import RequestLog
 from hybrid_cache.api.server.responses import ACTIVE
-from hybrid_cache.api.server.routes import adapters, cache, chat, completions, messages, responses, server, tokens
+from hybrid_cache.api.server.routes import (
+    adapters,
+    cache,
+    chat,
+    completions,
+    messages,
+    props,
+    responses,
+    server,
+    tokens,
+)
 from hybrid_cache.api.server.routes.adapters import LoadVariant
 from hybrid_cache.api.server.serving import Variant, new_serving
 from hybrid_cache.api.server.settings import ServerSettings
+from hybrid_cache.api.server.tracing import Tracing
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.engine.async_engine import AsyncEngine
 
@@ -27,10 +38,12 @@ def create_app(
     settings: ServerSettings,
     variants: Iterable[Variant] = (),
     load_variant: LoadVariant | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """An application that starts the engine with itself, and drains and stops it at its end.
 
     variants: those of the engine   load_variant: loads one with an adapter, where clients may ask for that
+    tracing: makes spans of requests; it is closed at the end
     """
     serving = new_serving(engine, text, settings, variants)
 
@@ -40,6 +53,8 @@ def create_app(
         yield
         await engine.stop(settings.drain_timeout_s)
         await serving.responses.aclose()
+        if tracing is not None:
+            tracing.close()
 
     # No documentation pages: they load their scripts from elsewhere. /openapi.json is ours.
     # No redirects either: they would lead to whatever host the client names.
@@ -51,7 +66,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    for routes in (chat, completions, responses, messages, tokens, cache, server):
+    for routes in (chat, completions, responses, messages, tokens, cache, props, server):
         app.include_router(routes.router(serving))
     if load_variant is not None:
         app.include_router(adapters.router(serving, load_variant))
@@ -77,5 +92,5 @@ def create_app(
     if settings.allowed_hosts:
         app.add_middleware(Hosts, names=settings.allowed_hosts)
     app.add_middleware(RequestIds)
-    app.add_middleware(RequestLog, content=settings.log_content)
+    app.add_middleware(RequestLog, content=settings.log_content, tracing=tracing)
     return app

@@ -41,11 +41,13 @@ class Facts:
     submitted_s: float | None = None  # when its first prompt was queued
     queued_s: float | None = None  # the longest that one of its prompts waited
     first_token_s: float | None = None  # when its first token came
+    ended_s: float | None = None  # when its last prompt ended
     problem: Failure | None = None  # that it ended with
 
     def take(self, record: RequestRecord) -> None:
         """One of its prompts has ended."""
-        submitted_s = time.monotonic() - record.total_s
+        self.ended_s = time.monotonic()
+        submitted_s = self.ended_s - record.total_s
         self.submitted_s = min(filter(None, (self.submitted_s, submitted_s)))
         self.queued_s = max(self.queued_s or 0.0, record.queued_s)
         if record.first_token_s is not None:

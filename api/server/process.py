@@ -38,6 +38,7 @@ from hybrid_cache.api.server.protocol import ServerConfig
 from hybrid_cache.api.server.response_store import memory_bytes
 from hybrid_cache.api.server.serving import Variant
 from hybrid_cache.api.server.settings import MAX_LOSS, ServerSettings
+from hybrid_cache.api.server.tracing import Tracing
 from hybrid_cache.api.text.alike import difference_of
 from hybrid_cache.api.text.defaults import listed
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -83,6 +84,7 @@ class ServeOptions:
     profiled: bool = False  # what requests get that do not say
     max_loss: float = MAX_LOSS
     log: LogOptions = field(default_factory=LogOptions)
+    otlp_endpoint: str | None = None  # of a collector of spans
 
     def __post_init__(self) -> None:
         if self.operator_keys and not self.api_keys:
@@ -128,11 +130,12 @@ def serve(options: ServeOptions) -> int:
 
     A process in which something hangs does not get back here, but ends. Raises HybridCacheError when it cannot start.
     """
+    tracing = None if options.otlp_endpoint is None else Tracing.to_collector(options.otlp_endpoint)
     with logging_to(log_stream(), options.log):
-        return _serve(options)
+        return _serve(options, tracing)
 
 
-def _serve(options: ServeOptions) -> int:
+def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
     console = Console(stderr=True, quiet=options.log.format == "json")
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False) if not console.quiet else logger.info
     with closing(bind(options.host, options.port)) as bound:
@@ -171,7 +174,7 @@ def _serve(options: ServeOptions) -> int:
                 raise ModelError(differences[0])
             return variant_of(variant, loaded, text), variant.model, profiles_in(variant.path)
 
-        app = create_app(engine, text, settings, variants, load_adapter if options.load.shares else None)
+        app = create_app(engine, text, settings, variants, load_adapter if options.load.shares else None, tracing)
         url = url_of(bound, exposure.scheme)
         if console.quiet:
             logger.info("serving", extra={FIELDS: _facts(settings, loaded, memory, url)})

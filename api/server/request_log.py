@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hybrid_cache.api.server.errors import current_request_id
 from hybrid_cache.api.server.facts import Facts, new_facts
 from hybrid_cache.api.server.logs import FIELDS, IN_MESSAGE, text_of
+from hybrid_cache.api.server.tracing import Tracing
 
 CLIENT_LEFT = 499  # in place of a status: the client went away before it had all of its answer
 PROBES = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # asked again and again
@@ -23,9 +24,10 @@ logger = logging.getLogger("hybrid_cache.request")
 class RequestLog:
     """Logs each request with what is known of it, see `facts`. Outermost."""
 
-    def __init__(self, app: ASGIApp, *, content: bool = False) -> None:
-        """content: bodies and answers are logged, too, at debug level"""
+    def __init__(self, app: ASGIApp, *, content: bool = False, tracing: Tracing | None = None) -> None:
+        """content: bodies and answers are logged, too, at debug level   tracing: makes spans of requests, too"""
         self._app = app
+        self._tracing = tracing
         self._content = content
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,7 +43,7 @@ class RequestLog:
             exchange.error = f"the answer broke off with {type(error).__name__}"
             raise
         finally:
-            exchange.log()
+            exchange.log(self._tracing)
 
 
 class _Exchange:
@@ -72,11 +74,13 @@ class _Exchange:
             self._said[1].add(message.get("body", b""))
         await self._send(message)
 
-    def log(self) -> None:
-        level = self._level()
+    def log(self, tracing: Tracing | None) -> None:
+        level, probe = self._level(), self._scope["path"] in PROBES
+        fields = self._fields()
+        if tracing is not None and not probe:
+            fields["trace_id"] = tracing.request(self._scope, self.facts, fields)
         if not logger.isEnabledFor(level):
             return
-        fields = self._fields()
         first = [text_of(fields[name]) for name in FIRST]
         logger.log(level, "%s", " ".join(first), extra={FIELDS: fields, IN_MESSAGE: FIRST})
         for name, said in zip(("body", "answer"), self._said or (), strict=False):
@@ -114,6 +118,7 @@ class _Exchange:
             "first_token_s": _rounded(facts.first_token_s and facts.first_token_s - facts.began_s),
             "total_s": _rounded(now - facts.began_s),
             "finish_reasons": list(facts.finish_reasons) or None,
+            "trace_id": None,
             "error_code": facts.problem and facts.problem.code,
             "error": self._error(facts),
         }

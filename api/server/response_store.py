@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from hybrid_cache.api.server.errors import ResponseNotFound, quoted
+from hybrid_cache.api.server.errors import ResponseNotFound, current_request_id, quoted
 from hybrid_cache.api.server.settings import RESPONSE_LIFE_S, RESPONSE_STORE_BYTES
 from hybrid_cache.api.server.tenants import current_tenant
 from hybrid_cache.errors import ConfigError, RequestError, RequestFailed
@@ -146,7 +146,7 @@ class ResponseStore:
         try:
             return await self._run(lambda: self._put(stored, owner, tenant))
         except RequestFailed:
-            logger.exception("a response is not kept")
+            logger.exception("the response to request %s is not kept", current_request_id.get())
             return False
 
     async def find(self, name: str, cache_salt: str | None) -> Stored:

@@ -31,6 +31,7 @@ from hybrid_cache.api.text.text_engine import TextEngine
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.request import FinishReason, PromptOutput, Request, Stopper, TokenOutput
 
+APART = "."  # between the id of a request that the client knows, which has no such character, and digits
 MOST_TOOL_NAME = 256  # characters by which the engine knows the tools that an answer has called
 
 Events = tuple[Event, ...]  # what one output of the engine causes, in order
@@ -291,7 +292,12 @@ class _Choice:
 
 def _engine_id(request_id: str) -> str:
     """A name that no other request has, and that begins with the one that the client knows."""
-    return f"{request_id}-{uuid.uuid4().hex[:16]}" if request_id else uuid.uuid4().hex
+    return f"{request_id}{APART}{uuid.uuid4().hex[:16]}" if request_id else uuid.uuid4().hex
+
+
+def request_id_in(engine_id: str) -> str | None:
+    """The name that the client knows; None if it knows none."""
+    return engine_id.rpartition(APART)[0] or None
 
 
 async def _pump(generation: _Generation, queue: "asyncio.Queue[Events | Exception | None]") -> None:

@@ -226,6 +226,10 @@ class AsyncEngine:
         return self._engine.longest_sequence
 
     @property
+    def max_running(self) -> int:
+        return self._config.max_running
+
+    @property
     def max_waiting(self) -> int:
         return self._config.max_waiting
 

@@ -5,7 +5,8 @@ Nothing is published before the pass that fills it has completed. `async_engine`
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Tokens
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from hybrid_cache.engine.intake import OWN, Intake
 from hybrid_cache.engine.interruptions import Interruptions
 from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
+from hybrid_cache.engine.sequence import Sequence
 from hybrid_cache.engine.turns import Gap
 from hybrid_cache.errors import ConfigError, HybridCacheError, Overloaded, RequestError
 from hybrid_cache.namespaces import fingerprint_in, lane_in, namespace_of
@@ -138,8 +140,7 @@ class Engine:
     def remove_variant(self, name: str) -> None:
         """Forgets a variant, and what is cached of it. Raises RequestError if there is none, or it is in use."""
         fingerprint = self._family.fingerprint(name)
-        sequences = (*self._scheduler.sequences(), *self._interruptions.sequences())
-        num_open = sum(s.request.model == name or s.prefill.model == fingerprint for s in sequences)
+        num_open = sum(s.request.model == name or s.prefill.model == fingerprint for s in self.sequences())
         num_open += sum(message.model == fingerprint for message in self._scheduler.messages)
         if num_open:
             raise RequestError(f"{name!r} is in use by {num_open} requests", param="model", code="model_in_use")
@@ -157,6 +158,10 @@ class Engine:
         self.settle()
         self.worker.remove(fingerprint)
         self._scheduler.senders.update(self._family.models)
+
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Those that wait, run, or are interrupted."""
+        return *self._scheduler.sequences(), *self._interruptions.sequences()
 
     @property
     def has_work(self) -> bool:
@@ -262,7 +267,7 @@ class Engine:
         if not (known or request_id in self._interruptions):
             raise RequestError(f"request {request_id!r} is not known", param="id")
 
-    def resume(self, request_id: str, tokens: Sequence[int]) -> None:
+    def resume(self, request_id: str, tokens: Tokens[int]) -> None:
         """Continues a request that was paused while it was open: its prompt is all tokens so far, and these.
 
         Raises RequestError if it is not paused, ContextTooLong where it does not fit any more: then it still is.
@@ -334,7 +339,7 @@ class Engine:
             if isinstance(error, OutOfDeviceMemory) and error.lost:
                 raise  # which takes back all of the pass, too
             self._outcomes.tally.failures += 1
-            logger.error("a step between layers failed, and its prompts begin again: %s", error, exc_info=error)
+            logger.error("a step between layers failed, of requests %s: %s", step.request_ids, error, exc_info=error)
             self._scheduler.take_back(step, gap)
         self._work(Step())  # what is kept of its hidden rows: the pass overwrites them
         self._between_s += self._clock() - started_s
@@ -343,7 +348,7 @@ class Engine:
     def _fail(self, step: Step, error: HybridCacheError) -> Outputs:
         """Takes back a step that failed; gives up the request at fault once it is known."""
         self._outcomes.tally.failures += 1
-        logger.error("a step failed: %s", error, exc_info=error)
+        logger.error("a step failed, of requests %s: %s", step.request_ids, error, exc_info=error)
         request_id = self._scheduler.failed(step)
         self.worker.free_memory()
         if request_id is None:

@@ -130,7 +130,7 @@ class Intake:
             request = replace(request, prompt=prompt, arrangement=asked)
         mark = self._family.mark(request.model, salt, request.prompt.tokens) if before is None else before.mark
         if mark is None and index == 0 and self._family[request.model].invocation:
-            logger.info("request %s does not invoke %s: the base answers", request.id, request.model)
+            logger.debug("request %s does not invoke %s: the base answers", request.id, request.model)
         reader = fingerprint_in(self._family.namespace(request.model, salt))
         prefill = new_prefill(request, reader, enabled=self._config.prefix_cache, arranged=arranged, mark=mark)
         prefill.asks = index == 0 and not arranged

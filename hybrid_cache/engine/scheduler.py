@@ -56,6 +56,11 @@ class Step:
         yield from self.decodes
         yield from self.resumed
 
+    @property
+    def request_ids(self) -> str:
+        """For logs."""
+        return ", ".join(dict.fromkeys(sequence.request.id for sequence in self.sequences)) or "-"
+
     def work(self, commands: tuple[Command, ...]) -> Work:
         """What the device has to do, after some commands. Behind the chunks come sequences that are fed several tokens,
         and last what is made beside chunks.
@@ -223,6 +228,7 @@ class Scheduler:
         sequence.phase = Phase.WAITING
         self._waiting.add(sequence)
         self.num_preemptions += 1
+        logger.debug("request %s gives its memory back, and begins again", sequence.request.id)
 
     # Admission
 

@@ -146,7 +146,7 @@ def test_the_next_call_reads_the_first_answer_as_base_text() -> None:
 
 
 def test_a_prompt_without_the_invocation_is_the_bases(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "hybrid_cache")
+    caplog.set_level("DEBUG", "hybrid_cache")
     engine, models = new_engine()
     tokens = np.concatenate([text_of(1, 140), np.array([7, 8], np.int32)])
     outputs = run(engine, replace(make_request("a", tokens, 5), model="judge"))

@@ -83,7 +83,7 @@ MUTANTS = [
     ),
     engine(
         "who is paused does not use its variant",
-        "(*self._scheduler.sequences(), *self._interruptions.sequences())",
+        "*self._scheduler.sequences(), *self._interruptions.sequences()",
         "self._scheduler.sequences()",
         VARIANTS,
     ),

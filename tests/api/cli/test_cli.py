@@ -15,6 +15,7 @@ from hybrid_cache.api.cli import main as cli
 from hybrid_cache.api.cli.options import api_keys, read_api_keys
 from hybrid_cache.api.server.exposure import Exposure
 from hybrid_cache.api.server.launch import LoadOptions
+from hybrid_cache.api.server.logs import LogOptions
 from hybrid_cache.api.server.process import ServeOptions
 from hybrid_cache.api.server.protocol import Patience
 from hybrid_cache.cache.policies.registry import policy_names
@@ -120,7 +121,8 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "--forwarded-allow-ips 10.0.0.0/8,::1 --max-connections 7 "
         "--header-timeout 1 --body-timeout 2 --reader-timeout 3 --special-tokens-in-content --message-book 2MiB "
         f"--keep-billing-header --tool-parser jamba --operator-key-file {operators} "
-        "--response-store-mb 7 --response-ttl 30m --profile a.json --profile b.json --sharing profiled --max-loss 0.25"
+        "--response-store-mb 7 --response-ttl 30m --profile a.json --profile b.json --sharing profiled --max-loss 0.25 "
+        "--log-level debug --log-format json --log-content --otlp-endpoint http://c:4318"
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
@@ -164,6 +166,8 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "profiles": (Path("a.json"), Path("b.json")),
         "profiled": True,
         "max_loss": 0.25,
+        "log": LogOptions("debug", "json", content=True),
+        "otlp_endpoint": "http://c:4318",
     }
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -130,6 +131,9 @@ def test_what_cannot_be_written_changes_nothing(output: str) -> None:
                 after_start()
                 for _ in range(3):
                     assert ask(url, [FAILS] * 40).status_code == 500  # which logs a traceback, more than the pipe holds
+                lost = re.search(r"^hybrid_cache_log_records_lost_total (.+)$", httpx.get(f"{url}/metrics").text, re.M)
+                assert lost is not None
+                assert float(lost[1]) > 0 or output == "reader stopped"  # then they wait, up to a bound
                 answer = LongAnswer(url, max_tokens=600)
                 process.send_signal(signal.SIGTERM)
                 wait_for_draining(url)

@@ -1,17 +1,25 @@
 """One line for each request, true to what happened, without its content, and not to be forged."""
 
 import asyncio
+import fcntl
 import io
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
 import pytest
 
+from hybrid_cache.api.cli import main as cli
+from hybrid_cache.api.cli.outlet import MOST_WAITING, Outlet
 from hybrid_cache.api.server.logs import LogOptions, logging_to
 from hybrid_cache.api.server.tenants import tenant_of
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -23,8 +31,9 @@ FIELDS = {
     *("time", "level", "logger", "message"),
     *("request_id", "method", "path", "status", "client", "key", "model", "stream"),
     *("prompt_tokens", "cached_tokens", "generated_tokens", "queued_s", "first_token_s", "total_s"),
-    *("finish_reasons", "error_code", "error"),
+    *("finish_reasons", "trace_id", "error_code", "error"),
 }
+PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli.main import main; main()")
 CANARY = "canary7f3a"  # what no line may hold
 
 
@@ -372,6 +381,69 @@ def test_a_bug_leaves_a_traceback_without_values(sum_text: TextModel, monkeypatc
     assert trace[-1] == "ValueError: cannot read '...'"
     assert any("completions.py" in place for place in trace)
     assert CANARY not in log.text
+
+
+def test_more_than_an_outlet_holds_is_dropped_and_counted() -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    with os.fdopen(writer, "w") as target, os.fdopen(reader, "rb"):
+        outlet = Outlet(target)
+        outlet.write("x" * 5000)  # on which its thread waits
+        for _ in range(MOST_WAITING + 110):
+            outlet.write("y")
+        assert 110 <= outlet.num_dropped <= 111  # one more if the thread has taken none of them
+        assert os.read(reader, 4096)  # so that it ends
+
+
+def test_an_error_that_ends_a_thread_is_a_line(sum_text: TextModel) -> None:
+    def fail() -> None:
+        raise ValueError(f"'{CANARY}' at the end")
+
+    with logged() as log:
+        thread = threading.Thread(target=fail, name="mine")
+        thread.start()
+        thread.join()
+    (line,) = log.lines()
+    assert (line["level"], line["message"]) == ("critical", "the thread mine has ended with an error")
+    assert line["traceback"][-1] == "ValueError: '...' at the end"
+
+
+@pytest.mark.parametrize("bad", [("--log-level", "loud"), ("--log-format", "xml"), ("--log-content",)])
+def test_a_setting_that_cannot_be_is_one_line(bad: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", "--port", "0", *bad])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {bad[0][2:].replace('-', '_')} ")
+    assert said.count("\n") == 1
+
+
+def test_all_that_a_process_says_is_json_where_that_is_asked_for() -> None:
+    command = [*PROGRAM, "serve", "--port", "0", "--budget", "64MiB", "--log-format", "json", "--host", "0.0.0.0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            lines = [next(process.stderr)]
+            url = json.loads(lines[0])["url"].replace("0.0.0.0", "127.0.0.1")
+            for _ in range(500):
+                with suppress(httpx.ConnectError):
+                    assert httpx.get(f"{url}/models").status_code == 200
+                    break
+                time.sleep(0.02)
+            answer = httpx.post(f"{url}/completions", json={"prompt": "a", "max_tokens": 2}, timeout=30)
+            assert answer.status_code == 200
+            process.send_signal(signal.SIGTERM)
+            lines += process.stderr
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    said = [json.loads(line) for line in lines]
+    assert [each["message"] for each in said if each["logger"] == "hybrid_cache.request"] == [
+        "GET /v1/models 200",
+        "POST /v1/completions 200",
+    ]
+    assert any(each["level"] == "warning" and "API key" in each["message"] for each in said)
+    assert any("finishing" in each["message"] for each in said)
 
 
 def test_a_log_that_cannot_be_written_harms_no_request_and_is_counted(sum_text: TextModel) -> None:
