@@ -75,6 +75,7 @@ class ServeOptions:
     profiles: tuple[Path, ...] = ()  # of what is lost between pairs of models, beside those in their folders
     profiled: bool = False  # what requests get that do not say
     max_loss: float = MAX_LOSS
+    chat_template: Path | None = None  # in place of the model's own
 
     def __post_init__(self) -> None:
         if self.operator_keys and not self.api_keys:
@@ -124,6 +125,7 @@ def serve(options: ServeOptions) -> int:
         with console.status("loading the model"):
             loaded = load(options.load)
             text = TextModel.load(loaded.path)
+            text = text.with_template(options.chat_template) if options.chat_template else text
             variants = [variant_of(each, loaded, text) for each in loaded.variants]
         with console.status("checking that cached and computed answers agree bit for bit"):
             inexact = inexact_reasons(loaded)
