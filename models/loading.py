@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hybrid_cache.device.adapted import AdaptedModel
 from hybrid_cache.device.batch import HybridModel
-from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.errors import ConfigError, ModelError, UnsupportedModel
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models import adapters, deltas, quantized, registry
 from hybrid_cache.models.adapters import Adapter
@@ -35,6 +36,7 @@ SHIPPED = {
     "recall": "recall",
     "recall-style": "recall_style",
 }
+LEAST_CONTEXT = 4 * TILE  # with room for the prompts of the check before a model is served
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -46,11 +48,13 @@ def load(
     adapter: str | Path | None = None,
     merges: bool = True,
     shelf: Shelf | None = None,
+    max_length: int | None = None,
 ) -> HybridModel:
     """Reads a model folder or a delta, tensor by tensor, and merges the LoRA adapter of another folder into it.
 
     merges: else the adapter's products are computed beside those of the model, which stay as they are; other bits
     shelf: of models that share what they have in common
+    max_length: tokens of context at most, where the model has more; it changes no bit of what is computed
 
     `dtype` is the type that rows are computed and cached in. "auto" is bfloat16 for a checkpoint in bfloat16, and
     float32 for one in float32 or float16: float32 holds every float16 value, bfloat16 does not.
@@ -59,8 +63,9 @@ def load(
     if changes is not None and merges and (invocation := changes.config.invocation):
         raise UnsupportedModel(f"adapter {adapter} is activated by the tokens {[*invocation]}, and cannot be merged")
     if changes is None or merges:
-        return _build(Path(path), dtype, ops, changes, shelf)
-    return beside(load_trunk(path, dtype=dtype, ops=ops, shelf=shelf, adapter=changes), changes)
+        return _shortened(_build(Path(path), dtype, ops, changes, shelf), max_length)
+    trunk = load_trunk(path, dtype=dtype, ops=ops, shelf=shelf, adapter=changes, max_length=max_length)
+    return beside(trunk, changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +91,17 @@ def load_named(name: str, *, dtype: str = "auto", ops: Ops, merges: bool = False
 
 
 def load_trunk(
-    path: str | Path, *, dtype: str = "auto", ops: Ops, shelf: Shelf | None = None, adapter: Adapter | None = None
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    ops: Ops,
+    shelf: Shelf | None = None,
+    adapter: Adapter | None = None,
+    max_length: int | None = None,
 ) -> ShapedModel:
     """As `load`, a model beside which adapters may stand; with the modules that an adapter replaces as a whole."""
     replaced = replace(adapter, factors={}) if adapter is not None and adapter.replaced else None
-    return _build(Path(path), dtype, ops, replaced, shelf, AdapterBank(ops))
+    return _shortened(_build(Path(path), dtype, ops, replaced, shelf, AdapterBank(ops)), max_length)
 
 
 def beside(trunk: ShapedModel, adapter: Adapter) -> AdaptedModel:
@@ -127,6 +138,20 @@ def _build(
             if shelf is None:
                 return build(Config(values), weights, ops, weights.dtype)
             return build(Config(values), shelf.weights(weights), shelf.ops(ops), weights.dtype)
+
+
+def context(asked: int, most: int) -> int:
+    """Tokens of context that are asked for, of a model that has `most`. Raises ConfigError for more, or very few."""
+    least = min(LEAST_CONTEXT, most)
+    if not least <= asked <= most:
+        raise ConfigError(f"max_model_len is {asked:,}, must be from {least} to {most:,}, this model's own context")
+    return asked
+
+
+def _shortened(model: ShapedModel, max_length: int | None) -> ShapedModel:
+    if max_length is not None:
+        model.max_length = min(max_length, model.max_length)
+    return model
 
 
 def load_config(path: str | Path) -> dict[str, object]:

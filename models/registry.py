@@ -20,6 +20,8 @@ from hybrid_cache.models.weights import ModelWeights
 class ShapedModel(Trunk, Protocol):
     """A model that can also say what it is made of, and what may stand beside it."""
 
+    max_length: int  # before anything has been made of the model, it may be lowered
+
     @property
     def shape(self) -> ModelShape: ...
 

@@ -7,7 +7,7 @@ HYBRID_CACHE_SOME_NAME in the environment, and `some-name` or `some_name` in the
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +16,15 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from hybrid_cache.api.cli import config_file
+from hybrid_cache.api.cli.foreign_options import MODEL, Setting, table
 from hybrid_cache.api.cli.options import KEY_VARIABLE
+from hybrid_cache.api.cli.translation import of_file
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.models.files import shown
 
 PREFIX = "HYBRID_CACHE_"
 SECRET = ("api_key",)  # values that are never shown; and they add up, wherever they come from, see `options.api_keys`
-ASIDE = ("help", "config", "show_config")
+ASIDE = ("help", "config", "show_config", "help_aliases")
 _PLACES = "hybrid_cache.places"  # in a context: parameter -> where its value in `default_map` comes from
 _PLAIN = re.compile(r"(?!(?:true|false|null|yes|no|on|off)$)[\w/.][\w./+:-]*(?<!:)", re.I)
 _OF_KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT)|PORT_[0-9]+_)")  # variables about a service named hybrid-cache
@@ -42,17 +44,31 @@ class ConfiguredCommand(TyperCommand):
         """Raises ConfigError about a value of the environment or of a file, with its place."""
         ctx.default_map = dict(self._environment(ctx))
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, self.translated(args))
         except typer.BadParameter as error:
             name = str(getattr(error.param, "name", None))
             if source(ctx, name) != "DEFAULT_MAP":
                 raise
             raise ConfigError(f"{places(ctx)[name]} is {shown(ctx.default_map[name])}: {error.message}") from error
 
+    def translated(self, args: list[str]) -> list[str]:
+        """A command line in the options of this command. Raises ConfigError."""
+        return args
+
     def configurable(self) -> Iterator[Parameter]:
         for parameter in self.params:
             if isinstance(parameter, Parameter) and parameter.name not in ASIDE:
                 yield parameter
+
+    def by_option(self) -> dict[str, Parameter]:
+        """All parameters by their names on a command line; the argument by its place in help."""
+        found: dict[str, Parameter] = {}
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument):
+                found[MODEL] = parameter
+            elif isinstance(parameter, TyperOption):
+                found |= dict.fromkeys((*parameter.opts, *parameter.secondary_opts), parameter)
+        return found
 
     def _environment(self, ctx: Any) -> Iterator[tuple[str, object]]:
         for parameter in self.configurable():
@@ -66,16 +82,44 @@ class ConfiguredCommand(TyperCommand):
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """A callback of --config: what the file says becomes the default. Raises ConfigError."""
     assert isinstance(ctx.command, ConfiguredCommand)
-    parameters = {name: each for each in ctx.command.configurable() for name in spellings(each)}
-    of_environment, of_file = dict(ctx.default_map or {}), dict[str, object]()
+    of_environment, values = dict(ctx.default_map or {}), dict[str, object]()
     for name, value in ({} if path is None else config_file.read(path)).items():
-        parameter = parameters.get(name)
-        if parameter is None:
-            raise config_file.unknown(path, name, parameters)
-        of_file[str(parameter.name)] = _fitting(f"{path}: {name}", parameter, value)
-        places(ctx).setdefault(str(parameter.name), f"{path}: {name}")
-    ctx.default_map = {**of_file, **of_environment}
+        for parameter, fitting in _entry(ctx.command, path, name, value):
+            if str(parameter.name) in values:
+                raise ConfigError(f"{path}: {name} sets {spellings(parameter)[0]}, which is set already")
+            values[str(parameter.name)] = fitting
+            places(ctx).setdefault(str(parameter.name), f"{path}: {name}")
+    ctx.default_map = {**values, **of_environment}
     return path
+
+
+def _entry(
+    command: ConfiguredCommand, path: Path | None, name: str, value: config_file.Value
+) -> list[tuple[Parameter, object]]:
+    """What an entry of a file sets: options of this command, or what those of another server mean here."""
+    parameters = {name: each for each in command.configurable() for name in spellings(each)}
+    if name in parameters:
+        return [(parameters[name], _fitting(f"{path}: {name}", parameters[name], value))]
+    try:
+        settings = of_file(name, value)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if settings is None:
+        raise config_file.unknown(path, name, parameters)
+    return _together(settings, command.by_option())
+
+
+def _together(settings: Sequence[Setting], options: Mapping[str, Parameter]) -> list[tuple[Parameter, object]]:
+    """Values by parameter; those of one that takes many in a list."""
+    found = dict[str, tuple[Parameter, object]]()
+    for option, text in settings:
+        parameter = options[option]
+        value: object = option in parameter.opts if text is None else text
+        if takes_many(parameter):
+            before = found.get(str(parameter.name), (parameter, []))[1]
+            value = [*before, value] if isinstance(before, list) else [value]
+        found[str(parameter.name)] = parameter, value
+    return [*found.values()]
 
 
 Config = Annotated[
@@ -90,6 +134,23 @@ Config = Annotated[
 ]
 ShowConfig = Annotated[
     bool, typer.Option("--show-config", help="Print all options as such a file, each with its origin, and leave.")
+]
+
+
+def _print_aliases(wanted: bool) -> None:
+    if wanted:
+        typer.echo(table())
+        raise typer.Exit
+
+
+HelpAliases = Annotated[
+    bool,
+    typer.Option(
+        "--help-aliases",
+        help="Print what options of vLLM, SGLang and llama-server are here, and leave. They are taken as well.",
+        callback=_print_aliases,
+        is_eager=True,
+    ),
 ]
 
 

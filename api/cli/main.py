@@ -8,12 +8,13 @@ import typer
 from typer.core import TyperOption
 
 from hybrid_cache import __version__
-from hybrid_cache.api.cli import bench, cache, configured, models, variants
-from hybrid_cache.api.cli.configured import Config, ConfiguredCommand, ShowConfig
+from hybrid_cache.api.cli import bench, cache, configured, models, translation, variants
+from hybrid_cache.api.cli.configured import Config, ConfiguredCommand, HelpAliases, ShowConfig
 from hybrid_cache.api.cli.options import (
     Adapter,
     AutoBudget,
     Backend,
+    Context,
     Dtype,
     Fast,
     Json,
@@ -69,8 +70,12 @@ def options(
     pass
 
 
-class _NamesPolicies(ConfiguredCommand):
-    """A command whose help names policies and orders, which are imported when it is asked for."""
+class _Serve(ConfiguredCommand):
+    """It takes options of other servers, and its help names policies and orders, which are imported when it is asked
+    for."""
+
+    def translated(self, args: list[str]) -> list[str]:
+        return translation.arguments(args, self.by_option())
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from hybrid_cache.cache.policies.registry import policy_names
@@ -83,12 +88,13 @@ class _NamesPolicies(ConfiguredCommand):
         super().format_help(ctx, formatter)
 
 
-@app.command(cls=_NamesPolicies)
+@app.command(cls=_Serve)
 def serve(
     ctx: typer.Context,
     model: Model = None,
     config: Config = None,
     show_config: ShowConfig = False,
+    help_aliases: HelpAliases = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -127,6 +133,13 @@ def serve(
     ] = False,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
+    ] = None,
+    max_model_len: Context = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a chat template (Jinja) in place of the model's own; it runs in the same sandbox."
+        ),
     ] = None,
     budget: AutoBudget = "auto",
     policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
@@ -317,7 +330,17 @@ def serve(
     _, variants = named_folders("--variant", variant or (), all_named=True)
     options = process.ServeOptions(
         load=LoadOptions(
-            model, backend, fast, dtype, threads, merged, variants, adapters, allow_adapter_loading, merge_adapters
+            model,
+            backend,
+            fast,
+            dtype,
+            threads,
+            merged,
+            variants,
+            adapters,
+            allow_adapter_loading,
+            merge_adapters,
+            max_model_len=max_model_len,
         ),
         engine=EngineConfig(
             max_running=max_running,
@@ -350,6 +373,7 @@ def serve(
         special_tokens_in_content=special_tokens_in_content,
         keep_billing_header=keep_billing_header,
         tool_parser=None if tool_parser == "auto" else tool_parser,
+        chat_template=chat_template,
         max_body_bytes=parse_bytes(max_body),
         message_book_bytes=parse_bytes(message_book),
         response_store=response_store,

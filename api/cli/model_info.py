@@ -73,13 +73,18 @@ class Report:
 
 
 def examine(
-    model: str | Path | None, budget_bytes: int, dtype: str = "auto", adapter: str | Path | None = None
+    model: str | Path | None,
+    budget_bytes: int,
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    max_model_len: int | None = None,
 ) -> Report:
     """Of a preset, of the config of a folder or of a config.json; None is the embedded model.
 
-    A preset's name comes first. Raises ModelError for a broken config or a broken adapter.
+    A preset's name comes first. max_model_len: tokens of context where a server is to have fewer than the model
+    Raises ModelError for a broken config or a broken adapter, ConfigError for a context larger than the model's.
     """
-    report = _examine_model(model, budget_bytes, dtype)
+    report = _examine_model(model, budget_bytes, dtype, max_model_len)
     if (folder := _folder(model)) is not None:
         with errors_begin_with(folder):
             defaults = load_defaults(folder)
@@ -102,7 +107,7 @@ def _adapter_facts(path: str | Path) -> AdapterFacts:
     return AdapterFacts(adapter.name, config.base, config.rank, config.scale, num_weights, adapter.num_parameters)
 
 
-def _examine_model(model: str | Path | None, budget_bytes: int, dtype: str) -> Report:
+def _examine_model(model: str | Path | None, budget_bytes: int, dtype: str, max_model_len: int | None = None) -> Report:
     name = "the embedded model" if model is None else str(model)
     if model in PRESETS and model != "embedded" and model not in CONFIGS:
         shape_only = "it is known by its shape, its config is not one that we load"
@@ -113,6 +118,8 @@ def _examine_model(model: str | Path | None, budget_bytes: int, dtype: str) -> R
         kind = config.get("model_type")
         model_type = kind if isinstance(kind, str) else None
         info = loading.describe(config, dtype=dtype)
+        if max_model_len is not None:
+            info = replace(info, max_length=loading.context(max_model_len, info.max_length))
     except UnsupportedModel as error:
         return Report(name, model_type, False, " ".join(str(error).split()), None)
     return Report(name, model_type, True, None, _facts(info.shape, info, budget_bytes))

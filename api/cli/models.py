@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid_cache.api.cli.options import Adapter, Budget, Dtype, Json
+from hybrid_cache.api.cli.options import Adapter, Budget, Context, Dtype, Json
 
 app = typer.Typer(help="Facts about models.", no_args_is_help=True)
 
@@ -22,13 +22,14 @@ def info(
     budget: Budget = "2GiB",
     dtype: Dtype = "auto",
     adapter: Adapter = None,
+    max_model_len: Context = None,
     as_json: Json = False,
 ) -> None:
     """What a model keeps in the cache, from its config only. Exit code 1 if it is not supported."""
     from hybrid_cache.api.cli import model_info
     from hybrid_cache.sizes import parse_bytes
 
-    report = model_info.examine(model, parse_bytes(budget), dtype, adapter)
+    report = model_info.examine(model, parse_bytes(budget), dtype, adapter, max_model_len)
     typer.echo(model_info.to_json(report)) if as_json else model_info.print_table(report)
     raise typer.Exit(0 if report.supported else 1)
 

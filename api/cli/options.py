@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
+from hybrid_cache.api.cli.foreign_options import whole
 from hybrid_cache.errors import ConfigError
+
+
+def parse_tokens(text: str | int) -> int:
+    """`8192`, `8k` (8,000) or `8K` (8,192), at least 1. Raises typer.BadParameter."""
+    try:
+        count = whole(str(text))
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    if count < 1:
+        raise typer.BadParameter(f"{count}, must be at least 1")
+    return count
+
 
 Model = Annotated[
     str | None,
@@ -44,6 +57,16 @@ Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Adapter = Annotated[
     str | None,
     typer.Option(help="LoRA adapter to merge: a folder in PEFT's layout, or embedded-choreo, which ships."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len",
+        metavar="TOKENS",
+        parser=parse_tokens,
+        help="Longest prompt and answer together, such as 8192 or 8K; at most the model's own context, which it is if "
+        "left out.",
+    ),
 ]
 Threads = Annotated[int, typer.Option(min=0, help="Threads that compute; 0 leaves it to torch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

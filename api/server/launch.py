@@ -40,6 +40,7 @@ class LoadOptions:
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> adapter of a variant that is the model with it
     shares: bool = False  # more variants may come while it runs
     merges: bool = False  # these adapters are merged into copies of what they change
+    max_model_len: int | None = None  # tokens of context; None: as many as the model has
 
     @property
     def takes_adapters(self) -> bool:
@@ -90,6 +91,7 @@ class Loaded:
     shelf: Shelf | None = None  # where there are variants, or may be
     asked_dtype: str = "auto"  # that folders of variants are read in, too
     trunk: ShapedModel | None = None  # the model, where adapters may stand beside it
+    limit: int | None = None  # that contexts are cut to
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,14 +111,22 @@ def load(options: LoadOptions) -> Loaded:
         ops = dispatch.select(options.backend, fast=options.fast)
     except dispatch.BackendUnavailable as error:
         raise ConfigError(str(error)) from error
+    config = loading.load_config(path)
+    limit = options.max_model_len
+    if limit is not None:
+        limit = loading.context(limit, loading.describe(config).max_length)
     shelf = Shelf() if options.variants or options.adapters or options.shares else None
-    trunk = loading.load_trunk(path, dtype=options.dtype, ops=ops, shelf=shelf) if options.takes_adapters else None
-    model = trunk or loading.load(path, dtype=options.dtype, ops=ops, adapter=options.adapter, shelf=shelf)
+    trunk = None
+    if options.takes_adapters:
+        trunk = loading.load_trunk(path, dtype=options.dtype, ops=ops, shelf=shelf, max_length=limit)
+    model = trunk or loading.load(
+        path, dtype=options.dtype, ops=ops, adapter=options.adapter, shelf=shelf, max_length=limit
+    )
     dtype = str(model.cache_spec.hidden_dtype).removeprefix("torch.")
-    info = loading.describe(loading.load_config(path), dtype=dtype)
+    info = replace(loading.describe(config, dtype=dtype), max_length=model.max_length)
     adapter = None if options.adapter is None else adapters.name_of(options.adapter)
     name = _name(options.model) if adapter is None else f"{_name(options.model)}+{adapter}"
-    loaded = Loaded(name, path, model, ops, info, adapter, (), shelf, options.dtype, trunk)
+    loaded = Loaded(name, path, model, ops, info, adapter, (), shelf, options.dtype, trunk, limit)
     variants = [load_variant(loaded, name, folder) for name, folder in options.variants.items()]
     variants += [
         load_variant(loaded, name, adapter=folder, merges=options.merges) for name, folder in options.adapters.items()
@@ -150,7 +160,9 @@ def load_variant(
             model, shared, own_bytes = _beside(loaded, loaded.shelf, adapters.load(adapter))
         else:
             dtype = loaded.dtype_name if folder is None else loaded.asked_dtype
-            model = loading.load(path, dtype=dtype, ops=loaded.ops, adapter=adapter, shelf=loaded.shelf)
+            model = loading.load(
+                path, dtype=dtype, ops=loaded.ops, adapter=adapter, shelf=loaded.shelf, max_length=loaded.limit
+            )
             shared = loaded.shelf.num_shared_bytes / max(loaded.shelf.num_bytes, 1)
             own_bytes = loaded.shelf.num_own_bytes
     difference = difference_of(loaded.model, model)
@@ -191,7 +203,14 @@ def _beside(loaded: Loaded, shelf: Shelf, adapter: Adapter) -> tuple[HybridModel
     """
     trunk, own_bytes = loaded.trunk, 0
     if trunk is None or adapter.replaced:
-        trunk = loading.load_trunk(loaded.path, dtype=loaded.dtype_name, ops=loaded.ops, shelf=shelf, adapter=adapter)
+        trunk = loading.load_trunk(
+            loaded.path,
+            dtype=loaded.dtype_name,
+            ops=loaded.ops,
+            shelf=shelf,
+            adapter=adapter,
+            max_length=loaded.limit,
+        )
         num_bytes, num_shared, own_bytes = shelf.num_bytes, shelf.num_shared_bytes, shelf.num_own_bytes
     else:
         assert trunk.bank is not None
@@ -205,7 +224,9 @@ def apart(loaded: Loaded, model: HybridModel) -> HybridModel:
     """The same model, for use while others run those that are loaded: with equal matrices, and nothing that changes."""
     if loaded.trunk is None or trunk_of(model) is not loaded.trunk:
         return model
-    twin = loading.load_trunk(loaded.path, dtype=loaded.dtype_name, ops=loaded.ops, shelf=loaded.shelf)
+    twin = loading.load_trunk(
+        loaded.path, dtype=loaded.dtype_name, ops=loaded.ops, shelf=loaded.shelf, max_length=loaded.limit
+    )
     return model.on(twin) if isinstance(model, AdaptedModel) else twin
 
 

@@ -85,6 +85,7 @@ class ServeOptions:
     max_loss: float = MAX_LOSS
     log: LogOptions = field(default_factory=LogOptions)
     otlp_endpoint: str | None = None  # of a collector of spans
+    chat_template: Path | None = None  # in place of the model's own
 
     def __post_init__(self) -> None:
         if self.operator_keys and not self.api_keys:
@@ -142,6 +143,7 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
         with console.status("loading the model"):
             loaded = load(options.load)
             text = TextModel.load(loaded.path)
+            text = text.with_template(options.chat_template) if options.chat_template else text
             variants = [variant_of(each, loaded, text) for each in loaded.variants]
         with console.status("checking that cached and computed answers agree bit for bit"):
             inexact = inexact_reasons(loaded)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from tokenizers import Tokenizer as Backend
 
@@ -173,10 +174,11 @@ class TextModel:
     chat_templates: Mapping[str, ChatTemplate]  # by name: "default", at times "tool_use"; empty for a base model
 
     @staticmethod
-    def load(path: Path, base: Path | None = None) -> "TextModel":
+    def load(path: Path, base: Path | None = None, stand_ins: Mapping[str, str] = MappingProxyType({})) -> "TextModel":
         """Reads the text files of a model folder, or of a delta's base.
 
         base: a folder whose files stand in for those that are not there
+        stand_ins: chat templates for a folder without any
         Raises ModelError with one line that names the file.
         """
         path, base = text_folder(Path(path)), None if base is None else text_folder(base)
@@ -186,7 +188,7 @@ class TextModel:
         tokenizer = load_tokenizer(folder, base)
         with errors_begin_with(folder):
             _check_vocabulary(folder, tokenizer)
-            sources = load_chat_templates(folder) or ({} if base is None else load_chat_templates(base))
+            sources = load_chat_templates(folder) or stand_ins
             templates = {name: ChatTemplate(source, tokenizer.named_tokens) for name, source in sources.items()}
             return TextModel(tokenizer, load_defaults(folder, tokenizer.eos_id, base), templates)
 
@@ -200,7 +202,13 @@ class TextModel:
         path, base_path = text_folder(path), text_folder(base_path)
         if has_backend(path) and load_tokenizer(path, base_path).as_json() != base.tokenizer.as_json():
             return TextModel.load(path)
-        return TextModel.load(path, base_path)
+        return TextModel.load(path, base_path, {name: each.source for name, each in base.chat_templates.items()})
+
+    def with_template(self, path: Path) -> "TextModel":
+        """The same with a file's chat template in place of all that the folder has. Raises ModelError."""
+        with errors_begin_with(f"chat template {path}"):
+            template = ChatTemplate(read_text(path, MAX_TEMPLATE), self.tokenizer.named_tokens)
+        return replace(self, chat_templates={"default": template})
 
     def with_template_of(self, folder: Path) -> "TextModel":
         """The same with the chat template in a folder's chat_template.jinja, if it has one. Raises ModelError."""

@@ -5,8 +5,7 @@ Nothing is published before the pass that fills it has completed. `async_engine`
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Tokens
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from hybrid_cache.engine.intake import OWN, Intake
 from hybrid_cache.engine.interruptions import Interruptions
 from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
-from hybrid_cache.engine.sequence import Sequence
+from hybrid_cache.engine.sequence import Sequence as Running
 from hybrid_cache.engine.turns import Gap
 from hybrid_cache.errors import ConfigError, HybridCacheError, Overloaded, RequestError
 from hybrid_cache.namespaces import fingerprint_in, lane_in, namespace_of
@@ -159,7 +158,7 @@ class Engine:
         self.worker.remove(fingerprint)
         self._scheduler.senders.update(self._family.models)
 
-    def sequences(self) -> tuple[Sequence, ...]:
+    def sequences(self) -> tuple[Running, ...]:
         """Those that wait, run, or are interrupted."""
         return *self._scheduler.sequences(), *self._interruptions.sequences()
 
@@ -267,7 +266,7 @@ class Engine:
         if not (known or request_id in self._interruptions):
             raise RequestError(f"request {request_id!r} is not known", param="id")
 
-    def resume(self, request_id: str, tokens: Tokens[int]) -> None:
+    def resume(self, request_id: str, tokens: Sequence[int]) -> None:
         """Continues a request that was paused while it was open: its prompt is all tokens so far, and these.
 
         Raises RequestError if it is not paused, ContextTooLong where it does not fit any more: then it still is.

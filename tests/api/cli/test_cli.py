@@ -156,6 +156,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "special_tokens_in_content": True,
         "keep_billing_header": True,
         "tool_parser": "jamba",
+        "chat_template": None,
         "served_names": ("a", "b"),
         "api_keys": ("first", "other", "secret"),
         "max_body_bytes": 1 << 20,

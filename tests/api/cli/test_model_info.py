@@ -15,7 +15,7 @@ from hybrid_cache.api.cli.model_info import (
     to_json,
 )
 from hybrid_cache.api.server.budget import CONVERSATION_TOKENS
-from hybrid_cache.errors import ModelError
+from hybrid_cache.errors import ConfigError, ModelError
 from hybrid_cache.models.tools.presets import PRESETS
 
 SMALL = {
@@ -218,3 +218,9 @@ def test_the_list_has_a_line_for_every_preset(capsys: pytest.CaptureFixture[str]
     values = {value["path"]: value for value in json.loads(to_json(reports))}
     assert values["bamba-9b"]["model_type"] == "bamba"
     assert values["bamba-9b"]["facts"]["kv_bytes_per_token"] == 3 * 2 * 8 * 128 * 2
+
+
+def test_a_shorter_context_is_told_and_a_longer_one_refused() -> None:
+    assert examine(None, 1 << 30, max_model_len=4096).facts.max_length == 4096  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"max_model_len is 99,999, must be from 256 to 32,768"):
+        examine(None, 1 << 30, max_model_len=99_999)

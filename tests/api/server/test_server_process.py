@@ -427,3 +427,20 @@ def test_the_drain_timeout_bounds_the_wait() -> None:
         assert time.monotonic() - begin < 5
         answer.wait()
         assert not answer.complete
+
+
+def test_a_server_with_a_shorter_context_and_another_template(tmp_path: Path) -> None:
+    template = tmp_path / "shout.jinja"
+    template.write_text("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    message = {"role": "user", "content": "hello there"}
+    with server("--max-model-len", "256", "--chat-template", str(template)) as started:
+        assert any("context 256" in line for line in started.lines)
+        (card,) = httpx.get(f"{started.url}/v1/models").json()["data"]
+        assert card["max_model_len"] == 256
+        tokens = httpx.post(f"{started.url}/tokenize", json={"messages": [message]}).json()["tokens"]
+        assert httpx.post(f"{started.url}/detokenize", json={"tokens": tokens}).json()["prompt"] == "HELLO THERE"
+        chat = f"{started.url}/v1/chat/completions"
+        assert httpx.post(chat, json={"messages": [message], "max_tokens": 2}, timeout=60).status_code == 200
+        refused = httpx.post(chat, json={"messages": [{"role": "user", "content": "one two " * 256}]}, timeout=60)
+        assert refused.status_code == 400
+        assert "this model's context leaves room for 256" in refused.json()["error"]["message"]

@@ -496,6 +496,31 @@ def test_a_template_of_its_own_is_used_without_a_tokenizer_beside_it(tmp_path: P
     )
 
 
+def test_a_template_that_is_given_stands_in_for_those_of_variants_without_one(tmp_path: Path) -> None:
+    path = tmp_path / "given.jinja"
+    path.write_text(OWN_TEMPLATE)
+    base = TextModel.load(embedded_path()).with_template(path)
+    assert [(name, each.source) for name, each in base.chat_templates.items()] == [("default", OWN_TEMPLATE)]
+    bare, own = tmp_path / "bare", tmp_path / "own"
+    for folder in (bare, own):
+        folder.mkdir()
+    (own / "chat_template.jinja").write_text("{{ 'mine' }}")
+    assert TextModel.load_variant(bare, embedded_path(), base).chat_templates["default"].source == OWN_TEMPLATE
+    assert TextModel.load_variant(own, embedded_path(), base).chat_templates["default"].source == "{{ 'mine' }}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(None, "given.jinja is not there"), ("{% if", "does not compile"), ("x" * 1048577, "at most")]
+)
+def test_a_template_that_cannot_be_used_is_named(text: str | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "given.jinja"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ModelError, match=words) as caught:
+        TextModel.load(embedded_path()).with_template(path)
+    assert str(caught.value).startswith(f"chat template {path}: ")
+
+
 def test_a_template_in_the_tokenizers_settings_is_used_too(tmp_path: Path) -> None:
     config = json.loads((embedded_path() / "tokenizer_config.json").read_text())
     served = served_with(tmp_path, tokenizer_config=json.dumps({**config, "chat_template": OWN_TEMPLATE}))
