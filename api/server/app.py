@@ -12,6 +12,7 @@ from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
 from hybrid_cache.api.server.request_log import RequestLog
+from hybrid_cache.api.server.remarks import IGNORED, REARRANGED, RemarkHeaders
 from hybrid_cache.api.server.responses import ACTIVE
 from hybrid_cache.api.server.routes import (
     adapters,
@@ -72,6 +73,7 @@ def create_app(
         app.include_router(adapters.router(serving, load_variant))
     install_error_handlers(app)
     # The last one added is the outermost.
+    app.add_middleware(RemarkHeaders)
     max_values = max(MAX_VALUES, 2 * engine.model.max_length)
     app.add_middleware(
         BodyLimit, limit=settings.max_body_bytes, max_values=max_values, timeout_s=settings.body_timeout_s
@@ -87,7 +89,7 @@ def create_app(
             allow_origins=settings.allowed_origins,
             allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "Retry-After", ACTIVE),
+            expose_headers=("x-request-id", "Retry-After", ACTIVE, IGNORED, REARRANGED),
         )
     if settings.allowed_hosts:
         app.add_middleware(Hosts, names=settings.allowed_hosts)

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_v
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.cache import CacheReport
 from hybrid_cache.api.server.schemas.common import Count, Request, Response
+from hybrid_cache.api.server.schemas.foreign import ANSWERED, CALL, COUNTED, DESCRIBED, LABELS, PART, TOOL
 from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from hybrid_cache.api.server.schemas.sharing import Sharing, SharingReport
 from hybrid_cache.api.text.stops import MAX_STOP_LENGTH, MAX_STOPS
@@ -17,11 +18,14 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 class CacheControl(Request):
     """Marks the end of a prefix that will be used again, and how long it is kept at least."""
 
+    place = "cache_control."
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
 
 
 class TextBlock(Request):
+    foreign = PART
+    place = "content."
     type: Literal["text"]
     text: str
     cache_control: CacheControl | None = None
@@ -30,6 +34,8 @@ class TextBlock(Request):
 class ToolUseBlock(Request):
     """A call that the model has made."""
 
+    foreign = CALL
+    place = "content."
     type: Literal["tool_use"]
     id: Name
     name: Name
@@ -38,6 +44,7 @@ class ToolUseBlock(Request):
 
 
 class ThinkingBlock(Request):
+    place = "content."
     type: Literal["thinking"]
     thinking: str
     signature: str | None = None
@@ -46,6 +53,7 @@ class ThinkingBlock(Request):
 class RedactedThinkingBlock(Request):
     """Thinking that nobody here can read: it is left out."""
 
+    place = "content."
     type: Literal["redacted_thinking"]
     data: str
 
@@ -78,6 +86,8 @@ Texts = Annotated[str | list[TextBlock], PlainValidator(_texts, json_schema_inpu
 class ToolResultBlock(Request):
     """What a tool has answered."""
 
+    foreign = PART
+    place = "content."
     type: Literal["tool_result"]
     tool_use_id: Name
     content: Texts | None = None
@@ -105,6 +115,7 @@ Content = Annotated[str | list[Block], PlainValidator(_content, json_schema_inpu
 class Message(Request):
     """A turn; turns of one role in a row are one."""
 
+    place = "messages."
     role: Literal["user", "assistant"]
     content: Content
 
@@ -132,6 +143,8 @@ def _few_items(messages: object) -> object:
 class Tool(Request):
     """A tool of the client's own."""
 
+    foreign = TOOL
+    place = "tools."
     type: Literal["custom"] | None = None
     name: Name
     description: str | None = None
@@ -149,6 +162,7 @@ class Tool(Request):
 
 
 class ToolChoice(Request):
+    place = "tool_choice."
     type: Literal["auto", "any", "tool", "none"]
     name: Name | None = None
     disable_parallel_tool_use: bool | None = None
@@ -169,6 +183,7 @@ class Thinking(Request):
 class CountRequest(Request):
     """POST /v1/messages/count_tokens"""
 
+    foreign = COUNTED
     model: str
     messages: Annotated[
         list[Message],
@@ -183,28 +198,35 @@ class CountRequest(Request):
 
 
 class OutputFormat(Request):
+    foreign = DESCRIBED
+    place = "output_config.format."
     type: Literal["json_schema"]
     schema_: dict[str, object] = Field(alias="schema")
 
 
 class OutputConfig(Request):
+    place = "output_config."
     format: OutputFormat | None = None
     effort: str | None = None
 
 
 class Metadata(Request):
+    foreign = LABELS
+    place = "metadata."
     user_id: str | None = None
 
 
 class Diagnostics(Request):
     """Asks what has changed since an earlier request; without one, a later request may ask that of this one."""
 
+    place = "diagnostics."
     previous_message_id: Annotated[str, Field(max_length=256)] | None = None
 
 
 class MessagesRequest(CountRequest):
     """POST /v1/messages"""
 
+    foreign = ANSWERED
     max_tokens: Annotated[Count, Field(ge=1)]
     stream: bool | None = None
     stop_sequences: (

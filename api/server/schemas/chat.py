@@ -14,10 +14,12 @@ from hybrid_cache.errors import RequestError
 
 
 class NamedFunction(Request):
+    place = "tool_choice.function."
     name: str
 
 
 class NamedTool(Request):
+    place = "tool_choice."
     type: Literal["function"]
     function: NamedFunction
 

@@ -1,16 +1,21 @@
 """What the JSON of several requests and replies shares.
 
-Unknown fields are ignored; every bound is named in the error it causes.
+Fields that a class does not have are refused, remarked or harmless, see `foreign`; every bound is named in the error it
+causes.
 """
 
 import re
+from collections.abc import Mapping
+from functools import cache
 from sys import getsizeof
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic.fields import FieldInfo
 
 from hybrid_cache.api.server.errors import quoted
+from hybrid_cache.api.server.remarks import ignore
+from hybrid_cache.api.server.schemas.foreign import ANSWERED, DESCRIBED, OBFUSCATION, OUTPUTS, Fate, Foreign
 from hybrid_cache.api.server.schemas.sharing import Sharing
 from hybrid_cache.api.text.stops import MAX_STOP_LENGTH, MAX_STOPS, stops_of
 from hybrid_cache.errors import RequestError
@@ -29,9 +34,43 @@ _TTL = re.compile(r"[1-9][0-9]{0,5}[smh]")
 
 
 class Request(BaseModel):
-    """Base of all requests."""
+    """Base of all requests, and of the objects in them.
+
+    foreign: what becomes of fields that the class does not have   place: leads to an object within a request
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    foreign: ClassVar[Mapping[str, Foreign]] = {}
+    place: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drops_nothing_in_silence(cls, value: object) -> object:
+        if isinstance(value, dict) and cls.model_config.get("extra") == "ignore":
+            own = _fields_of(cls)
+            for name in value:
+                if name not in own:
+                    _look_at(cls, str(name), value[name])
+        return value
+
+
+@cache
+def _fields_of(kind: type[BaseModel]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in kind.model_fields.items())
+
+
+def _look_at(kind: type[Request], name: str, value: object) -> None:
+    """Raises RequestError, or within a request ValueError, for a field that asks for what there is not."""
+    entry = kind.foreign.get(name)
+    fate = Fate.NOTED if value is not None else Fate.HARMLESS
+    if entry is not None:
+        fate = entry.fate_of(value)
+    if fate is Fate.NOTED:
+        ignore(kind.place + name)
+    if entry is None or fate is not Fate.REFUSED:
+        return
+    message = f"{kind.place}{name} is not supported here: {entry.why}"
+    raise ValueError(message) if kind.place else RequestError(message, param=name)
 
 
 class Response(BaseModel):
@@ -122,17 +161,23 @@ Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 
 
 class StreamOptions(Request):
+    foreign = OBFUSCATION
+    place = "stream_options."
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class JsonSchema(Request):
+    foreign = DESCRIBED
+    place = "response_format.json_schema."
     name: str | None = None
     schema_: dict[str, object] | bool = Field(alias="schema", default=True)
     strict: bool | None = None
 
 
 class ResponseFormat(Request):
+    foreign = DESCRIBED
+    place = "response_format."
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -146,6 +191,8 @@ class ResponseFormat(Request):
 class StructuredOutputs(Request):
     """As in vLLM: one of these."""
 
+    foreign = OUTPUTS
+    place = "structured_outputs."
     json_: dict[str, object] | str | None = Field(alias="json", default=None)
     json_object: bool | None = None
     regex: str | None = None
@@ -163,11 +210,13 @@ class StructuredOutputs(Request):
 class CacheBreakpoint(Request):
     """Marks the exact end of a reusable prefix."""
 
+    place = "prompt_cache_breakpoint."
     mode: Literal["explicit"]
     ttl: Ttl | None = None
 
 
 class CacheOptions(Request):
+    place = "prompt_cache_options."
     mode: Literal["implicit", "explicit"] | None = None
     ttl: Ttl | None = None
 
@@ -183,6 +232,7 @@ def _within(name: str) -> FieldInfo:
 class GenerationRequest(Request):
     """What chat and text completions share."""
 
+    foreign = ANSWERED
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_v
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.common import CacheBreakpoint, Request
+from hybrid_cache.api.server.schemas.foreign import CALL, MESSAGE, PART
 from hybrid_cache.errors import RequestError
 
 MAX_MESSAGES = 4096
@@ -18,6 +19,8 @@ MAX_REF = 64
 class ContentPart(Request):
     """Only text; pictures, sound and files are refused with a message of their own."""
 
+    foreign = PART
+    place = "messages.content."
     type: Literal["text", "input_text", "refusal"]
     text: str | None = None
     refusal: str | None = None
@@ -43,11 +46,14 @@ class ContentPart(Request):
 
 
 class FunctionCall(Request):
+    place = "messages.tool_calls.function."
     name: Annotated[str, Field(max_length=256)]
     arguments: str
 
 
 class ToolCall(Request):
+    foreign = CALL
+    place = "messages.tool_calls."
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -75,6 +81,8 @@ Content = Annotated[
 class ChatMessage(Request):
     """A message, or `{"ref": id}` for one that an earlier choreography has named."""
 
+    foreign = MESSAGE
+    place = "messages."
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
     name: str | None = None

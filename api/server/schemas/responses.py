@@ -16,6 +16,7 @@ from hybrid_cache.api.server.schemas.common import (
     Request,
     Response,
 )
+from hybrid_cache.api.server.schemas.foreign import ANSWERED, CALL, MESSAGE, PART, TOOL
 from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from hybrid_cache.api.server.schemas.sharing import Sharing, SharingReport
 from hybrid_cache.errors import RequestError
@@ -27,17 +28,13 @@ ItemId = Annotated[str, Field(min_length=1, max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = "reasoning.encrypted_content"
-# What the Responses API has elsewhere and this server has not, and what is known from chat but is no part of this API.
-NOT_HERE = ("context_management", "conversation", "moderation", "prompt")
-OF_CHAT = (
-    *("frequency_penalty", "logit_bias", "max_completion_tokens", "max_tokens", "messages", "n", "presence_penalty"),
-    *("response_format", "seed", "stop", "structured_outputs"),
-)
 
 
 class TextContent(Request):
     """Text of a message or of a tool; pictures, sound and files are refused with a message of their own."""
 
+    foreign = PART
+    place = "input.content."
     type: Literal["input_text", "output_text", "refusal"]
     text: str | None = None
     refusal: str | None = None
@@ -81,6 +78,8 @@ def _parts(content: str | list[TextContent], kind: Literal["input_text", "output
 
 
 class MessageItem(Request):
+    foreign = MESSAGE
+    place = "input."
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Texts
@@ -106,6 +105,8 @@ class MessageItem(Request):
 class FunctionCallItem(Request):
     """A call that the model has made."""
 
+    foreign = CALL
+    place = "input."
     type: Literal["function_call"]
     call_id: Name
     name: Name
@@ -117,6 +118,8 @@ class FunctionCallItem(Request):
 class FunctionOutputItem(Request):
     """What a function has answered."""
 
+    foreign = CALL
+    place = "input."
     type: Literal["function_call_output"]
     call_id: Name
     output: Texts
@@ -129,11 +132,13 @@ class FunctionOutputItem(Request):
 
 
 class ReasoningText(Request):
+    place = "input.content."
     type: Literal["reasoning_text"]
     text: str
 
 
 class SummaryText(Request):
+    place = "input.summary."
     type: Literal["summary_text"]
     text: str
 
@@ -141,6 +146,7 @@ class SummaryText(Request):
 class ReasoningItem(Request):
     """What the model has thought."""
 
+    place = "input."
     type: Literal["reasoning"]
     summary: Annotated[list[SummaryText], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     content: Annotated[list[ReasoningText], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
@@ -152,6 +158,7 @@ class ReasoningItem(Request):
 class ItemReference(Request):
     """Stands for an item of a stored response."""
 
+    place = "input."
     type: Literal["item_reference"] = "item_reference"
     id: ItemId
 
@@ -206,6 +213,8 @@ def said_items(values: object) -> list[Said]:
 class FunctionTool(Request):
     """A function of the client's own."""
 
+    foreign = TOOL
+    place = "tools."
     type: Literal["function"]
     name: Name
     description: str | None = None
@@ -225,6 +234,7 @@ class FunctionTool(Request):
 
 
 class FunctionChoice(Request):
+    place = "tool_choice."
     type: Literal["function"]
     name: Name
 
@@ -254,6 +264,7 @@ ToolChoice = Annotated[
 
 
 class TextFormat(Request):
+    place = "text.format."
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
@@ -270,6 +281,7 @@ class TextFormat(Request):
 class TextConfig(Request):
     """Models here know one verbosity."""
 
+    place = "text."
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
@@ -279,6 +291,7 @@ class Reasoning(Request):
     shows.
     """
 
+    place = "reasoning."
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto"] | None = None
     generate_summary: Literal["auto"] | None = None
@@ -287,6 +300,7 @@ class Reasoning(Request):
 
 
 class StreamOptions(Request):
+    place = "stream_options."
     include_obfuscation: bool | None = None  # there is none here
 
 
@@ -309,6 +323,7 @@ Includable = Literal[
 class ResponsesRequest(Request):
     """POST /v1/responses"""
 
+    foreign = ANSWERED
     model: str | None = None
     input: Input | None = None
     instructions: str | None = None
@@ -345,19 +360,6 @@ class ResponsesRequest(Request):
     prompt_cache_options: ResponseCacheOptions | None = None
     cache_report: bool | None = None
     sharing: Sharing | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _asks_for_what_there_is(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        for name in (*NOT_HERE, *OF_CHAT):
-            if value.get(name) is not None:
-                why = "is not supported here" if name in NOT_HERE else "is no field of the Responses API"
-                raise RequestError(f"{name} {why}", param=name)
-        if value.get("background") is True:
-            raise RequestError("background is true: responses do not run in the background here", param="background")
-        return value
 
     @model_validator(mode="after")
     def _agrees(self) -> "ResponsesRequest":

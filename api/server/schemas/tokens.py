@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from hybrid_cache.api.server.schemas.common import Request, Response, TokenId
+from hybrid_cache.api.server.schemas.foreign import COUNTED
 from hybrid_cache.api.server.schemas.messages import ChatMessages, Tools, check_one_of_them
 from hybrid_cache.errors import RequestError
 
@@ -14,6 +15,7 @@ MAX_DETOKENIZED = 2**18  # tokens of one /detokenize request
 class TokenizeRequest(Request):
     """POST /tokenize: a prompt, or messages as in /v1/chat/completions."""
 
+    foreign = COUNTED
     model: str | None = None
     prompt: str | None = None
     messages: ChatMessages | None = None
@@ -35,6 +37,7 @@ class TokenizeRequest(Request):
 class DetokenizeRequest(Request):
     """POST /detokenize"""
 
+    foreign = COUNTED
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_DETOKENIZED)]
 
