@@ -11,8 +11,8 @@ from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
-from hybrid_cache.api.server.request_log import RequestLog
 from hybrid_cache.api.server.remarks import IGNORED, REARRANGED, RemarkHeaders
+from hybrid_cache.api.server.request_log import RequestLog
 from hybrid_cache.api.server.responses import ACTIVE
 from hybrid_cache.api.server.routes import (
     adapters,
