@@ -9,7 +9,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import cache
+from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -64,6 +67,35 @@ def check_line(words: Sequence[str]) -> None:
             check_make(args)
         case [program, "-m", module, *args] if program.split("/")[-1] == "python":
             check_module(module, args)
+
+
+def check_mention(line: str) -> None:
+    """Raises Refused if a command that a text names is not there, or has none of the options that stand with it."""
+    program, *words = line.split()
+    if program == "make":
+        return check_make([word for word in words if word.islower()])
+    names = list(takewhile(lambda word: word[0].islower(), words))
+    command = next((names[:n] for n in range(len(names), 0, -1) if help_of(names[:n])), [])
+    shown = help_of(command)
+    if command != names and (not command or " COMMAND " in shown):  # what follows a group is no argument
+        raise Refused(f"{line!r}: there is no such command")
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        if option not in shown:
+            raise Refused(f"{line!r}: {option} is not in the help")
+    return None
+
+
+@cache
+def _help_of(command: tuple[str, ...]) -> str:
+    shown = StringIO()
+    with redirect_stdout(shown), redirect_stderr(StringIO()), suppress(SystemExit):
+        main([*command, "--help"])
+    return shown.getvalue()
+
+
+def help_of(command: Sequence[str]) -> str:
+    """Empty if there is no such command."""
+    return _help_of(tuple(command))
 
 
 def check_make(args: Sequence[str]) -> None:

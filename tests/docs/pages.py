@@ -45,6 +45,14 @@ def blocks_of(page: Path) -> Iterator[Block]:
         yield Block(page, before.count("\n") + 1, language_of(found[2], body), check, body)
 
 
+def mentions_in(page: Path) -> set[str]:
+    """Commands of ours in running text, in tables and in code that is only indented."""
+    text = FENCE.sub("", page.read_text())
+    spans = re.findall(r"`((?:hybrid-cache|make) [^`\n]+)`", text)
+    indented = re.findall(r"^ {4}((?:hybrid-cache|make) .+)$", text, flags=re.MULTILINE)
+    return {*spans, *indented}
+
+
 def language_of(label: str, body: str) -> str:
     """A fence without a label that begins with a program holds commands."""
     if label in SHELLS or (not label and body.split(maxsplit=1)[:1] and body.split()[0] in PROGRAMS):

@@ -18,8 +18,8 @@ import httpx
 import pytest
 
 from tests.api.server.test_server_process import server
-from tests.docs.command import Refused, check_line, commands_in
-from tests.docs.pages import PAGES, ROOT, Block, all_blocks, blocks_of, language_of
+from tests.docs.command import Refused, check_line, check_mention, commands_in
+from tests.docs.pages import PAGES, ROOT, Block, all_blocks, blocks_of, language_of, mentions_in
 
 MOST_WORDS = 900
 WIDEST = 160
@@ -76,6 +76,27 @@ def test_commands_that_are_not_run_are_such_as_their_programs_take(block: Block)
 @pytest.mark.parametrize("block", all_blocks("python", "parse"), ids=named)
 def test_python_that_is_not_run_is_python(block: Block) -> None:
     compile(block.text, block.name, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_the_text_names_are_there(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for line in sorted(mentions_in(page)):
+        check_mention(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hybrid-cache no-such-thing",
+        "hybrid-cache bench no-such-thing",
+        "hybrid-cache serve [MODEL] --no-such-option",
+        "make no-such-target",
+    ],
+)
+def test_a_command_that_is_named_and_not_there_is_seen(line: str) -> None:
+    with pytest.raises(Refused):
+        check_mention(line)
 
 
 def test_the_first_commands_show_cached_tokens(capsys: pytest.CaptureFixture[str]) -> None:
