@@ -109,16 +109,21 @@ def check_make(args: Sequence[str]) -> None:
 
 
 def check_module(module: str, args: Sequence[str]) -> None:
-    """A module of ours is there, and its source names the options."""
+    """A module of ours is there, and its source names the options, or that of a module of ours that it imports."""
     if not module.startswith("hybrid_cache"):
         return
+    source = _source_of(module)
+    sources = [source, *(_source_of(name) for name in re.findall(r"^from (hybrid_cache[\w.]+) import", source, re.M))]
+    for option in (arg.split("=")[0] for arg in args if arg.startswith("--")):
+        if not any(f'"{option}"' in each for each in sources):
+            raise Refused(f"python -m {module} has no {option}")
+
+
+def _source_of(module: str) -> str:
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise Refused(f"there is no module {module}")
-    source = Path(found.origin).read_text()
-    for option in (arg.split("=")[0] for arg in args if arg.startswith("--")):
-        if f'"{option}"' not in source:
-            raise Refused(f"python -m {module} has no {option}")
+    return Path(found.origin).read_text()
 
 
 def commands_in(script: str) -> Iterator[list[str]]:
