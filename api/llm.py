@@ -144,6 +144,7 @@ class LLM:
     def close(self) -> None:
         """Ends what runs, and frees the memory. Idempotent."""
         self._end()
+        vars(self).pop("_text", None)
 
     def __enter__(self) -> "LLM":
         return self

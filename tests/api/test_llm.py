@@ -1,9 +1,11 @@
 """`hybrid_cache.LLM` says what the server says, from any thread, until it is closed."""
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,13 @@ def test_bad_input_is_refused_with_the_value(llm: LLM, call: Any, said: str) -> 
     assert said in str(refused.value)
 
 
+def test_answers_in_a_form_and_adapters_are_as_on_the_server() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [4, 5]}}}
+    with LLM(budget=BUDGET, adapter="embedded-choreo", threads=1) as adapted:
+        assert repr(adapted) == "LLM('embedded+embedded-choreo')"
+        assert adapted.chat(TALK, response_format=form).text in ("4", "5")
+
+
 def test_an_option_that_there_is_not_is_named(llm: LLM) -> None:
     with pytest.raises(TypeError, match="'temprature' is no option of an answer"):
         llm.chat(TALK, temprature=0)  # type: ignore[call-arg]
@@ -152,6 +161,15 @@ def test_what_is_closed_says_so_and_another_one_can_be_opened() -> None:
         opened.close()
     assert texts[0] == texts[1]
     assert threads_of_ours() == before
+
+
+def test_what_is_closed_holds_no_memory() -> None:
+    opened = LLM(budget=BUDGET)
+    engine = weakref.ref(opened._text.engine)
+    opened.chat(TALK)
+    opened.close()
+    gc.collect()
+    assert engine() is None
 
 
 def threads_of_ours() -> int:

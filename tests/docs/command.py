@@ -9,7 +9,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import cache
+from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -66,6 +69,35 @@ def check_line(words: Sequence[str]) -> None:
             check_module(module, args)
 
 
+def check_mention(line: str) -> None:
+    """Raises Refused if a command that a text names is not there, or has none of the options that stand with it."""
+    program, *words = line.split()
+    if program == "make":
+        return check_make([word for word in words if word.islower()])
+    names = list(takewhile(lambda word: word[0].islower(), words))
+    command = next((names[:n] for n in range(len(names), 0, -1) if help_of(names[:n])), [])
+    shown = help_of(command)
+    if command != names and (not command or " COMMAND " in shown):  # what follows a group is no argument
+        raise Refused(f"{line!r}: there is no such command")
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        if option not in shown:
+            raise Refused(f"{line!r}: {option} is not in the help")
+    return None
+
+
+@cache
+def _help_of(command: tuple[str, ...]) -> str:
+    shown = StringIO()
+    with redirect_stdout(shown), redirect_stderr(StringIO()), suppress(SystemExit):
+        main([*command, "--help"])
+    return shown.getvalue()
+
+
+def help_of(command: Sequence[str]) -> str:
+    """Empty if there is no such command."""
+    return _help_of(tuple(command))
+
+
 def check_make(args: Sequence[str]) -> None:
     """What a target would run is parsed in turn."""
     plan = subprocess.run(["make", "-n", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
@@ -77,16 +109,21 @@ def check_make(args: Sequence[str]) -> None:
 
 
 def check_module(module: str, args: Sequence[str]) -> None:
-    """A module of ours is there, and its source names the options."""
+    """A module of ours is there, and its source names the options, or that of a module of ours that it imports."""
     if not module.startswith("hybrid_cache"):
         return
+    source = _source_of(module)
+    sources = [source, *(_source_of(name) for name in re.findall(r"^from (hybrid_cache[\w.]+) import", source, re.M))]
+    for option in (arg.split("=")[0] for arg in args if arg.startswith("--")):
+        if not any(f'"{option}"' in each for each in sources):
+            raise Refused(f"python -m {module} has no {option}")
+
+
+def _source_of(module: str) -> str:
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise Refused(f"there is no module {module}")
-    source = Path(found.origin).read_text()
-    for option in (arg.split("=")[0] for arg in args if arg.startswith("--")):
-        if f'"{option}"' not in source:
-            raise Refused(f"python -m {module} has no {option}")
+    return Path(found.origin).read_text()
 
 
 def commands_in(script: str) -> Iterator[list[str]]:

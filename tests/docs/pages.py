@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 MARK = re.compile(r"<!-- check: (\w+) -->\s*$")
+FILE = re.compile(r"<!-- file: ([\w.-]+) -->\n```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CHECKS = ("run", "parse")
 SHELLS = ("bash", "sh", "shell", "console")
 PROGRAMS = ("hybrid-cache", "make", "python", "pip", "curl", "docker", "git", "export", ".venv/bin/hybrid-cache")
@@ -43,6 +44,20 @@ def blocks_of(page: Path) -> Iterator[Block]:
         check = mark[1] if mark else "run"
         assert check in CHECKS, f"{page}: check: {check}, must be one of {CHECKS}"
         yield Block(page, before.count("\n") + 1, language_of(found[2], body), check, body)
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Those that commands of a page read: fences behind the comment `<!-- file: NAME -->`."""
+    for name, text in FILE.findall(page.read_text()):
+        (folder / name).write_text(text)
+
+
+def mentions_in(page: Path) -> set[str]:
+    """Commands of ours in running text, in tables and in code that is only indented."""
+    text = FENCE.sub("", page.read_text())
+    spans = re.findall(r"`((?:hybrid-cache|make) [^`\n]+)`", text)
+    indented = re.findall(r"^ {4}((?:hybrid-cache|make) .+)$", text, flags=re.MULTILINE)
+    return {*spans, *indented}
 
 
 def language_of(label: str, body: str) -> str:

@@ -1,8 +1,8 @@
 """What the README and the pages of docs/ show works: commands, Python, links.
 
 A bash block is run as a script beside a real server on a port that takes the place of 8000; `hybrid-cache serve` and
-`make` in it are parsed only. A Python block is run by itself. One behind `<!-- check: parse -->` is not run:
-what it names of our command line, modules and Makefile is checked.
+`make` in it are parsed only. A Python block is run by itself. One behind `<!-- check: parse -->` is not run: what it
+names of our command line, modules and Makefile is checked. A fence behind `<!-- file: NAME -->` is a file beside them.
 """
 
 import json
@@ -18,8 +18,8 @@ import httpx
 import pytest
 
 from tests.api.server.test_server_process import server
-from tests.docs.command import Refused, check_line, commands_in
-from tests.docs.pages import PAGES, ROOT, Block, all_blocks, blocks_of, language_of
+from tests.docs.command import Refused, check_line, check_mention, commands_in
+from tests.docs.pages import PAGES, ROOT, Block, all_blocks, blocks_of, language_of, mentions_in, write_files
 
 MOST_WORDS = 900
 WIDEST = 160
@@ -46,6 +46,7 @@ def port() -> Iterator[int]:
 
 @pytest.mark.parametrize("block", all_blocks("bash", "run"), ids=named)
 def test_commands_run(block: Block, port: int, tmp_path: Path) -> None:
+    write_files(block.page, tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         ["bash", "-c", PRELUDE + block.at(port)],
@@ -68,14 +69,39 @@ def test_python_runs(block: Block, port: int, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("block", all_blocks("bash", "parse"), ids=named)
-def test_commands_that_are_not_run_are_such_as_their_programs_take(block: Block) -> None:
+def test_commands_that_are_not_run_are_such_as_their_programs_take(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(block.page, tmp_path)
+    monkeypatch.chdir(tmp_path)
     for words in commands_in(block.text):
         check_line(words)
 
 
-@pytest.mark.parametrize("block", all_blocks("python", "parse"), ids=named)
-def test_python_that_is_not_run_is_python(block: Block) -> None:
-    compile(block.text, block.name, "exec")
+def test_python_that_is_not_run_is_python() -> None:
+    for block in all_blocks("python", "parse"):
+        compile(block.text, block.name, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_the_text_names_are_there(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for line in sorted(mentions_in(page)):
+        check_mention(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hybrid-cache no-such-thing",
+        "hybrid-cache bench no-such-thing",
+        "hybrid-cache serve [MODEL] --no-such-option",
+        "make no-such-target",
+    ],
+)
+def test_a_command_that_is_named_and_not_there_is_seen(line: str) -> None:
+    with pytest.raises(Refused):
+        check_mention(line)
 
 
 def test_the_first_commands_show_cached_tokens(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,9 +188,8 @@ def test_every_page_is_in_the_index() -> None:
 
 def test_the_readme_is_short_and_lines_are_not_long() -> None:
     assert len(PAGES[0].read_text().split()) <= MOST_WORDS
-    long = [
-        f"{p.name}:{n}" for p in PAGES for n, line in enumerate(p.read_text().splitlines(), 1) if len(line) > WIDEST
-    ]
+    lines = [(f"{p.name}:{n}", line) for p in PAGES for n, line in enumerate(p.read_text().splitlines(), 1)]
+    long = [place for place, line in lines if len(line) > WIDEST and not line.startswith("|")]  # rows cannot be broken
     assert long == []
 
 
@@ -188,6 +213,13 @@ def test_a_command_that_would_fail_is_seen(line: str, capsys: pytest.CaptureFixt
 def test_scripts_are_read_as_a_shell_does() -> None:
     script = "a 'b; c' \\\n  d  # e\nx=1 f | g && curl -d '{\n \"h\": 1}'\n"
     assert list(commands_in(script)) == [["a", "b; c", "d"], ["x=1", "f"], ["g"], ["curl", "-d", '{\n "h": 1}']]
+
+
+def test_files_that_a_page_shows_lie_beside_its_commands(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Text.\n\n<!-- file: server.yaml -->\n```yaml\nport: 8080\n```\n\n```yaml\nport: 1\n```\n")
+    write_files(page, tmp_path)
+    assert (tmp_path / "server.yaml").read_text() == "port: 8080\n"
 
 
 def test_fences_without_a_label_are_commands_if_they_begin_with_a_program() -> None:

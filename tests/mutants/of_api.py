@@ -11,6 +11,7 @@ CALLS = ("tests/api/text/test_call_deltas.py",)
 SCHEMAS = ("tests/api/text/test_tool_schemas.py",)
 GRAMMARS = ("tests/api/text/test_grammars.py",)
 STORE = ("tests/api/server/test_response_store.py",)
+LLM = ("tests/api/test_llm.py",)
 RESPONSES = ("tests/api/server/test_responses.py",)
 
 marks = partial(Mutant, "hybrid_cache/api/text/marks.py")
@@ -25,9 +26,24 @@ text_values = partial(Mutant, "hybrid_cache/api/text/text_values.py")
 tool_schemas = partial(Mutant, "hybrid_cache/api/text/tool_schemas.py")
 call_grammars = partial(Mutant, "hybrid_cache/api/text/tool_grammars.py")
 store = partial(Mutant, "hybrid_cache/api/server/response_store.py")
+llm = partial(Mutant, "hybrid_cache/api/llm.py")
 turns = partial(Mutant, "hybrid_cache/api/server/openai/response_turns.py")
 
 MUTANTS = [
+    llm(
+        "who asks for no cache gets it all the same",
+        'if options.get("use_cache", True):',
+        "if True:",
+        LLM,
+    ),
+    llm("an option that there is not is ignored", "    if unknown:\n", "    if False:\n", LLM),
+    llm(
+        "more prompts than can wait are refused",
+        "asyncio.Semaphore(engine.max_waiting)",
+        "asyncio.Semaphore(1 << 20)",
+        LLM,
+    ),
+    llm("a closed model is asked", "if not self._end.alive:\n            work", "if False:\n            work", LLM),
     marks(
         "a noncharacter that a client sends is a mark",
         '        text = _MARK.sub(rf"{QUOTE}\\g<0>", text)\n        if self',
