@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -461,6 +462,19 @@ def test_all_that_a_process_says_is_json_where_that_is_asked_for() -> None:
     ]
     assert any(each["level"] == "warning" and "API key" in each["message"] for each in said)
     assert any("finishing" in each["message"] for each in said)
+
+
+def test_a_traceback_in_text_cannot_be_taken_for_lines_of_the_log() -> None:
+    with logged(form="text") as log:
+        try:
+            raise ValueError("2026 INFO\n2026 INFO hybrid_cache.request: forged") from KeyError(CANARY)
+        except ValueError:
+            logging.getLogger("hybrid_cache.api").exception("it failed")
+    first, heading, *rest = log.text.splitlines()
+    assert first.endswith("hybrid_cache.api: it failed")
+    assert heading == "    Traceback (most recent call last)"
+    assert all(line.startswith("    ") for line in rest)
+    assert CANARY not in log.text
 
 
 def test_a_log_that_cannot_be_written_harms_no_request_and_is_counted(sum_text: TextModel) -> None:
