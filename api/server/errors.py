@@ -257,10 +257,9 @@ def _problem_of_http(request: Request, error: HTTPException) -> Problem:
 
 def _problem_of_validation(errors: Sequence[dict[str, object]]) -> Problem:
     problem, place = _first_problem(errors[0]), errors[0].get("loc")
-    loc = place[1:] if isinstance(place, tuple) else ()
     message = problem.message
-    if problem.param is not None:
-        message = message.replace(problem.param, place_of(loc))
+    if problem.param is not None and isinstance(place, tuple) and place[0] == "body":  # elsewhere all names are ours
+        message = message.replace(problem.param, place_of(place[1:]))
     return replace(problem, for_log=without_values(message))
 
 

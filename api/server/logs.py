@@ -20,6 +20,7 @@ from hybrid_cache.errors import ConfigError
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
+TRACEBACK = "Traceback (most recent call last)"  # as people, and tools, look for it
 FIELDS = "fields"  # the attribute of a record that holds a mapping of more than its message
 IN_MESSAGE = "in_message"  # the one that names those fields that the message shows already
 MOST_VALUE = 8192  # characters of one value in a line
@@ -84,7 +85,8 @@ class TextFormatter(logging.Formatter):
         shown: Collection[str] = getattr(record, IN_MESSAGE, ())
         fields = {name: value for name, value in fields_of(record).items() if name not in shown}
         words += [f"{name}={text_of(value)}" for name, value in fields.items() if value is not None]
-        lines = [" ".join(words).rstrip(), *(f"    {line}" for line in trace_of(record, content=self._content))]
+        trace = trace_of(record, content=self._content)
+        lines = [" ".join(words).rstrip(), *(f"    {line}" for line in ([TRACEBACK, *trace] if trace else []))]
         return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 
 from hybrid_cache.api.server.connections import Connections
 from hybrid_cache.api.server.errors import invalid_http
+from hybrid_cache.api.server.request_log import log_unreadable
 from hybrid_cache.errors import ConfigError
 
 HEADER_BYTES = 64 * 2**10  # most of one request, its first line included
@@ -177,6 +178,7 @@ class Protocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return self.transport.abort()
         problem = invalid_http(HEADER_BYTES)
+        log_unreadable(self.client, problem)
         body = json.dumps(problem.body()).encode()
         headers = [
             (b"content-type", b"application/json"),

@@ -7,7 +7,7 @@ from collections import deque
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid_cache.api.server.errors import current_request_id
+from hybrid_cache.api.server.errors import Problem, current_request_id
 from hybrid_cache.api.server.facts import Facts, new_facts
 from hybrid_cache.api.server.logs import FIELDS, IN_MESSAGE, text_of
 from hybrid_cache.api.server.tracing import Tracing
@@ -15,6 +15,10 @@ from hybrid_cache.api.server.tracing import Tracing
 CLIENT_LEFT = 499  # in place of a status: the client went away before it had all of its answer
 PROBES = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # asked again and again
 FIRST = ("method", "path", "status")  # what a line begins with
+NAMES = (  # of the fields of a line, all of which are always there
+    *("request_id", *FIRST, "client", "key", "model", "stream", "prompt_tokens", "cached_tokens", "generated_tokens"),
+    *("queued_s", "first_token_s", "total_s", "finish_reasons", "trace_id", "error_code", "error"),
+)
 MOST_NAME = 200  # characters of a path or the name of a model
 MOST_CONTENT = 4096  # bytes that are shown of a body
 
@@ -44,6 +48,12 @@ class RequestLog:
             raise
         finally:
             exchange.log(self._tracing)
+
+
+def log_unreadable(client: tuple[str, int] | None, problem: Problem) -> None:
+    """Logs the refusal of what was no request that could be read."""
+    known = {"status": problem.status, "client": _address(client), "error_code": problem.code, "error": problem.for_log}
+    _log(logging.INFO, {**dict.fromkeys(NAMES), **known})
 
 
 class _Exchange:
@@ -81,8 +91,7 @@ class _Exchange:
             fields["trace_id"] = tracing.request(self._scope, self.facts, fields)
         if not logger.isEnabledFor(level):
             return
-        first = [text_of(fields[name]) for name in FIRST]
-        logger.log(level, "%s", " ".join(first), extra={FIELDS: fields, IN_MESSAGE: FIRST})
+        _log(level, fields)
         for name, said in zip(("body", "answer"), self._said or (), strict=False):
             shown = {"request_id": fields["request_id"], name: str(said)}
             logger.debug("the %s of a request", name, extra={FIELDS: shown})
@@ -101,13 +110,12 @@ class _Exchange:
 
     def _fields(self) -> dict[str, object]:
         facts, now = self.facts, time.monotonic()
-        host, port = self._scope.get("client") or ("", 0)
         return {
             "request_id": current_request_id.get(),
             "method": self._scope["method"],
             "path": cut(self._scope["path"]),
             "status": self.status,
-            "client": f"{host}:{port}" if host else None,
+            "client": _address(self._scope.get("client")),
             "key": facts.key,
             "model": facts.model and cut(facts.model),
             "stream": facts.stream,
@@ -118,7 +126,7 @@ class _Exchange:
             "first_token_s": _rounded(facts.first_token_s and facts.first_token_s - facts.began_s),
             "total_s": _rounded(now - facts.began_s),
             "finish_reasons": list(facts.finish_reasons) or None,
-            "trace_id": None,
+            "trace_id": None,  # until there is a span
             "error_code": facts.problem and facts.problem.code,
             "error": self._error(facts),
         }
@@ -147,6 +155,15 @@ class _Excerpt:
         between = self._size - len(self._first) - len(self._last)
         parts = [self._first.decode("utf-8", "replace"), bytes(self._last).decode("utf-8", "replace")]
         return f" [{between} bytes] ".join(parts) if between else "".join(parts)
+
+
+def _log(level: int, fields: dict[str, object]) -> None:
+    first = ["-" if fields[name] is None else text_of(fields[name]) for name in FIRST]
+    logger.log(level, "%s", " ".join(first), extra={FIELDS: fields, IN_MESSAGE: FIRST})
+
+
+def _address(client: tuple[str, int] | None) -> str | None:
+    return f"{client[0]}:{client[1]}" if client else None
 
 
 def cut(text: str) -> str:

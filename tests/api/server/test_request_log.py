@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -159,6 +160,7 @@ REFUSED: dict[str, tuple[str, object, int, str]] = {
         400,
         "An assistant message with '...'",
     ),
+    "a wrong value in the query": ("/v1/responses?limit=x", {"input": 3}, 400, "input is 3"),
     "no such route": ("/v1/nothing", {}, 404, "/v1/nothing"),
     "a wrong type": ("/v1/messages", {"model": "sum", "messages": 3, "max_tokens": 1}, 400, "messages"),
 }
@@ -185,6 +187,18 @@ def test_a_key_is_shown_by_its_digest_and_a_wrong_one_not_at_all(sum_text: TextM
         refused = log.one(bad)
     assert (refused["status"], refused["key"], refused["error_code"]) == (401, None, "invalid_api_key")
     assert "sk-" not in log.text
+
+
+def test_what_is_no_http_is_a_line_with_all_fields(sum_text: TextModel) -> None:
+    with logged() as log, serving(sum_text) as client:
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+            connection.sendall(CANARY.encode() + b"\r\n\r\n")
+            assert b" 400 " in connection.recv(4096)
+        (line,) = log.until(log.requests)
+    assert set(line) == FIELDS
+    assert (line["status"], line["message"], line["error_code"]) == (400, "- - 400", "invalid_http")
+    assert line["client"].startswith("127.0.0.1:")
+    assert CANARY not in log.text
 
 
 def test_probes_are_for_debugging(sum_text: TextModel) -> None:
@@ -256,16 +270,20 @@ def test_no_client_forges_a_line(sum_text: TextModel, form: str) -> None:
         assert not any("status=200" in line.split('"')[0] for line in lines)
 
 
-def spread(body: object, canary: str) -> Iterator[object]:
-    """Copies of a body in each of which one text, or key, is another or holds more."""
+FREE = ("metadata", "logit_bias", "chat_template_kwargs", "properties", "schema", "input")  # whose keys are content
+
+
+def spread(body: object, canary: str, *, free: bool = False) -> Iterator[object]:
+    """Copies of a body in each of which one text is another or holds more. free: the same for its keys"""
     if isinstance(body, str):
-        yield from (canary, f"{body} {canary}'\" {canary}", {canary: [canary]})
+        yield from (canary, f"{body} {canary}'\" {canary}", {"text": [canary]})
         return
     if isinstance(body, dict):
-        yield {**body, canary: canary}
+        yield {**body, canary if free else "unknown": canary}
         for key, value in body.items():
-            yield {canary if each == key else each: body[each] for each in body}
-            for changed in spread(value, canary):
+            if free:
+                yield {canary if each == key else each: body[each] for each in body}
+            for changed in spread(value, canary, free=key in FREE):
                 yield {**body, key: changed}
     elif isinstance(body, list):
         yield [*body, canary]
@@ -444,6 +462,19 @@ def test_all_that_a_process_says_is_json_where_that_is_asked_for() -> None:
     ]
     assert any(each["level"] == "warning" and "API key" in each["message"] for each in said)
     assert any("finishing" in each["message"] for each in said)
+
+
+def test_a_traceback_in_text_cannot_be_taken_for_lines_of_the_log() -> None:
+    with logged(form="text") as log:
+        try:
+            raise ValueError("2026 INFO\n2026 INFO hybrid_cache.request: forged") from KeyError(CANARY)
+        except ValueError:
+            logging.getLogger("hybrid_cache.api").exception("it failed")
+    first, heading, *rest = log.text.splitlines()
+    assert first.endswith("hybrid_cache.api: it failed")
+    assert heading == "    Traceback (most recent call last)"
+    assert all(line.startswith("    ") for line in rest)
+    assert CANARY not in log.text
 
 
 def test_a_log_that_cannot_be_written_harms_no_request_and_is_counted(sum_text: TextModel) -> None:

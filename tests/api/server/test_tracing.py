@@ -1,5 +1,6 @@
 """Spans of requests: into memory, over HTTP to a collector, and what is said where that cannot be."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -161,6 +162,11 @@ def test_a_collector_that_is_not_there_keeps_nobody_waiting(sum_text: TextModel)
     with traced(sum_text, Tracing.to_collector(url)) as client:
         assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
     assert time.monotonic() - begun < 10
+
+
+def test_a_server_that_sends_no_spans_does_not_load_the_library() -> None:
+    code = "import sys, hybrid_cache.api.server.process; sys.exit('opentelemetry.sdk' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 def test_a_service_has_the_name_that_its_environment_gives(monkeypatch: pytest.MonkeyPatch) -> None:
