@@ -19,6 +19,7 @@ from hybrid_cache.api.cli.options import (
     Fast,
     KeyFile,
     Model,
+    Revision,
     Threads,
     api_keys,
     read_api_keys,
@@ -94,6 +95,7 @@ def serve(
     config: Config = None,
     show_config: ShowConfig = False,
     help_aliases: HelpAliases = False,
+    revision: Revision = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -290,16 +292,15 @@ def serve(
     ] = 120,
 ) -> None:
     """Answer OpenAI's API over HTTP. Leaves with 0 after a drain, and with 1 if the engine failed or did not end."""
+    from hybrid_cache.api.cli import early
     from hybrid_cache.api.cli.options import named_folders
     from hybrid_cache.api.cli.outlet import unhindered
-    from hybrid_cache.api.server import process
-    from hybrid_cache.api.server.budget import parse_budget
-    from hybrid_cache.api.server.exposure import Exposure
-    from hybrid_cache.api.server.launch import LoadOptions
+    from hybrid_cache.api.server.exposure import Exposure, check_keys
     from hybrid_cache.api.server.protocol import Patience
     from hybrid_cache.api.server.response_store import parse_life
+    from hybrid_cache.api.server.settings import ServerSettings
     from hybrid_cache.config import EngineConfig, verify_by_default
-    from hybrid_cache.sizes import parse_bytes
+    from hybrid_cache.sizes import parse_budget, parse_bytes
 
     if show_config:
         typer.echo(configured.show(ctx))
@@ -310,6 +311,50 @@ def serve(
         raise typer.BadParameter(f"{sharing!r}, must be exact or profiled", param_hint="--sharing")
     merged, adapters = named_folders("--adapter", adapter or ())
     _, variants = named_folders("--variant", variant or (), all_named=True)
+    keys = api_keys(api_key or (), api_key_file)
+    operator_keys = read_api_keys(operator_key_file) if operator_key_file else ()
+    engine = EngineConfig(
+        max_running=max_running,
+        max_waiting=max_waiting,
+        policy=policy,
+        order=order,
+        host_bytes=0 if host_budget == "0" else parse_bytes(host_budget),
+        prefix_cache=prefix_cache,
+        double_writing=double_writing,
+        max_tiles=max_tiles,
+        max_tiles_beside_decode=max_tiles_beside_decode,
+        max_step_ms=max_step_ms or None,
+        verify=verify or verify_by_default(),
+    )
+    exposure = Exposure(
+        allow_hosts=tuple(allow_host or ()),
+        allow_origins=tuple(allow_origin or ()),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        trusted_proxies=forwarded_allow_ips,
+        max_connections=max_connections,
+        patience=Patience(header_timeout, body_timeout, reader_timeout),
+    )
+    budget_bytes, max_body_bytes, book_bytes = parse_budget(budget), parse_bytes(max_body), parse_bytes(message_book)
+    life_s = parse_life(response_ttl)
+    check_keys(keys, operator_keys, exposure.allow_origins)
+    ServerSettings(  # checked when made
+        served_names=tuple(served_model_name or ("its own",)),
+        backend=backend,
+        model_path="",
+        api_keys=(*keys, *operator_keys),
+        operator_keys=operator_keys,
+        response_life_s=life_s,
+        max_loss_asked=max_loss,
+    )
+    early.check_words(backend=backend, dtype=dtype, tool_parser=tool_parser)
+    early.check_port(host, port)
+    folder = early.find_model(model, revision)
+    early.check_beside(variants.values(), (*adapters.values(), *filter(None, (merged,))))
+
+    from hybrid_cache.api.server import process
+    from hybrid_cache.api.server.launch import LoadOptions
+
     options = process.ServeOptions(
         load=LoadOptions(
             model,
@@ -322,52 +367,33 @@ def serve(
             adapters,
             allow_adapter_loading,
             merge_adapters,
-            max_model_len=max_model_len,
+            max_model_len,
+            folder,
         ),
-        engine=EngineConfig(
-            max_running=max_running,
-            max_waiting=max_waiting,
-            policy=policy,
-            order=order,
-            host_bytes=0 if host_budget == "0" else parse_bytes(host_budget),
-            prefix_cache=prefix_cache,
-            double_writing=double_writing,
-            max_tiles=max_tiles,
-            max_tiles_beside_decode=max_tiles_beside_decode,
-            max_step_ms=max_step_ms or None,
-            verify=verify or verify_by_default(),
-        ),
-        budget_bytes=parse_budget(budget),
+        engine=engine,
+        budget_bytes=budget_bytes,
         host=host,
         port=port,
         served_names=tuple(served_model_name or ()),
-        api_keys=api_keys(api_key or (), api_key_file),
-        exposure=Exposure(
-            allow_hosts=tuple(allow_host or ()),
-            allow_origins=tuple(allow_origin or ()),
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            trusted_proxies=forwarded_allow_ips,
-            max_connections=max_connections,
-            patience=Patience(header_timeout, body_timeout, reader_timeout),
-        ),
+        api_keys=keys,
+        exposure=exposure,
         shared_cache=shared_cache,
         special_tokens_in_content=special_tokens_in_content,
         keep_billing_header=keep_billing_header,
         tool_parser=None if tool_parser == "auto" else tool_parser,
         chat_template=chat_template,
-        max_body_bytes=parse_bytes(max_body),
-        message_book_bytes=parse_bytes(message_book),
+        max_body_bytes=max_body_bytes,
+        message_book_bytes=book_bytes,
         response_store=response_store,
         response_store_bytes=response_store_mb << 20,
-        response_life_s=parse_life(response_ttl),
+        response_life_s=life_s,
         vllm_metrics=vllm_metrics,
         profiles=tuple(profile or ()),
         profiled=sharing == "profiled",
         max_loss=max_loss,
         drain_timeout_s=drain_timeout,
         hung_after_s=hung_after,
-        operator_keys=read_api_keys(operator_key_file) if operator_key_file else (),
+        operator_keys=operator_keys,
     )
     with unhindered():
         status = process.serve(options)
@@ -377,6 +403,7 @@ def serve(
 @app.command(cls=ConfiguredCommand)
 def chat(
     model: Model = None,
+    revision: Revision = None,
     url: Annotated[str | None, typer.Option(help="Talk to this server, such as http://127.0.0.1:8000.")] = None,
     api_key_file: KeyFile = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
@@ -396,12 +423,19 @@ def chat(
         keys = api_keys(path=api_key_file)
         num_failed = terminal.run(terminal.ServerPartner(url, model, keys[0] if keys else None, asked), system)
     else:
+        from hybrid_cache.api.cli import early
+        from hybrid_cache.sizes import parse_budget
+
+        budget_bytes = parse_budget(budget)
+        early.check_words(backend=backend)
+        folder = early.find_model(model, revision)
+        early.check_beside((), filter(None, (adapter,)))
+
         from hybrid_cache.api.cli.local_chat import EnginePartner
-        from hybrid_cache.api.server.budget import parse_budget
         from hybrid_cache.api.server.launch import LoadOptions
 
-        options = LoadOptions(model, backend, fast, adapter=adapter)
-        num_failed = terminal.run(EnginePartner(options, parse_budget(budget), asked), system)
+        options = LoadOptions(model, backend, fast, adapter=adapter, path=folder)
+        num_failed = terminal.run(EnginePartner(options, budget_bytes, asked), system)
     # A person has seen it; a script looks at the exit code.
     raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
 

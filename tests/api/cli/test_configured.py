@@ -23,6 +23,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
     """What servers are started with."""
     found: list[ServeOptions] = []
     monkeypatch.setattr("hybrid_cache.api.server.process.serve", found.append)
+    monkeypatch.setattr("hybrid_cache.api.cli.early.check_port", lambda host, port: None)
     return found
 
 
@@ -68,7 +69,7 @@ def test_a_file_sets_options(name: str, text: str, told: list[ServeOptions], tmp
 def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
     told: list[ServeOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = file(tmp_path, "max-running: 2\nmax-waiting: 2\nmax-tiles: 2\nprefix-cache: false\nmodel: some/model\n")
+    path = file(tmp_path, "max-running: 2\nmax-waiting: 2\nmax-tiles: 2\nprefix-cache: false\nmodel: recall\n")
     for name in ("RUNNING", "WAITING"):
         monkeypatch.setenv(f"HYBRID_CACHE_MAX_{name}", "3")
     monkeypatch.setenv("HYBRID_CACHE_PREFIX_CACHE", "1")
@@ -77,7 +78,7 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
     engine = told[0].engine
     assert (engine.max_running, engine.max_waiting, engine.max_tiles) == (4, 3, 2)
     assert engine.prefix_cache is True
-    assert told[0].load.model == "some/model"
+    assert told[0].load.model == "recall"
 
 
 @pytest.mark.parametrize(("text", "names"), [("a,b c", ("a", "b c")), ("a,b\nc\n", ("a,b", "c")), (" ", ())])
