@@ -24,6 +24,7 @@ from hybrid_cache.api.cli.options import (
     api_keys,
     read_api_keys,
 )
+from hybrid_cache.api.cli.panels import panel_of, position_of
 from hybrid_cache.api.cli.train import train_lora
 from hybrid_cache.api.text.tool_formats import FORMATS
 from hybrid_cache.errors import HybridCacheError
@@ -71,8 +72,8 @@ def options(
 
 
 class _Serve(ConfiguredCommand):
-    """It takes options of other servers, and its help names policies and orders, which are imported when it is asked
-    for."""
+    """It takes options of other servers. Its help has headings, and names policies and orders, which are imported when
+    it is asked for."""
 
     def translated(self, args: list[str]) -> list[str]:
         return translation.arguments(args, self.by_option())
@@ -83,8 +84,11 @@ class _Serve(ConfiguredCommand):
 
         names = {"policy": policy_names(), "order": ORDERS}
         for option in self.params:
+            if isinstance(option, TyperOption):
+                option.rich_help_panel = panel_of(str(option.name))
             if isinstance(option, TyperOption) and option.name in names:
                 option.help = f"{(option.help or '').rstrip('.')}: {', '.join(names[option.name])}."
+        self.params.sort(key=lambda parameter: position_of(str(parameter.name)))
         super().format_help(ctx, formatter)
 
 
@@ -143,12 +147,12 @@ def serve(
         ),
     ] = None,
     budget: AutoBudget = "auto",
-    policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
+    policy: Annotated[str, typer.Option(help="Which entries the cache keeps when it is full.")] = "learned",
     host_budget: Annotated[
         str, typer.Option(help="Host memory beside a GPU, for what has to leave its cache, such as 16GiB; 0: none.")
     ] = "0",
     order: Annotated[
-        str, typer.Option(help="Who waits for whom, and what is kept for tasks while their tools run.")
+        str, typer.Option(help="Order of the queue, and what is kept of agents' requests while their tools run.")
     ] = "learned",
     backend: Backend = "auto",
     fast: Fast = False,
@@ -214,16 +218,18 @@ def serve(
         ),
     ] = False,
     threads: Threads = 0,
-    max_running: Annotated[int, typer.Option(help="Sequences in one batch.")] = 32,
+    max_running: Annotated[int, typer.Option(help="Most requests that are answered at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 503.")] = 256,
-    max_tiles: Annotated[int, typer.Option(help="Prefill tiles in a step with nobody decoding.")] = 16,
-    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same while sequences decode.")] = 4,
+    max_tiles: Annotated[
+        int, typer.Option(help="Most tokens of prompts in one step, in tiles of 64, while no answer is being written.")
+    ] = 16,
+    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same while answers are being written.")] = 4,
     max_step_ms: Annotated[
         float,
         typer.Option(
             min=0,
-            help="Milliseconds that prompts may take of a step, by measured rates: so long does a long prompt keep "
-            "the next token of others waiting (twice as long where short prompts come meanwhile). 0 for no bound.",
+            help="Milliseconds that prompts may take of a step: so long does a long prompt keep the next token of "
+            "other answers waiting (twice as long where short prompts come meanwhile). 0 for no bound.",
         ),
     ] = 100,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "10MiB",
@@ -291,7 +297,13 @@ def serve(
         ),
     ] = 120,
 ) -> None:
-    """Answer OpenAI's API over HTTP. Leaves with 0 after a drain, and with 1 if the engine failed or did not end."""
+    """Serve a model over HTTP to OpenAI's and Anthropic's clients.
+
+    Options may stand in a file, too (--config), or in the environment (HYBRID_CACHE_*), and many that other servers
+    have are known here (--help-aliases).
+
+    Leaves with 0 after a drain, and with 1 if the engine failed or did not end.
+    """
     from hybrid_cache.api.cli import early
     from hybrid_cache.api.cli.options import named_folders
     from hybrid_cache.api.cli.outlet import unhindered
