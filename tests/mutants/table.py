@@ -7,6 +7,7 @@ from tests.mutants import (
     of_choreography,
     of_engine,
     of_kernels,
+    of_options,
     of_reading,
     of_tasks,
     of_variants,
@@ -22,4 +23,5 @@ MUTANTS = [
     *of_variants.MUTANTS,
     *of_activated.MUTANTS,
     *of_reading.MUTANTS,
+    *of_options.MUTANTS,
 ]
