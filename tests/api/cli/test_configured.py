@@ -99,6 +99,12 @@ def test_a_switch_in_the_environment(
     assert told[0].load.fast is fast
 
 
+def test_both_names_of_a_switch_may_stand_in_a_file(told: list[ServeOptions], tmp_path: Path) -> None:
+    assert run("serve", "--config", file(tmp_path, "no-prefix-cache: true\nexact: no\n")) == 0
+    assert told[0].engine.prefix_cache is False
+    assert told[0].load.fast is True
+
+
 def test_chat_reads_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("hybrid_cache.api.cli.terminal.ServerPartner", lambda url, *_: asked.append(url))
@@ -128,6 +134,9 @@ def test_chat_reads_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None
         ("o.toml", "port", "o.toml: this is no TOML"),
         ("o.json", "{}", "o.json: the name of a config file ends in .yaml, .yml or .toml"),
         ("o.yaml", "config: other.yaml", "o.yaml: there is no option 'config'"),
+        ("o.yaml", "show-config: true", "o.yaml: there is no option 'show-config'"),
+        ("o.yaml", "exact: perhaps", "o.yaml: exact is 'perhaps', wanted true or false"),
+        ("o.yaml", "fast: true\nexact: true", "o.yaml: exact sets fast, which is set already"),
     ],
 )
 def test_what_a_file_cannot_set_is_said_in_one_line(
