@@ -27,6 +27,11 @@ def parse_bytes(text: str) -> int:
     return num_bytes
 
 
+def parse_budget(text: str) -> int | None:
+    """A size, or `auto` -> None. Raises ConfigError."""
+    return None if text.strip().lower() == "auto" else parse_bytes(text)
+
+
 def format_bytes(num_bytes: float) -> str:
     """`1536` -> `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.models.files import errors_begin_with, read_json, shown
+from hybrid_cache.models.folders import ADAPTERS, check_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -27,7 +28,6 @@ MAX_RANK = 1 << 16
 MAX_ALPHA = 1 << 20
 MAX_INVOCATION = 1 << 10
 FACTORS = (".lora_A.weight", ".lora_B.weight")
-SHIPPED = {"embedded-choreo": "embedded_choreo", "embedded-polite": "embedded_polite"}  # inside the package
 # Settings that change what an adapter means, with the values that mean nothing.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_dora": (False,),
@@ -141,22 +141,21 @@ class Adapter:
 
 def resolve(adapter: str) -> Path:
     """A local folder, or the name of an adapter inside the package."""
-    if not Path(adapter).is_dir() and adapter in SHIPPED:
-        return Path(__file__).parent / SHIPPED[adapter]
+    if not Path(adapter).is_dir() and adapter in ADAPTERS:
+        return Path(__file__).parent / ADAPTERS[adapter]
     return Path(adapter)
 
 
 def name_of(path: str | Path) -> str:
     """What an adapter is called: as it ships, or as its folder."""
     folder = resolve(str(path)).resolve()
-    return next((name for name, inside in SHIPPED.items() if inside == folder.name), folder.name)
+    return next((name for name, inside in ADAPTERS.items() if inside == folder.name), folder.name)
 
 
 def load(path: str | Path) -> Adapter:
     """Reads an adapter folder, or the name of one that ships. Raises ModelError."""
     folder = resolve(str(path))
-    if not folder.is_dir():
-        raise ModelError(f"adapter {path}: neither a folder nor one that ships ({', '.join(SHIPPED)})")
+    check_adapter(str(path))
     with errors_begin_with(f"adapter {path}"):
         config = _read_config(folder)
         factors, replaced = _read_tensors(folder, config)

@@ -20,6 +20,7 @@ from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.files import errors_begin_with, read_json
+from hybrid_cache.models.folders import resolve
 from hybrid_cache.models.gguf import file as gguf
 from hybrid_cache.models.registry import ShapedModel
 from hybrid_cache.models.shapes import ModelShape
@@ -28,16 +29,7 @@ from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-# Models inside the package, by name: folders beside this file.
-SHIPPED = {
-    "embedded": "embedded",
-    "embedded-style": "embedded_style",
-    "embedded-half": "embedded_half",
-    "recall": "recall",
-    "recall-style": "recall_style",
-}
 LEAST_CONTEXT = 4 * TILE  # with room for the prompts of the check before a model is served
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
 def load(
@@ -214,32 +206,7 @@ def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
 
 def embedded_path() -> Path:
     """The model that ships inside the package."""
-    return Path(__file__).parent / SHIPPED["embedded"]
-
-
-def resolve(model: str) -> Path:
-    """A local folder or GGUF file as it is; else a model that ships, or one on the Hugging Face hub, downloaded.
-
-    Raises ModelError.
-    """
-    folder = Path(model)
-    if folder.is_dir() or (folder.suffix == gguf.SUFFIX and folder.is_file()):
-        return folder
-    if model in SHIPPED:
-        return Path(__file__).parent / SHIPPED[model]
-    wanted = f"{model} is not a local folder" if folder.suffix != gguf.SUFFIX else f"{model} is not a local file"
-    if model.count("/") != 1 or model.startswith(("/", ".", "~")):
-        raise ModelError(wanted)
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as e:
-        raise ModelError(f"{wanted}, and a hub name needs the package huggingface_hub") from e
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelError(f"{wanted}, and the hub could not give it: {reason}") from e
+    return resolve(None)
 
 
 def shape_ops() -> Ops:

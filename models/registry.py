@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,6 +12,7 @@ from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.files import shown
+from hybrid_cache.models.folders import ALIASES, supported
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.weights import ModelWeights
 
@@ -32,19 +32,12 @@ class ShapedModel(Trunk, Protocol):
 Build = Callable[[Config, ModelWeights, Ops, torch.dtype], ShapedModel]
 
 
-ALIASES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}  # text models by themselves
-
-
 def find(model_type: object) -> Build:
     """The builder of an architecture. Raises UnsupportedModel if there is none."""
     build = _build(model_type) if isinstance(model_type, str) else None
     if build is None:
         raise UnsupportedModel(f"model_type {shown(model_type)} is not supported; supported: {', '.join(supported())}")
     return build
-
-
-def supported() -> list[str]:
-    return sorted(path.stem for path in (Path(__file__).parent / "arch").glob("*.py"))
 
 
 def _build(name: str) -> Build | None:

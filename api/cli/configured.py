@@ -100,6 +100,9 @@ def _entry(
     parameters = {name: each for each in command.configurable() for name in spellings(each)}
     if name in parameters:
         return [(parameters[name], _fitting(f"{path}: {name}", parameters[name], value))]
+    for parameter in command.configurable():
+        if f"--{name}" in parameter.secondary_opts:  # the other name of a switch, such as no-prefix-cache
+            return [(parameter, not _switched(f"{path}: {name}", value))]
     try:
         settings = of_file(name, value)
     except ConfigError as error:
@@ -200,6 +203,13 @@ def source(ctx: typer.Context, name: str | None) -> str:
     """COMMANDLINE, DEFAULT_MAP or DEFAULT, as the library names them."""
     found = ctx.get_parameter_source(str(name))
     return "DEFAULT" if found is None else found.name
+
+
+def _switched(place: str, value: config_file.Value) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        raise ConfigError(f"{place} is {shown(value)}, wanted true or false")
+    return text in ("true", "yes", "on", "1")
 
 
 def _fitting(place: str, parameter: Parameter, value: config_file.Value) -> object:

@@ -20,10 +20,12 @@ from hybrid_cache.api.cli.options import (
     Json,
     KeyFile,
     Model,
+    Revision,
     Threads,
     api_keys,
     read_api_keys,
 )
+from hybrid_cache.api.cli.panels import panel_of, position_of
 from hybrid_cache.api.cli.train import train_lora
 from hybrid_cache.api.text.tool_formats import FORMATS
 from hybrid_cache.errors import HybridCacheError
@@ -71,8 +73,8 @@ def options(
 
 
 class _Serve(ConfiguredCommand):
-    """It takes options of other servers, and its help names policies and orders, which are imported when it is asked
-    for."""
+    """It takes options of other servers. Its help has headings, and names policies and orders, which are imported when
+    it is asked for."""
 
     def translated(self, args: list[str]) -> list[str]:
         return translation.arguments(args, self.by_option())
@@ -83,8 +85,11 @@ class _Serve(ConfiguredCommand):
 
         names = {"policy": policy_names(), "order": ORDERS}
         for option in self.params:
+            if isinstance(option, TyperOption):
+                option.rich_help_panel = panel_of(str(option.name))
             if isinstance(option, TyperOption) and option.name in names:
                 option.help = f"{(option.help or '').rstrip('.')}: {', '.join(names[option.name])}."
+        self.params.sort(key=lambda parameter: position_of(str(parameter.name)))
         super().format_help(ctx, formatter)
 
 
@@ -95,6 +100,7 @@ def serve(
     config: Config = None,
     show_config: ShowConfig = False,
     help_aliases: HelpAliases = False,
+    revision: Revision = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -142,12 +148,12 @@ def serve(
         ),
     ] = None,
     budget: AutoBudget = "auto",
-    policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
+    policy: Annotated[str, typer.Option(help="Which entries the cache keeps when it is full.")] = "learned",
     host_budget: Annotated[
         str, typer.Option(help="Host memory beside a GPU, for what has to leave its cache, such as 16GiB; 0: none.")
     ] = "0",
     order: Annotated[
-        str, typer.Option(help="Who waits for whom, and what is kept for tasks while their tools run.")
+        str, typer.Option(help="Order of the queue, and what is kept of agents' requests while their tools run.")
     ] = "learned",
     backend: Backend = "auto",
     fast: Fast = False,
@@ -213,16 +219,18 @@ def serve(
         ),
     ] = False,
     threads: Threads = 0,
-    max_running: Annotated[int, typer.Option(help="Sequences in one batch.")] = 32,
+    max_running: Annotated[int, typer.Option(help="Most requests that are answered at the same time.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 503.")] = 256,
-    max_tiles: Annotated[int, typer.Option(help="Prefill tiles in a step with nobody decoding.")] = 16,
-    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same while sequences decode.")] = 4,
+    max_tiles: Annotated[
+        int, typer.Option(help="Most tokens of prompts in one step, in tiles of 64, while no answer is being written.")
+    ] = 16,
+    max_tiles_beside_decode: Annotated[int, typer.Option(help="The same while answers are being written.")] = 4,
     max_step_ms: Annotated[
         float,
         typer.Option(
             min=0,
-            help="Milliseconds that prompts may take of a step, by measured rates: so long does a long prompt keep "
-            "the next token of others waiting (twice as long where short prompts come meanwhile). 0 for no bound.",
+            help="Milliseconds that prompts may take of a step: so long does a long prompt keep the next token of "
+            "other answers waiting (twice as long where short prompts come meanwhile). 0 for no bound.",
         ),
     ] = 100,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "10MiB",
@@ -306,18 +314,23 @@ def serve(
         ),
     ] = 120,
 ) -> None:
-    """Answer OpenAI's API over HTTP. Leaves with 0 after a drain, and with 1 if the engine failed or did not end."""
+    """Serve a model over HTTP to OpenAI's and Anthropic's clients.
+
+    Options may stand in a file, too (--config), or in the environment (HYBRID_CACHE_*), and many that other servers
+    have are known here (--help-aliases).
+
+    Leaves with 0 after a drain, and with 1 if the engine failed or did not end.
+    """
+    from hybrid_cache.api.cli import early
     from hybrid_cache.api.cli.options import named_folders
     from hybrid_cache.api.cli.outlet import unhindered
-    from hybrid_cache.api.server import process
-    from hybrid_cache.api.server.budget import parse_budget
-    from hybrid_cache.api.server.exposure import Exposure
-    from hybrid_cache.api.server.launch import LoadOptions
+    from hybrid_cache.api.server.exposure import Exposure, check_keys
     from hybrid_cache.api.server.logs import LogOptions
     from hybrid_cache.api.server.protocol import Patience
     from hybrid_cache.api.server.response_store import parse_life
+    from hybrid_cache.api.server.settings import ServerSettings
     from hybrid_cache.config import EngineConfig, verify_by_default
-    from hybrid_cache.sizes import parse_bytes
+    from hybrid_cache.sizes import parse_budget, parse_bytes
 
     if show_config:
         typer.echo(configured.show(ctx))
@@ -328,6 +341,50 @@ def serve(
         raise typer.BadParameter(f"{sharing!r}, must be exact or profiled", param_hint="--sharing")
     merged, adapters = named_folders("--adapter", adapter or ())
     _, variants = named_folders("--variant", variant or (), all_named=True)
+    keys = api_keys(api_key or (), api_key_file)
+    operator_keys = read_api_keys(operator_key_file) if operator_key_file else ()
+    engine = EngineConfig(
+        max_running=max_running,
+        max_waiting=max_waiting,
+        policy=policy,
+        order=order,
+        host_bytes=0 if host_budget == "0" else parse_bytes(host_budget),
+        prefix_cache=prefix_cache,
+        double_writing=double_writing,
+        max_tiles=max_tiles,
+        max_tiles_beside_decode=max_tiles_beside_decode,
+        max_step_ms=max_step_ms or None,
+        verify=verify or verify_by_default(),
+    )
+    exposure = Exposure(
+        allow_hosts=tuple(allow_host or ()),
+        allow_origins=tuple(allow_origin or ()),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        trusted_proxies=forwarded_allow_ips,
+        max_connections=max_connections,
+        patience=Patience(header_timeout, body_timeout, reader_timeout),
+    )
+    budget_bytes, max_body_bytes, book_bytes = parse_budget(budget), parse_bytes(max_body), parse_bytes(message_book)
+    life_s = parse_life(response_ttl)
+    check_keys(keys, operator_keys, exposure.allow_origins)
+    ServerSettings(  # checked when made
+        served_names=tuple(served_model_name or ("its own",)),
+        backend=backend,
+        model_path="",
+        api_keys=(*keys, *operator_keys),
+        operator_keys=operator_keys,
+        response_life_s=life_s,
+        max_loss_asked=max_loss,
+    )
+    early.check_words(backend=backend, dtype=dtype, tool_parser=tool_parser)
+    early.check_port(host, port)
+    folder = early.find_model(model, revision)
+    early.check_beside(variants.values(), (*adapters.values(), *filter(None, (merged,))))
+
+    from hybrid_cache.api.server import process
+    from hybrid_cache.api.server.launch import LoadOptions
+
     options = process.ServeOptions(
         load=LoadOptions(
             model,
@@ -340,45 +397,26 @@ def serve(
             adapters,
             allow_adapter_loading,
             merge_adapters,
-            max_model_len=max_model_len,
+            max_model_len,
+            folder,
         ),
-        engine=EngineConfig(
-            max_running=max_running,
-            max_waiting=max_waiting,
-            policy=policy,
-            order=order,
-            host_bytes=0 if host_budget == "0" else parse_bytes(host_budget),
-            prefix_cache=prefix_cache,
-            double_writing=double_writing,
-            max_tiles=max_tiles,
-            max_tiles_beside_decode=max_tiles_beside_decode,
-            max_step_ms=max_step_ms or None,
-            verify=verify or verify_by_default(),
-        ),
-        budget_bytes=parse_budget(budget),
+        engine=engine,
+        budget_bytes=budget_bytes,
         host=host,
         port=port,
         served_names=tuple(served_model_name or ()),
-        api_keys=api_keys(api_key or (), api_key_file),
-        exposure=Exposure(
-            allow_hosts=tuple(allow_host or ()),
-            allow_origins=tuple(allow_origin or ()),
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            trusted_proxies=forwarded_allow_ips,
-            max_connections=max_connections,
-            patience=Patience(header_timeout, body_timeout, reader_timeout),
-        ),
+        api_keys=keys,
+        exposure=exposure,
         shared_cache=shared_cache,
         special_tokens_in_content=special_tokens_in_content,
         keep_billing_header=keep_billing_header,
         tool_parser=None if tool_parser == "auto" else tool_parser,
         chat_template=chat_template,
-        max_body_bytes=parse_bytes(max_body),
-        message_book_bytes=parse_bytes(message_book),
+        max_body_bytes=max_body_bytes,
+        message_book_bytes=book_bytes,
         response_store=response_store,
         response_store_bytes=response_store_mb << 20,
-        response_life_s=parse_life(response_ttl),
+        response_life_s=life_s,
         vllm_metrics=vllm_metrics,
         log=LogOptions(log_level, log_format, log_content),
         otlp_endpoint=otlp_endpoint,
@@ -387,7 +425,7 @@ def serve(
         max_loss=max_loss,
         drain_timeout_s=drain_timeout,
         hung_after_s=hung_after,
-        operator_keys=read_api_keys(operator_key_file) if operator_key_file else (),
+        operator_keys=operator_keys,
     )
     with unhindered():
         status = process.serve(options)
@@ -397,6 +435,7 @@ def serve(
 @app.command(cls=ConfiguredCommand)
 def chat(
     model: Model = None,
+    revision: Revision = None,
     url: Annotated[str | None, typer.Option(help="Talk to this server, such as http://127.0.0.1:8000.")] = None,
     api_key_file: KeyFile = None,
     system: Annotated[
@@ -418,13 +457,20 @@ def chat(
         keys = api_keys(path=api_key_file)
         num_failed = terminal.run(terminal.ServerPartner(url, model, keys[0] if keys else None, asked), system)
     else:
+        from hybrid_cache.api.cli import early
+        from hybrid_cache.sizes import parse_budget
+
+        budget_bytes = parse_budget(budget)
+        early.check_words(backend=backend)
+        folder = early.find_model(model, revision)
+        early.check_beside((), filter(None, (adapter,)))
+
         from hybrid_cache.api.cli.local_chat import EMBEDDED_SYSTEM, EnginePartner
-        from hybrid_cache.api.server.budget import parse_budget
         from hybrid_cache.api.server.launch import LoadOptions
 
-        options = LoadOptions(model, backend, fast, adapter=adapter)
+        options = LoadOptions(model, backend, fast, adapter=adapter, path=folder)
         system = EMBEDDED_SYSTEM if model is None and system is None else system
-        num_failed = terminal.run(EnginePartner(options, parse_budget(budget), asked), system)
+        num_failed = terminal.run(EnginePartner(options, budget_bytes, asked), system)
     # A person has seen it; a script looks at the exit code.
     raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
 

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hybrid_cache.models import loading
 from hybrid_cache.models.tools import convert
 from hybrid_cache.sizes import format_bytes
 
@@ -27,9 +26,9 @@ class Kind:
     error: float = 0.0  # the largest of them
 
 
-def run(source: str, out: Path, *, dtype: str | None, quantize: str | None, shard_bytes: int) -> None:
+def run(source: Path, out: Path, *, dtype: str | None, quantize: str | None, shard_bytes: int) -> None:
     """Makes the folder `out`. Raises HybridCacheError, and then there is no `out`."""
-    conversion = convert.prepare(loading.resolve(source), dtype=dtype, quantize=quantize)
+    conversion = convert.prepare(source, dtype=dtype, quantize=quantize)
     kinds: dict[str, Kind] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hybrid_cache.api.cli.options import Adapter, Budget, Context, Dtype, Json
+from hybrid_cache.api.cli.options import Adapter, Budget, Context, Dtype, Json, Revision
 
 app = typer.Typer(help="Facts about models.", no_args_is_help=True)
 
@@ -26,10 +26,16 @@ def info(
     as_json: Json = False,
 ) -> None:
     """What a model keeps in the cache, from its config only. Exit code 1 if it is not supported."""
-    from hybrid_cache.api.cli import model_info
+    from hybrid_cache.api.cli import early
     from hybrid_cache.sizes import parse_bytes
 
-    report = model_info.examine(model, parse_bytes(budget), dtype, adapter, max_model_len)
+    budget_bytes = parse_bytes(budget)
+    early.check_words(dtype=dtype)
+    early.check_config(model)
+
+    from hybrid_cache.api.cli import model_info
+
+    report = model_info.examine(model, budget_bytes, dtype, adapter, max_model_len)
     typer.echo(model_info.to_json(report)) if as_json else model_info.print_table(report)
     raise typer.Exit(0 if report.supported else 1)
 
@@ -48,6 +54,7 @@ def list_models(budget: Budget = "2GiB", as_json: Json = False) -> None:
 def convert(
     source: Annotated[str, typer.Argument(help="A folder in Hugging Face format or a hub name.")],
     out: Annotated[Path, typer.Argument(help="The folder to make; it must not be there.")],
+    revision: Revision = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -69,7 +76,13 @@ def convert(
 
     Weights that the text model does not use are left out. OUT appears when all of it is written.
     """
-    from hybrid_cache.api.cli import model_convert
+    from hybrid_cache.api.cli import early
     from hybrid_cache.sizes import parse_bytes
 
-    model_convert.run(source, out, dtype=dtype, quantize=quantize, shard_bytes=parse_bytes(shard_size))
+    shard_bytes = parse_bytes(shard_size)
+    early.check_absent(out)
+    folder = early.find_model(source, revision)
+
+    from hybrid_cache.api.cli import model_convert
+
+    model_convert.run(folder, out, dtype=dtype, quantize=quantize, shard_bytes=shard_bytes)

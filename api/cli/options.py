@@ -30,6 +30,10 @@ Model = Annotated[
         "out."
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit, where the model is a name of the Hugging Face hub; main if left out."),
+]
 Budget = Annotated[str, typer.Option(help="Memory for KV pages and states together, such as 2GiB.")]
 AutoBudget = Annotated[
     str,

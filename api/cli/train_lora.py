@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hybrid_cache.api.cli.variant_profile import bars
-from hybrid_cache.models import loading
+from hybrid_cache.models import folders
 from hybrid_cache.models.training import composed, lora, reading, repaired
 from hybrid_cache.models.training.dialogues import KINDS
 
@@ -34,7 +34,7 @@ def run(
     """Trains, evaluates and prints. Raises HybridCacheError."""
     if threads:
         torch.set_num_threads(threads)
-    folder = loading.embedded_path() if model is None else loading.resolve(model)
+    folder = folders.resolve(model)
     _train(folder, out, settings, resume, every)
     seeds = range(FIRST_SEED, FIRST_SEED + num_seeds)
     scores = {}

@@ -35,10 +35,9 @@ from hybrid_cache.device.free_memory import ROOT, FreeMemory, free_memory, taken
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.models.shapes import LayerShape, ModelShape
-from hybrid_cache.sizes import format_bytes, parse_bytes
+from hybrid_cache.sizes import format_bytes
 from hybrid_cache.spec import AttentionSpec, CacheSpec
 
-AUTO = "auto"
 AUTO_SHARE = 0.75  # of what is free, and not needed beside the cache, that the cache gets by default
 CONVERSATION_TOKENS = 2000
 WIDE_ROWS = 6  # as wide as the model: the stream, a norm of it, what is added to it, and copies of these
@@ -182,11 +181,6 @@ def _bytes_per_key(layer: LayerShape) -> int:
 def conversation_bytes(spec: CacheSpec) -> int:
     """What one conversation of CONVERSATION_TOKENS with a checkpoint takes of the cache."""
     return -(-CONVERSATION_TOKENS // TILE) * spec.page_bytes + spec.slot_bytes
-
-
-def parse_budget(text: str) -> int | None:
-    """A size, or `auto` -> None. Raises ConfigError."""
-    return None if text.strip().lower() == AUTO else parse_bytes(text)
 
 
 def fitted(asked: int | None, free: FreeMemory, beside: Beside, spec: CacheSpec) -> int:

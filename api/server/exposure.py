@@ -4,6 +4,7 @@ import ipaddress
 import re
 import socket
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,14 @@ class Exposure:
             "proxy_headers": self.trusted_proxies is not None,
             "forwarded_allow_ips": self.trusted_proxies or "",
         }
+
+
+def check_keys(keys: Sequence[str], operator_keys: Sequence[str], origins: Sequence[str]) -> None:
+    """Raises ConfigError where a server without API keys would be open to more than whoever started it means."""
+    if operator_keys and not keys:
+        raise ConfigError("there is an operator's key and no other API key: then anybody could use this server")
+    if "*" in origins and not keys:
+        raise ConfigError("allow_origin is '*' without an API key: any web page could use this server")
 
 
 def is_loopback(bound: socket.socket) -> bool:

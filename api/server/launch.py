@@ -15,7 +15,7 @@ from hybrid_cache.errors import ConfigError, ModelError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.selfcheck import check_exact
-from hybrid_cache.models import adapters, loading
+from hybrid_cache.models import adapters, folders, loading
 from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.files import errors_begin_with
 from hybrid_cache.models.gguf import file as gguf
@@ -41,6 +41,7 @@ class LoadOptions:
     shares: bool = False  # more variants may come while it runs
     merges: bool = False  # these adapters are merged into copies of what they change
     max_model_len: int | None = None  # tokens of context; None: as many as the model has
+    path: Path | None = None  # of the model's folder, where it has been found already
 
     @property
     def takes_adapters(self) -> bool:
@@ -106,7 +107,7 @@ def load(options: LoadOptions) -> Loaded:
     """Reads the model's folder. Raises HybridCacheError."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    path = loading.embedded_path() if options.model is None else loading.resolve(options.model)
+    path = options.path or folders.resolve(options.model)
     try:
         ops = dispatch.select(options.backend, fast=options.fast)
     except dispatch.BackendUnavailable as error:
@@ -152,7 +153,7 @@ def load_variant(
     if adapter is not None and loaded.adapter is not None:
         raise ConfigError(f"adapter {loaded.adapter} is merged into the model: a variant with {name} has no base")
     with errors_begin_with(_label(name, adapter)):
-        path = loaded.path if folder is None else loading.resolve(folder)
+        path = loaded.path if folder is None else folders.resolve(folder)
         if adapter is not None and room is not None:
             _check_room(adapters.load(adapter), room, merged=loaded.dtype if merges else None)
         loaded.shelf.begin()

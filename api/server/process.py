@@ -17,11 +17,12 @@ from rich.panel import Panel
 from rich.table import Table
 
 from hybrid_cache import __version__
+from hybrid_cache.api.server.addresses import bind
 from hybrid_cache.api.server.app import create_app
 from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, MemoryPlan, conversation_bytes, plan_memory
 from hybrid_cache.api.server.connections import Connections, Listener, connection_limit
 from hybrid_cache.api.server.ending import FLUSH_TIMEOUT_S, FORCE_S, SECOND_S, Deadline, end_by_force
-from hybrid_cache.api.server.exposure import Exposure, is_loopback
+from hybrid_cache.api.server.exposure import Exposure, check_keys, is_loopback
 from hybrid_cache.api.server.launch import (
     Loaded,
     LoadedVariant,
@@ -48,6 +49,7 @@ from hybrid_cache.engine.async_engine import HUNG_AFTER_S, AsyncEngine
 from hybrid_cache.errors import ConfigError, HybridCacheError, ModelError
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models.files import errors_begin_with
+from hybrid_cache.models.folders import commit_of
 from hybrid_cache.profile import Profile
 from hybrid_cache.sizes import format_bytes, format_count
 from hybrid_cache.spec import CacheSpec
@@ -88,10 +90,7 @@ class ServeOptions:
     chat_template: Path | None = None  # in place of the model's own
 
     def __post_init__(self) -> None:
-        if self.operator_keys and not self.api_keys:
-            raise ConfigError("there is an operator's key and no other API key: then anybody could use this server")
-        if "*" in self.exposure.allow_origins and not self.api_keys:
-            raise ConfigError("allow_origin is '*' without an API key: any web page could use this server")
+        check_keys(self.api_keys, self.operator_keys, self.exposure.allow_origins)
 
     def settings(
         self, loaded: Loaded, inexact: list[str], beside_bytes: int, hosts: tuple[str, ...] = ()
@@ -226,24 +225,6 @@ def variant_of(variant: LoadedVariant, loaded: Loaded, text: TextModel) -> Varia
     return Variant(variant.name, str(variant.path), own, *facts)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket with an address of its own, that does not listen yet. Raises ConfigError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}: {error.strerror or error}") from error
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    return bound
-
-
 def url_of(bound: socket.socket, scheme: str = "http") -> str:
     host, port = bound.getsockname()[:2]
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
@@ -257,6 +238,8 @@ def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, memory: Memo
     info, spec = loaded.info, loaded.model.cache_spec
     layers = ", ".join(f"{count} {kind}" for kind, count in sorted(info.layers.items()))
     facts.add_row("url", f"{url}/v1")
+    if commit := commit_of(loaded.path):
+        facts.add_row("revision", commit)
     facts.add_row("model", f"{name}, {info.model_type}, {layers}, context {info.max_length:,}")
     for each in loaded.variants:
         facts.add_row("variant", _variant_line(each, len(loaded.model.chain) - 1))

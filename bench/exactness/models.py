@@ -13,7 +13,8 @@ from hybrid_cache.bench.exactness.mix import LONG, MIXED, SHARED, Phase
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.adapters import load as load_adapter
-from hybrid_cache.models.loading import COMPUTE_DTYPES, beside, embedded_path, load, load_trunk, resolve
+from hybrid_cache.models.folders import resolve
+from hybrid_cache.models.loading import COMPUTE_DTYPES, beside, embedded_path, load, load_trunk
 from hybrid_cache.models.tools.published import CONFIGS
 
 INVOCATION = (11, 12)

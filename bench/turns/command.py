@@ -39,7 +39,8 @@ from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.dispatch import select
-from hybrid_cache.models.loading import embedded_path, load, resolve
+from hybrid_cache.models.folders import resolve
+from hybrid_cache.models.loading import embedded_path, load
 from hybrid_cache.sampling import Mask, SamplingParams, mask_of
 
 BUDGET_BYTES = 256 << 20

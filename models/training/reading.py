@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.models import loading
+from hybrid_cache.models import folders
 from hybrid_cache.models.tools.pairs import Example
 from hybrid_cache.models.training import composed, lora, paired
 from hybrid_cache.models.training import network as net
@@ -124,7 +124,7 @@ def transfer_for(settings: lora.Settings, num_layers: int) -> Transfer:
 def opened(name: str) -> net.Network:
     """`DIR`, or what ships, and after a + an adapter that is merged in fp32. Raises HybridCacheError."""
     base, _, adapter = name.partition("+")
-    folder = loading.resolve(base)
+    folder = folders.resolve(base)
     network, _ = lora.load_base(folder)
     return composed.adapted(folder, adapter, torch.float32) if adapter else network
 

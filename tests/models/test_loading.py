@@ -3,17 +3,15 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.models import loading, registry
+from hybrid_cache.models import folders, loading, registry
 from tests.models import checkpoints
 from tests.models.driver import Driver
 
@@ -430,42 +428,13 @@ def test_every_architecture_is_a_file_with_build():
 
 
 def test_a_local_folder_resolves_to_itself(tmp_path):
-    assert loading.resolve(str(tmp_path)) == tmp_path
+    assert folders.resolve(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "/no/such/folder", "a/b/c"])
 def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(name):
     with pytest.raises(ModelError, match=f"^{re.escape(name)} is not a local folder$"):
-        loading.resolve(name)
-
-
-def test_a_hub_name_needs_a_reachable_hub(monkeypatch):
-    def unreachable(*_, **__):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(
-        ModelError, match=r"^org/name is not a local folder, and the hub could not give it: no connec.*n$"
-    ):
-        loading.resolve("org/name")
-
-
-def test_a_hub_name_needs_the_hub_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModelError, match=r"not a local folder, and a hub name needs the package huggingface_hub"):
-        loading.resolve("org/name")
-
-
-def test_a_hub_name_downloads_no_pickle(monkeypatch, tmp_path):
-    asked = {}
-
-    def download(name, allow_patterns):
-        asked[name] = allow_patterns
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert loading.resolve("org/name") == tmp_path
-    assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked["org/name"])
+        folders.resolve(name)
 
 
 def test_the_embedded_model_lies_beside_the_code():

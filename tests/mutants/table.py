@@ -8,6 +8,7 @@ from tests.mutants import (
     of_engine,
     of_kernels,
     of_operations,
+    of_options,
     of_reading,
     of_tasks,
     of_variants,
@@ -24,4 +25,5 @@ MUTANTS = [
     *of_activated.MUTANTS,
     *of_reading.MUTANTS,
     *of_operations.MUTANTS,
+    *of_options.MUTANTS,
 ]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from hybrid_cache.models.adapters import SHIPPED
+from hybrid_cache.models.folders import ADAPTERS
 from hybrid_cache.models.loading import embedded_path
 from tests.soak.common import HEALTH_S, Options, Report, parse, told
 from tests.soak.server import DEFAULTS, PROGRAM, ROOT, get, resident_mib
@@ -143,7 +143,7 @@ FOLDERS = (
 def _made(folder: Folder) -> Iterator[list[str]]:
     """The arguments of `serve` for it."""
     with tempfile.TemporaryDirectory() as name:
-        source = embedded_path().parent / SHIPPED["embedded-choreo"] if folder.adapter else embedded_path()
+        source = embedded_path().parent / ADAPTERS["embedded-choreo"] if folder.adapter else embedded_path()
         path = Path(name, "model")
         shutil.copytree(source, path)
         folder.change(path)

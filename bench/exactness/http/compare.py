@@ -30,7 +30,7 @@ from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
-from hybrid_cache.models import loading
+from hybrid_cache.models import folders, loading
 
 SHOWN = 5  # differing requests in the report, in full
 
@@ -114,7 +114,7 @@ def _shares(phases: Sequence[Phase], num_requests: int) -> list[int]:
 def _budget(options: Options, phase: Phase, asked: str) -> str:
     if not phase.sequences:
         return asked
-    path = loading.embedded_path() if options.model is None else loading.resolve(options.model)
+    path = folders.resolve(options.model)
     spec = loading.describe(loading.load_config(path), dtype=options.dtype).cache_spec
     geometry = Geometry.of(spec, 1 << 50)
     pages = phase.tokens // TILE + 2

@@ -21,6 +21,7 @@ from hybrid_cache.api.server.protocol import Patience
 from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
+from hybrid_cache.models.folders import resolve
 from hybrid_cache.scheduling.registry import ORDERS
 
 HEAVY = ("torch", "transformers", "fastapi", "httpx", "numpy")
@@ -99,7 +100,7 @@ def test_the_version_is_printed() -> None:
 def test_the_defaults_of_serve_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[ServeOptions] = []
     monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
-    assert exit_code("serve") == 0
+    assert exit_code("serve", "--port", "0") == 0
     assert told[0].engine == EngineConfig(max_step_ms=100)  # a program that steps by itself knows its own times
     assert told[0].budget_bytes is None
 
@@ -112,7 +113,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
     operators = tmp_path / "operators"
     operators.write_text("root\n")
     line = (
-        f"serve some/model --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
+        f"serve recall --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
         "--budget 64MiB --policy lru --order fcfs --backend torch --dtype float32 --threads 1 --max-running 3 "
         "--max-waiting 4 "
         "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics "
@@ -135,7 +136,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         max_tiles=5,
         max_tiles_beside_decode=2,
     )
-    assert options.load == LoadOptions("some/model", "torch", fast=True, dtype="float32", threads=1)
+    assert options.load == LoadOptions("recall", "torch", fast=True, dtype="float32", threads=1, path=resolve("recall"))
     assert options.exposure == Exposure(
         allow_hosts=("a.example", "b.example"),
         allow_origins=("*", "https://c.example"),
@@ -175,7 +176,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_an_operators_key_needs_another_one_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     operators = tmp_path / "operators"
     operators.write_text("root\n")
-    assert exit_code("serve", "--operator-key-file", str(operators)) == 2
+    assert exit_code("serve", "--port", "0", "--operator-key-file", str(operators)) == 2
     assert "operator" in capsys.readouterr().err
 
 

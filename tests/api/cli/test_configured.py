@@ -23,6 +23,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
     """What servers are started with."""
     found: list[ServeOptions] = []
     monkeypatch.setattr("hybrid_cache.api.server.process.serve", found.append)
+    monkeypatch.setattr("hybrid_cache.api.cli.early.check_port", lambda host, port: None)
     return found
 
 
@@ -68,7 +69,7 @@ def test_a_file_sets_options(name: str, text: str, told: list[ServeOptions], tmp
 def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
     told: list[ServeOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = file(tmp_path, "max-running: 2\nmax-waiting: 2\nmax-tiles: 2\nprefix-cache: false\nmodel: some/model\n")
+    path = file(tmp_path, "max-running: 2\nmax-waiting: 2\nmax-tiles: 2\nprefix-cache: false\nmodel: recall\n")
     for name in ("RUNNING", "WAITING"):
         monkeypatch.setenv(f"HYBRID_CACHE_MAX_{name}", "3")
     monkeypatch.setenv("HYBRID_CACHE_PREFIX_CACHE", "1")
@@ -77,7 +78,7 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
     engine = told[0].engine
     assert (engine.max_running, engine.max_waiting, engine.max_tiles) == (4, 3, 2)
     assert engine.prefix_cache is True
-    assert told[0].load.model == "some/model"
+    assert told[0].load.model == "recall"
 
 
 @pytest.mark.parametrize(("text", "names"), [("a,b c", ("a", "b c")), ("a,b\nc\n", ("a,b", "c")), (" ", ())])
@@ -96,6 +97,12 @@ def test_a_switch_in_the_environment(
     monkeypatch.setenv("HYBRID_CACHE_FAST", text)
     assert run("serve") == 0
     assert told[0].load.fast is fast
+
+
+def test_both_names_of_a_switch_may_stand_in_a_file(told: list[ServeOptions], tmp_path: Path) -> None:
+    assert run("serve", "--config", file(tmp_path, "no-prefix-cache: true\nexact: no\n")) == 0
+    assert told[0].engine.prefix_cache is False
+    assert told[0].load.fast is True
 
 
 def test_chat_reads_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +134,9 @@ def test_chat_reads_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None
         ("o.toml", "port", "o.toml: this is no TOML"),
         ("o.json", "{}", "o.json: the name of a config file ends in .yaml, .yml or .toml"),
         ("o.yaml", "config: other.yaml", "o.yaml: there is no option 'config'"),
+        ("o.yaml", "show-config: true", "o.yaml: there is no option 'show-config'"),
+        ("o.yaml", "exact: perhaps", "o.yaml: exact is 'perhaps', wanted true or false"),
+        ("o.yaml", "fast: true\nexact: true", "o.yaml: exact sets fast, which is set already"),
     ],
 )
 def test_what_a_file_cannot_set_is_said_in_one_line(

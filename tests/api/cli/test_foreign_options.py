@@ -1,5 +1,6 @@
 """Options of other servers: each is one of ours, or says in a line what to do instead."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,9 @@ def test_the_table_can_be_read() -> None:
     done = CliRunner().invoke(cli.app, ["serve", "--help-aliases"])
     assert done.exit_code == 0
     assert all(name in done.output for name in BY_NAME)
+
+
+def test_the_options_in_the_documentation_are_known() -> None:
+    text = (Path(cli.__file__).resolve().parents[2] / "docs" / "options.md").read_text()
+    said = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]+\b", text))
+    assert said - {"--some-option", "--help"} <= {*options(), *BY_NAME}

@@ -18,6 +18,7 @@ from hybrid_cache.api.server.process import ServeOptions
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.models import adapters
 from hybrid_cache.models.adapters import LoraConfig
+from hybrid_cache.models.loading import embedded_path
 from hybrid_cache.models.training.lora import Settings
 from tests.api.servers import in_process, new_app, new_engine
 
@@ -34,16 +35,16 @@ def adapter(tmp_path: Path) -> Path:
 def test_serve_hands_the_adapter_over(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[ServeOptions] = []
     monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
-    assert CliRunner().invoke(cli.app, ["serve", "--adapter", "somewhere"]).exit_code == 0
-    assert told[0].load == LoadOptions(adapter="somewhere")
+    assert CliRunner().invoke(cli.app, ["serve", "--port", "0", "--adapter", "embedded-choreo"]).exit_code == 0
+    assert told[0].load == LoadOptions(adapter="embedded-choreo", path=embedded_path())
 
 
 def test_chat_hands_the_adapter_over(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[LoadOptions] = []
     monkeypatch.setattr("hybrid_cache.api.cli.local_chat.EnginePartner", lambda options, *_: told.append(options))
     monkeypatch.setattr("hybrid_cache.api.cli.terminal.run", lambda *_: 0)
-    assert CliRunner().invoke(cli.app, ["chat", "--adapter", "somewhere"]).exit_code == 0
-    assert told == [LoadOptions(adapter="somewhere")]
+    assert CliRunner().invoke(cli.app, ["chat", "--adapter", "embedded-choreo"]).exit_code == 0
+    assert told == [LoadOptions(adapter="embedded-choreo", path=embedded_path())]
 
 
 def test_a_loaded_model_and_what_is_served_are_named_after_the_adapter(adapter: Path) -> None:

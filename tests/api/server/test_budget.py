@@ -18,7 +18,6 @@ from hybrid_cache.api.server.budget import (
     beside,
     conversation_bytes,
     fitted,
-    parse_budget,
     plan_memory,
 )
 from hybrid_cache.api.server.launch import Loaded, LoadOptions, load
@@ -26,6 +25,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.free_memory import FreeMemory
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.models.tools.presets import preset
+from hybrid_cache.sizes import parse_budget
 from hybrid_cache.spec import AttentionSpec, CacheSpec, StateSpec
 
 MIB, GIB = 1 << 20, 1 << 30

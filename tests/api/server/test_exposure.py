@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from hybrid_cache.api.server.addresses import bind
 from hybrid_cache.api.server.exposure import LOOPBACK_NAMES, Exposure, is_loopback
-from hybrid_cache.api.server.process import bind, url_of
+from hybrid_cache.api.server.process import url_of
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.errors import ConfigError
 from tests.api.servers import in_process, new_app, new_engine, over_the_wire

@@ -25,6 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
 from hybrid_cache.api.cli import main as cli
+from hybrid_cache.models.loading import embedded_path
+from tests.models.fake_hub import OLDER_COMMIT, Hub, running
 
 PROGRAM = (sys.executable, "-c", "from hybrid_cache.api.cli.main import main; main()")
 KEY = "a-secret-key"
@@ -444,3 +446,16 @@ def test_a_server_with_a_shorter_context_and_another_template(tmp_path: Path) ->
         refused = httpx.post(chat, json={"messages": [{"role": "user", "content": "one two " * 256}]}, timeout=60)
         assert refused.status_code == 400
         assert "this model's context leaves room for 256" in refused.json()["error"]["message"]
+
+
+def test_a_server_of_a_model_on_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {path.name: path.read_bytes() for path in embedded_path().iterdir() if path.is_file()}
+    with running(Hub(files)) as hub:
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        with server("org/model", "--revision", "v1") as started:
+            assert any(re.search(rf"revision +{OLDER_COMMIT}", line) for line in started.lines)
+            (card,) = httpx.get(f"{started.url}/v1/models").json()["data"]
+            assert card["id"] == "org/model"
+            reply = httpx.post(f"{started.url}/v1/completions", json={"prompt": "Hello", "max_tokens": 2}, timeout=60)
+            assert reply.status_code == 200

@@ -236,13 +236,17 @@ def test_what_is_no_model_or_has_no_base_is_refused(loaded: Loaded, half: Path, 
         new_app(engine, text, [Variant("embedded", str(half), text)], served_names=("embedded",))
 
 
-def test_the_command_line_hands_them_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_hands_them_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    odd = tmp_path / "c=d"
+    odd.symlink_to(embedded_path())
     told: list[ServeOptions] = []
     monkeypatch.setattr("hybrid_cache.api.server.process.serve", told.append)
-    said = ["serve", "--variant", "coder=some/where", "--adapter", "a=x", "--adapter", "merged", "--variant", "b=c=d"]
+    variants, adapters = {"style": "embedded-style", "b": str(odd)}, {"a": "embedded-choreo"}
+    said = ["serve", "--port", "0", "--variant", "style=embedded-style", "--adapter", "a=embedded-choreo"]
+    said += ["--adapter", "embedded-polite", "--variant", f"b={odd}"]
     assert CliRunner().invoke(cli.app, said).exit_code == 0
     assert told[0].load == LoadOptions(
-        adapter="merged", variants={"coder": "some/where", "b": "c=d"}, adapters={"a": "x"}
+        adapter="embedded-polite", variants=variants, adapters=adapters, path=embedded_path()
     )
 
 

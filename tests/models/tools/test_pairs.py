@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hybrid_cache.api.cli import main as cli
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.kernels.dispatch import select
-from hybrid_cache.models import loading
+from hybrid_cache.models import folders, loading
 from hybrid_cache.models.tools.pairs import Example, Pair
 from hybrid_cache.models.tools.plans import FEW_LAYERS, candidates, group, groups, neighbours, search
 from hybrid_cache.models.training.paired import dialogues
@@ -71,7 +71,7 @@ def test_a_receiver_is_compared_with_what_is_asked_for(base: HybridModel, choreo
 
 
 def test_a_model_that_needs_its_attention_is_lost_without_it() -> None:
-    path = loading.resolve("recall")
+    path = folders.resolve("recall")
     recall = loading.load(path, ops=select())
     pair = Pair(recall, recall, [*dialogues(PATH, 8, 1, path)])
     assert {each.kind for each in pair.examples} == {"recall", "last"}, "counting was not learned"
@@ -100,7 +100,7 @@ def alone_measured(pair: Pair):
 
 
 def test_what_two_models_have_in_common_is_shared_without_loss(base: HybridModel) -> None:
-    path = loading.resolve("embedded-half")
+    path = folders.resolve("embedded-half")
     pair = Pair(base, loading.load(path, ops=select()), [*dialogues(PATH, 6, 1, path)])
     assert pair.common == 3
     band, everything = last(pair.measure([upper(6, 3), upper(6, 6)], range(6)))

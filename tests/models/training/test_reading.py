@@ -15,6 +15,7 @@ from hybrid_cache.errors import ConfigError, HybridCacheError, ModelError, Unsup
 from hybrid_cache.kernels.dispatch import select
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models import adapters, loading
+from hybrid_cache.models.folders import resolve
 from hybrid_cache.models.tools.pairs import Example, Pair
 from hybrid_cache.models.training import composed, lora, reading
 from hybrid_cache.models.training import network as net
@@ -238,7 +239,7 @@ def test_the_command_compares_and_leaves_a_profile_that_the_adapter_is_served_wi
 
 
 def test_a_delta_is_trained_as_the_model_that_it_stands_for() -> None:
-    network, codec = lora.load_base(loading.resolve("embedded-half"))
+    network, codec = lora.load_base(resolve("embedded-half"))
     base, _ = lora.load_base(EMBEDDED)
     assert codec.opening("assistant")
     ours, theirs = dict(network.named_parameters()), dict(base.named_parameters())

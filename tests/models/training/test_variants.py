@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.models import adapters, deltas, loading
+from hybrid_cache.models import adapters, deltas, folders, loading
 from hybrid_cache.models.adapters import LoraConfig
 from hybrid_cache.models.training import activated, lessons, lookup, scores, variants
 from hybrid_cache.models.training import network as net
@@ -30,7 +30,7 @@ from hybrid_cache.tokens import Prompt
 from hybrid_cache.transfer import equal_layers
 
 OPS = dispatch.select("torch")
-BASES = {name: variants.MODELS / folder for name, folder in loading.SHIPPED.items() if name in ("embedded", "recall")}
+BASES = {name: variants.MODELS / folder for name, folder in folders.SHIPPED.items() if name in ("embedded", "recall")}
 FOLDERS = {
     "style": "embedded_style",
     "half": "embedded_half",
@@ -188,7 +188,7 @@ def written(engine: Engine, prompt: list[int]) -> list[int]:
     [("style", "embedded-style"), ("half", "embedded-half"), ("recall", "recall"), ("recall-style", "recall-style")],
 )
 def test_the_engine_writes_what_a_variant_was_taught(codec: Codec, name: str, folder: str) -> None:
-    model, rng = loading.load(loading.resolve(folder), ops=OPS), Random(10)
+    model, rng = loading.load(folders.resolve(folder), ops=OPS), Random(10)
     engine, right = Engine(model, EngineConfig(budget_bytes=32 << 20)), 0
     for _ in range(6):
         dialogue = variants.RECIPES[name].exam("recall", rng)
@@ -200,7 +200,7 @@ def test_the_engine_writes_what_a_variant_was_taught(codec: Codec, name: str, fo
 
 @pytest.mark.parametrize("name", ["embedded-style", "embedded-half", "recall-style"])
 def test_a_shipped_delta_is_a_variant_of_its_base(name: str) -> None:
-    folder = loading.resolve(name)
+    folder = folders.resolve(name)
     base = deltas.base_of(folder)
     ours, theirs = loading.load(folder, ops=OPS), loading.load(base, ops=OPS)
     assert equal_layers(theirs.chain, ours.chain) == (3 if name == "embedded-half" else 0)
@@ -208,7 +208,7 @@ def test_a_shipped_delta_is_a_variant_of_its_base(name: str) -> None:
 
 
 def test_what_half_leaves_as_it_is_is_bit_equal() -> None:
-    delta = deltas.find(loading.resolve("embedded-half"))
+    delta = deltas.find(folders.resolve("embedded-half"))
     assert delta is not None
     changed = set(load_file(delta.weights))
     assert {name.split(".")[2] for name in changed if ".layers." in name} == {"3", "4", "5"}

@@ -1,0 +1,30 @@
+"""The headings of `serve --help`, and which options stand under each: by what somebody looks for."""
+
+OTHER = "Other options"
+PANELS = {
+    "Model": """revision dtype backend threads fast max_model_len chat_template tool_parser served_model_name
+        special_tokens_in_content keep_billing_header""",
+    "Memory and cache": """budget prefix_cache policy host_budget message_book response_store response_store_mb
+        response_ttl verify""",
+    "Batching and queue": """max_running max_waiting max_tiles max_tiles_beside_decode max_step_ms order drain_timeout
+        hung_after""",
+    "Network": """host port tls_cert tls_key allow_host allow_origin forwarded_allow_ips max_connections max_body
+        header_timeout body_timeout reader_timeout""",
+    "API keys and tenants": "api_key api_key_file operator_key_file shared_cache",
+    "Adapters and fine-tunes beside the model": "adapter merge_adapters variant allow_adapter_loading",
+    "Sharing of cached entries between models": "sharing max_loss profile double_writing",
+    "Logs and metrics": "log_level log_format log_content otlp_endpoint vllm_metrics",
+    "Config file and help": "config show_config help_aliases help",
+}
+PLACES = {name: heading for heading, names in PANELS.items() for name in names.split()}
+_ORDER = {name: position for position, name in enumerate(PLACES)}
+
+
+def panel_of(name: str) -> str:
+    """The heading of an option, by the name of its parameter."""
+    return PLACES.get(name, OTHER)
+
+
+def position_of(name: str) -> int:
+    """Where it stands among the others; the model, which is no option, before them, what has no heading after them."""
+    return -1 if name == "model" else _ORDER.get(name, len(_ORDER))
