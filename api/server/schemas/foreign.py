@@ -309,5 +309,12 @@ OUTPUTS = _table(
     _harmless("grammars have one engine here", "backend", "disable_fallback", "disable_additional_properties"),
 )
 OBFUSCATION = _harmless("there is none", "include_obfuscation")
+SCHEMA_WRAPPER = _table(
+    _refused(
+        "the schema belongs into json_schema.schema",
+        *("type", "properties", "required", "items", "anyOf", "oneOf", "allOf", "enum", "const", "$ref", "$defs"),
+    ),
+    _harmless("it describes the form, and does not change it", "description", "title"),
+)
 LABELS = _harmless("it labels a request for its sender", "session_id", "tags")
 DESCRIBED = _harmless("it describes the form, and does not change it", "description", "name", "strict")

@@ -1,5 +1,6 @@
 """The JSON of messages and tools."""
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
@@ -16,21 +17,26 @@ MAX_ITEMS = 1 << 14  # content parts and tool calls of all messages together
 MAX_REF = 64
 
 
+_TEXTS = ("text", "input_text", "output_text", "refusal")
+_THOUGHTS = ("thinking", "reasoning")
+
+
 class ContentPart(Request):
-    """Only text; pictures, sound and files are refused with a message of their own."""
+    """Only text, and thoughts of an answer; pictures, sound and files are refused with a message of their own."""
 
     foreign = PART
     place = "messages.content."
-    type: Literal["text", "input_text", "refusal"]
+    type: Literal["text", "input_text", "output_text", "refusal", "thinking", "reasoning"]
     text: str | None = None
     refusal: str | None = None
+    thinking: str | None = None
     prompt_cache_breakpoint: CacheBreakpoint | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, value: object) -> object:
         kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind not in ("text", "input_text", "refusal"):
+        if isinstance(kind, str) and kind not in (*_TEXTS, *_THOUGHTS):
             raise ValueError(f"content parts of type {quoted(kind)} are not supported, only 'text'")
         return value
 
@@ -42,13 +48,32 @@ class ContentPart(Request):
 
     @property
     def content(self) -> str | None:
-        return self.refusal if self.type == "refusal" else self.text
+        if self.type == "refusal":
+            return self.refusal
+        return self.thinking if self.type == "thinking" and self.thinking is not None else self.text
+
+    @property
+    def is_thought(self) -> bool:
+        return self.type in _THOUGHTS
+
+
+def _arguments(value: object) -> object:
+    """Some clients send the object that the text stands for, or nothing where it is empty."""
+    if value is None:
+        return ""
+    try:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON: {error}") from None
+
+
+Arguments = Annotated[str, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, object] | None)]
 
 
 class FunctionCall(Request):
     place = "messages.tool_calls.function."
     name: Annotated[str, Field(max_length=256)]
-    arguments: str
+    arguments: Arguments = ""
 
 
 class ToolCall(Request):
@@ -67,7 +92,7 @@ def _content(value: object) -> str | list[ContentPart] | None:
         return value
     if not isinstance(value, list):
         raise ValueError("must be a string, a list of content parts, or null")
-    if not 1 <= len(value) <= MAX_PARTS:
+    if len(value) > MAX_PARTS:
         raise ValueError(f"{len(value)} content parts, must be 1 to {MAX_PARTS}")
     return [part if isinstance(part, ContentPart) else ContentPart.model_validate(part) for part in value]
 
@@ -89,6 +114,9 @@ class ChatMessage(Request):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same, as vLLM names it
+    thinking: str | None = None  # and Ollama
+    refusal: str | None = None
     ref: Annotated[str, Field(min_length=1, max_length=MAX_REF)] | None = None
 
     @model_validator(mode="before")
@@ -104,9 +132,25 @@ class ChatMessage(Request):
 
     @model_validator(mode="after")
     def _says_something(self) -> "ChatMessage":
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role not in ("assistant", "tool"):
             raise ValueError(f"a message with role '{self.role}' needs content")
+        if self.content == [] and self.role not in ("assistant", "tool"):
+            raise ValueError(f"0 content parts, must be 1 to {MAX_PARTS}")
+        if self.role != "assistant" and any(part.is_thought for part in self.parts):
+            raise ValueError(f"a message with role '{self.role}' has no thoughts")
         return self
+
+    @property
+    def parts(self) -> list[ContentPart]:
+        """Of content that has them."""
+        return self.content if isinstance(self.content, list) else []
+
+    @property
+    def thoughts(self) -> str | None:
+        """What an answer began with, under whichever name."""
+        named = (self.reasoning_content, self.reasoning, self.thinking)
+        said = "\n".join(part.content or "" for part in self.parts if part.is_thought)
+        return next((text for text in named if text is not None), None) or said or None
 
 
 def _few_items(messages: object) -> object:
@@ -140,6 +184,43 @@ class Tool(Request):
 
 
 Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ReasoningOptions(Request):
+    """As in OpenRouter."""
+
+    place = "reasoning."
+    effort: Effort | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+
+
+class ThinkingOptions(Request):
+    """As in Anthropic's API, and DeepSeek's. budget_tokens: a target for the model, which no template shows"""
+
+    place = "thinking."
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None
+
+
+class TemplateRequest(Request):
+    """How messages become a prompt."""
+
+    tools: Tools | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    documents: Annotated[list[dict[str, object]], Field(fail_fast=True, max_length=MAX_MESSAGES)] | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: ReasoningOptions | None = None
+    thinking: ThinkingOptions | None = None
+    enable_thinking: bool | None = None
+
+    @model_validator(mode="after")
+    def _ends_in_one_way(self) -> "TemplateRequest":
+        check_one_of_them(self.continue_final_message, self.add_generation_prompt)
+        return self
 
 
 def check_one_of_them(continues: bool | None, opens: bool | None) -> None:

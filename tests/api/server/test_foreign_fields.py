@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hybrid_cache.api.server import remarks
 from hybrid_cache.api.server.remarks import (
     IGNORED,
     MAX_NAME,
@@ -92,9 +93,9 @@ def remarks_about(kind: type[Request], body: dict[str, object]) -> dict[str, str
     """The headers that a body causes, once it has been read."""
 
     def read() -> dict[str, str]:
-        current_remarks.set(remarks := Remarks())
+        current_remarks.set(found := Remarks())
         kind.model_validate(body)
-        return remarks.headers()
+        return found.headers()
 
     return copy_context().run(read)
 
@@ -118,7 +119,7 @@ def test_a_field_is_refused_by_name_where_it_asks_for_something(path: str) -> No
 @pytest.mark.parametrize("path", KINDS)
 @pytest.mark.parametrize("name", ["chat_template", "lora_path", "mcp_servers", "truncate_prompt_tokens"])
 def test_a_refusal_is_in_the_words_of_the_endpoint(client: httpx.Client, path: str, name: str) -> None:
-    kind, body = KINDS[path]
+    body = KINDS[path][1]
     error = client.post(path, json={**body, name: [1]}).json()["error"]
     assert error["message"].startswith(f"{name} is not supported here: ")
     assert error["type"] == "invalid_request_error"
@@ -182,7 +183,10 @@ def test_fields_of_inner_objects_are_named_with_their_place(client: httpx.Client
     assert "messages.images is not supported here" in message_of(reply)
 
 
-def test_the_log_names_a_field_once(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_a_field_once(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remarks, "_recent", RecentNames())
     body = {**KINDS["/v1/chat/completions"][1], "only_here_in_the_tests": 1}
     with caplog.at_level(logging.WARNING, "hybrid_cache.requests"):
         for _ in range(3):
@@ -225,5 +229,5 @@ def test_unknown_names_fail_no_request_and_the_header_is_legal(
 
 
 def test_a_header_counts_what_it_does_not_name() -> None:
-    remarks = Remarks(dict.fromkeys("ab"), 3)
-    assert remarks.headers() == {IGNORED: "a, b, and 3 more"}
+    counted = Remarks(dict.fromkeys("ab"), 3)
+    assert counted.headers() == {IGNORED: "a, b, and 3 more"}
