@@ -103,6 +103,7 @@ class ChatReply(OpenAIReply):
         self._prompt_ids: Sequence[int] = ()
         self._prompt_logprobs: Sequence[TokenLogprob | None] = ()
         self._shows_thoughts = shows_thoughts(asked)
+        self._as_functions = asked.functions is not None
         self._choices = [_Choice() for _ in range(asked.n or 1)]
 
     def _take(self, events: Events) -> None:
@@ -153,18 +154,19 @@ class ChatReply(OpenAIReply):
         return len(first.tokens) if isinstance(first, Begin) and self._asked.return_token_ids else 0
 
     def _whole_choice(self, index: int, choice: _Choice) -> dict[str, object]:
-        assert choice.finish is not None
         content = None if choice.calls and not choice.text else choice.text
         message = AssistantMessage(role="assistant", content=content, refusal=None)
         if choice.thoughts and self._shows_thoughts:
             message.reasoning_content = message.reasoning = "".join(choice.thoughts)
-        if choice.calls:
+        if choice.calls and self._as_functions:
+            message.function_call = choice.calls[0].shown().function
+        elif choice.calls:
             message.tool_calls = [call.shown() for call in choice.calls]
         whole = ChatChoice(
             index=index,
             message=message,
             logprobs=None,
-            finish_reason=choice.finish,
+            finish_reason=self._finish(choice),
             stop_reason=choice.stop,
         )
         if self._asked.return_token_ids:
@@ -204,16 +206,23 @@ class ChatReply(OpenAIReply):
             case Thought() if self._shows_thoughts:
                 delta: dict[str, object] = {"reasoning_content": event.text, "reasoning": event.text}
             case CallBegin():
-                call = _Call(event.name, calls[-1].id).shown()
-                delta = {"tool_calls": [{"index": len(calls) - 1, **call.model_dump()}]}
+                call = _Call(event.name, calls[-1].id).shown().model_dump()
+                delta = self._call_delta(len(calls) - 1, call)
             case CallArguments():
-                delta = {"tool_calls": [{"index": len(calls) - 1, "function": {"arguments": event.text}}]}
+                delta = self._call_delta(len(calls) - 1, {"function": {"arguments": event.text}})
             case Text() | CallEnd() | Thought():
                 text = event.text if isinstance(event, Text) else ""
                 if not (text or detail):
                     return
                 delta = {"content": text}
         yield self._chunk(_shown(event.choice, delta, detail))
+
+    def _call_delta(self, index: int, call: Mapping[str, object]) -> dict[str, object]:
+        return {"function_call": call["function"]} if self._as_functions else {"tool_calls": [{"index": index, **call}]}
+
+    def _finish(self, choice: _Choice) -> Finish:
+        assert choice.finish is not None
+        return "function_call" if self._as_functions and choice.finish == "tool_calls" else choice.finish
 
     def _detail(self, token: Token | None) -> dict[str, object]:
         detail: dict[str, object] = {}
@@ -225,7 +234,7 @@ class ChatReply(OpenAIReply):
 
     def _ending(self, index: int) -> dict[str, object]:
         choice, report = self._choices[index], self._report()
-        ended = {"finish_reason": choice.finish, "stop_reason": choice.stop}
+        ended = {"finish_reason": self._finish(choice), "stop_reason": choice.stop}
         return self._chunk(_shown(index, {}, ended), {"choreography": report.model_dump()} if report else None)
 
     def _logprob(self, token: Token | None) -> dict[str, object] | None:

@@ -60,6 +60,7 @@ class ChatRequest(GenerationRequest, TemplateRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
     include_reasoning: bool | None = None
     choreography: Choreography | None = None
 
@@ -103,9 +104,10 @@ class AssistantMessage(Response):
     reasoning: str | None = None  # the same, under its other name
     refusal: None = None
     tool_calls: list[ToolCallOut] | None = None
+    function_call: FunctionOut | None = None
 
 
-Finish = Literal["stop", "length", "tool_calls"]
+Finish = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class ChatChoice(Response):

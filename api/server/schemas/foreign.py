@@ -300,7 +300,7 @@ PART = _harmless(
 )
 CALL = _harmless("it is about how a call came to be", "index", "extra_content", "provider_specific_fields", "caller")
 TOOL = _table(
-    _refused("tools are offered as a whole", "defer_loading"),
+    _noted("all tools are shown from the beginning", "defer_loading"),
     _refused("tools are called by the model", "allowed_callers", asks=but([], ["direct"])),
     _harmless("arguments come as they are written", "eager_input_streaming"),
 )

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_v
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.common import CacheBreakpoint, Request
 from hybrid_cache.api.server.schemas.foreign import CALL, MESSAGE, PART
+from hybrid_cache.api.server.schemas.functions import calls_as_tool_calls, functions_as_tools
 from hybrid_cache.errors import RequestError
 
 MAX_MESSAGES = 4096
@@ -154,13 +155,13 @@ class ChatMessage(Request):
 
 
 def _few_items(messages: object) -> object:
-    """Bounds what is looked at one by one."""
+    """Bounds what is looked at one by one. Calls of functions are those of tools."""
     if isinstance(messages, list):
         fields = [message.get(name) for message in messages if isinstance(message, dict) for name in _LISTS]
         num_items = sum(len(field) for field in fields if isinstance(field, list))
         if num_items > MAX_ITEMS:
             raise ValueError(f"{num_items} content parts and tool calls, at most {MAX_ITEMS} are allowed")
-    return messages
+    return calls_as_tool_calls(messages) if isinstance(messages, list) else messages
 
 
 _LISTS = ("content", "tool_calls")
@@ -205,8 +206,9 @@ class ThinkingOptions(Request):
 
 
 class TemplateRequest(Request):
-    """How messages become a prompt."""
+    """How messages become a prompt. functions: the tools, in their older form"""
 
+    functions: Annotated[list[FunctionDefinition], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tools: Tools | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -216,6 +218,11 @@ class TemplateRequest(Request):
     reasoning: ReasoningOptions | None = None
     thinking: ThinkingOptions | None = None
     enable_thinking: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_tools_alone(cls, value: object) -> object:
+        return functions_as_tools(value)
 
     @model_validator(mode="after")
     def _ends_in_one_way(self) -> "TemplateRequest":
