@@ -22,7 +22,7 @@ from hybrid_cache.errors import RequestError
 
 
 class NamedFunction(Request):
-    place = "tool_choice.function."
+    place = "function."
     name: str
 
 
@@ -68,6 +68,8 @@ class ChatRequest(GenerationRequest, TemplateRequest):
     def _agrees(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        if isinstance(self.function_call, NamedFunction) and self.functions is None:
+            raise RequestError("function_call names a function, and there are no functions", param="function_call")
         return self
 
 

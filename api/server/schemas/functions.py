@@ -11,8 +11,6 @@ def functions_as_tools(value: object) -> object:
         return value
     functions, choice = value.get("functions"), value.get("function_call")
     if not isinstance(functions, list):
-        if choice not in (None, "none", "auto"):
-            raise RequestError("function_call needs functions", param="function_call")
         return value
     if value.get("tools"):
         raise RequestError("tools and functions cannot both be there", param="functions")

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from hybrid_cache.api.server import remarks
 from hybrid_cache.api.server.remarks import (
@@ -114,6 +115,32 @@ def test_a_field_is_refused_by_name_where_it_asks_for_something(path: str) -> No
             assert str(caught.value) == f"{name} is not supported here: {entry.why}"
         else:
             assert remarks_about(kind, asked) == ({IGNORED: cleaned(name)} if entry.fate is Fate.NOTED else {}), name
+
+
+leaves = st.none() | st.booleans() | st.integers(-2, 9) | st.floats(-2, 2) | st.text(max_size=4)
+values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner))
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data(), path=st.sampled_from(sorted(KINDS)), value=values)
+def test_whatever_a_field_holds_it_is_taken_or_refused_by_name(data: st.DataObject, path: str, value: object) -> None:
+    kind, body = KINDS[path]
+    name = data.draw(st.sampled_from(sorted(FIELDS[path] - body.keys())))
+    entry = None if name in own_fields(kind) else kind.foreign[name]
+    found = blamed(kind, {**body, name: value})
+    if entry is not None:
+        assert found == (name if entry.fate_of(value) is Fate.REFUSED else None)
+
+
+def blamed(kind: type[Request], body: dict[str, object]) -> str | None:
+    """The field for which a body is refused; None for one that is taken."""
+    try:
+        kind.model_validate(body)
+    except RequestError as error:
+        return error.param
+    except ValidationError as error:
+        return str(error.errors()[0]["loc"][:1])
+    return None
 
 
 @pytest.mark.parametrize("path", KINDS)
