@@ -12,6 +12,8 @@ SCHEMAS = ("tests/api/text/test_tool_schemas.py",)
 GRAMMARS = ("tests/api/text/test_grammars.py",)
 STORE = ("tests/api/server/test_response_store.py",)
 RESPONSES = ("tests/api/server/test_responses.py",)
+FOREIGN = ("tests/api/server/test_foreign_fields.py",)
+FORMS = ("tests/api/server/test_client_forms.py",)
 
 marks = partial(Mutant, "hybrid_cache/api/text/marks.py")
 chat = partial(Mutant, "hybrid_cache/api/text/chat.py")
@@ -26,8 +28,28 @@ tool_schemas = partial(Mutant, "hybrid_cache/api/text/tool_schemas.py")
 call_grammars = partial(Mutant, "hybrid_cache/api/text/tool_grammars.py")
 store = partial(Mutant, "hybrid_cache/api/server/response_store.py")
 turns = partial(Mutant, "hybrid_cache/api/server/openai/response_turns.py")
+remarks = partial(Mutant, "hybrid_cache/api/server/remarks.py")
+fields = partial(Mutant, "hybrid_cache/api/server/schemas/common.py")
+orders = partial(Mutant, "hybrid_cache/api/text/orders.py")
+thinking = partial(Mutant, "hybrid_cache/api/server/openai/thinking.py")
 
 MUTANTS = [
+    fields(
+        "a field that asks for something is ignored",
+        "if entry is None or fate is not Fate.REFUSED:",
+        "if fate is not None:",
+        FOREIGN,
+    ),
+    remarks(
+        "a header has names as clients write them", 'return _ODD.sub("?", name[: MAX_NAME + 1])', "return name", FOREIGN
+    ),
+    orders("an empty user speaks last", "messages[:place], TemplateMessage", "messages, TemplateMessage", FORMS),
+    thinking(
+        "what a request sets by name gives way",
+        "**_documents(text, asked), **own}",
+        "**_documents(text, asked)}",
+        FORMS,
+    ),
     marks(
         "a noncharacter that a client sends is a mark",
         '        text = _MARK.sub(rf"{QUOTE}\\g<0>", text)\n        if self',

@@ -186,6 +186,40 @@ def test_it_is_refused_by_name(client: httpx.Client, name: str) -> None:
     assert reply.json()["error"]["param"].startswith(field)
 
 
+# --- What was answered comes back
+
+
+def test_an_answer_is_sent_back_without_a_remark(caller: httpx.Client, text: TextModel) -> None:
+    said = script_messages(text, CALLS)
+    tools = [{"type": "function", "function": function} for function in FUNCTIONS]
+    message = caller.post(CHAT, json={"messages": said, "tools": tools}).json()["choices"][0]["message"]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "1"} for call in message["tool_calls"]]
+    body: dict[str, Any] = {"messages": [*said, message, *results], "max_tokens": 1}
+    assert_silent(caller.post(CHAT, json=body))
+
+    tools = [{"type": "function", **function} for function in FUNCTIONS]
+    include = ["message.output_text.logprobs", "reasoning.encrypted_content"]
+    response = caller.post(RESPONSES, json={"input": said, "tools": tools, "include": include}).json()
+    called = [item["call_id"] for item in response["output"] if item["type"] == "function_call"]
+    outputs = [{"type": "function_call_output", "call_id": name, "output": "1"} for name in called]
+    whole = {"input": [*said, *response["output"], *outputs]}
+    for body in (whole, {"input": outputs, "previous_response_id": response["id"]}):
+        assert_silent(caller.post(RESPONSES, json={**body, "max_output_tokens": 1}))
+
+    tools = [{"name": function["name"], "input_schema": {}} for function in FUNCTIONS]
+    asked = {"model": "sum", "max_tokens": 60, "messages": said}
+    content = caller.post(MESSAGES, json={**asked, "tools": tools}).json()["content"]
+    used = [block["id"] for block in content if block["type"] == "tool_use"]
+    blocks = [{"type": "tool_result", "tool_use_id": name, "content": "1", "is_error": False} for name in used]
+    talk = [*said, {"role": "assistant", "content": content}, {"role": "user", "content": blocks}]
+    assert_silent(caller.post(MESSAGES, json={**asked, "messages": talk}))
+
+
+def assert_silent(reply: httpx.Response) -> None:
+    assert reply.status_code == 200, reply.text
+    assert IGNORED not in reply.headers
+
+
 # --- Functions in the form that was before tools
 
 
