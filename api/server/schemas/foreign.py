@@ -256,14 +256,13 @@ HARMLESS: Mapping[str, Foreign] = {
     **_harmless("it is for the client's library", "drop_params", "allowed_openai_params", "betas", "anthropic_beta"),
     **_harmless("it is for the client's library", "anthropic_version", "api_version", "custom_llm_provider"),
     **_harmless("it is for the client's library", "extra_headers", "api_base", "base_url", "caching"),
-    **_harmless("usage is told in every whole reply", "usage"),
 }
 
 NOTED: Mapping[str, Foreign] = _noted(
     "the reply says nothing of it",
     *("timings_per_token", "return_progress", "return_meta_info", "return_cached_tokens_details", "verbose"),
     *("perf_metrics_in_response", "return_prompt_text", "return_token_offsets", "sse_ping_interval"),
-    *("debug", "stream_interval", "include_usage", "enhancements", "tool_stream", "api_key"),
+    *("debug", "stream_interval", "include_usage", "usage", "enhancements", "tool_stream", "api_key"),
 )
 
 
@@ -296,7 +295,8 @@ MESSAGE = _table(
     _harmless("the cache keeps what it can, with the same answers", "cache_control"),
 )
 PART = _harmless(
-    "it is about where a text came from, not what it says", "annotations", "citations", "cache_control", "logprobs"
+    "it is about where a text came from, not what it says",
+    *("annotations", "citations", "cache_control", "logprobs", "signature", "closed"),
 )
 CALL = _harmless("it is about how a call came to be", "index", "extra_content", "provider_specific_fields", "caller")
 TOOL = _table(

@@ -22,6 +22,13 @@ _TEXTS = ("text", "input_text", "output_text", "refusal")
 _THOUGHTS = ("thinking", "reasoning")
 
 
+def _text_of(part: object) -> str:
+    text = part.get("text") if isinstance(part, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"thinking holds {quoted(part)}, must be parts of text")
+    return text
+
+
 class ContentPart(Request):
     """Only text, and thoughts of an answer; pictures, sound and files are refused with a message of their own."""
 
@@ -39,6 +46,8 @@ class ContentPart(Request):
         kind = value.get("type") if isinstance(value, dict) else None
         if isinstance(kind, str) and kind not in (*_TEXTS, *_THOUGHTS):
             raise ValueError(f"content parts of type {quoted(kind)} are not supported, only 'text'")
+        if isinstance(value, dict) and isinstance(value.get("thinking"), list):  # as Mistral has it
+            return {**value, "thinking": "".join(_text_of(part) for part in value["thinking"])}
         return value
 
     @model_validator(mode="after")

@@ -144,6 +144,12 @@ def test_a_user_may_not(asking: Ask, content: object) -> None:
         {"thinking": "hm"},
         {"reasoning_content": "hm", "reasoning": "hm"},
         {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "output_text", "text": "Yes"}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}], "closed": True},
+                {"type": "text", "text": "Yes"},
+            ]
+        },
         {"content": [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "Yes"}]},
     ],
     ids=str,
