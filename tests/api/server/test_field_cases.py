@@ -124,6 +124,12 @@ SERVED: dict[str, tuple[str, dict[str, object], str | None]] = {
         {"messages": [*HI, {"role": "assistant", "content": "Summarise."}], "max_tokens": 1},
         None,
     ),
+    "dapr/dapr-agents#248: tool_choice without tools": (
+        CHAT,
+        {"messages": HI, "max_tokens": 1, "tool_choice": "auto"},
+        None,
+    ),
+    "ollama/ollama#16825: num_ctx": (CHAT, {"messages": HI, "max_tokens": 1, "num_ctx": 16000}, None),
     "NVIDIA/garak#748: penalties and n at their defaults": (
         CHAT,
         {"messages": HI, "max_tokens": 1, "n": 1, "frequency_penalty": 0.0, "presence_penalty": 0.0, "top_p": 1.0},
@@ -141,6 +147,30 @@ REFUSED: dict[str, tuple[str, dict[str, object], str]] = {
         CHAT,
         {"messages": HI, "response_format": {"type": "json_object"}, "json_schema": {"type": "object"}},
         "json_schema",
+    ),
+    "ggml-org/llama.cpp#28806: a tool_choice that names no tool": (
+        CHAT,
+        {
+            "messages": HI,
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+            "tool_choice": {"type": "function", "function": {"name": "g"}},
+        },
+        "tool_choice",
+    ),
+    "kekzl/imp#1265: a call that is required, and no tools": (
+        CHAT,
+        {"messages": HI, "tool_choice": "required"},
+        "tool_choice",
+    ),
+    "BerriAI/litellm#5803: stream_options without a stream": (
+        CHAT,
+        {"messages": HI, "stream_options": {"include_usage": True}},
+        "stream_options",
+    ),
+    "open-webui/open-webui#12159: mirostat beside a field of the client's own": (
+        CHAT,
+        {"messages": HI, "mirostat": 1, "some_key": "value"},
+        "mirostat",
     ),
     "envoyproxy/ai-gateway#2455: input items of Codex's own": (
         RESPONSES,
