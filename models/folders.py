@@ -29,8 +29,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve(model: str | None, revision: str | None = None) -> Path:
-    """The folder of a model: a local one or a GGUF file as it is; else one that ships, None for the embedded one; else one of the
-    hub, downloaded, or taken from its cache where the hub cannot be reached.
+    """The folder of a model: a local one or a GGUF file as it is; else one that ships, None for the embedded one; else
+    one of the hub, downloaded, or taken from its cache where the hub cannot be reached.
 
     revision: a branch, a tag or a commit of the hub, there is none elsewhere   Raises ModelError.
     """

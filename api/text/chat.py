@@ -12,6 +12,7 @@ What a client writes is text: special tokens come from the template alone, see `
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,8 +20,9 @@ import numpy as np
 from hybrid_cache.api.text.boundaries import check_length, limited
 from hybrid_cache.api.text.marks import Quoting
 from hybrid_cache.api.text.messages import Rendering, Talk, TemplateMessage, TextPart
+from hybrid_cache.api.text.orders import other_orders
 from hybrid_cache.api.text.rendered_ends import RenderedEnds
-from hybrid_cache.api.text.template import RESERVED, ChatTemplate, Clock, Rendered
+from hybrid_cache.api.text.template import RESERVED, ChatTemplate, Clock, Rendered, TemplateRefusal
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.choreography.assembly import Piece, joined
 from hybrid_cache.errors import RequestError
@@ -41,6 +43,7 @@ class Conversation:
     pieces: tuple[Piece, ...]
     messages: tuple[int | None, ...]  # of each piece, the index of the message that it is; None for several
     opening: Piece  # without tokens if there is none
+    rearranged: tuple[str, ...] = ()  # what was done to the messages, in `orders`
 
     @property
     def prompt(self) -> Prompt:
@@ -119,6 +122,16 @@ class ChatEncoder:
         check_length(sum(len(piece.tokens) for piece in (*made.pieces, made.opening)), max_tokens)
         return made
 
+    def rearranged(self, messages: Sequence[TemplateMessage], rendering: Rendering, max_tokens: int) -> Conversation:
+        """The same as `conversation`; where the template refuses the order of the messages, in one that it takes."""
+        try:
+            return self.conversation(messages, rendering, max_tokens)
+        except TemplateRefusal:
+            for done, others in other_orders(messages):
+                with suppress(TemplateRefusal):
+                    return replace(self.conversation(others, rendering, max_tokens), rearranged=done)
+            raise
+
     def answer_end(self) -> tuple[int, ...] | None:
         """The tokens that end an answer in the rendering of a longer conversation; None where there are none."""
         if self._answer_end is None:
@@ -140,6 +153,10 @@ class ChatEncoder:
         start = len(after) if rendered.text.startswith(after) else 0
         literals = deque(span for span in self._literals(rendered) if span[0] >= start)
         return self._tokens(rendered.text, start, len(rendered.text), literals)
+
+    def reads(self, variable: str) -> bool:
+        """Whether one of the templates looks at a variable."""
+        return any(variable in template.variables for template in self._templates.values())
 
     def takes_argument_text(self, rendering: Rendering) -> bool:
         """Whether tool-call arguments reach the template as JSON text, not as an object."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import loopcontrols as LoopControls
 
 from hybrid_cache.api.text.marks import read_marks
@@ -28,6 +28,10 @@ MAX_FORM = 256  # characters that say how a time is to be shown
 
 class TooCostly(RequestError):
     """A conversation that a template takes too long to render, or too much memory."""
+
+
+class TemplateRefusal(RequestError):
+    """Messages that a template does not render, such as for the order of their roles."""
 
 
 class Clock:
@@ -71,7 +75,9 @@ class ChatTemplate:
             raise ModelError(f"the chat template does not compile: {e}") from e
         self._special_tokens = dict(special_tokens)
         self.source = source
-        self.looks_for = _texts_looked_for(source)
+        tree = Environment(extensions=[LoopControls, GenerationBlock]).parse(source)
+        self.looks_for = _texts_looked_for(tree)
+        self.variables = frozenset(meta.find_undeclared_variables(tree))  # that it reads
         self.name = blake2b(source.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         try:
             self.takes_argument_text = self._shows_argument_text()
@@ -100,7 +106,7 @@ class ChatTemplate:
         except TooMuch as e:
             raise TooCostly(f"the chat template takes too much for these messages: {e}", param="messages") from e
         except Exception as e:  # whatever a template can raise, it raises because of these messages
-            raise RequestError(f"the chat template cannot render these messages: {e}", param="messages") from e
+            raise TemplateRefusal(f"the chat template cannot render these messages: {e}", param="messages") from e
         return _rendered("".join(parts), allowance.loops)
 
     def _shows_argument_text(self) -> bool:
@@ -133,9 +139,8 @@ class ChatTemplate:
             return None
 
 
-def _texts_looked_for(source: str) -> tuple[str, ...]:
+def _texts_looked_for(tree: nodes.Template) -> tuple[str, ...]:
     """Texts that a template compares others with, or takes them apart at."""
-    tree = Environment(extensions=[LoopControls, GenerationBlock]).parse(source)
     found = [call.args for call in tree.find_all(nodes.Call)] + [call.args for call in tree.find_all(nodes.Filter)]
     found += [[compare.expr, *(operand.expr for operand in compare.ops)] for compare in tree.find_all(nodes.Compare)]
     values = [value for values in found for value in values]

@@ -116,11 +116,11 @@ class TextEngine:
         """Tokens that an answer may have: at most `max_tokens`, or where that was left open what the model's own
         defaults say, or `otherwise`.
 
-        It ends where the context does; one whose length was left open, where the cache does as well.
+        It ends where the context does, or the cache.
         Raises ContextTooLong about `param` if there is room for none.
         """
         room, bound = self.max_length, "this model's context"
-        if max_tokens is None and self.engine.longest_sequence < room:
+        if self.engine.longest_sequence < room:
             room, bound = self.engine.longest_sequence, "the cache budget"
         num_tokens = len(prompt.tokens)
         longest = self.defaults.answer_length(num_tokens, otherwise) if max_tokens is None else max_tokens
@@ -166,14 +166,22 @@ class TextEngine:
         return self.grammars.compile(source)
 
     async def conversation(
-        self, messages: Sequence[TemplateMessage], rendering: Rendering, tenant: str, size: int = 0
+        self,
+        messages: Sequence[TemplateMessage],
+        rendering: Rendering,
+        tenant: str,
+        size: int = 0,
+        *,
+        in_order: bool = False,
     ) -> Conversation:
         """Renders and tokenises. Raises RequestError, and ContextTooLong when the context does not hold them.
 
         size: characters of everything, if there is more than the text of the messages
+        in_order: the messages stay as they are, whatever the template says of their order
         """
         size = max(size, Talk(messages, rendering).size)
-        return await self.work.run(tenant, size, lambda: self.chat.conversation(messages, rendering, self.max_length))
+        make = self.chat.conversation if in_order else self.chat.rearranged
+        return await self.work.run(tenant, size, lambda: make(messages, rendering, self.max_length))
 
     def expect(self, spec: GenerationSpec, said: Said) -> None:
         """Has the cache hold what the next request will begin with, now that an answer to a conversation is there."""

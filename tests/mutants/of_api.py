@@ -13,6 +13,8 @@ GRAMMARS = ("tests/api/text/test_grammars.py",)
 STORE = ("tests/api/server/test_response_store.py",)
 LLM = ("tests/api/test_llm.py",)
 RESPONSES = ("tests/api/server/test_responses.py",)
+FOREIGN = ("tests/api/server/test_foreign_fields.py",)
+FORMS = ("tests/api/server/test_client_forms.py",)
 
 marks = partial(Mutant, "hybrid_cache/api/text/marks.py")
 chat = partial(Mutant, "hybrid_cache/api/text/chat.py")
@@ -28,6 +30,10 @@ call_grammars = partial(Mutant, "hybrid_cache/api/text/tool_grammars.py")
 store = partial(Mutant, "hybrid_cache/api/server/response_store.py")
 llm = partial(Mutant, "hybrid_cache/api/llm.py")
 turns = partial(Mutant, "hybrid_cache/api/server/openai/response_turns.py")
+remarks = partial(Mutant, "hybrid_cache/api/server/remarks.py")
+fields = partial(Mutant, "hybrid_cache/api/server/schemas/common.py")
+orders = partial(Mutant, "hybrid_cache/api/text/orders.py")
+thinking = partial(Mutant, "hybrid_cache/api/server/openai/thinking.py")
 
 MUTANTS = [
     llm(
@@ -44,6 +50,22 @@ MUTANTS = [
         LLM,
     ),
     llm("a closed model is asked", "if not self._end.alive:\n            work", "if False:\n            work", LLM),
+    fields(
+        "a field that asks for something is ignored",
+        "if entry is None or fate is not Fate.REFUSED:",
+        "if fate is not None:",
+        FOREIGN,
+    ),
+    remarks(
+        "a header has names as clients write them", 'return _ODD.sub("?", name[: MAX_NAME + 1])', "return name", FOREIGN
+    ),
+    orders("an empty user speaks last", "messages[:place], TemplateMessage", "messages, TemplateMessage", FORMS),
+    thinking(
+        "what a request sets by name gives way",
+        "**_documents(text, asked), **own}",
+        "**_documents(text, asked)}",
+        FORMS,
+    ),
     marks(
         "a noncharacter that a client sends is a mark",
         '        text = _MARK.sub(rf"{QUOTE}\\g<0>", text)\n        if self',

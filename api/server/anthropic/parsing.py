@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
 from hybrid_cache.api.server.gate import body_size
+from hybrid_cache.api.server.remarks import ignore, rearrange
 from hybrid_cache.api.server.schemas.anthropic import (
     Block,
     CacheControl,
@@ -31,13 +32,13 @@ from hybrid_cache.errors import RequestError
 from hybrid_cache.sampling import SamplingParams
 
 BILLING = "x-anthropic-billing-header:"
+EFFORT = "reasoning_effort"  # as templates know it
 TTL_S = {"5m": 300.0, "1h": 3600.0}
 
 
 def _source(text: TextEngine, asked: MessagesRequest) -> Source | None:
     """What the answer has to be. Raises RequestError."""
-    choice, output = asked.tool_choice, asked.output_config
-    schema = output.format.schema_ if output is not None and output.format is not None else None
+    choice, schema = asked.tool_choice, asked.schema_of_answer
     source = None if schema is None else json_source(schema, "output_config")
     functions = [{"name": t.name, "parameters": t.input_schema, "strict": t.strict} for t in _tools(asked)]
     parallel = choice is None or not choice.disable_parallel_tool_use
@@ -59,17 +60,34 @@ async def conversation_of(text: TextEngine, asked: CountRequest, *, keep_billing
     if asked.thinking is not None and asked.thinking.type == "enabled" and text.thoughts is None:
         raise RequestError("thinking is enabled, and this model's chat template knows of no thoughts", param="thinking")
     rendering = Rendering(
-        kwargs={} if asked.thinking is None else {"enable_thinking": asked.thinking.type != "disabled"},
+        kwargs=_thinking(text, asked),
         tools=[_tool(tool) for tool in tools] or None,
         tools_mark=next((mark for tool in reversed([*tools]) if (mark := _mark(tool.cache_control))), None),
     )
     messages = [*_system(asked, keep_billing), *_turns(asked.messages, text.chat.takes_argument_text(rendering))]
     if asked.cache_control is not None:
         messages[-1] = messages[-1].marked_at_end(_mark(asked.cache_control))
-    if asked.messages[-1].role != "assistant":
-        return await text.conversation(messages, rendering, current_tenant_or(None), body_size())
-    with _continued(messages[-1], f"messages.{len(asked.messages) - 1}"):
-        return await text.conversation(messages, rendering.continuing(), current_tenant_or(None), body_size())
+    continued: AbstractContextManager[None] = nullcontext()
+    if asked.messages[-1].role == "assistant":
+        rendering = rendering.continuing()
+        continued = _continued(messages[-1], f"messages.{len(asked.messages) - 1}")
+    with continued:
+        made = await text.conversation(messages, rendering, current_tenant_or(None), body_size())
+    rearrange(made.rearranged)
+    return made
+
+
+def _thinking(text: TextEngine, asked: CountRequest) -> dict[str, object]:
+    """What the template is told of thoughts, and of effort if it asks for that."""
+    variables: dict[str, object] = {}
+    if asked.thinking is not None:
+        variables["enable_thinking"] = asked.thinking.type != "disabled"
+    effort = asked.output_config.effort if asked.output_config is not None else None
+    if effort is not None and not text.chat.reads(EFFORT):
+        ignore("output_config.effort")
+    elif effort is not None:
+        variables[EFFORT] = effort
+    return variables
 
 
 @contextmanager
@@ -98,7 +116,7 @@ async def spec_of(text: TextEngine, asked: MessagesRequest, conversation: Conver
         max_tokens=text.answer_length(prompt, asked.max_tokens, text.max_length, "messages"),
         stop_token_ids=text.eos_ids,
     )
-    source = partial(_source, text, asked) if asked.tools or asked.tool_choice or asked.output_config else None
+    source = partial(_source, text, asked) if asked.tools or asked.tool_choice or asked.schema_of_answer else None
     form = text.answer_form(prompt, [_tool(tool) for tool in _tools(asked)])
     return GenerationSpec(
         prompt,
@@ -137,6 +155,9 @@ def _turns(messages: Sequence[Message], as_text: bool) -> Iterator[TemplateMessa
     open_calls: dict[str, str] = {}  # of the turn before: id and name
     for role, turns in groupby(messages, key=lambda message: message.role):
         blocks = [block for turn in turns for block in _blocks(turn)]
+        if role == "system":
+            yield TemplateMessage("system", tuple(_part(block) for block in blocks if isinstance(block, TextBlock)))
+            continue
         if role == "assistant":
             yield _assistant(blocks, as_text)
             calls = [block for block in blocks if isinstance(block, ToolUseBlock)]

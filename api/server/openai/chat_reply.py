@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hybrid_cache.api.server.openai.choreography import Arranged
-from hybrid_cache.api.server.openai.logprobs import chat_logprob
+from hybrid_cache.api.server.openai.logprobs import chat_logprob, prompt_logprobs
 from hybrid_cache.api.server.openai.reply import CHOICE_SIZE, OpenAIReply
 from hybrid_cache.api.server.schemas.chat import (
     AssistantMessage,
@@ -32,6 +32,7 @@ from hybrid_cache.api.text.generation import (
 )
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.request import FinishReason
+from hybrid_cache.sampling import TokenLogprob
 
 
 @dataclass(slots=True)
@@ -82,6 +83,11 @@ class _Choice:
         return "".join(self.texts)
 
 
+def shows_thoughts(asked: ChatRequest) -> bool:
+    """Unless the client wants none of them: vLLM's field, or OpenRouter's."""
+    return asked.include_reasoning is not False and not (asked.reasoning is not None and asked.reasoning.exclude)
+
+
 class ChatReply(OpenAIReply):
     """The choices of one conversation."""
 
@@ -95,6 +101,9 @@ class ChatReply(OpenAIReply):
         self._plan: Plan | None = None
         self._reported: ChoreographyReport | None = None  # of a whole reply
         self._prompt_ids: Sequence[int] = ()
+        self._prompt_logprobs: Sequence[TokenLogprob | None] = ()
+        self._shows_thoughts = shows_thoughts(asked)
+        self._as_functions = asked.functions is not None
         self._choices = [_Choice() for _ in range(asked.n or 1)]
 
     def _take(self, events: Events) -> None:
@@ -108,7 +117,7 @@ class ChatReply(OpenAIReply):
     def _take_event(self, event: Event) -> None:
         match event:
             case Begin():
-                self._prompt_ids = event.tokens
+                self._prompt_ids, self._prompt_logprobs = event.tokens, event.logprobs or ()
                 return
             case End():
                 self._plan = event.plan
@@ -128,31 +137,36 @@ class ChatReply(OpenAIReply):
             body.choreography = self._reported
         if self._asked.return_token_ids:
             body.prompt_token_ids = list(self._prompt_ids)
+        shown = body.model_dump(exclude_unset=True)
+        if (num_top := self._asked.prompt_logprobs) is not None:
+            shown["prompt_logprobs"] = prompt_logprobs(self._tokenizer, self._prompt_logprobs, num_top)
         choices = [self._whole_choice(i, choice) for i, choice in enumerate(self._choices)]
-        return {**body.model_dump(exclude_unset=True), "choices": choices}
+        return {**shown, "choices": choices}
 
     def _size(self) -> int:
         own = sum(CHOICE_SIZE + len(choice.token_ids) for choice in self._choices)
         entries = 1 if not self._asked.logprobs else 2 + (self._asked.top_logprobs or 0)
-        return own * entries + (len(self._prompt_ids) if self._asked.return_token_ids else 0)
+        scored = len(self._prompt_logprobs) * (2 + (self._asked.prompt_logprobs or 0))
+        return own * entries + scored + (len(self._prompt_ids) if self._asked.return_token_ids else 0)
 
     def _size_of(self, events: Events) -> int:
         first = events[0]
         return len(first.tokens) if isinstance(first, Begin) and self._asked.return_token_ids else 0
 
     def _whole_choice(self, index: int, choice: _Choice) -> dict[str, object]:
-        assert choice.finish is not None
         content = None if choice.calls and not choice.text else choice.text
         message = AssistantMessage(role="assistant", content=content, refusal=None)
-        if choice.thoughts:
-            message.reasoning_content = "".join(choice.thoughts)
-        if choice.calls:
+        if choice.thoughts and self._shows_thoughts:
+            message.reasoning_content = message.reasoning = "".join(choice.thoughts)
+        if choice.calls and self._as_functions:
+            message.function_call = choice.calls[0].shown().function
+        elif choice.calls:
             message.tool_calls = [call.shown() for call in choice.calls]
         whole = ChatChoice(
             index=index,
             message=message,
             logprobs=None,
-            finish_reason=choice.finish,
+            finish_reason=self._finish(choice),
             stop_reason=choice.stop,
         )
         if self._asked.return_token_ids:
@@ -189,19 +203,26 @@ class ChatReply(OpenAIReply):
         """What an event adds. The log-probability of a token goes with the first thing that the token lets out."""
         detail, calls = self._detail(event.token), self._choices[event.choice].calls
         match event:
-            case Thought():
-                delta: dict[str, object] = {"reasoning_content": event.text}
+            case Thought() if self._shows_thoughts:
+                delta: dict[str, object] = {"reasoning_content": event.text, "reasoning": event.text}
             case CallBegin():
-                call = _Call(event.name, calls[-1].id).shown()
-                delta = {"tool_calls": [{"index": len(calls) - 1, **call.model_dump()}]}
+                call = _Call(event.name, calls[-1].id).shown().model_dump()
+                delta = self._call_delta(len(calls) - 1, call)
             case CallArguments():
-                delta = {"tool_calls": [{"index": len(calls) - 1, "function": {"arguments": event.text}}]}
-            case Text() | CallEnd():
+                delta = self._call_delta(len(calls) - 1, {"function": {"arguments": event.text}})
+            case Text() | CallEnd() | Thought():
                 text = event.text if isinstance(event, Text) else ""
                 if not (text or detail):
                     return
                 delta = {"content": text}
         yield self._chunk(_shown(event.choice, delta, detail))
+
+    def _call_delta(self, index: int, call: Mapping[str, object]) -> dict[str, object]:
+        return {"function_call": call["function"]} if self._as_functions else {"tool_calls": [{"index": index, **call}]}
+
+    def _finish(self, choice: _Choice) -> Finish:
+        assert choice.finish is not None
+        return "function_call" if self._as_functions and choice.finish == "tool_calls" else choice.finish
 
     def _detail(self, token: Token | None) -> dict[str, object]:
         detail: dict[str, object] = {}
@@ -213,7 +234,7 @@ class ChatReply(OpenAIReply):
 
     def _ending(self, index: int) -> dict[str, object]:
         choice, report = self._choices[index], self._report()
-        ended = {"finish_reason": choice.finish, "stop_reason": choice.stop}
+        ended = {"finish_reason": self._finish(choice), "stop_reason": choice.stop}
         return self._chunk(_shown(index, {}, ended), {"choreography": report.model_dump()} if report else None)
 
     def _logprob(self, token: Token | None) -> dict[str, object] | None:

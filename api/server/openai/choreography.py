@@ -95,7 +95,9 @@ async def arranged_prompt(serving: Serving, asked: ChatRequest) -> Arranged:
     namespace = namespace_of(salt_of(asked.cache_salt), serving.text.fingerprint)
     known = [serving.book.find(namespace, m.ref) if m.ref is not None else None for m in asked.messages]
     sent = [_as_sent(message, found) for message, found in zip(asked.messages, known, strict=True)]
-    encoded = await rendered(serving.text, asked, sent)  # its messages may be apart from those that they answer
+    encoded = await rendered(
+        serving.text, asked, sent, in_order=True
+    )  # its messages may be apart from those that they answer
     style = _style(asked.choreography or Choreography())
     pieces = list[Piece]()
     ids: list[str | None] = [None] * len(sent)

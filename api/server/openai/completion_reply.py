@@ -4,7 +4,14 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Literal
 
-from hybrid_cache.api.server.openai.logprobs import Columns, completion_logprobs, prompt_offsets
+from hybrid_cache.api.server.openai.logprobs import (
+    Columns,
+    completion_logprobs,
+    narrowed,
+    prompt_logprobs,
+    prompt_offsets,
+)
+from hybrid_cache.api.server.openai.parsing import most_of
 from hybrid_cache.api.server.openai.reply import CHOICE_SIZE, OpenAIReply
 from hybrid_cache.api.server.schemas.completions import (
     CompletionChoice,
@@ -17,6 +24,7 @@ from hybrid_cache.api.text.answer import Answer, Events
 from hybrid_cache.api.text.generation import Begin, CallArguments, CallBegin, CallEnd, End, Text, Thought, Token
 from hybrid_cache.api.text.tokenizer import Tokenizer
 from hybrid_cache.request import FinishReason
+from hybrid_cache.sampling import TokenLogprob
 
 _REASONS: dict[FinishReason, Literal["stop", "length"]] = {  # no tools are offered
     FinishReason.STOP: "stop",
@@ -42,7 +50,8 @@ class _Echo:
     def logprobs(self) -> Columns:
         ids = self._begin.tokens
         offsets = prompt_offsets(self._tokenizer, ids, self._hidden)
-        return completion_logprobs(self._tokenizer, ids, self._begin.logprobs or [None] * len(ids), offsets)
+        entries = narrowed(self._begin.logprobs or [None] * len(ids), self._asked.logprobs or 0)
+        return completion_logprobs(self._tokenizer, ids, entries, offsets)
 
     @cached_property
     def _hidden(self) -> frozenset[int]:
@@ -120,12 +129,14 @@ class CompletionReply(OpenAIReply):
         self._n = asked.n or 1
         self._choices = [_Choice(serving, asked, i) for i in range(len(asked.prompt) * self._n)]
         self._prompt_ids: list[Sequence[int]] = [()] * len(asked.prompt)
+        self._prompt_logprobs: list[Sequence[TokenLogprob | None]] = [()] * len(asked.prompt)
 
     def _take(self, events: Events) -> None:
         for event in events:
             match event:
                 case Begin():
                     self._prompt_ids[event.prompt] = event.tokens
+                    self._prompt_logprobs[event.prompt] = event.logprobs or ()
                     if self._asked.echo:
                         echo = _Echo(self._tokenizer, self._asked, self._asked.prompt[event.prompt], event)
                         for choice in self._of(event.prompt):
@@ -149,11 +160,15 @@ class CompletionReply(OpenAIReply):
         if self._asked.return_token_ids:
             for number, choice in enumerate(choices):
                 choice["prompt_token_ids"] = list(self._prompt_ids[number // self._n])
+        num_top = self._asked.prompt_logprobs
+        for number, choice in enumerate(choices if num_top is not None else ()):
+            scored = self._prompt_logprobs[number // self._n]
+            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, scored, num_top or 0)
         return {**body.model_dump(exclude_unset=True), "choices": choices}
 
     def _size(self) -> int:
         own = sum(CHOICE_SIZE + choice.num_tokens for choice in self._choices)
-        shows_prompt = self._asked.echo or self._asked.return_token_ids
+        shows_prompt = self._asked.echo or self._asked.return_token_ids or self._asked.prompt_logprobs is not None
         prompts = self._n * sum(map(len, self._prompt_ids)) if shows_prompt else 0
         return (own + prompts) * self._entries
 
@@ -164,7 +179,8 @@ class CompletionReply(OpenAIReply):
     @property
     def _entries(self) -> int:
         """Of one token, itself included."""
-        return 1 if self._asked.logprobs is None else 2 + self._asked.logprobs
+        most = most_of(self._asked.logprobs, self._asked.prompt_logprobs)
+        return 1 if most is None else 2 + most
 
     def _chunks(self, events: Events) -> Iterator[dict[str, object]]:
         self._take(events)

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid_cache.api.server.schemas.chat import ChatLogprob, TopLogprob
+from hybrid_cache.api.server.schemas.common import PromptLogprob
 from hybrid_cache.api.text.stream import Detokenizer
 from hybrid_cache.api.text.text_work import still_wanted
 from hybrid_cache.api.text.tokenizer import Tokenizer
@@ -69,6 +70,30 @@ def completion_logprobs(
         top_logprobs=[None if logprob is None else _top(tokenizer, logprob) for logprob in logprobs],
         text_offset=list(offsets),
     )
+
+
+def narrowed(logprobs: Sequence[TokenLogprob | None], num_top: int) -> list[TokenLogprob | None]:
+    """With so many of the likeliest tokens at most."""
+    return [None if each is None else replace(each, top=each.top[:num_top]) for each in logprobs]
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob | None], num_top: int
+) -> list[dict[str, dict[str, object]] | None]:
+    """As in vLLM: for each place of a prompt but the first, its own token and the likeliest ones."""
+    return [None if each is None else _ranked(tokenizer, each) for each in narrowed(logprobs, num_top)]
+
+
+def _ranked(tokenizer: Tokenizer, logprob: TokenLogprob) -> dict[str, dict[str, object]]:
+    still_wanted()
+    ranks = {token: rank for rank, (token, _) in enumerate(logprob.top, 1)}
+    values = {logprob.token: logprob.logprob, **dict(logprob.top)}
+    return {
+        str(token): PromptLogprob(
+            logprob=_finite(value), rank=ranks.get(token), decoded_token=token_name(tokenizer, token)
+        ).model_dump()
+        for token, value in values.items()
+    }
 
 
 def prompt_offsets(tokenizer: Tokenizer, tokens: Sequence[int], hidden: Container[int]) -> list[int]:

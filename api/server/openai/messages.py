@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.gate import body_size
+from hybrid_cache.api.server.openai.thinking import template_variables
+from hybrid_cache.api.server.remarks import rearrange
 from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.common import CacheBreakpoint, ttl_seconds
-from hybrid_cache.api.server.schemas.messages import ChatMessage, ContentPart, ToolCall
+from hybrid_cache.api.server.schemas.messages import ChatMessage, ToolCall
 from hybrid_cache.api.server.schemas.tokens import TokenizeRequest
 from hybrid_cache.api.server.tenants import current_tenant_or
 from hybrid_cache.api.text.chat import Conversation
@@ -20,29 +22,38 @@ async def conversation_of(
 ) -> Conversation:
     """A conversation in which each tool call has its result, as tokens; raises as `rendered`."""
     _check_results(sent)
-    return await rendered(text, asked, sent)
+    conversation = await rendered(text, asked, sent)
+    rearrange(conversation.rearranged)
+    return conversation
 
 
-async def rendered(text: TextEngine, asked: ChatRequest | TokenizeRequest, sent: Sequence[ChatMessage]) -> Conversation:
-    """Messages, as tokens, in the rendering that a request asks for.
+async def rendered(
+    text: TextEngine,
+    asked: ChatRequest | TokenizeRequest,
+    sent: Sequence[ChatMessage],
+    *,
+    in_order: bool = False,
+) -> Conversation:
+    """Messages, as tokens, in the rendering that a request asks for; in_order: as in `TextEngine.conversation`.
 
     Raises RequestError, and ContextTooLong when the context does not hold them.
     """
-    rendering = rendering_of(asked)
+    rendering = rendering_of(text, asked)
     as_text = text.chat.takes_argument_text(rendering)
     tenant = current_tenant_or(asked.cache_salt if isinstance(asked, ChatRequest) else None)
-    return await text.conversation([_message(m, as_text) for m in sent], rendering, tenant, body_size())
+    messages = [_message(m, as_text) for m in sent]
+    return await text.conversation(messages, rendering, tenant, body_size(), in_order=in_order)
 
 
-def rendering_of(asked: ChatRequest | TokenizeRequest) -> Rendering:
-    """The fields of a request that decide how its messages are rendered."""
+def rendering_of(text: TextEngine, asked: ChatRequest | TokenizeRequest) -> Rendering:
+    """The fields of a request that decide how its messages are rendered. Raises RequestError."""
     continues = bool(asked.continue_final_message)
     options = asked.prompt_cache_options if isinstance(asked, ChatRequest) else None
     return Rendering(
-        tools=[tool.model_dump(exclude={"function": {"strict"}}) for tool in asked.tools] if asked.tools else None,
+        tools=[tool.model_dump(exclude=_NOT_SHOWN) for tool in asked.tools] if asked.tools else None,
         add_generation_prompt=not continues if asked.add_generation_prompt is None else asked.add_generation_prompt,
         continue_final_message=continues,
-        kwargs=asked.chat_template_kwargs or {},
+        kwargs=template_variables(text, asked),
         default_ttl_s=ttl_seconds(options.ttl) if options and options.ttl else None,
     )
 
@@ -104,20 +115,28 @@ def _calls_of(message: ChatMessage, place: int) -> set[str]:
     return names
 
 
+_NOT_SHOWN: dict[str, bool | set[str]] = {"cache_control": True, "function": {"strict"}}
+
+
 def _message(sent: ChatMessage, as_text: bool) -> TemplateMessage:
     fields: dict[str, object] = {
         "name": sent.name,
         "tool_call_id": sent.tool_call_id,
-        "reasoning_content": sent.reasoning_content,
+        "reasoning_content": sent.thoughts,
         "tool_calls": [_tool_call(call, as_text) for call in sent.tool_calls or ()] or None,
     }
-    return TemplateMessage(sent.role, _parts(sent.content), {k: v for k, v in fields.items() if v is not None})
+    return TemplateMessage(sent.role, _parts(sent), {k: v for k, v in fields.items() if v is not None})
 
 
-def _parts(content: str | list[ContentPart] | None) -> tuple[TextPart, ...] | None:
-    if content is None or isinstance(content, str):
-        return None if content is None else (TextPart(content),)
-    return tuple(text_part(part.content or "", part.prompt_cache_breakpoint) for part in content)
+def _parts(sent: ChatMessage) -> tuple[TextPart, ...] | None:
+    """None for an answer that only calls tools; one that says nothing at all is empty."""
+    content = sent.content if sent.content is not None else sent.refusal
+    if isinstance(content, str):
+        return (TextPart(content),)
+    texts = [part for part in content or () if not part.is_thought]
+    if not texts:
+        return None if sent.tool_calls else (TextPart(""),)
+    return tuple(text_part(part.content or "", part.prompt_cache_breakpoint) for part in texts)
 
 
 def text_part(text: str, mark: CacheBreakpoint | None) -> TextPart:

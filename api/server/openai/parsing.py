@@ -1,6 +1,7 @@
 """What requests for chat and text completions share, from their JSON to a `GenerationSpec`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from hybrid_cache.api.server.schemas.common import GenerationRequest, StructuredOutputs
 from hybrid_cache.api.server.tenants import current_tenant_or, salt_of
@@ -77,21 +78,43 @@ def sampling_params(
     )
 
 
+def asks_for_form(asked: GenerationRequest) -> bool:
+    """Whether an answer has to be anything."""
+    return bool(_forms(asked))
+
+
 def source_of(asked: GenerationRequest) -> Source | None:
-    """What an answer has to be, by `response_format` or vLLM's `structured_outputs`. Raises RequestError."""
-    form, outputs = asked.response_format, asked.structured_outputs
-    constrained = form is not None and form.type != "text"
-    if constrained and outputs is not None:
-        raise RequestError("response_format and structured_outputs cannot both be there", param="structured_outputs")
-    if form is not None and form.type == "json_object":
-        return json_source({"type": "object"}, "response_format")
-    if form is not None and form.json_schema is not None and form.type == "json_schema":
-        return json_source(form.json_schema.schema_, "response_format")
-    return None if outputs is None else _source_of_outputs(outputs)
+    """What an answer has to be. Raises RequestError, also where two fields say that."""
+    forms = _forms(asked)
+    if len(forms) > 1:
+        one, other = [*forms][:2]
+        raise RequestError(f"{one} and {other} cannot both be there", param=other)
+    return next((make() for make in forms.values()), None)
 
 
-def _source_of_outputs(outputs: StructuredOutputs) -> Source:
-    param = "structured_outputs"
+def _forms(asked: GenerationRequest) -> dict[str, Callable[[], Source]]:
+    """By the fields that ask for them: OpenAI's, vLLM's, its older ones, and those of SGLang and llama-server."""
+    forms: dict[str, Callable[[], Source]] = {}
+    wanted = None if asked.response_format is None else asked.response_format.wanted
+    if wanted is not None:
+        forms["response_format"] = partial(json_source, wanted, "response_format")
+    if asked.structured_outputs is not None:
+        forms["structured_outputs"] = partial(_source_of_outputs, asked.structured_outputs, "structured_outputs")
+    older: tuple[tuple[str, dict[str, object]], ...] = (
+        ("guided_json", {"json": asked.guided_json}),
+        ("guided_regex", {"regex": asked.guided_regex}),
+        ("guided_choice", {"choice": asked.guided_choice}),
+        ("guided_grammar", {"grammar": asked.guided_grammar}),
+        ("json_schema", {"json": asked.json_schema}),
+        ("regex", {"regex": asked.regex}),
+    )
+    for name, outputs in older:
+        if any(outputs.values()):
+            forms[name] = partial(_source_of_outputs, StructuredOutputs.model_validate(outputs), name)
+    return forms
+
+
+def _source_of_outputs(outputs: StructuredOutputs, param: str) -> Source:
     if outputs.json_ is not None:
         return json_source(outputs.json_, param)
     if outputs.json_object:
@@ -102,6 +125,11 @@ def _source_of_outputs(outputs: StructuredOutputs) -> Source:
         return choice_source(outputs.choice, param)
     assert outputs.grammar is not None
     return Source("lark", outputs.grammar, param, own=True)
+
+
+def most_of(one: int | None, other: int | None) -> int | None:
+    """The larger of two numbers of log-probabilities; None where neither is asked for."""
+    return max((number for number in (one, other) if number is not None), default=None)
 
 
 def check_tokens(text: TextEngine, asked: GenerationRequest) -> None:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.openai.messages import rendering_of, text_part
 from hybrid_cache.api.server.openai.response_turns import Turn
+from hybrid_cache.api.server.remarks import rearrange
 from hybrid_cache.api.server.schemas.chat import ChatRequest, NamedFunction, NamedTool
 from hybrid_cache.api.server.schemas.common import JsonSchema, ResponseFormat
-from hybrid_cache.api.server.schemas.messages import FunctionDefinition, Tool
+from hybrid_cache.api.server.schemas.messages import FunctionDefinition, ReasoningOptions, Tool
 from hybrid_cache.api.server.schemas.responses import (
     FunctionCallItem,
     FunctionChoice,
@@ -31,7 +32,7 @@ from hybrid_cache.errors import ContextTooLong, RequestError
 
 ANSWER_ROOM = 1024  # tokens that truncation leaves for an answer of any length; at most a quarter of the context
 ENCODED = "text."  # begins an encrypted_content of ours: no secret, `content` says the same
-RENAMED = {"messages": "input", "response_format": "text.format", "chat_template_kwargs": "reasoning"}
+RENAMED = {"messages": "input", "response_format": "text.format"}
 Unit = list[Said]  # what truncation drops or keeps as a whole: a message, or an answer with the results of its calls
 
 
@@ -53,15 +54,9 @@ def in_words_of_responses() -> Iterator[None]:
         raise
 
 
-def as_chat(text: TextEngine, asked: ResponsesRequest) -> ChatRequest:
-    """All but the messages, in the fields of chat. Raises RequestError for effort of a model that does not think."""
+def as_chat(asked: ResponsesRequest) -> ChatRequest:
+    """All but the messages, in the fields of chat."""
     effort = asked.reasoning.effort if asked.reasoning is not None else None
-    thinks = effort not in (None, "none")
-    if thinks and text.thoughts is None:
-        raise RequestError(
-            f"reasoning.effort is {effort!r}, and this model's chat template knows of no thoughts", param="reasoning"
-        )
-    kwargs: dict[str, object] = {} if effort is None else {"enable_thinking": thinks}
     choice: object = asked.tool_choice
     if isinstance(choice, FunctionChoice):
         choice = NamedTool(type="function", function=NamedFunction(name=choice.name))
@@ -76,7 +71,7 @@ def as_chat(text: TextEngine, asked: ResponsesRequest) -> ChatRequest:
         tool_choice=choice,
         parallel_tool_calls=asked.parallel_tool_calls,
         response_format=_format(asked),
-        chat_template_kwargs={**kwargs, "reasoning_effort": effort} if thinks else kwargs,
+        reasoning=None if effort is None else ReasoningOptions(effort=effort),
         cache_salt=asked.cache_salt,
         prompt_cache_options=asked.prompt_cache_options,
     )
@@ -88,7 +83,7 @@ async def conversation_of(text: TextEngine, asked: ResponsesRequest, chat: ChatR
     chat: of `as_chat`
     Raises RequestError, and ContextTooLong when the context does not hold them.
     """
-    rendering = rendering_of(chat)
+    rendering = rendering_of(text, chat)
     as_text = text.chat.takes_argument_text(rendering)
     tenant, size = current_tenant_or(asked.cache_salt), body_size() + turn.stored_bytes
     system, units = _parted(asked.instructions, turn.items)
@@ -97,7 +92,9 @@ async def conversation_of(text: TextEngine, asked: ResponsesRequest, chat: ChatR
         messages = [*system, *_messages([item for unit in units[first:] for item in unit], as_text)]
         if not messages:
             raise RequestError("the input has no items, and there are no instructions", param="input")
-        return await text.conversation(messages, rendering, tenant, size)
+        made = await text.conversation(messages, rendering, tenant, size)
+        rearrange(made.rearranged)
+        return made
 
     if asked.truncation != "auto" or len(units) < 2:
         return await beginning_at(0)

@@ -10,7 +10,7 @@ from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.openai.chat_reply import ChatReply
 from hybrid_cache.api.server.openai.choreography import Arranged, arranged_prompt, is_arranged
 from hybrid_cache.api.server.openai.messages import conversation_of
-from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, source_of, spec_of
+from hybrid_cache.api.server.openai.parsing import asks_for_form, check_tokens, sampling_params, source_of, spec_of
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS, HINTS
 from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.schemas.chat import ChatRequest, ChatResponse, NamedTool
@@ -62,13 +62,15 @@ async def chat_spec(
 ) -> GenerationSpec:
     """What is wanted of a prompt that a conversation has become. Raises RequestError."""
     check_tokens(text, asked)
+    if arrangement is not None and asked.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs are not known of a choreography", param="prompt_logprobs")
     wanted = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     max_tokens = text.answer_length(prompt, wanted, text.max_length, "messages")
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    sampling = sampling_params(text, asked, max_tokens, logprobs=logprobs)
+    sampling = sampling_params(text, asked, max_tokens, logprobs=logprobs, prompt_logprobs=asked.prompt_logprobs)
     tools = None if asked.tool_choice == "none" else [tool.model_dump() for tool in asked.tools or ()]
     form = text.answer_form(prompt, tools)
-    asks = asked.response_format or asked.structured_outputs or asked.tool_choice not in (None, "none", "auto")
+    asks = asks_for_form(asked) or asked.tool_choice not in (None, "none", "auto")
     asks = asks or any(tool.function.strict for tool in asked.tools or ())
     source = partial(_source, text, asked) if asks else None
     grammar = await text.grammar(source, form, current_tenant_or(asked.cache_salt), body_size())

@@ -8,7 +8,14 @@ from fastapi.responses import Response
 from hybrid_cache.api.server.bodies import JsonRoute
 from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.openai.completion_reply import CompletionReply
-from hybrid_cache.api.server.openai.parsing import check_tokens, sampling_params, source_of, spec_of
+from hybrid_cache.api.server.openai.parsing import (
+    asks_for_form,
+    check_tokens,
+    most_of,
+    sampling_params,
+    source_of,
+    spec_of,
+)
 from hybrid_cache.api.server.openapi import ERRORS, EVENTS
 from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.schemas.completions import CompletionRequest, CompletionResponse
@@ -45,7 +52,7 @@ async def completion_specs(text: TextEngine, asked: CompletionRequest) -> list[G
     """One for each prompt. Raises RequestError."""
     _refuse_unsupported(asked)
     prompts = await _prompts(text, asked)
-    source = partial(source_of, asked) if asked.response_format or asked.structured_outputs else None
+    source = partial(source_of, asked) if asks_for_form(asked) else None
     grammar = await text.grammar(source, AnswerForm(), current_tenant_or(asked.cache_salt), body_size())
     return [_spec(text, asked, prompt, grammar) for prompt in prompts]
 
@@ -67,6 +74,6 @@ async def _prompts(text: TextEngine, asked: CompletionRequest) -> list[Prompt]:
 def _spec(text: TextEngine, asked: CompletionRequest, prompt: Prompt, grammar: Grammar | None) -> GenerationSpec:
     check_tokens(text, asked)
     max_tokens = text.answer_length(prompt, asked.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
-    scored = asked.logprobs if asked.echo else None
+    scored = most_of(asked.logprobs if asked.echo else None, asked.prompt_logprobs)
     sampling = sampling_params(text, asked, max_tokens, logprobs=asked.logprobs, prompt_logprobs=scored)
     return spec_of(text, asked, prompt, sampling, grammar=grammar)

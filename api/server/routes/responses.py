@@ -105,7 +105,7 @@ class _Looked(Response):
 
 async def _parse(serving: Serving, asked: ResponsesRequest, turn: Turn) -> GenerationSpec:
     with in_words_of_responses():
-        chat = as_chat(serving.text, asked)
+        chat = as_chat(asked)
         conversation = await conversation_of(serving.text, asked, chat, turn)
         return await chat_spec(
             serving.text, chat, conversation.prompt, talk=replace(conversation.talk, sent_back=SentBack(whole=True))

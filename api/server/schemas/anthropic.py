@@ -112,18 +112,26 @@ def _content(value: object) -> str | list[Block]:
 Content = Annotated[str | list[Block], PlainValidator(_content, json_schema_input_type=str | list[Block])]
 
 
+_OF_ANSWERS = (ToolUseBlock, ThinkingBlock, RedactedThinkingBlock)
+_WRONG: dict[str, tuple[type[Request], ...]] = {  # blocks that a role does not have
+    "user": _OF_ANSWERS,
+    "assistant": (ToolResultBlock,),
+    "system": (*_OF_ANSWERS, ToolResultBlock),
+}
+
+
 class Message(Request):
-    """A turn; turns of one role in a row are one."""
+    """A turn; turns of one role in a row are one. The system may speak between them."""
 
     place = "messages."
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: Content
 
     @model_validator(mode="after")
     def _of_its_role(self) -> "Message":
-        if self.role == "user" and self.content == []:
-            raise ValueError("a message with role 'user' needs content, its list of blocks is empty")
-        wrong = (ToolUseBlock, ThinkingBlock, RedactedThinkingBlock) if self.role == "user" else (ToolResultBlock,)
+        if self.role != "assistant" and self.content == []:
+            raise ValueError(f"a message with role '{self.role}' needs content, its list of blocks is empty")
+        wrong = _WRONG[self.role]
         for block in self.content if isinstance(self.content, list) else ():
             if isinstance(block, wrong):
                 raise ValueError(f"a message with role '{self.role}' has no block of type '{block.type}'")
@@ -180,6 +188,19 @@ class Thinking(Request):
     budget_tokens: Count | None = None
 
 
+class OutputFormat(Request):
+    foreign = DESCRIBED
+    place = "output_config.format."
+    type: Literal["json_schema"]
+    schema_: dict[str, object] = Field(alias="schema")
+
+
+class OutputConfig(Request):
+    place = "output_config."
+    format: OutputFormat | None = None
+    effort: str | None = None
+
+
 class CountRequest(Request):
     """POST /v1/messages/count_tokens"""
 
@@ -194,20 +215,15 @@ class CountRequest(Request):
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # where it was before
     cache_control: CacheControl | None = None
 
-
-class OutputFormat(Request):
-    foreign = DESCRIBED
-    place = "output_config.format."
-    type: Literal["json_schema"]
-    schema_: dict[str, object] = Field(alias="schema")
-
-
-class OutputConfig(Request):
-    place = "output_config."
-    format: OutputFormat | None = None
-    effort: str | None = None
+    @property
+    def schema_of_answer(self) -> dict[str, object] | None:
+        form = self.output_config.format if self.output_config is not None else None
+        form = form or self.output_format
+        return None if form is None else form.schema_
 
 
 class Metadata(Request):
@@ -244,7 +260,6 @@ class MessagesRequest(CountRequest):
     cache_report: bool | None = None
     sharing: Sharing | None = None
     diagnostics: Diagnostics | None = None
-    output_config: OutputConfig | None = None
 
 
 class TokenCount(Response):

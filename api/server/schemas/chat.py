@@ -7,14 +7,22 @@ from pydantic import Field, PlainValidator, model_validator
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.cache import CacheReport
 from hybrid_cache.api.server.schemas.choreography import Choreography, ChoreographyReport
-from hybrid_cache.api.server.schemas.common import MAX_TOP_LOGPROBS, Count, GenerationRequest, Request, Response, Usage
-from hybrid_cache.api.server.schemas.messages import ChatMessages, Tools, check_one_of_them
+from hybrid_cache.api.server.schemas.common import (
+    MAX_TOP_LOGPROBS,
+    GenerationRequest,
+    Length,
+    PromptLogprobs,
+    Request,
+    Response,
+    Usage,
+)
+from hybrid_cache.api.server.schemas.messages import ChatMessages, TemplateRequest
 from hybrid_cache.api.server.schemas.sharing import SharingReport
 from hybrid_cache.errors import RequestError
 
 
 class NamedFunction(Request):
-    place = "tool_choice.function."
+    place = "function."
     name: str
 
 
@@ -43,26 +51,25 @@ ToolChoice = Annotated[
 ]
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, TemplateRequest):
     """POST /v1/chat/completions"""
 
     messages: ChatMessages
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: Length = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Tools | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, object] | None = None
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
+    include_reasoning: bool | None = None
     choreography: Choreography | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
-        check_one_of_them(self.continue_final_message, self.add_generation_prompt)
+        if isinstance(self.function_call, NamedFunction) and self.functions is None:
+            raise RequestError("function_call names a function, and there are no functions", param="function_call")
         return self
 
 
@@ -96,11 +103,13 @@ class AssistantMessage(Response):
     role: Literal["assistant"] = "assistant"
     content: str | None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same, under its other name
     refusal: None = None
     tool_calls: list[ToolCallOut] | None = None
+    function_call: FunctionOut | None = None
 
 
-Finish = Literal["stop", "length", "tool_calls"]
+Finish = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class ChatChoice(Response):
@@ -124,3 +133,4 @@ class ChatResponse(Response):
     sharing: SharingReport | None = None
     choreography: ChoreographyReport | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None

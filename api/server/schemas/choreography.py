@@ -16,6 +16,7 @@ class Choreography(Request):
     encode       alone: new messages see nothing before them, and are the same wherever they stand
     """
 
+    place = "choreography."
     fidelity: Literal["exact", "relocated", "composed"] = "exact"
     order: Literal["given", "any"] = "given"
     seam: Literal[0, 8, 16, 32, 64] = 0

@@ -10,12 +10,29 @@ from functools import cache
 from sys import getsizeof
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.remarks import ignore
-from hybrid_cache.api.server.schemas.foreign import ANSWERED, DESCRIBED, OBFUSCATION, OUTPUTS, Fate, Foreign
+from hybrid_cache.api.server.schemas.foreign import (
+    ANSWERED,
+    DESCRIBED,
+    OBFUSCATION,
+    OUTPUTS,
+    SCHEMA_WRAPPER,
+    Fate,
+    Foreign,
+)
 from hybrid_cache.api.server.schemas.sharing import Sharing
 from hybrid_cache.api.text.stops import MAX_STOP_LENGTH, MAX_STOPS, stops_of
 from hybrid_cache.errors import RequestError
@@ -155,9 +172,18 @@ LogitBias = Annotated[
         }
     ),
 ]
+JsonText = dict[str, object] | str
 Ttl = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}[smh]$"), AfterValidator(_ttl)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+
+
+def _not_minus_one(value: object) -> object:
+    return None if type(value) is int and value == -1 else value
+
+
+# Of llama-server and LM Studio, -1 leaves it open.
+Length = Annotated[Count | None, BeforeValidator(_not_minus_one, json_schema_input_type=Count | None)]
 
 
 class StreamOptions(Request):
@@ -168,7 +194,7 @@ class StreamOptions(Request):
 
 
 class JsonSchema(Request):
-    foreign = DESCRIBED
+    foreign = SCHEMA_WRAPPER
     place = "response_format.json_schema."
     name: str | None = None
     schema_: dict[str, object] | bool = Field(alias="schema", default=True)
@@ -180,12 +206,24 @@ class ResponseFormat(Request):
     place = "response_format."
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, object] | bool | None = Field(alias="schema", default=None)  # llama-server's place for it
 
     @model_validator(mode="after")
     def _has_a_schema(self) -> "ResponseFormat":
-        if self.type == "json_schema" and self.json_schema is None:
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
             raise ValueError("type json_schema needs a json_schema")
+        if self.type == "text" and not (self.json_schema is None and self.schema_ is None):
+            raise ValueError("type text has no schema, json_schema has one")
         return self
+
+    @property
+    def wanted(self) -> object:
+        """The schema that answers have to follow; None for text."""
+        if self.type == "text":
+            return None
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.schema_ is None else self.schema_
 
 
 class StructuredOutputs(Request):
@@ -237,7 +275,7 @@ class GenerationRequest(Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    max_tokens: Count | None = None
+    max_tokens: Length = None
     temperature: Annotated[float, _within("temperature")] | None = None
     top_p: Annotated[float, _within("top_p")] | None = None
     stop: Stops = None
@@ -258,6 +296,14 @@ class GenerationRequest(Request):
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     structured_outputs: StructuredOutputs | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    # The same as structured_outputs: vLLM's older names, and those of SGLang and llama-server
+    guided_json: JsonText | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True, max_length=MAX_CHOICES)] | None = None
+    guided_grammar: str | None = None
+    json_schema: JsonText | None = None
+    regex: str | None = None
     # The cache
     cache_salt: Annotated[str, Field(max_length=MAX_SALT)] | None = None
     prompt_cache_key: str | None = None
@@ -270,7 +316,20 @@ class GenerationRequest(Request):
     def _streams_if_it_has_options(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs come with whole replies, stream is true", param="prompt_logprobs")
         return self
+
+
+class PromptLogprob(Response):
+    """Of a token in a place of a prompt. rank: from 1; None where it is not among those that were asked for"""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token ids as text; None for the first token
 
 
 class PromptTokensDetails(Response):

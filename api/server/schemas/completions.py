@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.cache import CacheReport
@@ -10,6 +10,7 @@ from hybrid_cache.api.server.schemas.common import (
     MAX_N,
     MAX_TOP_LOGPROBS,
     GenerationRequest,
+    PromptLogprobs,
     Response,
     Usage,
 )
@@ -71,12 +72,21 @@ Prompts = Annotated[
 ]
 
 
+def _none_if_false(value: object) -> object:
+    """What chat says where it wants none."""
+    return None if value is False else value
+
+
+_Number = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+NumLogprobs = Annotated[_Number | None, BeforeValidator(_none_if_false, json_schema_input_type=_Number | None)]
+
+
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
     prompt: Prompts
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: NumLogprobs = None
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None
@@ -97,6 +107,7 @@ class CompletionChoice(Response):
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionResponse(Response):

@@ -256,14 +256,13 @@ HARMLESS: Mapping[str, Foreign] = {
     **_harmless("it is for the client's library", "drop_params", "allowed_openai_params", "betas", "anthropic_beta"),
     **_harmless("it is for the client's library", "anthropic_version", "api_version", "custom_llm_provider"),
     **_harmless("it is for the client's library", "extra_headers", "api_base", "base_url", "caching"),
-    **_harmless("usage is told in every whole reply", "usage"),
 }
 
 NOTED: Mapping[str, Foreign] = _noted(
     "the reply says nothing of it",
     *("timings_per_token", "return_progress", "return_meta_info", "return_cached_tokens_details", "verbose"),
     *("perf_metrics_in_response", "return_prompt_text", "return_token_offsets", "sse_ping_interval"),
-    *("debug", "stream_interval", "include_usage", "enhancements", "tool_stream", "api_key"),
+    *("debug", "stream_interval", "include_usage", "usage", "enhancements", "tool_stream", "api_key"),
 )
 
 
@@ -296,11 +295,12 @@ MESSAGE = _table(
     _harmless("the cache keeps what it can, with the same answers", "cache_control"),
 )
 PART = _harmless(
-    "it is about where a text came from, not what it says", "annotations", "citations", "cache_control", "logprobs"
+    "it is about where a text came from, not what it says",
+    *("annotations", "citations", "cache_control", "logprobs", "signature", "closed"),
 )
 CALL = _harmless("it is about how a call came to be", "index", "extra_content", "provider_specific_fields", "caller")
 TOOL = _table(
-    _refused("tools are offered as a whole", "defer_loading"),
+    _noted("all tools are shown from the beginning", "defer_loading"),
     _refused("tools are called by the model", "allowed_callers", asks=but([], ["direct"])),
     _harmless("arguments come as they are written", "eager_input_streaming"),
 )
@@ -309,5 +309,12 @@ OUTPUTS = _table(
     _harmless("grammars have one engine here", "backend", "disable_fallback", "disable_additional_properties"),
 )
 OBFUSCATION = _harmless("there is none", "include_obfuscation")
+SCHEMA_WRAPPER = _table(
+    _refused(
+        "the schema belongs into json_schema.schema",
+        *("type", "properties", "required", "items", "anyOf", "oneOf", "allOf", "enum", "const", "$ref", "$defs"),
+    ),
+    _harmless("it describes the form, and does not change it", "description", "title"),
+)
 LABELS = _harmless("it labels a request for its sender", "session_id", "tags")
 DESCRIBED = _harmless("it describes the form, and does not change it", "description", "name", "strict")

@@ -6,31 +6,26 @@ from pydantic import Field, model_validator
 
 from hybrid_cache.api.server.schemas.common import Request, Response, TokenId
 from hybrid_cache.api.server.schemas.foreign import COUNTED
-from hybrid_cache.api.server.schemas.messages import ChatMessages, Tools, check_one_of_them
+from hybrid_cache.api.server.schemas.messages import ChatMessages, TemplateRequest
 from hybrid_cache.errors import RequestError
 
 MAX_DETOKENIZED = 2**18  # tokens of one /detokenize request
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(TemplateRequest):
     """POST /tokenize: a prompt, or messages as in /v1/chat/completions."""
 
     foreign = COUNTED
     model: str | None = None
     prompt: str | None = None
     messages: ChatMessages | None = None
-    tools: Tools | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, object] | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _has_one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either a prompt or messages", param="prompt")
-        check_one_of_them(self.continue_final_message, self.add_generation_prompt)
         return self
 
 

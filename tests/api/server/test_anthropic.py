@@ -283,7 +283,7 @@ def result(name: str = "t1") -> dict[str, Any]:
         ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice"),
         ({"extra_body": {"output_config": {"format": {}}}}, 400, "invalid_request_error", "output_config"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "image"),
-        ({"messages": [{"role": "system", "content": "x"}]}, 400, "invalid_request_error", "role"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "invalid_request_error", "role"),
         ({"messages": [result()]}, 400, "invalid_request_error", "'t1' answers no tool_use"),
         ({"messages": [QUESTION, USE]}, 400, "invalid_request_error", "messages.1: a tool_use block needs its tool"),
         ({"messages": [QUESTION, USE, SAID]}, 400, "invalid_request_error", "messages.2: a tool_use block needs its"),

@@ -11,7 +11,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from hybrid_cache.api.server import remarks
 from hybrid_cache.api.server.remarks import (
     IGNORED,
     MAX_NAME,
@@ -92,9 +94,9 @@ def remarks_about(kind: type[Request], body: dict[str, object]) -> dict[str, str
     """The headers that a body causes, once it has been read."""
 
     def read() -> dict[str, str]:
-        current_remarks.set(remarks := Remarks())
+        current_remarks.set(found := Remarks())
         kind.model_validate(body)
-        return remarks.headers()
+        return found.headers()
 
     return copy_context().run(read)
 
@@ -115,10 +117,36 @@ def test_a_field_is_refused_by_name_where_it_asks_for_something(path: str) -> No
             assert remarks_about(kind, asked) == ({IGNORED: cleaned(name)} if entry.fate is Fate.NOTED else {}), name
 
 
+leaves = st.none() | st.booleans() | st.integers(-2, 9) | st.floats(-2, 2) | st.text(max_size=4)
+values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner))
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data(), path=st.sampled_from(sorted(KINDS)), value=values)
+def test_whatever_a_field_holds_it_is_taken_or_refused_by_name(data: st.DataObject, path: str, value: object) -> None:
+    kind, body = KINDS[path]
+    name = data.draw(st.sampled_from(sorted(FIELDS[path] - body.keys())))
+    entry = None if name in own_fields(kind) else kind.foreign[name]
+    found = blamed(kind, {**body, name: value})
+    if entry is not None:
+        assert found == (name if entry.fate_of(value) is Fate.REFUSED else None)
+
+
+def blamed(kind: type[Request], body: dict[str, object]) -> str | None:
+    """The field for which a body is refused; None for one that is taken."""
+    try:
+        kind.model_validate(body)
+    except RequestError as error:
+        return error.param
+    except ValidationError as error:
+        return str(error.errors()[0]["loc"][:1])
+    return None
+
+
 @pytest.mark.parametrize("path", KINDS)
 @pytest.mark.parametrize("name", ["chat_template", "lora_path", "mcp_servers", "truncate_prompt_tokens"])
 def test_a_refusal_is_in_the_words_of_the_endpoint(client: httpx.Client, path: str, name: str) -> None:
-    kind, body = KINDS[path]
+    body = KINDS[path][1]
     error = client.post(path, json={**body, name: [1]}).json()["error"]
     assert error["message"].startswith(f"{name} is not supported here: ")
     assert error["type"] == "invalid_request_error"
@@ -182,7 +210,10 @@ def test_fields_of_inner_objects_are_named_with_their_place(client: httpx.Client
     assert "messages.images is not supported here" in message_of(reply)
 
 
-def test_the_log_names_a_field_once(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_a_field_once(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remarks, "_recent", RecentNames())
     body = {**KINDS["/v1/chat/completions"][1], "only_here_in_the_tests": 1}
     with caplog.at_level(logging.WARNING, "hybrid_cache.requests"):
         for _ in range(3):
@@ -225,5 +256,5 @@ def test_unknown_names_fail_no_request_and_the_header_is_legal(
 
 
 def test_a_header_counts_what_it_does_not_name() -> None:
-    remarks = Remarks(dict.fromkeys("ab"), 3)
-    assert remarks.headers() == {IGNORED: "a, b, and 3 more"}
+    counted = Remarks(dict.fromkeys("ab"), 3)
+    assert counted.headers() == {IGNORED: "a, b, and 3 more"}
