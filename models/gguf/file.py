@@ -15,7 +15,7 @@ from hybrid_cache.models.gguf.families import Fields, Source, family_of
 from hybrid_cache.models.gguf.header import Header, TensorInfo, read_header
 from hybrid_cache.models.gguf.metadata import Metadata
 from hybrid_cache.models.gguf.quants import PLAIN, kind_of, read_tensor
-from hybrid_cache.models.gguf.rotary import FREQUENCIES
+from hybrid_cache.models.gguf.rotary import FREQUENCIES, with_frequencies
 from hybrid_cache.models.gguf.rules import Names, Rule
 
 SUFFIX = ".gguf"
@@ -77,6 +77,10 @@ def _read_model(path: Path, size: int, changed: int) -> GgufModel:
             tensors |= header.tensors
         family = family_of(meta.arch)
         config, names = family(Source(meta, {name: info.shape for name, info in tensors.items()}))
+        rope = config.get("rope_parameters")
+        if FREQUENCIES in tensors and isinstance(rope, dict):
+            divisors = read_tensor(FREQUENCIES, tensors[FREQUENCIES], None)
+            config["rope_parameters"] = with_frequencies(rope, meta.number("rope.freq_base", 10000.0), divisors)
         rules = dict(_rules(names, tensors))
         return GgufModel(meta, {**config, "dtype": _dtype(tensors)}, rules, tensors)
 
