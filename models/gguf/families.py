@@ -549,7 +549,7 @@ def qwen3_5(source: Source) -> tuple[Fields, Names]:
         "linear_attn.out_proj.weight": of("ssm_out.weight", by=delta.columns),
     }
     mixed = source.any_with("ffn_gate_exps.weight")
-    return _qwen_next(source, "qwen3_5_moe" if mixed else "qwen3_5", projections)
+    return _qwen_next(source, "qwen3_5_moe_text" if mixed else "qwen3_5_text", projections)
 
 
 FAMILIES: Mapping[str, Family] = {

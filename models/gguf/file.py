@@ -82,7 +82,8 @@ def _read_model(path: Path, size: int, changed: int) -> GgufModel:
             divisors = read_tensor(FREQUENCIES, tensors[FREQUENCIES], None)
             config["rope_parameters"] = with_frequencies(rope, meta.number("rope.freq_base", 10000.0), divisors)
         rules = dict(_rules(names, tensors))
-        return GgufModel(meta, {**config, "dtype": _dtype(tensors)}, rules, tensors)
+        said = {name: value for name, value in config.items() if value is not None}
+        return GgufModel(meta, {**said, "dtype": _dtype(tensors)}, rules, tensors)
 
 
 def read_part(path: Path) -> Header:
