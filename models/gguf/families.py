@@ -203,7 +203,7 @@ def _granite(source: Source, rotated: bool = True) -> tuple[Fields, Names]:
         "layer_types": ["mamba" if each else "attention" for each in is_mamba],
         "position_embedding_type": "rope" if rotated else "nope",
         "rope_parameters": rope_of(meta) if rotated else None,
-        "attention_multiplier": meta.number("attention.scale", source.head_dim**-0.5),
+        "attention_multiplier": meta.number("attention.scale", max(1, source.head_dim) ** -0.5),
         "embedding_multiplier": meta.number("embedding_scale", 1.0),
         "residual_multiplier": meta.number("residual_scale", 1.0),
         "logits_scaling": meta.number("logit_scale", 1.0),

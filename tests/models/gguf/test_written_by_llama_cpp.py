@@ -60,9 +60,8 @@ def test_a_format_of_few_bits_is_computed_in_bfloat16_if_nobody_says_otherwise()
 
 def test_the_tokenizer_and_template_are_those_of_the_checkpoint():
     text = TextModel.load(DATA / "granite-h-f16.gguf")
-    ids = text.tokenizer.encode("<|user|> bubo bubo<|end|>")
-    assert text.tokenizer.decode(ids) == "<|user|> bubo bubo<|end|>"
-    assert len(ids) == 4
-    assert ids[0] in text.tokenizer.special_ids
+    words = text.tokenizer.decode([4, 470, 471, 6])
+    assert text.tokenizer.encode(words) == [4, 470, 471, 6]
+    assert text.tokenizer.special_ids == set(range(7))
     assert (text.tokenizer.bos_id, text.tokenizer.eos_id, text.defaults.eos_ids) == (1, 2, (2,))
     assert "default" in text.chat_templates
