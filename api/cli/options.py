@@ -13,8 +13,8 @@ from hybrid_cache.errors import ConfigError
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="A folder in Hugging Face format, a delta, a hub name, or recall, which ships; the embedded model if left "
-        "out."
+        help="A folder in Hugging Face format, a GGUF file, a delta, a hub name, or recall, which ships; the embedded "
+        "model if left out."
     ),
 ]
 Budget = Annotated[str, typer.Option(help="Memory for KV pages and states together, such as 2GiB.")]
