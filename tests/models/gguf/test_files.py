@@ -159,22 +159,22 @@ def test_values_that_are_not_finite_are_named(checkpoint, tmp_path):
 
 
 def test_tensors_that_no_layer_takes_are_named(checkpoint, tmp_path):
-    file = write(checkpoint, tmp_path / "model.gguf")
-    reader = GGUFReader(file)
-    more = tmp_path / "more.gguf"
-    writer = gguf.GGUFWriter(more, "granitehybrid")
-    for name, field in reader.fields.items():
-        if not name.startswith(("GGUF.", "general.architecture")):
-            add_value(writer, name, field.contents())
-    for tensor in reader.tensors:
-        add_tensor(writer, tensor.name, torch.from_numpy(tensor.data.copy()), "F32")
-    add_tensor(writer, "blk.0.attn_sinks.weight", torch.ones(4), "F32")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    file = write(checkpoint, tmp_path / "model.gguf", more={"blk.0.attn_sinks.weight": torch.ones(4)})
     with pytest.raises(ModelError, match=r"unexpected weights: blk\.0\.attn_sinks\.weight"):
-        loading.load(more, ops=dispatch.select())
+        loading.load(file, ops=dispatch.select())
+
+
+def test_layers_that_predict_more_tokens_are_left_out(checkpoint, tmp_path):
+    """As the converter writes them: behind all others, and counted among them."""
+    file = write(checkpoint, tmp_path / "model.gguf")
+    counted = write(
+        checkpoint,
+        tmp_path / "counted.gguf",
+        more={"blk.2.nextn.eh_proj.weight": torch.ones(32, 64), "blk.2.attn_norm.weight": torch.ones(32)},
+        granitehybrid__block_count=3,
+        granitehybrid__nextn_predict_layers=1,
+    )
+    assert torch.equal(logits(counted), logits(file))
 
 
 def test_an_architecture_that_is_not_ours_is_named(tmp_path):
@@ -197,6 +197,7 @@ def counts(**fields: int) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", *values.values())
 
 
+ADAPTER = (b"general.architecture", b"llama", b"general.type", b"adapter")
 BROKEN = {
     "empty": (b"", "cannot be read"),
     "not GGUF": (b"GGML" + bytes(64), "does not begin with GGUF"),
@@ -224,6 +225,14 @@ BROKEN = {
     "tensor of an unknown type": (
         counts(tensors=1) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 32, 999, 0),
         "tensors of type 999 are unknown",
+    ),
+    "name of two lines": (counts(values=1) + struct.pack("<Q3s", 3, b"a\nb"), r"a name is 'a\\nb', expected printable"),
+    "an adapter": (
+        counts(values=2)
+        + b"".join(
+            struct.pack("<Q", len(s)) + s + (b"\x08\0\0\0" if i % 2 == 0 else b"") for i, s in enumerate(ADAPTER)
+        ),
+        "general.type is 'adapter', expected a model",
     ),
     "nothing inside": (counts(), "general.architecture is missing"),
 }

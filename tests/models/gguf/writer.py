@@ -66,20 +66,27 @@ WITHOUT = {"falcon-h1": ("embedding_scale",), "mamba": ("attention.key_length",)
 Named = Iterator[tuple[str, Tensor]]
 
 
-def write(folder: Path, path: Path, *, kinds: Callable[[str, Tensor], str] | None = None, **more: object) -> Path:
+def write(
+    folder: Path,
+    path: Path,
+    *,
+    kinds: Callable[[str, Tensor], str] | None = None,
+    more: Mapping[str, Tensor] | None = None,
+    **values: object,
+) -> Path:
     """A checkpoint of transformers as a GGUF file.
 
     kinds: which of ggml's types a tensor is stored in, by its name there; float32 if left out
-    more: values, with . written as __   None leaves one out
+    more: tensors by their names there   values: with . written as __, None leaves one out
     """
     config = json.loads((folder / "config.json").read_text())
     arch = ARCH[config["model_type"]]
     weights = load_file(folder / "model.safetensors")
     if arch == "granitehybrid" and not any(".mamba." in name for name in weights):
         arch = "granitemoe" if config["num_local_experts"] else "granite"
-    tensors = dict(_renamed(arch, config, weights)) | _frequencies(config)
+    tensors = dict(_renamed(arch, config, weights)) | _frequencies(config) | dict(more or {})
     writer = gguf.GGUFWriter(path, arch)
-    for name, value in (_values(arch, config, weights) | _changed(more)).items():
+    for name, value in (_values(arch, config, weights) | _changed(values)).items():
         if value is not None:
             add_value(writer, name, value)
     for name, tensor in tensors.items():
@@ -116,8 +123,8 @@ def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, kind: str) ->
         writer.add_tensor(name, gguf.quants.quantize(values, number), raw_dtype=number)
 
 
-def _changed(more: Mapping[str, object]) -> dict[str, object]:
-    return {name.replace("__", "."): value for name, value in more.items()}
+def _changed(values: Mapping[str, object]) -> dict[str, object]:
+    return {name.replace("__", "."): value for name, value in values.items()}
 
 
 def _values(arch: str, config: Mapping[str, object], weights: Mapping[str, Tensor]) -> dict[str, object]:
