@@ -6,6 +6,7 @@ from tests.mutants import (
     of_cache,
     of_choreography,
     of_engine,
+    of_gguf,
     of_kernels,
     of_reading,
     of_tasks,
@@ -22,4 +23,5 @@ MUTANTS = [
     *of_variants.MUTANTS,
     *of_activated.MUTANTS,
     *of_reading.MUTANTS,
+    *of_gguf.MUTANTS,
 ]

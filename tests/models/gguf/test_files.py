@@ -257,6 +257,14 @@ def test_a_cut_file_is_one_clear_error(small, tmp_path, number):
         loading.load_config(path)
 
 
+def test_a_file_that_ends_inside_its_last_tensor_is_cut(small, tmp_path):
+    last = max(info.start for info in read_model(small).tensors.values())
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(small.read_bytes()[: last + 4])
+    with pytest.raises(ModelError, match=f"is cut: it ends at byte {last + 4}, inside tensor"):
+        loading.load_config(path)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_file_with_wrong_bytes_loads_or_is_one_clear_error(small, tmp_path, seed):
     """A few bytes of the header, at random; sizes among them, which must not be believed."""
