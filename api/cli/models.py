@@ -52,7 +52,7 @@ def list_models(budget: Budget = "2GiB", as_json: Json = False) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A folder in Hugging Face format or a hub name.")],
+    source: Annotated[str, typer.Argument(help="A folder in Hugging Face format, a GGUF file or a hub name.")],
     out: Annotated[Path, typer.Argument(help="The folder to make; it must not be there.")],
     revision: Revision = None,
     dtype: Annotated[

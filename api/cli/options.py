@@ -26,8 +26,8 @@ def parse_tokens(text: str | int) -> int:
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="A folder in Hugging Face format, a delta, a hub name, or recall, which ships; the embedded model if left "
-        "out."
+        help="A folder in Hugging Face format, a GGUF file, a delta, a hub name, or recall, which ships; the embedded "
+        "model if left out."
     ),
 ]
 Revision = Annotated[

@@ -202,8 +202,8 @@ def _granite(source: Source, rotated: bool = True) -> tuple[Fields, Names]:
         **(source.mamba2() | {"mamba_expand": source.expand()} if any(is_mamba) else {}),
         "layer_types": ["mamba" if each else "attention" for each in is_mamba],
         "position_embedding_type": "rope" if rotated else "nope",
-        "rope_parameters": rope_of(meta, source.shapes) if rotated else None,
-        "attention_multiplier": meta.number("attention.scale", source.head_dim**-0.5),
+        "rope_parameters": rope_of(meta) if rotated else None,
+        "attention_multiplier": meta.number("attention.scale", max(1, source.head_dim) ** -0.5),
         "embedding_multiplier": meta.number("embedding_scale", 1.0),
         "residual_multiplier": meta.number("residual_scale", 1.0),
         "logits_scaling": meta.number("logit_scale", 1.0),
@@ -238,7 +238,7 @@ def _bamba(source: Source) -> tuple[Fields, Names]:
         "attn_layer_indices": [i for i, each in enumerate(has_attention) if each],
         "intermediate_size": meta.largest("feed_forward_length"),
         "mlp_bias": source.any_with("ffn_gate.bias"),
-        "rope_parameters": rope_of(meta, source.shapes),
+        "rope_parameters": rope_of(meta),
         "partial_rotary_factor": meta.integer("rope.dimension_count") / max(1, source.head_dim),
     }
     layer = {
@@ -263,7 +263,7 @@ def falcon_h1(source: Source) -> tuple[Fields, Names]:
         "projectors_bias": source.any_with("ssm_out.bias"),
         "intermediate_size": source.meta.largest("feed_forward_length"),
         "mlp_bias": source.any_with("ffn_gate.bias"),
-        "rope_parameters": rope_of(source.meta, source.shapes),
+        "rope_parameters": rope_of(source.meta),
     }
     layer = {
         "input_layernorm.weight": of("attn_norm.weight"),
@@ -336,7 +336,7 @@ def nemotron_h(source: Source) -> tuple[Fields, Names]:
         "conv_kernel": meta.integer("ssm.conv_kernel"),
         "use_conv_bias": source.any_with("ssm_conv1d.bias"),
         "use_bias": source.any_with("ssm_in.bias"),
-        "mlp_bias": source.any_with("ffn_up.bias"),
+        "mlp_bias": source.any_with("ffn_up.bias") or source.any_with("ffn_up_shexp.bias"),
         "intermediate_size": source.size("ffn_up.weight") if "-" in pattern else None,
     }
     if "E" in pattern:
@@ -359,10 +359,10 @@ def nemotron_h(source: Source) -> tuple[Fields, Names]:
         **linear("mixer.down_proj", "ffn_down"),
         "mixer.gate.weight": of("ffn_gate_inp.weight"),
         "mixer.gate.e_score_correction_bias": of("exp_probs_b.bias"),
-        "mixer.shared_experts.up_proj.weight": of("ffn_up_shexp.weight"),
-        "mixer.shared_experts.down_proj.weight": of("ffn_down_shexp.weight"),
-        "mixer.fc1_latent_proj.weight": of("ffn_latent_down.weight"),
-        "mixer.fc2_latent_proj.weight": of("ffn_latent_up.weight"),
+        **linear("mixer.shared_experts.up_proj", "ffn_up_shexp"),
+        **linear("mixer.shared_experts.down_proj", "ffn_down_shexp"),
+        **linear("mixer.fc1_latent_proj", "ffn_latent_down"),
+        **linear("mixer.fc2_latent_proj", "ffn_latent_up"),
     }
     each = {
         "mixer.experts.{}.up_proj.weight": of("ffn_up_exps.weight"),
@@ -381,7 +381,7 @@ def lfm2(source: Source) -> tuple[Fields, Names]:
         "conv_bias": source.any_with("shortconv.conv.bias"),
         "intermediate_size": meta.largest("feed_forward_length"),
         "block_auto_adjust_ff_dim": False,
-        "rope_parameters": rope_of(meta, source.shapes),
+        "rope_parameters": rope_of(meta),
     }
     if mixed:
         config |= {
@@ -465,7 +465,7 @@ def _dense(source: Source, model_type: str, mixer: Mapping[str, Rule]) -> tuple[
         **source.attention(),
         "intermediate_size": source.meta.largest("feed_forward_length"),
         "mlp_bias": source.any_with("ffn_gate.bias"),
-        "rope_parameters": rope_of(source.meta, source.shapes),
+        "rope_parameters": rope_of(source.meta),
     }
     layer = {
         "input_layernorm.weight": of("attn_norm.weight"),
@@ -494,7 +494,7 @@ def _qwen_next(source: Source, model_type: str, projections: Mapping[str, Rule])
         "linear_conv_kernel_dim": meta.integer("ssm.conv_kernel"),
         "intermediate_size": meta.largest("feed_forward_length", 0) or None,
         "num_experts": source.size("ffn_gate_exps.weight") if mixed else 0,
-        "rope_parameters": rope_of(meta, source.shapes) | {"partial_rotary_factor": rotated},
+        "rope_parameters": rope_of(meta) | {"partial_rotary_factor": rotated},
     }
     if mixed:
         dense = [i for i, each in enumerate(source.layers_with("ffn_gate_exps.weight")) if not each]
@@ -549,7 +549,7 @@ def qwen3_5(source: Source) -> tuple[Fields, Names]:
         "linear_attn.out_proj.weight": of("ssm_out.weight", by=delta.columns),
     }
     mixed = source.any_with("ffn_gate_exps.weight")
-    return _qwen_next(source, "qwen3_5_moe" if mixed else "qwen3_5", projections)
+    return _qwen_next(source, "qwen3_5_moe_text" if mixed else "qwen3_5_text", projections)
 
 
 FAMILIES: Mapping[str, Family] = {

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_cache.errors import ModelError
-from hybrid_cache.models.files import errors_begin_with, few
+from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.models.files import errors_begin_with, few, shown
 from hybrid_cache.models.gguf.families import Fields, Source, family_of
 from hybrid_cache.models.gguf.header import Header, TensorInfo, read_header
 from hybrid_cache.models.gguf.metadata import Metadata
 from hybrid_cache.models.gguf.quants import PLAIN, kind_of, read_tensor
-from hybrid_cache.models.gguf.rotary import FREQUENCIES
+from hybrid_cache.models.gguf.rotary import FREQUENCIES, with_frequencies
 from hybrid_cache.models.gguf.rules import Names, Rule
 
 SUFFIX = ".gguf"
@@ -23,6 +23,7 @@ MAX_PARTS = 4096
 MAX_EXPERTS = 4096
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_LAYER = re.compile(r"blk\.(\d{1,9})\.")
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -75,10 +76,18 @@ def _read_model(path: Path, size: int, changed: int) -> GgufModel:
             if twice := tensors.keys() & header.tensors.keys():
                 raise ModelError(f"{part.name} has tensors of another part again: {few(twice)}")
             tensors |= header.tensors
+        if meta.text("general.type", "model") != "model":
+            raise UnsupportedModel(f"general.type is {shown(meta.values['general.type'])}, expected a model")
         family = family_of(meta.arch)
+        tensors = _without_predictors(meta, tensors)
         config, names = family(Source(meta, {name: info.shape for name, info in tensors.items()}))
+        rope = config.get("rope_parameters")
+        if FREQUENCIES in tensors and isinstance(rope, dict):
+            divisors = read_tensor(FREQUENCIES, tensors[FREQUENCIES], None)
+            config["rope_parameters"] = with_frequencies(rope, meta.number("rope.freq_base", 10000.0), divisors)
         rules = dict(_rules(names, tensors))
-        return GgufModel(meta, {**config, "dtype": _dtype(tensors)}, rules, tensors)
+        said = {name: value for name, value in config.items() if value is not None}
+        return GgufModel(meta, {**said, "dtype": _dtype(tensors)}, rules, tensors)
 
 
 def read_part(path: Path) -> Header:
@@ -93,6 +102,14 @@ def read_part(path: Path) -> Header:
             if info.start + kind.num_bytes(info.shape) > size:
                 raise ModelError(f"is cut: it ends at byte {size}, inside tensor {name}")
     return header
+
+
+def _without_predictors(meta: Metadata, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Without the layers, behind all others, that predict more than one token."""
+    last = meta.integer("nextn_predict_layers", 0)
+    first = meta.integer("block_count", 0) - last
+    layers = {name: int(m[1]) for name in tensors if last and (m := _LAYER.match(name))}
+    return {name: info for name, info in tensors.items() if layers.get(name, -1) < first}
 
 
 def _is_first(name: str) -> bool:

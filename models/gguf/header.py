@@ -26,7 +26,7 @@ VERSIONS = (2, 3)
 MAX_VALUES = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_DIMS = 4
-MAX_NAME = 1 << 12  # bytes
+MAX_NAME = 512  # bytes
 MAX_TEXT = 16 << 20  # bytes of one string
 MAX_ITEMS = 1 << 23  # of an array: a vocabulary's tokens or merges
 MAX_SIZE = 1 << 44  # numbers of a tensor
@@ -102,7 +102,7 @@ class _Reader:
         return Header(values, tensors, start)
 
     def _named_value(self) -> tuple[str, Value]:
-        name = self._text(MAX_NAME, "a name")
+        name = self._name("a name")
         kind = self._u32()
         return name, self._array(name) if kind == ARRAY else self._value(kind, name)
 
@@ -128,7 +128,7 @@ class _Reader:
         return (items != 0).tolist() if kind == BOOL else items.tolist()  # type: ignore[no-any-return]
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._text(MAX_NAME, "a tensor's name")
+        name = self._name("a tensor's name")
         num_dims = self._u32()
         if not 1 <= num_dims <= MAX_DIMS:
             raise ModelError(f"tensor {shown(name)} has {num_dims} dimensions, expected 1 to {MAX_DIMS}")
@@ -153,6 +153,12 @@ class _Reader:
         if num_bytes > most:
             raise ModelError(f"{shown(what)} has {num_bytes} bytes, at most {most} are read")
         return self._bytes(num_bytes, what).decode("utf-8", errors="replace")
+
+    def _name(self, what: str) -> str:
+        name = self._text(MAX_NAME, what)
+        if not (name.isascii() and name.isprintable()):
+            raise ModelError(f"{what} is {shown(name)}, expected printable ASCII")
+        return name
 
     def _u32(self) -> int:
         return int(_U32.unpack(self._bytes(4, "a number"))[0])

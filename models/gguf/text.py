@@ -28,7 +28,7 @@ def text_folder(path: Path) -> Path:
 def _unpacked(path: Path, changed: int) -> Path:
     model = read_model(path)
     with errors_begin_with(path):
-        rows = model.config["vocab_size"]
+        rows = model.config.get("vocab_size")
         tokenizer = tokenizer_of(model.meta, rows if isinstance(rows, int) else 0)
         files = {
             "config.json": model.config,

@@ -6,6 +6,7 @@ from tests.mutants import (
     of_cache,
     of_choreography,
     of_engine,
+    of_gguf,
     of_kernels,
     of_operations,
     of_options,
@@ -26,4 +27,5 @@ MUTANTS = [
     *of_reading.MUTANTS,
     *of_operations.MUTANTS,
     *of_options.MUTANTS,
+    *of_gguf.MUTANTS,
 ]
