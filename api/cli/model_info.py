@@ -68,6 +68,7 @@ class Report:
     adapter: AdapterFacts | None = None
     honoured: tuple[str, ...] = ()  # fields of generation_config.json, each as `name=value`
     ignored: tuple[str, ...] = ()  # and those that would change answers elsewhere
+    quantized: tuple[str, ...] = ()  # how its matrices are stored, and what the file asks for that is not done
 
 
 def examine(
@@ -82,7 +83,13 @@ def examine(
         with errors_begin_with(folder):
             defaults = load_defaults(folder)
         report = replace(report, honoured=defaults.honoured, ignored=defaults.ignored)
+        report = replace(report, quantized=_quantized(folder) if report.supported else ())
     return report if adapter is None else replace(report, adapter=_adapter_facts(adapter))
+
+
+def _quantized(folder: Path) -> tuple[str, ...]:
+    stored = loading.stored_in(folder)
+    return () if stored is None else (stored.title, *stored.notes)
 
 
 def _folder(model: str | Path | None) -> Path | None:
@@ -211,6 +218,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     rows = [*named, ("supported", "yes" if report.supported else f"no: {report.reason}")]
     rows += [("generation", listed(report.honoured))] if report.honoured else []
     rows += [("not honoured", listed(report.ignored))] if report.ignored else []
+    rows += [("quantized", "; ".join((*report.quantized, "dequantized when read")))] if report.quantized else []
     facts = report.facts
     if facts is None:
         return rows

@@ -25,8 +25,9 @@ from torch import Tensor
 from hybrid_cache.errors import ConfigError, ModelError
 from hybrid_cache.models import deltas, loading, registry
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.quantized import BLOCK, FORMATS, Format, Shape, dequantize, format_of, quantize, settings_of
-from hybrid_cache.models.weights import CODES, DTYPES, INDEX, SafetensorsWeights
+from hybrid_cache.models.quant_methods.named import method_of
+from hybrid_cache.models.quantized import BLOCK, CODES, FORMATS, Format, Shape, dequantize, quantize, settings_of
+from hybrid_cache.models.weights import DTYPES, INDEX, SafetensorsWeights
 
 STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()} | CODES
@@ -91,7 +92,7 @@ def prepare(source: Path, *, dtype: str | None = None, quantize: str | None = No
     new_dtype = _option("dtype", dtype, STORED_DTYPES)
     stored = _option("quantize", quantize, FORMATS)
     config = loading.load_config(source)
-    if format_of(config) is not None:
+    if method_of(config, deltas.base_of(source)) is not None:
         raise ModelError(f"{source}: config.json: quantization_config is there, convert what it was made from")
     try:
         with Survey(source) as weights:
