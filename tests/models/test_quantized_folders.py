@@ -1,16 +1,22 @@
 """Quantized checkpoints of other tools serve the model that the tool itself reads back from them."""
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
-from tests.models import quantizers
+from hybrid_cache.models.config import Config
+from hybrid_cache.models.quant_methods.gptq import Gptq
+from tests.models import checkpoints, quantizers
 from tests.models.driver import Driver
 
 OPS = dispatch.select("torch")
+WRITTEN = Path(__file__).parent / "quantized"
 TOKENS = list(range(3, 80))
 
 
@@ -80,3 +86,35 @@ def test_compressed_tensors(case, scheme, references, tmp_path):
     model = references(case)
     weights = quantizers.write_compressed(model, tmp_path, {"group_0": {"targets": ["Linear"], **scheme}})
     check(model, tmp_path, weights)
+
+
+@pytest.mark.parametrize("name", ["granite-gptq", "falcon_h1-gptq", "granite-awq", "falcon_h1-awq"])
+def test_gptq_and_awq_are_what_another_reader_makes_of_them(name):
+    expected = load_file(WRITTEN / name / "expected.safetensors")["logits"]
+    assert (
+        served(WRITTEN / name, dtype="float32")[-len(expected) :] - expected
+    ).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["granite-gptq", "falcon_h1-awq"])
+def test_the_writers_own_format_has_the_same_tensors(name, tmp_path):
+    """AutoRound's `auto_round` format, which it writes as GPTQ or AWQ."""
+    folder = shutil.copytree(WRITTEN / name, tmp_path / "model")
+    stored = quantizers.read_config(folder)["quantization_config"]
+    packing = f"auto_round:auto_{name.rpartition('-')[2]}"
+    checkpoints.edit_config(
+        folder, quantization_config={**stored, "quant_method": "auto-round", "packing_format": packing}
+    )
+    assert torch.equal(served(folder), served(WRITTEN / name))
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_with_inputs_in_an_order_of_their_own(bits, version):
+    tensors = load_file(WRITTEN / "gptqmodel.safetensors")
+    parts = {f".{name}": tensors[f"{version}.{bits}.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx")}
+    config = Config({"bits": bits, "group_size": 16, "checkpoint_format": version})
+    weight = Gptq(config).decode("w", parts, (32, 64), torch.float32)
+    torch.testing.assert_close(weight, tensors[f"{bits}.weight"].float(), rtol=1e-3, atol=0)
+    other = Gptq(Config({"bits": bits, "checkpoint_format": "gptq" if version == "gptq_v2" else "gptq_v2"}))
+    assert not torch.allclose(other.decode("w", parts, (32, 64), torch.float32), weight, atol=1e-3)
