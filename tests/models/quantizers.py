@@ -7,7 +7,10 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.models import checkpoints
@@ -70,6 +73,28 @@ def write_compressed(model: nn.Module, folder: Path, groups: Mapping[str, object
     compressor.compress_model(model)
     checkpoints.save(model, folder)
     compressor.update_config(str(folder))
+    return expected
+
+
+def write_float8(model: nn.Module, folder: Path, **settings: object) -> Weights:
+    """By the conversion of transformers' own FP8 quantizer, which its loading and saving run."""
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+
+    config = FineGrainedFP8Config(**settings)
+    checkpoints.save(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    holder = SimpleNamespace(quantization_config=config)
+    there, back = Fp8Quantize(holder), Fp8Dequantize(holder)
+    expected: Weights = {}
+    for name in [name for name in weights if name.removesuffix(".weight") in linears(model)]:
+        new = there.convert({name: weights.pop(name)})
+        if len(new) > 1:  # the others have sides that blocks do not divide, and stay as they are
+            expected[name] = back._dequantize_one(new[name], new[f"{name}_scale_inv"], torch.float32)
+        weights |= new
+    assert expected
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoints.edit_config(folder, quantization_config=config.to_dict())
     return expected
 
 

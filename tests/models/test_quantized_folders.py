@@ -1,16 +1,21 @@
 """Quantized checkpoints of other tools serve the model that the tool itself reads back from them."""
 
 import copy
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from hybrid_cache.api.cli.model_info import examine
+from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.quant_methods.compressed import CompressedTensors
 from hybrid_cache.models.quant_methods.gptq import Gptq
 from tests.models import checkpoints, quantizers
 from tests.models.driver import Driver
@@ -74,12 +79,13 @@ SCHEMES = {
 }
 
 
-@pytest.fixture(autouse=True, params=[1 << 22, 1 << 12], ids=["whole", "by rows"])
+@pytest.fixture(params=[1 << 22, 1 << 12], ids=["whole", "by rows"])
 def block(request, monkeypatch):
     """Matrices are dequantized a few rows at a time."""
     monkeypatch.setattr("hybrid_cache.models.quant_methods.method.BLOCK", request.param)
 
 
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("case", quantizers.CASES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_compressed_tensors(case, scheme, references, tmp_path):
@@ -88,6 +94,57 @@ def test_compressed_tensors(case, scheme, references, tmp_path):
     check(model, tmp_path, weights)
 
 
+def test_experts_are_matrices_like_others(references, tmp_path):
+    model = references(next(case for case in checkpoints.CASES if case.name == "jamba with experts"))
+    weights = quantizers.write_compressed(model, tmp_path, {"group_0": {"targets": ["Linear"], **SCHEMES["W8A16"]}})
+    check(model, tmp_path, weights)
+
+
+FLOAT8 = {
+    "blocks": {"weight_block_size": (32, 16)},
+    "blocks, scales that are powers of two": {"weight_block_size": (16, 32), "scale_fmt": "ue8m0"},
+    "whole matrices": {"weight_block_size": None},
+}
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("case", quantizers.CASES, ids=str)
+@pytest.mark.parametrize("settings", FLOAT8.values(), ids=FLOAT8)
+def test_float8_by_transformers(case, settings, references, tmp_path):
+    model = references(case)
+    check(model, tmp_path, quantizers.write_float8(model, tmp_path, **settings))
+
+
+def respelled(folder, **quantization):
+    """Float8 with one scale a matrix, as AutoFP8 and ModelOpt call it, and with the scales of activations."""
+    path = folder / "model.safetensors"
+    weights = {name.replace("weight_scale_inv", "weight_scale"): tensor for name, tensor in load_file(path).items()}
+    beside = {name.replace("weight", "input"): torch.ones(1) for name in weights if name.endswith("weight_scale")}
+    beside |= {"model.layers.1.self_attn.k_proj.k_scale": torch.ones(1)}
+    save_file({**weights, **beside}, path, metadata={"format": "pt"})
+    checkpoints.edit_config(folder, quantization_config=quantization or None)
+
+
+AUTOFP8 = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+
+
+@pytest.mark.parametrize(
+    "quantization", [AUTOFP8, FBGEMM, MODELOPT, {}], ids=["AutoFP8", "FBGEMM", "ModelOpt", "beside"]
+)
+def test_float8_under_other_names(quantization, references, tmp_path):
+    model = references(quantizers.CASES[0])
+    weights = quantizers.write_float8(model, tmp_path, weight_block_size=None)
+    respelled(tmp_path, **quantization)
+    if not quantization:
+        inner = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+        text = json.dumps({"producer": {"name": "modelopt", "version": "0.35.0"}, "quantization": inner})
+        (tmp_path / "hf_quant_config.json").write_text(text)
+    check(model, tmp_path, weights)
+
+
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("name", ["granite-gptq", "falcon_h1-gptq", "granite-awq", "falcon_h1-awq"])
 def test_gptq_and_awq_are_what_another_reader_makes_of_them(name):
     expected = load_file(WRITTEN / name / "expected.safetensors")["logits"]
@@ -118,3 +175,157 @@ def test_gptq_with_inputs_in_an_order_of_their_own(bits, version):
     torch.testing.assert_close(weight, tensors[f"{bits}.weight"].float(), rtol=1e-3, atol=0)
     other = Gptq(Config({"bits": bits, "checkpoint_format": "gptq" if version == "gptq_v2" else "gptq_v2"}))
     assert not torch.allclose(other.decode("w", parts, (32, 64), torch.float32), weight, atol=1e-3)
+
+
+def test_compressed_tensors_with_inputs_in_an_order_of_their_own():
+    """What llm-compressor wrote with `actorder: group` before the library gave that up."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    torch.manual_seed(3)
+    codes, group = torch.randint(-8, 8, (32, 64), dtype=torch.int8), torch.randperm(64) // 16
+    scale, zeros = torch.rand(32, 4), torch.randint(-8, 8, (32, 4), dtype=torch.int8)
+    args = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": 16,
+        "symmetric": False,
+        "actorder": "group",
+    }
+    method = CompressedTensors(
+        {"format": "pack-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": args}}}
+    )
+    parts = {
+        ".weight_packed": pack_to_int32(codes, 4),
+        ".weight_zero_point": pack_to_int32(zeros, 4, packed_dim=0),
+        ".weight_scale": scale,
+        ".weight_g_idx": group.int(),
+    }
+    weight = method.decode("model.layers.0.x.weight", parts, (32, 64), torch.float32)
+    torch.testing.assert_close(weight, (codes.float() - zeros.float()[:, group]) * scale[:, group])
+
+
+# What is said
+
+
+def test_what_is_not_done_is_said(references, tmp_path, caplog):
+    groups = {"group_0": {"targets": ["Linear"], **SCHEMES["W8A8"]}}
+    quantizers.write_compressed(references(quantizers.CASES[0]), tmp_path, groups)
+    with caplog.at_level("INFO", logger="hybrid_cache"):
+        loading.load(tmp_path, ops=OPS)
+    said = "compressed-tensors, W8A8 int by channel; only weights are quantized here: activations are not"
+    assert said in caplog.text
+    assert said in "; ".join(examine(tmp_path, 1 << 30).quantized)
+
+
+def test_the_fingerprint_changes_with_what_the_codes_mean(tmp_path):
+    folder = shutil.copytree(WRITTEN / "granite-gptq", tmp_path / "model")
+    before = loading.load(folder, ops=OPS).fingerprint
+    stored = quantizers.read_config(folder)["quantization_config"]
+    checkpoints.edit_config(folder, quantization_config={**stored, "checkpoint_format": "gptq_v2"})
+    assert loading.load(folder, ops=OPS).fingerprint != before
+
+
+def test_a_folder_whose_quantization_is_named_beside_its_config(tmp_path):
+    for name, file in (("granite-gptq", "quantize_config.json"), ("granite-awq", "quant_config.json")):
+        folder = shutil.copytree(WRITTEN / name, tmp_path / name)
+        (folder / file).write_text(json.dumps(quantizers.read_config(folder)["quantization_config"]))
+        checkpoints.edit_config(folder, quantization_config=None)
+        assert torch.equal(served(folder), served(WRITTEN / name))
+
+
+def edit_weights(folder, edit):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def set_quantization(**changes):
+    return lambda f: checkpoints.edit_config(
+        f, quantization_config={**quantizers.read_config(f)["quantization_config"], **changes}
+    )
+
+
+PROJ = "model.layers.1.self_attn.q_proj"
+REFUSED = {
+    "a kernel's own layout": (set_quantization(checkpoint_format="marlin"), "checkpoint_format is 'marlin', supported"),
+    "another method": (
+        set_quantization(quant_method="bitsandbytes"),
+        "quant_method is 'bitsandbytes', supported: auto-round, awq, compressed-tensors, fbgemm_fp8, fp8, gptq, "
+        "hybrid-cache, modelopt; serve what it was made from, or a ",
+    ),
+    "mlx": (
+        lambda f: checkpoints.edit_config(f, quantization_config=None, quantization={"group_size": 64, "bits": 4}),
+        "config.json: quantization has no quant_method, as MLX writes it, which is not read: serve what it was made ",
+    ),
+    "nvfp4": (
+        set_quantization(quant_method="compressed-tensors", format="nvfp4-pack-quantized"),
+        "quantization_config.format is 'nvfp4-pack-quantized', supported: pack-quantized, ",
+    ),
+    "nvfp4 by another tool": (
+        set_quantization(quant_method="modelopt", quant_algo="NVFP4"),
+        "quant_algo is 'NVFP4', supported: 'FP8'",
+    ),
+    "rotated weights": (
+        set_quantization(quant_method="compressed-tensors", transform_config={"config_groups": {"u": {}}}),
+        "quantization_config.transform_config is {'config_groups': {'u': {}}}, which is not supported",
+    ),
+    "schemes that are none": (
+        set_quantization(quant_method="compressed-tensors", config_groups={"group_0": {"targets": 3}}),
+        "quantization_config is not understood: ",
+    ),
+    "no schemes": (set_quantization(quant_method="compressed-tensors", config_groups={}), "quantizes no weights"),
+    "scales that are missing": (
+        lambda f: edit_weights(f, lambda w: w.pop(f"{PROJ}.scales")),
+        f"missing weight: {PROJ}.scales, a part of a quantized matrix",
+    ),
+    "scales of another type": (
+        lambda f: edit_weights(f, lambda w: w.update({f"{PROJ}.scales": w[f"{PROJ}.scales"].int()})),
+        f"weight {PROJ}.scales is I32, supported: BF16, F16, F32",
+    ),
+    "words of another matrix": (
+        lambda f: edit_weights(f, lambda w: w.update({f"{PROJ}.qweight": w[f"{PROJ}.qweight"][:5].contiguous()})),
+        f"weight {PROJ}.weight [64, 64] cannot be stored as ",
+    ),
+    "zeros of another matrix": (
+        lambda f: edit_weights(f, lambda w: w.update({f"{PROJ}.qzeros": w[f"{PROJ}.qzeros"][:1].contiguous()})),
+        f"weight {PROJ}.qzeros has shape [1, 8], expected [2, 8]",
+    ),
+    "a group that is not there": (
+        lambda f: edit_weights(f, lambda w: w.update({f"{PROJ}.g_idx": w[f"{PROJ}.g_idx"] + 1})),
+        f"weight {PROJ}.weight: g_idx names group 2, there are 2",
+    ),
+    "scales that are not finite": (
+        lambda f: edit_weights(f, lambda w: w[f"{PROJ}.scales"].fill_(float("inf"))),
+        f"weight {PROJ}.scales contains values that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
+def test_refuses(damage, message, tmp_path):
+    folder = shutil.copytree(WRITTEN / "granite-gptq", tmp_path / "model")
+    damage(folder)
+    with pytest.raises(ModelError) as raised:
+        loading.load(folder, ops=OPS)
+    assert message in str(raised.value)
+    assert str(raised.value).startswith(f"{folder}: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_bias_of_zeros_is_left_out_and_another_is_not(tmp_path):
+    folder = shutil.copytree(WRITTEN / "granite-gptq", tmp_path / "model")
+    edit_weights(folder, lambda w: w.update({f"{PROJ}.bias": torch.zeros(64)}))
+    assert torch.equal(served(folder), served(WRITTEN / "granite-gptq"))
+    edit_weights(folder, lambda w: w[f"{PROJ}.bias"].fill_(1))
+    with pytest.raises(ModelError, match=f"unexpected weights: {PROJ}.bias"):
+        loading.load(folder, ops=OPS)
+
+
+def test_the_library_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compressed_tensors.quantization", None)
+    with pytest.raises(
+        UnsupportedModel, match=r"needs the package compressed-tensors: pip install 'hybrid-cache\[quan"
+    ):
+        CompressedTensors({"config_groups": {}})
