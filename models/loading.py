@@ -171,6 +171,7 @@ class ModelInfo:
     num_parameters: int
     vocab_size: int
     max_length: int
+    stretched: str | None  # how its positions make more of the context than it was trained for
     kv_bytes_per_token: int
     checkpoint_bytes: int
     prefill_cost: PrefillCost
@@ -191,6 +192,7 @@ def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
         num_parameters=weights.num_parameters,
         vocab_size=model.vocab_size,
         max_length=model.max_length,
+        stretched=model.context.stretched,
         kv_bytes_per_token=spec.kv_bytes_per_token,
         checkpoint_bytes=spec.slot_bytes,
         prefill_cost=model.prefill_cost,

@@ -18,6 +18,7 @@ from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.depth import digest_of
 from hybrid_cache.models.files import TABLE_BYTES, few, read_json, shown
+from hybrid_cache.models.names import Names, core
 from hybrid_cache.models.quant_methods.method import Method
 
 CPU = torch.device("cpu")
@@ -28,6 +29,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_WEIGHTS = 1 << 18  # that are described without being there
 MAX_SIZE = 1 << 44  # of one of them, in numbers
 _LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
+_SHARD = re.compile(r"model-(\d{1,5})-of-(\d{1,5})\.safetensors")
 
 
 class Weights(Protocol):
@@ -150,8 +152,10 @@ class SafetensorsWeights:
         self._left = set(self._names)
         self._ignored = [DERIVED] if stored is None or stored.beside is None else [DERIVED, stored.beside]
         self._digests = dict[str, bytes]()
-        self._adapter, self.bank = adapter, bank
-        self._to_change = set(adapter.weights) if adapter else set()
+        self._found = Names(self._names)
+        self._adapter = None if adapter is None else adapter.named_in(self._found)
+        self.bank = bank
+        self._to_change = set(self._adapter.weights) if self._adapter else set()
         self._check_adapter(self._to_change - self._names)
 
     def __enter__(self) -> Self:
@@ -161,19 +165,19 @@ class SafetensorsWeights:
         self._files.close()
 
     def take(self, name: str, *shape: int) -> Tensor:
-        return self._read(name, shape, self.dtype)
+        return self._read(self._found.find(name), shape, self.dtype)
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
-        return self._read(name, shape, torch.float32)
+        return self._read(self._found.find(name), shape, torch.float32)
 
     def take_joined(self, names: Sequence[str], *shape: int) -> Tensor:
-        lengths = [self._length(name) for name in names]
+        lengths = [self._length(self._found.find(name)) for name in names]
         if sum(lengths) != shape[0]:
             raise ModelError(f"weights {', '.join(names)} have {sum(lengths)} rows, expected {shape[0]}")
         return torch.cat([self.take(name, n, *shape[1:]) for name, n in zip(names, lengths, strict=True)])
 
     def has(self, name: str) -> bool:
-        return name in self._names
+        return self._found.find(name) in self._names
 
     def lay_over(self, path: Path, unchanged: str) -> None:
         """Replaces weights by those of a safetensors file; `unchanged` is the digest of the weights that stay.
@@ -226,7 +230,8 @@ class SafetensorsWeights:
         return name.endswith(".bias") and matrix in self._packed and not self._finite(name).any()
 
     def beside(self, packed: Linear, parts: Mapping[str, int]) -> Linear:
-        return packed if self.bank is None else self.bank.linear(packed, parts, self.dtype)
+        found = {self._found.find(name): size for name, size in parts.items()}
+        return packed if self.bank is None else self.bank.linear(packed, found, self.dtype)
 
     def _check_adapter(self, unknown: set[str]) -> None:
         if unknown and self._adapter:
@@ -288,7 +293,8 @@ class SafetensorsWeights:
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         found = self._slice(name).get_shape()
         if tuple(found) != expected:
-            raise ModelError(f"weight {name} has shape {found}, expected {list(expected)}")
+            mlx = ", as MLX writes it, which is not read" if _is_of_mlx(name, found, expected) else ""
+            raise ModelError(f"weight {name} has shape {found}, expected {list(expected)}{mlx}")
 
     def _hashed(self, name: str) -> Tensor:
         tensor = self._finite(name)
@@ -325,14 +331,14 @@ class SafetensorsWeights:
 
     def _layers_missing(self, name: str) -> str:
         """Says so where a whole layer is not there."""
-        place = _LAYER.match(name)
+        place = _LAYER.match(core(name))
         if place is None or int(place[2]) < (found := _num_layers(self._names, place[1])):
             return ""
         return f"; there are weights for {found} layers, config.json: num_hidden_layers is larger"
 
     def _layers_left(self, name: str) -> str:
         """Says so where a whole layer is left over."""
-        place = _LAYER.match(name)
+        place = _LAYER.match(core(name))
         if place is None or int(place[2]) < _num_layers(self._names - self._left, place[1]):
             return ""
         found = _num_layers(self._names, place[1])
@@ -395,8 +401,13 @@ def _check_finite(what: str, tensor: Tensor) -> None:
         raise ModelError(f"{what} contains values that are not finite")
 
 
+def _is_of_mlx(name: str, found: Sequence[int], expected: Sequence[int]) -> bool:
+    """MLX keeps convolutions with channels last, and may have added to norms or multiplied matrices without a word."""
+    return "conv" in name and len(found) == 3 and [found[0], found[2], found[1]] == [*expected]
+
+
 def _num_layers(names: Iterable[str], prefix: str) -> int:
-    places = (_LAYER.match(name) for name in names)
+    places = (_LAYER.match(core(name)) for name in names)
     return max((int(place[2]) + 1 for place in places if place and place[1] == prefix), default=0)
 
 
@@ -405,10 +416,29 @@ def _shards(folder: Path) -> Iterable[Path]:
         return [folder / "model.safetensors"]
     if (folder / INDEX).is_file():
         return _indexed_shards(folder)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if shards := _numbered_shards(folder):
+        return shards
+    raise _no_weights(sorted(path.name for path in folder.iterdir()))
+
+
+def _no_weights(names: Sequence[str]) -> ModelError:
+    """Names what there is instead."""
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
-        raise UnsupportedModel(f"only safetensors weights are read, found {pickles[0]}")
-    raise ModelError(f"neither model.safetensors nor {INDEX} is there")
+        return UnsupportedModel(f"only safetensors weights are read, found {pickles[0]}")
+    others = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")]
+    found = f", found {few(others)}" if others else ""
+    return ModelError(f"neither model.safetensors nor {INDEX} is there{found}")
+
+
+def _numbered_shards(folder: Path) -> list[Path]:
+    """All `model-00001-of-0000N.safetensors`, where a tool wrote no index. Raises ModelError where some are missing."""
+    places = {path: _SHARD.fullmatch(path.name) for path in sorted(folder.glob("model-*-of-*.safetensors"))}
+    shards = {path: (int(place[1]), int(place[2])) for path, place in places.items() if place}
+    counts = {count for _, count in shards.values()}
+    if shards and (len(counts) > 1 or {i for i, _ in shards.values()} != set(range(1, max(counts) + 1))):
+        raise ModelError(f"{INDEX} is not there, and {few(path.name for path in shards)} are not all shards")
+    return [*shards]
 
 
 def _indexed_shards(folder: Path) -> Iterable[Path]:

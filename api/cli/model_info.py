@@ -34,6 +34,7 @@ class Facts:
     num_parameters: int | None
     vocab_size: int
     max_length: int | None
+    stretched: str | None  # how positions make more of it than the model was trained for
     kv_bytes_per_token: int
     checkpoint_bytes: int
     break_even_tokens: int | None  # from this length on a checkpoint is smaller than the KV; None if one is missing
@@ -143,6 +144,7 @@ def _facts(shape: ModelShape, info: loading.ModelInfo | None, budget_bytes: int)
         num_parameters=info.num_parameters if info else None,
         vocab_size=shape.vocab_size,
         max_length=info.max_length if info else None,
+        stretched=info.stretched if info else None,
         kv_bytes_per_token=kv_bytes,
         checkpoint_bytes=checkpoint_bytes,
         break_even_tokens=checkpoint_bytes // kv_bytes + 1 if kv_bytes and checkpoint_bytes else None,
@@ -227,7 +229,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("parameters", f"{format_count(facts.num_parameters)} ({facts.num_parameters:,})"))
     rows.append(("dtype", facts.dtype))
     if facts.max_length is not None:
-        rows.append(("context", f"{facts.max_length:,} tokens"))
+        rows.append(("context", f"{facts.max_length:,} tokens" + (f" ({facts.stretched})" if facts.stretched else "")))
     conversations = f"{facts.conversations_in_budget:,} of {facts.conversation_tokens:,} tokens with a checkpoint each"
     return [
         *rows,

@@ -231,7 +231,8 @@ def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, memory: Memo
     info, spec = loaded.info, loaded.model.cache_spec
     layers = ", ".join(f"{count} {kind}" for kind, count in sorted(info.layers.items()))
     facts.add_row("url", f"{url}/v1")
-    facts.add_row("model", f"{name}, {info.model_type}, {layers}, context {info.max_length:,}")
+    context = f"{info.max_length:,}" + (f" ({info.stretched})" if info.stretched else "")
+    facts.add_row("model", f"{name}, {info.model_type}, {layers}, context {context}")
     for each in loaded.variants:
         facts.add_row("variant", _variant_line(each, len(loaded.model.chain) - 1))
     facts.add_row("size", f"{format_count(info.num_parameters)} parameters in {loaded.dtype_name}")
