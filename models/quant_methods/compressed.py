@@ -102,9 +102,11 @@ class CompressedTensors:
         return args
 
     def _scheme(self, weight: str) -> QuantizationScheme:
-        """By its name, else that of all layers of a class; we do not know the classes of other libraries."""
+        """By its name, else that of all layers of a class; the only one is everybody's, whatever names a file has."""
         from compressed_tensors.utils.match import match_name
 
+        if len(self._schemes) == 1:
+            return self._schemes[0]
         module = weight.removesuffix(".weight")
         named = (s for s in self._schemes if any(match_name(module, target) for target in s.targets))
         of_class = (s for s in self._schemes if any(target.isidentifier() for target in s.targets))

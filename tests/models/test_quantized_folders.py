@@ -94,6 +94,59 @@ def test_compressed_tensors(case, scheme, references, tmp_path):
     check(model, tmp_path, weights)
 
 
+def test_a_scheme_for_each_module_by_name_else_by_class(references, tmp_path):
+    model = references(quantizers.CASES[0])
+    groups = {
+        "group_0": {"targets": ["Linear"], **SCHEMES["W4A16 in groups"]},
+        "group_1": {"targets": ["re:.*out_proj$", "model.layers.1.self_attn.o_proj"], **SCHEMES["W8A16"]},
+    }
+    weights = quantizers.write_compressed(model, tmp_path, groups)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["model.layers.0.mamba.out_proj.weight_packed"].shape[1] == 2 * 16  # inputs 128
+    assert stored["model.layers.0.mamba.in_proj.weight_packed"].shape[1] == 64 // 8
+    check(model, tmp_path, weights)
+
+
+def test_names_of_targets_may_be_those_of_another_class(references, tmp_path):
+    """vLLM looks modules up by the names in the file's config, and finds none for a part of a larger model."""
+    model = references(quantizers.CASES[0])
+    weights = quantizers.write_compressed(
+        model, tmp_path, {"group_0": {"targets": ["Linear"], **SCHEMES["FP8 by row"]}}
+    )
+    stored = quantizers.read_config(tmp_path)["quantization_config"]
+    stored["config_groups"]["group_0"]["targets"] = ["re:^thinker[.]model[.]layers.*proj$"]
+    checkpoints.edit_config(tmp_path, quantization_config=stored)
+    check(model, tmp_path, weights)
+
+
+def test_an_embedding_may_be_quantized_too(references, tmp_path):
+    model = references(quantizers.CASES[0])
+    groups = {"group_0": {"targets": ["Linear", "Embedding"], **SCHEMES["W4A16 in groups"]}}
+    weights = quantizers.write_compressed(model, tmp_path, groups)
+    assert "model.embed_tokens.weight" in weights
+    assert "model.embed_tokens.weight_packed" in load_file(tmp_path / "model.safetensors")
+    check(model, tmp_path, weights)
+
+
+def test_experts_packed_in_one_tensor_are_missed_by_name(tmp_path, references):
+    """transformers 5.10 left such experts as they were born, without a word."""
+    model = references(quantizers.CASES[0])
+    quantizers.write_compressed(model, tmp_path, {"group_0": {"targets": ["Linear"], **SCHEMES["W4A16 in groups"]}})
+    prefix = "model.layers.1.shared_mlp.input_linear"
+    edit_weights(tmp_path, lambda w: w.update({f"{prefix}_packed": w.pop(f"{prefix}.weight_packed")}))
+    with pytest.raises(ModelError, match=rf"missing weight: {prefix}\.weight \[128, 64\]"):
+        loading.load(tmp_path, ops=OPS)
+
+
+def test_float8_of_delta_nets(references, tmp_path):
+    """Qwen3.5's and Qwen3-Next's projections for gates are narrower than a block."""
+    case = next(case for case in checkpoints.FIRST_CASES if case.family == "Qwen3_5")
+    model = references(case)
+    weights = quantizers.write_float8(model, tmp_path, weight_block_size=(8, 8))
+    assert any("linear_attn" in name for name in weights)
+    check(model, tmp_path, weights)
+
+
 def test_experts_are_matrices_like_others(references, tmp_path):
     model = references(next(case for case in checkpoints.CASES if case.name == "jamba with experts"))
     weights = quantizers.write_compressed(model, tmp_path, {"group_0": {"targets": ["Linear"], **SCHEMES["W8A16"]}})
