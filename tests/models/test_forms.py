@@ -155,6 +155,15 @@ def test_files_beside_the_index_are_not_read(references, folders, tmp_path):
     assert torch.equal(served(folder), served(folders(GRANITE)))
 
 
+def test_a_weight_in_two_shards_is_not_overwritten(references, tmp_path):
+    folder = in_shards(references, tmp_path / "model")
+    first, second = sorted(folder.glob("model-0000[12]-of-*"))
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: load_file(first)[name]}, second, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"weight {name} is in two files, one of them {second.name}"):
+        loading.load(folder, ops=OPS)
+
+
 def test_all_shards_are_enough_without_an_index(references, folders, tmp_path):
     folder = in_shards(references, tmp_path / "model")
     (folder / "model.safetensors.index.json").unlink()

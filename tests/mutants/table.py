@@ -4,6 +4,7 @@ from tests.mutants import (
     of_activated,
     of_api,
     of_cache,
+    of_checkpoints,
     of_choreography,
     of_engine,
     of_kernels,
@@ -22,4 +23,5 @@ MUTANTS = [
     *of_variants.MUTANTS,
     *of_activated.MUTANTS,
     *of_reading.MUTANTS,
+    *of_checkpoints.MUTANTS,
 ]
