@@ -17,8 +17,10 @@ from hybrid_cache.models import loading
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.quant_methods.compressed import CompressedTensors
 from hybrid_cache.models.quant_methods.gptq import Gptq
+from hybrid_cache.models.quant_methods.named import method_of
 from tests.models import checkpoints, quantizers
 from tests.models.driver import Driver
+from tests.models.hostile import HOSTILE
 
 OPS = dispatch.select("torch")
 WRITTEN = Path(__file__).parent / "quantized"
@@ -382,3 +384,46 @@ def test_the_library_that_is_not_installed_is_named(tmp_path, monkeypatch):
         UnsupportedModel, match=r"needs the package compressed-tensors: pip install 'hybrid-cache\[quan"
     ):
         CompressedTensors({"config_groups": {}})
+
+
+GROUP = {"targets": ["Linear"], **SCHEMES["W4A16 in groups"]}
+SETTINGS = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
+    "auto-round": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
+    "fp8": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8", "quantization": {"quant_algo": "FP8"}},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": GROUP},
+        **dict.fromkeys(("ignore", "sparsity_config", "transform_config", "kv_cache_scheme", "quantization_status")),
+    },
+}
+ARGS = (*GROUP["weights"], "block_structure", "dynamic", "actorder", "zp_dtype", "scale_dtype")
+
+
+def hostile_settings(settings):
+    """With one field of them that is absurd, and of the first group and its weights."""
+    for value in HOSTILE:
+        yield from ({**settings, field: value} for field in settings)
+        if "config_groups" in settings:
+            for field in (*GROUP, "input_activations", "format"):
+                yield {**settings, "config_groups": {"group_0": {**GROUP, field: value}}}
+            for field in ARGS:
+                group = {**GROUP, "weights": {**GROUP["weights"], field: value}}
+                yield {**settings, "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_absurd_settings_are_read_or_refused_in_one_line(settings):
+    assert method_of({"quantization_config": settings}) is not None
+    refused = 0
+    for each in hostile_settings(settings):
+        try:
+            method_of({"quantization_config": each})
+        except ModelError as e:
+            refused += 1
+            assert "\n" not in str(e)
+            assert len(str(e)) < 1000
+    assert refused > 100
