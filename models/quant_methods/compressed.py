@@ -203,9 +203,8 @@ def _schemes(values: Mapping[str, object]) -> tuple[QuantizationScheme, ...]:
     except ImportError as e:
         raise UnsupportedModel(f"quantization_config.quant_method is {METHOD!r}, which {EXTRA}") from e
     try:
-        known = {
-            name: _without_order(value) for name, value in values.items() if name in QuantizationConfig.model_fields
-        }
+        given = {name: value for name, value in values.items() if value is not None}
+        known = {name: _without_order(given[name]) for name in QuantizationConfig.model_fields if name in given}
         config = QuantizationConfig.model_validate(known)
     except Exception as e:  # its validators compare and look up whatever the file has
         raise ModelError(f"quantization_config is not understood: {' '.join(str(e).split())[:300]}") from e
