@@ -84,13 +84,17 @@ def examine(
         with errors_begin_with(folder):
             defaults = load_defaults(folder)
         report = replace(report, honoured=defaults.honoured, ignored=defaults.ignored)
-        report = replace(report, quantized=_quantized(folder) if report.supported else ())
+        report = _with_quantization(report, folder)
     return report if adapter is None else replace(report, adapter=_adapter_facts(adapter))
 
 
-def _quantized(folder: Path) -> tuple[str, ...]:
-    stored = loading.stored_in(folder)
-    return () if stored is None else (stored.title, *stored.notes)
+def _with_quantization(report: Report, folder: Path) -> Report:
+    """What files beside config.json say, too."""
+    try:
+        stored = loading.stored_in(folder) if report.supported else None
+    except UnsupportedModel as error:
+        return replace(report, supported=False, reason=str(error), facts=None)
+    return report if stored is None else replace(report, quantized=(stored.title, *stored.notes))
 
 
 def _folder(model: str | Path | None) -> Path | None:

@@ -289,6 +289,15 @@ def test_a_folder_whose_quantization_is_named_beside_its_config(tmp_path):
         assert torch.equal(served(folder), served(WRITTEN / name))
 
 
+def test_what_is_refused_beside_the_config_is_no_supported_model(tmp_path):
+    folder = shutil.copytree(WRITTEN / "granite-gptq", tmp_path / "model")
+    checkpoints.edit_config(folder, quantization_config=None)
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    report = examine(folder, 1 << 30)
+    assert (report.supported, report.facts) == (False, None)
+    assert "quant_algo is 'NVFP4', supported: 'FP8'" in report.reason
+
+
 def edit_weights(folder, edit):
     path = folder / "model.safetensors"
     weights = load_file(path)
