@@ -152,10 +152,12 @@ def read_config(path: Path) -> dict[str, object]:
 
 
 def stored_in(path: str | Path) -> Method | None:
-    """How the quantized matrices of a folder, or of a delta's base, are stored; None for plain weights.
+    """How the quantized matrices of a folder, or of a delta's base, are stored; None for plain weights and for files.
 
     Raises ModelError.
     """
+    if not Path(path).is_dir():
+        return None
     folder = deltas.base_of(Path(path))
     with errors_begin_with(folder):
         return method_of(read_json(folder / "config.json"), folder)

@@ -42,6 +42,7 @@ from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.async_engine import HUNG_AFTER_S, AsyncEngine
 from hybrid_cache.errors import ConfigError, HybridCacheError, ModelError
 from hybrid_cache.kernels import dispatch
+from hybrid_cache.models import loading
 from hybrid_cache.models.files import errors_begin_with
 from hybrid_cache.sizes import format_bytes, format_count
 from hybrid_cache.spec import CacheSpec
@@ -233,6 +234,8 @@ def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, memory: Memo
     facts.add_row("url", f"{url}/v1")
     context = f"{info.max_length:,}" + (f" ({info.stretched})" if info.stretched else "")
     facts.add_row("model", f"{name}, {info.model_type}, {layers}, context {context}")
+    if (stored := loading.stored_in(loaded.path)) is not None:
+        facts.add_row("weights", "; ".join((stored.title, *stored.notes)))
     for each in loaded.variants:
         facts.add_row("variant", _variant_line(each, len(loaded.model.chain) - 1))
     facts.add_row("size", f"{format_count(info.num_parameters)} parameters in {loaded.dtype_name}")

@@ -4,13 +4,18 @@ import copy
 import json
 import shutil
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from hybrid_cache.api.cli.model_info import examine
+from hybrid_cache.api.server.launch import Loaded
+from hybrid_cache.api.server.process import hello
+from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
 from hybrid_cache.models import loading
@@ -271,6 +276,15 @@ def test_what_is_not_done_is_said(references, tmp_path, caplog):
     said = "compressed-tensors, W8A8 int by channel; only weights are quantized here: activations are not"
     assert said in caplog.text
     assert said in "; ".join(examine(tmp_path, 1 << 30).quantized)
+
+
+def test_whoever_starts_a_server_is_told():
+    folder = WRITTEN / "granite-gptq"
+    info = loading.describe(loading.load_config(folder))
+    loaded = Loaded("granite-gptq", folder, loading.load(folder, ops=OPS), OPS, info)
+    console = Console(file=StringIO(), width=100)
+    console.print(hello(loaded, [], EngineConfig(), "all of it", "http://here", "granite-gptq"))
+    assert "weights  GPTQ, 4 bits, groups of 32" in console.file.getvalue()
 
 
 def test_the_fingerprint_changes_with_what_the_codes_mean(tmp_path):
