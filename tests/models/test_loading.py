@@ -193,7 +193,7 @@ REFUSED = {
     "unknown positions": (
         set_config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
         UnsupportedModel,
-        "config.json: rope_parameters.rope_type is 'longrope', supported: 'default', 'linear', 'llama3', ",
+        "config.json: rope_parameters.rope_type is 'longrope', supported: 'default', 'dynamic', 'linear', 'llama3', ",
     ),
     "positions without their settings": (
         set_config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
