@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.models.files import errors_begin_with, read_json, shown
 from hybrid_cache.models.folders import ADAPTERS, check_adapter
+from hybrid_cache.models.names import Names
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -95,6 +96,14 @@ class Adapter:
     def weights(self) -> frozenset[str]:
         """Names of the weights that change."""
         return frozenset({*self.factors, *self.replaced})
+
+    def named_in(self, names: Names) -> Adapter:
+        """The same, for a checkpoint whose names have other prefixes. Raises ModelError for two of one weight."""
+        factors = {names.find(name): pair for name, pair in self.factors.items()}
+        replaced = {names.find(name): tensor for name, tensor in self.replaced.items()}
+        if len(factors) + len(replaced) < len(self.weights):
+            raise ModelError(f"adapter {self.name} changes a weight under two names")
+        return replace(self, factors=factors, replaced=replaced)
 
     @property
     def num_parameters(self) -> int:

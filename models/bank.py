@@ -13,6 +13,7 @@ from hybrid_cache.kernels.ops import Linear, Ops
 from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.depth import chain_of, digest_of, fingerprint_of
 from hybrid_cache.models.files import few
+from hybrid_cache.models.names import Names, core
 
 HEAD = "lm_head.weight"
 MERGE = "merge it (--merge-adapters)"
@@ -62,6 +63,7 @@ class AdapterBank:
 
     def adapted(self, trunk: Trunk, adapter: Adapter) -> AdaptedModel:
         """The bank's model with an adapter beside it. Raises ModelError for one that does not fit."""
+        adapter = adapter.named_in(Names({*self._digests, *self._targets}))
         self._check(adapter)
         digests, pairs = dict(self._digests), dict[int, tuple[Tensor, Tensor]]()
         for name in sorted(adapter.factors):
@@ -72,7 +74,7 @@ class AdapterBank:
             pairs[target.place] = self._scaled(name, adapter, target.dtype)
         factors = self.products.factors(pairs)
         names = fingerprint_of(self._facts, digests), chain_of(self._facts, digests)
-        return AdaptedModel(trunk, factors, *names, adapts_head=HEAD in adapter.factors)
+        return AdaptedModel(trunk, factors, *names, adapts_head=any(core(name) == HEAD for name in adapter.factors))
 
     def _check(self, adapter: Adapter) -> None:
         assert not adapter.replaced, "modules that are replaced belong into the trunk"

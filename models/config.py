@@ -82,6 +82,9 @@ class Config:
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def says(self, name: str, word: str) -> bool:
+        return self._values.get(name) == word
+
     def either(self, *names: str) -> str:
         """Of several names of one field, the one that is used here; the first where none is."""
         return next((name for name in names if self.has(name)), names[0])

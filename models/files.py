@@ -66,9 +66,9 @@ def read_bytes(path: Path, at_most: int) -> bytes:
 
 
 def read_text(path: Path, at_most: int) -> str:
-    """UTF-8. Raises ModelError as `read_bytes`."""
+    """UTF-8; a byte order mark, which some editors write before it, is left out. Raises ModelError as `read_bytes`."""
     try:
-        return read_bytes(path, at_most).decode()
+        return read_bytes(path, at_most).decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ModelError(f"{path.name} cannot be read: {e}") from e
 

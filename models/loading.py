@@ -1,5 +1,6 @@
 """From a model folder to a model that can run: config.json and safetensors files, nothing else, checked strictly."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,18 +16,22 @@ from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.errors import ConfigError, ModelError, UnsupportedModel
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models import adapters, deltas, quantized, registry
+from hybrid_cache.models import adapters, deltas, registry
 from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.files import errors_begin_with, read_json
 from hybrid_cache.models.folders import resolve
 from hybrid_cache.models.gguf import file as gguf
+from hybrid_cache.models.quant_methods.method import Method
+from hybrid_cache.models.quant_methods.named import method_of
 from hybrid_cache.models.registry import ShapedModel
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.shelf import Shelf
 from hybrid_cache.models.weights import SafetensorsWeights, ShapesOnly
 from hybrid_cache.spec import CacheSpec, PrefillCost
+
+logger = logging.getLogger("hybrid_cache")
 
 COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAST_CONTEXT = 4 * TILE  # with room for the prompts of the check before a model is served
@@ -117,11 +122,14 @@ def _build(
     """adapter: merged into the weights   bank: for those that may stand beside the model"""
     compute_dtype = _compute_dtype(dtype)
     values = load_config(folder)
-    stored = quantized.format_of(values)
-    if compute_dtype is None and (stored is not None or gguf.find(folder)):  # codes do not say what they were made from
+    if compute_dtype is None and gguf.find(folder):  # codes do not say what they were made from
         compute_dtype = _named_dtype(values)
     delta = deltas.find(folder)
     folder = folder if delta is None else delta.base
+    stored = stored_in(folder)
+    if stored is not None:
+        logger.info("%s: %s; dequantized when read", folder.name, "; ".join((stored.title, *stored.notes)))
+        compute_dtype = compute_dtype or _named_dtype(values)  # codes do not say what they were made from
     with errors_begin_with(folder):
         build = registry.find(values.get("model_type"))
         with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device, adapter, bank) as weights:
@@ -162,8 +170,20 @@ def read_config(path: Path) -> dict[str, object]:
     with errors_begin_with(path.parent):
         values = read_json(path)
         with errors_begin_with(path.name):
-            quantized.format_of(values)
+            method_of(values)
     return values
+
+
+def stored_in(path: str | Path) -> Method | None:
+    """How the quantized matrices of a folder, or of a delta's base, are stored; None for plain weights and for files.
+
+    Raises ModelError.
+    """
+    if not Path(path).is_dir() or gguf.find(Path(path)) is not None:
+        return None
+    folder = deltas.base_of(Path(path))
+    with errors_begin_with(folder):
+        return method_of(read_json(folder / "config.json"), folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +196,7 @@ class ModelInfo:
     num_parameters: int
     vocab_size: int
     max_length: int
+    stretched: str | None  # how its positions make more of the context than it was trained for
     kv_bytes_per_token: int
     checkpoint_bytes: int
     prefill_cost: PrefillCost
@@ -196,6 +217,7 @@ def describe(config: Mapping[str, object], *, dtype: str = "auto") -> ModelInfo:
         num_parameters=weights.num_parameters,
         vocab_size=model.vocab_size,
         max_length=model.max_length,
+        stretched=model.context.stretched,
         kv_bytes_per_token=spec.kv_bytes_per_token,
         checkpoint_bytes=spec.slot_bytes,
         prefill_cost=model.prefill_cost,
@@ -221,7 +243,9 @@ def _compute_dtype(dtype: str) -> torch.dtype | None:
 
 
 def _named_dtype(config: Mapping[str, object]) -> torch.dtype:
-    named = config.get("dtype") or config.get("torch_dtype")
+    text = config.get("text_config")
+    places = (config, text) if isinstance(text, Mapping) else (config,)
+    named = next((place[name] for place in places for name in ("dtype", "torch_dtype") if place.get(name)), None)
     return torch.bfloat16 if named == "bfloat16" else torch.float32
 
 

@@ -23,6 +23,7 @@ from hybrid_cache.errors import UnsupportedModel
 from hybrid_cache.models.files import shown
 
 METHOD = "hybrid-cache"
+CODES = {torch.int8: "I8", torch.uint8: "U8"}  # how safetensors calls them
 GROUP = 128
 BLOCK = 1 << 22  # weights that are worked on in float32 at a time
 Shape = tuple[int, ...]
@@ -103,23 +104,16 @@ class Int4:
 FORMATS: dict[str, Format] = {"int8": Int8(), "int4": Int4()}
 
 
-def format_of(config: Mapping[str, object]) -> Format | None:
-    """The format that a config.json names, None for plain weights. Raises UnsupportedModel for those of others."""
-    for field, found in _settings(config):
-        if not isinstance(found, Mapping):
-            raise UnsupportedModel(f"{field} is {shown(found)}, supported: an object with quant_method {METHOD!r}")
-        if field != "quantization_config" or found.get("quant_method") != METHOD:
-            method = found.get("quant_method")
-            raise UnsupportedModel(
-                f"{field}.quant_method is {shown(method)}, quantized weights are read in {METHOD!r} only"
-            )
-        stored = {"bits": found.get("bits"), "group_size": found.get("group_size")}
-        known = {name: {"bits": f.bits, "group_size": f.group_size} for name, f in FORMATS.items()}
-        name = next((name for name, values in known.items() if values == stored), None)
-        if name is None:
-            raise UnsupportedModel(f"{field} has {shown(stored)}, supported: {', '.join(map(str, known.values()))}")
-        return FORMATS[name]
-    return None
+def format_of(settings: Mapping[str, object]) -> Format:
+    """What `quantization_config` says of our own method. Raises UnsupportedModel for sizes that we do not write."""
+    stored = {"bits": settings.get("bits"), "group_size": settings.get("group_size")}
+    known = {name: {"bits": f.bits, "group_size": f.group_size} for name, f in FORMATS.items()}
+    name = next((name for name, values in known.items() if values == stored), None)
+    if name is None:
+        raise UnsupportedModel(
+            f"quantization_config has {shown(stored)}, supported: {', '.join(map(str, known.values()))}"
+        )
+    return FORMATS[name]
 
 
 def settings_of(stored: Format) -> dict[str, object]:
@@ -143,14 +137,6 @@ def dequantize(parts: Sequence[Tensor], shape: Shape, stored: Format, dtype: tor
     for block in _blocks(out.shape):
         out[block] = stored.decode([part[block] for part in rows], shape[-1]).to(dtype)
     return out.view(shape)
-
-
-def _settings(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Wherever a published config names a quantization."""
-    for name in ("quantization_config", "compression_config"):
-        for place, values in (("", config), ("text_config.", config.get("text_config"))):
-            if isinstance(values, Mapping) and values.get(name):
-                yield place + name, values[name]
 
 
 def _blocks(shape: Sequence[int]) -> Iterator[slice]:

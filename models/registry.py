@@ -11,6 +11,7 @@ from hybrid_cache.errors import UnsupportedModel
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.context import Context
 from hybrid_cache.models.files import shown
 from hybrid_cache.models.folders import ALIASES, supported
 from hybrid_cache.models.shapes import ModelShape
@@ -24,6 +25,9 @@ class ShapedModel(Trunk, Protocol):
 
     @property
     def shape(self) -> ModelShape: ...
+
+    @property
+    def context(self) -> Context: ...
 
     @property
     def bank(self) -> AdapterBank | None: ...

@@ -1,7 +1,7 @@
 """Weights by name: what an architecture asks for while it is built, and where they come from."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
 from math import isfinite, prod
@@ -19,17 +19,18 @@ from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.depth import digest_of
 from hybrid_cache.models.files import TABLE_BYTES, few, read_json, shown
 from hybrid_cache.models.gguf.file import SUFFIX, GgufFile, find
-from hybrid_cache.models.quantized import Format, dequantize
+from hybrid_cache.models.names import Names, core
+from hybrid_cache.models.quant_methods.method import Method
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DERIVED = r"rotary_emb\.inv_freq$"  # we compute these ourselves
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-CODES = {torch.int8: "I8", torch.uint8: "U8"}  # of quantized matrices
 MAX_WEIGHTS = 1 << 18  # that are described without being there
 MAX_SIZE = 1 << 44  # of one of them, in numbers
 _LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
+_SHARD = re.compile(r"model-(\d{1,5})-of-(\d{1,5})\.safetensors")
 
 
 class Weights(Protocol):
@@ -123,14 +124,14 @@ class SafetensorsWeights:
         self,
         folder: Path,
         dtype: torch.dtype | None,
-        stored: Format | None = None,
+        stored: Method | None = None,
         device: torch.device = CPU,
         adapter: Adapter | None = None,
         bank: AdapterBank | None = None,
     ) -> None:
         """`dtype` None takes the files' own; float16 is computed in float32, which holds all its values.
 
-        `stored` is the format of quantized matrices, if there are any; `device` is where tensors go; the changes of
+        `stored` is how quantized matrices are stored, if there are any; `device` is where tensors go; the changes of
         an adapter are merged into what is read. Other adapters may stand beside it with a `bank`.
 
         Raises ModelError for files that cannot be read or that contradict each other.
@@ -146,13 +147,16 @@ class SafetensorsWeights:
                 self._handle[name] = file
         self.dtype = dtype or self._file_dtype()
         self._stored = stored
-        self._packed = {name for name in self._handle if stored and self._kind(name) == CODES[stored.codes]}
-        self._names = set(self._handle) - set(self._beside_codes())
+        self._packed = {} if stored is None else stored.matrices({name: self._kind(name) for name in self._handle})
+        parts = {part for named in self._packed.values() for part in named.values()}
+        self._names = set(self._handle) - parts | set(self._packed)
         self._left = set(self._names)
-        self._ignored = [DERIVED]
+        self._ignored = [DERIVED] if stored is None or stored.beside is None else [DERIVED, stored.beside]
         self._digests = dict[str, bytes]()
-        self._adapter, self.bank = adapter, bank
-        self._to_change = set(adapter.weights) if adapter else set()
+        self._found = Names(self._names)
+        self._adapter = None if adapter is None else adapter.named_in(self._found)
+        self.bank = bank
+        self._to_change = set(self._adapter.weights) if self._adapter else set()
         self._check_adapter(self._to_change - self._names)
 
     def __enter__(self) -> Self:
@@ -162,19 +166,19 @@ class SafetensorsWeights:
         self._files.close()
 
     def take(self, name: str, *shape: int) -> Tensor:
-        return self._read(name, shape, self.dtype)
+        return self._read(self._found.find(name), shape, self.dtype)
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
-        return self._read(name, shape, torch.float32)
+        return self._read(self._found.find(name), shape, torch.float32)
 
     def take_joined(self, names: Sequence[str], *shape: int) -> Tensor:
-        lengths = [self._length(name) for name in names]
+        lengths = [self._length(self._found.find(name)) for name in names]
         if sum(lengths) != shape[0]:
             raise ModelError(f"weights {', '.join(names)} have {sum(lengths)} rows, expected {shape[0]}")
         return torch.cat([self.take(name, n, *shape[1:]) for name, n in zip(names, lengths, strict=True)])
 
     def has(self, name: str) -> bool:
-        return name in self._names
+        return self._found.find(name) in self._names
 
     def lay_over(self, path: Path, unchanged: str) -> None:
         """Replaces weights by those of a safetensors file; `unchanged` is the digest of the weights that stay.
@@ -213,14 +217,22 @@ class SafetensorsWeights:
 
     def finish(self) -> Mapping[str, bytes]:
         ignored = re.compile("|".join(self._ignored))
-        left = sorted(name for name in self._left if not ignored.search(name))
+        left = sorted(name for name in self._left if not ignored.search(name) and not self._is_empty_bias(name))
         if left:
             raise ModelError(f"unexpected weights: {few(left)}{self._layers_left(left[0])}")
         self._check_adapter(self._to_change)
+        if self._stored is not None and self._stored.settings:
+            self._digests["quantization_config"] = blake2b(self._stored.settings.encode(), digest_size=16).digest()
         return self._digests
 
+    def _is_empty_bias(self, name: str) -> bool:
+        """GPTQ's writers give a bias of zeros to matrices that had none."""
+        matrix = name.removesuffix(".bias") + ".weight"
+        return name.endswith(".bias") and matrix in self._packed and not self._finite(name).any()
+
     def beside(self, packed: Linear, parts: Mapping[str, int]) -> Linear:
-        return packed if self.bank is None else self.bank.linear(packed, parts, self.dtype)
+        found = {self._found.find(name): size for name, size in parts.items()}
+        return packed if self.bank is None else self.bank.linear(packed, found, self.dtype)
 
     def _check_adapter(self, unknown: set[str]) -> None:
         if unknown and self._adapter:
@@ -240,14 +252,12 @@ class SafetensorsWeights:
 
     def _read_base(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self._expect(name, shape)
-        if self._stored is None or name not in self._packed:
+        if name not in self._packed:
             stored = self._hashed(name)
             tensor = stored.to(self._device, dtype, copy=True)  # a copy, never a view of the file
             may_overflow = stored.dtype == torch.float32 != dtype
         else:
-            with CPU:
-                parts = [self._hashed(name + suffix) for suffix in self._stored.suffixes]
-                tensor = dequantize(parts, shape, self._stored, dtype).to(self._device)
+            tensor = self._dequantized(name, shape, dtype)
             may_overflow = True
         if may_overflow:
             _check_finite(f"weight {name}", tensor)
@@ -258,19 +268,34 @@ class SafetensorsWeights:
         if name not in self._left:
             assert name not in self._names, f"{name} taken twice"
             raise ModelError(f"missing weight: {name} {list(shape)}{self._layers_missing(name)}")
-        if self._stored is not None and name in self._packed:
-            for suffix, expected in zip(self._stored.suffixes, self._stored.shapes(shape), strict=True):
-                self._check_shape(name + suffix, expected)
+        if name in self._packed:
+            self._check_parts(name, shape)
         else:
             self._check_shape(name, shape)
             if self._kind(name) not in DTYPES:
                 raise UnsupportedModel(f"weight {name} is {self._kind(name)}, supported: {', '.join(DTYPES)}")
         self._left.remove(name)
 
+    def _dequantized(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        assert self._stored is not None
+        with CPU:
+            parts = {ending: self._hashed(part) for ending, part in self._packed[name].items()}
+            return self._stored.decode(name, parts, shape, dtype).to(self._device)
+
+    def _shapes_of_parts(self, name: str) -> dict[str, tuple[int, ...]]:
+        return {ending: tuple(self._slice(part).get_shape()) for ending, part in self._packed[name].items()}
+
+    def _check_parts(self, name: str, shape: tuple[int, ...]) -> None:
+        assert self._stored is not None
+        expected = self._stored.shapes(name, self._shapes_of_parts(name), shape)
+        for ending, part in self._packed[name].items():
+            self._check_shape(part, expected[ending])
+
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         found = self._slice(name).get_shape()
         if tuple(found) != expected:
-            raise ModelError(f"weight {name} has shape {found}, expected {list(expected)}")
+            mlx = ", as MLX writes it, which is not read" if _is_of_mlx(name, found, expected) else ""
+            raise ModelError(f"weight {name} has shape {found}, expected {list(expected)}{mlx}")
 
     def _hashed(self, name: str) -> Tensor:
         tensor = self._finite(name)
@@ -301,26 +326,20 @@ class SafetensorsWeights:
     def _length(self, name: str) -> int:
         if name not in self._names:
             raise ModelError(f"missing weight: {name}{self._layers_missing(name)}")
+        if self._stored is not None and name in self._packed:
+            return self._stored.rows(self._shapes_of_parts(name))
         return self._slice(name).get_shape()[0]
-
-    def _beside_codes(self) -> Iterator[str]:
-        """Names of scales and zeros, which are no weights of their own."""
-        for name in self._packed:
-            for suffix in self._stored.suffixes[1:] if self._stored else ():
-                if self._handle.get(name + suffix) is None or self._kind(name + suffix) != "F32":
-                    raise ModelError(f"missing weight: {name}{suffix} in F32, which belongs to {name}")
-                yield name + suffix
 
     def _layers_missing(self, name: str) -> str:
         """Says so where a whole layer is not there."""
-        place = _LAYER.match(name)
+        place = _LAYER.match(core(name))
         if place is None or int(place[2]) < (found := _num_layers(self._names, place[1])):
             return ""
         return f"; there are weights for {found} layers, config.json: num_hidden_layers is larger"
 
     def _layers_left(self, name: str) -> str:
         """Says so where a whole layer is left over."""
-        place = _LAYER.match(name)
+        place = _LAYER.match(core(name))
         if place is None or int(place[2]) < _num_layers(self._names - self._left, place[1]):
             return ""
         found = _num_layers(self._names, place[1])
@@ -379,12 +398,19 @@ class ShapesOnly:
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.float()  # what has no order in eight bits
     if not all(isfinite(float(bound)) for bound in tensor.aminmax()):
         raise ModelError(f"{what} contains values that are not finite")
 
 
+def _is_of_mlx(name: str, found: Sequence[int], expected: Sequence[int]) -> bool:
+    """MLX keeps convolutions with channels last, and may have added to norms or multiplied matrices without a word."""
+    return "conv" in name and len(found) == 3 and [found[0], found[2], found[1]] == [*expected]
+
+
 def _num_layers(names: Iterable[str], prefix: str) -> int:
-    places = (_LAYER.match(name) for name in names)
+    places = (_LAYER.match(core(name)) for name in names)
     return max((int(place[2]) + 1 for place in places if place and place[1] == prefix), default=0)
 
 
@@ -395,10 +421,29 @@ def _shards(folder: Path) -> Iterable[Path]:
         return [folder / "model.safetensors"]
     if (folder / INDEX).is_file():
         return _indexed_shards(folder)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if shards := _numbered_shards(folder):
+        return shards
+    raise _no_weights(sorted(path.name for path in folder.iterdir()))
+
+
+def _no_weights(names: Sequence[str]) -> ModelError:
+    """Names what there is instead."""
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
-        raise UnsupportedModel(f"only safetensors weights are read, found {pickles[0]}")
-    raise ModelError(f"neither model.safetensors nor {INDEX} is there")
+        return UnsupportedModel(f"only safetensors weights are read, found {pickles[0]}")
+    others = [name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")]
+    found = f", found {few(others)}" if others else ""
+    return ModelError(f"neither model.safetensors nor {INDEX} is there{found}")
+
+
+def _numbered_shards(folder: Path) -> list[Path]:
+    """All `model-00001-of-0000N.safetensors`, where a tool wrote no index. Raises ModelError where some are missing."""
+    places = {path: _SHARD.fullmatch(path.name) for path in sorted(folder.glob("model-*-of-*.safetensors"))}
+    shards = {path: (int(place[1]), int(place[2])) for path, place in places.items() if place}
+    counts = {count for _, count in shards.values()}
+    if shards and (len(counts) > 1 or {i for i, _ in shards.values()} != set(range(1, max(counts) + 1))):
+        raise ModelError(f"{INDEX} is not there, and {few(path.name for path in shards)} are not all shards")
+    return [*shards]
 
 
 def _indexed_shards(folder: Path) -> Iterable[Path]:

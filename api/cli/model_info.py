@@ -36,6 +36,7 @@ class Facts:
     num_parameters: int | None
     vocab_size: int
     max_length: int | None
+    stretched: str | None  # how positions make more of it than the model was trained for
     kv_bytes_per_token: int
     checkpoint_bytes: int
     break_even_tokens: int | None  # from this length on a checkpoint is smaller than the KV; None if one is missing
@@ -70,6 +71,7 @@ class Report:
     adapter: AdapterFacts | None = None
     honoured: tuple[str, ...] = ()  # fields of generation_config.json, each as `name=value`
     ignored: tuple[str, ...] = ()  # and those that would change answers elsewhere
+    quantized: tuple[str, ...] = ()  # how its matrices are stored, and what the file asks for that is not done
 
 
 def examine(
@@ -89,7 +91,17 @@ def examine(
         with errors_begin_with(folder):
             defaults = load_defaults(folder)
         report = replace(report, honoured=defaults.honoured, ignored=defaults.ignored)
+        report = _with_quantization(report, folder)
     return report if adapter is None else replace(report, adapter=_adapter_facts(adapter))
+
+
+def _with_quantization(report: Report, folder: Path) -> Report:
+    """What files beside config.json say, too."""
+    try:
+        stored = loading.stored_in(folder) if report.supported else None
+    except UnsupportedModel as error:
+        return replace(report, supported=False, reason=str(error), facts=None)
+    return report if stored is None else replace(report, quantized=(stored.title, *stored.notes))
 
 
 def _folder(model: str | Path | None) -> Path | None:
@@ -146,6 +158,7 @@ def _facts(shape: ModelShape, info: loading.ModelInfo | None, budget_bytes: int)
         num_parameters=info.num_parameters if info else None,
         vocab_size=shape.vocab_size,
         max_length=info.max_length if info else None,
+        stretched=info.stretched if info else None,
         kv_bytes_per_token=kv_bytes,
         checkpoint_bytes=checkpoint_bytes,
         break_even_tokens=checkpoint_bytes // kv_bytes + 1 if kv_bytes and checkpoint_bytes else None,
@@ -221,6 +234,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     rows = [*named, ("supported", "yes" if report.supported else f"no: {report.reason}")]
     rows += [("generation", listed(report.honoured))] if report.honoured else []
     rows += [("not honoured", listed(report.ignored))] if report.ignored else []
+    rows += [("quantized", "; ".join((*report.quantized, "dequantized when read")))] if report.quantized else []
     facts = report.facts
     if facts is None:
         return rows
@@ -229,7 +243,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         rows.append(("parameters", f"{format_count(facts.num_parameters)} ({facts.num_parameters:,})"))
     rows.append(("dtype", facts.dtype))
     if facts.max_length is not None:
-        rows.append(("context", f"{facts.max_length:,} tokens"))
+        rows.append(("context", f"{facts.max_length:,} tokens" + (f" ({facts.stretched})" if facts.stretched else "")))
     conversations = f"{facts.conversations_in_budget:,} of {facts.conversation_tokens:,} tokens with a checkpoint each"
     return [
         *rows,

@@ -103,13 +103,19 @@ def load_defaults(folder: Path, eos_id: int | None = None, base: Path | None = N
     base: a folder whose files stand in for those that are not there   Raises ModelError with the value and the bound.
     """
     values, model = (read_json_if_there(own_or(base, folder / name)) for name in (FILE, "config.json"))
-    source, name = (values, FILE) if "eos_token_id" in values else (model, "config.json")
+    source, name = (values, FILE) if values.get("eos_token_id") is not None else (_with_eos(model), "config.json")
     with errors_begin_with(name):
         eos_ids = _eos_ids(source)
     if eos_id is not None:
         eos_ids |= {eos_id}
     with errors_begin_with(FILE):
         return _defaults(values, tuple(sorted(eos_ids)))
+
+
+def _with_eos(config: Mapping[str, object]) -> Mapping[str, object]:
+    """A config, or of a multimodal one the text model's part where only that names end tokens."""
+    text = config.get("text_config")
+    return text if config.get("eos_token_id") is None and isinstance(text, Mapping) else config
 
 
 def listed(fields: Sequence[str]) -> str:

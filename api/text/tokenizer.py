@@ -17,7 +17,7 @@ from hybrid_cache.models import deltas
 from hybrid_cache.models.files import errors_begin_with, is_there, own_or, read_json_if_there, read_text, shown
 from hybrid_cache.models.gguf.text import text_folder
 
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, OLD_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 MAX_TEMPLATE = 1 << 20  # characters
 LIKELY_LENGTH = 8  # characters of a token; few are longer
 BLOCK = 1 << 16  # characters that are counted at once
@@ -237,19 +237,31 @@ def load_tokenizer(folder: Path, base: Path | None = None) -> Tokenizer:
 
 
 def load_chat_templates(folder: Path) -> dict[str, str]:
-    """Named chat templates of a folder, "default" among them if there is one. Raises ModelError."""
-    field = read_json_if_there(folder / "tokenizer_config.json").get("chat_template")
+    """Named chat templates of a folder, "default" among them if there is one. Raises ModelError.
+
+    As transformers reads them: in tokenizer_config.json one or a list of named ones, over these the older
+    chat_template.json, over this chat_template.jinja and a file for each other name in additional_chat_templates.
+    """
     templates: dict[str, str] = {}
-    if isinstance(field, str):
-        templates["default"] = field
-    elif isinstance(field, list):
-        templates |= {str(t["name"]): str(t["template"]) for t in field if isinstance(t, dict) and "template" in t}
-    if is_there(path := folder / TEMPLATE):
-        templates["default"] = read_text(path, MAX_TEMPLATE)
+    for name in ("tokenizer_config.json", OLD_TEMPLATE):
+        templates |= _named_templates(read_json_if_there(folder / name).get("chat_template"))
+    files = {"default": folder / TEMPLATE} | {
+        path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    }
+    templates |= {name: read_text(path, MAX_TEMPLATE) for name, path in files.items() if is_there(path)}
     for name, source in templates.items():
         if len(source) > MAX_TEMPLATE:
             raise ModelError(f"chat template {shown(name)} has {len(source)} characters, at most {MAX_TEMPLATE}")
     return templates
+
+
+def _named_templates(field: object) -> dict[str, str]:
+    if isinstance(field, str):
+        return {"default": field}
+    if isinstance(field, dict):
+        return {str(name): source for name, source in field.items() if isinstance(source, str)}
+    named = field if isinstance(field, list) else []
+    return {str(t["name"]): str(t["template"]) for t in named if isinstance(t, dict) and {"name", "template"} <= {*t}}
 
 
 def _check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:

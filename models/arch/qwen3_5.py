@@ -10,23 +10,18 @@ from hybrid_cache.models.arch.qwen3_next import Qwen3Next, mlp
 from hybrid_cache.models.blocks.common import linear
 from hybrid_cache.models.blocks.feed_forward import MLP
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.names import TOWERS
 from hybrid_cache.models.shapes import GatedDeltaShape
 from hybrid_cache.models.weights import ModelWeights, Weights
 
-INSIDE = "model.language_model."  # begins the names of the text model's weights in a multimodal checkpoint
-
 
 def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Qwen3_5":
-    return Qwen3_5(config.text(), weights, ops, dtype, text_prefix(weights), delta_projection, _feed_forward)
+    weights.ignore(TOWERS)
+    return Qwen3_5(config.text(), weights, ops, dtype, delta_projection, _feed_forward)
 
 
 class Qwen3_5(Qwen3Next):
     """Only projections and feed-forward parts differ."""
-
-
-def text_prefix(weights: ModelWeights) -> str:
-    weights.ignore(r"^model\.visual\.")
-    return INSIDE if weights.has(f"{INSIDE}embed_tokens.weight") else "model."
 
 
 def delta_projection(shape: GatedDeltaShape, weights: Weights, ops: Ops) -> Linear:

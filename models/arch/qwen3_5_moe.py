@@ -3,15 +3,17 @@
 import torch
 
 from hybrid_cache.kernels.ops import Ops
-from hybrid_cache.models.arch.qwen3_5 import delta_projection, text_prefix
+from hybrid_cache.models.arch.qwen3_5 import delta_projection
 from hybrid_cache.models.arch.qwen3_next import Qwen3Next, moe
 from hybrid_cache.models.blocks.feed_forward import GatedSharedMoE
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.names import TOWERS
 from hybrid_cache.models.weights import ModelWeights, Weights
 
 
 def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Qwen3_5Moe":
-    return Qwen3_5Moe(config.text(), weights, ops, dtype, text_prefix(weights), delta_projection, _feed_forward)
+    weights.ignore(TOWERS)
+    return Qwen3_5Moe(config.text(), weights, ops, dtype, delta_projection, _feed_forward)
 
 
 class Qwen3_5Moe(Qwen3Next):

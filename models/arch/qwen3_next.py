@@ -27,7 +27,7 @@ BuildFeedForward = Callable[[int, Config, Weights, Ops], MLP | GatedSharedMoE]
 
 
 def build(config: Config, weights: ModelWeights, ops: Ops, dtype: torch.dtype) -> "Qwen3Next":
-    return Qwen3Next(config, weights, ops, dtype, "model.", _delta_projection, _feed_forward)
+    return Qwen3Next(config, weights, ops, dtype, _delta_projection, _feed_forward)
 
 
 class Qwen3Next(CausalModel):
@@ -37,19 +37,17 @@ class Qwen3Next(CausalModel):
         weights: ModelWeights,
         ops: Ops,
         dtype: torch.dtype,
-        prefix: str,
         delta_projection: Projection,
         feed_forward: BuildFeedForward,
     ) -> None:
         """
-        prefix            begins the names of all weights but the head
         delta_projection  builds the first projection of a delta net
         feed_forward      builds what follows the mixer of the layer with a given number
         """
         config.choice("hidden_act", "silu", ["silu"])
-        weights.ignore(r"^mtp\.")  # multi-token prediction
+        weights.ignore(r"(?:^|\.)mtp\.")  # multi-token prediction
         layers = (
-            _layer(i, kind, config, Scope(weights, f"{prefix}layers.{i}."), ops, dtype, delta_projection, feed_forward)
+            _layer(i, kind, config, Scope(weights, f"model.layers.{i}."), ops, dtype, delta_projection, feed_forward)
             for i, kind in enumerate(_kinds(config))
         )
         super().__init__(
@@ -58,9 +56,8 @@ class Qwen3Next(CausalModel):
             ops,
             dtype,
             stack=HybridStack(layers),
-            norm=_norm(f"{prefix}norm", config, weights, ops),
+            norm=_norm("model.norm", config, weights, ops),
             tied=config.flag("tie_word_embeddings", False),
-            embedding=f"{prefix}embed_tokens.weight",
         )
 
 

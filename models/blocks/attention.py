@@ -123,7 +123,7 @@ def rotary_frequencies(rope: Config, size: int, theta: float = 10000.0) -> tuple
     theta = rope.positive("rope_theta", theta)
     powers = theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     plain = 1.0 / powers
-    kind = rope.choice("rope_type", "default", ["default", "linear", "llama3", "proportional", "yarn"])
+    kind = rope.choice("rope_type", "default", ["default", "dynamic", "linear", "llama3", "proportional", "yarn"])
     if kind == "linear":
         return plain / rope.positive("factor"), 1.0
     if kind == "llama3":
@@ -133,7 +133,7 @@ def rotary_frequencies(rope: Config, size: int, theta: float = 10000.0) -> tuple
         return plain / rope.positive("factor", 1.0), 1.0
     if kind == "yarn":
         return _yarn_frequencies(rope, theta, size, powers), _yarn_scale(rope)
-    return plain, 1.0
+    return plain, 1.0  # of "dynamic" too, up to `max_position_embeddings`: see `context_of`
 
 
 def _llama3_frequencies(rope: Config, plain: Tensor) -> Tensor:

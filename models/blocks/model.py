@@ -16,6 +16,7 @@ from hybrid_cache.kernels.ops import Ops, RowAdapters
 from hybrid_cache.models.bank import HEAD
 from hybrid_cache.models.blocks.common import Norm
 from hybrid_cache.models.config import Config
+from hybrid_cache.models.context import context_of
 from hybrid_cache.models.depth import chain_of, fingerprint_of
 from hybrid_cache.models.shapes import Advance, LayerShape, ModelShape, layer_specs, ways_to_compose
 from hybrid_cache.models.weights import ModelWeights
@@ -83,7 +84,8 @@ class CausalModel:
         self.device = ops.device
         self.packs = ops.packs
         self.vocab_size = config.integer("vocab_size")
-        self.max_length = config.integer("max_position_embeddings", max_length)
+        self.context = context_of(config, max_length)
+        self.max_length = self.context.length
         stream = None if residual in (None, dtype) else residual
         self.shape = ModelShape(type(self).__name__, stack.shapes, hidden, self.vocab_size, dtype, stream)
         self.layers = layer_specs(layer.shapes for layer in stack.layers)

@@ -27,12 +27,14 @@ from hybrid_cache.models import deltas, loading, registry
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.gguf.file import find
 from hybrid_cache.models.gguf.text import text_folder
-from hybrid_cache.models.quantized import BLOCK, FORMATS, Format, Shape, dequantize, format_of, quantize, settings_of
-from hybrid_cache.models.weights import CODES, DTYPES, INDEX, SafetensorsWeights
+from hybrid_cache.models.quant_methods.named import method_of
+from hybrid_cache.models.quantized import BLOCK, CODES, FORMATS, Format, Shape, dequantize, quantize, settings_of
+from hybrid_cache.models.weights import DTYPES, INDEX, SafetensorsWeights
 
 STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()} | CODES
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICEN[CS]E*", "NOTICE*", "README*")
+MORE_TEMPLATES = "additional_chat_templates"
 MIN_SIDE = 32
 
 T = TypeVar("T")
@@ -95,7 +97,7 @@ def prepare(source: Path, *, dtype: str | None = None, quantize: str | None = No
     config = loading.load_config(source)
     if new_dtype is None and find(source) is not None and config["dtype"] == "bfloat16":  # of decoded blocks
         new_dtype = torch.bfloat16
-    if format_of(config) is not None:
+    if method_of(config, deltas.base_of(source)) is not None:
         raise ModelError(f"{source}: config.json: quantization_config is there, convert what it was made from")
     try:
         with Survey(source) as weights:
@@ -156,10 +158,10 @@ class Survey(SafetensorsWeights):
         return build(Config(config), self, loading.shape_ops(), self.dtype).vocab_size
 
     def take(self, name: str, *shape: int) -> Tensor:
-        return self._note(name, shape, self.dtype, in_float32=False)
+        return self._note(self._found.find(name), shape, self.dtype, in_float32=False)
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
-        return self._note(name, shape, torch.float32, in_float32=True)
+        return self._note(self._found.find(name), shape, torch.float32, in_float32=True)
 
     def in_file_order(self) -> list[str]:
         return [name for name in self._handle if name in self.in_float32]
@@ -250,6 +252,8 @@ def _copy_text_files(source: Path, folder: Path) -> None:
     for path in found:
         if path.name != "config.json" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES)
 
 
 def _shards(changes: Sequence[Change], shard_bytes: int) -> list[list[Change]]:

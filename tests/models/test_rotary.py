@@ -16,6 +16,7 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 KINDS = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
     "llama3": {**LLAMA3, "original_max_position_embeddings": 1024},
     "yarn": YARN,
     "yarn with a scale": {**YARN, "attention_factor": 1.3},
@@ -57,7 +58,7 @@ def test_all_that_changes_frequencies_is_part_of_the_fingerprint():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "rope_parameters.rope_type is 'dynamic', supported: 'default'"),
+        ({"rope_type": "longrope"}, "rope_parameters.rope_type is 'longrope', supported: 'default', 'dynamic', 'lin"),
         ({"rope_type": "linear", "factor": 0}, "rope_parameters.factor is 0.0, expected a positive number"),
         ({"rope_type": "linear"}, "rope_parameters.factor is missing"),
         ({**LLAMA3, **LENGTHS, "high_freq_factor": 1.0}, "high_freq_factor is 1.0, expected more than"),

@@ -4,6 +4,7 @@ from tests.mutants import (
     of_activated,
     of_api,
     of_cache,
+    of_checkpoints,
     of_choreography,
     of_engine,
     of_gguf,
@@ -28,4 +29,5 @@ MUTANTS = [
     *of_operations.MUTANTS,
     *of_options.MUTANTS,
     *of_gguf.MUTANTS,
+    *of_checkpoints.MUTANTS,
 ]
