@@ -124,7 +124,7 @@ def serve(
         list[str] | None, typer.Option(help="What clients call the model; may be given several times.")
     ] = None,
     budget: AutoBudget = "auto",
-    policy: Annotated[str, typer.Option(help="What the cache keeps.")] = "learned",
+    policy: Annotated[str, typer.Option(help="What the cache keeps: package.module:Class, or one of.")] = "learned",
     host_budget: Annotated[
         str, typer.Option(help="Host memory beside a GPU, for what has to leave its cache, such as 16GiB; 0: none.")
     ] = "0",

@@ -1,6 +1,6 @@
 """How much of all prefill any cache could save in a number of bytes, even one that knows the future.
 
-Requests run one after the other, so time is a line of slots, two for each request, with this much room for what is kept:
+Requests run one after the other, so time is a line of slots, two for each, with this much room for what is kept:
 
     slot 2r      while r runs        capacity - pages of its whole prompt - its working state
     slot 2r + 1  until the next one  capacity

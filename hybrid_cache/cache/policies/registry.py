@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from hybrid_cache.cache.policies import foreign
 from hybrid_cache.cache.policies.base import Policy
 from hybrid_cache.cache.policies.gdsf import GDSF
 from hybrid_cache.cache.policies.learned import Learned
@@ -35,21 +36,30 @@ def policy_names() -> tuple[str, ...]:
 def make_policy(
     name: str, spec: CacheSpec | None = None, cost: PrefillCost | None = None, budget_bytes: int = 0
 ) -> Policy:
-    """A fresh policy by name, for a cache with these arguments. Raises ConfigError for an unknown one.
+    """A fresh policy by name, for a cache with these arguments. Raises ConfigError for an unknown one, or one from
+    elsewhere that cannot be used; see `foreign`.
 
     The simple ones, in `POLICIES`, need nothing but their name.
     """
     name = canonical_name(name)
     if name in POLICIES:
         return POLICIES[name]()
+    if name not in FITTED:
+        return foreign.make(name, spec, cost, budget_bytes)
     if spec is None or cost is None or budget_bytes < 1:
         raise ConfigError(f"policy {name!r} needs the model's cache spec and cost, and the budget of the cache")
     return FITTED[name](spec, cost, budget_bytes)
 
 
 def canonical_name(name: str) -> str:
-    """The policy's name, which may be given by an alias. Raises ConfigError for an unknown one."""
+    """The policy's name, which may be given by an alias or as `package.module:Class`. Raises ConfigError for one that
+    is unknown or cannot be loaded.
+    """
     name = ALIASES.get(name, name)
-    if name not in policy_names():
-        raise ConfigError(f"unknown policy {name!r}, must be one of {', '.join(policy_names())}")
+    if name in policy_names():
+        return name
+    if not foreign.is_foreign(name):
+        names = ", ".join((*policy_names(), *foreign.offered()))
+        raise ConfigError(f"unknown policy {name!r}, must be one of {names}, or package.module:Class")
+    foreign.load(name)
     return name
