@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from hybrid_cache import __version__
 from hybrid_cache.bench.common.processes import spread
+from hybrid_cache.bench.policy.belady import Belady
 from hybrid_cache.bench.policy.bound import Visits, bound
 from hybrid_cache.bench.policy.replay import Simulation
-from hybrid_cache.bench.policy.rows import BOUND, HINDSIGHT, INFINITE, STATIC, AnyRow, Missing, PolicyRow
+from hybrid_cache.bench.policy.rows import BELADY, BOUND, HINDSIGHT, INFINITE, STATIC, AnyRow, Missing, PolicyRow
 from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.base import Policy
@@ -188,6 +189,8 @@ def outcome_of(cell: Cell) -> Outcome:
         return replayed(cell, MarconiArtifact(s.spec, s.costs, budget_bytes=cell.capacity_bytes))
     if cell.policy == HINDSIGHT:
         return informed(cell)
+    if cell.policy == BELADY:
+        return replayed(cell, Belady(s.trace))
     return replayed(cell, make_policy(cell.policy, s.spec, s.cost, cell.capacity_bytes))
 
 

@@ -32,6 +32,7 @@ from hybrid_cache.bench.policy.live import Asked, compare
 from hybrid_cache.bench.policy.plot import plot_png
 from hybrid_cache.bench.policy.report import conclusion, percent, reasons, table
 from hybrid_cache.bench.policy.rows import (
+    BELADY,
     HINDSIGHT,
     LIMITS,
     STATIC,
@@ -60,18 +61,19 @@ DEFAULT_SCALES = {"chat": 0.25, "agent": 0.15, "few-shot": 0.25}
 DEFAULT_MODEL = "jamba-1.5-mini"
 DEFAULT_CAPACITIES = "5%,10%,20%"
 ORDER = (
-    *("none", "lru", "vllm-block", "sglang-radix", "sglang-unified", "marconi", STATIC, ARTIFACT),
-    *("seglen", "gdsf", "flops-per-byte", Learned.name),
+    *("none", "lru", "path-lru", "tail-lru", "vllm-block", "vllm-align", "vllm-fine", "sglang-radix", "sglang-unified"),
+    *("marconi", STATIC, ARTIFACT, "seglen", "sae-like", "sparse-prefix", "gdsf", "flops-per-byte-two"),
+    *("flops-per-byte", Learned.name),
 )
 # In the order in which they are shown: what came first, and the default last.
 KNOWN = tuple(
     sorted(
-        dict.fromkeys((*policy_names(), STATIC, ARTIFACT, HINDSIGHT)),
+        dict.fromkeys((*policy_names(), STATIC, ARTIFACT, HINDSIGHT, BELADY)),
         key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER),
     )
 )
 FORMER_NAMES = {**ALIASES, "ours-hindsight": HINDSIGHT}
-ON_REQUEST = (STATIC, ARTIFACT, HINDSIGHT)  # not run unless named: two need hindsight, the other repeats errors
+ON_REQUEST = (STATIC, ARTIFACT, HINDSIGHT, BELADY)  # not run unless named: three need hindsight, one repeats errors
 FILE_WIDTH = 100  # at least, where nobody can widen a window
 LINE_EVERY_S = 10.0  # of progress, where nobody sees a bar
 REFERENCE_MODEL, REFERENCE_SPEED = "jamba-1.5-mini", "17.8:53.0"

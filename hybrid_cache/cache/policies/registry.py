@@ -9,20 +9,27 @@ from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.lru import LRU
 from hybrid_cache.cache.policies.marconi import Marconi
 from hybrid_cache.cache.policies.nothing import Nothing
+from hybrid_cache.cache.policies.sae import SAELike
 from hybrid_cache.cache.policies.seglen import SegLen
-from hybrid_cache.cache.policies.sglang_radix import SGLangRadix, SGLangUnified
-from hybrid_cache.cache.policies.value import FlopsPerByte
-from hybrid_cache.cache.policies.vllm_block import VLLMBlock, equal_page_tokens
+from hybrid_cache.cache.policies.sglang_radix import PathLRU, SGLangRadix, SGLangUnified
+from hybrid_cache.cache.policies.sparse_prefix import SparsePrefix
+from hybrid_cache.cache.policies.tail_lru import TailLRU
+from hybrid_cache.cache.policies.value import FlopsPerByte, FlopsPerByteTwo
+from hybrid_cache.cache.policies.vllm_block import VLLMAlign, VLLMBlock, VLLMFine, equal_page_tokens
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Learned, FlopsPerByte, LRU, GDSF, Nothing, SegLen, SGLangRadix, SGLangUnified)
-}
+SIMPLE: tuple[type[Policy], ...] = (
+    *(Learned, FlopsPerByte, LRU, GDSF, Nothing, SegLen, SGLangRadix, SGLangUnified),
+    *(FlopsPerByteTwo, PathLRU, TailLRU, SAELike, SparsePrefix),
+)
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in SIMPLE}
 # Policies that depend on the model, or on the size of the cache.
 FITTED: dict[str, Callable[[CacheSpec, PrefillCost, int], Policy]] = {
     "marconi": lambda spec, cost, budget_bytes: Marconi(None, spec, cost, budget_bytes),
     "vllm-block": lambda spec, cost, budget_bytes: VLLMBlock(equal_page_tokens(spec)),
+    "vllm-align": lambda spec, cost, budget_bytes: VLLMAlign(equal_page_tokens(spec)),
+    "vllm-fine": lambda spec, cost, budget_bytes: VLLMFine(equal_page_tokens(spec)),
 }
 
 
