@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from hybrid_cache.bench.policy.rows import BASELINE, BOUND, INFINITE, LIMITS, SAME, PolicyRow, by_trace, short
@@ -14,6 +15,8 @@ COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#6a
 MARKERS = "sD^vPXd"
 PANELS_A_ROW = 3
 MOST_TICKS = 8
+LEGEND_WIDTH = 26  # letters
+ASIDE = 1.02
 
 Line = tuple[list[float], list[float]]  # percent of unique bytes, percent saved
 NO_LINE: Line = [], []
@@ -45,16 +48,15 @@ def plot_png(rows: Sequence[PolicyRow]) -> bytes:
 
 
 def draw(axes: "Axes", rows: Sequence[PolicyRow], drawn: Sequence[Sequence[str]]) -> None:
-    """drawn: the policies of each line. One that hides an earlier one here gets rings around the other's points."""
+    """drawn: the policies of each line. One that would hide others in this panel moves to the right, a bit for each."""
     lines = lines_of(rows)
     sizes = sorted({100 * row.capacity_share for row in rows})
     axes.set_xscale("log")
     for number, names in enumerate(drawn):
-        line = lines.get(names[0], NO_LINE)
+        x, y = line = lines.get(names[0], NO_LINE)
         hidden = sum(same(lines.get(earlier[0], NO_LINE), line) for earlier in drawn[:number])
-        style = looks(names, number) | ({"fillstyle": "none", "linewidth": 0.8} if hidden else {})
-        style["markersize"] += 3 * hidden
-        axes.plot(*line, label=" = ".join(short(name) for name in names), **style)
+        label = fill(" = ".join(map(short, names)), LEGEND_WIDTH)
+        axes.plot([share * ASIDE**hidden for share in x], y, label=label, **looks(names, number))
     if BOUND in lines:
         axes.plot(*lines[BOUND], color="0.55", linewidth=1.6, label=BOUND, zorder=3)
         axes.fill_between(*lines[BOUND], 100, color="0.93", linewidth=0, zorder=1)

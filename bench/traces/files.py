@@ -140,7 +140,9 @@ def guessed(path: Path, files: Sequence[Path]) -> str:
             return "tokens"
         case fields if any(name in fields for name in SHAPES):
             return "messages"
-    raise first.fault(f"fields {brief(', '.join(first.fields))}: expected those of {', '.join(FORMATS)}")
+    raise first.fault(
+        f"fields {brief(', '.join(first.fields))}: expected those of {', '.join(FORMATS)}; --help names them"
+    )
 
 
 def read(

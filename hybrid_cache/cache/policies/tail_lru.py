@@ -18,7 +18,8 @@ class TailLRU(ConsumedLRU):
     least recently used. What is missed counts from the deepest place that the conversation had, also when states there
     have gone. The paper converts a threshold of latency into tokens; here it is a number of tokens. It trims attention
     KV block by block from a conversation's end; a hybrid's states cannot be trimmed, so those that are not needed go as
-    a whole. States where two requests diverge and at ends; a use counts for the state that is resumed from.
+    a whole. It is made for the tail of latencies, not for FLOPs. States where two requests diverge and at ends; a use
+    counts for the state that is resumed from.
     """
 
     name = "tail-lru"
