@@ -148,7 +148,9 @@ def serve(
         ),
     ] = None,
     budget: AutoBudget = "auto",
-    policy: Annotated[str, typer.Option(help="Which entries the cache keeps when it is full.")] = "learned",
+    policy: Annotated[
+        str, typer.Option(help="Which entries the cache keeps when it is full: package.module:Class, or one of.")
+    ] = "learned",
     host_budget: Annotated[
         str, typer.Option(help="Host memory beside a GPU, for what has to leave its cache, such as 16GiB; 0: none.")
     ] = "0",

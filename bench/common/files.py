@@ -27,6 +27,15 @@ def write_whole(path: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def append(path: Path, content: bytes) -> None:
+    """Adds to the end of a file. Raises ConfigError."""
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def check_plot(path: Path) -> None:
     """Raises ConfigError if no plot can be made."""
     if path.suffix.lower() != ".png":

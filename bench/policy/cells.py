@@ -2,28 +2,31 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid_cache import __version__
+from hybrid_cache.bench.common.processes import spread
+from hybrid_cache.bench.policy.belady import Belady
 from hybrid_cache.bench.policy.bound import Visits, bound
 from hybrid_cache.bench.policy.replay import Simulation
-from hybrid_cache.bench.policy.report import BOUND, INFINITE, PolicyRow
+from hybrid_cache.bench.policy.rows import BELADY, BOUND, HINDSIGHT, INFINITE, STATIC, AnyRow, Missing, PolicyRow
 from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.base import Policy
+from hybrid_cache.cache.policies.foreign import described, is_foreign
 from hybrid_cache.cache.policies.learned import Learned, new_model
 from hybrid_cache.cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
 from hybrid_cache.cache.policies.registry import make_policy
+from hybrid_cache.errors import HybridCacheError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost, StateSpec, total_cost
 
-# Policies that only make sense here: two need hindsight, the other more facts of a model than a server reports.
-STATIC, ARTIFACT, HINDSIGHT = "marconi-static", "marconi-artifact", "learned-hindsight"
+# A policy that only makes sense here, like those that need hindsight: it needs more of a model than a server reports.
+ARTIFACT = "marconi-artifact"
 ALL_LIVES = 1 << 18
 ANY_BUDGET = 1 << 50  # for sizes that do not depend on the budget
 
@@ -61,9 +64,12 @@ class Setting:
     page_bytes: int  # of one page of the trace
     slot_bytes: int  # of one state
     unique_bytes: int  # KV of all distinct pages, answers included, and one state for each distinct prompt
+    options: str = ""  # of the command line, for whoever repeats it
 
     @staticmethod
-    def of(trace: Trace, model: ModelShape, speed: Speed, *, concurrency: int = 1, seed: int = 0) -> "Setting":
+    def of(
+        trace: Trace, model: ModelShape, speed: Speed, *, concurrency: int = 1, seed: int = 0, options: str = ""
+    ) -> "Setting":
         geometry = Geometry.of(model.cache_spec, ANY_BUDGET)
         page_bytes = geometry.stride_bytes(Kind.PAGE) * trace.page_tokens // TILE
         slot_bytes = geometry.stride_bytes(Kind.SLOT)
@@ -81,6 +87,7 @@ class Setting:
             page_bytes=page_bytes,
             slot_bytes=slot_bytes,
             unique_bytes=num_pages * page_bytes + num_prompts * slot_bytes,
+            options=options,
         )
 
 
@@ -110,6 +117,22 @@ class Outcome:
     admissions: int | None = None
     evictions: int | None = None
     alpha: float | None = None
+    planned: float | None = None
+
+
+def attempted(cell: Cell) -> AnyRow:
+    """The numbers of a cell, or why there are none. What a policy from elsewhere raises is its own affair."""
+    try:
+        return measured(cell)
+    except HybridCacheError as error:
+        reason = str(error)
+    except Exception as error:
+        if not is_foreign(cell.policy):
+            raise
+        reason = f"policy {cell.policy} raised {described(error)}"
+    s = cell.setting
+    share = cell.capacity_bytes / s.unique_bytes
+    return Missing(s.trace.name, s.model, cell.policy, cell.capacity_bytes, share, " ".join(reason.split()))
 
 
 def measured(cell: Cell) -> PolicyRow:
@@ -138,6 +161,17 @@ def measured(cell: Cell) -> PolicyRow:
         alpha=outcome.alpha,
         seed=s.seed,
         concurrency=s.concurrency,
+        planned_flops_saved=outcome.planned,
+        num_requests=len(s.trace.requests),
+        unique_bytes=s.unique_bytes,
+        page_tokens=s.trace.page_tokens,
+        page_bytes=s.page_bytes,
+        slot_bytes=s.slot_bytes,
+        ttft_base_s=s.speed.base_s,
+        ttft_flops_per_s=s.speed.flops_per_s,
+        note=s.trace.note,
+        options=s.options,
+        version=__version__,
     )
 
 
@@ -145,7 +179,7 @@ def outcome_of(cell: Cell) -> Outcome:
     s = cell.setting
     if cell.policy == BOUND:
         limit = bound(s.trace, s.cost, s.page_bytes, s.slot_bytes, cell.capacity_bytes)
-        return Outcome(limit.flops_saved, limit.token_hit_rate)
+        return Outcome(limit.flops_saved, limit.token_hit_rate, planned=limit.reached_flops_saved)
     if cell.policy == INFINITE:
         return everything_kept(s)
     if cell.policy == STATIC:
@@ -155,6 +189,8 @@ def outcome_of(cell: Cell) -> Outcome:
         return replayed(cell, MarconiArtifact(s.spec, s.costs, budget_bytes=cell.capacity_bytes))
     if cell.policy == HINDSIGHT:
         return informed(cell)
+    if cell.policy == BELADY:
+        return replayed(cell, Belady(s.trace))
     return replayed(cell, make_policy(cell.policy, s.spec, s.cost, cell.capacity_bytes))
 
 
@@ -188,15 +224,6 @@ def everything_kept(s: Setting) -> Outcome:
     return Outcome(visits.infinite(s.cost), float(hits.sum() / s.trace.num_prompt_tokens), hits)
 
 
-def all_measured(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[int, PolicyRow]]:
+def all_attempted(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[int, AnyRow]]:
     """Rows as they come, each with the number of its cell."""
-    if jobs == 1:
-        yield from enumerate(map(measured, cells))
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(measured, cell): i for i, cell in enumerate(cells)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return spread(attempted, cells, jobs)

@@ -15,7 +15,8 @@ fits what Marconi's authors published of Jamba-1.5-Mini on four A100 (Pan et al.
 """
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -23,26 +24,32 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hybrid_cache.bench.common.files import check_plot, target, write_whole
+from hybrid_cache.bench.common.files import append, check_plot, target, write_whole
 from hybrid_cache.bench.common.http_client import server_url
 from hybrid_cache.bench.common.terminal import listed, progress_bar
-from hybrid_cache.bench.policy.cells import ARTIFACT, HINDSIGHT, STATIC, Cell, Setting, Speed, all_measured
+from hybrid_cache.bench.policy.cells import ARTIFACT, Cell, Setting, Speed, all_attempted
 from hybrid_cache.bench.policy.live import Asked, compare
-from hybrid_cache.bench.policy.report import (
+from hybrid_cache.bench.policy.plot import plot_png
+from hybrid_cache.bench.policy.report import conclusion, percent, reasons, table
+from hybrid_cache.bench.policy.rows import (
+    BELADY,
+    HINDSIGHT,
     LIMITS,
+    STATIC,
+    AnyRow,
+    Missing,
     PolicyRow,
     by_trace,
-    conclusion,
-    plot_png,
+    row_json,
     rows_json,
-    table,
     with_gaps,
 )
-from hybrid_cache.bench.traces.files import FORMATS, load_trace
+from hybrid_cache.bench.traces.files import FIELDS, load_trace
 from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.bench.traces.workloads import WORKLOADS, make_workload
+from hybrid_cache.cache.policies.foreign import is_foreign
 from hybrid_cache.cache.policies.learned import Learned
-from hybrid_cache.cache.policies.registry import ALIASES, policy_names
+from hybrid_cache.cache.policies.registry import ALIASES, canonical_name, policy_names
 from hybrid_cache.errors import ConfigError, HybridCacheError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.shapes import ModelShape
@@ -54,19 +61,21 @@ DEFAULT_SCALES = {"chat": 0.25, "agent": 0.15, "few-shot": 0.25}
 DEFAULT_MODEL = "jamba-1.5-mini"
 DEFAULT_CAPACITIES = "5%,10%,20%"
 ORDER = (
-    *("none", "lru", "vllm-block", "sglang-radix", "sglang-unified", "marconi", STATIC, ARTIFACT),
-    *("seglen", "gdsf", "flops-per-byte", Learned.name),
+    *("none", "lru", "path-lru", "tail-lru", "vllm-block", "vllm-align", "vllm-fine", "sglang-radix", "sglang-unified"),
+    *("marconi", STATIC, ARTIFACT, "seglen", "sae-like", "sparse-prefix", "gdsf", "flops-per-byte-two"),
+    *("flops-per-byte", Learned.name),
 )
 # In the order in which they are shown: what came first, and the default last.
 KNOWN = tuple(
     sorted(
-        dict.fromkeys((*policy_names(), STATIC, ARTIFACT, HINDSIGHT)),
+        dict.fromkeys((*policy_names(), STATIC, ARTIFACT, HINDSIGHT, BELADY)),
         key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER),
     )
 )
 FORMER_NAMES = {**ALIASES, "ours-hindsight": HINDSIGHT}
-ON_REQUEST = (STATIC, ARTIFACT, HINDSIGHT)  # not run unless named: two need hindsight, the other repeats errors
+ON_REQUEST = (STATIC, ARTIFACT, HINDSIGHT, BELADY)  # not run unless named: three need hindsight, one repeats errors
 FILE_WIDTH = 100  # at least, where nobody can widen a window
+LINE_EVERY_S = 10.0  # of progress, where nobody sees a bar
 REFERENCE_MODEL, REFERENCE_SPEED = "jamba-1.5-mini", "17.8:53.0"
 
 
@@ -75,8 +84,20 @@ def policy(
         list[Path] | None, typer.Option(help="File or folder with a trace, gz and xz too; may be given several times.")
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help=f"Of the files: {', '.join(FORMATS)}; guessed if left out.")
+        str | None,
+        typer.Option(
+            help="Of the files, one of these, with their fields; guessed if left out. "
+            + ". ".join(f"{name}: {fields}" for name, fields in FIELDS.items())
+            + "."
+        ),
     ] = None,
+    block_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that a hash id of a mooncake file stands for; found from the data if left out."
+        ),
+    ] = None,
+    sort: Annotated[bool, typer.Option("--sort", help="Put the requests of a file in order of time.")] = False,
     workload: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +121,10 @@ def policy(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help=f"With commas, of {', '.join(KNOWN)}; if left out, all but {' and '.join(ON_REQUEST)}."),
+        typer.Option(
+            help=f"With commas, of {', '.join(KNOWN)}, or package.module:Class; "
+            f"if left out, all but {' and '.join(ON_REQUEST)}."
+        ),
     ] = None,
     with_bound: Annotated[
         bool, typer.Option("--bound/--no-bound", help="Add what is possible in those bytes, and without a limit.")
@@ -129,7 +153,12 @@ def policy(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn at random.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", help="Write the rows to this file; to FILE.jsonl, one a line as they come, without gaps."
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw FLOPs saved by capacity to this PNG file.")] = None,
     live: Annotated[
         str | None,
@@ -147,10 +176,11 @@ def policy(
 
     hit %         prompt tokens that were not computed
     saved %       prefill FLOPs that were not computed
+    plan %        beside the bound: saved by a plan that fits, made with knowledge of the future
     TTFT, p95     predicted time to the first token, median and 95th percentile
     KV, states    mean bytes of pages and of states
     admit, evict  states that came and went
-    gap %         closed of the way from lru to the bound, in FLOPs
+    gap %         closed of the way to the bound, in FLOPs: from lru, and from the best of the other policies
 
     The number after marconi-static is its alpha, the best of 21 in hindsight.
     """
@@ -168,6 +198,8 @@ def policy(
             scale=scale,
             limit=limit,
             seed=seed,
+            block_tokens=block_tokens,
+            sort=sort,
         )
         if live is not None:
             if plot is not None:
@@ -175,37 +207,48 @@ def policy(
             asked = Asked(server_url(live), api_key_file, tuple(model or ()), policy, capacity, concurrency)
             compare(asked, traces, json_file)
             return
+        options = option_text(
+            {
+                "format": format,
+                "block-tokens": block_tokens,
+                "sort": sort,
+                "page-tokens": page_tokens,
+                "sessions": sessions,
+                "rate": rate,
+                "scale": scale,
+                "limit": limit,
+                "seed": seed,
+            }
+        )
         names = chosen_policies(policy, with_bound)
         settings = [
-            Setting.of(t, m, speed(ttft, m), concurrency=concurrency, seed=seed)
+            Setting.of(t, m, speed(ttft, m), concurrency=concurrency, seed=seed, options=options)
             for t in traces
             for m in chosen_models(model or [DEFAULT_MODEL])
         ]
-        wanted = listed("capacity", capacity or DEFAULT_CAPACITIES)
-        cells = [
-            Cell(setting, name, num_bytes)
-            for setting in settings
-            for num_bytes in sorted({capacity_bytes(text, setting) for text in wanted})
-            for name in names
-        ]
-        rows = watched(cells, jobs)
-        show(rows, settings)
-        files = [(json_file, rows_json), (plot, plot_png)]
-        for path, content in [(path, made(rows)) for path, made in files if path is not None]:
-            write_whole(path, content)
+        cells, missing = planned(settings, listed("capacity", capacity or DEFAULT_CAPACITIES), names)
+        stream = json_file is not None and json_file.suffix == ".jsonl"
+        rows = watched(cells, jobs, streamed_to(json_file, missing) if json_file and stream else ignored)
+        show([*rows, *missing], settings)
+        if json_file is not None and not stream:
+            write_whole(json_file, rows_json([*rows, *missing]))
+        if plot is not None:
+            write_whole(plot, plot_png([row for row in rows if isinstance(row, PolicyRow)]))
     except HybridCacheError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
 
 
 def chosen_policies(text: str | None, with_bound: bool) -> tuple[str, ...]:
-    """Raises ConfigError for an unknown name."""
+    """Raises ConfigError for an unknown name, or a policy from elsewhere that cannot be loaded."""
     known = (*KNOWN, *LIMITS)
     given = tuple(name for name in KNOWN if name not in ON_REQUEST) if text is None else listed("policy", text)
     names = tuple(FORMER_NAMES.get(name, name) for name in given)
     for name in names:
-        if name not in known:
-            raise ConfigError(f"unknown policy {name!r}, must be one of {', '.join(known)}")
+        if is_foreign(name) and name not in known:
+            canonical_name(name)
+        elif name not in known:
+            raise ConfigError(f"unknown policy {name!r}, must be one of {', '.join(known)}, or package.module:Class")
     return tuple(dict.fromkeys((*names, *LIMITS) if with_bound else names))
 
 
@@ -220,25 +263,50 @@ def named_apart(names: Sequence[str], given: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else long for name, long in zip(names, given, strict=True)]
 
 
+def option_text(options: dict[str, object]) -> str:
+    """The options that were given, as on a command line."""
+    given = {f"--{name}": value for name, value in options.items() if value is not None and value is not False}
+    return " ".join(name if value is True else f"{name} {value}" for name, value in given.items())
+
+
+def planned(
+    settings: Sequence[Setting], wanted: Sequence[str], names: Sequence[str]
+) -> tuple[list[Cell], list[Missing]]:
+    """The cells, and what is said in place of those that hold nothing. Raises ConfigError if no cell is left."""
+    cells: list[Cell] = []
+    missing: list[Missing] = []
+    for setting in settings:
+        for num_bytes, text in sorted({capacity_bytes(text, setting): text for text in wanted}.items()):
+            if (error := too_small(text, num_bytes, setting)) is None:
+                cells += [Cell(setting, name, num_bytes) for name in names]
+            else:
+                share = num_bytes / setting.unique_bytes
+                missing.append(Missing(setting.trace.name, setting.model, "", num_bytes, share, error))
+    if missing and not cells:
+        raise ConfigError(missing[0].error)
+    return cells, missing
+
+
 def capacity_bytes(text: str, setting: Setting) -> int:
-    """Bytes, or a share of the trace's unique bytes. Raises ConfigError if they hold no page with its state."""
+    """Bytes, or a share of the trace's unique bytes. Raises ConfigError."""
     if text.endswith("%"):
         share = re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", text[:-1].strip(), re.ASCII)
         if share is None or float(share[0]) == 0:
             raise ConfigError(f"capacity {text!r} is not a share above 0 %, wanted one such as 5% or 0.5%")
-        num_bytes = int(setting.unique_bytes * float(share[0]) / 100)
-    else:
-        try:
-            num_bytes = parse_bytes(text)
-        except ConfigError as error:
-            raise ConfigError(f"capacity {error}; or a share such as 5%") from error
+        return int(setting.unique_bytes * float(share[0]) / 100)
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"capacity {error}; or a share such as 5%") from error
+
+
+def too_small(text: str, num_bytes: int, setting: Setting) -> str | None:
+    """What is wrong with a capacity that holds no page with its state."""
     least = setting.page_bytes + setting.slot_bytes
-    if num_bytes < least:
-        raise ConfigError(
-            f"capacity {text} of {setting.trace.name} is {num_bytes} bytes; "
-            f"one checkpoint and one page of {setting.model} take {least}"
-        )
-    return num_bytes
+    if num_bytes >= least:
+        return None
+    take = f"one checkpoint and one page of {setting.model} take {least}"
+    return f"capacity {text} of {setting.trace.name} is {num_bytes} bytes; {take}"
 
 
 def speed(text: str | None, model: ModelShape) -> Speed:
@@ -268,15 +336,27 @@ def load_all(
     scale: float | None,
     limit: int | None,
     seed: int,
+    block_tokens: int | None = None,
+    sort: bool = False,
 ) -> list[Trace]:
     """The traces of files and then of workloads; the usual ones if there are neither. Raises ConfigError."""
-    if not paths and any(option is not None for option in (format, sessions, rate)):
-        raise ConfigError("format, sessions and rate are for files, name one with --trace")
+    if not paths and (sort or any(option is not None for option in (format, sessions, rate, block_tokens))):
+        raise ConfigError("format, block-tokens, sort, sessions and rate are for files, name one with --trace")
     if paths and not workloads and scale is not None:
         raise ConfigError("scale is for made-up traffic, name some with --workload")
     paths = list(dict.fromkeys(paths))
     traces = [
-        load_trace(path, format, page_tokens=page_tokens, sessions=sessions, seed=seed, rate=rate) for path in paths
+        load_trace(
+            path,
+            format,
+            page_tokens=page_tokens,
+            sessions=sessions,
+            seed=seed,
+            rate=rate,
+            block_tokens=block_tokens,
+            sort=sort,
+        )
+        for path in paths
     ]
     usual = dict.fromkeys(workloads, 1.0) if paths or workloads else DEFAULT_SCALES
     for name, share in usual.items():
@@ -290,33 +370,54 @@ def load_all(
     return traces
 
 
-def watched(cells: Sequence[Cell], jobs: int) -> list[PolicyRow]:
-    """The rows of all cells in order, with a progress bar on the error stream."""
-    rows: dict[int, PolicyRow] = {}
+def watched(cells: Sequence[Cell], jobs: int, take: Callable[[AnyRow], None]) -> list[AnyRow]:
+    """The rows of all cells in order, with progress on the error stream; each is taken as it comes."""
+    rows: dict[int, AnyRow] = {}
     with progress_bar() as progress:
         task = progress.add_task("replay", total=len(cells))
-        for i, row in all_measured(cells, jobs):
+        start = told = time.monotonic()
+        for i, row in all_attempted(cells, jobs):
             rows[i] = row
+            take(row)
             progress.update(task, description=f"{row.trace}, {row.policy}", advance=1)
-    return with_gaps([rows[i] for i in range(len(cells))])
+            now = time.monotonic()
+            if not progress.console.is_terminal and now - told >= LINE_EVERY_S:
+                told = now
+                typer.echo(f"{len(rows)} of {len(cells)} cells, {now - start:.0f} s; {in_brief(row)}", err=True)
+    measured = [row for _, row in sorted(rows.items()) if isinstance(row, PolicyRow)]
+    gaps = iter(with_gaps(measured))
+    return [next(gaps) if isinstance(row, PolicyRow) else row for _, row in sorted(rows.items())]
 
 
-def show(rows: Sequence[PolicyRow], settings: Sequence[Setting]) -> None:
+def in_brief(row: AnyRow) -> str:
+    saved = percent(row.flops_saved) if isinstance(row, PolicyRow) else "-"
+    return f"{row.trace} on {row.model}, {row.policy}, {100 * row.capacity_share:.3g} %: {saved}"
+
+
+def ignored(row: AnyRow) -> None:
+    pass
+
+
+def streamed_to(file: Path, first: Sequence[AnyRow]) -> Callable[[AnyRow], None]:
+    """Starts a file of lines, and returns what adds one."""
+    write_whole(file, b"".join(map(row_json, first)))
+    return lambda row: append(file, row_json(row))
+
+
+def show(rows: Sequence[AnyRow], settings: Sequence[Setting]) -> None:
     """Tables, then a sentence for each trace and model."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, FILE_WIDTH))
-    groups = by_trace(rows)
-    for setting, group in zip(settings, groups, strict=True):
+    for setting in settings:
         trace = setting.trace
-        console.print(
-            table(
-                group,
-                f"{trace.name} on {setting.model}: {len(trace.requests):,} requests, "
-                f"{format_bytes(setting.unique_bytes)} unique",
-            )
-        )
+        here = [row for row in rows if (row.trace, row.model) == (trace.name, setting.model)]
+        title = f"{trace.name} on {setting.model}: {len(trace.requests):,} requests, "
+        here.sort(key=lambda row: row.capacity_bytes)
+        console.print(table(here, f"{title}{format_bytes(setting.unique_bytes)} unique"))
+        for reason in reasons(here):
+            console.print(reason, highlight=False, soft_wrap=True)
         if trace.name not in WORKLOADS and trace.note:
             console.print(trace.note, style="dim")
-    for group in groups:
+    for group in by_trace(row for row in rows if isinstance(row, PolicyRow)):
         console.print(conclusion(group), highlight=False)

@@ -17,10 +17,8 @@ by pages whose states take twice the bytes.
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hybrid_cache.bench.common.files import target, write_whole
+from hybrid_cache.bench.common.processes import spread
 from hybrid_cache.bench.common.terminal import listed
 from hybrid_cache.bench.policy.cells import Cell, Setting, Speed, replayed
 from hybrid_cache.bench.traces.trace import Trace
@@ -134,11 +133,12 @@ def known(what: str, names: Sequence[str], all_names: Sequence[str]) -> tuple[st
 def watched(cells: Sequence[tuple[Point, str, int, int]], jobs: int) -> list[float]:
     """The hit rates of all cells, with a progress bar on the error stream."""
     console = Console(stderr=True)
-    if jobs == 1:
-        return [hit_rate(*cell) for cell in track(cells, "replay", console=console, transient=True)]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        rates = pool.map(hit_rate, *zip(*cells, strict=True))
-        return list(track(rates, "replay", len(cells), console=console, transient=True))
+    rates = track(spread(hit_rate_of, cells, jobs), "replay", len(cells), console=console, transient=True)
+    return [rate for _, rate in sorted(rates)]
+
+
+def hit_rate_of(cell: tuple[Point, str, int, int]) -> float:
+    return hit_rate(*cell)
 
 
 def hit_rate(point: Point, policy: str, sessions: int, seed: int) -> float:

@@ -1,51 +1,107 @@
-"""Traces that name blocks of tokens and have no tokens: mooncake and kv-cache-tester.
+"""Traces that name blocks of tokens and have no tokens: mooncake, qwen-bailian and kv-cache-tester.
 
-    mooncake          blocks of 512 tokens; true times
+    mooncake          blocks of 512 tokens, or of another size that the data show; true times
+    qwen-bailian      blocks of 16 tokens; true times
     kv-cache-tester   blocks of 64 tokens, named within a session; times within the session
 
 A block's id stands for the block and all before it, so it follows the same block wherever it occurs. That is checked.
+The ids of qwen-bailian may stand for a block alone; they are named anew.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from hybrid_cache.bench.traces.records import IntArray, Reading, Record, Times, in_order, read_records
-from hybrid_cache.bench.traces.trace import Mark, TraceRequest
+from hybrid_cache.bench.traces.records import (
+    IntArray,
+    Reading,
+    Record,
+    Times,
+    from_zero,
+    in_order,
+    read_records,
+    records_by_time,
+)
+from hybrid_cache.bench.traces.trace import Mark, PageNames, TraceRequest
 from hybrid_cache.kernels.grid import TILE
 
-MOONCAKE_BLOCK = 512
+MOONCAKE_BLOCK, QWEN_BLOCK = 512, 16
+BLOCKS = (MOONCAKE_BLOCK, QWEN_BLOCK, 32, 64, 128, 256, 1024, 2048)  # sizes that are looked for
 
 Wholes = dict[tuple[int, int], int]  # last block, length -> the number of the prompt
+Prompt = tuple[Record, IntArray]  # and its blocks
 
 
-def read_mooncake(files: Sequence[Path]) -> Reading:
-    prompts: list[list[tuple[Record, IntArray]]] = [list(mooncake_prompts(file)) for file in files]
-    numbered_blocks([prompt for file in prompts for prompt in file])
+def read_mooncake(files: Sequence[Path], block_tokens: int | None, *, sort: bool) -> Reading:
+    """block_tokens: that an id stands for; None looks at the lengths of the prompts"""
+    prompts: list[list[Prompt]] = [list(block_prompts(file, sort=sort)) for file in files]
+    everything = [prompt for file in prompts for prompt in file]
+    size = block_tokens or found_size(everything)
+    for record, blocks in everything:
+        check_length(record, blocks, size)
+    numbered_blocks(everything)
     wholes: Wholes = {}
-    requests = [[mooncake_request(record, blocks, wholes) for record, blocks in file] for file in prompts]
-    return Reading(requests, MOONCAKE_BLOCK, Times.TRACE)
+    requests = [[block_request(record, blocks, size, 1e-3, wholes) for record, blocks in file] for file in prompts]
+    dated = any(isinstance(record.fields["timestamp"], str) for record, _ in everything)
+    notes = () if size == MOONCAKE_BLOCK else (f"a hash id stands for {size} tokens",)
+    return Reading(from_zero(requests) if dated else requests, page_size(size), Times.TRACE, notes)
 
 
-def mooncake_prompts(file: Path) -> Iterator[tuple[Record, IntArray]]:
-    last: Record | None = None
-    for record in read_records(file):
-        in_order(last, record, "timestamp")
-        last = record
-        blocks, num_tokens = record.integers("hash_ids"), record.integer("input_length", least=1)
-        if len(blocks) != (expected := -(-num_tokens // MOONCAKE_BLOCK)):
-            raise record.fault(f"hash_ids has {len(blocks)} ids: expected {expected} for input_length {num_tokens}")
-        yield record, blocks
+def read_qwen(files: Sequence[Path], block_tokens: int | None, *, sort: bool) -> Reading:
+    size, names, roots, wholes = block_tokens or QWEN_BLOCK, PageNames(), dict[int, int](), Wholes()
+    requests: list[list[TraceRequest]] = []
+    for file in files:
+        requests.append([])
+        for record, ids in block_prompts(file, sort=sort):
+            check_length(record, ids, size)
+            blocks = names.of_blocks(ids.tolist()).astype(np.int64)
+            request = block_request(record, blocks, size, 1.0, wholes)
+            requests[-1].append(replace(request, session=conversation(record, roots)))
+    return Reading(requests, page_size(size), Times.TRACE)
 
 
-def mooncake_request(record: Record, blocks: IntArray, wholes: Wholes) -> TraceRequest:
+def conversation(record: Record, roots: dict[int, int]) -> str:
+    """Names the first chat of a conversation: that of the parent, if it is in the trace."""
+    chat, parent = record.integer("chat_id"), record.fields.get("parent_chat_id")
+    roots[chat] = roots.get(parent, chat) if isinstance(parent, int) else chat
+    return str(roots[chat])
+
+
+def block_prompts(file: Path, *, sort: bool) -> Iterator[Prompt]:
+    for record in records_by_time(file, "timestamp", sort=sort):
+        record.integer("input_length", least=1)
+        yield record, record.integers("hash_ids")
+
+
+def found_size(prompts: Sequence[Prompt]) -> int:
+    """The size of a block that explains all prompts, one of more than a block among them; else the usual one."""
+    lengths = np.array([record.integer("input_length") for record, _ in prompts], np.int64)
+    counts = np.array([len(blocks) for _, blocks in prompts], np.int64)
+    fitting = (size for size in BLOCKS if counts.max(initial=0) > 1 and np.all(-(-lengths // size) == counts))
+    return next(fitting, MOONCAKE_BLOCK)
+
+
+def check_length(record: Record, blocks: IntArray, block_tokens: int) -> None:
     num_tokens = record.integer("input_length", least=1)
+    if len(blocks) != (expected := -(-num_tokens // block_tokens)):
+        size = "" if block_tokens == MOONCAKE_BLOCK else f" in blocks of {block_tokens}"
+        raise record.fault(f"hash_ids has {len(blocks)} ids: expected {expected} for input_length {num_tokens}{size}")
+
+
+def page_size(block_tokens: int) -> int:
+    """The least page of whole blocks and whole tiles."""
+    return math.lcm(block_tokens, TILE)
+
+
+def block_request(record: Record, blocks: IntArray, block_tokens: int, unit_s: float, wholes: Wholes) -> TraceRequest:
+    num_tokens, a_page = record.integer("input_length", least=1), page_size(block_tokens) // block_tokens
     return TraceRequest(
-        arrival_s=record.time("timestamp") / 1000,
+        arrival_s=record.time("timestamp", unit_s),
         session="",
-        pages=blocks[: num_tokens // MOONCAKE_BLOCK].astype(np.int32),
+        pages=blocks[: num_tokens // block_tokens][a_page - 1 :: a_page].astype(np.int32),
         num_prompt_tokens=num_tokens,
         num_output_tokens=record.integer("output_length"),
         num_known_tokens=num_tokens,
@@ -63,9 +119,9 @@ class SessionRequest:
     num_system_tokens: int  # tools and system prompt
 
 
-def read_kv_cache_tester(files: Sequence[Path], page_tokens: int) -> Reading:
+def read_kv_cache_tester(files: Sequence[Path], page_tokens: int, *, sort: bool) -> Reading:
     """In pages of `page_tokens` at once: the blocks of a large trace, all together, would fill the memory."""
-    sessions = SessionNumbering(page_tokens)
+    sessions = SessionNumbering(page_tokens, sort=sort)
     requests = [[r for record in read_records(file) for r in sessions.read(record)] for file in files]
     note = "prompts of one session with equal blocks and equal length count as repeats"
     return Reading(requests, page_tokens, Times.SESSION, (note,))
@@ -74,7 +130,8 @@ def read_kv_cache_tester(files: Sequence[Path], page_tokens: int) -> Reading:
 class SessionNumbering:
     """Numbers the pages and the prompts of one session after the other."""
 
-    def __init__(self, page_tokens: int) -> None:
+    def __init__(self, page_tokens: int, *, sort: bool = False) -> None:
+        self._sort = sort
         self._page_blocks = page_tokens // TILE
         self._num_blocks = self._num_prompts = 0
         self._places: dict[str, str] = {}
@@ -85,7 +142,7 @@ class SessionNumbering:
         if session in self._places:
             raise record.error("id", f"another than on {self._places[session]}")
         self._places[session] = f"{record.file.name}:{record.line}"
-        sent = sorted(session_requests(record), key=lambda request: request.time_s)
+        sent = sorted(session_requests(record, sort=self._sort), key=lambda request: request.time_s)
         prompts, num_blocks = numbered_blocks([(r.record, session_blocks(r.record)) for r in sent])
         wholes: Wholes = {}
         requests = [self._request(session, *prompt, wholes) for prompt in zip(sent, prompts, strict=True)]
@@ -109,15 +166,16 @@ class SessionNumbering:
         )
 
 
-def session_requests(owner: Record, start_s: float = 0.0) -> Iterator[SessionRequest]:
-    """The requests of a session, or of a subagent that starts `start_s` after it."""
+def session_requests(owner: Record, start_s: float = 0.0, *, sort: bool = False) -> Iterator[SessionRequest]:
+    """The requests of a session, or of a subagent that starts `start_s` after it. sort: times may fall"""
     check_block_size(owner)
     num_system_tokens, last = owner.integer("tool_tokens") + owner.integer("system_tokens"), None
     for entry in owner.records("requests"):
-        in_order(last, entry, "t")
+        if not sort:
+            in_order(last, entry, "t")
         last = entry
         if entry.fields.get("type") == "subagent":
-            yield from session_requests(entry, start_s + entry.time("t"))
+            yield from session_requests(entry, start_s + entry.time("t"), sort=sort)
         else:
             yield SessionRequest(entry, start_s + entry.time("t"), num_system_tokens)
 

@@ -1,16 +1,7 @@
-"""Reads traces of real requests from files, plain or packed.
+"""Reads traces of real requests from files, plain or packed: an object a line, or one array of objects.
 
-    mooncake          jsonl  timestamp (ms), input_length, output_length, hash_ids (of 512 tokens each)
-    kv-cache-tester   jsonl  a session a line: id, tool_tokens, system_tokens, requests (t, in, out, hash_ids, ...)
-    ragpulse          a folder: 0_trace*, and the lengths of its segments in 1_sys_prompt* to 5_web_search*
-    messages          jsonl  messages (role, content), optional arrival_s or timestamp (s), session, and
-                             output or output_tokens or max_tokens; also the files of BIG-Bench Hard (outputs),
-                             tau-bench (traj) and lmcache-agent-trace (input, output, session_id, timestamp in us)
-    tokens            jsonl  prompt, optional arrival_s or timestamp (s), session, output or output_tokens,
-                             marks (position, role, explicit)
-
-A request without a word about its output generates nothing. Times that a file does not have are made up from a seed;
-`Trace.note` says which.
+FIELDS says what each format looks like. A time is a number or text in ISO 8601. A request without a word about its
+output generates nothing. Times that a file does not have are made up from a seed; `Trace.note` says which.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hybrid_cache.bench.traces.blocks import MOONCAKE_BLOCK, read_kv_cache_tester, read_mooncake
+from hybrid_cache.bench.traces.blocks import read_kv_cache_tester, read_mooncake, read_qwen
 from hybrid_cache.bench.traces.records import Reading, Times, TraceError, brief
 from hybrid_cache.bench.traces.tokens import (
     SHAPES,
     Encoder,
     first_record,
     four_characters,
+    read_marconi,
     read_messages,
     read_ragpulse,
     read_tokens,
@@ -34,11 +26,25 @@ from hybrid_cache.bench.traces.trace import Trace, TraceRequest
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 
-__all__ = ["FORMATS", "Encoder", "TraceError", "four_characters", "load_trace"]
+__all__ = ["FIELDS", "FORMATS", "Encoder", "TraceError", "four_characters", "load_trace"]
 
-FORMATS = ("mooncake", "kv-cache-tester", "ragpulse", "messages", "tokens")
+FIELDS = {
+    "mooncake": "timestamp (ms), input_length, output_length, hash_ids (of 512 tokens each, or as the lengths show)",
+    "qwen-bailian": "chat_id, parent_chat_id, timestamp (s), input_length, output_length, hash_ids (of 16 tokens each)",
+    "kv-cache-tester": "a session a line: id, tool_tokens, system_tokens, requests (t, in, out, hash_ids, input_types)",
+    "ragpulse": "a folder: 0_trace* (timestamp, input_length, output_length, session_id, hash_ids), and the lengths of "
+    "its segments in 1_sys_prompt* to 5_web_search*",
+    "messages": "messages (role, content: text or parts, tool_calls), optional arrival_s or timestamp (s), session, "
+    "and output or output_tokens or max_tokens; or ShareGPT's conversations (from, value), BIG-Bench Hard's outputs "
+    "(input, prediction), tau-bench's traj, lmcache-agent-trace's input, output, session_id, timestamp (us)",
+    "tokens": "prompt, optional arrival_s or timestamp (s), session, output or output_tokens, marks (position, role, "
+    "explicit)",
+    "marconi": "input_tokens, ts (s), optional session_id, output_tokens or num_output_tokens",
+}
+FORMATS = tuple(FIELDS)
 SUFFIXES = (".json", ".jsonl")
 PACKED = (".gz", ".xz")
+BLOCK_FORMATS = ("mooncake", "qwen-bailian")
 
 THINK_S = 5.0  # mean pause between the requests of a session whose trace has no times
 OVERLAP = 8  # sessions at a time, unless a rate is given
@@ -54,14 +60,18 @@ def load_trace(
     seed: int = 0,
     rate: float | None = None,
     encode: Encoder | None = None,
+    block_tokens: int | None = None,
+    sort: bool = False,
 ) -> Trace:
     """Reads a file, or all files of a folder as one trace. Raises TraceError for content, ConfigError for arguments.
 
     format        one of FORMATS; None looks at the first line
-    page_tokens   a multiple of the trace's own pages, which are 512 tokens for mooncake and 64 for the others
+    page_tokens   a multiple of the trace's own pages: whole blocks of those that name them, and at least 64 tokens
     sessions      take only this many, drawn with `seed`
     rate          starts of sessions (of requests, if there are no sessions) a second, for a trace without such times
     encode        makes tokens of text; None counts about four characters as one
+    block_tokens  that a hash id of mooncake or qwen-bailian stands for; None finds it
+    sort          by time first, where a file is not in order
     """
     if rate is not None and not 0 < rate < np.inf:
         raise ConfigError(f"rate {rate}: expected a finite number above 0")
@@ -69,7 +79,9 @@ def load_trace(
         raise ConfigError(f"format {format}: expected one of {', '.join(FORMATS)}")
     files = trace_files(path)
     format = format or guessed(path, files)
-    reading = read(format, files, page_tokens, encode or four_characters)
+    if block_tokens is not None and format not in BLOCK_FORMATS:
+        raise ConfigError(f"block_tokens {block_tokens}: expected none, {format} does not leave it open")
+    reading = read(format, files, page_tokens, encode or four_characters, block_tokens, sort=sort)
     if not any(reading.files):
         raise TraceError(f"{path}:1: requests: expected at least one, found none")
     rng, notes = np.random.default_rng(seed), list(reading.notes)
@@ -116,34 +128,57 @@ def guessed(path: Path, files: Sequence[Path]) -> str:
     match first.fields:
         case {"hash_ids": dict()}:
             return "ragpulse"
+        case {"hash_ids": _, "input_length": _, "chat_id": _}:
+            return "qwen-bailian"
         case {"hash_ids": _, "input_length": _}:
             return "mooncake"
         case {"requests": _}:
             return "kv-cache-tester"
+        case {"input_tokens": _, "ts": _}:
+            return "marconi"
         case {"prompt": _}:
             return "tokens"
         case fields if any(name in fields for name in SHAPES):
             return "messages"
-    raise first.fault(f"fields {brief(', '.join(first.fields))}: expected those of {', '.join(FORMATS)}")
+    raise first.fault(
+        f"fields {brief(', '.join(first.fields))}: expected those of {', '.join(FORMATS)}; --help names them"
+    )
 
 
-def read(format: str, files: Sequence[Path], page_tokens: int | None, encode: Encoder) -> Reading:
+def read(
+    format: str,
+    files: Sequence[Path],
+    page_tokens: int | None,
+    encode: Encoder,
+    block_tokens: int | None,
+    *,
+    sort: bool,
+) -> Reading:
     """Reads all files in one format. Raises TraceError for their content, ConfigError for `page_tokens`."""
-    native = MOONCAKE_BLOCK if format == "mooncake" else TILE
-    page_tokens = native if page_tokens is None else page_tokens
-    if page_tokens < native or page_tokens % native:
-        raise ConfigError(f"page_tokens {page_tokens}: expected a multiple of {native}, a page of {format}")
+    if format not in BLOCK_FORMATS:
+        check_pages(page_tokens, TILE, format)
     match format:
-        case "mooncake":
-            return read_mooncake(files)
+        case "mooncake" | "qwen-bailian":
+            reader = read_mooncake if format == "mooncake" else read_qwen
+            reading = reader(files, block_tokens, sort=sort)
+            check_pages(page_tokens, reading.page_tokens, format)
+            return reading
         case "kv-cache-tester":
-            return read_kv_cache_tester(files, page_tokens)
+            return read_kv_cache_tester(files, page_tokens or TILE, sort=sort)
         case "ragpulse":
             return read_ragpulse(files)
         case "messages":
-            return read_messages(files, encode)
+            return read_messages(files, encode, sort=sort)
+        case "marconi":
+            return read_marconi(files, sort=sort)
         case _:
-            return read_tokens(files)
+            return read_tokens(files, sort=sort)
+
+
+def check_pages(page_tokens: int | None, native: int, format: str) -> None:
+    """Raises ConfigError for pages that are not made of the trace's own."""
+    if page_tokens is not None and (page_tokens < native or page_tokens % native):
+        raise ConfigError(f"page_tokens {page_tokens}: expected a multiple of {native}, a page of {format}")
 
 
 def sampled(path: Path, reading: Reading, sessions: int, rng: np.random.Generator) -> Reading:

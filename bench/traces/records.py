@@ -10,7 +10,8 @@ import lzma
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -73,11 +74,14 @@ class Record:
             raise self.error(name, f"an integer from {least} to {LARGEST}")
         return value
 
-    def time(self, name: str) -> float:
+    def time(self, name: str, unit_s: float = 1.0) -> float:
+        """Seconds. A number counts units; text is a moment in ISO 8601, in UTC unless it says otherwise."""
         value = self.fields.get(name)
+        if isinstance(value, str) and (moment := moment_of(value)) is not None:
+            return moment
         if type(value) not in (int, float) or not is_time(value):
-            raise self.error(name, "a finite number, not negative")
-        return float(cast(float, value))
+            raise self.error(name, "a finite number, not negative, or a time in ISO 8601")
+        return float(cast(float, value)) * unit_s
 
     def time_in_text(self, name: str) -> float:
         value = self.fields.get(name)
@@ -128,17 +132,36 @@ class Record:
 def in_order(last: Record | None, record: Record, name: str) -> None:
     """Within one file no time may be less than the one before."""
     if last is not None and last.file == record.file and record.time(name) < last.time(name):
-        raise record.error(name, f"at least {brief(last.fields[name])}, the time before it")
+        raise record.error(name, f"at least {brief(last.fields[name])}, the time before it, unless sorted with --sort")
+
+
+def records_by_time(file: Path, name: str, *, sort: bool) -> Iterator[Record]:
+    """The objects of a file, whose times may not fall unless they are to be sorted. Raises TraceError."""
+    if sort:
+        yield from sorted(read_records(file), key=lambda record: record.time(name))
+        return
+    last: Record | None = None
+    for record in read_records(file):
+        in_order(last, record, name)
+        last = record
+        yield record
 
 
 def read_records(file: Path) -> Iterator[Record]:
-    """The objects of a file, one a line; blank lines are skipped. Raises TraceError."""
+    """The objects of a file, one a line, or those of the array that a file is; blank lines are skipped.
+
+    Raises TraceError.
+    """
     line = 0
     try:
         with unpacked(file) as lines:
             for line, text in enumerate(lines, 1):
-                if not text.isspace():
-                    yield parsed(file, line, text)
+                if text.isspace():
+                    continue
+                if text.lstrip().startswith(b"["):
+                    yield from entries(file, line, text + lines.read())
+                    return
+                yield parsed(file, line, text)
     except EOFError as error:
         raise TraceError(
             f"{file}:{line + 1}: compressed data ends early: expected a whole {file.suffix} file"
@@ -162,15 +185,48 @@ def unpacked(file: Path) -> BinaryIO:
 
 def parsed(file: Path, line: int, text: bytes) -> Record:
     """The object on one line. Raises TraceError."""
-    try:
-        value: object = json.loads(text.decode().rstrip())
-    except json.JSONDecodeError as error:
-        raise TraceError(f"{file}:{line}: JSON broken at column {error.colno}: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, an endless number, too deep
-        raise TraceError(f"{file}:{line}: JSON broken: {error}") from error
+    value = json_value(file, line, text)
     if not isinstance(value, dict):
         raise TraceError(f"{file}:{line}: JSON {brief(value)}: expected an object")
     return Record(file, line, value)
+
+
+def entries(file: Path, line: int, text: bytes) -> Iterator[Record]:
+    """The objects of an array that starts on a line and ends with the file. Raises TraceError."""
+    values = json_value(file, line, text)
+    if not isinstance(values, list) or set(map(type, values)) - {dict}:
+        raise TraceError(f"{file}:{line}: JSON {brief(values)}: expected an object, or an array of objects")
+    for i, value in enumerate(values):
+        yield Record(file, line, value, f"[{i}].")
+
+
+def json_value(file: Path, line: int, text: bytes) -> object:
+    """What some text from a line on says. Raises TraceError."""
+    try:
+        value: object = json.loads(text.decode().rstrip())
+    except json.JSONDecodeError as error:
+        place = line + error.lineno - 1
+        raise TraceError(f"{file}:{place}: JSON broken at column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, an endless number, too deep
+        raise TraceError(f"{file}:{line}: JSON broken: {error}") from error
+    return value
+
+
+def moment_of(text: str) -> float | None:
+    """Seconds since 1970 of a time in ISO 8601; None for other text."""
+    try:
+        moment = datetime.fromisoformat(text.strip()) if "-" in text else None
+    except ValueError:
+        return None
+    if moment is None:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def from_zero(files: list[list[TraceRequest]]) -> list[list[TraceRequest]]:
+    """The requests with times since the first one."""
+    start_s = min((r.arrival_s for file in files for r in file), default=0.0)
+    return [[replace(r, arrival_s=r.arrival_s - start_s) for r in file] for file in files]
 
 
 def is_time(value: object) -> bool:

@@ -1,20 +1,32 @@
-"""Traces that have tokens, or something to make them of: ragpulse, messages, tokens.
+"""Traces that have tokens, or something to make them of: ragpulse, messages, tokens, marconi.
 
     ragpulse   segments with an id and a length; true times, unsorted
     messages   text, in one of the shapes of SHAPES; times if the file has them
     tokens     token ids; times if the file has them
+    marconi    token ids; times
 
 All requests carry their tokens, which make the names of their pages.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from hybrid_cache.bench.traces.records import LARGEST, Reading, Record, Times, TraceError, brief, in_order, read_records
+from hybrid_cache.bench.traces.records import (
+    LARGEST,
+    Reading,
+    Record,
+    Times,
+    TraceError,
+    brief,
+    from_zero,
+    in_order,
+    read_records,
+    records_by_time,
+)
 from hybrid_cache.bench.traces.trace import Mark, PageNames, Tokens, TraceMessage, TraceRequest
 from hybrid_cache.kernels.grid import TILE
 
@@ -132,13 +144,20 @@ class Clock:
 
     FIELDS = ("arrival_s", "timestamp")
 
-    def __init__(self, first: Record | None) -> None:
-        self.field = next((name for name in self.FIELDS if first is not None and first.has(name)), "")
+    def __init__(self, first: Record | None, *, sort: bool = False) -> None:
+        fields = {} if first is None else first.fields
+        self.field = next((name for name in self.FIELDS if fields.get(name) is not None), "")
+        self._from_zero = self.field == "timestamp" or isinstance(fields.get(self.field), str)
+        self._sort = sort
         self._last: Record | None = None
 
     @property
     def times(self) -> Times:
         return Times.TRACE if self.field else Times.NONE
+
+    def records(self, file: Path) -> Iterator[Record]:
+        """Those of a file, sorted if that is wanted."""
+        return records_by_time(file, self.field, sort=True) if self._sort and self.field else read_records(file)
 
     def read(self, record: Record) -> float:
         if not self.field:
@@ -151,22 +170,40 @@ class Clock:
 
     def started(self, files: list[list[TraceRequest]]) -> list[list[TraceRequest]]:
         """The requests with times since the start of the trace."""
-        return from_zero(files) if self.field == "timestamp" else files
-
-
-def from_zero(files: list[list[TraceRequest]]) -> list[list[TraceRequest]]:
-    start_s = min((r.arrival_s for file in files for r in file), default=0.0)
-    return [[replace(r, arrival_s=r.arrival_s - start_s) for r in file] for file in files]
+        return from_zero(files) if self._from_zero else files
 
 
 def first_record(files: Iterable[Path]) -> Record | None:
     return next((record for file in files for record in read_records(file)), None)
 
 
-def read_tokens(files: Sequence[Path]) -> Reading:
-    names, clock = PageNames(), Clock(first_record(files))
-    requests = [[tokens_request(record, clock, names) for record in read_records(file)] for file in files]
+def read_tokens(files: Sequence[Path], *, sort: bool) -> Reading:
+    names, clock = PageNames(), Clock(first_record(files), sort=sort)
+    requests = [[tokens_request(record, clock, names) for record in clock.records(file)] for file in files]
     return Reading(clock.started(requests), TILE, clock.times)
+
+
+def read_marconi(files: Sequence[Path], *, sort: bool) -> Reading:
+    """The traces that Marconi's published simulator reads."""
+    names = PageNames()
+    requests = [[marconi_request(r, names) for r in records_by_time(file, "ts", sort=sort)] for file in files]
+    return Reading(from_zero(requests), TILE, Times.TRACE)
+
+
+def marconi_request(record: Record, names: PageNames) -> TraceRequest:
+    prompt = record.integers("input_tokens").astype(np.int32)
+    if not len(prompt):
+        raise record.error("input_tokens", "at least one token")
+    session = record.fields.get("session_id")
+    return token_request(
+        names,
+        prompt,
+        marks=(Mark(len(prompt), ""),),
+        num_output_tokens=record.integer("num_output_tokens") if record.has("num_output_tokens") else 0,
+        arrival_s=record.time("ts"),
+        session="" if session is None else str(session),
+        output=record.integers("output_tokens").astype(np.int32) if record.has("output_tokens") else None,
+    )
 
 
 def tokens_request(record: Record, clock: Clock, names: PageNames) -> TraceRequest:
@@ -221,7 +258,7 @@ class RequestMaker:
 
     def parsed(self, record: Record) -> TraceMessage:
         """An OpenAI message."""
-        content = record.text("content") if record.has("content") else ""
+        content = content_of(record) if record.has("content") else ""
         if record.has("tool_calls"):
             calls = json.dumps(record.fields["tool_calls"], ensure_ascii=False, separators=(",", ":"))
             content = f"{content}\n{calls}" if content else calls
@@ -250,19 +287,33 @@ class RequestMaker:
         )
 
 
-def read_messages(files: Sequence[Path], encode: Encoder) -> Reading:
+def content_of(record: Record) -> str:
+    """The text of a message; of parts, one after the other, what is no text as it stands in the file."""
+    if isinstance(record.fields["content"], str):
+        return record.text("content")
+    if not record.fields["content"] or not isinstance(record.fields["content"], list):
+        raise record.error("content", "a string, or a list of parts")
+    parts = record.records("content")
+    return "\n".join(part.text("text") if part.has("text") else json.dumps(part.fields) for part in parts)
+
+
+def read_messages(files: Sequence[Path], encode: Encoder, *, sort: bool) -> Reading:
     """The shape of the first record is the shape of all."""
     if (first := first_record(files)) is None:
         return Reading([], TILE, Times.NONE)
     shape = next((shape for name, shape in SHAPES.items() if first.has(name)), None)
     if shape is None:
         raise first.fault(f"fields {brief(', '.join(first.fields))}: expected one of {', '.join(SHAPES)}")
-    return shape(files, RequestMaker(encode))
+    return (
+        read_chats(files, RequestMaker(encode), sort=sort)
+        if shape is read_chats
+        else shape(files, RequestMaker(encode))
+    )
 
 
-def read_chats(files: Sequence[Path], maker: RequestMaker) -> Reading:
-    clock = Clock(first_record(files))
-    requests = [[chat_request(record, clock, maker) for record in read_records(file)] for file in files]
+def read_chats(files: Sequence[Path], maker: RequestMaker, *, sort: bool = False) -> Reading:
+    clock = Clock(first_record(files), sort=sort)
+    requests = [[chat_request(record, clock, maker) for record in clock.records(file)] for file in files]
     return Reading(clock.started(requests), TILE, clock.times)
 
 
@@ -289,6 +340,25 @@ def trajectory(record: Record, maker: RequestMaker) -> Iterator[TraceRequest]:
             if not messages:
                 raise sent.error("role", "a message of somebody else first")
             yield maker.request(messages, message, f"{record.file.name}:{record.line}")
+        messages.append(message)
+
+
+def read_share_gpt(files: Sequence[Path], maker: RequestMaker) -> Reading:
+    """ShareGPT: what the model says answers what comes before; a conversation is a session."""
+    requests = [[r for record in read_records(file) for r in shared_chat(record, maker)] for file in files]
+    return Reading(requests, TILE, Times.NONE)
+
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+
+
+def shared_chat(record: Record, maker: RequestMaker) -> Iterator[TraceRequest]:
+    messages: list[TraceMessage] = []
+    for turn in record.records("conversations"):
+        speaker = turn.text("from")
+        message = maker.message(SPEAKERS.get(speaker, speaker), turn.text("value"))
+        if message.role == "assistant" and messages:
+            yield maker.request(messages, message, f"{record.file.name}:{record.line}{record.place}")
         messages.append(message)
 
 
@@ -334,6 +404,7 @@ def agent_requests(file: Path, maker: RequestMaker) -> Iterator[TraceRequest]:
 SHAPES: dict[str, Callable[[Sequence[Path], RequestMaker], Reading]] = {
     "messages": read_chats,
     "traj": read_trajectories,
+    "conversations": read_share_gpt,
     "outputs": read_few_shots,
     "input": read_agent_logs,
 }

@@ -1,7 +1,9 @@
 """Policies from papers and other servers, in scenarios small enough to work out by hand."""
 
+import math
 import random
 from collections.abc import Iterable
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,16 +14,20 @@ from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.bench.traces.workloads import make_workload
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.keys import keys_of
-from hybrid_cache.cache.policies import marconi
+from hybrid_cache.cache.policies import marconi, tail_lru
 from hybrid_cache.cache.policies.base import Outline, Policy
 from hybrid_cache.cache.policies.gdsf import GDSF
 from hybrid_cache.cache.policies.marconi import ALPHAS, KindCosts, Marconi, MarconiArtifact
 from hybrid_cache.cache.policies.nothing import Nothing
 from hybrid_cache.cache.policies.published import normalised
 from hybrid_cache.cache.policies.registry import make_policy, policy_names
+from hybrid_cache.cache.policies.sae import SAELike, error_function
 from hybrid_cache.cache.policies.seglen import SegLen
-from hybrid_cache.cache.policies.sglang_radix import SGLangRadix, SGLangUnified
-from hybrid_cache.cache.policies.vllm_block import VLLMBlock, equal_page_tokens
+from hybrid_cache.cache.policies.sglang_radix import PathLRU, SGLangRadix, SGLangUnified
+from hybrid_cache.cache.policies.sparse_prefix import MOST_DEPTHS, SparsePrefix, best_places
+from hybrid_cache.cache.policies.tail_lru import TailLRU
+from hybrid_cache.cache.policies.value import FlopsPerByteTwo
+from hybrid_cache.cache.policies.vllm_block import VLLMAlign, VLLMBlock, VLLMFine, equal_page_tokens
 from hybrid_cache.cache.tree import Kept
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
@@ -41,10 +47,14 @@ PAGE = 1024
 SLOT = 4 * PAGE
 
 
+ELSEWHERE = VLLMBlock | VLLMAlign | SparsePrefix | Nothing  # put states at other places, or none
+
+
 def published() -> list[Policy]:
     """One of each, freshly made."""
     tuned = Marconi(None, HYBRID, COST, 1 << 20)
-    return [VLLMBlock(TILE), SGLangRadix(), SGLangUnified(), tuned, Marconi(0.5), SegLen(), GDSF(), Nothing()]
+    lru = [SGLangRadix(), SGLangUnified(), PathLRU(), TailLRU(), VLLMBlock(TILE), VLLMAlign(TILE), VLLMFine(TILE)]
+    return [*lru, tuned, Marconi(0.5), SegLen(), SAELike(), SparsePrefix(), GDSF(), Nothing()]
 
 
 def roomy(policy: Policy) -> HybridCache:
@@ -123,7 +133,9 @@ def test_a_client_that_wants_its_own_marks_only_gets_no_other_state(policy: Poli
 
 
 @pytest.mark.parametrize(
-    "policy", [p for p in published() if not isinstance(p, VLLMBlock | Nothing)], ids=lambda p: p.name
+    "policy",
+    [p for p in published() if isinstance(p, VLLMFine) or not isinstance(p, ELSEWHERE)],
+    ids=lambda p: p.name,
 )
 def test_a_state_is_kept_where_two_requests_part_and_at_the_end(policy: Policy) -> None:
     cache = roomy(policy)
@@ -206,6 +218,28 @@ def test_vllm_finds_nothing_before_the_first_block_ends() -> None:
     assert [cache.match("", tokens_of(p, 1)).length // TILE for p in ("a", "ab", "abc")] == [0, 2, 2]
 
 
+def test_vllm_align_keeps_the_last_whole_block_only() -> None:
+    assert positions(VLLMAlign(128), outline(400)) == [384]
+    assert positions(VLLMAlign(128), outline(400, start=128, shared=256)) == [384]
+    assert positions(VLLMAlign(128), outline(400, start=384)) == []
+    assert positions(VLLMAlign(528), outline(527)) == []
+
+
+def test_two_prompts_that_part_after_the_last_common_block_share_nothing_under_align() -> None:
+    cache, fine = roomy(VLLMAlign(2 * TILE)), roomy(VLLMFine(2 * TILE))
+    for c in (cache, fine):
+        for prompt in ("abcd", "abxy"):
+            serve(c, prompt)
+    assert cache.match("", tokens_of("abz", 1)).length == 0
+    assert fine.match("", tokens_of("abz", 1)).length == 2 * TILE
+
+
+def test_fine_ends_lie_on_pages_but_junctions_on_blocks() -> None:
+    assert positions(VLLMFine(128), outline(470)) == [448]
+    assert positions(VLLMFine(128), outline(470, start=64, shared=192)) == [128, 448]
+    assert positions(VLLMFine(128), outline(470, start=128, shared=192)) == [448]
+
+
 # SGLang
 
 
@@ -220,6 +254,13 @@ def chain(policy: Policy) -> HybridCache:
 
 def test_sglang_refreshes_the_whole_path_and_evicts_the_deepest_of_it_first() -> None:
     assert victims(chain(SGLangRadix())) == ["x", "abc", "a"]
+    assert victims(chain(PathLRU())) == ["x", "a", "abc"]
+
+
+def test_sglang_leaves_a_state_at_every_chunk_of_a_prefill() -> None:
+    assert positions(SGLangUnified(), outline(20_000, start=64)) == [64 + 8192 - 64 % 64, 64 + 16384, 19_968]
+    assert positions(SGLangUnified(), outline(8192)) == [8192]
+    assert positions(SGLangUnified(), outline(9000, marked=True)) == []
 
 
 @pytest.mark.parametrize("policy", [SGLangUnified(), Marconi(0.0)], ids=lambda p: p.name)
@@ -422,6 +463,106 @@ def test_the_simulators_errors_in_efficiency() -> None:
     assert values["abc"] == pytest.approx((attention(192) + 7.0 * 192 + 11.0 * 192) / (slot + 192 * kv))
     assert costs.total == PrefillCost(21.0, 0.5)
     assert isinstance(policy.with_alpha(0.1), MarconiArtifact)
+
+
+def test_a_state_with_one_child_hands_its_last_use_down_to_it() -> None:
+    """a is used last but goes first, since it frees no pages worth its FLOPs; abc takes over its use."""
+    policy = Marconi(0.0)
+    cache = roomy(policy)
+    for prompt in ("abc", "x"):
+        serve(cache, prompt)
+    serve(cache, "a")
+    (first,) = [kept for kept in policy.items() if prefix(kept) == "a"]
+    (deep,) = [kept for kept in policy.items() if prefix(kept) == "abc"]
+    assert deep.base < first.base
+    cache.pool.evict(first, 1.0)
+    cache.check()
+    assert deep.base == first.base
+    assert victims(cache) == ["x", "abc"]
+
+
+# Tail-optimized LRU
+
+
+def test_tail_lru_evicts_first_what_a_next_turn_would_hardly_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without abcd only one page is missed; without ab two more than the two that fit."""
+    monkeypatch.setattr(tail_lru, "SPARE_TOKENS", 2 * TILE)
+    cache = roomy(TailLRU())
+    for prompt in ("wxyz", "abc", "abcd"):
+        serve(cache, prompt)
+    assert victims(cache) == ["abcd", "wxyz", "abc"]
+
+
+def test_what_has_gone_already_counts_as_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """abcd, abc and ab each are one page beyond the last; but three pages in all are too many."""
+    monkeypatch.setattr(tail_lru, "SPARE_TOKENS", 2 * TILE)
+    cache = roomy(TailLRU())
+    for prompt in ("ab", "abc", "abcd", "x"):
+        serve(cache, prompt)
+        hit(cache, "ab")
+    gone = victims(cache)
+    assert gone.index("x") < gone.index("ab")
+    assert [g for g in gone if g != "x"] == ["abc", "abcd", "ab"]
+
+
+# SAECache
+
+
+def test_types_that_come_back_outlive_those_that_never_do() -> None:
+    policy = SAELike()
+    cache = new_cache(HYBRID, slots=8, pages=24, policy=policy)
+    for i in range(30):
+        one_shot, talk = chr(200 + i), chr(100 + i % 3)
+        serve(cache, one_shot, generated=True)  # answers that nobody asks for again
+        serve(cache, talk)
+    weights = {type: policy._weights[number] for type, number in policy._types.items()}
+    assert weights["answer"] < 0.5 < weights[""]
+    assert all(cache.match("", tokens_of(chr(100 + i), 1)).length for i in range(3))
+
+
+def test_the_error_function_is_near_the_exact_one() -> None:
+    x = np.linspace(-4, 4, 41)
+    assert error_function(x) == pytest.approx([math.erf(v) for v in x], abs=6e-4)
+
+
+# Sparse prefixes
+
+
+def test_the_best_places_leave_least_to_compute() -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        overlaps = [rng.randrange(1, 12) for _ in range(rng.randrange(1, 15))]
+
+        def left(places: Iterable[int], overlaps: list[int] = overlaps) -> int:
+            return sum(d - max((p for p in places if p <= d), default=0) for d in overlaps)
+
+        for num_states in (1, 2, 3):
+            found = best_places(overlaps, num_states)
+            assert len(found) <= num_states
+            assert left(found) == min(map(left, combinations(range(12), num_states)))
+
+
+def test_more_depths_than_can_be_told_apart_are_joined() -> None:
+    assert best_places([], 4) == []
+    places = best_places(range(1, 10 * MOST_DEPTHS), 3)
+    assert len(places) == 3
+    assert best_places([7] * 9, 4) == [7]
+
+
+def test_sparse_prefixes_put_states_where_prompts_were_seen_to_overlap() -> None:
+    policy = SparsePrefix()
+    for i in range(128):
+        list(policy.propose(outline(1000, shared=(320, 640)[i % 2])))
+    assert positions(policy, outline(1000)) == [320, 640, 960]
+    assert positions(policy, outline(500)) == [320, 448]
+    assert positions(policy, outline(1000, start=320)) == [640, 960]
+
+
+# Two states a prompt
+
+
+def test_value_per_byte_with_two_places() -> None:
+    assert positions(FlopsPerByteTwo(), outline(5000, shared=1024)) == [1024, 4992]
 
 
 # SegLen

@@ -3,6 +3,7 @@
 from tests.mutants import (
     of_activated,
     of_api,
+    of_bench,
     of_cache,
     of_checkpoints,
     of_choreography,
@@ -19,6 +20,7 @@ from tests.mutants import (
 MUTANTS = [
     *of_api.MUTANTS,
     *of_cache.MUTANTS,
+    *of_bench.MUTANTS,
     *of_engine.MUTANTS,
     *of_tasks.MUTANTS,
     *of_choreography.MUTANTS,

@@ -8,7 +8,7 @@ from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish
 from hybrid_cache.cache.policies.published import Floats, RankedPolicy, normalised
 from hybrid_cache.cache.policies.rehearsal import Rehearsal
-from hybrid_cache.cache.tree import Kept
+from hybrid_cache.cache.tree import Checkpoint, Kept
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
@@ -29,7 +29,8 @@ class Marconi(RankedPolicy):
     Where this differs: FLOPs and bytes of a state are those against the nearest state that is still there, not the
     radix parent, and exactly what goes with it is counted. States lie on the page grid. The end of a prompt gets a
     state as well as the end of its answer, since the cache may never see the answer. A state with one child that goes
-    does not hand its last use down to the child. A request works on a copy of the state it found.
+    hands its last use down to the next state below, as the child takes over its edge in the original. A request works
+    on a copy of the state it found.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Marconi(RankedPolicy):
         super().__init__()
         self.name = "marconi" if alpha is None else "marconi-static"
         self.alpha = alpha or 0.0
+        self._removed: Kept | None = None
         self._window: int | None = None
         self._rehearsal: Rehearsal | None = None
         if alpha is None:
@@ -58,10 +60,27 @@ class Marconi(RankedPolicy):
                 self.alpha, self._rehearsal = ALPHAS[savings.index(max(savings))], None
         return super().propose(outline)
 
+    def remove(self, kept: Kept) -> None:
+        super().remove(kept)
+        self._removed = kept
+
     def lost(self, name: Name, score: float, above: Kept | None) -> None:
         super().lost(name, score, above)
+        if math.isfinite(score) and isinstance(self._removed, Checkpoint) and self._removed.name == name:
+            self._hand_down(self._removed)
         if self._rehearsal is not None and self._window is None and math.isfinite(score):
             self._window = min(WINDOW * self._rehearsal.num_requests, MOST_REQUESTS)
+
+    def _hand_down(self, gone: Checkpoint) -> None:
+        """The next state below takes over the last use of one that was evicted, unless there are several."""
+        node = gone.node
+        while len(node.children) == 1:
+            node = next(iter(node.children.values()))
+            if node.checkpoint is not None:
+                node.checkpoint.base = max(node.checkpoint.base, gone.base)
+                if node.checkpoint in self._rows:
+                    self.add(node.checkpoint)
+                return
 
     def with_alpha(self, alpha: float) -> "Marconi":
         """A fresh policy of the same kind that is not tuned."""

@@ -1,7 +1,10 @@
 """Value per byte without learning: GreedyDual-Size on replay FLOPs."""
 
+from collections.abc import Iterable
+
 from hybrid_cache.cache.keys import Name
-from hybrid_cache.cache.policies.base import ScoredPolicy, Worth
+from hybrid_cache.cache.policies.base import Outline, ScoredPolicy, Wish, Worth
+from hybrid_cache.cache.policies.published import places
 from hybrid_cache.cache.tree import CheckpointKind, Kept
 
 # Prior odds that a boundary of a kind is returned to, relative to a message end.
@@ -38,3 +41,12 @@ class FlopsPerByte(ScoredPolicy):
 
     def lost(self, name: Name, score: float, above: Kept | None) -> None:
         self._inflation = max(self._inflation, score)
+
+
+class FlopsPerByteTwo(FlopsPerByte):
+    """`FlopsPerByte` with two states a prompt: where it leaves an earlier one, and its end (Marconi's admission)."""
+
+    name = "flops-per-byte-two"
+
+    def propose(self, outline: Outline) -> Iterable[Wish]:
+        return places(outline)

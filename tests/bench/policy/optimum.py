@@ -1,4 +1,8 @@
-"""What the best of all plans saves on a tiny trace, found by trying every set of things to keep after every request."""
+"""What the best of all plans saves on a tiny trace, found by trying every set of things to keep, request by request.
+
+While a request runs, it holds the pages of its whole prompt and a working state; whatever else is there at its end was
+there beside them. Only then may what it held itself be kept as well.
+"""
 
 from collections.abc import Iterator
 from functools import cache
@@ -43,10 +47,15 @@ def depths(r: TraceRequest, kept: Kept, slot_bytes: int) -> Iterator[int]:
         depth += 1
 
 
-def available(r: TraceRequest, kept: Kept, depth: int) -> Kept:
-    """What can be kept after a request that resumed at a depth: it passed no states above."""
-    pages = [int(page) for page in r.pages]
-    return kept | {("page", page) for page in pages} | {("state", page) for page in pages[depth:]}
+def beside(r: TraceRequest, kept: Kept, depth: int) -> Kept:
+    """What can be kept beside a request that resumed at a depth: states of the pages it passes, and what was there."""
+    own = {("page", int(page)) for page in r.pages}
+    return (kept - own) | {("state", int(page)) for page in r.pages[depth:]}
+
+
+def room_beside(r: TraceRequest, page_bytes: int, slot_bytes: int, capacity_bytes: int) -> int:
+    """Bytes that a request leaves while it runs; negative if it does not fit by itself."""
+    return capacity_bytes - -(-r.num_prompt_tokens // PAGE_TOKENS) * page_bytes - slot_bytes
 
 
 def best_saving(t: Trace, cost: PrefillCost, page_bytes: int, slot_bytes: int, capacity_bytes: int) -> float:
@@ -68,11 +77,20 @@ def best_saving(t: Trace, cost: PrefillCost, page_bytes: int, slot_bytes: int, c
     def best(now: int, kept: Kept) -> float:
         if now == len(t.requests):
             return 0.0
-        r, wanted = t.requests[now], {int(page) for later in t.requests[now + 1 :] for page in later.pages}
+        r = t.requests[now]
+        room = room_beside(r, page_bytes, slot_bytes, capacity_bytes)
+        if room < 0:
+            return best(now + 1, kept)
         return max(
             cost.flops(0, depth * PAGE_TOKENS) + best(now + 1, after)
             for depth in depths(r, kept, slot_bytes)
-            for after in fitting(sorted(i for i in available(r, kept, depth) if i[1] in wanted), capacity_bytes)
+            for during in fitting(wanted(now, beside(r, kept, depth)), room)
+            for after in fitting(wanted(now, during | {("page", int(page)) for page in r.pages}), capacity_bytes)
         )
+
+    def wanted(now: int, items: Kept) -> list[Item]:
+        """Those that a later request passes."""
+        later = {int(page) for r in t.requests[now + 1 :] for page in r.pages}
+        return sorted(item for item in items if item[1] in later)
 
     return best(0, frozenset())

@@ -18,9 +18,12 @@ from hybrid_cache.api.server.app import create_app
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.bench.common.files import write_whole
+from hybrid_cache.bench.policy import command
 from hybrid_cache.bench.policy.command import KNOWN, policy, speed
 from hybrid_cache.bench.policy.live import Server, check_sizes
-from hybrid_cache.bench.policy.report import PolicyRow, conclusion, with_gaps
+from hybrid_cache.bench.policy.plot import alike
+from hybrid_cache.bench.policy.report import conclusion
+from hybrid_cache.bench.policy.rows import PolicyRow, with_gaps
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
@@ -111,6 +114,11 @@ def test_gaps_run_from_lru_to_the_bound(tmp_path: Path) -> None:
         (at["gdsf"].flops_saved - at["lru"].flops_saved) / (at["bound"].flops_saved - at["lru"].flops_saved)
     )
     assert at["bound"].gap_closed is None
+    assert at["bound"].planned_flops_saved is not None
+    assert 0 < at["bound"].planned_flops_saved <= at["bound"].flops_saved
+    other, bound = max(at["lru"].flops_saved, at["none"].flops_saved), at["bound"].flops_saved
+    assert at["gdsf"].gap_from_best == pytest.approx((at["gdsf"].flops_saved - other) / (bound - other))
+    assert (at["gdsf"].best_other, at["lru"].best_other) == ("lru", "gdsf")
     assert {r.gap_closed for r in rows_of(tmp_path, *TINY, *FEW, "--no-bound")} == {None}
 
 
@@ -166,6 +174,13 @@ def test_a_conclusion_names_the_best_and_what_was_possible() -> None:
         "t on m: gdsf saves 20.0 % of prefill FLOPs, the most; "
         "lru saves 10.0 % and no policy could save more than 50.0 %."
     )
+    assert conclusion([row("lru", 1, 0.2), *rows[1:]]) == (
+        "t on m: lru and gdsf tie at 20.0 % of prefill FLOPs; no policy could save more than 50.0 %."
+    )
+    tied = [row("lru", 3, 0.3), row("gdsf", 3, 0.3), row("bound", 3, 0.3)]
+    assert conclusion(rows + tied).startswith(
+        "t on m: gdsf saves 25.0 % of prefill FLOPs on average, the most at 1 of 2 sizes, ties with lru at 1; "
+    )
     assert conclusion(rows + more) == (
         "t on m: lru and gdsf save 25.0 % of prefill FLOPs on average; no policy could save more than 60.0 %."
     )
@@ -173,6 +188,73 @@ def test_a_conclusion_names_the_best_and_what_was_possible() -> None:
         "t on m: nothing is saved, and no policy could save more than 0.0 %."
     )
     assert with_gaps(rows)[1].gap_closed == pytest.approx(0.25)
+
+
+def test_a_policy_that_knows_the_trace_is_no_rival() -> None:
+    blank = {field.name: None for field in fields(PolicyRow)} | {"trace": "t", "model": "m", "capacity_bytes": 1}
+    rows = [
+        PolicyRow(**{**blank, "policy": policy, "flops_saved": saved})
+        for policy, saved in (("lru", 0.1), ("gdsf", 0.2), ("marconi-static", 0.4), ("belady", 0.45), ("bound", 0.5))
+    ]
+    at = {row.policy: row for row in with_gaps(rows)}
+    assert (at["gdsf"].best_other, at["belady"].best_other) == ("lru", "gdsf")
+    assert at["belady"].gap_from_best == pytest.approx(0.25 / 0.3)
+
+
+def test_equal_lines_are_drawn_once_if_they_are_equal_in_every_panel() -> None:
+    line, other = ([1.0, 2.0], [10.0, 20.0]), ([1.0, 2.0], [10.0, 20.1])
+    panels = [{"lru": line, "gdsf": line, "seglen": line, "bound": other}, {"lru": line, "gdsf": other, "seglen": line}]
+    assert alike(panels) == [["lru", "seglen"], ["gdsf"]]
+
+
+def test_a_size_that_holds_nothing_is_a_dash_with_its_reason(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    result = run(*TINY[:-1], "0.01%,30%", "--policy", "lru", "--json", file)
+    assert result.exit_code == 0
+    assert re.search(r"all\s+-\s+-", result.stdout)
+    assert "one checkpoint and one page of embedded take" in result.stdout
+    *rows, missing = json.loads(file.read_text())
+    assert [row["policy"] for row in rows] == ["lru", "bound", "infinite"]
+    assert "one checkpoint" in missing["error"]
+
+
+def test_a_policy_that_fails_leaves_the_others_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing.py").write_text(
+        "from hybrid_cache.cache.policies.lru import LRU\n\n\nclass Failing(LRU):\n"
+        "    def lowest(self):\n        raise KeyError('gone')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run(*TINY[:-1], "30%", "--policy", "failing:Failing,lru", "--no-bound")
+    assert result.exit_code == 0
+    assert re.search(r"Failing\s+-\s+-", result.stdout)
+    assert "policy failing:Failing raised KeyError: 'gone' (" in result.stdout
+    assert re.search(r"lru\s+\d", result.stdout)
+
+
+def test_lines_of_json_come_one_by_one_and_say_how_to_repeat_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    seen: list[int] = []
+
+    def counted(row: command.AnyRow) -> str:
+        seen.append(len(file.read_text().splitlines()))
+        return ""
+
+    monkeypatch.setattr(command, "in_brief", counted)
+    monkeypatch.setattr(command, "LINE_EVERY_S", 0.0)
+    trace = written(tmp_path / "talk.jsonl", talks(random.Random(0), 6, 3))
+    result = run("--trace", trace, *TINY[4:-1], "40%", *FEW, "--limit", "10", "--seed", "3", "--json", file)
+    assert result.exit_code == 0
+    assert seen == [1, 2, 3, 4, 5]
+    assert result.stderr.count("of 5 cells") == 5, "nobody sees a bar here"
+    rows = [PolicyRow(**json.loads(line)) for line in file.read_text().splitlines()]
+    first = rows[0]
+    assert (first.options, first.num_requests, first.seed) == ("--limit 10 --seed 3", 10, 3)
+    assert "made-up" in first.note
+    assert first.version
+    assert first.capacity_bytes == int(0.4 * first.unique_bytes)
+    assert min(first.page_bytes, first.slot_bytes, first.page_tokens) > 0
 
 
 def test_a_plot_is_a_png(tmp_path: Path) -> None:
@@ -199,6 +281,8 @@ def test_times_to_the_first_token_scale_with_flops() -> None:
     ("args", "message"),
     [
         (["--policy", "best"], "unknown policy 'best', must be one of none, lru"),
+        (["--policy", "nowhere:Best"], "policy 'nowhere:Best': module 'nowhere' cannot be imported"),
+        (["--sort"], "are for files, name one with --trace"),
         (["--policy", ","], "policy ',' names nothing"),
         (["--model", "gpt"], "'gpt' is neither a preset nor a config.json"),
         (["--workload", "coffee"], "unknown workload 'coffee'"),

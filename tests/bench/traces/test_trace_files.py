@@ -106,6 +106,107 @@ def test_mooncake_pages_are_the_ids_of_full_blocks(tmp_path: Path) -> None:
     assert (first.session, first.tokens) == ("", None)
 
 
+def blocks(size: int, *prompts: int) -> list[Json]:
+    """Prompts that all begin with the same blocks of a size."""
+    return [mooncake(i, n, list(range(-(-n // size)))) for i, n in enumerate(prompts)]
+
+
+@pytest.mark.parametrize(("size", "page", "pages_of"), [(16, 64, 4), (64, 64, 1), (1024, 1024, 1)])
+def test_the_size_of_a_block_is_found_in_the_data(tmp_path: Path, size: int, page: int, pages_of: int) -> None:
+    trace = load_trace(write(tmp_path / "t.jsonl", *blocks(size, 5000, 4999, 20)))
+    assert (trace.page_tokens, trace.note) == (page, f"a hash id stands for {size} tokens")
+    assert pages(trace)[0] == list(range(5000 // size))[pages_of - 1 :: pages_of]
+    assert pages(trace)[2] == []
+
+
+def test_the_size_of_a_block_may_be_given(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.jsonl", *blocks(48, 1000, 30))
+    assert load_trace(file, block_tokens=48).page_tokens == 192
+    with pytest.raises(TraceError, match=r"1: hash_ids has 21 ids: expected 2 for input_length 1000$"):
+        load_trace(file)
+    with pytest.raises(TraceError, match="expected 63 for input_length 1000 in blocks of 16"):
+        load_trace(file, block_tokens=16)
+    with pytest.raises(ConfigError, match="block_tokens 16: expected none, tokens does not leave it open"):
+        load_trace(write(tmp_path / "u.jsonl", {"prompt": [1]}), block_tokens=16)
+
+
+def test_qwen_bailian_has_blocks_of_sixteen_tokens_and_conversations(tmp_path: Path) -> None:
+    def chat(number: int, parent: int, ids: Sequence[int]) -> Json:
+        return {**mooncake(number / 2, 16 * len(ids), ids), "chat_id": number, "parent_chat_id": parent}
+
+    lines = chat(1, -1, [7, 8, 9, 7]), chat(2, 1, [7, 8, 9, 7, 5]), chat(3, 2, [8, 8, 9, 7]), chat(4, 99, [7, 8])
+    trace = load_trace(write(tmp_path / "t.jsonl", *lines))
+    assert trace.page_tokens == 64
+    assert [r.arrival_s for r in trace.requests] == [0.5, 1.0, 1.5, 2.0]
+    assert [r.session for r in trace.requests] == ["1", "1", "1", "4"]
+    first, second, third, fourth = pages(trace)
+    assert first == second != third, "an id names a block only together with those before it"
+    assert fourth == []
+
+
+def test_marconis_traces_are_tokens_with_times(tmp_path: Path) -> None:
+    line: Json = {"session_id": 4, "turn_id": 0, "num_input_tokens": 3, "num_output_tokens": 2}
+    lines = [{**line, "ts": ts, "input_tokens": [1, 2, 3], "output_tokens": [4, 5]} for ts in (10.5, 11.0)]
+    trace = load_trace(write(tmp_path / "t.jsonl", *lines))
+    assert [r.arrival_s for r in trace.requests] == [0.0, 0.5]
+    first = trace.requests[0]
+    assert (first.session, first.num_prompt_tokens, first.num_known_tokens) == ("4", 3, 5)
+    assert first.whole == trace.requests[1].whole
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_share_gpt_is_one_array_of_conversations(tmp_path: Path, indent: int | None) -> None:
+    def turns(*texts: str) -> Json:
+        speakers = ("human", "gpt") * (len(texts) // 2)
+        return {"conversations": [{"from": who, "value": t} for who, t in zip(speakers, texts, strict=True)]}
+
+    text = json.dumps([turns("Hello there", "Hi", "And?", "Well"), turns("Hello there", "Yes")], indent=indent)
+    trace = load_trace(write(tmp_path / "sg.json", text))
+    assert len(trace.requests) == 3
+    assert len({r.session for r in trace.requests}) == 2
+    assert [m.role for r in trace.requests if len(r.marks) == 3 for m in r.marks] == ["user", "assistant", "user"]
+    bad = write(tmp_path / "bad.json", json.dumps([turns("a", "b"), {"conversations": [{"from": "human"}]}]))
+    with pytest.raises(TraceError, match=re.escape(":1: [1].conversations[0].value missing: expected a string")):
+        load_trace(bad)
+
+
+def test_times_may_be_moments_in_iso_8601(tmp_path: Path) -> None:
+    moments = "2026-05-01T10:00:00Z", "2026-05-01T12:00:01.5+02:00", "2026-05-01 10:00:03"
+    traces = [
+        load_trace(write(tmp_path / "m.jsonl", *(mooncake(moment) for moment in moments))),
+        load_trace(write(tmp_path / "c.jsonl", *(chat("x", timestamp=moment) for moment in moments))),
+        load_trace(write(tmp_path / "a.jsonl", *({"prompt": [1], "arrival_s": moment} for moment in moments))),
+    ]
+    assert [[r.arrival_s for r in trace.requests] for trace in traces] == [[0.0, 1.5, 3.0]] * 3
+
+
+def test_unsorted_files_are_sorted_on_request(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / "m.jsonl", mooncake(2000), mooncake(1000)),
+        write(tmp_path / "c.jsonl", chat("x", arrival_s=2), chat("y", arrival_s=1)),
+        write(tmp_path / "t.jsonl", {"prompt": [1], "arrival_s": 2}, {"prompt": [2], "arrival_s": 1}),
+        write(tmp_path / "i.jsonl", {"input_tokens": [1], "ts": 2}, {"input_tokens": [2], "ts": 1}),
+    ]
+    for file in files:
+        with pytest.raises(TraceError, match="the time before it, unless sorted with --sort"):
+            load_trace(file)
+        times = [r.arrival_s for r in load_trace(file, sort=True).requests]
+        assert times[1] - times[0] == 1.0
+
+
+def test_parts_of_a_message_are_its_text(tmp_path: Path) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:x"}}
+    parts = [{"type": "text", "text": "Look"}, {"type": "text", "text": "here"}]
+    whole, same, other = load_trace(
+        write(
+            tmp_path / "t.jsonl",
+            *({"messages": [{"role": "user", "content": c}]} for c in ("Look\nhere", parts, [*parts, image])),
+        )
+    ).requests
+    assert whole.whole == same.whole != other.whole
+    assert other.num_prompt_tokens > same.num_prompt_tokens
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
 def test_packed_files_and_blank_lines_are_read(tmp_path: Path, suffix: str) -> None:
     trace = load_trace(write(tmp_path / f"trace.jsonl{suffix}", "", mooncake(), " \t", mooncake()))
@@ -387,7 +488,7 @@ def test_larger_pages_are_the_last_small_ones_of_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"format": "csv"}, "format csv: expected one of mooncake, kv-cache-tester, ragpulse, messages, tokens"),
+        ({"format": "csv"}, "format csv: expected one of mooncake, qwen-bailian, kv-cache-tester, ragpulse, "),
         ({"page_tokens": 64}, "page_tokens 64: expected a multiple of 512"),
         ({"page_tokens": 0}, "page_tokens 0: expected a multiple of 512"),
         ({"sessions": 2}, "sessions 2: expected 1 to 0"),
@@ -457,7 +558,7 @@ FAULTS: dict[str, tuple[str, list[object], str]] = {
     "no shape": (
         "messages",
         [{"a": 1, "b\n": 2}],
-        '1: fields "a, b\\n": expected one of messages, traj, outputs, input',
+        '1: fields "a, b\\n": expected one of messages, traj, conversations, outputs, input',
     ),
     "no role": (
         "messages",
