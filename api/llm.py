@@ -18,7 +18,7 @@ from typing import Any, TypedDict, TypeGuard, TypeVar, Unpack, overload
 
 from pydantic import ValidationError
 
-from hybrid_cache.api.server.budget import parse_budget, plan_memory
+from hybrid_cache.api.server.budget import plan_memory
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.launch import LoadOptions, load
 from hybrid_cache.api.server.openai.messages import conversation_of
@@ -35,6 +35,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import EngineStopped, RequestError
 from hybrid_cache.request import CacheMode
+from hybrid_cache.sizes import parse_budget
 
 T = TypeVar("T")
 R = TypeVar("R", bound=GenerationRequest)

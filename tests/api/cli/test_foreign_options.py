@@ -15,8 +15,6 @@ from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels import grid
 from tests.api.cli.test_configured import file, run, shown
 
-ABSENT = {"--log-level"}  # TODO: empty, once `serve` has it
-
 
 def options() -> dict[str, object]:
     serve = get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
@@ -130,7 +128,7 @@ def test_all_lead_to_options_that_are_here() -> None:
         except ConfigError:  # takes some words only
             assert "only" in entry.here
             continue
-        assert {option for option, _ in settings} - ABSENT <= {*options(), MODEL}
+        assert {option for option, _ in settings} <= {*options(), MODEL}
 
 
 def test_parsers_of_others_are_parsers_here() -> None:

@@ -7,8 +7,6 @@ from hybrid_cache.api.cli import main as cli
 from hybrid_cache.api.cli.panels import OTHER, PANELS, PLACES, panel_of
 from tests.api.cli.test_foreign_options import options
 
-TO_COME = {"log_level", "log_format", "log_content", "otlp_endpoint"}  # TODO: empty, once `serve` has them
-
 
 def names() -> set[str]:
     return {parameter.name for parameter in options().values()} - {"model"}  # type: ignore[attr-defined]
@@ -16,7 +14,7 @@ def names() -> set[str]:
 
 def test_every_option_has_a_heading() -> None:
     assert {name for name in names() if panel_of(name) == OTHER} == set()
-    assert set(PLACES) - names() - {"help"} <= TO_COME
+    assert set(PLACES) - names() == {"help"}
     assert len(PLACES) == sum(len(text.split()) for text in PANELS.values())
 
 
