@@ -41,7 +41,7 @@ def kind_of(number: int) -> Kind:
     try:
         package: Any = import_module("gguf")
     except ImportError as e:
-        raise ModelError("GGUF files are read with the package gguf: pip install 'hybrid-cache[gguf]'") from e
+        raise ModelError("GGUF files are read with the package gguf: pip install gguf") from e
     try:
         kind = package.GGMLQuantizationType(number)
     except ValueError as e:
