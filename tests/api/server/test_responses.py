@@ -263,6 +263,16 @@ def test_an_answer_without_a_word(whole: bool, kinds: list[str]) -> None:
     assert [item["type"] for item in output.items] == kinds
 
 
+def test_tokens_are_counted_before_they_are_sent(api: openai.OpenAI) -> None:
+    first = ask(api, input="Hi", instructions="Be brief.")
+    turn: dict[str, Any] = {"input": "And?", "instructions": "Be brief.", "previous_response_id": first.id}
+    counted = api.responses.input_tokens.count(model="sum", **turn, tools=TOOLS)
+    assert counted.object == "response.input_tokens"
+    assert counted.input_tokens == ask(api, **turn, tools=TOOLS).usage.input_tokens
+    with pytest.raises(openai.NotFoundError):
+        api.responses.input_tokens.count(model="sum", input="Hi", previous_response_id="resp_none")
+
+
 def test_instructions_are_not_carried_over(api: openai.OpenAI) -> None:
     first = ask(api, input="one", instructions="Be brief.", max_output_tokens=1)
     plain = ask(api, input="two", previous_response_id=first.id, max_output_tokens=1)
