@@ -256,6 +256,18 @@ def test_a_call_that_breaks_off_is_no_part_of_what_follows(api: openai.OpenAI) -
     assert counts[0] == counts[1]
 
 
+def test_a_call_that_breaks_off_stays_if_the_client_has_answered_it(caller: openai.OpenAI) -> None:
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"x'}
+    answer = {"type": "function_call_output", "call_id": "c1", "output": "these arguments are no JSON"}
+    counts = [
+        ask(
+            caller, input=[*HI, {**call, "status": status}, answer], tools=TOOLS, max_output_tokens=1
+        ).usage.input_tokens
+        for status in ("incomplete", "completed")
+    ]
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize(("whole", "kinds"), [(True, ["message"]), (False, [])])
 def test_an_answer_without_a_word(whole: bool, kinds: list[str]) -> None:
     output = Output("key", lambda token: None)

@@ -193,11 +193,6 @@ def _arguments_of(body: Any) -> Any:
             "tool_choice",
             "'g', which is none",
         ),
-        (
-            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
-            "tool_choice",
-            "another form",
-        ),
     ],
     ids=str,
 )
