@@ -19,6 +19,8 @@ HybridCacheError
 No room in the cache is not an error: `Books.acquire` returns `None` and the scheduler waits.
 """
 
+TOO_LONG = "prompt is too long"
+
 
 class HybridCacheError(Exception):
     """Root of all errors raised on purpose."""
@@ -49,10 +51,13 @@ class RequestError(HybridCacheError):
 
 
 class ContextTooLong(RequestError):
-    """More tokens than the model's context, or than the cache can ever hold."""
+    """More tokens than the model's context, or than the cache can ever hold.
+
+    It begins with words by which agents' clients know that they have to shorten their messages.
+    """
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message, param=param, code="context_length_exceeded")
+        super().__init__(f"{TOO_LONG}: {message}", param=param, code="context_length_exceeded")
 
 
 class BadSampling(RequestError):

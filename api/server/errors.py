@@ -39,6 +39,8 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 
+ANTHROPIC_CODES = ("thread_unsupported_request",)  # by which its clients know what to send instead
+
 current_request_id: ContextVar[str | None] = ContextVar("current_request_id", default=None)
 
 logger = logging.getLogger("hybrid_cache.api")
@@ -80,6 +82,7 @@ class AnthropicErrorDetail(BaseModel):
 
     type: str
     message: str
+    details: dict[str, str] | None = None
 
 
 class AnthropicErrorBody(BaseModel):
@@ -117,7 +120,10 @@ class Problem:
         kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
         where = f"{self.param}: " if self.param and self.param not in self.message else ""
         detail = AnthropicErrorDetail(type=kind, message=printable(where + self.message))
-        return AnthropicErrorBody(error=detail, request_id=current_request_id.get()).model_dump()
+        if self.code in ANTHROPIC_CODES:
+            detail.details = {"error_code": self.code}
+        body = AnthropicErrorBody(error=detail, request_id=current_request_id.get())
+        return body.model_dump(exclude=None if detail.details else {"error": {"details"}})
 
     def headers(self) -> dict[str, str]:
         if self.retry:

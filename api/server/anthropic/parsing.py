@@ -44,8 +44,6 @@ def _source(text: TextEngine, asked: MessagesRequest) -> Source | None:
     parallel = choice is None or not choice.disable_parallel_tool_use
     if choice is None or choice.type in ("auto", "none"):
         return text.open_source(functions, source, parallel=parallel)
-    if source is not None:
-        raise RequestError("tool_choice asks for a call, and output_config for another form", param="tool_choice")
     parallel = parallel and choice.type == "any"
     only = choice.name if choice.type == "tool" else None
     return call_source(text.tools, functions, text.tokenizer, only=only, parallel=parallel)

@@ -55,7 +55,7 @@ async def turn_of(serving: Serving, asked: ResponsesRequest) -> Turn:
     key, own = uuid.uuid4().hex, list[Said]()
     for item in asked.input or ():
         own.append(await _referred(serving, asked, item.id) if isinstance(item, ItemReference) else item)
-    items = [item for item in (*before, *own) if not _broke_off(item)]
+    items = _without_broken_off((*before, *own))
     if len(items) > MAX_MESSAGES:
         raise RequestError(f"{len(items)} items in all, at most {MAX_MESSAGES} are allowed", param="input")
     _check(items)
@@ -121,9 +121,14 @@ async def _referred(serving: Serving, asked: ResponsesRequest, name: str) -> Sai
     raise ResponseNotFound(f"Item with id {quoted(name)} not found: {serving.responses.terms}", param="input")
 
 
-def _broke_off(item: Said) -> bool:
-    """A call that the end of its answer has cut: nobody can answer it, and templates want whole arguments."""
-    return isinstance(item, FunctionCallItem) and item.status == "incomplete"
+def _without_broken_off(items: Sequence[Said]) -> list[Said]:
+    """Without calls that the end of their answer has cut, but with those that the client has answered all the same."""
+    answered = {item.call_id for item in items if isinstance(item, FunctionOutputItem)}
+
+    def broke_off(item: Said) -> bool:
+        return isinstance(item, FunctionCallItem) and item.status == "incomplete" and item.call_id not in answered
+
+    return [item for item in items if not broke_off(item)]
 
 
 def _check(items: Iterable[Said]) -> None:

@@ -88,7 +88,10 @@ async def chat_spec(
 
 
 def _source(text: TextEngine, asked: ChatRequest) -> Source | None:
-    """What the answer has to be. Raises RequestError."""
+    """What the answer has to be: one that has to be a call has no text that could have another form.
+
+    Raises RequestError.
+    """
     source, choice = source_of(asked), asked.tool_choice
     functions = [tool.function.model_dump() for tool in asked.tools or ()]
     parallel = asked.parallel_tool_calls is not False
@@ -96,7 +99,5 @@ def _source(text: TextEngine, asked: ChatRequest) -> Source | None:
         return source
     if choice in (None, "auto"):
         return text.open_source(functions, source, parallel=parallel)
-    if source is not None:
-        raise RequestError("tool_choice asks for a call, and another form is asked for, too", param="tool_choice")
     only = choice.function.name if isinstance(choice, NamedTool) else None
     return call_source(text.tools, functions, text.tokenizer, only=only, parallel=parallel and only is None)

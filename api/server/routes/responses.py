@@ -8,6 +8,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hybrid_cache.api.server.bodies import JsonRoute
+from hybrid_cache.api.server.facts import facts
 from hybrid_cache.api.server.gate import Gate, Visit
 from hybrid_cache.api.server.json_text import json_in_pieces
 from hybrid_cache.api.server.openai.response_parsing import as_chat, conversation_of, in_words_of_responses
@@ -16,10 +17,19 @@ from hybrid_cache.api.server.openai.response_turns import Turn, items_before, tu
 from hybrid_cache.api.server.openapi import ERRORS, HINTS, NAMED_EVENTS
 from hybrid_cache.api.server.responses import respond, unless_gone
 from hybrid_cache.api.server.routes.chat import chat_spec
+from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.common import MAX_SALT
-from hybrid_cache.api.server.schemas.responses import DeletedResponse, ItemList, ResponseObject, ResponsesRequest
+from hybrid_cache.api.server.schemas.responses import (
+    DeletedResponse,
+    InputTokens,
+    ItemList,
+    ResponseObject,
+    ResponsesCountRequest,
+    ResponsesRequest,
+)
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.api.server.tenants import current_tenant
+from hybrid_cache.api.text.chat import Conversation
 from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.api.text.messages import SentBack
 from hybrid_cache.errors import RequestError
@@ -41,6 +51,15 @@ def router(everything: Serving) -> APIRouter:
         return await respond(
             request, ResponseReply(serving, asked, turn, spec, answer), stream=bool(asked.stream), active=answer.active
         )
+
+    @routes.post("/v1/responses/input_tokens")
+    async def count(asked: ResponsesCountRequest, request: Request) -> InputTokens:
+        """The tokens that the same input would have as a prompt."""
+        serving = everything.named(asked.model)
+        turn = await unless_gone(request, turn_of(serving, asked))
+        conversation = await unless_gone(request, _conversation(serving, asked, as_chat(asked), turn))
+        facts().prompt_tokens = len(conversation.prompt.tokens)
+        return InputTokens(input_tokens=len(conversation.prompt.tokens))
 
     @routes.get("/v1/responses/{name}", response_model=ResponseObject)
     async def retrieve(name: str, cache_salt: Salt = None, stream: bool | None = None) -> Response:
@@ -101,6 +120,11 @@ class _Looked(Response):
             await super().__call__(scope, receive, send)
         finally:
             self._visit.leave()
+
+
+async def _conversation(serving: Serving, asked: ResponsesRequest, chat: ChatRequest, turn: Turn) -> Conversation:
+    with in_words_of_responses():
+        return await conversation_of(serving.text, asked, chat, turn)
 
 
 async def _parse(serving: Serving, asked: ResponsesRequest, turn: Turn) -> GenerationSpec:

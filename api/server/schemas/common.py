@@ -87,7 +87,7 @@ def _look_at(kind: type[Request], name: str, value: object) -> None:
     if entry is None or fate is not Fate.REFUSED:
         return
     message = f"{kind.place}{name} is not supported here: {entry.why}"
-    raise ValueError(message) if kind.place else RequestError(message, param=name)
+    raise ValueError(message) if kind.place else RequestError(message, param=name, code=entry.code)
 
 
 class Response(BaseModel):

@@ -24,11 +24,13 @@ class Foreign:
 
     why: what to do instead of one that is refused, or why a harmless one changes nothing
     asks: whether a value that is not null asks for something
+    code: of the error for one that is refused, where clients know what to do about it
     """
 
     fate: Fate
     why: str
     asks: Callable[[object], bool] = bool
+    code: str | None = None
 
     def fate_of(self, value: object) -> Fate:
         return self.fate if value is not None and self.asks(value) else Fate.HARMLESS
@@ -63,6 +65,8 @@ def _harmless(why: str, *names: str) -> dict[str, Foreign]:
     return {name: Foreign(Fate.HARMLESS, why) for name in names}
 
 
+THREAD_UNSUPPORTED = "thread_unsupported_request"
+
 _BUDGET = "thoughts have no limit of their own, max_tokens bounds them with the answer"
 _LOGITS = "logit_bias and structured_outputs say which tokens may come"
 _OTHER_FORM = "response_format and structured_outputs say what an answer has to be"
@@ -93,7 +97,9 @@ OF_PROMPTS: Mapping[str, Foreign] = {
     **_refused("nothing is searched here: " + _IN_MESSAGES, "citation_options", "tool_resources", "file_ids"),
     **_refused("tools run at the client: offer them in tools", "mcp_servers", "container", "compound_custom"),
     **_refused(_ADAPTER, "lora_path", "lora", "lora_request", "adapter_id", "adapters", "lora_adapter"),
-    **_refused("send all messages: conversations are not stored", "conversation", "session_params", "thread"),
+    **_refused("send all messages: conversations are not stored", "conversation", "session_params"),
+    # Anthropic's clients send it unasked, and send all messages once they are told so.
+    "thread": Foreign(Fate.REFUSED, "send all messages: conversations are not stored", code=THREAD_UNSUPPORTED),
     **_refused("messages are never shortened here", "compaction", "context_compaction", "memory"),
     **_refused("messages are never shortened here", "context_management", asks=_edits_context),
     **_refused("stored prompts are not known here: " + _IN_MESSAGES, "prompt_template", "prompt_id"),
@@ -286,7 +292,9 @@ COUNTED = _table(
 )
 
 # Of the objects within a request.
+PARSED = _harmless("a client's library has read it from the text beside it", "parsed", "parsed_arguments")
 MESSAGE = _table(
+    PARSED,
     _refused(_MEDIA, "images", "audio", "attachments", "experimental_attachments", "files"),
     _refused("continue_final_message goes on from the last message", "prefix", "partial"),
     _refused("offer tools in the tools of the request", "tools"),
@@ -294,11 +302,15 @@ MESSAGE = _table(
     _harmless("it is about how an answer came to be, not what it says", "provider_specific_fields", "finish_reason"),
     _harmless("the cache keeps what it can, with the same answers", "cache_control"),
 )
-PART = _harmless(
-    "it is about where a text came from, not what it says",
-    *("annotations", "citations", "cache_control", "logprobs", "signature", "closed"),
+PART = _table(
+    _harmless("it is about where a text came from, not what it says", "annotations", "citations", "signature"),
+    _harmless("it is about where a text came from, not what it says", "cache_control", "logprobs", "closed"),
+    PARSED,
 )
-CALL = _harmless("it is about how a call came to be", "index", "extra_content", "provider_specific_fields", "caller")
+CALL = _table(
+    _harmless("it is about how a call came to be", "index", "extra_content", "provider_specific_fields", "caller"),
+    PARSED,
+)
 TOOL = _table(
     _noted("all tools are shown from the beginning", "defer_loading"),
     _refused("tools are called by the model", "allowed_callers", asks=but([], ["direct"])),

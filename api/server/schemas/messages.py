@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_v
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.common import CacheBreakpoint, Request
-from hybrid_cache.api.server.schemas.foreign import CALL, MESSAGE, PART
+from hybrid_cache.api.server.schemas.foreign import CALL, MESSAGE, PARSED, PART
 from hybrid_cache.api.server.schemas.functions import calls_as_tool_calls, functions_as_tools
 from hybrid_cache.errors import RequestError
 
@@ -81,6 +81,7 @@ Arguments = Annotated[str, BeforeValidator(_arguments, json_schema_input_type=st
 
 
 class FunctionCall(Request):
+    foreign = PARSED
     place = "messages.tool_calls.function."
     name: Annotated[str, Field(max_length=256)]
     arguments: Arguments = ""

@@ -16,7 +16,7 @@ from hybrid_cache.api.server.schemas.common import (
     Request,
     Response,
 )
-from hybrid_cache.api.server.schemas.foreign import ANSWERED, CALL, MESSAGE, PART, TOOL
+from hybrid_cache.api.server.schemas.foreign import ANSWERED, CALL, COUNTED, MESSAGE, PART, TOOL
 from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from hybrid_cache.api.server.schemas.sharing import Sharing, SharingReport
 from hybrid_cache.errors import RequestError
@@ -378,6 +378,17 @@ class ResponsesRequest(Request):
     @property
     def shows_encrypted(self) -> bool:
         return ENCRYPTED in (self.include or ())
+
+
+class ResponsesCountRequest(ResponsesRequest):
+    """POST /v1/responses/input_tokens"""
+
+    foreign = COUNTED
+
+
+class InputTokens(Response):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
 
 
 class InputTokensDetails(Response):

@@ -50,6 +50,45 @@ def ask(api: anthropic.Anthropic, **fields: Any) -> Any:
     return api.messages.create(**{"model": "sum", "max_tokens": 20, **fields})
 
 
+def test_the_clients_own_loop_of_tools_sends_all_messages_once_it_is_told_to(
+    caller: anthropic.Anthropic, calling: TextModel
+) -> None:
+    """It asks for a thread, which is a conversation that the vendor keeps."""
+    asked, results = 0, list[str]()
+
+    @anthropic.beta_tool
+    def f(x: list[int]) -> str:
+        """A tool."""
+        results.append("f")
+        return str(x)
+
+    @anthropic.beta_tool
+    def g() -> str:
+        """Another."""
+        results.append("g")
+        return "2"
+
+    messages: Any = script_messages(calling, CALLS)
+    runner = caller.beta.messages.tool_runner(
+        model="sum", max_tokens=100, messages=messages, tools=[f, g], max_iterations=2
+    )
+    for reply in runner:
+        asked += 1
+        assert reply.role == "assistant"
+    assert asked == 2
+    assert sorted(set(results)) == ["f", "g"]
+
+
+def test_a_thread_is_refused_by_the_code_of_the_vendors_own_api(client: httpx.Client) -> None:
+    body = {"model": "sum", "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}]}
+    for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+        reply = client.post("/v1/messages", json={**body, "thread": thread})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
+    other = client.post("/v1/messages", json={**body, "conversation": "x"})
+    assert (other.status_code, "details" in other.json()["error"]) == (400, False)
+
+
 def test_a_message(api: anthropic.Anthropic, sum_text: TextModel) -> None:
     messages: Any = script_messages(sum_text)
     reply = ask(api, messages=messages)

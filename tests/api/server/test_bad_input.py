@@ -199,6 +199,7 @@ def test_a_prompt_without_room_for_an_answer_has_a_code_of_its_own(client: httpx
     for asked in ({"prompt": [1] * 4096}, {"prompt": [1] * 9000}):
         error = error_of(client.post(TEXTS, json=asked))
         assert error["code"] == "context_length_exceeded"
+        assert error["message"].startswith("prompt is too long")
         assert str(len(asked["prompt"])) in error["message"]
         assert "4096" in error["message"]
 
@@ -267,7 +268,9 @@ def test_a_long_text_just_below_the_limit_is_too_many_tokens(client: httpx.Clien
         (TEXTS, {"prompt": "x" * 10_000_000}),
         (CHAT, {"messages": [{"role": "user", "content": "x " * 5_000_000}]}),
     ):
-        assert error_of(client.post(path, json=asked))["code"] == "context_length_exceeded"
+        error = error_of(client.post(path, json=asked))
+        assert error["code"] == "context_length_exceeded"
+        assert "prompt is too long" in error["message"]  # agents' clients look for these words, and shorten
 
 
 def test_a_place_in_the_body_is_told(client: httpx.Client) -> None:

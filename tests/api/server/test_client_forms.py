@@ -164,6 +164,25 @@ def test_only_answers_have_thoughts(asking: Ask) -> None:
     assert (param, "'user' has no thoughts" in message) == ("messages.0", True)
 
 
+def test_what_a_clients_library_has_parsed_comes_back_beside_its_text(asking: Ask) -> None:
+    """Messages of the `parse` helpers are sent back as they are."""
+    parsed = {"x": 1}
+    function = {"name": "f", "arguments": '{"x":1}', "parsed_arguments": parsed}
+    calls = [{"id": "a", "type": "function", "function": function}]
+    talk = [user(), said('{"x":1}', parsed=parsed), user(), said(None, tool_calls=calls, parsed=parsed)]
+    client = asking(PLAIN)
+    client.prompt([*talk, {"role": "tool", "tool_call_id": "a", "content": "1"}])
+    assert IGNORED not in client.reply.headers
+    items = [
+        {"type": "message", **said([{"type": "output_text", "text": '{"x":1}', "annotations": [], "parsed": parsed}])},
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}", "parsed_arguments": {}},
+        {"type": "function_call_output", "call_id": "a", "output": "1"},
+    ]
+    reply = client.client.post(RESPONSES, json={"input": [user(), *items], "max_output_tokens": 1})
+    assert reply.status_code == 200, reply.text
+    assert IGNORED not in reply.headers
+
+
 @pytest.mark.parametrize("arguments", ['{"x":1}', {"x": 1}])
 def test_arguments_of_calls_may_be_objects(asking: Ask, arguments: object) -> None:
     template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"

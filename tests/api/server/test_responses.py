@@ -256,11 +256,33 @@ def test_a_call_that_breaks_off_is_no_part_of_what_follows(api: openai.OpenAI) -
     assert counts[0] == counts[1]
 
 
+def test_a_call_that_breaks_off_stays_if_the_client_has_answered_it(caller: openai.OpenAI) -> None:
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"x'}
+    answer = {"type": "function_call_output", "call_id": "c1", "output": "these arguments are no JSON"}
+    counts = [
+        ask(
+            caller, input=[*HI, {**call, "status": status}, answer], tools=TOOLS, max_output_tokens=1
+        ).usage.input_tokens
+        for status in ("incomplete", "completed")
+    ]
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize(("whole", "kinds"), [(True, ["message"]), (False, [])])
 def test_an_answer_without_a_word(whole: bool, kinds: list[str]) -> None:
     output = Output("key", lambda token: None)
     assert bool(list(output.finish(whole=whole))) == whole
     assert [item["type"] for item in output.items] == kinds
+
+
+def test_tokens_are_counted_before_they_are_sent(api: openai.OpenAI) -> None:
+    first = ask(api, input="Hi", instructions="Be brief.")
+    turn: dict[str, Any] = {"input": "And?", "instructions": "Be brief.", "previous_response_id": first.id}
+    counted = api.responses.input_tokens.count(model="sum", **turn, tools=TOOLS)
+    assert counted.object == "response.input_tokens"
+    assert counted.input_tokens == ask(api, **turn, tools=TOOLS).usage.input_tokens
+    with pytest.raises(openai.NotFoundError):
+        api.responses.input_tokens.count(model="sum", input="Hi", previous_response_id="resp_none")
 
 
 def test_instructions_are_not_carried_over(api: openai.OpenAI) -> None:

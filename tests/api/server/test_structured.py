@@ -120,6 +120,55 @@ def test_the_same_for_anthropics_client(url: str, messages: Any) -> None:
         assert list(json.loads(reply.content[0].text)) == ["name", "sure"]
 
 
+NUMBER: Any = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
+@pytest.mark.parametrize("choice", ["required", "look"])
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": NUMBER}}}),
+        ("responses", {"text": {"format": {"type": "json_schema", "name": "x", "schema": NUMBER}}}),
+        ("messages", {"output_config": {"format": {"type": "json_schema", "schema": NUMBER}}}),
+    ],
+    ids=str,
+)
+def test_a_call_that_has_to_be_made_leaves_no_text_to_have_a_form(
+    client: httpx.Client, messages: Any, path: str, fields: dict[str, Any], choice: str
+) -> None:
+    """As clients send it that ask for one thing in two ways at once."""
+    named: dict[str, Any] = {
+        "chat/completions": {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": choice}}},
+        "responses": {
+            "tools": [{"type": "function", "name": "look", "parameters": SCHEMA}],
+            "tool_choice": {"type": "function", "name": choice},
+        },
+        "messages": {
+            "tools": [{"name": "look", "input_schema": SCHEMA}],
+            "tool_choice": {"type": "tool", "name": choice, "disable_parallel_tool_use": True},
+        },
+    }[path]
+    if choice == "required":
+        named |= {"tool_choice": {"type": "any", "disable_parallel_tool_use": True} if path == "messages" else choice}
+    length = "max_output_tokens" if path == "responses" else "max_tokens"
+    said = "input" if path == "responses" else "messages"
+    asked = {"model": "sum", said: messages, length: 900, **named, **fields}
+    if path != "messages":
+        asked["parallel_tool_calls"] = False
+    reply = client.post(f"/v1/{path}", json=asked)
+    assert reply.status_code == 200, reply.text
+    assert list(_arguments_of(reply.json())) == ["name", "sure"]
+
+
+def _arguments_of(body: Any) -> Any:
+    """Of the one call that a reply of any dialect is."""
+    if "choices" in body:
+        [call] = body["choices"][0]["message"]["tool_calls"]
+        return json.loads(call["function"]["arguments"])
+    [call] = body["output"] if "output" in body else body["content"]
+    return json.loads(call["arguments"]) if "arguments" in call else call["input"]
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "named"),
     [
@@ -143,11 +192,6 @@ def test_the_same_for_anthropics_client(url: str, messages: Any) -> None:
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
             "tool_choice",
             "'g', which is none",
-        ),
-        (
-            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
-            "tool_choice",
-            "another form",
         ),
     ],
     ids=str,
