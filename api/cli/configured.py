@@ -9,13 +9,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
-from hybrid_cache.api.cli import config_file
+from hybrid_cache.api.cli import config_file, help_page
 from hybrid_cache.api.cli.foreign_options import MODEL, Setting, table
 from hybrid_cache.api.cli.options import KEY_VARIABLE
 from hybrid_cache.api.cli.translation import of_file
@@ -38,7 +39,12 @@ class ConfiguredCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         for parameter in self.configurable():
             parameter.envvar = variable_of(parameter)
-        super().format_help(ctx, formatter)
+        formatter.write(help_page.page(f"{self.get_usage(ctx)}\n\n{cleandoc(self.help or '')}", self.sections(ctx)))
+
+    def sections(self, ctx: Any) -> dict[str, list[help_page.Entry]]:
+        """Of the help: what stands under which heading."""
+        entries = filter(None, (help_page.entry(each, ctx) for each in self.get_params(ctx)))
+        return {"Options": [*entries]}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises ConfigError about a value of the environment or of a file, with its place."""

@@ -205,7 +205,9 @@ TABLE = (
     fixed("--mamba-cache-mode", to=("all", "align"), otherwise="states are kept where the policy sees a use for them"),
     no("--ctx-checkpoints", "--swa-checkpoints", instead="--policy decides which states are kept, within --budget"),
     no("--cache-reuse", instead="requests ask for messages in another order, see docs about choreography"),
-    no("--slot-save-path", "--slots", "--no-slots", "--props", instead="`hybrid-cache cache ls` shows what is cached"),
+    no("--slot-save-path", instead="the cache is in memory; `hybrid-cache cache ls` shows what is in it"),
+    always("--slots", "--props", why="GET /slots and GET /props are always there"),
+    no("--no-slots", instead="/slots is always there; with --api-key a key sees its own requests only"),
     switch("--enable-prefix-caching", "--cache-prompt", to="--prefix-cache"),
     switch("--no-enable-prefix-caching", "--disable-radix-cache", "--no-cache-prompt", to="--no-prefix-cache"),
     # Batches
@@ -270,6 +272,17 @@ TABLE = (
        "--log-disable", "--log-config-file", instead="each request is one line, see --help about logs"),
 )  # fmt: skip
 BY_NAME = {name: entry for entry in TABLE for name in entry.names}
+
+
+def taken_as(option: str) -> list[str]:
+    """What other servers call an option of ours, where their name does the same here."""
+    return [name for entry in TABLE if entry.settings and _target(entry) == option for name in entry.names]
+
+
+def _target(entry: Foreign) -> str:
+    """The option of ours, or empty if what it asks for needs none."""
+    first = entry.here.split(maxsplit=1)[0].rstrip(",")
+    return first if first == MODEL or first.startswith("--") else ""
 
 
 def table() -> str:
