@@ -9,16 +9,22 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from textwrap import fill
+from typing import Any, Protocol
 
 import typer
-from typer.core import TyperArgument, TyperOption
 
 WIDEST = 110
 KINDS = {"str": "TEXT", "Path": "PATH", "path": "PATH", "int": "N", "float": "NUMBER"}
 _KIND = re.compile(r" <?(?:list\[)?(?:\w+\.)*(str|[Pp]ath|int|float)(?: range)?\]?>?(?= |$)")
 
-Parameter = TyperArgument | TyperOption
 Entry = tuple[str, str]  # an option with its kind of value, and what is said of it
+
+
+class Parameter(Protocol):
+    """An option or argument of a command."""
+
+    def get_help_record(self, ctx: Any) -> tuple[str, str] | None:
+        """Its names with the kind of its value, and its text; None if it is hidden."""
 
 
 def entry(parameter: Parameter, ctx: typer.Context, also: Iterable[str] = ()) -> Entry | None:

@@ -57,5 +57,5 @@ def test_kinds_of_values_are_named_as_people_do(shown: str, wanted: str) -> None
         def get_help_record(self, ctx: object) -> tuple[str, str]:
             return shown, "Text\n  of it. [env var: X; default: 1]"
 
-    found = help_page.entry(Parameter(), None, ["-b"])  # type: ignore[arg-type]
+    found = help_page.entry(Parameter(), None, ["-b"])
     assert found == (wanted, "Text of it. [X; default: 1] (or -b)")
