@@ -9,15 +9,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperArgument, TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperOption
 
-from hybrid_cache.api.cli import config_file, help_page
+from hybrid_cache.api.cli import config_file
 from hybrid_cache.api.cli.foreign_options import MODEL, Setting, table
+from hybrid_cache.api.cli.help_page import SearchedCommand
 from hybrid_cache.api.cli.options import KEY_VARIABLE
 from hybrid_cache.api.cli.translation import of_file
 from hybrid_cache.errors import ConfigError
@@ -33,18 +33,13 @@ _OF_KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT)|PORT_[0-9]+_)")  # variables 
 Parameter = TyperArgument | TyperOption
 
 
-class ConfiguredCommand(TyperCommand):
+class ConfiguredCommand(SearchedCommand):
     """Reads HYBRID_CACHE_* for each of its options, and shows these names in its help."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         for parameter in self.configurable():
             parameter.envvar = variable_of(parameter)
-        formatter.write(help_page.page(f"{self.get_usage(ctx)}\n\n{cleandoc(self.help or '')}", self.sections(ctx)))
-
-    def sections(self, ctx: Any) -> dict[str, list[help_page.Entry]]:
-        """Of the help: what stands under which heading."""
-        entries = filter(None, (help_page.entry(each, ctx) for each in self.get_params(ctx)))
-        return {"Options": [*entries]}
+        super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises ConfigError about a value of the environment or of a file, with its place."""

@@ -11,7 +11,7 @@ from hybrid_cache import __version__
 from hybrid_cache.api.cli import bench, cache, configured, help_page, models, translation, variants
 from hybrid_cache.api.cli.configured import Config, ConfiguredCommand, HelpAliases, ShowConfig
 from hybrid_cache.api.cli.foreign_options import MODEL, taken_as
-from hybrid_cache.api.cli.help_page import Entry
+from hybrid_cache.api.cli.help_page import Entry, SearchedCommand
 from hybrid_cache.api.cli.options import (
     Adapter,
     AutoBudget,
@@ -502,7 +502,7 @@ def chat(
     raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
 
 
-@app.command()
+@app.command(cls=SearchedCommand)
 def demo(model: Model = None, backend: Backend = "auto", as_json: Json = False) -> None:
     """Hold a conversation with the cache and without, and show what is computed of each prompt."""
     from hybrid_cache.api.cli import demo
@@ -510,4 +510,4 @@ def demo(model: Model = None, backend: Backend = "auto", as_json: Json = False) 
     demo.run(model, backend, as_json=as_json)
 
 
-app.command("train-lora")(train_lora)
+app.command("train-lora", cls=SearchedCommand)(train_lora)

@@ -32,6 +32,28 @@ def test_a_terminal_shows_lines_of_its_width(monkeypatch: pytest.MonkeyPatch) ->
     assert max(len(line) for line in shown.splitlines() if "word" in line) < 60
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_columns_in_a_text_stay_columns(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    columns, sentence = "hit %     tokens that were found\nevict     states that went", "One sentence\nin two lines."
+    assert help_page.page(f"{columns}\n\n{sentence}", {}, wide=wide) == f"{columns}\n\nOne sentence in two lines.\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("serve", "chat", "demo", "train-lora", "bench policy", "bench serve", "bench agents", "bench exactness"),
+        *("model info", "model list", "model convert", "cache ls", "cache drop", "variants profile"),
+    ],
+)
+def test_no_command_cuts_a_name(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    output = CliRunner().invoke(cli.app, [*command.split(), "--help"]).output
+    assert "…" not in output
+    assert "\nOptions\n" in output or command == "serve"
+    assert output.count("--help") >= 1
+
+
 def test_names_of_other_servers_stand_with_what_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     by_line = {line.split(maxsplit=1)[0]: line for line in lines_of("serve") if line.startswith("  -")}
     assert by_line["--max-running"].endswith("(or --max-num-seqs, --max-running-requests, --parallel, -np)")
