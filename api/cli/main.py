@@ -303,7 +303,7 @@ def serve(
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="Origin whose web pages may use the server, such as https://chat.example; may be given several "
+            help="CORS: origin whose web pages may use the server, such as https://chat.example; may be given several "
             "times. '*' is for all, and needs an API key."
         ),
     ] = None,

@@ -54,6 +54,8 @@ IN_HELP = {
     "chat template": "--chat-template",
     "version": "hybrid-cache --version",
     "vulnerab": "SECURITY.md",
+    "cors": "--allow-origin",
+    "kubernetes": "docs/deploying.md",
 }
 IN_INDEX = {
     "memory": "--budget",
@@ -82,6 +84,15 @@ IN_INDEX = {
     "tls": "--tls-cert",
     "graceful": "--drain-timeout",
     "policy of your own": "--policy",
+    "cors": "--allow-origin",
+    "docker": "(deploying.md)",
+    "health": "/ready",
+    "gpu": "--backend triton",
+    "rate limit": "429",
+    "cancel": "close the connection",
+    "outlives": "Not there",
+    "speculative": "Not there",
+    "embeddings": "Not there",
     "version": "CHANGELOG.md",
     "vulnerab": "SECURITY.md",
 }
