@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from hybrid_cache.api.cli.help_page import page
 from hybrid_cache.api.text.tool_formats import FORMATS
 from hybrid_cache.errors import ConfigError
 
@@ -287,6 +288,5 @@ def _target(entry: Foreign) -> str:
 
 def table() -> str:
     """All of it, for people: names, then what is to be typed here."""
-    width = 44
-    lines = [f"{', '.join(entry.names):<{width}} {entry.here}" for entry in TABLE]
-    return "\n".join(["option of another server".ljust(width) + " here", *lines])
+    head = "Options of vLLM, SGLang and llama-server, and what each is here; those with an option of ours are taken."
+    return page(head, {"There, and here": [(", ".join(entry.names), entry.here) for entry in TABLE]}).rstrip()
