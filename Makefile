@@ -43,6 +43,7 @@ install: $(STAMP)
 
 $(SERVER): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %s" % sys.version)'
+	@echo "Setting up .venv, once: 1.3 GB, which takes minutes and says nothing meanwhile."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -c constraints.txt $$($(torch_index)) torch
 	$(PIP) -c constraints.txt -e .

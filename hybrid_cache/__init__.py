@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # torch loads its OpenMP runtime, and a user's own choice wins.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-__version__ = "0.11.0"
+__version__ = "0.18.0"
 
 _HOMES = {
     "LLM": "api.llm",

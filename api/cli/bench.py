@@ -5,6 +5,8 @@ from importlib import import_module
 
 import typer
 
+from hybrid_cache.api.cli.help_page import SearchedCommand
+
 app = typer.Typer(help="Measurements.", no_args_is_help=True)
 
 
@@ -14,7 +16,7 @@ def _bench(name: str, module: str, summary: str) -> None:
     def run(context: typer.Context) -> None:
         command: Callable[..., None] = getattr(import_module(f"hybrid_cache.bench.{module}"), name)
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        inner.command()(command)
+        inner.command(cls=SearchedCommand)(command)
         raise typer.Exit(inner(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
 
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

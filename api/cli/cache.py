@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hybrid_cache.api.cli.help_page import SearchedCommand
 from hybrid_cache.api.cli.options import Json, KeyFile, api_keys
 
 app = typer.Typer(help="What a running server has cached: yours, or with an operator's key all.", no_args_is_help=True)
@@ -16,7 +17,7 @@ Name = typer.Argument(help="A name from `cache ls`, or its first digits.")
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-@app.command()
+@app.command(cls=SearchedCommand)
 def ls(
     url: Url = DEFAULT_URL,
     api_key: Key = None,
@@ -32,7 +33,7 @@ def ls(
         list_conversations(server, limit, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=SearchedCommand)
 def show(
     name: Annotated[str, Name],
     url: Url = DEFAULT_URL,
@@ -48,7 +49,7 @@ def show(
         show_conversation(server, name, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=SearchedCommand)
 def drop(
     name: Annotated[str | None, Name] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that `cache ls` knows of, instead of one.")] = False,

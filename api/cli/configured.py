@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperArgument, TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperOption
 
 from hybrid_cache.api.cli import config_file
 from hybrid_cache.api.cli.foreign_options import MODEL, Setting, table
+from hybrid_cache.api.cli.help_page import SearchedCommand
 from hybrid_cache.api.cli.options import KEY_VARIABLE
 from hybrid_cache.api.cli.translation import of_file
 from hybrid_cache.errors import ConfigError
@@ -32,7 +33,7 @@ _OF_KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT)|PORT_[0-9]+_)")  # variables 
 Parameter = TyperArgument | TyperOption
 
 
-class ConfiguredCommand(TyperCommand):
+class ConfiguredCommand(SearchedCommand):
     """Reads HYBRID_CACHE_* for each of its options, and shows these names in its help."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

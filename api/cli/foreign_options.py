@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from hybrid_cache.api.cli.help_page import page
 from hybrid_cache.api.text.tool_formats import FORMATS
 from hybrid_cache.errors import ConfigError
 
@@ -205,7 +206,9 @@ TABLE = (
     fixed("--mamba-cache-mode", to=("all", "align"), otherwise="states are kept where the policy sees a use for them"),
     no("--ctx-checkpoints", "--swa-checkpoints", instead="--policy decides which states are kept, within --budget"),
     no("--cache-reuse", instead="requests ask for messages in another order, see docs about choreography"),
-    no("--slot-save-path", "--slots", "--no-slots", "--props", instead="`hybrid-cache cache ls` shows what is cached"),
+    no("--slot-save-path", instead="the cache is in memory; `hybrid-cache cache ls` shows what is in it"),
+    always("--slots", "--props", why="GET /slots and GET /props are always there"),
+    no("--no-slots", instead="/slots is always there; with --api-key a key sees its own requests only"),
     switch("--enable-prefix-caching", "--cache-prompt", to="--prefix-cache"),
     switch("--no-enable-prefix-caching", "--disable-radix-cache", "--no-cache-prompt", to="--no-prefix-cache"),
     # Batches
@@ -272,8 +275,18 @@ TABLE = (
 BY_NAME = {name: entry for entry in TABLE for name in entry.names}
 
 
+def taken_as(option: str) -> list[str]:
+    """What other servers call an option of ours, where their name does the same here."""
+    return [name for entry in TABLE if entry.settings and _target(entry) == option for name in entry.names]
+
+
+def _target(entry: Foreign) -> str:
+    """The option of ours, or empty if what it asks for needs none."""
+    first = entry.here.split(maxsplit=1)[0].rstrip(",")
+    return first if first == MODEL or first.startswith("--") else ""
+
+
 def table() -> str:
     """All of it, for people: names, then what is to be typed here."""
-    width = 44
-    lines = [f"{', '.join(entry.names):<{width}} {entry.here}" for entry in TABLE]
-    return "\n".join(["option of another server".ljust(width) + " here", *lines])
+    head = "Options of vLLM, SGLang and llama-server, and what each is here; those with an option of ours are taken."
+    return page(head, {"There, and here": [(", ".join(entry.names), entry.here) for entry in TABLE]}).rstrip()

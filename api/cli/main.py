@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperOption
+from typer.core import TyperArgument, TyperOption
 
 from hybrid_cache import __version__
-from hybrid_cache.api.cli import bench, cache, configured, models, translation, variants
+from hybrid_cache.api.cli import bench, cache, configured, help_page, models, translation, variants
 from hybrid_cache.api.cli.configured import Config, ConfiguredCommand, HelpAliases, ShowConfig
+from hybrid_cache.api.cli.foreign_options import MODEL, taken_as
+from hybrid_cache.api.cli.help_page import Entry, SearchedCommand
 from hybrid_cache.api.cli.options import (
     Adapter,
     AutoBudget,
@@ -25,7 +27,7 @@ from hybrid_cache.api.cli.options import (
     api_keys,
     read_api_keys,
 )
-from hybrid_cache.api.cli.panels import panel_of, position_of
+from hybrid_cache.api.cli.panels import ELSEWHERE, NO_OPTIONS, panel_of, position_of
 from hybrid_cache.api.cli.train import train_lora
 from hybrid_cache.api.text.tool_formats import FORMATS
 from hybrid_cache.errors import HybridCacheError
@@ -85,12 +87,17 @@ class _Serve(ConfiguredCommand):
 
         names = {"policy": policy_names(), "order": ORDERS}
         for option in self.params:
-            if isinstance(option, TyperOption):
-                option.rich_help_panel = panel_of(str(option.name))
             if isinstance(option, TyperOption) and option.name in names:
                 option.help = f"{(option.help or '').rstrip('.')}: {', '.join(names[option.name])}."
-        self.params.sort(key=lambda parameter: position_of(str(parameter.name)))
         super().format_help(ctx, formatter)
+
+    def sections(self, ctx: Any) -> dict[str, list[Entry]]:
+        found = dict[str, list[Entry]]()
+        for each in sorted(self.get_params(ctx), key=lambda parameter: position_of(str(parameter.name))):
+            ours = [MODEL] if isinstance(each, TyperArgument) else [*each.opts, *each.secondary_opts]
+            entry = help_page.entry(each, ctx, [name for option in ours for name in taken_as(option)])
+            found.setdefault(panel_of(str(each.name)), []).extend([entry] if entry else [])
+        return {**found, ELSEWHERE: NO_OPTIONS}
 
 
 @app.command(cls=_Serve)
@@ -117,7 +124,9 @@ def serve(
     ] = None,
     shared_cache: Annotated[
         bool,
-        typer.Option("--shared-cache", help="All API keys share one cache; else each has its own."),
+        typer.Option(
+            "--shared-cache", help="All API keys share one cache; else each key is a tenant with a cache of its own."
+        ),
     ] = False,
     keep_billing_header: Annotated[
         bool,
@@ -149,7 +158,11 @@ def serve(
     ] = None,
     budget: AutoBudget = "auto",
     policy: Annotated[
-        str, typer.Option(help="Which entries the cache keeps when it is full: package.module:Class, or one of.")
+        str,
+        typer.Option(
+            help="Cache policy, which says what is kept when the cache is full: package.module:Class for one of your "
+            "own, or one of."
+        ),
     ] = "learned",
     host_budget: Annotated[
         str, typer.Option(help="Host memory beside a GPU, for what has to leave its cache, such as 16GiB; 0: none.")
@@ -181,9 +194,10 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME=DIR",
-            help="Another model of the same shape, such as a fine-tune, served under a name out of the same memory "
-            "and queue; weights that are equal are stored once. A model folder, a delta (delta.json beside what it "
-            "changes of its base), or embedded-style or embedded-half, which ship. May be given several times.",
+            help="Several models in one server: another one of the same shape, such as a fine-tune, under a name, out "
+            "of the same memory and queue; weights that are equal are stored once. A model folder, a delta (delta.json "
+            "beside what it changes of its base), or embedded-style or embedded-half, which ship. May be given several "
+            "times.",
         ),
     ] = None,
     profile: Annotated[
@@ -216,12 +230,12 @@ def serve(
         bool,
         typer.Option(
             "--allow-adapter-loading",
-            help="Clients may load adapters from folders of this machine, and unload them, over HTTP; where there are "
-            "operator's keys, with these only.",
+            help="LoRA adapters at run time: clients may load them from folders of this machine, and unload them, over "
+            "HTTP; where there are operator's keys, with these only.",
         ),
     ] = False,
     threads: Threads = 0,
-    max_running: Annotated[int, typer.Option(help="Most requests that are answered at the same time.")] = 32,
+    max_running: Annotated[int, typer.Option(help="Most requests that run at once (concurrency); others wait.")] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more are answered 503.")] = 256,
     max_tiles: Annotated[
         int, typer.Option(help="Most tokens of prompts in one step, in tiles of 64, while no answer is being written.")
@@ -246,7 +260,11 @@ def serve(
     response_store_mb: Annotated[int, typer.Option(min=1, help="MiB of responses, in memory or in the file.")] = 64,
     response_ttl: Annotated[str, typer.Option(help="How long responses are kept after their last use.")] = "24h",
     prefix_cache: Annotated[
-        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Reuse what earlier requests computed.")
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Reuse what earlier requests computed; --no-prefix-cache turns the cache off.",
+        ),
     ] = True,
     verify: Annotated[
         bool,
@@ -272,7 +290,9 @@ def serve(
         ),
     ] = None,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
-    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that SIGTERM gives running requests.")] = 30,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Graceful shutdown: seconds that SIGTERM gives running requests.")
+    ] = 30,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -283,16 +303,21 @@ def serve(
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="Origin whose web pages may use the server, such as https://chat.example; may be given several "
+            help="CORS: origin whose web pages may use the server, such as https://chat.example; may be given several "
             "times. '*' is for all, and needs an API key."
         ),
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="File with a certificate chain (PEM): serve HTTPS.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="File with the certificate's key (PEM), no password.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="TLS: file with a certificate chain (PEM); serve HTTPS.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="TLS: file with the certificate's key (PEM), no password.")
+    ] = None,
     forwarded_allow_ips: Annotated[
         str | None,
         typer.Option(
-            help="Proxies whose X-Forwarded-For and -Proto count: addresses and networks with commas between, or '*'."
+            help="Behind a reverse proxy such as nginx: those whose X-Forwarded-For and -Proto count, addresses and "
+            "networks with commas between, or '*'."
         ),
     ] = None,
     max_connections: Annotated[
@@ -319,7 +344,7 @@ def serve(
     """Serve a model over HTTP to OpenAI's and Anthropic's clients.
 
     Options may stand in a file, too (--config), or in the environment (HYBRID_CACHE_*), and many that other servers
-    have are known here (--help-aliases).
+    have are known here (--help-aliases). To find one, `hybrid-cache serve --help | grep -i WORD` shows it whole.
 
     Leaves with 0 after a drain, and with 1 if the engine failed or did not end.
     """
@@ -477,7 +502,7 @@ def chat(
     raise typer.Exit(0 if sys.stdin.isatty() or not num_failed else 1)
 
 
-@app.command()
+@app.command(cls=SearchedCommand)
 def demo(model: Model = None, backend: Backend = "auto", as_json: Json = False) -> None:
     """Hold a conversation with the cache and without, and show what is computed of each prompt."""
     from hybrid_cache.api.cli import demo
@@ -485,4 +510,4 @@ def demo(model: Model = None, backend: Backend = "auto", as_json: Json = False) 
     demo.run(model, backend, as_json=as_json)
 
 
-app.command("train-lora")(train_lora)
+app.command("train-lora", cls=SearchedCommand)(train_lora)

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from hybrid_cache.api.cli.help_page import SearchedCommand
 from hybrid_cache.api.cli.options import Adapter, Budget, Context, Dtype, Json, Revision
 
 app = typer.Typer(help="Facts about models.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(cls=SearchedCommand)
 def info(
     model: Annotated[
         str | None,
@@ -40,7 +41,7 @@ def info(
     raise typer.Exit(0 if report.supported else 1)
 
 
-@app.command("list")
+@app.command("list", cls=SearchedCommand)
 def list_models(budget: Budget = "2GiB", as_json: Json = False) -> None:
     """Published models whose shapes are known: parameters, KV, checkpoints. With --json all that `model info` says."""
     from hybrid_cache.api.cli import model_info
@@ -50,7 +51,7 @@ def list_models(budget: Budget = "2GiB", as_json: Json = False) -> None:
     typer.echo(model_info.to_json(reports)) if as_json else model_info.print_list(reports)
 
 
-@app.command()
+@app.command(cls=SearchedCommand)
 def convert(
     source: Annotated[str, typer.Argument(help="A folder in Hugging Face format, a GGUF file or a hub name.")],
     out: Annotated[Path, typer.Argument(help="The folder to make; it must not be there.")],

@@ -38,8 +38,8 @@ Budget = Annotated[str, typer.Option(help="Memory for KV pages and states togeth
 AutoBudget = Annotated[
     str,
     typer.Option(
-        help="Memory for KV pages and states together, such as 2GiB; auto is three quarters of what is free once the "
-        "model is loaded, in a container of its memory, less what the process needs beside it."
+        help="Memory limit of the cache: KV pages and states together, such as 2GiB; auto is three quarters of what is "
+        "free once the model is loaded, in a container of its memory, less what the process needs beside it."
     ),
 ]
 Backend = Annotated[
@@ -57,7 +57,7 @@ Fast = Annotated[
         "The CPU backends have nothing of the kind.",
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="What the model is computed in: auto, float32 or bfloat16.")]
 Adapter = Annotated[
     str | None,
     typer.Option(help="LoRA adapter to merge: a folder in PEFT's layout, or embedded-choreo, which ships."),
@@ -68,11 +68,11 @@ Context = Annotated[
         "--max-model-len",
         metavar="TOKENS",
         parser=parse_tokens,
-        help="Longest prompt and answer together, such as 8192 or 8K; at most the model's own context, which it is if "
-        "left out.",
+        help="Context length: the longest prompt and answer together, such as 8192 or 8K; at most the model's own, "
+        "which it is if left out.",
     ),
 ]
-Threads = Annotated[int, typer.Option(min=0, help="Threads that compute; 0 leaves it to torch.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads that compute; 0 leaves it to torch.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 KeyFile = Annotated[
     Path | None,

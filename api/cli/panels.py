@@ -2,7 +2,7 @@
 
 OTHER = "Other options"
 PANELS = {
-    "Model": """revision dtype backend threads fast max_model_len chat_template tool_parser served_model_name
+    "Model": """model revision dtype backend threads fast max_model_len chat_template tool_parser served_model_name
         special_tokens_in_content keep_billing_header""",
     "Memory and cache": """budget prefix_cache policy host_budget message_book response_store response_store_mb
         response_ttl verify""",
@@ -20,11 +20,27 @@ PLACES = {name: heading for heading, names in PANELS.items() for name in names.s
 _ORDER = {name: position for position, name in enumerate(PLACES)}
 
 
+ELSEWHERE = "No options, and often looked for"
+NO_OPTIONS = [
+    (
+        "temperature, seed, tools, structured output (JSON schema, regex, grammar)",
+        "are fields of a request: docs/serving.md; which fields there are: docs/requests.md",
+    ),
+    ("metrics", "GET /metrics, for Prometheus, always there; dashboard and alerts: docs/deploying.md"),
+    ("why a prompt was not cached", "the header `x-cache-report: 1` has the reply say so: docs/serving.md"),
+    ("what is cached, and dropping it", "hybrid-cache cache ls, show, drop"),
+    ("clients of OpenAI and Anthropic", "docs/serving.md"),
+    ("reverse proxy (nginx), API keys, TLS", "docs/operations.md; containers, systemd, Kubernetes: docs/deploying.md"),
+    ("version, changes, vulnerabilities", "hybrid-cache --version, CHANGELOG.md, SECURITY.md"),
+]
+"""What somebody looks for among the options, and where it is."""
+
+
 def panel_of(name: str) -> str:
     """The heading of an option, by the name of its parameter."""
     return PLACES.get(name, OTHER)
 
 
 def position_of(name: str) -> int:
-    """Where it stands among the others; the model, which is no option, before them, what has no heading after them."""
-    return -1 if name == "model" else _ORDER.get(name, len(_ORDER))
+    """Where it stands among the others; what has no heading comes last."""
+    return _ORDER.get(name, len(_ORDER))

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from hybrid_cache.api.cli.help_page import SearchedCommand
 from hybrid_cache.api.cli.options import Threads
 
 app = typer.Typer(no_args_is_help=True, help="Models of one shape: what they can take from each other's cache.")
 
 
-@app.command()
+@app.command(cls=SearchedCommand)
 def profile(
     sender: Annotated[str, typer.Argument(help="Whose entries are used: a folder, `embedded`, or + and an adapter.")],
     receiver: Annotated[str, typer.Argument(help="Who uses them. `DIR+ADAPTER` is a model with an adapter.")],

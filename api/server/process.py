@@ -1,6 +1,7 @@
 """A server process: load, check, say hello, serve, drain."""
 
 import asyncio
+import json
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -195,7 +196,10 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
             console.print(f"WARNING: {warning}", style="bold red")
             if console.quiet:
                 logger.warning(warning)
-        console.print(curl_line(url, with_key=bool(options.api_keys)), soft_wrap=True, highlight=False)
+        if engine_config.prefix_cache:
+            console.print(SEND_TWICE)
+        curl = curl_line(url, with_key=bool(options.api_keys), chats=bool(text.chat_templates))
+        console.print(curl, soft_wrap=True, highlight=False)
         connections = Connections(connection_limit(exposure.max_connections))
         config = ServerConfig(
             app,
@@ -290,11 +294,16 @@ def ignored_line(ignored: Sequence[str]) -> str:
     return f"not honoured of generation_config.json: {listed(ignored)}"
 
 
-def curl_line(url: str, *, with_key: bool) -> str:
-    """What to type in another terminal."""
+SEND_TWICE = "Send this twice: the second answer has all of its prompt in cached_tokens."
+
+
+def curl_line(url: str, *, with_key: bool, chats: bool) -> str:
+    """What to type in another terminal. chats: the model has a chat template."""
     key = " -H 'Authorization: Bearer KEY'" if with_key else ""
-    body = '{"messages": [{"role": "user", "content": "Hello!"}]}'
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+    question = "The box has 4 pencils in it. How many pencils are in the box?"
+    body = {"messages": [{"role": "user", "content": question}]} if chats else {"prompt": question}
+    route = "chat/completions" if chats else "completions"
+    return f"curl {url}/v1/{route} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
 
 
 def _backend_line(name: str) -> str:

@@ -20,7 +20,7 @@ MAX_NAME = 64  # characters of a field's name
 WINDOW_S = 60.0
 _ODD = re.compile(r"[^A-Za-z0-9_.\-]")
 
-logger = logging.getLogger("hybrid_cache.requests")
+logger = logging.getLogger("hybrid_cache.remarks")
 
 
 @dataclass(slots=True)

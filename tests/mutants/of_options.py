@@ -5,9 +5,12 @@ from functools import partial
 from tests.mutants.mutant import Mutant, tests_of
 
 CONFIGURED = "tests/api/cli/test_configured.py"
+HELP = "tests/api/cli/test_help_page.py"
 HUB = "tests/models/test_hub.py"
 
 configured = partial(Mutant, "hybrid_cache/api/cli/configured.py")
+searched = partial(Mutant, "hybrid_cache/api/cli/help_page.py")
+foreign = partial(Mutant, "hybrid_cache/api/cli/foreign_options.py")
 folders = partial(Mutant, "hybrid_cache/models/folders.py")
 loading = partial(Mutant, "hybrid_cache/models/loading.py")
 
@@ -23,6 +26,18 @@ MUTANTS = [
         'SECRET = ("api_key",)',
         "SECRET = ()",
         tests_of(CONFIGURED, "what_holds_is_shown_with_its_origin_and_without_secrets"),
+    ),
+    searched(
+        "help breaks an option into lines where a program reads it",
+        "not sys.stdout.isatty() if wide is None",
+        "sys.stdout.isatty() if wide is None",
+        tests_of(HELP, "a_program_reads_each_option_in_one_line"),
+    ),
+    foreign(
+        "help names what is refused as if it did the same",
+        "if entry.settings and _target(entry) == option",
+        "if option in entry.here",
+        tests_of(HELP, "names_of_other_servers_stand_with_what_does_the_same"),
     ),
     folders(
         "weights of other formats are downloaded too",

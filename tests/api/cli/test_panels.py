@@ -1,15 +1,14 @@
 """The headings of `serve --help`."""
 
-import pytest
 from typer.testing import CliRunner
 
 from hybrid_cache.api.cli import main as cli
-from hybrid_cache.api.cli.panels import OTHER, PANELS, PLACES, panel_of
+from hybrid_cache.api.cli.panels import ELSEWHERE, OTHER, PANELS, PLACES, panel_of
 from tests.api.cli.test_foreign_options import options
 
 
 def names() -> set[str]:
-    return {parameter.name for parameter in options().values()} - {"model"}  # type: ignore[attr-defined]
+    return {parameter.name for parameter in options().values()}  # type: ignore[attr-defined]
 
 
 def test_every_option_has_a_heading() -> None:
@@ -18,10 +17,10 @@ def test_every_option_has_a_heading() -> None:
     assert len(PLACES) == sum(len(text.split()) for text in PANELS.values())
 
 
-def test_the_headings_are_shown_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+def test_the_headings_are_shown_in_their_order() -> None:
     output = CliRunner().invoke(cli.app, ["serve", "--help"]).output
-    found = [output.index(f"─ {heading} ─") for heading in PANELS]
+    found = [output.index(f"\n{heading}\n") for heading in (*PANELS, ELSEWHERE)]
     assert found == sorted(found)
     assert OTHER not in output
-    assert output.index("--max-model-len") < found[1] < output.index("--budget ") < found[2]
+    assert found[0] < output.index("  model ") < output.index("  --max-model-len") < found[1]
+    assert found[1] < output.index("  --budget ") < found[2]

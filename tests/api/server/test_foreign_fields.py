@@ -215,7 +215,7 @@ def test_the_log_names_a_field_once(
 ) -> None:
     monkeypatch.setattr(remarks, "_recent", RecentNames())
     body = {**KINDS["/v1/chat/completions"][1], "only_here_in_the_tests": 1}
-    with caplog.at_level(logging.WARNING, "hybrid_cache.requests"):
+    with caplog.at_level(logging.WARNING, "hybrid_cache.remarks"):
         for _ in range(3):
             client.post("/v1/chat/completions", json=body)
     lines = [record.getMessage() for record in caplog.records if "only_here_in_the_tests" in record.getMessage()]

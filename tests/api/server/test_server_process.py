@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
 from hybrid_cache.api.cli import main as cli
+from hybrid_cache.api.server.process import SEND_TWICE, curl_line
 from hybrid_cache.models.loading import embedded_path
 from tests.models.fake_hub import OLDER_COMMIT, Hub, running
 
@@ -49,7 +51,7 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
-            if found := re.match(r"curl (http://\S+)/v1/chat/completions", line):
+            if found := re.match(r"curl (http://\S+)/v1/", line):
                 return found[1]
         raise AssertionError("the server did not start: " + "".join(self.lines))
 
@@ -201,6 +203,23 @@ def test_the_greeting_names_what_is_not_as_it_should_be(
     greeting = capsys.readouterr().err
     for fact in ("NO: linear 3 -> 4", "torch, ", "no C compiler found", "prefix cache OFF"):
         assert fact in greeting
+    assert SEND_TWICE not in greeting
+
+
+def test_the_command_of_the_greeting_is_cached_when_it_is_sent_twice(guarded: Server) -> None:
+    place = next(n for n, line in enumerate(guarded.lines) if line.startswith("curl "))
+    assert guarded.lines[place - 1].strip() == SEND_TWICE
+    words = shlex.split(guarded.lines[place].replace("Bearer KEY", f"Bearer {KEY}"))
+    for _ in range(2):
+        run = subprocess.run([*words, "-sS"], capture_output=True, text=True, check=True, timeout=60)
+        usage = json.loads(run.stdout)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"]
+
+
+def test_a_model_without_a_chat_template_is_greeted_with_what_it_answers() -> None:
+    command = curl_line("http://x:1", with_key=False, chats=False)
+    assert command.startswith("curl http://x:1/v1/completions ")
+    assert [*json.loads(shlex.split(command)[-1])] == ["prompt"]
 
 
 def test_the_openai_client_talks_in_turns_and_pays_once(client: openai.OpenAI) -> None:
