@@ -133,7 +133,10 @@ class ChatEncoder:
         except TemplateRefusal:
             for done, others in other_orders(messages):
                 with suppress(TemplateRefusal):
-                    return replace(self.conversation(others, rendering, max_tokens), rearranged=done)
+                    made = self.conversation(others, rendering, max_tokens)
+                    lost = {m.fields.get(NAME) for m in messages} - {m.fields.get(NAME) for m in others}
+                    unread = made.unread + ((f"messages.{NAME}",) if lost else ())
+                    return replace(made, rearranged=done, unread=unread)
             raise
 
     def answer_end(self) -> tuple[int, ...] | None:

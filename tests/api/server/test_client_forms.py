@@ -204,6 +204,7 @@ def test_a_refusal_that_is_sent_back_is_what_was_said(asking: Ask) -> None:
             "system-first, merged, user-first",
         ),
         (NO_SYSTEM, [system(), user()], "[user]Be brief.\nHi", "system-in-user"),
+        (NO_SYSTEM, [system(), said(), user()], "[user]Be brief.[assistant]Yes[user]Hi", "system-in-user"),
         (NO_SYSTEM, [system(), user(), user("you")], "[user]Be brief.\nHi\nyou", "system-in-user, merged"),
         (PLAIN, [said(), system(), said(), user()], "[assistant]Yes[system]Be brief.[assistant]Yes[user]Hi", None),
     ],
@@ -227,6 +228,16 @@ def test_the_next_turn_of_a_rearranged_talk_begins_like_it(asking: Ask) -> None:
     later = asking(IN_TURNS).prompt([*talk, user("d"), said("e"), user("f")])
     assert later.startswith(once)
     assert asking(IN_TURNS).reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 512
+
+
+def test_the_words_of_one_user_are_not_put_into_the_mouth_of_another(asking: Ask) -> None:
+    template = IN_TURNS.replace("m.role + ']'", "(m.name or m.role) + ']'")
+    talk = [user("a") | {"name": "Al"}, user("b") | {"name": "Bo"}]
+    assert asking(template).prompt(talk) == "[user]a\nb"
+    assert (asking(template).rearranged, asking(template).reply.headers[IGNORED]) == ("merged", "messages.name")
+    talk[1]["name"] = "Al"
+    assert asking(template).prompt(talk) == "[Al]a\nb"
+    assert IGNORED not in asking(template).reply.headers
 
 
 def test_a_system_that_speaks_late_in_the_other_dialects(asking: Ask) -> None:
