@@ -61,9 +61,9 @@ _recent = RecentNames()
 
 def ignore(name: str) -> None:
     """Remarks that a field of the request has no effect."""
-    name, remarks = cleaned(name), current_remarks.get()
-    if _recent.is_new(name, time.monotonic()):
-        logger.warning("a request has the field %s, which is not known here: it is ignored", name)
+    logged, name, remarks = loggable(name), cleaned(name), current_remarks.get()
+    if _recent.is_new(logged, time.monotonic()):
+        logger.warning("a request has the field %s, which is not known here: it is ignored", logged)
     if remarks is None or name in remarks.ignored:
         return
     if len(remarks.ignored) < MOST_NAMED:
@@ -72,15 +72,22 @@ def ignore(name: str) -> None:
         remarks.num_more += 1
 
 
-def rearrange(how: tuple[str, ...]) -> None:
-    """Remarks what was done to the order of the messages."""
+def remark_reading(rearranged: tuple[str, ...], unread: tuple[str, ...]) -> None:
+    """Remarks what was done to the order of the messages, and what of them the chat template does not show."""
+    for name in unread:
+        ignore(name)
     remarks = current_remarks.get()
     if remarks is not None:
-        remarks.rearranged = how
+        remarks.rearranged = rearranged
+
+
+def loggable(name: str) -> str:
+    """A name that looks like one; what may be a sentence of somebody is `*`."""
+    return "*" if _ODD.search(name) or len(name) > MAX_NAME else name
 
 
 def cleaned(name: str) -> str:
-    """A field's name as headers and logs may show it."""
+    """A field's name as headers may show it."""
     return _ODD.sub("?", name[: MAX_NAME + 1])[:MAX_NAME] or "?"
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hybrid_cache.api.text.boundaries import check_length, limited
+from hybrid_cache.api.text.left_out import left_out
 from hybrid_cache.api.text.marks import Quoting
 from hybrid_cache.api.text.messages import Rendering, Talk, TemplateMessage, TextPart
 from hybrid_cache.api.text.orders import other_orders
@@ -28,6 +29,7 @@ from hybrid_cache.choreography.assembly import Piece, joined
 from hybrid_cache.errors import RequestError
 from hybrid_cache.tokens import Boundary, BoundaryKind, Prompt
 
+NAME, TOOLS, CALLS = "name", "tools", "tool_calls"
 PROBE = "x"
 PROBES = ("x", "y")  # a text begins like one of them at most
 
@@ -44,6 +46,7 @@ class Conversation:
     messages: tuple[int | None, ...]  # of each piece, the index of the message that it is; None for several
     opening: Piece  # without tokens if there is none
     rearranged: tuple[str, ...] = ()  # what was done to the messages, in `orders`
+    unread: tuple[str, ...] = ()  # what the template does not know, of tools
 
     @property
     def prompt(self) -> Prompt:
@@ -115,12 +118,13 @@ class ChatEncoder:
         clock = Clock()
         rendered = self._whole(messages, rendering, clock)
         self._tokenizer.check_fits(rendered.text, max_tokens, "messages")
+        self._check_shown(messages, rendering, rendered.text, clock)
         cuts = [*self._message_cuts(messages, rendering, rendered, clock)]
         cuts += self._tools_cut(messages, rendering, rendered.text, clock)
         cuts += self._part_cuts(messages, rendering, rendered.text, clock)
         made = self._tokenise(rendered, cuts, Talk(messages, rendering))
         check_length(sum(len(piece.tokens) for piece in (*made.pieces, made.opening)), max_tokens)
-        return made
+        return replace(made, unread=tuple(self._unread(messages, rendering)))
 
     def rearranged(self, messages: Sequence[TemplateMessage], rendering: Rendering, max_tokens: int) -> Conversation:
         """The same as `conversation`; where the template refuses the order of the messages, in one that it takes."""
@@ -129,7 +133,10 @@ class ChatEncoder:
         except TemplateRefusal:
             for done, others in other_orders(messages):
                 with suppress(TemplateRefusal):
-                    return replace(self.conversation(others, rendering, max_tokens), rearranged=done)
+                    made = self.conversation(others, rendering, max_tokens)
+                    lost = {m.fields.get(NAME) for m in messages} - {m.fields.get(NAME) for m in others}
+                    unread = made.unread + ((f"messages.{NAME}",) if lost else ())
+                    return replace(made, rearranged=done, unread=unread)
             raise
 
     def answer_end(self) -> tuple[int, ...] | None:
@@ -168,6 +175,43 @@ class ChatEncoder:
             return rendered
         end = self._end_of_final(messages, rendering, rendered.text, clock)
         return replace(rendered, text=rendered.text[:end])
+
+    def _unread(self, messages: Sequence[TemplateMessage], rendering: Rendering) -> Iterator[str]:
+        template = self._template(rendering)
+        if rendering.tools and TOOLS not in template.variables:
+            yield TOOLS
+        if any(m.fields.get(NAME) for m in messages if m.role != "tool") and not self._shows_names(messages, rendering):
+            yield f"messages.{NAME}"
+        if CALLS not in template.source and any(message.fields.get(CALLS) for message in messages):
+            yield f"messages.{CALLS}"
+
+    def _shows_names(self, messages: Sequence[TemplateMessage], rendering: Rendering) -> bool:
+        """Whether the names of those who speak have any effect."""
+        clock = Clock()
+
+        def named(other: str) -> str:
+            sent = [replace(m, fields={**m.fields, NAME: other}) if m.fields.get(NAME) else m for m in messages]
+            return self._render(sent, rendering, clock, opening=False).text
+
+        try:
+            return named(PROBES[0]) != named(PROBES[1])
+        except RequestError:
+            return True
+
+    def _check_shown(self, messages: Sequence[TemplateMessage], rendering: Rendering, text: str, clock: Clock) -> None:
+        """Raises TemplateRefusal if the template leaves out what somebody says."""
+
+        def render(others: Sequence[TemplateMessage]) -> str | None:
+            try:
+                return self._render(others, rendering, clock, opening=rendering.add_generation_prompt).text
+            except TemplateRefusal:
+                return None
+
+        role = left_out(messages, text, render)
+        if role is not None:
+            raise TemplateRefusal(
+                f"the chat template leaves out what a message with role '{role}' says", param="messages"
+            )
 
     def _end_of_final(self, messages: Sequence[TemplateMessage], rendering: Rendering, text: str, clock: Clock) -> int:
         """Where the content of the last message ends, so that the answer continues it. Raises RequestError."""

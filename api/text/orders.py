@@ -34,16 +34,15 @@ def _system_first(messages: Messages) -> Messages:
 
 
 def _system_in_user(messages: Messages) -> Messages:
-    """What the system says begins the first message of a user, or is one."""
+    """What the system says begins the first message of a user, or is one where the model speaks first."""
     system = [message for message in messages if _is_system(message)]
     others = [message for message in messages if not _is_system(message)]
     if not system:
         return messages
     said = replace(_joined(system), role="user", fields={})
-    first = next((place for place, message in enumerate(others) if message.role == "user"), None)
-    if first is None:
-        return [said, *others]
-    return [*others[:first], _joined([said, others[first]]), *others[first + 1 :]]
+    if others and others[0].role == "user":
+        return [_joined([said, others[0]]), *others[1:]]
+    return [said, *others]
 
 
 def _merged(messages: Messages) -> Messages:
@@ -66,13 +65,15 @@ def _user_first(messages: Messages) -> Messages:
 
 
 def _joined(messages: Messages) -> TemplateMessage:
-    """One message with all that several of a role say, think and call."""
+    """One message with all that several of a role say, think and call. It has a name if they have the same."""
     parts = tuple(part for message in messages for part in message.parts or ())
     fields = {name: value for message in messages for name, value in message.fields.items()}
     for name in ("tool_calls", "reasoning_content"):
         values = [message.fields[name] for message in messages if message.fields.get(name)]
         if len(values) > 1:
             fields[name] = _together(values)
+    if len({message.fields.get("name") for message in messages}) > 1:
+        fields.pop("name", None)
     marks = [message.mark for message in messages if message.mark is not None]
     return TemplateMessage(messages[-1].role, parts or None, fields, marks[-1] if marks else None)
 
@@ -103,6 +104,4 @@ _LADDER: tuple[tuple[str, ...], ...] = (
     (SYSTEM_FIRST, MERGED, USER_FIRST),
     (SYSTEM_IN_USER,),
     (SYSTEM_IN_USER, MERGED),
-    (SYSTEM_IN_USER, USER_FIRST),
-    (SYSTEM_IN_USER, MERGED, USER_FIRST),
 )

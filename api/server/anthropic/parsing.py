@@ -8,13 +8,14 @@ from functools import partial
 from itertools import groupby
 
 from hybrid_cache.api.server.gate import body_size
-from hybrid_cache.api.server.remarks import ignore, rearrange
+from hybrid_cache.api.server.remarks import ignore, remark_reading
 from hybrid_cache.api.server.schemas.anthropic import (
     Block,
     CacheControl,
     CountRequest,
     Message,
     MessagesRequest,
+    RedactedThinkingBlock,
     TextBlock,
     ThinkingBlock,
     Tool,
@@ -71,7 +72,7 @@ async def conversation_of(text: TextEngine, asked: CountRequest, *, keep_billing
         continued = _continued(messages[-1], f"messages.{len(asked.messages) - 1}")
     with continued:
         made = await text.conversation(messages, rendering, current_tenant_or(None), body_size())
-    rearrange(made.rearranged)
+    remark_reading(made.rearranged, made.unread)
     return made
 
 
@@ -188,6 +189,8 @@ def _results(blocks: Iterable[Block], open_calls: dict[str, str]) -> Iterator[Te
                 f"the tool_result for {block.tool_use_id!r} answers no tool_use block of the turn before",
                 param="messages",
             )
+        if block.is_error:  # no template has a place for that, results are to say it themselves
+            ignore("content.is_error")
         content = block.content or ""
         parts = [TextPart(content)] if isinstance(content, str) else [_part(each) for each in content]
         message = TemplateMessage("tool", tuple(parts), {"tool_call_id": block.tool_use_id, "name": name})
@@ -203,6 +206,8 @@ def _assistant(blocks: Sequence[Block], as_text: bool) -> TemplateMessage:
             "a message with role 'assistant' needs a text, a thinking or a tool_use block", param="messages"
         )
     fields: dict[str, object] = {}
+    if any(isinstance(block, RedactedThinkingBlock) for block in blocks):  # nobody here can read it
+        ignore("content.redacted_thinking")
     if calls:
         fields["tool_calls"] = calls
     if thoughts:

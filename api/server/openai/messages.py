@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.openai.thinking import template_variables
-from hybrid_cache.api.server.remarks import rearrange
+from hybrid_cache.api.server.remarks import remark_reading
 from hybrid_cache.api.server.schemas.chat import ChatRequest
 from hybrid_cache.api.server.schemas.common import CacheBreakpoint, ttl_seconds
 from hybrid_cache.api.server.schemas.messages import ChatMessage, ToolCall
@@ -23,7 +23,6 @@ async def conversation_of(
     """A conversation in which each tool call has its result, as tokens; raises as `rendered`."""
     _check_results(sent)
     conversation = await rendered(text, asked, sent)
-    rearrange(conversation.rearranged)
     return conversation
 
 
@@ -42,7 +41,9 @@ async def rendered(
     as_text = text.chat.takes_argument_text(rendering)
     tenant = current_tenant_or(asked.cache_salt if isinstance(asked, ChatRequest) else None)
     messages = [_message(m, as_text) for m in sent]
-    return await text.conversation(messages, rendering, tenant, body_size(), in_order=in_order)
+    made = await text.conversation(messages, rendering, tenant, body_size(), in_order=in_order)
+    remark_reading(made.rearranged, made.unread)
+    return made
 
 
 def rendering_of(text: TextEngine, asked: ChatRequest | TokenizeRequest) -> Rendering:

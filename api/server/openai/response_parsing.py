@@ -3,15 +3,15 @@
 import base64
 import itertools
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from hybrid_cache.api.server.gate import body_size
 from hybrid_cache.api.server.openai.messages import rendering_of, text_part
 from hybrid_cache.api.server.openai.response_turns import Turn
-from hybrid_cache.api.server.remarks import rearrange
+from hybrid_cache.api.server.remarks import remark_reading
 from hybrid_cache.api.server.schemas.chat import ChatRequest, NamedFunction, NamedTool
-from hybrid_cache.api.server.schemas.common import JsonSchema, ResponseFormat
+from hybrid_cache.api.server.schemas.common import JsonSchema, ResponseFormat, remark_unused
 from hybrid_cache.api.server.schemas.messages import FunctionDefinition, ReasoningOptions, Tool
 from hybrid_cache.api.server.schemas.responses import (
     FunctionCallItem,
@@ -93,7 +93,7 @@ async def conversation_of(text: TextEngine, asked: ResponsesRequest, chat: ChatR
         if not messages:
             raise RequestError("the input has no items, and there are no instructions", param="input")
         made = await text.conversation(messages, rendering, tenant, size)
-        rearrange(made.rearranged)
+        remark_reading(made.rearranged, made.unread)
         return made
 
     if asked.truncation != "auto" or len(units) < 2:
@@ -252,10 +252,11 @@ def _thought(item: ReasoningItem) -> str:
     if item.content:
         return "".join(part.text for part in item.content)
     text = item.encrypted_content or ""
-    try:
-        return base64.b64decode(text.removeprefix(ENCODED), validate=True).decode() if text.startswith(ENCODED) else ""
-    except ValueError:
-        return ""
+    with suppress(ValueError):
+        if text.startswith(ENCODED):
+            return base64.b64decode(text.removeprefix(ENCODED), validate=True).decode()
+    remark_unused(item, ["encrypted_content", "summary"])
+    return ""
 
 
 def encoded(thought: str) -> str:

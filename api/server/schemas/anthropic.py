@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.server.schemas.cache import CacheReport
@@ -11,6 +11,7 @@ from hybrid_cache.api.server.schemas.foreign import ANSWERED, CALL, COUNTED, DES
 from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from hybrid_cache.api.server.schemas.sharing import Sharing, SharingReport
 from hybrid_cache.api.text.stops import MAX_STOP_LENGTH, MAX_STOPS
+from hybrid_cache.errors import RequestError
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -183,7 +184,7 @@ class ToolChoice(Request):
 
 
 class Thinking(Request):
-    model_config = ConfigDict(extra="allow", strict=True)
+    place = "thinking."
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Count | None = None
 
@@ -218,6 +219,13 @@ class CountRequest(Request):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # where it was before
     cache_control: CacheControl | None = None
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> "CountRequest":
+        form = self.output_config.format if self.output_config is not None else None
+        if form is not None and self.output_format is not None and form != self.output_format:
+            raise RequestError("output_format and output_config.format differ: send one of them", param="output_format")
+        return self
 
     @property
     def schema_of_answer(self) -> dict[str, object] | None:

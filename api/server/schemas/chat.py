@@ -70,6 +70,10 @@ class ChatRequest(GenerationRequest, TemplateRequest):
             raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
         if isinstance(self.function_call, NamedFunction) and self.functions is None:
             raise RequestError("function_call names a function, and there are no functions", param="function_call")
+        if self.function_call == "none" and self.functions is None and self.tools:
+            raise RequestError("function_call belongs to functions, tools have tool_choice", param="function_call")
+        if None not in (lengths := (self.max_tokens, self.max_completion_tokens)) and len({*lengths}) > 1:
+            raise RequestError("max_completion_tokens and max_tokens differ: send one of them", param="max_tokens")
         return self
 
 

@@ -5,7 +5,7 @@ causes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from sys import getsizeof
 from typing import Annotated, ClassVar, Literal
@@ -88,6 +88,13 @@ def _look_at(kind: type[Request], name: str, value: object) -> None:
         return
     message = f"{kind.place}{name} is not supported here: {entry.why}"
     raise ValueError(message) if kind.place else RequestError(message, param=name, code=entry.code)
+
+
+def remark_unused(request: Request, names: Iterable[str], unless: object = None) -> None:
+    """Remarks fields that hold something, and something else than `unless`: what is there twice is not lost."""
+    for name in names:
+        if getattr(request, name) not in (None, "", [], unless):
+            ignore(request.place + name)
 
 
 class Response(BaseModel):
@@ -214,6 +221,8 @@ class ResponseFormat(Request):
             raise ValueError("type json_schema needs a json_schema")
         if self.type == "text" and not (self.json_schema is None and self.schema_ is None):
             raise ValueError("type text has no schema, json_schema has one")
+        if self.schema_ is not None and self.json_schema is not None and self.json_schema.schema_ is not True:
+            raise ValueError("schema and json_schema.schema cannot both be there")
         return self
 
     @property
@@ -221,7 +230,7 @@ class ResponseFormat(Request):
         """The schema that answers have to follow; None for text."""
         if self.type == "text":
             return None
-        if self.json_schema is not None:
+        if self.json_schema is not None and self.schema_ is None:
             return self.json_schema.schema_
         return {"type": "object"} if self.schema_ is None else self.schema_
 

@@ -14,7 +14,13 @@ def functions_as_tools(value: object) -> object:
         return value
     if value.get("tools"):
         raise RequestError("tools and functions cannot both be there", param="functions")
-    if isinstance(choice, dict):
+    if choice is not None and value.get("tool_choice") is not None:
+        raise RequestError("tool_choice and function_call cannot both be there", param="tool_choice")
+    if value.get("parallel_tool_calls"):
+        raise RequestError("functions are called one at a time, tools in parallel", param="parallel_tool_calls")
+    if choice is None:
+        choice = value.get("tool_choice")
+    elif isinstance(choice, dict):
         choice = {"type": "function", "function": choice}
     tools = [{"type": "function", "function": function} for function in functions]
     return {**value, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
@@ -26,7 +32,7 @@ def calls_as_tool_calls(messages: list[object]) -> list[object]:
     for place, message in enumerate(messages):
         if not isinstance(message, dict):
             read.append(message)
-        elif isinstance(message.get("function_call"), Mapping) and not message.get("tool_calls"):
+        elif _calls_a_function(message):
             open_call = f"call_{place}"
             call = {"id": open_call, "type": "function", "function": message["function_call"]}
             read.append({**_without_call(message), "tool_calls": [call]})
@@ -36,6 +42,11 @@ def calls_as_tool_calls(messages: list[object]) -> list[object]:
         else:
             read.append(message)
     return read
+
+
+def _calls_a_function(message: Mapping[object, object]) -> bool:
+    by_model = message.get("role") == "assistant" and not message.get("tool_calls")
+    return by_model and isinstance(message.get("function_call"), Mapping)
 
 
 def _without_call(message: Mapping[object, object]) -> dict[object, object]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from hybrid_cache.api.server.errors import quoted
-from hybrid_cache.api.server.schemas.common import CacheBreakpoint, Request
+from hybrid_cache.api.server.schemas.common import CacheBreakpoint, Request, remark_unused
 from hybrid_cache.api.server.schemas.foreign import CALL, MESSAGE, PARSED, PART
 from hybrid_cache.api.server.schemas.functions import calls_as_tool_calls, functions_as_tools
 from hybrid_cache.errors import RequestError
@@ -49,6 +49,12 @@ class ContentPart(Request):
         if isinstance(value, dict) and isinstance(value.get("thinking"), list):  # as Mistral has it
             return {**value, "thinking": "".join(_text_of(part) for part in value["thinking"])}
         return value
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "ContentPart":
+        others = {"text", "refusal", "thinking"} - {"text" if self.type in _TEXTS[:3] else self.type}
+        remark_unused(self, others if self.content is not None else (), unless=self.content)
+        return self
 
     @model_validator(mode="after")
     def _has_text(self) -> "ContentPart":
@@ -114,6 +120,12 @@ Content = Annotated[
 ]
 
 
+_OF_ROLES = {  # what only one role has
+    **dict.fromkeys(("tool_calls", "reasoning_content", "reasoning", "thinking", "refusal"), "assistant"),
+    "tool_call_id": "tool",
+}
+
+
 class ChatMessage(Request):
     """A message, or `{"ref": id}` for one that an earlier choreography has named."""
 
@@ -140,6 +152,17 @@ class ChatMessage(Request):
                 raise ValueError(f"a message with a ref has nothing else, here '{others[0]}'")
             return {"role": "user", "content": "", **value}
         return value
+
+    @model_validator(mode="after")
+    def _has_what_is_its_role_s(self) -> "ChatMessage":
+        for name, role in _OF_ROLES.items():
+            if self.role != role and getattr(self, name):
+                remark_unused(self, [name])
+                setattr(self, name, None)
+        if self.content:
+            remark_unused(self, ["refusal"])
+        remark_unused(self, ["reasoning_content", "reasoning", "thinking"], unless=self.thoughts)
+        return self
 
     @model_validator(mode="after")
     def _says_something(self) -> "ChatMessage":

@@ -15,6 +15,7 @@ from hybrid_cache.api.server.schemas.common import (
     Count,
     Request,
     Response,
+    remark_unused,
 )
 from hybrid_cache.api.server.schemas.foreign import ANSWERED, CALL, COUNTED, MESSAGE, PART, TOOL
 from hybrid_cache.api.server.schemas.messages import MAX_ITEMS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
@@ -52,6 +53,7 @@ class TextContent(Request):
     def _has_text(self) -> "TextContent":
         if (self.refusal if self.type == "refusal" else self.text) is None:
             raise ValueError(f"content of type '{self.type}' needs a text")
+        remark_unused(self, ["text" if self.type == "refusal" else "refusal"], unless=self.content)
         return self
 
     @property
@@ -275,6 +277,8 @@ class TextFormat(Request):
     def _has_a_schema(self) -> "TextFormat":
         if self.type == "json_schema" and self.schema_ is None:
             raise ValueError("type json_schema needs a schema")
+        if self.type == "text" and self.schema_ is not None:
+            raise ValueError("type text has no schema, json_schema has one")
         return self
 
 

@@ -186,9 +186,10 @@ def test_what_a_clients_library_has_parsed_comes_back_beside_its_text(asking: As
 @pytest.mark.parametrize("arguments", ['{"x":1}', {"x": 1}])
 def test_arguments_of_calls_may_be_objects(asking: Ask, arguments: object) -> None:
     template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+    template += "{{ m.content or '' }}"
     calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}]
     talk = [user(), said(None, tool_calls=calls), {"role": "tool", "tool_call_id": "a", "content": "1"}]
-    assert asking(template + "{% endfor %}").prompt(talk) == '{"x": 1}'
+    assert asking(template + "{% endfor %}").prompt(talk) == 'Hi{"x": 1}1'
 
 
 def test_a_refusal_that_is_sent_back_is_what_was_said(asking: Ask) -> None:
@@ -222,6 +223,7 @@ def test_a_refusal_that_is_sent_back_is_what_was_said(asking: Ask) -> None:
             "system-first, merged, user-first",
         ),
         (NO_SYSTEM, [system(), user()], "[user]Be brief.\nHi", "system-in-user"),
+        (NO_SYSTEM, [system(), said(), user()], "[user]Be brief.[assistant]Yes[user]Hi", "system-in-user"),
         (NO_SYSTEM, [system(), user(), user("you")], "[user]Be brief.\nHi\nyou", "system-in-user, merged"),
         (PLAIN, [said(), system(), said(), user()], "[assistant]Yes[system]Be brief.[assistant]Yes[user]Hi", None),
     ],
@@ -247,6 +249,16 @@ def test_the_next_turn_of_a_rearranged_talk_begins_like_it(asking: Ask) -> None:
     assert asking(IN_TURNS).reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 512
 
 
+def test_the_words_of_one_user_are_not_put_into_the_mouth_of_another(asking: Ask) -> None:
+    template = IN_TURNS.replace("m.role + ']'", "(m.name or m.role) + ']'")
+    talk = [user("a") | {"name": "Al"}, user("b") | {"name": "Bo"}]
+    assert asking(template).prompt(talk) == "[user]a\nb"
+    assert (asking(template).rearranged, asking(template).reply.headers[IGNORED]) == ("merged", "messages.name")
+    talk[1]["name"] = "Al"
+    assert asking(template).prompt(talk) == "[Al]a\nb"
+    assert IGNORED not in asking(template).reply.headers
+
+
 def test_a_system_that_speaks_late_in_the_other_dialects(asking: Ask) -> None:
     ask = asking(SYSTEM_FIRST)
     talk = [user(), said(), system(), user("go on")]
@@ -266,6 +278,127 @@ def test_a_system_between_a_call_and_its_result(asking: Ask) -> None:
     ]
     reply = asking(PLAIN).client.post(f"{MESSAGES}/count_tokens", json={"model": "sum", "messages": talk})
     assert reply.status_code == 200, reply.text
+
+
+# --- What would be lost beside something else
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        (user() | {"reasoning_content": "hm"}, "messages.reasoning_content"),
+        (user() | {"tool_calls": [CALL]}, "messages.tool_calls"),
+        (user() | {"function_call": {"name": "f"}}, "messages.function_call"),
+        (user() | {"tool_call_id": "a"}, "messages.tool_call_id"),
+        (user() | {"name": "Bo"}, "messages.name"),
+        (said(refusal="No."), "messages.refusal"),
+        (said(reasoning="a", reasoning_content="b"), "messages.reasoning"),
+        (said(reasoning="a", reasoning_content="a", refusal="", tool_calls=[], name=None), None),
+        (user([{"type": "text", "text": "a", "thinking": "b"}]), "messages.content.thinking"),
+        (said([{"type": "thinking", "thinking": "a", "text": "a"}]), None),
+    ],
+    ids=str,
+)
+def test_a_field_that_another_one_or_the_role_sets_aside_is_named(
+    asking: Ask, message: dict[str, object], named: str | None
+) -> None:
+    asking(PLAIN).prompt([user(), message, user()])
+    assert asking(PLAIN).reply.headers.get(IGNORED) == named
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": FUNCTION}
+FORM = {"type": "json_schema", "schema": {"const": 1}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (CHAT, {"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
+        (CHAT, {"functions": [FUNCTION], "function_call": "auto", "tool_choice": "none"}, "tool_choice"),
+        (CHAT, {"functions": [FUNCTION], "parallel_tool_calls": True}, "parallel_tool_calls"),
+        (CHAT, {"tools": [TOOL], "function_call": "none"}, "function_call"),
+        (CHAT, {"response_format": {**FORM, "json_schema": {"schema": {"const": 2}}}}, "response_format"),
+        (TEXTS, {"response_format": {**FORM, "json_schema": {"schema": {"const": 2}}}}, "response_format"),
+        (RESPONSES, {"text": {"format": {"type": "text", "schema": {"const": 1}}}}, "text.format"),
+        (MESSAGES, {"output_config": {"format": FORM}, "output_format": {**FORM, "schema": {}}}, "None"),
+    ],
+    ids=str,
+)
+def test_two_fields_that_say_different_things_are_refused(
+    asking: Ask, path: str, fields: dict[str, object], param: str
+) -> None:
+    bodies: dict[str, dict[str, object]] = {
+        CHAT: {"messages": [user()]},
+        TEXTS: {"prompt": "Hi"},
+        RESPONSES: {"input": "Hi"},
+    }
+    body = bodies.get(path, {"model": "sum", "messages": [user()], "max_tokens": 1})
+    assert asking(PLAIN).refusal(path, {**body, **fields})[0] == param
+
+
+def test_two_fields_that_say_the_same_are_served(asking: Ask) -> None:
+    same = {"max_tokens": 1, "max_completion_tokens": 1}
+    assert asking(PLAIN).client.post(CHAT, json={"messages": [user()], **same}).status_code == 200
+
+
+def test_functions_take_a_tool_choice_where_there_is_no_other(asking: Ask) -> None:
+    body = {"messages": [user()], "functions": [FUNCTION], "tool_choice": "required", "max_tokens": 40}
+    message = asking(PLAIN).client.post(CHAT, json=body).json()["choices"][0]["message"]
+    assert message["function_call"]["name"] == "f"
+
+
+def test_of_tools_what_the_template_does_not_show_is_named_in_every_dialect(asking: Ask) -> None:
+    ask, own = asking(PLAIN), {"name": "f", "input_schema": {"type": "object", "properties": {}}}
+    bodies: dict[str, dict[str, object]] = {
+        CHAT: {"messages": [user()], "tools": [TOOL], "max_tokens": 1},
+        RESPONSES: {"input": "Hi", "tools": [{"type": "function", **FUNCTION}], "max_output_tokens": 1},
+        MESSAGES: {"model": "sum", "messages": [user()], "tools": [own], "max_tokens": 1},
+    }
+    for path, body in bodies.items():
+        reply = ask.client.post(path, json=body)
+        assert (reply.status_code, reply.headers.get(IGNORED)) == (200, "tools"), path
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        (
+            MESSAGES,
+            [
+                user(),
+                said([{"type": "tool_use", "id": "a", "name": "f", "input": {}}]),
+                user([{"type": "tool_result", "tool_use_id": "a", "content": "1", "is_error": True}]),
+            ],
+            "content.is_error, messages.tool_calls",
+        ),
+        (
+            MESSAGES,
+            [user(), said([{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "Yes"}]), user()],
+            "content.redacted_thinking",
+        ),
+        (
+            RESPONSES,
+            [user(), {"type": "reasoning", "summary": [], "encrypted_content": "gAA"}, user()],
+            "input.encrypted_content",
+        ),
+        (
+            RESPONSES,
+            [user(), {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}]}, user()],
+            "input.summary",
+        ),
+    ],
+)
+def test_what_nobody_here_can_read_is_named(asking: Ask, path: str, body: list[object], named: str) -> None:
+    bodies: dict[str, dict[str, object]] = {
+        RESPONSES: {"input": body, "max_output_tokens": 1},
+        MESSAGES: {"model": "sum", "messages": body, "max_tokens": 1},
+    }
+    reply = asking(PLAIN).client.post(path, json=bodies[path])
+    assert (reply.status_code, reply.headers.get(IGNORED)) == (200, named), reply.text
 
 
 # --- Thoughts and documents

@@ -20,7 +20,7 @@ TOOL = {"name": "f", "input_schema": {"type": "object"}}
 CALL = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 CLAUDE = {"model": "sum", "max_tokens": 1, "messages": HI}
 
-# What is ignored of a request that is served; None where nothing is.
+# What is ignored of a request that is served; None where nothing is. The template of these tests shows no tools.
 SERVED: dict[str, tuple[str, dict[str, object], str | None]] = {
     "decolua/9router#1468: Claude Code's context_management": (
         MESSAGES,
@@ -30,12 +30,12 @@ SERVED: dict[str, tuple[str, dict[str, object], str | None]] = {
     "anomalyco/opencode#23193: eager_input_streaming of a tool": (
         MESSAGES,
         {**CLAUDE, "tools": [{**TOOL, "eager_input_streaming": True}]},
-        None,
+        "tools",
     ),
     "anthropics/claude-code#31033: defer_loading of a tool": (
         MESSAGES,
         {**CLAUDE, "tools": [{**TOOL, "defer_loading": True}]},
-        "tools.defer_loading",
+        "tools.defer_loading, tools",
     ),
     "caozhiyuan/copilot-api#145: scope of cache_control": (
         MESSAGES,
@@ -117,7 +117,7 @@ SERVED: dict[str, tuple[str, dict[str, object], str | None]] = {
             "tool_choice": "auto",
             "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}],
         },
-        None,
+        "tools",
     ),
     "anomalyco/opencode#27920: an answer comes last": (
         CHAT,
