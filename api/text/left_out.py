@@ -11,7 +11,7 @@ from hybrid_cache.api.text.marks import Quoting
 from hybrid_cache.api.text.messages import TemplateMessage, TextPart
 
 OTHER = "x"  # what a message says instead begins with it
-MOST_APART = 4  # messages of the system that are tried one by one
+MOST_APART = 4  # messages of the system that are not seen, and tried one by one
 _PLAIN = Quoting(())
 
 Messages = Sequence[TemplateMessage]
@@ -33,23 +33,26 @@ def left_out(messages: Messages, text: str, render: Callable[[Messages], str | N
 
 
 def _suspects(messages: Messages, text: str) -> Iterator[frozenset[int]]:
-    """Places of messages that are to be varied together: of the system also one by one."""
-    missing: dict[str, list[int]] = {"user": [], "tool": [], "system": [], "developer": []}
-    begin = 0
+    """Places of messages that are to be varied together: those of one role, where the text does not show one.
+
+    What the system says later is always among them: it is often short, and may stand there by chance.
+    """
+    missing: dict[str, list[int]] = {"user": [], "tool": [], "system": []}
+    unseen, begin = list[int](), 0
     for place, message in enumerate(messages):
+        role = "system" if message.role == "developer" else message.role
         said = (message.content(_PLAIN) or "").strip()
-        if not said or message.role not in missing:
+        if not said or role not in missing:
             continue
-        by_system = message.role in ("system", "developer")
-        found = -1 if missing[message.role] and not by_system else text.find(said, begin)
-        if found < 0 or (by_system and place > 0):
-            missing[message.role].append(place)
+        found = -1 if missing[role] and role != "system" else text.find(said, begin)
         if found >= 0:
             begin = found + len(said)
-    system = sorted(missing.pop("system") + missing.pop("developer"))
-    yield from (frozenset(places) for places in (*missing.values(), system) if places)
-    if len(system) > 1:
-        yield from (frozenset([place]) for place in system[:MOST_APART])
+        elif role == "system":
+            unseen.append(place)
+        if found < 0 or (role == "system" and place > 0):
+            missing[role].append(place)
+    yield from (frozenset(places) for places in missing.values() if places)
+    yield from (frozenset([place]) for place in unseen[:MOST_APART])
 
 
 def _other(message: TemplateMessage) -> tuple[TextPart, ...]:

@@ -59,6 +59,13 @@ MUTANTS = [
     remarks(
         "a header has names as clients write them", 'return _ODD.sub("?", name[: MAX_NAME + 1])', "return name", FOREIGN
     ),
+    Mutant(
+        "hybrid_cache/api/text/left_out.py",
+        "what the system says later is taken for what it said before",
+        'if found < 0 or (role == "system" and place > 0):',
+        "if found < 0:",
+        ("tests/api/text/test_left_out.py",),
+    ),
     orders("an empty user speaks last", "messages[:place], TemplateMessage", "messages, TemplateMessage", FORMS),
     thinking(
         "what a request sets by name gives way",

@@ -53,8 +53,9 @@ def test_each_message_is_in_the_prompt_once_in_any_order_of_roles(model: TextMod
         assert [text.count(f"<{number}>") for number in range(len(roles))] == [1] * len(roles), roles
 
 
-def test_what_is_said_twice_is_not_taken_for_what_was_said_before(model: TextModel) -> None:
-    messages = [said("system", "Be brief."), said("user", "Hi"), said("system", "Be brief.")]
+@pytest.mark.parametrize("late", ["Be brief.", "Hi", "user"])
+def test_what_stands_elsewhere_by_chance_is_not_taken_for_what_the_system_says(model: TextModel, late: str) -> None:
+    messages = [said("system", "Be brief."), said("user", "Hi"), said("system", late), said("user", "Hi there")]
     made = encoder(model, OWN["only the first of a system"]).rearranged(messages, Rendering(), 10_000)
     assert made.rearranged == ("system-first",)
 
