@@ -170,7 +170,7 @@ def test_what_a_clients_library_has_parsed_comes_back_beside_its_text(asking: As
     function = {"name": "f", "arguments": '{"x":1}', "parsed_arguments": parsed}
     calls = [{"id": "a", "type": "function", "function": function}]
     talk = [user(), said('{"x":1}', parsed=parsed), user(), said(None, tool_calls=calls, parsed=parsed)]
-    client = asking(PLAIN)
+    client = asking("{% for m in messages %}" + TURN + "{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}")
     client.prompt([*talk, {"role": "tool", "tool_call_id": "a", "content": "1"}])
     assert IGNORED not in client.reply.headers
     items = [
