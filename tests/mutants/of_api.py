@@ -14,6 +14,7 @@ STORE = ("tests/api/server/test_response_store.py",)
 LLM = ("tests/api/test_llm.py",)
 RESPONSES = ("tests/api/server/test_responses.py",)
 FOREIGN = ("tests/api/server/test_foreign_fields.py",)
+ANTHROPIC = ("tests/api/server/test_anthropic.py",)
 FORMS = ("tests/api/server/test_client_forms.py",)
 
 marks = partial(Mutant, "hybrid_cache/api/text/marks.py")
@@ -41,6 +42,18 @@ MUTANTS = [
         'if options.get("use_cache", True):',
         "if True:",
         LLM,
+    ),
+    turns(
+        "an answered call is left out when it broke off",
+        ' and item.status == "incomplete" and item.call_id not in answered',
+        ' and item.status == "incomplete"',
+        RESPONSES,
+    ),
+    fields(
+        "a refusal has no code that clients know",
+        "RequestError(message, param=name, code=entry.code)",
+        "RequestError(message, param=name)",
+        ANTHROPIC,
     ),
     llm("an option that there is not is ignored", "    if unknown:\n", "    if False:\n", LLM),
     llm(

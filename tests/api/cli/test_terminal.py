@@ -198,7 +198,7 @@ def test_a_pipe_with_an_unanswered_message_exits_with_1(
         cli.main(["chat", "--max-tokens", "2"])
     assert caught.value.code == 1
     captured = capsys.readouterr()
-    assert "error: the messages are" in captured.err
+    assert "error: prompt is too long: the messages are" in captured.err
     assert len(captured.out.splitlines()) == 2
 
 
