@@ -84,6 +84,7 @@ IN_INDEX = {
     "tls": "--tls-cert",
     "graceful": "--drain-timeout",
     "policy of your own": "--policy",
+    "custom": "--policy",
     "cors": "--allow-origin",
     "docker": "(deploying.md)",
     "health": "/ready",
