@@ -18,6 +18,7 @@ MOST_NAMED = 16  # fields in one header
 MOST_LOGGED = 64  # different fields a minute
 MAX_NAME = 64  # characters of a field's name
 WINDOW_S = 60.0
+_FREE = ("chat_template_kwargs", "metadata")  # whose names are clients' own
 _ODD = re.compile(r"[^A-Za-z0-9_.\-]")
 
 logger = logging.getLogger("hybrid_cache.remarks")
@@ -82,7 +83,10 @@ def remark_reading(rearranged: tuple[str, ...], unread: tuple[str, ...]) -> None
 
 
 def loggable(name: str) -> str:
-    """A name that looks like one; what may be a sentence of somebody is `*`."""
+    """A name that looks like one; what may be a sentence of somebody is `*`, and so are names that clients make up."""
+    first, dot, _ = name.partition(".")
+    if dot and first in _FREE:
+        return f"{first}.*"
     return "*" if _ODD.search(name) or len(name) > MAX_NAME else name
 
 

@@ -233,8 +233,8 @@ def test_what_the_template_does_not_show_counts_as_well(sum_text: TextModel) -> 
         async with in_process(new_app(new_engine(), sum_text, message_book_bytes=4 << 20)) as client:
             ids, statuses = [], []
             for i in range(20):
-                hidden = {"role": "user", "content": f"m{i}", "reasoning_content": "z" * 400_000}
-                large = {"role": "user", "content": f"l{i}", "reasoning_content": "z" * 600_000}
+                hidden = {"role": "assistant", "content": f"m{i}", "reasoning_content": "z" * 400_000}
+                large = {"role": "assistant", "content": f"l{i}", "reasoning_content": "z" * 600_000}
                 body = {"messages": [hidden, large], "max_tokens": 1, "choreography": {"encode": "alone"}}
                 reply = await client.post("/v1/chat/completions", json=body)
                 assert reply.status_code == 200, reply.text

@@ -21,6 +21,7 @@ import pytest
 
 from hybrid_cache.api.cli import main as cli
 from hybrid_cache.api.cli.outlet import MOST_WAITING, Outlet
+from hybrid_cache.api.server import remarks
 from hybrid_cache.api.server.logs import LogOptions, logging_to
 from hybrid_cache.api.server.tenants import tenant_of
 from hybrid_cache.api.text.tokenizer import TextModel
@@ -254,7 +255,8 @@ HOSTILE = "a\r\n2026 INFO hybrid_cache.request: POST /forged 200\x1b[2J\u202e\u2
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_no_client_forges_a_line(sum_text: TextModel, form: str) -> None:
+def test_no_client_forges_a_line(sum_text: TextModel, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remarks, "_recent", remarks.RecentNames())
     with logged("debug", form) as log, serving(sum_text) as client:
         _, name = ask(client, "/v1/completions", {"prompt": "a", "model": HOSTILE})
         client.get("/%0d%0aINFO%20x%20status=200%1b[2J%e2%80%a8", headers={"x-request-id": name + "/"})
@@ -262,7 +264,7 @@ def test_no_client_forges_a_line(sum_text: TextModel, form: str) -> None:
         client.post("/v1/completions", json={"prompt": "a", HOSTILE: 1, "logit_bias": {HOSTILE: 1}})
         time.sleep(0.2)
     lines = log.text.removesuffix("\n").split("\n")
-    assert len(lines) == 4
+    assert len(lines) == 5  # one for the field, too
     assert all(line.isprintable() for line in lines)
     start = "{" if form == "json" else "20"
     assert all(line.startswith(start) and "hybrid_cache.request" in line for line in lines)
