@@ -23,10 +23,12 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @contextmanager
 def errors_begin_with(place: object) -> Iterator[None]:
-    """Puts the name of a folder before the message of a ModelError."""
+    """Puts the name of a folder or a file before the message of a ModelError, unless it stands there already."""
     try:
         yield
     except ModelError as e:
+        if str(e).startswith(f"{place}: "):
+            raise
         raise type(e)(f"{place}: {e}") from e
 
 

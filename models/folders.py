@@ -4,10 +4,11 @@ Nothing heavy is imported here, so that whoever misspells a name hears of it bef
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
-from hybrid_cache.models.files import errors_begin_with, is_there, read_json, shown
+from hybrid_cache.models.files import errors_begin_with, few, is_there, read_json, shown
 
 # Models inside the package, by name: folders beside this file.
 SHIPPED = {
@@ -21,10 +22,14 @@ ADAPTERS = {"embedded-choreo": "embedded_choreo", "embedded-polite": "embedded_p
 CONFIG, DELTA, GGUF = "config.json", "delta.json", ".gguf"
 SMALL = ["*.json", "*.jinja", "*.model", "merges.txt"]  # what is needed of a repository on the hub
 WEIGHTS = ["*.safetensors"]
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+NUMBERED = "model-*-of-*.safetensors"  # where a tool wrote no index
 # Other forms of the same weights; and all folders but `additional_chat_templates`, by how they begin.
 UNWANTED = ["consolidated*", f"*{GGUF}", "[!a]*/*", "a[!d]*/*", "ad[!d]*/*"]
 ALIASES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}  # text models by themselves
 
+PARTS = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # of one model, in several files
+_OF_EYES = "mmproj"  # how files of vision towers beside a model begin
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -51,6 +56,12 @@ def resolve(model: str | None, revision: str | None = None) -> Path:
     return _snapshot(name, revision)
 
 
+def resolve_text(model: str, revision: str | None = None) -> Path:
+    """As `resolve`, but of a repository on the hub only the small files, no weights."""
+    is_hub = model not in SHIPPED and not is_there(Path(model)) and model.count("/") == 1
+    return _snapshot(model, revision, SMALL) if is_hub and model[0] not in "/.~" else resolve(model, revision)
+
+
 def commit_of(folder: Path) -> str | None:
     """Of the hub's repository that a folder was downloaded from; None for any other folder."""
     whole = folder.absolute()
@@ -62,17 +73,33 @@ def check(folder: Path) -> None:
 
     Not of GGUF files, whose headers are read when they are loaded.
     """
-    if (
-        is_there(folder / DELTA)
-        or folder.suffix == GGUF
-        or (not is_there(folder / CONFIG) and any(folder.glob(f"*{GGUF}")))
-    ):
+    if is_there(folder / DELTA) or find_gguf(folder) is not None:
         return
     with errors_begin_with(folder):
         kind = read_json(folder / CONFIG).get("model_type")
         if kind not in supported() and kind not in ALIASES:
             names = ", ".join(supported())
             raise UnsupportedModel(f"model_type {shown(kind)} is not supported; supported: {names}")
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file, or the first of its parts, that a path means; None where it means something else.
+
+    A folder means the one in it, unless it has safetensors weights. Raises ModelError for a folder with several.
+    """
+    if path.suffix == GGUF and not path.is_dir():
+        return path
+    if not path.is_dir() or any((path / name).is_file() for name in SAFETENSORS) or any(path.glob(NUMBERED)):
+        return None
+    found = sorted(each for each in path.glob(f"*{GGUF}") if _is_first(each.name))
+    if len(found) > 1:
+        raise ModelError(f"{path} has several GGUF files, name one of them: {few(each.name for each in found)}")
+    return found[0] if found else None
+
+
+def _is_first(name: str) -> bool:
+    part = PARTS.fullmatch(name)
+    return not name.startswith(_OF_EYES) and (part is None or int(part[2]) == 1)
 
 
 def check_adapter(name: str) -> None:
@@ -86,20 +113,26 @@ def supported() -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parent / "arch").glob("*.py"))
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
-    """What is needed of a repository, of one commit. Raises ModelError."""
+def _snapshot(name: str, revision: str | None, patterns: Sequence[str] = (*SMALL, *WEIGHTS)) -> Path:
+    """Files of a repository, of one commit. Raises ModelError."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
 
     try:
         small = snapshot_download(name, revision=revision, allow_patterns=SMALL, ignore_patterns=UNWANTED)
-        check(Path(small))  # before the weights, which may be many
+        _check_snapshot(Path(small), name)  # before the weights, which may be many
         commit = commit_of(Path(small)) or revision
-        every = SMALL + WEIGHTS
-        return Path(snapshot_download(name, revision=commit, allow_patterns=every, ignore_patterns=UNWANTED))
+        return Path(snapshot_download(name, revision=commit, allow_patterns=[*patterns], ignore_patterns=UNWANTED))
     except (OSError, ValueError, HTTPError) as error:
         reason = _reason(error, name, revision, constants.ENDPOINT)
         raise ModelError(f"{name} is not a local folder, and {reason}") from error
+
+
+def _check_snapshot(folder: Path, name: str) -> None:
+    """As `check`. Says so where a repository has no config.json, as those of GGUF files have none."""
+    if not is_there(folder / CONFIG) and not is_there(folder / DELTA):
+        raise ModelError(f"{name} on the hub has no {CONFIG}; of GGUF files, download one and name the file")
+    check(folder)
 
 
 def _reason(error: Exception, name: str, revision: str | None, endpoint: str) -> str:

@@ -21,8 +21,8 @@ from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.files import errors_begin_with, read_json
-from hybrid_cache.models.folders import resolve
-from hybrid_cache.models.gguf import file as gguf
+from hybrid_cache.models.folders import find_gguf, resolve
+from hybrid_cache.models.gguf.file import read_model
 from hybrid_cache.models.quant_methods.method import Method
 from hybrid_cache.models.quant_methods.named import method_of
 from hybrid_cache.models.registry import ShapedModel
@@ -122,10 +122,10 @@ def _build(
     """adapter: merged into the weights   bank: for those that may stand beside the model"""
     compute_dtype = _compute_dtype(dtype)
     values = load_config(folder)
-    if compute_dtype is None and gguf.find(folder):  # codes do not say what they were made from
-        compute_dtype = _named_dtype(values)
     delta = deltas.find(folder)
     folder = folder if delta is None else delta.base
+    if compute_dtype is None and find_gguf(folder) is not None:  # codes do not say what they were made from
+        compute_dtype = _named_dtype(values)
     stored = stored_in(folder)
     if stored is not None:
         logger.info("%s: %s; dequantized when read", folder.name, "; ".join((stored.title, *stored.notes)))
@@ -157,12 +157,12 @@ def _shortened(model: ShapedModel, max_length: int | None) -> ShapedModel:
 def load_config(path: str | Path) -> dict[str, object]:
     """The config.json of a folder, or of a delta's base, or what a GGUF file says in its place. Raises ModelError if
     there is none that can be read."""
-    folder = Path(path)
-    if (found := gguf.find(folder)) is not None:
-        return gguf.read_model(found).config
+    folder = deltas.base_of(Path(path))
+    if (found := find_gguf(folder)) is not None:
+        return read_model(found).config
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder")
-    return read_config(deltas.base_of(folder) / "config.json")
+    return read_config(folder / "config.json")
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -179,9 +179,9 @@ def stored_in(path: str | Path) -> Method | None:
 
     Raises ModelError.
     """
-    if not Path(path).is_dir() or gguf.find(Path(path)) is not None:
-        return None
     folder = deltas.base_of(Path(path))
+    if not folder.is_dir() or find_gguf(folder) is not None:
+        return None
     with errors_begin_with(folder):
         return method_of(read_json(folder / "config.json"), folder)
 

@@ -18,7 +18,8 @@ from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.bank import AdapterBank
 from hybrid_cache.models.depth import digest_of
 from hybrid_cache.models.files import TABLE_BYTES, few, read_json, shown
-from hybrid_cache.models.gguf.file import SUFFIX, GgufFile, find
+from hybrid_cache.models.folders import GGUF, NUMBERED, find_gguf
+from hybrid_cache.models.gguf.file import GgufFile
 from hybrid_cache.models.names import Names, core
 from hybrid_cache.models.quant_methods.method import Method
 
@@ -30,6 +31,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_WEIGHTS = 1 << 18  # that are described without being there
 MAX_SIZE = 1 << 44  # of one of them, in numbers
 _LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
+_CODES = re.compile(r"[._](?:qweight|qzeros|(?:weight_)?(?:packed|scale|scale_inv|scales|blocks|absmax)|SCB)$")
 _SHARD = re.compile(r"model-(\d{1,5})-of-(\d{1,5})\.safetensors")
 
 
@@ -149,6 +151,8 @@ class SafetensorsWeights:
         self._stored = stored
         self._packed = {} if stored is None else stored.matrices({name: self._kind(name) for name in self._handle})
         parts = {part for named in self._packed.values() for part in named.values()}
+        if twice := self._packed.keys() & self._handle.keys() - parts:
+            raise ModelError(f"weights are stored plainly and quantized: {few(twice)}")
         self._names = set(self._handle) - parts | set(self._packed)
         self._left = set(self._names)
         self._ignored = [DERIVED] if stored is None or stored.beside is None else [DERIVED, stored.beside]
@@ -267,6 +271,7 @@ class SafetensorsWeights:
         """Checks what the file says of a weight, and counts it as taken."""
         if name not in self._left:
             assert name not in self._names, f"{name} taken twice"
+            self._check_read(name)
             raise ModelError(f"missing weight: {name} {list(shape)}{self._layers_missing(name)}")
         if name in self._packed:
             self._check_parts(name, shape)
@@ -276,6 +281,15 @@ class SafetensorsWeights:
                 raise UnsupportedModel(f"weight {name} is {self._kind(name)}, supported: {', '.join(DTYPES)}")
         self._left.remove(name)
 
+    def _check_read(self, name: str) -> None:
+        """Raises UnsupportedModel if a weight that is missing is there in parts of another method."""
+        before, experts, _ = core(name).partition(".experts.")
+        stem = (before + experts).removesuffix(".weight")
+        parts = [each for each in self._names if core(each).startswith(stem) and _CODES.search(each)]
+        if parts:
+            how = "without a quantization_config" if self._stored is None else f"beside {self._stored.title}"
+            raise UnsupportedModel(f"weight {name} is stored {how} as {few(parts)}, which is not read")
+
     def _dequantized(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         assert self._stored is not None
         with CPU:
@@ -283,7 +297,14 @@ class SafetensorsWeights:
             return self._stored.decode(name, parts, shape, dtype).to(self._device)
 
     def _shapes_of_parts(self, name: str) -> dict[str, tuple[int, ...]]:
-        return {ending: tuple(self._slice(part).get_shape()) for ending, part in self._packed[name].items()}
+        """Raises ModelError for codes that are no matrix, and for parts without a number."""
+        found = {ending: tuple(self._slice(part).get_shape()) for ending, part in self._packed[name].items()}
+        for number, (ending, size) in enumerate(found.items()):
+            if 0 in size or (number == 0 and len(size) < 2):
+                raise ModelError(
+                    f"weight {self._packed[name][ending]} has shape {[*size]}, a part of a quantized matrix"
+                )
+        return found
 
     def _check_parts(self, name: str, shape: tuple[int, ...]) -> None:
         assert self._stored is not None
@@ -350,7 +371,7 @@ class SafetensorsWeights:
         return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
     def _open(self, path: Path) -> _File:
-        if path.suffix == SUFFIX:
+        if path.suffix == GGUF:
             return GgufFile(path)
         try:
             file: _File = self._files.enter_context(safe_open(path, framework="pt"))
@@ -415,7 +436,7 @@ def _num_layers(names: Iterable[str], prefix: str) -> int:
 
 
 def _shards(folder: Path) -> Iterable[Path]:
-    if (gguf := find(folder)) is not None:
+    if (gguf := find_gguf(folder)) is not None:
         return [gguf]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -438,7 +459,7 @@ def _no_weights(names: Sequence[str]) -> ModelError:
 
 def _numbered_shards(folder: Path) -> list[Path]:
     """All `model-00001-of-0000N.safetensors`, where a tool wrote no index. Raises ModelError where some are missing."""
-    places = {path: _SHARD.fullmatch(path.name) for path in sorted(folder.glob("model-*-of-*.safetensors"))}
+    places = {path: _SHARD.fullmatch(path.name) for path in sorted(folder.glob(NUMBERED))}
     shards = {path: (int(place[1]), int(place[2])) for path, place in places.items() if place}
     counts = {count for _, count in shards.values()}
     if shards and (len(counts) > 1 or {i for i, _ in shards.values()} != set(range(1, max(counts) + 1))):

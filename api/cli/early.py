@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hybrid_cache.api.server.addresses import bind
 from hybrid_cache.api.text.tool_formats import FORMATS
-from hybrid_cache.errors import ConfigError, ModelError
+from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.names import BACKENDS, DTYPES
 from hybrid_cache.models import folders
 from hybrid_cache.models.files import errors_begin_with, is_there, read_json
@@ -21,14 +21,20 @@ def find_model(model: str | None, revision: str | None = None) -> Path:
     return folder
 
 
-def check_config(model: str | None) -> None:
-    """Of `model info`: a path that is not there, or a folder whose config.json cannot be read. Raises ModelError."""
+def find_config(model: str | None, revision: str | None = None) -> str | None:
+    """Of `model info`: the model, or where it is one of the hub, the folder of its small files.
+
+    Raises ModelError for a path that is not there, and a folder whose config.json cannot be read.
+    """
     path = Path(model or "")
-    if model and "/" in model and not path.exists():
-        raise ModelError(f"{model!r} is no folder and no config.json")
-    if model and path.is_dir() and not is_there(path / folders.DELTA):
+    if not model or ("/" not in model and not path.is_dir() and revision is None):
+        return model
+    if not path.is_file():
+        path = folders.resolve_text(model, revision)
+    if path.is_dir() and not is_there(path / folders.DELTA) and folders.find_gguf(path) is None:
         with errors_begin_with(path):
             read_json(path / folders.CONFIG)
+    return str(path)
 
 
 def check_beside(variants: Iterable[str], adapters: Iterable[str]) -> None:

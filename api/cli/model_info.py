@@ -17,7 +17,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.models import adapters, loading
 from hybrid_cache.models.files import errors_begin_with
-from hybrid_cache.models.gguf.file import SUFFIX
+from hybrid_cache.models.folders import GGUF
 from hybrid_cache.models.gguf.text import text_folder
 from hybrid_cache.models.shapes import ModelShape
 from hybrid_cache.models.tools.presets import PRESETS, preset
@@ -109,7 +109,7 @@ def _folder(model: str | Path | None) -> Path | None:
     if model is None or model == "embedded":
         return loading.embedded_path()
     path = Path(model)
-    return text_folder(path) if model not in PRESETS and (path.is_dir() or path.suffix == SUFFIX) else None
+    return text_folder(path) if model not in PRESETS and (path.is_dir() or path.suffix == GGUF) else None
 
 
 def _adapter_facts(path: str | Path) -> AdapterFacts:
@@ -147,7 +147,7 @@ def _config(model: str) -> Mapping[str, object]:
     path = loading.embedded_path() if model == "embedded" else Path(model)
     if not path.exists():
         raise ModelError(f"{model!r} is no folder, no config.json and no preset; `hybrid-cache model list` names those")
-    return loading.load_config(path) if path.is_dir() or path.suffix == SUFFIX else loading.read_config(path)
+    return loading.load_config(path) if path.is_dir() or path.suffix == GGUF else loading.read_config(path)
 
 
 def _facts(shape: ModelShape, info: loading.ModelInfo | None, budget_bytes: int) -> Facts:

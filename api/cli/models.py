@@ -1,5 +1,6 @@
 """The commands about models. Nothing heavy is imported before one runs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +17,11 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A folder with a config.json, weights or not, such a file, or a name of `model list`; "
-            "the embedded model if left out."
+            help="A folder with a config.json, weights or not, such a file, a GGUF file, a hub name, of which no "
+            "weights are downloaded, or a name of `model list`; the embedded model if left out."
         ),
     ] = None,
+    revision: Revision = None,
     budget: Budget = "2GiB",
     dtype: Dtype = "auto",
     adapter: Adapter = None,
@@ -32,11 +34,12 @@ def info(
 
     budget_bytes = parse_bytes(budget)
     early.check_words(dtype=dtype)
-    early.check_config(model)
+    found = early.find_config(model, revision)
 
     from hybrid_cache.api.cli import model_info
 
-    report = model_info.examine(model, budget_bytes, dtype, adapter, max_model_len)
+    report = model_info.examine(found, budget_bytes, dtype, adapter, max_model_len)
+    report = replace(report, path=model or report.path)
     typer.echo(model_info.to_json(report)) if as_json else model_info.print_table(report)
     raise typer.Exit(0 if report.supported else 1)
 

@@ -234,7 +234,7 @@ def apart(loaded: Loaded, model: HybridModel) -> HybridModel:
 def _name(model: str | None) -> str:
     if model is None:
         return "embedded"
-    if (file := gguf.find(Path(model))) is not None:
+    if (file := folders.find_gguf(Path(model))) is not None:
         return gguf.title_of(file)
     return Path(model).resolve().name if Path(model).is_dir() else model
 

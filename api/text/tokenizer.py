@@ -19,6 +19,7 @@ from hybrid_cache.models.gguf.text import text_folder
 
 TEMPLATE, OLD_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 MAX_TEMPLATE = 1 << 20  # characters
+MAX_TEMPLATES = 64  # of one model
 LIKELY_LENGTH = 8  # characters of a token; few are longer
 BLOCK = 1 << 16  # characters that are counted at once
 
@@ -182,7 +183,7 @@ class TextModel:
         Raises ModelError with one line that names the file.
         """
         path, base = text_folder(Path(path)), None if base is None else text_folder(base)
-        folder = path if base is not None else deltas.base_of(path)
+        folder = path if base is not None else text_folder(deltas.base_of(path))
         if not folder.is_dir():
             raise ModelError(f"{folder} is not a folder")
         tokenizer = load_tokenizer(folder, base)
@@ -249,6 +250,8 @@ def load_chat_templates(folder: Path) -> dict[str, str]:
         path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     }
     templates |= {name: read_text(path, MAX_TEMPLATE) for name, path in files.items() if is_there(path)}
+    if len(templates) > MAX_TEMPLATES:
+        raise ModelError(f"there are {len(templates)} chat templates, at most {MAX_TEMPLATES} are read")
     for name, source in templates.items():
         if len(source) > MAX_TEMPLATE:
             raise ModelError(f"chat template {shown(name)} has {len(source)} characters, at most {MAX_TEMPLATE}")

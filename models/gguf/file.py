@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.models.files import errors_begin_with, few, shown
+from hybrid_cache.models.folders import GGUF, PARTS
 from hybrid_cache.models.gguf.families import Fields, Source, family_of
 from hybrid_cache.models.gguf.header import Header, TensorInfo, read_header
 from hybrid_cache.models.gguf.metadata import Metadata
@@ -18,34 +19,16 @@ from hybrid_cache.models.gguf.quants import PLAIN, kind_of, read_tensor
 from hybrid_cache.models.gguf.rotary import FREQUENCIES, with_frequencies
 from hybrid_cache.models.gguf.rules import Names, Rule
 
-SUFFIX = ".gguf"
 MAX_PARTS = 4096
 MAX_EXPERTS = 4096
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _LAYER = re.compile(r"blk\.(\d{1,9})\.")
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-
-
-def find(path: Path) -> Path | None:
-    """The GGUF file, or the first of its parts, that a path means; None where it means something else.
-
-    A folder means the one in it, unless it has safetensors weights. Raises ModelError for a folder with several.
-    """
-    if path.suffix == SUFFIX and not path.is_dir():
-        return path
-    if not path.is_dir() or any((path / name).is_file() for name in WEIGHT_FILES):
-        return None
-    found = sorted(each for each in path.glob(f"*{SUFFIX}") if _is_first(each.name))
-    if len(found) > 1:
-        raise ModelError(f"{path} has several GGUF files, name one of them: {few(each.name for each in found)}")
-    return found[0] if found else None
 
 
 def title_of(path: Path) -> str:
     """A file's name without what it ends with."""
-    part = _PART.fullmatch(path.name)
-    return part[1] if part else path.name.removesuffix(SUFFIX)
+    part = PARTS.fullmatch(path.name)
+    return part[1] if part else path.name.removesuffix(GGUF)
 
 
 class GgufModel(NamedTuple):
@@ -112,19 +95,14 @@ def _without_predictors(meta: Metadata, tensors: dict[str, TensorInfo]) -> dict[
     return {name: info for name, info in tensors.items() if layers.get(name, -1) < first}
 
 
-def _is_first(name: str) -> bool:
-    part = _PART.fullmatch(name)
-    return part is None or int(part[2]) == 1
-
-
 def _parts(path: Path) -> list[Path]:
     """All files of a model, of which one is given. Raises ModelError if one is not there."""
-    part = _PART.fullmatch(path.name)
+    part = PARTS.fullmatch(path.name)
     if part is None:
         return [path]
     if not 1 <= int(part[3]) <= MAX_PARTS:
         raise ModelError(f"{path} is one of {int(part[3])} parts, expected 1 to {MAX_PARTS}")
-    paths = [path.with_name(f"{part[1]}-{i:05}-of-{part[3]}{SUFFIX}") for i in range(1, int(part[3]) + 1)]
+    paths = [path.with_name(f"{part[1]}-{i:05}-of-{part[3]}{GGUF}") for i in range(1, int(part[3]) + 1)]
     missing = [each.name for each in paths if not each.is_file()]
     if missing:
         raise ModelError(f"{path} is one of {len(paths)} parts, and these are not there: {few(missing)}")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hybrid_cache.errors import ModelError
 from hybrid_cache.models.files import errors_begin_with
-from hybrid_cache.models.gguf.file import find, read_model
+from hybrid_cache.models.folders import find_gguf
+from hybrid_cache.models.gguf.file import read_model
 from hybrid_cache.models.gguf.metadata import Metadata
 from hybrid_cache.models.gguf.tokenizer import token_id, tokenizer_of
 
@@ -20,7 +21,7 @@ SAMPLING |= {"penalty_repeat": "repetition_penalty"}
 def text_folder(path: Path) -> Path:
     """Where config.json, tokenizer and templates of a model lie: for a GGUF file, a temporary folder that is removed
     when the process ends; else the path itself. Raises ModelError."""
-    found = find(path)
+    found = find_gguf(path)
     return path if found is None else _unpacked(found, found.stat().st_mtime_ns if found.is_file() else 0)
 
 

@@ -30,10 +30,12 @@ from hybrid_cache.models.quant_methods.method import (
     Shape,
     by_rows,
     collect,
+    groups_named,
     refuse_shapes,
     same_shape,
     stems_ending,
 )
+from hybrid_cache.models.quant_methods.targets import Targets
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -47,7 +49,7 @@ PACKED_PARTS = (
     Part(".weight_packed", frozenset({"I32"})),
     Part(".weight_scale", FLOATS),
     Part(".weight_shape", INTEGERS, needed=False),
-    ZEROS,
+    Part(".weight_zero_point", frozenset({"I32"}), needed=False),
     Part(".weight_g_idx", INTEGERS, needed=False),
 )
 PLAIN_PARTS = (Part(".weight", CODES), Part(".weight_scale", FLOATS), ZEROS)
@@ -61,6 +63,7 @@ class CompressedTensors:
         """values: of `quantization_config`. Raises ModelError, UnsupportedModel for formats that are not read."""
         _check_formats(values)
         self._schemes = _schemes(values)
+        self._targets = [Targets(scheme.targets) for scheme in self._schemes] if len(self._schemes) > 1 else []
         self.title = f"{METHOD}, {', '.join(dict.fromkeys(map(_title, self._schemes)))}"
         self.notes = tuple(_notes(self._schemes, values))
         self.settings = " ".join(scheme.model_dump_json() for scheme in self._schemes)
@@ -74,26 +77,30 @@ class CompressedTensors:
         return next(found[ending][0] for ending in (".weight_packed", ".weight") if ending in found)
 
     def shapes(self, weight: str, found: Mapping[str, Shape], shape: Shape) -> Mapping[str, Shape]:
-        args = self._args(weight)
+        args, is_packed = self._args(weight), ".weight_packed" in found
         scale = _scale_shape(args, shape)
-        if scale is None or not same_shape(found[".weight_scale"], scale):
+        if is_packed and args.type != "int":
+            raise UnsupportedModel(f"weight {weight} is packed, and of type {args.type}, supported: int")
+        if not args.symmetric and ".weight_zero_point" not in found:
+            raise ModelError(f"missing weight: {weight}_zero_point, its zero points are not all 0")
+        if scale is None or len(found[".weight_scale"]) > 2 or not same_shape(found[".weight_scale"], scale):
             raise refuse_shapes(weight, found, shape)
         out, width = shape
         words = -(-width * args.num_bits // 32)
-        zeros = -(-out * args.num_bits // 32) if ".weight_packed" in found else out
+        zeros = -(-out * args.num_bits // 32) if is_packed else out
         return {
             ".weight": shape,
             ".weight_packed": (out, words),
             ".weight_shape": (2,),
             ".weight_g_idx": (width,),
             ".weight_scale": found[".weight_scale"],
-            ".weight_zero_point": (zeros, *scale[1:]) if ".weight_packed" in found else found[".weight_scale"],
+            ".weight_zero_point": (zeros, *scale[1:]) if is_packed else found[".weight_scale"],
         }
 
     def decode(self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         if (size := parts.get(".weight_shape")) is not None and tuple(size.tolist()) != shape:
             raise ModelError(f"weight {weight} is of {size.tolist()}, expected {[*shape]}")
-        packed = _Packed(parts, self._scheme(weight), shape)
+        packed = _Packed(weight, parts, self._scheme(weight), shape)
         return by_rows(packed.rows, shape, dtype, grain=GRAIN * packed.block_rows)
 
     def _args(self, weight: str) -> QuantizationArgs:
@@ -103,13 +110,11 @@ class CompressedTensors:
 
     def _scheme(self, weight: str) -> QuantizationScheme:
         """By its name, else that of all layers of a class; the only one is everybody's, whatever names a file has."""
-        from compressed_tensors.utils.match import match_name
-
         if len(self._schemes) == 1:
             return self._schemes[0]
-        module = weight.removesuffix(".weight")
-        named = (s for s in self._schemes if any(match_name(module, target) for target in s.targets))
-        of_class = (s for s in self._schemes if any(target.isidentifier() for target in s.targets))
+        module, every = weight.removesuffix(".weight"), [*zip(self._schemes, self._targets, strict=True)]
+        named = (scheme for scheme, targets in every if targets.names(module))
+        of_class = (scheme for scheme, targets in every if targets.has_class)
         if (scheme := next(named, None) or next(of_class, None)) is None:
             raise ModelError(
                 f"weight {weight} is quantized, and no group of quantization_config.config_groups names it"
@@ -120,8 +125,9 @@ class CompressedTensors:
 class _Packed:
     """One matrix, of which a few rows are wanted at a time."""
 
-    def __init__(self, parts: Parts, scheme: QuantizationScheme, shape: Shape) -> None:
+    def __init__(self, weight: str, parts: Parts, scheme: QuantizationScheme, shape: Shape) -> None:
         assert scheme.weights is not None
+        self._weight = weight
         self._parts, self._scheme, self._args, self._shape = parts, scheme, scheme.weights, shape
         self._is_packed = ".weight_packed" in parts
         self.block_rows = scheme.weights.block_structure[0] if scheme.weights.block_structure else 1
@@ -136,7 +142,11 @@ class _Packed:
         if "weight_g_idx" in some:
             return self._reordered(some)
         library = BaseCompressor.get_value_from_registry(PACKED if self._is_packed else PLAIN[-1])
-        weight: Tensor = library.decompress(some, self._scheme)["weight"]
+        try:
+            weight: Tensor = library.decompress(some, self._scheme)["weight"]
+        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:  # it believes files
+            why = " ".join(str(e).split())[:200]
+            raise ModelError(f"weight {self._weight} cannot be decompressed by {METHOD}: {why}") from e
         return weight
 
     def _part(self, ending: str, part: Tensor, first: int, end: int) -> Tensor:
@@ -152,11 +162,8 @@ class _Packed:
     def _reordered(self, some: dict[str, Tensor]) -> Tensor:
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-        scale, shape, group = (
-            some["weight_scale"],
-            torch.Size(some["weight_shape"].tolist()),
-            some["weight_g_idx"].long(),
-        )
+        scale, shape = some["weight_scale"], torch.Size(some["weight_shape"].tolist())
+        group = groups_named(self._weight, some["weight_g_idx"], scale.shape[-1])
         codes = unpack_from_int32(some["weight_packed"], self._args.num_bits, shape).float()
         if "weight_zero_point" in some:
             zeros = unpack_from_int32(some["weight_zero_point"], self._args.num_bits, scale.shape, packed_dim=0)

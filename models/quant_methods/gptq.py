@@ -16,7 +16,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hybrid_cache.errors import ModelError
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.quant_methods.method import (
     FLOATS,
@@ -26,6 +25,7 @@ from hybrid_cache.models.quant_methods.method import (
     Shape,
     by_rows,
     collect,
+    groups_named,
     refuse_shapes,
     stems_ending,
     unpack,
@@ -51,9 +51,9 @@ class Gptq:
             stored = config.choice("checkpoint_format", "gptq", ["gptq", "gptq_v2"])
             zeros_less_one = stored == "gptq"
         config.refuse("is_marlin_format")
-        self._less = int(zeros_less_one)
+        self._less, self._group_size = int(zeros_less_one), group
         self.title = f"{title}, {bits} bits, {_of_groups(group)}"
-        self.settings = f"gptq zeros less {self._less}"
+        self.settings = f"gptq zeros less {self._less}, groups of {group}"
 
     def matrices(self, kinds: Mapping[str, str]) -> dict[str, dict[str, str]]:
         return collect(kinds, stems_ending(kinds, ".qweight"), (*PARTS, GROUPS))
@@ -62,7 +62,7 @@ class Gptq:
         return found[".qweight"][-1]
 
     def shapes(self, weight: str, found: Mapping[str, Shape], shape: Shape) -> Mapping[str, Shape]:
-        bits, groups = _bits(weight, found, shape), found[".scales"][0]
+        bits, groups = _bits(weight, found, shape), _num_groups(weight, found, shape, self._group_size)
         out, width = shape
         sizes = {".qweight": (width * bits // 32, out), ".scales": (groups, out), ".g_idx": (width,)}
         return {**sizes, ".qzeros": (groups, out * bits // 32)}
@@ -70,7 +70,7 @@ class Gptq:
     def decode(self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         words, zeros, scales = (parts[ending] for ending in (".qweight", ".qzeros", ".scales"))
         bits = _bits(weight, {".qweight": tuple(words.shape)}, shape)
-        group = _group_of_inputs(weight, parts.get(".g_idx"), len(scales), shape[1])
+        group = _group_of_inputs(weight, parts.get(".g_idx"), len(scales), shape[1], self._group_size)
         most = (1 << bits) - 1
 
         def rows(first: int, end: int) -> Tensor:
@@ -91,25 +91,26 @@ class Awq:
         config.integer(config.either("bits", "w_bit"), AWQ_BITS, at_least=AWQ_BITS, at_most=AWQ_BITS)
         group = config.integer(config.either("group_size", "q_group_size"), 128, at_least=-1)
         config.choice(config.either("version", "format"), "gemm", ["gemm", "GEMM"])
+        self._group_size = group
         self.title = f"{title}, {AWQ_BITS} bits, {_of_groups(group)}"
-        self.settings = "awq gemm"
+        self.settings = f"awq gemm, groups of {group}"
 
     def matrices(self, kinds: Mapping[str, str]) -> dict[str, dict[str, str]]:
         return collect(kinds, stems_ending(kinds, ".qweight"), PARTS)
 
     def rows(self, found: Mapping[str, Shape]) -> int:
-        return found[".scales"][-1]
+        return found[".qweight"][-1] * 8
 
     def shapes(self, weight: str, found: Mapping[str, Shape], shape: Shape) -> Mapping[str, Shape]:
-        out, width = shape
-        groups = found[".scales"][0]
-        if out % 8:
+        if len(shape) != 2 or shape[0] % 8:
             raise refuse_shapes(weight, found, shape)
+        out, width = shape
+        groups = _num_groups(weight, found, shape, self._group_size)
         return {".qweight": (width, out // 8), ".qzeros": (groups, out // 8), ".scales": (groups, out)}
 
     def decode(self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         words, zeros, scales = (parts[ending] for ending in (".qweight", ".qzeros", ".scales"))
-        group = _group_of_inputs(weight, None, len(scales), shape[1])
+        group = _group_of_inputs(weight, None, len(scales), shape[1], self._group_size)
 
         def rows(first: int, end: int) -> Tensor:
             columns = slice(first // 8, end // 8)
@@ -133,20 +134,39 @@ def _in_order(codes: Tensor) -> Tensor:
 def _bits(weight: str, found: Mapping[str, Shape], shape: Shape) -> int:
     """From how many words the inputs take."""
     words = found[".qweight"][0]
+    if len(shape) != 2:
+        raise refuse_shapes(weight, found, shape)
     bits = words * 32 // shape[-1]
-    if len(shape) != 2 or bits not in GPTQ_BITS or words * 32 != bits * shape[1] or shape[0] * bits % 32:
+    if bits not in GPTQ_BITS or words * 32 != bits * shape[1] or shape[0] * bits % 32:
         raise refuse_shapes(weight, found, shape)
     return bits
 
 
-def _group_of_inputs(weight: str, named: Tensor | None, num_groups: int, width: int) -> Tensor:
+def _num_groups(weight: str, found: Mapping[str, Shape], shape: Shape, size: int) -> int:
+    """As many as there are scales for each output. Raises ModelError where the inputs do not make so many.
+
+    size: that the config names, of which the last group may have fewer; single modules may have another
+    """
+    scales, width = found[".scales"], shape[-1]
+    fits = len(scales) == 2 and (".g_idx" in found or _size_of_groups(scales[0], width, size) is not None)
+    if not fits:
+        raise refuse_shapes(weight, found, shape)
+    return scales[0]
+
+
+def _size_of_groups(num_groups: int, width: int, size: int) -> int | None:
+    if size > 0 and -(-width // size) == num_groups:
+        return size
+    return None if width % num_groups else width // num_groups
+
+
+def _group_of_inputs(weight: str, named: Tensor | None, num_groups: int, width: int, size: int) -> Tensor:
     """[in], the group of each input. Raises ModelError where a file names one that it does not have."""
-    if named is None:
-        return torch.arange(width) // -(-width // num_groups)
-    group = named.long()
-    if int(group.min()) < 0 or int(group.max()) >= num_groups:
-        raise ModelError(f"weight {weight}: g_idx names group {int(group.max())}, there are {num_groups}")
-    return group
+    if named is not None:
+        return groups_named(weight, named, num_groups)
+    found = _size_of_groups(num_groups, width, size)
+    assert found is not None
+    return torch.arange(width) // found
 
 
 def _of_groups(size: int) -> str:

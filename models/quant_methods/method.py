@@ -140,7 +140,16 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     return (eight[..., None] >> shifts & (1 << bits) - 1).view(len(codes), -1).to(torch.uint8)
 
 
+def groups_named(weight: str, named: Tensor, num_groups: int) -> Tensor:
+    """[in], the group of each input, from a tensor of the file. Raises ModelError for one that is not there."""
+    group = named.long()
+    low, high = int(group.min()), int(group.max())
+    if low < 0 or high >= num_groups:
+        raise ModelError(f"weight {weight}: g_idx names group {low if low < 0 else high}, there are {num_groups}")
+    return group
+
+
 def refuse_shapes(weight: str, found: Mapping[str, Shape], shape: Shape) -> ModelError:
     """The error for parts that make no such matrix."""
-    parts = few(f"{ending.lstrip('.')} {[*size]}" for ending, size in found.items())
+    parts = few(f"{ending.lstrip('.') or 'codes'} {[*size]}" for ending, size in found.items())
     return ModelError(f"weight {weight} {[*shape]} cannot be stored as {parts}")

@@ -16,7 +16,7 @@ from hybrid_cache.models.quant_methods.own import Own
 FIELDS = ("quantization_config", "compression_config", "quantization")
 # Files of tools that leave config.json as it was.
 SIDECARS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-INSTEAD = "serve what it was made from, or a compressed-tensors, GPTQ, AWQ or FP8 checkpoint of it"
+INSTEAD = "serve what it was made from, or a compressed-tensors, GPTQ, AWQ, FP8 or GGUF checkpoint of it"
 AUTO_ROUND = "auto_round:"
 
 

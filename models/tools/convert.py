@@ -25,9 +25,8 @@ from torch import Tensor
 from hybrid_cache.errors import ConfigError, ModelError
 from hybrid_cache.models import deltas, loading, registry
 from hybrid_cache.models.config import Config
-from hybrid_cache.models.gguf.file import find
+from hybrid_cache.models.folders import find_gguf
 from hybrid_cache.models.gguf.text import text_folder
-from hybrid_cache.models.quant_methods.named import method_of
 from hybrid_cache.models.quantized import BLOCK, CODES, FORMATS, Format, Shape, dequantize, quantize, settings_of
 from hybrid_cache.models.weights import DTYPES, INDEX, SafetensorsWeights
 
@@ -95,9 +94,11 @@ def prepare(source: Path, *, dtype: str | None = None, quantize: str | None = No
     new_dtype = _option("dtype", dtype, STORED_DTYPES)
     stored = _option("quantize", quantize, FORMATS)
     config = loading.load_config(source)
-    if new_dtype is None and find(source) is not None and config["dtype"] == "bfloat16":  # of decoded blocks
+    if (
+        new_dtype is None and find_gguf(deltas.base_of(source)) is not None and config["dtype"] == "bfloat16"
+    ):  # of decoded blocks
         new_dtype = torch.bfloat16
-    if method_of(config, deltas.base_of(source)) is not None:
+    if loading.stored_in(source) is not None:
         raise ModelError(f"{source}: config.json: quantization_config is there, convert what it was made from")
     try:
         with Survey(source) as weights:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_cache.models.folders import commit_of
+from hybrid_cache.models.loading import embedded_path
 from tests.models.fake_hub import COMMIT, OLDER_COMMIT, Hub, running
 
 NEEDED = {
@@ -126,6 +127,27 @@ def test_an_architecture_that_is_not_supported_is_told_before_its_weights_are_he
     assert "model_type 'gpt2' is not supported" in error_of("org/model", home=tmp_path, url=hub.url)
     assert "config.json" in hub.asked
     assert not any(name.endswith(".safetensors") for name in hub.asked)
+
+
+def test_facts_of_a_model_on_the_hub_need_no_weights(hub: Hub, tmp_path: Path) -> None:
+    hub.files["config.json"] = (embedded_path() / "config.json").read_bytes()
+    code = "import sys; from hybrid_cache.api.cli.main import main; main(['model', 'info', *sys.argv[1:]])"
+    for args in (["org/model"], ["org/model", "--revision", "v1", "--json"]):
+        done = run(code, *args, home=tmp_path, url=hub.url)
+        assert done.returncode == 0, done.stderr
+        assert "org/model" in done.stdout
+        assert "granitemoehybrid" in done.stdout
+    assert "config.json" in hub.asked
+    assert not any(name.endswith(".safetensors") for name in hub.asked)
+    done = run(code, "org/none", home=tmp_path, url=hub.url)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "none of this name" in done.stderr
+
+
+def test_a_repository_of_gguf_files_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    del hub.files["config.json"]
+    said = "org/model on the hub has no config.json; of GGUF files, download one and name the file"
+    assert said in error_of("org/model", home=tmp_path, url=hub.url)
 
 
 def test_other_folders_have_no_commit(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import shutil
 import sys
+import time
 from io import StringIO
 from pathlib import Path
 
@@ -135,13 +137,27 @@ def test_an_embedding_may_be_quantized_too(references, tmp_path):
     check(model, tmp_path, weights)
 
 
-def test_experts_packed_in_one_tensor_are_missed_by_name(tmp_path, references):
+def test_matrices_under_names_of_no_method_are_refused_by_name(tmp_path, references):
     """transformers 5.10 left such experts as they were born, without a word."""
     model = references(quantizers.CASES[0])
     quantizers.write_compressed(model, tmp_path, {"group_0": {"targets": ["Linear"], **SCHEMES["W4A16 in groups"]}})
     prefix = "model.layers.1.shared_mlp.input_linear"
     edit_weights(tmp_path, lambda w: w.update({f"{prefix}_packed": w.pop(f"{prefix}.weight_packed")}))
-    with pytest.raises(ModelError, match=rf"missing weight: {prefix}\.weight \[128, 64\]"):
+    with pytest.raises(ModelError, match=rf"weight {prefix}\.weight is stored beside compre.*{prefix}_packed"):
+        loading.load(tmp_path, ops=OPS)
+
+
+def test_experts_packed_in_one_tensor_are_refused_by_name(tmp_path, references):
+    model = references(next(case for case in checkpoints.CASES if case.name == "jamba with experts"))
+    quantizers.write_compressed(model, tmp_path, {"group_0": {"targets": ["Linear"], **SCHEMES["W8A16"]}})
+
+    def join(weights):
+        for name in [name for name in weights if ".experts." in name]:
+            packed = weights.pop(name)
+            weights[f"{name.partition('.experts.')[0]}.experts.gate_up_proj_packed"] = packed[None]
+
+    edit_weights(tmp_path, join)
+    with pytest.raises(UnsupportedModel, match=r"experts\.\S+ is stored beside compre.*experts.gate_up_proj_packed"):
         loading.load(tmp_path, ops=OPS)
 
 
@@ -319,6 +335,12 @@ def edit_weights(folder, edit):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def set_groups(weights, number):
+    del weights[f"{PROJ}.g_idx"]
+    weights[f"{PROJ}.scales"] = torch.ones(number, 64, dtype=torch.float16)
+    weights[f"{PROJ}.qzeros"] = torch.zeros(number, 8, dtype=torch.int32)
+
+
 def set_quantization(**changes):
     return lambda f: checkpoints.edit_config(
         f, quantization_config={**quantizers.read_config(f)["quantization_config"], **changes}
@@ -374,6 +396,42 @@ REFUSED = {
         lambda f: edit_weights(f, lambda w: w.update({f"{PROJ}.g_idx": w[f"{PROJ}.g_idx"] + 1})),
         f"weight {PROJ}.weight: g_idx names group 2, there are 2",
     ),
+    "a group before the first": (
+        lambda f: edit_weights(f, lambda w: w[f"{PROJ}.g_idx"].sub_(1)),
+        f"weight {PROJ}.weight: g_idx names group -1, there are 2",
+    ),
+    "groups that do not divide the inputs": (
+        lambda f: edit_weights(f, lambda w: set_groups(w, 3)),
+        f"weight {PROJ}.weight [64, 64] cannot be stored as qweight [8, 64], qzeros [3, 8], scales [3, 64]",
+    ),
+    "no groups": (
+        lambda f: edit_weights(f, lambda w: set_groups(w, 0)),
+        f"weight {PROJ}.qzeros has shape [0, 8], a part of a quantized matrix",
+    ),
+    "words that are one number": (
+        lambda f: edit_weights(f, lambda w: w.update({f"{PROJ}.qweight": torch.tensor(1, dtype=torch.int32)})),
+        f"weight {PROJ}.qweight has shape [], a part of a quantized matrix",
+    ),
+    "a scale that is one number": (
+        lambda f: edit_weights(f, lambda w: w.update({f"{PROJ}.scales": torch.tensor(1.0)})),
+        f"weight {PROJ}.weight [64, 64] cannot be stored as ",
+    ),
+    "a matrix stored twice": (
+        lambda f: edit_weights(f, lambda w: w.update({f"{PROJ}.weight": torch.zeros(64, 64)})),
+        f"weights are stored plainly and quantized: {PROJ}.weight",
+    ),
+    "a method that nobody names": (
+        lambda f: checkpoints.edit_config(f, quantization_config=None),
+        "mamba.in_proj.weight is stored without a quantization_config as model.layers.0.mamba.in_proj.qweight, ",
+    ),
+    "a method of other tensors": (
+        set_quantization(quant_method="fp8"),
+        "mamba.in_proj.weight is stored beside FP8, float8 as model.layers.0.mamba.in_proj.qweight, ",
+    ),
+    "bits that are a word": (
+        set_quantization(bits="4"),
+        "granite: config.json: quantization_config.bits is '4', expected a whole number",
+    ),
     "scales that are not finite": (
         lambda f: edit_weights(f, lambda w: w[f"{PROJ}.scales"].fill_(float("inf"))),
         f"weight {PROJ}.scales contains values that are not finite",
@@ -383,13 +441,83 @@ REFUSED = {
 
 @pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
 def test_refuses(damage, message, tmp_path):
-    folder = shutil.copytree(WRITTEN / "granite-gptq", tmp_path / "model")
+    folder = shutil.copytree(WRITTEN / "granite-gptq", tmp_path / "granite")
     damage(folder)
     with pytest.raises(ModelError) as raised:
         loading.load(folder, ops=OPS)
     assert message in str(raised.value)
     assert str(raised.value).startswith(f"{folder}: ")
     assert "\n" not in str(raised.value)
+
+
+PACKED = "model.layers.1.self_attn.o_proj"
+NOT_DECOMPRESSED = {
+    "groups that are not there": (
+        lambda w: w.update({f"{PACKED}.weight_g_idx": torch.full((64,), 2, dtype=torch.int32)}),
+        {},
+        f"weight {PACKED}.weight: g_idx names group 2, there are 2",
+    ),
+    "zero points that are missing": (
+        lambda w: None,
+        {"symmetric": False},
+        "weight_zero_point, its zero points are not all 0",
+    ),
+    "packed floats": (lambda w: None, {"type": "float"}, "is packed, and of type float, supported: int"),
+    "zero points that are not packed": (
+        lambda w: w.update({f"{PACKED}.weight_zero_point": torch.zeros(8, 2)}),
+        {},
+        f"weight {PACKED}.weight_zero_point is F32, supported: I32",
+    ),
+    "scales in boxes": (
+        lambda w: w.update({f"{PACKED}.weight_scale": w[f"{PACKED}.weight_scale"][None]}),
+        {},
+        f"weight {PACKED}.weight [64, 64] cannot be stored as ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "args", "message"), NOT_DECOMPRESSED.values(), ids=NOT_DECOMPRESSED)
+def test_refuses_what_the_library_would_believe(damage, args, message, references, tmp_path):
+    scheme = {"targets": ["Linear"], **SCHEMES["W4A16 in groups"]}
+    quantizers.write_compressed(references(quantizers.CASES[0]), tmp_path, {"group_0": scheme})
+    edit_weights(tmp_path, damage)
+    set_quantization(config_groups={"group_0": {**scheme, "weights": {**scheme["weights"], **args}}})(tmp_path)
+    with pytest.raises(ModelError) as raised:
+        loading.load(tmp_path, ops=OPS)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+PATTERNS = {
+    "none": ("re:(((", "targets has a pattern that is none: missing )"),
+    "long": ("re:" + "x" * 1025, "targets has a pattern of 1025 characters, at most 1024 are read"),
+    "endless": (r"re:(?:.|.)*(?<=!)", "which takes too long on model.layers."),
+}
+
+
+@pytest.mark.parametrize(("pattern", "message"), PATTERNS.values(), ids=PATTERNS)
+def test_a_pattern_of_names_has_bounds(pattern, message, references, tmp_path):
+    scheme = {"targets": ["Linear"], **SCHEMES["W8A16"]}
+    quantizers.write_compressed(references(quantizers.CASES[0]), tmp_path, {"group_0": scheme})
+    set_quantization(config_groups={"group_0": {**scheme, "targets": [pattern]}, "group_1": scheme})(tmp_path)
+    begun = time.monotonic()
+    with pytest.raises(ModelError, match=re.escape(message)):
+        loading.load(tmp_path, ops=OPS)
+    assert time.monotonic() - begun < 30
+
+
+def test_groups_of_the_named_size_may_end_with_a_smaller_one():
+    """48 inputs in groups of 32 are 32 and 16, not twice 24."""
+    method = Gptq(Config({"bits": 4, "group_size": 32}, ""))
+    parts = {
+        ".qweight": torch.full((6, 8), 0x22222222, dtype=torch.int32),
+        ".qzeros": torch.zeros(2, 1, dtype=torch.int32),
+        ".scales": torch.tensor([1.0, 5.0])[:, None].expand(2, 8).contiguous(),
+    }
+    sizes = {ending: tuple(part.shape) for ending, part in parts.items()}
+    assert method.shapes("w", sizes, (8, 48)).keys() >= sizes.keys()
+    row = method.decode("w", parts, (8, 48), torch.float32)[0]
+    assert row.tolist() == [1.0] * 32 + [5.0] * 16
 
 
 def test_a_bias_of_zeros_is_left_out_and_another_is_not(tmp_path):

@@ -20,8 +20,8 @@ MUTANTS = [
     gptq("outputs stay in the order of AWQ's words", "[..., PLACES]", "[...]", READER),
     gptq(
         "inputs in another order get the groups of their places",
-        "    group = named.long()",
-        "    group = torch.arange(width) // -(-width // num_groups)",
+        "        return groups_named(weight, named, num_groups)",
+        "        return torch.arange(width) // -(-width // num_groups)",
         tests_of(FOLDERS, "gptq_with_inputs_in_an_order_of_their_own"),
     ),
     compressed(

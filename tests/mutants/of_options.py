@@ -47,7 +47,7 @@ MUTANTS = [
     ),
     folders(
         "the weights are downloaded before anybody looks at the config",
-        "        check(Path(small))  # before the weights, which may be many\n",
+        "        _check_snapshot(Path(small), name)  # before the weights, which may be many\n",
         "",
         tests_of(HUB, "an_architecture_that_is_not_supported_is_told_before_its_weights_are_here"),
     ),

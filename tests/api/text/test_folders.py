@@ -79,6 +79,13 @@ def test_tools_are_written_by_the_template_that_is_named_after_them(folder: Path
     assert encoder.render(said, Rendering()) == "[user] hi\n"
 
 
+def test_more_templates_than_a_model_has_are_not_compiled(folder: Path) -> None:
+    field = [{"name": str(number), "template": "{{ messages }}"} for number in range(65)]
+    edit(folder / "tokenizer_config.json", chat_template=field)
+    with pytest.raises(ModelError, match="chat templates, at most 64 are read"):
+        TextModel.load(folder)
+
+
 def test_a_template_that_is_too_long_is_refused_by_name(folder: Path) -> None:
     more = folder / "additional_chat_templates"
     more.mkdir()

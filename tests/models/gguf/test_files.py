@@ -11,12 +11,18 @@ import gguf
 import pytest
 import torch
 from gguf import GGUFReader
+from typer.testing import CliRunner
 
+from hybrid_cache.api.cli import early
+from hybrid_cache.api.cli import main as cli
+from hybrid_cache.api.cli.model_info import examine
+from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.errors import ModelError, UnsupportedModel
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.models import loading
+from hybrid_cache.models import deltas, loading
+from hybrid_cache.models.folders import find_gguf
 from hybrid_cache.models.gguf import header
-from hybrid_cache.models.gguf.file import find, read_model, title_of
+from hybrid_cache.models.gguf.file import GgufFile, read_model, title_of
 from hybrid_cache.models.tools import convert
 from tests.models.driver import Driver
 from tests.models.gguf.conftest import VOCABULARY
@@ -83,7 +89,7 @@ def test_a_part_that_is_not_there_is_named(small, tmp_path):
 
 def test_a_folder_means_the_one_file_in_it(small, tmp_path):
     shutil.copyfile(small, tmp_path / "one.gguf")
-    assert find(tmp_path) == tmp_path / "one.gguf"
+    assert find_gguf(tmp_path) == tmp_path / "one.gguf"
     assert torch.equal(logits(tmp_path), logits(small))
 
 
@@ -98,7 +104,52 @@ def test_a_folder_with_safetensors_weights_is_that_model(small, checkpoint, tmp_
     folder = tmp_path / "both"
     shutil.copytree(checkpoint, folder)
     shutil.copyfile(small, folder / "one.gguf")
-    assert find(folder) is None
+    assert find_gguf(folder) is None
+
+
+def test_so_is_a_folder_with_numbered_safetensors_and_no_index(small, checkpoint, tmp_path):
+    folder = tmp_path / "both"
+    shutil.copytree(checkpoint, folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    shutil.copyfile(small, folder / "one.gguf")
+    assert find_gguf(folder) is None
+    assert torch.equal(logits(folder), logits(checkpoint))
+
+
+def test_a_file_of_a_vision_tower_beside_it_is_left_out(small, tmp_path):
+    shutil.copyfile(small, tmp_path / "one.gguf")
+    shutil.copyfile(small, tmp_path / "mmproj-one.gguf")
+    assert find_gguf(tmp_path) == tmp_path / "one.gguf"
+
+
+def test_a_folder_of_a_file_is_known_by_it_whatever_else_it_has(small, tmp_path):
+    """What is checked before torch is imported agrees with what is loaded then."""
+    folder = tmp_path / "sp ace \u00fc"
+    folder.mkdir()
+    (folder / "m\u00f6del.gguf").symlink_to(small)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "quantize_config.json").write_text('{"bits": 4}')
+    assert early.find_model(str(folder)) == folder
+    assert early.find_config(str(folder)) == str(folder)
+    assert examine(str(folder), 1 << 30).supported
+    assert torch.equal(logits(folder), logits(small))
+    assert convert.prepare(folder).config["model_type"] == "granitemoehybrid"
+    folder.joinpath("config.json").unlink()
+    assert CliRunner().invoke(cli.app, ["model", "info", str(folder)]).exit_code == 0
+
+
+def test_a_delta_may_have_a_folder_of_a_file_as_its_base(small, tmp_path):
+    base, changed = tmp_path / "base", tmp_path / "changed"
+    base.mkdir()
+    shutil.copyfile(small, base / "one.gguf")
+    name = "model.norm.weight"
+    deltas.save(changed, base, {name: GgufFile(small).get_tensor(name) * 2})
+    first, second = (loading.load(path, ops=dispatch.select()) for path in (base, changed))
+    assert first.fingerprint != second.fingerprint
+    assert first.chain[-1] == second.chain[-1]
+    assert first.cache_spec.hidden_dtype == second.cache_spec.hidden_dtype
+    assert TextModel.load(changed).tokenizer.as_json() == TextModel.load(base).tokenizer.as_json()
+    assert convert.prepare(changed).changes
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
