@@ -31,6 +31,7 @@ def info(
 
     budget_bytes = parse_bytes(budget)
     early.check_words(dtype=dtype)
+    early.check_context(max_model_len)
     early.check_config(model)
 
     from hybrid_cache.api.cli import model_info
@@ -81,6 +82,8 @@ def convert(
 
     shard_bytes = parse_bytes(shard_size)
     early.check_absent(out)
+    early.check_place(out)
+    early.check_words(stored=dtype)
     folder = early.find_model(source, revision)
 
     from hybrid_cache.api.cli import model_convert

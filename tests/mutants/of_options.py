@@ -24,6 +24,13 @@ MUTANTS = [
         "SECRET = ()",
         tests_of(CONFIGURED, "what_holds_is_shown_with_its_origin_and_without_secrets"),
     ),
+    Mutant(
+        "hybrid_cache/api/cli/translation.py",
+        "the first option that cannot be had hides the others",
+        "            self.refusals.setdefault(",
+        "            self.refusals or self.refusals.setdefault(",
+        tests_of("tests/api/cli/test_foreign_options.py", "all_that_a_command_line_cannot_have_is_said_at_once"),
+    ),
     folders(
         "weights of other formats are downloaded too",
         '"[!a]*/*", ',
