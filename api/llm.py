@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict, TypeGuard, TypeVar, Unpack, overload
 
 from pydantic import ValidationError
@@ -34,6 +35,7 @@ from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import EngineStopped, RequestError
+from hybrid_cache.models import folders
 from hybrid_cache.request import CacheMode
 from hybrid_cache.sizes import parse_budget
 
@@ -96,6 +98,9 @@ class LLM:
         dtype: str = "auto",
         adapter: str | None = None,
         threads: int = 0,
+        max_model_len: int | None = None,
+        revision: str | None = None,
+        chat_template: str | Path | None = None,
         **config: Any,
     ) -> None:
         """Loads a model folder; the embedded model without one. Raises HybridCacheError.
@@ -103,11 +108,16 @@ class LLM:
         budget: of the cache, such as "2GiB"; the others as in `hybrid-cache serve`
         config: other fields of `EngineConfig`
         """
-        loaded = load(LoadOptions(model, backend, fast, dtype, threads, adapter))
+        path = None if revision is None else folders.resolve(model, revision)
+        loaded = load(
+            LoadOptions(model, backend, fast, dtype, threads, adapter, max_model_len=max_model_len, path=path)
+        )
+        text = TextModel.load(loaded.path)
+        text = text if chat_template is None else text.with_template(Path(chat_template))
         engine = EngineConfig(**config)
         engine = replace(engine, budget_bytes=plan_memory(loaded, engine, parse_budget(budget)).budget_bytes)
         self.name = loaded.name
-        self._text = TextEngine.of(AsyncEngine(loaded.model, engine), TextModel.load(loaded.path))
+        self._text = TextEngine.of(AsyncEngine(loaded.model, engine), text)
         self._loop = _LoopThread()
         self._room = asyncio.Semaphore(engine.max_waiting)  # requests beyond it wait here, and are not refused
         self._loop.run(_start(self._text))

@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid_cache.device.adapted import AdaptedModel
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.errors import ConfigError, ModelError, UnsupportedModel
-from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.names import LEAST_CONTEXT
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models import adapters, deltas, registry
 from hybrid_cache.models.adapters import Adapter
@@ -34,7 +34,6 @@ from hybrid_cache.spec import CacheSpec, PrefillCost
 logger = logging.getLogger("hybrid_cache")
 
 COMPUTE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-LEAST_CONTEXT = 4 * TILE  # with room for the prompts of the check before a model is served
 
 
 def load(

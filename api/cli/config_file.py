@@ -9,6 +9,8 @@ from hybrid_cache.models.files import read_text, shown
 
 MOST_BYTES = 1 << 20
 Value = str | bool | list[str]
+ON, OFF = ("true", "yes", "on", "1", "y", "t"), ("false", "no", "off", "0", "n", "f")
+_TAGS = "tag:yaml.org,2002:"  # how those begin that YAML itself has
 
 
 def read(path: Path) -> dict[str, Value]:
@@ -16,13 +18,13 @@ def read(path: Path) -> dict[str, Value]:
 
     Values of a YAML file are texts as they are written there, so that `007` and `1.10` stay what they are.
     """
+    read_pairs = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml}.get(path.suffix.lower())
+    if read_pairs is None:
+        raise ConfigError(f"{path}: the name of a config file ends in .yaml, .yml or .toml")
     try:
         text = read_text(path, MOST_BYTES)
     except ModelError as error:
         raise ConfigError(f"{path.parent / str(error)}") from error
-    read_pairs = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml}.get(path.suffix.lower())
-    if read_pairs is None:
-        raise ConfigError(f"{path}: the name of a config file ends in .yaml, .yml or .toml")
     found = dict[str, Value]()
     for key, value in read_pairs(path, text):
         name = key.replace("_", "-")
@@ -30,6 +32,14 @@ def read(path: Path) -> dict[str, Value]:
             raise ConfigError(f"{path}: {name} is there twice")
         found[name] = _value(path, name, value)
     return found
+
+
+def switched(place: str, value: Value) -> bool:
+    """Raises ConfigError, which begins with the place, for what is neither true nor false."""
+    text = str(value).lower()
+    if text not in (*ON, *OFF):
+        raise ConfigError(f"{place} is {shown(value)}, wanted true or false")
+    return text in ON
 
 
 def unknown(place: object, name: str, known: Mapping[str, object]) -> ConfigError:
@@ -45,21 +55,49 @@ def _yaml(path: Path, text: str) -> list[tuple[str, object]]:
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: this is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: this is no YAML: {_fault(error)}") from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: wanted lines of `option: value`")
-    return [(str(key.value), _plain(node)) for key, node in root.value]
+    return [(_key(path, key), _plain(path, node)) for key, node in root.value]
 
 
-def _plain(node: object) -> object:
-    """A text, a list of what it holds, or a mapping, which nothing takes."""
+def _fault(error: Exception) -> str:
+    """What is wrong and where, without the line itself: it may hold an API key."""
+    mark = getattr(error, "problem_mark", None)
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{getattr(error, 'problem', None) or type(error).__name__}{where}"
+
+
+def _key(path: Path, node: object) -> str:
     import yaml
 
-    if isinstance(node, yaml.ScalarNode):
-        return None if node.style is None and node.value in ("", "~", "null") else str(node.value)
-    return [_plain(each) for each in node.value] if isinstance(node, yaml.SequenceNode) else {}
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"{path}: a list or a section stands where the name of an option is wanted")
+    return str(node.value)
+
+
+def _plain(path: Path, node: object) -> object:
+    """A text, a list of texts, or a mapping, which nothing takes, as lists within lists: these are not looked into,
+    since aliases may repeat what they hold without end.
+    """
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        return [_scalar(path, each) for each in node.value]
+    return _scalar(path, node)
+
+
+def _scalar(path: Path, node: object) -> object:
+    """A text, None, or an empty mapping or list for what is neither. Raises ConfigError for a tag."""
+    import yaml
+
+    if not isinstance(node, yaml.ScalarNode):
+        return [] if isinstance(node, yaml.SequenceNode) else {}
+    if not node.tag.startswith(_TAGS):
+        raise ConfigError(f"{path}: the tag {shown(node.tag)} means nothing here")
+    return None if node.style is None and node.value.lower() in ("", "~", "null") else str(node.value)
 
 
 def _toml(path: Path, text: str) -> list[tuple[str, object]]:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,12 +46,14 @@ class ConfiguredCommand(SearchedCommand):
         """Raises ConfigError about a value of the environment or of a file, with its place."""
         ctx.default_map = dict(self._environment(ctx))
         try:
-            return super().parse_args(ctx, self.translated(args))
+            rest = super().parse_args(ctx, self.translated(args))
         except typer.BadParameter as error:
             name = str(getattr(error.param, "name", None))
             if source(ctx, name) != "DEFAULT_MAP":
                 raise
             raise ConfigError(f"{places(ctx)[name]} is {shown(ctx.default_map[name])}: {error.message}") from error
+        self._check_finite(ctx)
+        return rest
 
     def translated(self, args: list[str]) -> list[str]:
         """A command line in the options of this command. Raises ConfigError."""
@@ -70,6 +73,13 @@ class ConfiguredCommand(SearchedCommand):
             elif isinstance(parameter, TyperOption):
                 found |= dict.fromkeys((*parameter.opts, *parameter.secondary_opts), parameter)
         return found
+
+    def _check_finite(self, ctx: Any) -> None:
+        """Raises ConfigError: no time, size or temperature is infinite."""
+        for parameter in self.configurable():
+            value = ctx.params.get(parameter.name)
+            if isinstance(value, float) and not isfinite(value):
+                raise ConfigError(f"{spellings(parameter)[0]} is {value}, must be a finite number")
 
     def _environment(self, ctx: Any) -> Iterator[tuple[str, object]]:
         for parameter in self.configurable():
@@ -103,27 +113,28 @@ def _entry(
         return [(parameters[name], _fitting(f"{path}: {name}", parameters[name], value))]
     for parameter in command.configurable():
         if f"--{name}" in parameter.secondary_opts:  # the other name of a switch, such as no-prefix-cache
-            return [(parameter, not _switched(f"{path}: {name}", value))]
+            return [(parameter, not config_file.switched(f"{path}: {name}", value))]
     try:
         settings = of_file(name, value)
+        if settings is None:
+            raise config_file.unknown("", name, parameters)
+        return _together(name, settings, command.by_option())
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if settings is None:
-        raise config_file.unknown(path, name, parameters)
-    return _together(settings, command.by_option())
+        raise ConfigError(f"{path}: {str(error).removeprefix(': ')}") from error
 
 
-def _together(settings: Sequence[Setting], options: Mapping[str, Parameter]) -> list[tuple[Parameter, object]]:
-    """Values by parameter; those of one that takes many in a list."""
-    found = dict[str, tuple[Parameter, object]]()
+def _together(
+    name: str, settings: Sequence[Setting], options: Mapping[str, Parameter]
+) -> list[tuple[Parameter, object]]:
+    """Values by parameter; those of one that takes many in a list. Raises ConfigError for several of another one."""
+    found = dict[str, tuple[Parameter, list[object]]]()
     for option, text in settings:
         parameter = options[option]
-        value: object = option in parameter.opts if text is None else text
-        if takes_many(parameter):
-            before = found.get(str(parameter.name), (parameter, []))[1]
-            value = [*before, value] if isinstance(before, list) else [value]
-        found[str(parameter.name)] = parameter, value
-    return [*found.values()]
+        values = found.setdefault(str(parameter.name), (parameter, []))[1]
+        values.append(option in parameter.opts if text is None else text)
+        if len(values) > 1 and not takes_many(parameter):
+            raise ConfigError(f"{name} is a list, wanted one value")
+    return [(parameter, values if takes_many(parameter) else values[0]) for parameter, values in found.values()]
 
 
 Config = Annotated[
@@ -204,13 +215,6 @@ def source(ctx: typer.Context, name: str | None) -> str:
     """COMMANDLINE, DEFAULT_MAP or DEFAULT, as the library names them."""
     found = ctx.get_parameter_source(str(name))
     return "DEFAULT" if found is None else found.name
-
-
-def _switched(place: str, value: config_file.Value) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-        raise ConfigError(f"{place} is {shown(value)}, wanted true or false")
-    return text in ("true", "yes", "on", "1")
 
 
 def _fitting(place: str, parameter: Parameter, value: config_file.Value) -> object:

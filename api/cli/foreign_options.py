@@ -66,6 +66,7 @@ THINK_TAGS = (
         "kimi_k2",
         "mimo",
         "minimax_m2",
+        "nano_v3",
     ),
     *("nemotron_3", "nemotron_v3", "olmo3", "qwen3", "qwen3-thinking", "step3"),
 )
@@ -111,6 +112,8 @@ def whole(text: str) -> int:
 
 
 def _tiles(values: Sequence[str]) -> Sequence[Setting]:
+    if values[0] == "-1":
+        raise ConfigError(f"-1: {_PIECES}")
     tokens = whole(values[0])
     if tokens < TILE:
         raise ConfigError(f"{tokens}, must be at least {TILE}, which is one tile")
@@ -165,21 +168,29 @@ def _automatic(to: str, automatic: str | None) -> Settings:
     return settings
 
 
+def _aliases(values: Sequence[str]) -> Sequence[Setting]:
+    return [("--served-model-name", each.strip()) for each in values[0].split(",")]
+
+
+_PIECES = "prompts are always read in pieces"
 _MEMORY = "the cache has one budget in bytes for KV and states: --budget SIZE, or auto, which is the default"
 _HOST = "--host-budget SIZE is host memory beside a GPU for what leaves its cache"
 _SAMPLING = "requests say this, and generation_config.json of the model where they do not"
 _FOLDER = "it is read from the model's own folder; leave this out"
+_AS_COMPUTED = "KV is kept as it is computed and states in float32, so that a cached answer is the computed one"
 _ONE_DEVICE = "one process serves on one device"
 
 TABLE = (
     # Model
     option("--model", "--model-path", "-m", "-hf", "-hfr", "--hf-repo", to=MODEL),
-    option("--alias", "-a", to="--served-model-name"),
+    Foreign(("--alias", "-a"), "--served-model-name for each", _aliases),
     Foreign(("--ctx-size", "-c", "--context-length"), "--max-model-len, of each request", _context),
     option("--chat-template-file", to="--chat-template"),
     no("--tokenizer", "--tokenizer-path", "--tokenizer-mode", "--tokenizer-revision", instead=_FOLDER),
     no("--trust-remote-code", instead="no code out of a model's folder is ever run; leave this out"),
-    no("--quantization", "-q", "--hf-overrides", "--rope-scaling", "--rope-theta", instead=_FOLDER),
+    no("--quantization", "-q", "--hf-overrides", "--rope-scaling", "--rope-theta", "--rope-freq-base",
+       "--rope-freq-scale", "--hf-file", "-hff", "--json-model-override-args", instead=_FOLDER),
+    no("--chat-template-kwargs", "--default-chat-template-kwargs", instead="a request says it: `chat_template_kwargs`"),
     fixed("--load-format", to=("auto", "safetensors"), otherwise="what a file holds is seen from the file"),
     no("--download-dir", instead="the environment's HF_HUB_CACHE says where downloads from the hub go"),
     no("--hf-token", "-hft", instead="the environment's HF_TOKEN is what the hub gets"),
@@ -189,21 +200,27 @@ TABLE = (
     no("--embedding", "--embeddings", "--is-embedding", "--reranking", "--rerank", instead="models answer here, "
        "nothing else: there are no embeddings and no ranking"),
     no("--mmproj", "-mm", "--limit-mm-per-prompt", instead="messages are text here: no images, no audio"),
+    always("--language-model-only", "--no-mmproj", why="messages are text here"),
+    no("--preferred-sampling-params", "--max-logprobs", "--response-role", "--reasoning-effort", instead=_SAMPLING),
     no("--seed", "-s", "--random-seed", instead="a request says it: `seed`"),
     no("--temp", "--temperature", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--predict", "--n-predict",
        "-n", instead=_SAMPLING),
     # Memory and cache
     no("--gpu-memory-utilization", "--mem-fraction-static", instead=_MEMORY),
     no("--kv-cache-memory-bytes", "--kv-cache-memory", "--cache-ram", "-cram", instead=_MEMORY),
-    no("--num-gpu-blocks-override", "--max-total-tokens", "--max-mamba-cache-size", instead=_MEMORY),
+    no("--num-gpu-blocks-override", "--max-total-tokens", "--max-mamba-cache-size", "--mamba-full-memory-ratio",
+       "--kv-unified", "-kvu", instead=_MEMORY),
     no("--swap-space", "--cpu-offload-gb", "--kv-offloading-size", "--kv-transfer-config", instead=_HOST),
     no("--enable-hierarchical-cache", "--hicache-ratio", "--hicache-size", instead=_HOST),
-    fixed("--kv-cache-dtype", "--mamba-cache-dtype", "--mamba-ssm-cache-dtype", to=("auto",), otherwise="KV and states "
-          "are kept as they are computed, so that a cached answer is the computed one"),
-    no("--cache-type-k", "-ctk", "--cache-type-v", "-ctv", instead="KV is kept as it is computed, so that a cached "
-       "answer is the computed one"),
+    fixed("--kv-cache-dtype", "--mamba-cache-dtype", to=("auto",), otherwise=_AS_COMPUTED),
+    fixed("--mamba-ssm-cache-dtype", "--mamba-ssm-dtype", to=("auto", "float32"), otherwise=_AS_COMPUTED),
+    no("--cache-type-k", "-ctk", "--cache-type-v", "-ctv", "--calculate-kv-scales", instead=_AS_COMPUTED),
     no("--block-size", "--page-size", "--mamba-block-size", instead="pages have 64 tokens; leave this out"),
     fixed("--mamba-cache-mode", to=("all", "align"), otherwise="states are kept where the policy sees a use for them"),
+    no("--mamba-scheduler-strategy", "--mamba-radix-cache-strategy", "--radix-eviction-policy",
+       "--prefix-caching-hash-algo", "--swa-full", instead="--policy decides what is kept"),
+    always("--no-context-shift", why="a prompt that is too long is refused"),
+    no("--context-shift", instead="a prompt that is too long is refused; the client has to shorten it"),
     no("--ctx-checkpoints", "--swa-checkpoints", instead="--policy decides which states are kept, within --budget"),
     no("--cache-reuse", instead="requests ask for messages in another order, see docs about choreography"),
     no("--slot-save-path", instead="the cache is in memory; `hybrid-cache cache ls` shows what is in it"),
@@ -223,11 +240,17 @@ TABLE = (
     no("--threads-batch", "-tb", "--threads-http", instead="--threads are all that compute"),
     no("--batch-size", "-b", instead=f"--max-tiles says how many tiles of {TILE} prompt tokens one step takes"),
     Foreign(("-t",), "--threads", _automatic("--threads", "0")),
-    always("--enable-chunked-prefill", "--cont-batching", "-cb", why="prompts are always read in pieces"),
-    no("--no-enable-chunked-prefill", "--no-cont-batching", "-nocb", instead="prompts are always read in pieces"),
+    always("--enable-chunked-prefill", "--cont-batching", "-cb", why=_PIECES),
+    no("--no-enable-chunked-prefill", "--no-cont-batching", "-nocb", instead=_PIECES),
+    no("--max-prefill-tokens", "--long-prefill-token-threshold", "--max-num-partial-prefills",
+       "--max-long-partial-prefills", instead="--max-tiles and --max-step-ms bound the prompts in a step"),
+    no("--async-scheduling", "--schedule-conservativeness", "--num-scheduler-steps", "--preemption-mode",
+       instead="--order is all that there is to choose; leave this out"),
     fixed("--scheduling-policy", "--schedule-policy", to=("fcfs",), otherwise="--order says who waits for whom"),
-    no("--speculative-config", "--speculative-algorithm", "--model-draft", "-md", "--draft-max", instead="tokens are "
-       "not guessed ahead here"),
+    no("--speculative-config", "--speculative-algorithm", "--speculative-algo", "--speculative-model",
+       "--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens",
+       "--num-speculative-tokens", "--spec-type", "--model-draft", "-md", "--draft", "--draft-max", "--draft-min",
+       instead="tokens are not guessed ahead here"),
     # Tools and thoughts
     Foreign(("--tool-call-parser",), "--tool-parser", _parser),
     no("--tool-parser-plugin", "--reasoning-parser-plugin", instead="parsers are built in, see --tool-parser"),
@@ -247,12 +270,17 @@ TABLE = (
        "have no bound on their number or rank, and the model's dtype; leave this out"),
     # Device
     fixed("--tensor-parallel-size", "-tp", "--tp", "--tp-size", to=("1",), otherwise=_ONE_DEVICE),
-    fixed("--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp", to=("1",), otherwise=_ONE_DEVICE),
-    no("--enable-expert-parallel", "--tensor-split", "-ts", "--split-mode", "-sm", "--main-gpu", "-mg", "--device",
+    fixed("--pipeline-parallel-size", "-pp", "--pp-size", "--data-parallel-size", "-dp", "--dp", "--dp-size", to=("1",),
+          otherwise=_ONE_DEVICE),
+    no("--enable-expert-parallel", "--ep-size", "--ep", "--distributed-executor-backend", "--disable-custom-all-reduce",
+       "--nnodes", "--node-rank", "--dist-init-addr", "--data-parallel-size-local", "--headless", "--tensor-split",
+       "-ts", "--split-mode", "-sm", "--main-gpu", "-mg", "--device",
        "-dev", instead=f"{_ONE_DEVICE}; see --backend"),
-    no("--gpu-layers", "--n-gpu-layers", "-ngl", instead="the whole model is on one device, see --backend"),
+    no("--gpu-layers", "--n-gpu-layers", "-ngl", "--n-cpu-moe", "-ncmoe", "--cpu-moe", "-cmoe", "--override-tensor",
+       "-ot", instead="the whole model is on one device, see --backend"),
     no("--attention-backend", "--flash-attn", "-fa", "--enforce-eager", "--compilation-config", "-O",
-       "--enable-torch-compile", instead="--backend chooses the kernels"),
+       "--enable-torch-compile", "--torch-compile-max-bs", "--disable-cuda-graph", "--cuda-graph-max-bs",
+       "--max-seq-len-to-capture", "--disable-cascade-attn", "--moe-backend", instead="--backend chooses the kernels"),
     no("--mlock", "--no-mmap", "--mmap", "--numa", instead="there is no such choice here; leave this out"),
     # Network
     option("--ssl-keyfile", "--ssl-key-file", to="--tls-key"),
@@ -268,9 +296,16 @@ TABLE = (
     always("--disable-frontend-multiprocessing", why="one process answers"),
     # What it says
     option("--uvicorn-log-level", to="--log-level"),
-    always("--metrics", "--enable-metrics", "--enable-request-id-headers", why="it is always so"),
+    always("--metrics", "--enable-metrics", "--enable-request-id-headers", "--enable-prompt-tokens-details",
+           "--enable-cache-report", "--no-webui", why="it is always so"),
+    no("--webui", "--path", instead="there is no web page here"),
+    no("--middleware", "--return-tokens-as-token-ids", "--exclude-tools-when-tool-choice-none", "--file-storage-path",
+       "--warmup", "--no-warmup", "--additional-config", instead="there is no such choice here; leave this out"),
+    no("--timeout", "-to", instead="see --reader-timeout, --body-timeout and --header-timeout"),
     no("--enable-log-requests", "--disable-log-requests", "--disable-log-stats", "--disable-uvicorn-access-log",
-       "--log-disable", "--log-config-file", instead="each request is one line, see --help about logs"),
+       "--log-disable", "--log-config-file", "--log-file", "--log-verbosity", "-lv", "--verbose", "-v", "--max-log-len",
+       "--log-requests", "--log-level-http", "--decode-log-interval",
+       instead="each request is one line, see --help about logs"),
 )  # fmt: skip
 BY_NAME = {name: entry for entry in TABLE for name in entry.names}
 
@@ -284,6 +319,11 @@ def _target(entry: Foreign) -> str:
     """The option of ours, or empty if what it asks for needs none."""
     first = entry.here.split(maxsplit=1)[0].rstrip(",")
     return first if first == MODEL or first.startswith("--") else ""
+
+
+def find(name: str) -> Foreign | None:
+    """By a name as it is typed: also with a field of it behind a dot, or -O with its level."""
+    return BY_NAME.get(name) or BY_NAME.get(name.partition(".")[0]) or (BY_NAME["-O"] if name[:2] == "-O" else None)
 
 
 def table() -> str:

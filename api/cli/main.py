@@ -395,6 +395,7 @@ def serve(
     budget_bytes, max_body_bytes, book_bytes = parse_budget(budget), parse_bytes(max_body), parse_bytes(message_book)
     life_s = parse_life(response_ttl)
     check_keys(keys, operator_keys, exposure.allow_origins)
+    log = LogOptions(log_level, log_format, log_content)
     ServerSettings(  # checked when made
         served_names=tuple(served_model_name or ("its own",)),
         backend=backend,
@@ -405,6 +406,12 @@ def serve(
         max_loss_asked=max_loss,
     )
     early.check_words(backend=backend, dtype=dtype, tool_parser=tool_parser)
+    early.check_files(chat_template=chat_template)
+    for path in profile or ():
+        early.check_files(profile=path)
+    early.check_place(response_store or Path())
+    early.check_context(max_model_len)
+    early.check_collector(otlp_endpoint)
     early.check_port(host, port)
     folder = early.find_model(model, revision)
     early.check_beside(variants.values(), (*adapters.values(), *filter(None, (merged,))))
@@ -445,7 +452,7 @@ def serve(
         response_store_bytes=response_store_mb << 20,
         response_life_s=life_s,
         vllm_metrics=vllm_metrics,
-        log=LogOptions(log_level, log_format, log_content),
+        log=log,
         otlp_endpoint=otlp_endpoint,
         profiles=tuple(profile or ()),
         profiled=sharing == "profiled",
@@ -468,7 +475,9 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="System prompt. The embedded model has one of its own; '' is for none.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own default if left out.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy; the model's own default if left out.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     budget: AutoBudget = "auto",
@@ -505,6 +514,11 @@ def chat(
 @app.command(cls=SearchedCommand)
 def demo(model: Model = None, backend: Backend = "auto", as_json: Json = False) -> None:
     """Hold a conversation with the cache and without, and show what is computed of each prompt."""
+    from hybrid_cache.api.cli import early
+
+    early.check_words(backend=backend)
+    early.find_model(model)
+
     from hybrid_cache.api.cli import demo
 
     demo.run(model, backend, as_json=as_json)

@@ -35,6 +35,7 @@ def info(
     budget_bytes = parse_bytes(budget)
     early.check_words(dtype=dtype)
     found = early.find_config(model, revision)
+    early.check_context(max_model_len)
 
     from hybrid_cache.api.cli import model_info
 
@@ -85,6 +86,8 @@ def convert(
 
     shard_bytes = parse_bytes(shard_size)
     early.check_absent(out)
+    early.check_place(out)
+    early.check_words(stored=dtype)
     folder = early.find_model(source, revision)
 
     from hybrid_cache.api.cli import model_convert

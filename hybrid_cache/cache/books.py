@@ -33,6 +33,7 @@ from hybrid_cache.cache.misses import Inquest
 from hybrid_cache.cache.policies.base import Outline, Policy, Wish
 from hybrid_cache.cache.pool import Pool
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, LayerInputs, Node, PrefixTree, PromptEnd, StoredMessage
+from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import CacheSpec, PrefillCost
 from hybrid_cache.stats import CacheStats
@@ -254,7 +255,11 @@ class Books:
             return []
         found = lease.keys, lease.length, lease.shared, self._page_tokens
         outline = Outline(*found, tuple(boundaries), only_marked, generated, again, session)
-        return list(self.pool.policy.propose(outline))
+        wishes = list(self.pool.policy.propose(outline))
+        if off := [wish.position for wish in wishes if wish.position % self._page_tokens]:
+            name = self.pool.policy.name
+            raise ConfigError(f"policy {name!r}: a state at {off[0]}, must be at a multiple of {self._page_tokens}")
+        return wishes
 
     def extend(self, lease: Lease, num_tokens: int) -> bool:
         """Takes pages until the lease covers `num_tokens`; False and unchanged when there is no room."""

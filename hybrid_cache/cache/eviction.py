@@ -53,7 +53,7 @@ class LazyHeap(Generic[T]):
                 heapq.heappop(self._entries)
                 continue
             fresh = score_of(item)
-            if fresh <= score:
+            if not fresh > score:  # also of what is no number
                 return fresh, item
             heapq.heapreplace(self._entries, (fresh, ticket, item))
         return None

@@ -118,6 +118,21 @@ def test_answers_in_a_form_and_adapters_are_as_on_the_server() -> None:
         assert adapted.chat(TALK, response_format=form).text in ("4", "5")
 
 
+def test_a_shorter_context_and_another_template_are_as_on_the_server(tmp_path: Path) -> None:
+    template = tmp_path / "short.jinja"
+    template.write_text("{{ messages[-1].content }}")
+    with LLM(budget=BUDGET, max_model_len=256, chat_template=template) as short:
+        question = [{"role": "user", "content": "The box has"}]
+        asked, plain = short.chat(question, max_tokens=4), short.generate("The box has", max_tokens=4)
+        assert asked.prompt_tokens == plain.prompt_tokens
+        with pytest.raises(RequestError, match="256"):
+            short.generate("box " * 300)
+    with pytest.raises(HybridCacheError, match="max_model_len is 255"):
+        LLM(budget=BUDGET, max_model_len=255)
+    with pytest.raises(HybridCacheError, match="revision 'v1' is for names of the hub"):
+        LLM(revision="v1")
+
+
 def test_an_option_that_there_is_not_is_named(llm: LLM) -> None:
     with pytest.raises(TypeError, match="'temprature' is no option of an answer"):
         llm.chat(TALK, temprature=0)  # type: ignore[call-arg]

@@ -21,7 +21,8 @@ HYBRID = SPECS["slot of four pages"]
 
 SOURCE = """
 from hybrid_cache.cache.policies.lru import LRU
-from hybrid_cache.cache.policies.base import ScoredPolicy
+from hybrid_cache.cache.policies.base import ScoredPolicy, Wish
+from hybrid_cache.cache.tree import CheckpointKind
 
 class Fine(LRU):
     name = "fine"
@@ -44,6 +45,14 @@ class NoScore(ScoredPolicy):
 class Angry(LRU):
     def __init__(self):
         raise ValueError("not today")
+
+class Nan(LRU):
+    def score(self, base, kind, worth):
+        return float("nan")
+
+class OffTheGrid(LRU):
+    def propose(self, outline):
+        return [Wish(65, CheckpointKind.INTERIOR)]
 
 class Undecided(LRU):
     keeps_states = None
@@ -85,7 +94,7 @@ def test_a_class_that_depends_on_the_cache_is_told_of_it(module: str) -> None:
             "Half lacks propose, finished, candidate, used, add, remove, lowest, lost, items, score_of",
         ),
         ("their_policies:NoScore", "NoScore lacks score, clock"),
-        ("their_policies:Angry", r"its constructor raised ValueError: not today \(.*their_policies.py:25\)"),
+        ("their_policies:Angry", r"its constructor raised ValueError: not today \(.*their_policies.py:26\)"),
         ("their_policies:Undecided", "keeps_states must be True or False"),
     ],
 )
@@ -94,6 +103,22 @@ def test_what_cannot_be_used_is_told_in_one_line(module: str, name: str, problem
         make_policy(name, HYBRID, COST, 1 << 20)
     assert str(caught.value).startswith(f"policy {name!r}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("Nan", "the score of a state is nan"), ("OffTheGrid", "a state at 65, must be at a multiple")],
+)
+def test_a_policy_that_lies_is_named_before_the_cache_believes_it(module: str, name: str, problem: str) -> None:
+    cache = new_cache(HYBRID, slots=4, pages=10, policy=make_policy(f"{module}:{name}", HYBRID, COST, 1 << 20))
+
+    def use() -> None:
+        for prompt in ("a", "b", "c", "d", "e"):
+            fill(cache, tokens_of(prompt), TILE)
+            cache.propose(begin(cache, tokens_of(prompt, 1)).lease)
+
+    with pytest.raises(ConfigError, match=f"policy 'their_policies:{name}': {problem}"):
+        use()
 
 
 def test_an_installed_package_offers_a_policy_by_a_short_name(module: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -429,7 +429,7 @@ EVICTING = [
     ),
     eviction(
         "a score that has risen is not noticed",
-        "            if fresh <= score:\n",
+        "            if not fresh > score:  # also of what is no number\n",
         "            if fresh is not None:\n",
         POLICY + RANKED,
     ),

@@ -39,6 +39,13 @@ MUTANTS = [
         "if option in entry.here",
         tests_of(HELP, "names_of_other_servers_stand_with_what_does_the_same"),
     ),
+    Mutant(
+        "hybrid_cache/api/cli/translation.py",
+        "the first option that cannot be had hides the others",
+        "            self.refusals.setdefault(",
+        "            self.refusals or self.refusals.setdefault(",
+        tests_of("tests/api/cli/test_foreign_options.py", "all_that_a_command_line_cannot_have_is_said_at_once"),
+    ),
     folders(
         "weights of other formats are downloaded too",
         '"[!a]*/*", ',

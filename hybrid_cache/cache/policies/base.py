@@ -9,11 +9,13 @@ The server and `hybrid-cache bench policy` run the same objects.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isnan
 from typing import NamedTuple, Protocol
 
 from hybrid_cache.cache.eviction import LazyHeap
 from hybrid_cache.cache.keys import Keys, Name
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Kept, Node
+from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Boundary, BoundaryKind
 
@@ -230,7 +232,10 @@ class ScoredPolicy:
         return self._score(kept) if kept in self._heap else None
 
     def _score(self, kept: Kept) -> float:
-        return self.score(kept.base, kept.kind, self._worth_of(kept))
+        score = self.score(kept.base, kept.kind, self._worth_of(kept))
+        if isnan(score):
+            raise ConfigError(f"policy {self.name!r}: the score of a state is nan")
+        return score
 
 
 def refresh(path: Iterable[Node], base: float) -> list[Checkpoint]:

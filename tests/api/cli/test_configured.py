@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from hybrid_cache.api.cli import main as cli
 from hybrid_cache.api.cli.config_file import read
+from hybrid_cache.api.cli.configured import Parameter, spellings, variable_of
 from hybrid_cache.api.server.process import ServeOptions
 from hybrid_cache.errors import ConfigError
 
@@ -138,6 +140,13 @@ def test_chat_reads_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None
         ("o.yaml", "show-config: true", "o.yaml: there is no option 'show-config'"),
         ("o.yaml", "exact: perhaps", "o.yaml: exact is 'perhaps', wanted true or false"),
         ("o.yaml", "fast: true\nexact: true", "o.yaml: exact sets fast, which is set already"),
+        ("o.yaml", "port: Null", "o.yaml: port has no value"),
+        ("o.yaml", "host: !secret x", "o.yaml: the tag '!secret' means nothing here"),
+        ("o.yaml", "port: !!python/object/apply:os.system ['true']", "o.yaml: port is a list, wanted one value"),
+        ("o.yaml", "[a, b]: 1", "o.yaml: a list or a section stands where the name of an option is wanted"),
+        ("o.yaml", "served-model-name: &a [*a]", "o.yaml: served-model-name is [], wanted a text"),
+        ("o.yaml", "max-step-ms: 1e999", "max-step-ms is inf, must be a finite number"),
+        ("o.yaml", "port:\t1", "o.yaml: this is no YAML: found character '\\t' that cannot start any token in line 1"),
     ],
 )
 def test_what_a_file_cannot_set_is_said_in_one_line(
@@ -148,6 +157,63 @@ def test_what_a_file_cannot_set_is_said_in_one_line(
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["api-key: secret: x", "api-key: [secret", "api-key: {secret: x}", "api-keys: secret"])
+@pytest.mark.parametrize("name", ["o.yaml", "o.toml"])
+def test_an_error_quotes_no_key(name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = text.replace(": ", " = ", 1) if name == "o.toml" else text
+    assert run("serve", "--config", file(tmp_path, text, name)) == 2
+    assert "secret" not in capsys.readouterr().err
+
+
+def test_aliases_within_a_file_that_would_fill_the_memory_are_not_followed(tmp_path: Path) -> None:
+    lines = ["a: &a0 [x, x]", *(f"k{n}: &a{n + 1} [*a{n}, *a{n}]" for n in range(60))]
+    with pytest.raises(ConfigError, match="wanted a text"):
+        read(file(tmp_path, "\n".join(lines)))
+
+
+@pytest.mark.parametrize("what", ["folder", "binary", "large"])
+def test_a_file_that_cannot_be_read(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "o.yaml"
+    if what == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(bytes(range(256)) if what == "binary" else b" " * (2 << 20))
+    with pytest.raises(ConfigError, match=f"^{path} (is not a regular file|cannot be read|has 2097152 bytes)"):
+        read(path)
+
+
+def values_of(parameter: Parameter, place: str) -> str:
+    """A value that says where it is from, where the type lets it."""
+    number = {"command": "1001", "environment": "1002", "file": "1003"}[place]
+    if getattr(parameter, "is_flag", False):
+        return {"command": "true", "environment": "false", "file": "true"}[place]
+    return number
+
+
+@pytest.mark.parametrize("places", [("file",), ("file", "environment"), ("file", "environment", "command")])
+def test_the_last_place_that_says_something_counts_for_every_option(
+    places: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
+    parameters = [each for each in serve.configurable() if each.name != "api_key"]  # keys add up
+    lines = [f"{spellings(each)[0]}: {values_of(each, 'file')}" for each in parameters]
+    args = ["--config", str(file(tmp_path, "\n".join(lines)))]
+    for each in parameters:
+        if "environment" in places:
+            monkeypatch.setenv(variable_of(each), values_of(each, "environment"))
+        if "command" in places:
+            name = [] if each.name == "model" else [f"--{spellings(each)[0]}"]
+            args += name if getattr(each, "is_flag", False) else [*name, values_of(each, "command")]
+    found = {
+        line.split(":")[0]: line.split(": ")[1].split("  # ")[0].strip("[]") for line in shown(*args) if line[0] != "#"
+    }
+    for each in parameters:
+        value = values_of(each, places[-1])
+        assert (
+            float(found[spellings(each)[0]]) == float(value) if value.isdigit() else found[spellings(each)[0]] == value
+        )
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

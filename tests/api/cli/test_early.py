@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from hybrid_cache.kernels import dispatch
-from hybrid_cache.kernels.names import BACKENDS, DTYPES
+from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.kernels.names import BACKENDS, DTYPES, LEAST_CONTEXT, STORED
 from hybrid_cache.models import loading
+from hybrid_cache.models.tools.convert import STORED_DTYPES
 
 # The command line in sys.argv; on standard output, what it has imported of this.
 CODE = """
@@ -52,7 +54,7 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [("serve", "--port", "0"), ("chat",), ("model", "convert")])
+@pytest.mark.parametrize("command", [("serve", "--port", "0"), ("chat",), ("demo",), ("model", "convert")])
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -68,7 +70,9 @@ def test_what_is_no_model(command: tuple[str, ...], name: str, words: str, folde
     assert words in told(*command, folders / name, *out)
 
 
-@pytest.mark.parametrize(("name", "words"), [("nowhere", "is not a local folder"), ("broken", "config.json cannot be read")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("nowhere", "is not a local folder"), ("broken", "config.json cannot be read")]
+)
 def test_what_model_info_cannot_read(name: str, words: str, folders: Path) -> None:
     assert words in told("model", "info", folders / name)
 
@@ -100,12 +104,37 @@ def test_a_port_that_is_taken(taken_port: int) -> None:
         ("--variant", "a=nowhere", "nowhere is not a local folder"),
         ("--revision", "v1", "embedded is a folder: revision 'v1' is for names of the hub"),
         ("--host", "256.0.0.1", "cannot listen on 256.0.0.1"),
+        ("--log-level", "loud", "log_level is 'loud', must be one of debug, "),
+        ("--log-format", "xml", "log_format is 'xml', must be one of text, json"),
+        ("--chat-template", "/nowhere.jinja", "chat_template is /nowhere.jinja, which is not there"),
+        ("--profile", "/", "profile is /, which is not a file"),
+        ("--response-store", "/nowhere/responses.db", "/nowhere is not a folder"),
+        ("--max-model-len", "255", "max_model_len is 255, must be at least 256"),
+        ("--otlp-endpoint", "collector", "otlp_endpoint is 'collector', must be like "),
+        ("--drain-timeout", "inf", "drain-timeout is inf, must be a finite number"),
     ],
 )
 def test_a_bad_value(option: str, value: str, words: str) -> None:
     assert words in told("serve", "--port", "0", option, value)
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("chat", "--temperature", "inf"), "temperature is inf, must be a finite number"),
+        (("chat", "--backend", "abacus"), "backend is 'abacus'"),
+        (("demo", "--backend", "abacus"), "backend is 'abacus'"),
+        (("model", "info", "--max-model-len", "5"), "max_model_len is 5, must be at least 256"),
+        (("model", "convert", "embedded", "/nowhere/out"), "/nowhere is not a folder"),
+        (("model", "convert", "embedded", "out", "--dtype", "int3"), "dtype is 'int3', must be one of bfloat16, "),
+    ],
+)
+def test_a_bad_value_of_other_commands(args: tuple[str, ...], words: str) -> None:
+    assert words in told(*args)
+
+
 def test_the_words_are_those_that_are_known_later() -> None:
     assert set(BACKENDS) == set(dispatch.available())
     assert tuple(loading.COMPUTE_DTYPES) == DTYPES
+    assert tuple(STORED_DTYPES) == STORED
+    assert LEAST_CONTEXT == 4 * TILE

@@ -46,6 +46,21 @@ def set_by(*args: str) -> set[str]:
         ('--allowed-origins ["http://a","http://b"]', {'allow-origin: [http://a, http://b]'}),
         ("--tensor-parallel-size 1 --kv-cache-dtype auto", set()),
         ("--chat-template-file t --dtype bfloat16", {"chat-template: t", "dtype: bfloat16"}),
+        ("some/x --served-model-name a b --api-key k l", {
+            "model: some/x", "served-model-name: [a, b]", "# api-key: ***"}),
+        ("--served-model-name a b --model=some/x", {"model: some/x", "served-model-name: [a, b]"}),
+        ("--served-model-name a some/x", {"model: some/x", "served-model-name: [a]"}),
+        ("--alias a,b --mamba_ssm_cache_dtype float32", {"served-model-name: [a, b]"}),
+        # As people have them in public guides and threads.
+        ("Qwen/Qwen3.5-4B --enable-prefix-caching --max-model-len 1024 --dtype bfloat16", {
+            "model: Qwen/Qwen3.5-4B", "prefix-cache: true", "max-model-len: 1024", "dtype: bfloat16"}),
+        ("tiiuae/Falcon-H1-7B-Instruct --tensor-parallel-size 1 --data-parallel-size 1", {
+            "model: tiiuae/Falcon-H1-7B-Instruct"}),
+        ("--model-path Qwen/Qwen3-4B-FP8 --port 8080 --context-length 60000", {
+            "model: Qwen/Qwen3-4B-FP8", "port: 8080", "max-model-len: 60000"}),
+        ("-m granite.gguf -c 32768 --jinja --port 8080 --host 0.0.0.0 -np 4 -ub 512 --metrics --no-webui -a granite", {
+            "model: granite.gguf", "max-model-len: 32768", "port: 8080", "host: 0.0.0.0", "max-running: 4",
+            "max-tiles: 8", "served-model-name: [granite]"}),
     ],
 )  # fmt: skip
 def test_options_of_other_servers_set_ours(line: str, lines: set[str]) -> None:
@@ -71,6 +86,11 @@ def test_options_of_other_servers_set_ours(line: str, lines: set[str]) -> None:
         (["--allowed-origins", "["], "no list in JSON"),
         (["--root_path", "/x"], "have the proxy take its prefix off"),
         (["--seed", "1"], "a request says it"),
+        (["-O3"], "--backend chooses the kernels"),
+        (["-O.mode=3"], "--backend chooses the kernels"),
+        (["--compilation-config.mode", "3"], "--backend chooses the kernels"),
+        (["--chunked-prefill-size", "-1"], "prompts are always read in pieces"),
+        (["--mamba-ssm-dtype", "bfloat16"], "states in float32"),
     ],
 )
 def test_what_is_not_here_says_what_to_do_instead(
@@ -81,6 +101,46 @@ def test_what_is_not_here_says_what_to_do_instead(
     assert words in error
     assert error.startswith(f"error: {args[0].partition('=')[0].replace('_', '-')}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        (
+            "some/x --trust-remote-code -tp 2 --enable-auto-tool-choice --tool-call-parser qwen3_coder "
+            "--gpu-memory-utilization 0.95 --max-num-seqs 8 --kv-cache-dtype fp8 --max-model-len 130k -O 3",
+            ["--trust-remote-code", "-tp", "--gpu-memory-utilization", "--kv-cache-dtype", "-O"],
+        ),
+        (
+            "some/x --speculative-config {} --block-size 8 --distributed-executor-backend mp --enable-expert-parallel",
+            ["--speculative-config", "--block-size", "--distributed-executor-backend, --enable-expert-parallel"],
+        ),
+        (
+            "--model-path some/x --tp 4 --mem-fraction-static 0.8 --speculative-algo NEXTN --speculative-num-steps 3 "
+            "--mamba-scheduler-strategy extra_buffer --chunked-prefill-size 4096",
+            [
+                "--tp",
+                "--mem-fraction-static",
+                "--speculative-algo, --speculative-num-steps",
+                "--mamba-scheduler-strategy",
+            ],
+        ),
+        (
+            "-hf some/x --jinja -ngl 99 -fa on --n-cpu-moe 3 -ctk f16 -ctv f16 --temp 0 --top-p 0.8 --no-mmap -tb 8",
+            ["-ngl, --n-cpu-moe", "-fa", "-ctk, -ctv", "--temp, --top-p", "--no-mmap", "-tb"],
+        ),
+    ],
+)
+def test_all_that_a_command_line_cannot_have_is_said_at_once(
+    line: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("serve", *line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(f"{each}: " in error for each in options)
+    assert len(re.findall(r"(?:^error:|[,;]) (?=--?[a-zA-Z][\w-]*[:,])", error)) == sum(
+        1 + o.count(",") for o in options
+    )
 
 
 def test_a_config_file_of_another_server_is_understood(tmp_path: Path) -> None:
@@ -98,6 +158,9 @@ def test_a_config_file_of_another_server_is_understood(tmp_path: Path) -> None:
         ("gpu-memory-utilization: 0.9", "o.yaml: --gpu-memory-utilization: the cache has one budget"),
         ("max-num-seqs: 1\nmax-running: 2", "o.yaml: max-running sets max-running, which is set already"),
         ("max-num-seqs: lots", "o.yaml: max-num-seqs is 'lots'"),
+        ("max-num-seqs: [1, 2]", "o.yaml: max-num-seqs is a list, wanted one value"),
+        ("model-path: [a, b]", "o.yaml: model-path is a list, wanted one value"),
+        ("enable-prefix-caching: perhaps", "o.yaml: enable-prefix-caching is 'perhaps', wanted true or false"),
     ],
 )
 def test_what_a_file_of_another_server_cannot_ask_for(
@@ -105,6 +168,12 @@ def test_what_a_file_of_another_server_cannot_ask_for(
 ) -> None:
     assert run("serve", "--config", file(tmp_path, text, "o.yaml")) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_list_in_a_file_of_another_server_counts_with_all_its_entries(tmp_path: Path) -> None:
+    path = file(tmp_path, "alias: [a, b]\nallowed-origins: [http://a, http://b]\n")
+    lines = {line.split("  # ")[0] for line in shown("--config", path) if str(path) in line}
+    assert lines == {"served-model-name: [a, b]", "allow-origin: [http://a, http://b]"}
 
 
 def test_values_that_look_like_options_of_others_stay_values() -> None:
