@@ -68,7 +68,9 @@ def test_what_is_no_model(command: tuple[str, ...], name: str, words: str, folde
     assert words in told(*command, folders / name, *out)
 
 
-@pytest.mark.parametrize(("name", "words"), [("nowhere", "is not a local folder"), ("broken", "config.json cannot be read")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("nowhere", "is not a local folder"), ("broken", "config.json cannot be read")]
+)
 def test_what_model_info_cannot_read(name: str, words: str, folders: Path) -> None:
     assert words in told("model", "info", folders / name)
 
