@@ -77,7 +77,8 @@ class ChatTemplate:
         self.source = source
         tree = Environment(extensions=[LoopControls, GenerationBlock]).parse(source)
         self.looks_for = _texts_looked_for(tree)
-        self.variables = frozenset(meta.find_undeclared_variables(tree))  # that it reads
+        # That it reads. In the sandbox, as this computes what is constant.
+        self.variables = frozenset(meta.find_undeclared_variables(Sandbox().parse(source)))
         self.name = blake2b(source.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         try:
             self.takes_argument_text = self._shows_argument_text()
