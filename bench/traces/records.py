@@ -152,15 +152,16 @@ def read_records(file: Path) -> Iterator[Record]:
 
     Raises TraceError.
     """
-    line = 0
+    line, found = 0, False
     try:
         with unpacked(file) as lines:
             for line, text in enumerate(lines, 1):
                 if text.isspace():
                     continue
-                if text.lstrip().startswith(b"["):
+                if text.lstrip().startswith(b"[") and not found:
                     yield from entries(file, line, text + lines.read())
                     return
+                found = True
                 yield parsed(file, line, text)
     except EOFError as error:
         raise TraceError(

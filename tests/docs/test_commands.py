@@ -108,7 +108,9 @@ def test_the_first_commands_show_cached_tokens(capsys: pytest.CaptureFixture[str
     """What `make demo` runs, and what the README says that it prints."""
     first = next(blocks_of(ROOT / "README.md"))
     assert [words[:2] for words in commands_in(first.text)][2:3] == [["make", "demo"]]
-    plan = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    plan = subprocess.run(
+        ["make", "-n", "--no-print-directory", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert plan.splitlines()[-1].split()[:2] == [".venv/bin/hybrid-cache", "demo"]
     rows = demo_rows()
     assert rows[0]["cached_tokens"] == 0

@@ -112,6 +112,9 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
     keys.write_text("# mine\nsecret\n\nother \n")
     operators = tmp_path / "operators"
     operators.write_text("root\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "b.json"):
+        Path(name).touch()
     line = (
         f"serve recall --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
         "--budget 64MiB --policy lru --order fcfs --backend torch --dtype float32 --threads 1 --max-running 3 "

@@ -26,6 +26,7 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.errors import HybridCacheError, UnsupportedModel
 from hybrid_cache.models import adapters
 from hybrid_cache.models.loading import embedded_path
+from hybrid_cache.profile import Profile
 from hybrid_cache.request import Request, TokenOutput
 from hybrid_cache.sampling import SamplingParams
 from hybrid_cache.tokens import Prompt, last_occurrence
@@ -61,9 +62,9 @@ def loaded(folders: dict[str, str]) -> Loaded:
 
 @pytest.fixture(scope="module")
 def client(loaded: Loaded, folders: dict[str, str]) -> Iterator[httpx.Client]:
-    def load(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel]:
+    def load(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel, list[Profile]]:
         variant = launch.load_variant(loaded, name, adapter=folder)
-        return variant_of(variant, loaded, TEXT), variant.model
+        return variant_of(variant, loaded, TEXT), variant.model, []
 
     models = {each.name: each.model for each in loaded.variants}
     engine = AsyncEngine(loaded.model, EngineConfig(budget_bytes=64 << 20, verify=True), variants=models)

@@ -259,7 +259,7 @@ HOSTILE = [
     ("tau-bench", {"traj": "hello"}, 'traj "hello": expected a list of objects'),
     ("tau-bench", {"traj": [says("assistant", "a")]}, 'traj[0].role "assistant": expected a message of somebody else'),
     ("tau-bench", {"traj": [says(None, "a")]}, "traj[0].role null: expected a string"),
-    ("tau-bench", {"traj": [says("user", ["a"])]}, 'traj[0].content ["a"]: expected a string'),
+    ("tau-bench", {"traj": [says("user", ["a"])]}, 'traj[0].content ["a"]: expected a list of objects'),
     ("tau-bench", {"traj": [says("user", "u"), says("assistant", None, "")]}, 'tool_calls[0].function.name "": expect'),
     ("tau-bench", {"traj": [says("user", "u"), says("assistant", None, 5)]}, "tool_calls[0].function.name 5: expected"),
     ("tau-bench", {"traj": [says("user", "u"), says("assistant", "a") | {"tool_calls": 1}]}, "tool_calls 1: expected"),
