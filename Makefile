@@ -31,9 +31,9 @@ CLIENTS_VENV := .venv/conformance
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 torch_index = $(if $(TORCH_INDEX),echo --extra-index-url $(TORCH_INDEX),\
-	test "$$(uname -s)" != Linux || test -e $(DRIVER) || $(BIN)/python -m pip config list | grep -qE 'index-url|find-links' \
+	test "$$(uname -s)" != Linux || test -e $(DRIVER) || $(BIN)/python -m pip config list | grep -E 'index-url|find-links' >/dev/null \
 	|| echo --extra-index-url $(CPU_INDEX))
-triton = test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip show torch | grep -q '^Requires:.*triton' \
+triton = test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip show torch | grep '^Requires:.*triton' >/dev/null \
 	|| echo triton==$(TRITON)
 PYTEST = OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
