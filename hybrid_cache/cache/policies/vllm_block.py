@@ -23,6 +23,12 @@ def equal_page_tokens(spec: CacheSpec) -> int:
     return -(-max(states) // (STEP * min(rows))) * STEP
 
 
+def _at_least_one(block_tokens: int) -> int:
+    if block_tokens < 1:
+        raise ConfigError(f"block_tokens is {block_tokens}, must be at least 1")
+    return block_tokens
+
+
 class VLLMBlock(SGLangRadix):
     """A state at the end of every block; least recently used, with all blocks of a prompt used together.
 
@@ -38,10 +44,8 @@ class VLLMBlock(SGLangRadix):
 
     def __init__(self, block_tokens: int) -> None:
         """Raises ConfigError for blocks of less than one token."""
-        if block_tokens < 1:
-            raise ConfigError(f"block_tokens is {block_tokens}, must be at least 1")
         super().__init__()
-        self._block_tokens = block_tokens
+        self._block_tokens = _at_least_one(block_tokens)
 
     def propose(self, outline: Outline) -> Iterable[Wish]:
         if outline.only_marked:
@@ -65,10 +69,8 @@ class VLLMAlign(ConsumedLRU):
 
     def __init__(self, block_tokens: int) -> None:
         """Raises ConfigError for blocks of less than one token."""
-        if block_tokens < 1:
-            raise ConfigError(f"block_tokens is {block_tokens}, must be at least 1")
         super().__init__()
-        self._block_tokens = block_tokens
+        self._block_tokens = _at_least_one(block_tokens)
 
     def propose(self, outline: Outline) -> Iterable[Wish]:
         block = whole_pages(self._block_tokens, outline)
