@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from hybrid_cache.cache.misses import Found
+from hybrid_cache.cache.policies.signals import Origin
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.plan import Plan
 from hybrid_cache.errors import RequestError
@@ -47,12 +48,20 @@ class Request:
     tenant: str = ""  # whose share of the engine it takes
     commits: bool = True  # its answer is computed again as a prompt; else `Engine.commit` is told what comes next
     session: str = ""  # which of the tenant's conversations it belongs to, as the client says
+    user: str = ""  # of the tenant's, who sent it, as the client says
+    tools: bool | None = None  # whether its answer may call any; None: nobody says
+    template: str = ""  # equal for prompts that one program makes; empty: nobody says
     kind: str = ""  # tasks of one kind are alike in calls and lengths, such as those that are offered the same tools
     owner: str | None = ""  # what salts of namespaces begin with that it may be told of beside its own; empty: none;
     # None: others use its own, too, and it is not told what is in there
     model: str = ""  # the name of a variant that the engine runs; empty for its own model
     max_loss: float | None = None  # entries may be made from another model's where a profile expects no more than this,
     # in nats a token; None: only where the bits are the model's own
+
+    @property
+    def origin(self) -> Origin:
+        """What the cache's policy is told of it beside its tokens."""
+        return Origin(self.session, self.user, self.tools, self.template)
 
 
 @dataclass(frozen=True, slots=True)

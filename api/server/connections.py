@@ -5,12 +5,16 @@ import os
 import resource
 import select
 import socket
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 from hybrid_cache.errors import ConfigError
 
 DEFAULT_CONNECTIONS = 1024
+MOST_REMEMBERED = 64  # requests of a connection about which more is said when it closes
 MAX_LEAVING = 16  # connections that are being closed to make room
 SPARE_DESCRIPTORS = MAX_LEAVING + 16  # for them, and for all else that a serving process opens
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -41,6 +45,27 @@ def _raise_file_limit(wanted: int) -> int:
     if limit > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return limit
+
+
+class Connection:
+    """One connection, as the application sees it: what is to be done once it is closed, for its latest requests."""
+
+    def __init__(self) -> None:
+        self._then: deque[Callable[[], None]] = deque(maxlen=MOST_REMEMBERED)
+
+    def when_closed(self, act: Callable[[], None]) -> None:
+        """Forgets the oldest of too many."""
+        self._then.append(act)
+
+    def close(self) -> None:
+        """It is closed. Idempotent."""
+        while self._then:
+            self._then.popleft()()
+
+
+# The state of a request has the connection under this name.
+CONNECTION = "connection"
+current_connection: ContextVar[Connection | None] = ContextVar("current_connection", default=None)
 
 
 class Connections:

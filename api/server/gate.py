@@ -10,6 +10,7 @@ from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hybrid_cache.api.server.connections import CONNECTION, current_connection
 from hybrid_cache.api.server.errors import problem_of
 from hybrid_cache.api.server.refusal import refuse
 from hybrid_cache.api.server.tenants import current_tenant
@@ -123,6 +124,7 @@ class Admission:
             return await refuse(problem_of(error), scope, receive, send)
         try:
             current_visit.set(visit)
+            current_connection.set(scope.get("state", {}).get(CONNECTION))
             await self._app(scope, receive, send)
         finally:
             visit.leave()

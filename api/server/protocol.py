@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from hybrid_cache.api.server.connections import Connections
+from hybrid_cache.api.server.connections import CONNECTION, Connection, Connections
 from hybrid_cache.api.server.errors import invalid_http
 from hybrid_cache.api.server.request_log import log_unreadable
 from hybrid_cache.errors import ConfigError
@@ -118,7 +118,8 @@ class Protocol(H11Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        self._connection = Connection()
+        super().__init__(config, server_state, {**app_state, CONNECTION: self._connection}, _loop)
         self.conn = StrictConnection()
         self._connections = config.connections
         self._descriptor = -1
@@ -139,6 +140,7 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._connection.close()
         self._header_clock.stop()
         self._reader_clock.stop()
 

@@ -2,21 +2,23 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pydantic import BaseModel
 
 from hybrid_cache import __version__
 from hybrid_cache.api.server.anthropic.diagnostics import Diagnoses
 from hybrid_cache.api.server.cache_report import wants_report
+from hybrid_cache.api.server.connections import current_connection
 from hybrid_cache.api.server.errors import ModelNotFound, current_request_id, quoted
 from hybrid_cache.api.server.facts import facts
 from hybrid_cache.api.server.gate import MOST_BODIES, Gate, current_visit
 from hybrid_cache.api.server.metrics import Metrics, gate_families
 from hybrid_cache.api.server.response_store import ResponseStore
-from hybrid_cache.api.server.sessions import session_of
+from hybrid_cache.api.server.sessions import session_of, user_of
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.server.sharing import max_loss_of
-from hybrid_cache.api.server.tasks import kind_of, tool_time_of
+from hybrid_cache.api.server.tasks import kind_of, template_of, tool_time_of
 from hybrid_cache.api.server.tenants import owner_of
 from hybrid_cache.api.text.alike import SAME, TextDifference
 from hybrid_cache.api.text.answer import Answer
@@ -124,12 +126,15 @@ class Serving:
         visit = current_visit.get()
         if visit is not None:
             visit.add_requests(len(specs) - visit.num_requests)
-        session, owner, reports = session_of(headers, asked), owner_of(), wants_report(headers, asked)
+        session, user, owner = session_of(headers, asked), user_of(asked), owner_of()
+        reports = wants_report(headers, asked)
         tool_s = tool_time_of(headers)
         specs = [
             replace(
                 spec,
                 session=session,
+                user=user,
+                template=template_of(asked, spec),
                 owner=owner,
                 reports=reports,
                 kind=kind_of(asked, spec.form),
@@ -146,7 +151,10 @@ class Serving:
             self.metrics.observe(record)
             known.take(record)
 
-        return await Answer.to(self.text, specs, observe)
+        answer, connection = await Answer.to(self.text, specs, observe), current_connection.get()
+        if connection is not None:
+            connection.when_closed(partial(self.text.engine.left, answer.engine_ids))
+        return answer
 
 
 def new_serving(

@@ -34,6 +34,20 @@ def session_of(headers: Mapping[str, str], asked: BaseModel) -> str:
     return _bounded("/".join([session, *agents])) if session or agents else ""
 
 
+def user_of(asked: BaseModel) -> str:
+    """Who of a tenant's users sent a request, by `safety_identifier`, `user` or `metadata.user_id` in its body; empty
+    if it does not say.
+    """
+    user_id = getattr(getattr(asked, "metadata", None), "user_id", None)
+    said = getattr(asked, "safety_identifier", None), getattr(asked, "user", None), user_id and _user_in(user_id)
+    return _bounded(next((user.strip() for user in said if user and user.strip()), ""))
+
+
+def _user_in(user_id: str) -> str:
+    """`user_u_account_a_session_s` -> `user_u_account_a`; nothing of an object, which may name the session."""
+    return "" if user_id.startswith("{") else user_id.rpartition(_MARK)[0] or user_id
+
+
 def _named(headers: Mapping[str, str], asked: BaseModel) -> Iterator[str]:
     yield getattr(asked, "session_id", None) or ""
     for name in HEADERS:

@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping
 from hashlib import blake2b
 
+import numpy as np
 from pydantic import BaseModel
 
 from hybrid_cache.api.server.errors import quoted
 from hybrid_cache.api.text.answer_parser import AnswerForm
+from hybrid_cache.api.text.generation import GenerationSpec
 from hybrid_cache.engine.engine import MOST_TOOL_S
 from hybrid_cache.errors import RequestError
 
@@ -18,6 +20,7 @@ HEADER = "x-tool-time-ms"
 MOST_MS = MOST_TOOL_S * 1000
 NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,12})?")
 KIND_BYTES = 8
+SYSTEM = ("system", "developer")  # roles of a message that a program writes
 
 
 def tool_time_of(headers: Mapping[str, str]) -> float | None:
@@ -33,6 +36,18 @@ def tool_time_of(headers: Mapping[str, str]) -> float | None:
             f"the header {HEADER} is {quoted(said)}, must be a number of milliseconds in [0, {MOST_MS}]", param=HEADER
         )
     return float(said) / 1000
+
+
+def template_of(asked: BaseModel, spec: GenerationSpec) -> str:
+    """As in `Request`: a digest of the dialect, the tools that may be called, and the system message; empty without
+    tools and system message.
+    """
+    kind, first = kind_of(asked, spec.form), next(iter(spec.prompt.boundaries), None)
+    system = spec.prompt.tokens[: first.position] if first is not None and first.role in SYSTEM else ()
+    if not (kind or len(system)):
+        return ""
+    named = f"{type(asked).__name__}\0{kind}\0".encode() + np.asarray(system, np.int32).tobytes()
+    return blake2b(named, digest_size=KIND_BYTES).hexdigest()
 
 
 def kind_of(asked: BaseModel, form: AnswerForm) -> str:

@@ -65,6 +65,11 @@ class Answer:
         return answer
 
     @property
+    def engine_ids(self) -> list[str]:
+        """Of the prompts, in the engine."""
+        return [generation.engine_id for generation in self._generations]
+
+    @property
     def active(self) -> list[bool]:
         """Of an activated adapter: whether each prompt switches it on. Empty for all other models."""
         return [generation.active for generation in self._generations if generation.active is not None]
@@ -155,6 +160,9 @@ class _Generation:
                 tenant=spec.tenant,
                 commits=spec.talk is None,
                 session=spec.session,
+                user=spec.user,
+                tools=spec.form.tools is not None,
+                template=spec.template,
                 kind=spec.kind,
                 owner=spec.owner,
                 model=text.model,
@@ -164,6 +172,10 @@ class _Generation:
         self._text, self._spec = text, spec
         self._watch = Stopwatch(spec.n, spec.session)
         self._observe = observe
+
+    @property
+    def engine_id(self) -> str:
+        return self._stream.request.id
 
     @property
     def usage(self) -> Usage:

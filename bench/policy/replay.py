@@ -98,7 +98,7 @@ class Simulation:
         lease = self._acquire(self._prompt_keys(request))
         if lease is None:
             return 0
-        self._compute(lease, request.marks, generated=False)
+        self._compute(lease, request, request.marks, generated=False)
         if self.prompt_ends:
             self.cache.publish_end(lease, 0)
         self._held.append((lease, request))
@@ -114,25 +114,26 @@ class Simulation:
                 return lease
             self._finish()
 
-    def _compute(self, lease: Lease, marks: Sequence[Mark], *, generated: bool) -> None:
+    def _compute(self, lease: Lease, request: TraceRequest, marks: Sequence[Mark], *, generated: bool) -> None:
         boundaries = [
             Boundary(m.position, BoundaryKind.EXPLICIT if m.explicit else BoundaryKind.MESSAGE_END, role=m.role)
             for m in marks
         ]
-        wishes, page = self.cache.propose(lease, boundaries, generated=generated), self.trace.page_tokens
+        wishes = self.cache.propose(lease, boundaries, generated=generated, origin=request.origin)
+        page = self.trace.page_tokens
         publish(self.cache, lease, wishes, page, page if generated else self.chunk_tokens)
 
     def _finish(self) -> None:
         """Ends the oldest request in progress; its answer enters the cache."""
         lease, request = self._held.popleft()
-        self.cache.release(lease, request.num_output_tokens)
+        self.cache.release(lease, request.num_output_tokens, request.finish)
         page = self.trace.page_tokens
         if request.num_known_tokens // page <= request.num_prompt_tokens // page:
             return
         keys = named_keys("", _names(request.pages), b"", len(request.pages) * page)
         commit = self.cache.acquire(self.cache.match("", keys), keys)
         if commit is not None:
-            self._compute(commit, (), generated=True)
+            self._compute(commit, request, (), generated=True)
             self.cache.release(commit)
 
     def _prompt_keys(self, request: TraceRequest) -> Keys:

@@ -116,7 +116,9 @@ class SessionRequest:
 
     record: Record
     time_s: float  # since the start of the session
-    num_system_tokens: int  # tools and system prompt
+    num_tool_tokens: int
+    num_system_tokens: int
+    agent: str = ""  # a subagent of the session
 
 
 def read_kv_cache_tester(files: Sequence[Path], page_tokens: int, *, sort: bool) -> Reading:
@@ -163,21 +165,28 @@ class SessionNumbering:
             num_known_tokens=num_tokens,
             whole=self._num_prompts + wholes.setdefault((last, num_tokens), len(wholes)),
             marks=request_marks(request, num_tokens),
+            finish=request.record.finish("stop"),
+            agent=request.agent,
+            tools=request.num_tool_tokens > 0,
+            template=f"{request.num_tool_tokens}+{request.num_system_tokens}",
         )
 
 
-def session_requests(owner: Record, start_s: float = 0.0, *, sort: bool = False) -> Iterator[SessionRequest]:
+def session_requests(
+    owner: Record, start_s: float = 0.0, agent: str = "", *, sort: bool = False
+) -> Iterator[SessionRequest]:
     """The requests of a session, or of a subagent that starts `start_s` after it. sort: times may fall"""
     check_block_size(owner)
-    num_system_tokens, last = owner.integer("tool_tokens") + owner.integer("system_tokens"), None
+    first, last = (owner.integer("tool_tokens"), owner.integer("system_tokens")), None
     for entry in owner.records("requests"):
         if not sort:
             in_order(last, entry, "t")
         last = entry
         if entry.fields.get("type") == "subagent":
-            yield from session_requests(entry, start_s + entry.time("t"), sort=sort)
+            name = entry.text("agent_id") if entry.has("agent_id") else entry.place
+            yield from session_requests(entry, start_s + entry.time("t"), name, sort=sort)
         else:
-            yield SessionRequest(entry, start_s + entry.time("t"), num_system_tokens)
+            yield SessionRequest(entry, start_s + entry.time("t"), *first, agent)
 
 
 def check_block_size(session: Record) -> None:
@@ -195,7 +204,7 @@ def session_blocks(record: Record) -> IntArray:
 def request_marks(request: SessionRequest, num_tokens: int) -> tuple[Mark, ...]:
     inputs = request.record.texts("input_types")
     end = Mark(num_tokens, "tool" if inputs == ["tool_result"] else "user" if "text" in inputs else "")
-    system = Mark(request.num_system_tokens, "system")
+    system = Mark(request.num_tool_tokens + request.num_system_tokens, "system")
     return (system, end) if 0 < system.position < num_tokens else (end,)
 
 

@@ -20,11 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybrid_cache.bench.traces.trace import TraceRequest
+from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.errors import ConfigError
 
 IntArray = NDArray[np.int64]
 
 LARGEST = 2**31 - 1  # of token counts, block ids and token ids
+
+
+WORDS = {  # for why an answer ended, in the interfaces of others
+    Finish.STOP: ("end_turn", "stop_sequence", "content_filter", "refusal"),
+    Finish.LENGTH: ("max_tokens",),
+    Finish.TOOL_CALL: ("tool_calls", "tool_use", "function_call"),
+    Finish.GONE: ("abort",),
+    Finish.FAILED: ("error",),
+}
+FINISHES = {word: finish for finish in Finish for word in (finish.value, *WORDS.get(finish, ()))}
 
 
 class TraceError(ConfigError):
@@ -100,6 +111,14 @@ class Record:
         if not isinstance(value, bool):
             raise self.error(name, "true or false")
         return value
+
+    def finish(self, name: str) -> Finish:
+        """Why an answer ended, in the words of any of the usual interfaces; unknown where the field is not there."""
+        if not self.has(name) or self.fields[name] == "":
+            return Finish.UNKNOWN
+        if (said := self.text(name)) not in FINISHES:
+            raise self.error(name, f"one of {', '.join(FINISHES)}")
+        return FINISHES[said]
 
     def texts(self, name: str) -> list[str]:
         value = self.fields.get(name)

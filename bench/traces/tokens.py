@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -27,10 +28,21 @@ from hybrid_cache.bench.traces.records import (
     read_records,
     records_by_time,
 )
-from hybrid_cache.bench.traces.trace import Mark, PageNames, Tokens, TraceMessage, TraceRequest
+from hybrid_cache.bench.traces.trace import Mark, PageNames, Tokens, TraceMessage, TraceRequest, template_of
+from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.kernels.grid import TILE
 
 Encoder = Callable[[str], Sequence[int]]
+
+
+class Signals(TypedDict, total=False):
+    """The fields of that name of a `TraceRequest`."""
+
+    finish: Finish
+    user: str
+    tools: bool | None
+    template: str
+
 
 # The parts of a ragpulse prompt in their order: field of `hash_ids`, table of lengths, field of the id there, speaker.
 SEGMENTS = (
@@ -118,6 +130,10 @@ def token_request(
     arrival_s: float,
     session: str,
     output: Tokens | None = None,
+    finish: Finish = Finish.UNKNOWN,
+    user: str = "",
+    tools: bool | None = None,
+    template: str = "",
 ) -> TraceRequest:
     """A request with its tokens; an output that is known counts for more than `num_output_tokens`."""
     known = prompt if output is None else np.concatenate([prompt, output])
@@ -132,6 +148,23 @@ def token_request(
         whole=whole,
         marks=marks,
         tokens=prompt,
+        finish=finish,
+        user=user,
+        tools=tools,
+        template=template or template_of(prompt, marks),
+    )
+
+
+def signals_of(record: Record) -> Signals:
+    """What a record says of itself beside its tokens."""
+    tools = record.fields.get("tools")
+    if not (tools is None or isinstance(tools, bool | list)):
+        raise record.error("tools", "true, false, or a list of tools")
+    return Signals(
+        finish=record.finish("finish_reason"),
+        user=record.text("user") if record.has("user") else "",
+        tools=None if tools is None else bool(tools),
+        template=record.text("template") if record.has("template") else "",
     )
 
 
@@ -218,6 +251,7 @@ def tokens_request(record: Record, clock: Clock, names: PageNames) -> TraceReque
         arrival_s=clock.read(record),
         session=record.text("session") if record.has("session") else "",
         output=record.integers("output").astype(np.int32) if record.has("output") else None,
+        **signals_of(record),
     )
 
 
@@ -273,6 +307,7 @@ class RequestMaker:
         session: str,
         arrival_s: float = 0.0,
         num_output_tokens: int = 0,
+        signals: Signals | None = None,
     ) -> TraceRequest:
         prompt = np.concatenate([message.tokens for message in messages])
         ends = np.cumsum([len(message.tokens) for message in messages]).tolist()
@@ -284,6 +319,7 @@ class RequestMaker:
             arrival_s=arrival_s,
             session=session,
             output=answer.tokens if answer else None,
+            **(signals or Signals()),
         )
 
 
@@ -323,7 +359,8 @@ def chat_request(record: Record, clock: Clock, maker: RequestMaker) -> TraceRequ
         raise record.error("messages", "at least one message")
     answer = maker.message("assistant", record.text("output")) if record.has("output") else None
     session = record.text("session") if record.has("session") else ""
-    return maker.request(messages, answer, session, clock.read(record), num_output_tokens(record))
+    said = num_output_tokens(record), signals_of(record)
+    return maker.request(messages, answer, session, clock.read(record), *said)
 
 
 def read_trajectories(files: Sequence[Path], maker: RequestMaker) -> Reading:
@@ -339,7 +376,9 @@ def trajectory(record: Record, maker: RequestMaker) -> Iterator[TraceRequest]:
         if message.role == "assistant":
             if not messages:
                 raise sent.error("role", "a message of somebody else first")
-            yield maker.request(messages, message, f"{record.file.name}:{record.line}")
+            finish = Finish.TOOL_CALL if sent.has("tool_calls") else Finish.STOP
+            signals = Signals(finish=finish, tools=True)
+            yield maker.request(messages, message, f"{record.file.name}:{record.line}", signals=signals)
         messages.append(message)
 
 

@@ -6,11 +6,13 @@ pages exactly when their first k numbers are equal. Traces that name blocks this
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hybrid_cache.cache.policies.signals import Finish, Origin
 from hybrid_cache.kernels.grid import TILE
 
 PageIds = NDArray[np.int32]  # [full pages]
@@ -50,6 +52,24 @@ class TraceRequest:
     whole: int  # names the whole prompt, partial last page included: equal for exact repeats
     marks: tuple[Mark, ...] = ()  # rising positions, none beyond the prompt
     tokens: Tokens | None = None  # the prompt's tokens, if the trace has them
+    finish: Finish = Finish.UNKNOWN
+    agent: str = ""  # of several in one session, which sent it
+    user: str = ""
+    tools: bool | None = None
+    template: str = ""
+
+    @property
+    def origin(self) -> Origin:
+        """What a server's policy would be told beside the tokens."""
+        session = f"{self.session}/{self.agent}" if self.agent else self.session
+        return Origin(session, self.user, self.tools, self.template)
+
+
+def template_of(tokens: Tokens, marks: Sequence[Mark]) -> str:
+    """Names the system message that a prompt begins with; empty if it does not begin with one."""
+    if not marks or marks[0].role not in ("system", "developer"):
+        return ""
+    return blake2b(tokens[: marks[0].position].tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from hybrid_cache.bench.traces.trace import Mark, PageNames, Tokens, Trace, TraceMessage, TraceRequest
+from hybrid_cache.bench.traces.trace import Mark, PageNames, Tokens, Trace, TraceMessage, TraceRequest, template_of
+from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 
@@ -101,6 +102,8 @@ class DraftRequest(NamedTuple):
     session: str
     prompt: Messages
     answer: Tokens
+    finish: Finish = Finish.STOP
+    tools: bool = False
 
 
 class Start(NamedTuple):
@@ -273,12 +276,12 @@ class Agent(Sessions):
         rng, session, now = start
         task = TraceMessage("user", text(rng, self.task.draw(rng)))
         done: list[tuple[TraceMessage, TraceMessage]] = []
-        for _ in range(self.turns.draw(rng)):
+        for left in reversed(range(self.turns.draw(rng))):
             prompt = (system, task, *self._history(done))
             if _length(prompt) > CONTEXT:
                 return
             action, observation = text(rng, self.action.draw(rng)), text(rng, self.observation.draw(rng))
-            yield DraftRequest(now, session, prompt, action)
+            yield DraftRequest(now, session, prompt, action, Finish.TOOL_CALL if left else Finish.STOP, tools=True)
             done.append((TraceMessage("assistant", action), TraceMessage("tool", observation)))
             num_seconds = sum(1 for _ in takewhile(lambda time: time <= 1, poisson(rng, self.tool_s)))
             now += _writing_s(action) + num_seconds
@@ -444,6 +447,7 @@ def _request(draft: DraftRequest, names: PageNames) -> TraceRequest:
     _, whole = names.of(tokens)
     pages, _ = names.of(known)
     ends = accumulate(len(message.tokens) for message in draft.prompt)
+    marks = tuple(Mark(end, message.role) for end, message in zip(ends, draft.prompt, strict=True))
     return TraceRequest(
         arrival_s=round(draft.arrival_s, 6),
         session=draft.session,
@@ -452,8 +456,11 @@ def _request(draft: DraftRequest, names: PageNames) -> TraceRequest:
         num_output_tokens=len(draft.answer),
         num_known_tokens=len(known),
         whole=whole,
-        marks=tuple(Mark(end, message.role) for end, message in zip(ends, draft.prompt, strict=True)),
+        marks=marks,
         tokens=tokens,
+        finish=draft.finish,
+        tools=draft.tools,
+        template=template_of(tokens, marks),
     )
 
 

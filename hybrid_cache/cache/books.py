@@ -30,7 +30,8 @@ from hybrid_cache.cache.keys import Keys, keys_of
 from hybrid_cache.cache.lease import Lease, Match, Reservation, Sent, find
 from hybrid_cache.cache.messages import MessageStore
 from hybrid_cache.cache.misses import Inquest
-from hybrid_cache.cache.policies.base import Outline, Policy, Wish
+from hybrid_cache.cache.policies.base import Outline, Policy, Wish, hears_endings
+from hybrid_cache.cache.policies.signals import NOWHERE, Ending, Finish, Origin
 from hybrid_cache.cache.pool import Pool
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, LayerInputs, Node, PrefixTree, PromptEnd, StoredMessage
 from hybrid_cache.errors import ConfigError
@@ -78,6 +79,7 @@ class Books:
         self.messages = MessageStore(self.pool, cost, 4 * spec.effect_size)
         self.inputs = InputStore(self.pool, spec.input_bytes)
         self.inquest = Inquest(self.tree, self.pool.fates, clock, stateless=self._stateless)
+        self.tell: Callable[[Ending], None] = hears_endings(policy)  # the policy, of a request that has ended
         self.leases: set[Lease] = set()
         self.scratch: int | None = None
         self.tokens: Counter[str] = Counter()  # of prompts: hit, kv_only, miss
@@ -248,13 +250,14 @@ class Books:
         only_marked: bool = False,
         generated: bool = False,
         again: bool = False,
-        session: str = "",
+        origin: Origin = NOWHERE,
     ) -> list[Wish]:
         """The checkpoints that the policy proposes for a prompt that was just acquired; see `Outline`."""
+        lease.origin = origin
         if not lease.publish:
             return []
         found = lease.keys, lease.length, lease.shared, self._page_tokens
-        outline = Outline(*found, tuple(boundaries), only_marked, generated, again, session)
+        outline = Outline(*found, tuple(boundaries), only_marked, generated, again, origin)
         wishes = list(self.pool.policy.propose(outline))
         if off := [wish.position for wish in wishes if wish.position % self._page_tokens]:
             name = self.pool.policy.name
@@ -387,20 +390,25 @@ class Books:
             slots[0],
             num_tokens,
             lease.end,
+            origin=lease.origin,
         )
         self.leases.add(fork)
         return fork
 
-    def release(self, lease: Lease, num_output_tokens: int | None = None) -> None:
+    def release(
+        self, lease: Lease, num_output_tokens: int | None = None, finish: Finish = Finish.UNKNOWN
+    ) -> Ending | None:
         """Gives back all that a lease holds; what it has published stays. Idempotent.
 
-        num_output_tokens: length of the answer, for the policy, if the request is done
+        num_output_tokens, finish: of the answer, if the request is done -> what the policy was told of it, see `tell`
         """
         if lease.released:
-            return
+            return None
         lease.released = True
+        ending = None
         if num_output_tokens is not None and lease.keys.pages:
-            self.pool.policy.finished(lease.keys.names[-1], num_output_tokens)
+            ending = Ending(lease.keys.names[-1], num_output_tokens, finish, lease.origin)
+            self.tell(ending)
         self._verify_some()
         self.leases.remove(lease)
         self.inputs.give_back(lease.inputs)
@@ -413,6 +421,7 @@ class Books:
             if r.node is not None:
                 r.node.awaited = False
         self._unpin(lease.root, lease.nodes)
+        return ending
 
     def drop(self, namespace: str | None = None) -> int:
         """Drops everything that is not in use, of one namespace or of all -> bytes freed."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from hybrid_cache.cache.host import HostTier
 from hybrid_cache.cache.keys import Keys
+from hybrid_cache.cache.policies.signals import NOWHERE, Origin
 from hybrid_cache.cache.tree import (
     Checkpoint,
     CheckpointKind,
@@ -123,6 +124,7 @@ class Lease:
     reserved: list[Reservation] = field(default_factory=list)
     inputs: list[LayerInputs] = field(default_factory=list)  # that the coming forward pass fills
     written_tokens: int = 0  # tokens whose pages this lease has added to the tree
+    origin: Origin = NOWHERE  # of its request
     released: bool = False
 
     @property

@@ -150,9 +150,10 @@ class _Inbox:
     commits: deque[tuple[str, Prompt, str, str]] = field(default_factory=lambda: deque(maxlen=MAX_WAITING))
     turns: deque[_Turn] = field(default_factory=lambda: deque(maxlen=MOST_TURNS))
     aborts: deque[str] = field(default_factory=deque)
+    left: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_TURNS))  # requests whose clients have gone
 
     def __bool__(self) -> bool:
-        return bool(self.questions or self.requests or self.commits or self.turns or self.aborts)
+        return bool(self.questions or self.requests or self.commits or self.turns or self.aborts or self.left)
 
 
 class AsyncEngine:
@@ -309,6 +310,12 @@ class AsyncEngine:
         """As `Engine.end_task`."""
         self._say(_Turn(request_id, None))
 
+    def left(self, request_ids: Iterable[str]) -> None:
+        """As `Engine.left`, for each of them."""
+        with self._wake:
+            self._inbox.left.extend(request_ids)
+            self._wake.notify()
+
     def _say(self, turn: _Turn) -> None:
         with self._wake:
             self._inbox.turns.append(turn)
@@ -377,6 +384,8 @@ class AsyncEngine:
         for commit in inbox.commits:
             with suppress(RequestError):
                 self._engine.commit(*commit)
+        for request_id in inbox.left:
+            self._engine.left(request_id)
         answers = [question.ask(self._engine) for question in inbox.questions]
         if inbox.aborts or inbox.commits or inbox.turns or answers:
             self._stats = self._engine.stats()

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.policies.signals import Origin
 from hybrid_cache.engine.prefills import Chunk, Prefills
 from hybrid_cache.engine.sequence import Prefill, Sequence, grid_floor
 from hybrid_cache.scheduling.pauses import Pauses
@@ -42,10 +43,10 @@ class CanonicalPasses:
             return
         num_read = len(prefill.tokens) if prefill.mark is None else prefill.mark.position
         if grid_floor(sequence.num_tokens) > grid_floor(num_read):
-            self.add(prefill.namespace, sequence.all_tokens(), (), prefill.session, sequence.request.id)
+            self.add(prefill.namespace, sequence.all_tokens(), (), prefill.origin, sequence.request.id)
 
     def add(
-        self, namespace: str, tokens: TokenArray, boundaries: tuple[Boundary, ...], session: str, of: str = ""
+        self, namespace: str, tokens: TokenArray, boundaries: tuple[Boundary, ...], origin: Origin, of: str = ""
     ) -> None:
         """Has the full pages of tokens computed, with states at boundaries and at the end of the last page.
 
@@ -58,7 +59,7 @@ class CanonicalPasses:
         if len(self._queue) == MAX_WAITING:
             self.give_room()
             self._queue.popleft()
-        self._queue.append(Prefill(namespace, tokens[:end], True, True, within, generated=True, session=session, of=of))
+        self._queue.append(Prefill(namespace, tokens[:end], True, True, within, generated=True, origin=origin, of=of))
 
     def end(self, turn: Prefill) -> None:
         self._prefills.release(turn)
@@ -103,7 +104,7 @@ class CanonicalPasses:
         known = self._cache.match(turn.namespace, turn.keys.beginning(len(turn.tokens)))
         if known.length >= len(turn.tokens):
             if known.path:
-                self._pauses.computed(turn.of, turn.session, turn.keys, known.path[-1])
+                self._pauses.computed(turn.of, turn.origin.session, turn.keys, known.path[-1])
             return False
         return self._prefills.acquire(
             turn, known, spare=self._pauses.keeps

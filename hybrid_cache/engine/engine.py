@@ -238,6 +238,7 @@ class Engine:
         if not self.has_room:
             raise Overloaded(f"{self._scheduler.num_waiting} requests wait, limit {self._config.max_waiting}")
         self._scheduler.tasks.pauses.begins(request.id)
+        self._scheduler.endings.begins(request.id)
         self._outcomes.open[request.id] = request.n
         # The first choice computes the prompt; the others fork from its end.
         self._scheduler.add(self._intake.sequence(request, 0))
@@ -262,6 +263,7 @@ class Engine:
             raise RequestError(f"a tool time of {seconds} s, must be in [0, {MOST_TOOL_S}]", param="seconds")
         if self.is_open(request_id) and request_id not in self._interruptions:
             self._interruptions.begin(request_id)
+        self._scheduler.endings.called(request_id)
         known = self._scheduler.tasks.pauses.called(request_id, tool, seconds)
         if not (known or request_id in self._interruptions):
             raise RequestError(f"request {request_id!r} is not known", param="id")
@@ -276,6 +278,10 @@ class Engine:
     def end_task(self, request_id: str) -> None:
         """The answer to a request that has ended was the last of its task. Unknown ids are ignored."""
         self._scheduler.tasks.pauses.over(request_id)
+
+    def left(self, request_id: str) -> None:
+        """The client of a request that has ended has closed its connection. Unknown ids are ignored."""
+        self._scheduler.endings.left(request_id)
 
     def forget_turns(self, may: Callable[[str], bool]) -> None:
         """Turns that are still to be computed for the cache never are. may: whether those of a namespace are meant"""

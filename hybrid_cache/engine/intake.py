@@ -11,6 +11,7 @@ import numpy as np
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.keys import keys_of
+from hybrid_cache.cache.policies.signals import Origin
 from hybrid_cache.choreography.arrangement import Order
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.order import best_order
@@ -86,7 +87,7 @@ class Intake:
         if n > self.longest_sequence:
             raise ContextTooLong(f"the prompt has {n} tokens, context and cache hold {self.longest_sequence}")
         if self._config.prefix_cache:
-            self._scheduler.canonical.add(namespace, prompt.tokens, prompt.boundaries, session)
+            self._scheduler.canonical.add(namespace, prompt.tokens, prompt.boundaries, Origin(session))
 
     def tokens_of(self, numbers: Numbers[object]) -> TokenArray:
         """Numbers as tokens. Raises RequestError for one that is none."""

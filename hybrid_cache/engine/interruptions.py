@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.engine.intake import Intake
 from hybrid_cache.engine.scheduler import Scheduler
 from hybrid_cache.engine.sequence import Sequence
@@ -54,7 +55,7 @@ class Interruptions:
         (sequence,) = sequences
         self._scheduler.tasks.look()
         self._scheduler.tasks.end_turn(sequence, FinishReason.TOOL_CALL)
-        self._scheduler.finish(sequence)
+        self._scheduler.finish(sequence, Finish.TOOL_CALL)
         self._scheduler.canonical.add_turn(sequence)
         self._open[request_id] = _Interrupted(sequence, self._scheduler.tasks.load.now)
 

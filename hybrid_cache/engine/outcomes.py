@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.device.worker import Hidden, Worker
@@ -47,16 +48,16 @@ class Outcomes:
         self._scheduler = scheduler
         self._intake = intake
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, finish: Finish = Finish.GONE) -> None:
         """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""
         for sequence in [s for s in self._scheduler.sequences() if s.request.id == request_id]:
-            self._scheduler.finish(sequence)
+            self._scheduler.finish(sequence, finish)
         self.open.pop(request_id, None)
 
     def give_up(self, request_id: str, why: str, fault: RequestError | None = None) -> Outputs:
         """Aborts a request after an error; `fault` if that is the request's own."""
         logger.log(logging.WARNING if fault else logging.ERROR, "request %s is given up: %s", request_id, why)
-        self.abort(request_id)
+        self.abort(request_id, Finish.FAILED)
         return [(request_id, FailedOutput(why, fault))]
 
     def end(self, step: Step, hidden: Hidden, outputs: Outputs) -> None:
@@ -110,7 +111,7 @@ class Outcomes:
             self.tally.commit_tokens += chunk.end - chunk.start
             if prefill.done:
                 pauses = self._scheduler.tasks.pauses
-                pauses.computed(prefill.of, prefill.session, prefill.keys, prefill.lease.tip)
+                pauses.computed(prefill.of, prefill.origin.session, prefill.keys, prefill.lease.tip)
                 self._scheduler.canonical.end(prefill)
             return []
         self.tally.computed_tokens += chunk.end - chunk.start
@@ -202,7 +203,7 @@ class Outcomes:
         for sequence, _ in ready:
             if sequence.request.sampling.max_tokens == 0:
                 outputs.append((sequence.request.id, TokenOutput(sequence.index, None, finish=FinishReason.LENGTH)))
-                self._finish(sequence)
+                self._finish(sequence, FinishReason.LENGTH)
         return outputs
 
     def _choose(self, ready: "list[tuple[Sequence, Tensor]]", outputs: Outputs) -> None:
@@ -264,12 +265,12 @@ class Outcomes:
         if finish is not None:
             self._scheduler.messages.keep_answer(sequence)
             self._scheduler.tasks.end_turn(sequence, finish)
-            self._finish(sequence)
+            self._finish(sequence, finish)
             self._scheduler.canonical.add_turn(sequence)
         return [(sequence.request.id, TokenOutput(sequence.index, token, logprob, finish))]
 
-    def _finish(self, sequence: Sequence) -> None:
-        self._scheduler.finish(sequence)
+    def _finish(self, sequence: Sequence, finish: FinishReason) -> None:
+        self._scheduler.finish(sequence, Finish(finish.value))
         self.open[sequence.request.id] -= 1
         if self.open[sequence.request.id] == 0:
             del self.open[sequence.request.id]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.claims import Spare
 from hybrid_cache.cache.lease import Lease, Match, Sent
+from hybrid_cache.cache.policies.signals import Ending, Finish
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.program import Span, Stretch
 from hybrid_cache.choreography.stage import Stage
@@ -155,7 +156,7 @@ class Prefills:
             only_marked=prefill.only_marked,
             generated=prefill.generated,
             again=again,
-            session=prefill.session,
+            origin=prefill.origin,
         )
         prefill.wishes, prefill.proposed = deque(wishes), True
         if prefill.lane is not None:
@@ -218,16 +219,20 @@ class Prefills:
             self._cache.inputs.let_go(prefill.source.runs, used=prefill.computed == prefill.source.end)
         prefill.source = None
 
-    def release(self, prefill: Prefill, num_output_tokens: int | None = None) -> None:
-        """Gives back all that a prompt holds; `num_output_tokens` if its request is done."""
+    def release(
+        self, prefill: Prefill, num_output_tokens: int | None = None, finish: Finish = Finish.UNKNOWN
+    ) -> Ending | None:
+        """Gives back all that a prompt holds; the rest as in `Books.release`."""
+        ending = None
         if prefill.program is not None:
             self._stage.end(prefill.program)
         self._end_source(prefill)
         self._twins.end(prefill)
         if prefill.lease is not None:
             prefill.written += prefill.lease.written_tokens
-            self._cache.release(prefill.lease, num_output_tokens)
+            ending = self._cache.release(prefill.lease, num_output_tokens, finish)
         prefill.lease, prefill.program, prefill.computed = None, None, 0
+        return ending
 
     def cut(self, prefill: Prefill, sequence: Sequence | None, tiles: int) -> Chunk:
         """The next at most `tiles` tiles of a prompt, with slots for the checkpoints wished for inside them."""

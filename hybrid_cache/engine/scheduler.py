@@ -12,12 +12,14 @@ from functools import partial
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.lease import Match
+from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.choreography import commands as choreography
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.canonical import CanonicalPasses
 from hybrid_cache.engine.encodings import Encodings
+from hybrid_cache.engine.endings import Endings
 from hybrid_cache.engine.pace import Pace
 from hybrid_cache.engine.prefills import Chunk, Prefills, decode_rows
 from hybrid_cache.engine.senders import Senders
@@ -101,6 +103,7 @@ class Scheduler:
         self._prefills = Prefills(cache, cost, compiler, stage, self.senders, self.twins)
         self.messages = Encodings(cache, compiler, stage, self._prefills, config.max_tiles)
         self.canonical = CanonicalPasses(cache, self._prefills, self.tasks.pauses)
+        self.endings = Endings(cache.tell)
         self._shares = Shares()
         self._suspects = Suspects()
         self._aged_last = False  # in the last step with a prompt, one that had been passed over too often went first
@@ -148,7 +151,7 @@ class Scheduler:
         self._shares.enter(sequence.request.tenant)
         self._running.append(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: Sequence, finish: Finish) -> None:
         """Ends a sequence wherever it is; what it has published stays in the cache."""
         if sequence.phase is not Phase.WAITING:
             self._running.remove(sequence)
@@ -156,7 +159,9 @@ class Scheduler:
         sequence.phase = Phase.FINISHED
         self._shares.leave(sequence.request.tenant)
         self._suspects.ended(sequence.rank)
-        self._prefills.release(sequence.prefill, len(sequence.generated))
+        self.endings.ended(
+            sequence.request.id, self._prefills.release(sequence.prefill, len(sequence.generated), finish)
+        )
 
     def schedule(self) -> Step:
         """Chooses the next step and takes the room that it needs."""

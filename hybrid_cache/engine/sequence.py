@@ -12,6 +12,7 @@ from hybrid_cache.cache.keys import Keys, Mark, keys_of
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.misses import Found
 from hybrid_cache.cache.policies.base import Wish
+from hybrid_cache.cache.policies.signals import NOWHERE, Origin
 from hybrid_cache.cache.tree import LayerInputs
 from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.program import Program
@@ -70,7 +71,7 @@ class Prefill:
     boundaries: tuple[Boundary, ...] = ()
     only_marked: bool = False  # states at explicit boundaries and nowhere else
     generated: bool = False  # a canonical pass over a finished turn
-    session: str = ""  # as in `Request`
+    origin: Origin = NOWHERE
     of: str = ""  # of a canonical pass: the request whose answer it computes, if that is known
     proposed: bool = False  # the policy has seen it
     wishes: deque[Wish] = field(default_factory=deque)  # rising positions
@@ -318,7 +319,7 @@ def new_prefill(
         boundaries,
         only_marked,
         owner=request.owner,
-        session=request.session,
+        origin=request.origin,
         max_loss=request.max_loss if on else None,
         mark=mark,
     )

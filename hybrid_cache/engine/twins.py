@@ -111,7 +111,7 @@ class Twins:
             self._cache.release(lease)
             return
         twin.lease, twin.computed = lease, lease.length
-        self._cache.propose(lease, prefill.boundaries, only_marked=prefill.only_marked, session=prefill.session)
+        self._cache.propose(lease, prefill.boundaries, only_marked=prefill.only_marked, origin=prefill.origin)
         prefill.twins.append(Twin(offer, twin))
 
     def rows(self, prefill: Prefill, rows: Rows) -> Iterator[tuple[Twin, Rows]]:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hybrid_cache.cache.policies import foreign
 from hybrid_cache.cache.policies.base import ScoredPolicy
 from hybrid_cache.cache.policies.lru import LRU
 from hybrid_cache.cache.policies.registry import canonical_name, make_policy
+from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
@@ -57,6 +59,34 @@ class OffTheGrid(LRU):
 class Undecided(LRU):
     keeps_states = None
 
+class Former:
+    keeps_states = True
+    wants_rises = False
+    name = "former"
+
+    def __init__(self):
+        self.told = []
+
+    def open(self, worth_of, clock): pass
+    def propose(self, outline): return []
+    def finished(self, name, num_output_tokens): self.told.append((name, num_output_tokens))
+    def candidate(self, kind, name, worth): return None
+    def used(self, kept, path): pass
+    def add(self, kept): pass
+    def remove(self, kept): pass
+    def lowest(self): return None
+    def lost(self, name, score, above): pass
+    def items(self): return []
+    def score_of(self, kept): return None
+
+class FormerScored(LRU):
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def finished(self, name, num_output_tokens):
+        self.told.append((name, num_output_tokens))
+
 number = 3
 """
 
@@ -91,7 +121,7 @@ def test_a_class_that_depends_on_the_cache_is_told_of_it(module: str) -> None:
         ("their_policies:number", "module their_policies has no class 'number'"),
         (
             "their_policies:Half",
-            "Half lacks propose, finished, candidate, used, add, remove, lowest, lost, items, score_of",
+            "Half lacks propose, ended, candidate, used, add, remove, lowest, lost, items, score_of",
         ),
         ("their_policies:NoScore", "NoScore lacks score, clock"),
         ("their_policies:Angry", r"its constructor raised ValueError: not today \(.*their_policies.py:26\)"),
@@ -145,3 +175,14 @@ def test_the_example_protects_what_was_used_again(monkeypatch: pytest.MonkeyPatc
         fill(cache, tokens_of(prompt), TILE)
     cache.check()
     assert cache.match("", tokens_of("a", 1)).length > 0 == cache.match("", tokens_of("b", 1)).length
+
+
+def test_a_policy_that_knows_only_former_methods_is_still_told_of_endings(module: str) -> None:
+    for name in ("Former", "FormerScored"):
+        policy = make_policy(f"{module}:{name}", HYBRID, COST, 1 << 20)
+        cache = new_cache(HYBRID, slots=4, pages=10, policy=policy)
+        run = begin(cache, tokens_of("a", 1))
+        ending = cache.release(run.lease, 7, Finish.STOP)
+        assert ending is not None
+        cache.tell(replace(ending, finish=Finish.TOOL_CALL, again=True))
+        assert vars(policy)["told"] == [(run.lease.keys.names[-1], 7)], "once for each request"

@@ -12,6 +12,7 @@ from hybrid_cache.cache.policies.base import Outline, Wish
 from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.places import MOST_SESSIONS, ODDS, SIZES, PlaceMemory
 from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
+from hybrid_cache.cache.policies.signals import Origin
 from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Boundary
@@ -189,7 +190,9 @@ def test_a_place_knows_how_many_prompts_its_session_has_had() -> None:
     places, row = memory(), list(SIZES).index("session")
 
     def of(prompt: str, session: str, namespace: str = "", **more: bool) -> int:
-        places.visit(replace(outline(prompt), session=session, keys=keys(prompt, b"", namespace), **more), ends(1), 0.0)
+        places.visit(
+            replace(outline(prompt), origin=Origin(session), keys=keys(prompt, b"", namespace), **more), ends(1), 0.0
+        )
         place = places.get(keys(prompt, b"", namespace).names[1])
         assert place is not None
         return place.features[row]
@@ -199,7 +202,7 @@ def test_a_place_knows_how_many_prompts_its_session_has_had() -> None:
     assert of("g", "s", generated=True) == 3, "a turn that nobody asks for is none of them"
     assert of("h", "other") == of("i", "s", "another tenant") == 1
     for number in range(MOST_SESSIONS):
-        places.visit(replace(outline("z"), session=str(number)), [], 0.0)
+        places.visit(replace(outline("z"), origin=Origin(str(number))), [], 0.0)
     assert of("j", "s") == 1, "the latest are remembered"
 
 

@@ -213,7 +213,7 @@ SHARING = [
     books("a fork has no state", "        self.pool.copy(Kind.SLOT, lease.slot, slots[0])\n", "", CACHE),
     books(
         "what is released twice is given back twice",
-        "        if lease.released:\n            return\n",
+        "        if lease.released:\n            return None\n",
         "",
         CACHE,
     ),

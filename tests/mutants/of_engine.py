@@ -410,8 +410,8 @@ STEPPING = [
     ),
     canonical(
         "the last token of an answer is not fed, but committed",
-        "Prefill(namespace, tokens[:end], True, True, within, generated=True, session=session, of=of)",
-        "Prefill(namespace, tokens, True, True, within, generated=True, session=session, of=of)",
+        "Prefill(namespace, tokens[:end], True, True, within, generated=True, origin=origin, of=of)",
+        "Prefill(namespace, tokens, True, True, within, generated=True, origin=origin, of=of)",
         SCHEDULER,
     ),
     outcomes(

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from hybrid_cache.cache.eviction import LazyHeap
 from hybrid_cache.cache.keys import Keys, Name
+from hybrid_cache.cache.policies.signals import NOWHERE, Ending, Origin
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, Kept, Node
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
@@ -53,7 +54,12 @@ class Outline:
     only_marked: bool = False  # the client wants states at explicit boundaries and nowhere else
     generated: bool = False  # the end of these tokens was generated: no request waits for them
     again: bool = False  # the same request was admitted before, and preempted
-    session: str = ""  # which of a tenant's conversations this belongs to, as the client says; empty if it does not
+    origin: Origin = NOWHERE
+
+    @property
+    def session(self) -> str:
+        """Which of a tenant's conversations this belongs to, as the client says; empty if it does not."""
+        return self.origin.session
 
     @property
     def num_tokens(self) -> int:
@@ -97,8 +103,8 @@ class Policy(Protocol):
         """A prompt has been admitted -> the checkpoints proposed for it."""
         ...
 
-    def finished(self, name: Name, num_output_tokens: int) -> None:
-        """A request has ended with an answer of `num_output_tokens`; `name`: of its prompt's full pages, see `Keys`."""
+    def ended(self, ending: Ending) -> None:
+        """A request has ended, or more is known of one that had."""
 
     def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
         """The score that a state of a running request would have; None refuses it even if there is room."""
@@ -130,6 +136,14 @@ class Policy(Protocol):
     def score_of(self, kept: Kept) -> float | None:
         """The score of a state now, for people; None for one that may not be evicted. Changes nothing."""
         ...
+
+
+def hears_endings(policy: Policy) -> Callable[[Ending], None]:
+    """How a policy is told of endings: one that was written before there was `ended` has `finished` alone."""
+    if callable(getattr(policy, "ended", None)):
+        return policy.ended
+    finished: Callable[[Name, int], None] = policy.finished  # type: ignore[attr-defined]
+    return lambda ending: None if ending.again else finished(ending.name, ending.num_output_tokens)
 
 
 def interior_positions(start: int, end: int) -> list[int]:
@@ -202,8 +216,12 @@ class ScoredPolicy:
     def propose(self, outline: Outline) -> Iterable[Wish]:
         return every_place(outline)
 
+    def ended(self, ending: Ending) -> None:
+        if not ending.again:
+            self.finished(ending.name, ending.num_output_tokens)
+
     def finished(self, name: Name, num_output_tokens: int) -> None:
-        pass
+        """What there was before `ended`, for policies that are written for it."""
 
     def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
         return self.score(self.clock, kind, worth)

@@ -22,6 +22,7 @@ from hybrid_cache.errors import ConfigError
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 GROUP = "hybrid_cache.policies"
+FORMER = {"ended": "finished"}  # a method, and what a policy of an earlier version has in its place
 METHODS = tuple(name for name, value in vars(Policy).items() if callable(value) and not name.startswith("_"))
 
 
@@ -58,7 +59,8 @@ def imported(name: str, module: str) -> object:
 
 def lacking(found: type) -> list[str]:
     """The methods that a cache will ask for and a class does not have."""
-    missing = [method for method in METHODS if not callable(getattr(found, method, None))]
+    either = [(method, FORMER.get(method, method)) for method in METHODS]
+    missing = [names[0] for names in either if not any(callable(getattr(found, name, None)) for name in names)]
     if issubclass(found, ScoredPolicy) and found._score is ScoredPolicy._score:
         missing += [name for name in ("score", "clock") if getattr(found, name) is getattr(ScoredPolicy, name)]
     return missing

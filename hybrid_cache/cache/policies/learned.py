@@ -26,6 +26,7 @@ from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth, every_place
 from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
 from hybrid_cache.cache.policies.returns import MOST_LIVES, ReturnModel
+from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept, Node, Outside
 
 FIT_EARLY = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448)  # requests after which the model is fitted,
@@ -83,10 +84,10 @@ class Learned:
                 self._shortlist.clear()
         return wishes
 
-    def finished(self, name: Name, num_output_tokens: int) -> None:
-        place = self._memory.get(name)
+    def ended(self, ending: Ending) -> None:
+        place = self._memory.get(ending.name)
         if place is not None:
-            self._memory.answered(place, num_output_tokens)
+            self._memory.answered(place, ending)
             if place.kept in self._rows:
                 self.add(place.kept)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hybrid_cache.cache.keys import Keys, Name
 from hybrid_cache.cache.policies.base import Outline, Wish
 from hybrid_cache.cache.policies.returns import ReturnModel
+from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept
 
 MOST_PLACES = 1 << 17
@@ -138,9 +139,9 @@ class PlaceMemory:
         features = [KINDS.index(kind), 0, 0, 0, log2_bin(num_tokens / 512, 11), 0, 13, 0, 0]
         return self.add(name, features, now)
 
-    def answered(self, place: Place, num_output_tokens: int) -> None:
-        """The prompt that ends at a place got an answer of `num_output_tokens`."""
-        place.features[5] = 1 + log2_bin(num_output_tokens, 13)
+    def answered(self, place: Place, ending: Ending) -> None:
+        """The prompt that ends at a place got an answer."""
+        place.features[5] = 1 + log2_bin(ending.num_output_tokens, 13)
         self._model.change(place.group, place.life, place.features)
 
     def _deepest(self, outline: Outline) -> Place | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, ScoredPolicy, Wish, Worth, branch_and_end
+from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept, Node
 
 Floats = NDArray[np.float64]
@@ -83,8 +84,12 @@ class RankedPolicy:
             self._now += 1
         return places(outline)
 
+    def ended(self, ending: Ending) -> None:
+        if not ending.again:
+            self.finished(ending.name, ending.num_output_tokens)
+
     def finished(self, name: Name, num_output_tokens: int) -> None:
-        pass
+        """What there was before `ended`, for policies that are written for it."""
 
     def candidate(self, kind: CheckpointKind, name: Name, worth: Worth) -> float | None:
         return admit(kind)
