@@ -31,14 +31,16 @@ __all__ = ["FIELDS", "FORMATS", "Encoder", "TraceError", "four_characters", "loa
 FIELDS = {
     "mooncake": "timestamp (ms), input_length, output_length, hash_ids (of 512 tokens each, or as the lengths show)",
     "qwen-bailian": "chat_id, parent_chat_id, timestamp (s), input_length, output_length, hash_ids (of 16 tokens each)",
-    "kv-cache-tester": "a session a line: id, tool_tokens, system_tokens, requests (t, in, out, hash_ids, input_types)",
+    "kv-cache-tester": "a session a line: id, tool_tokens, system_tokens, requests (t, in, out, hash_ids, input_types, "
+    "optional stop)",
     "ragpulse": "a folder: 0_trace* (timestamp, input_length, output_length, session_id, hash_ids), and the lengths of "
     "its segments in 1_sys_prompt* to 5_web_search*",
     "messages": "messages (role, content: text or parts, tool_calls), optional arrival_s or timestamp (s), session, "
-    "and output or output_tokens or max_tokens; or ShareGPT's conversations (from, value), BIG-Bench Hard's outputs "
-    "(input, prediction), tau-bench's traj, lmcache-agent-trace's input, output, session_id, timestamp (us)",
+    "output or output_tokens or max_tokens, finish_reason, user, tools, template; or ShareGPT's conversations (from, "
+    "value), BIG-Bench Hard's outputs (input, prediction), tau-bench's traj, lmcache-agent-trace's input, output, "
+    "session_id, timestamp (us)",
     "tokens": "prompt, optional arrival_s or timestamp (s), session, output or output_tokens, marks (position, role, "
-    "explicit)",
+    "explicit), finish_reason, user, tools, template",
     "marconi": "input_tokens, ts (s), optional session_id, output_tokens or num_output_tokens",
 }
 FORMATS = tuple(FIELDS)

@@ -18,11 +18,13 @@ from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.lru import LRU
 from hybrid_cache.cache.policies.marconi import Marconi
 from hybrid_cache.cache.policies.registry import make_policy, policy_names
+from hybrid_cache.cache.policies.signals import Finish, Origin
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import AttentionSpec, CacheSpec, PrefillCost
 from tests.bench.policy.optimum import PAGE_TOKENS, best_saving
 from tests.bench.policy.test_bound import tiny_trace
 from tests.cache.driver import COST, SPECS
+from tests.cache.observing import Observing
 
 MOONCAKE = Path(__file__).parents[4] / "shared/data/traces/mooncake/conversation_trace.t_lt_2100s.jsonl.gz"
 HYBRID = SPECS["slot as large as a page"]
@@ -132,3 +134,20 @@ def test_blocks_without_states_hit_as_often_as_in_the_reference_study() -> None:
         result = Simulation(Trace("mooncake", 512, requests), spec, PER_TOKEN, budget, LRU()).run()
         hits = sum(min(int(hit), r["input_length"]) for hit, r in zip(result.hit_tokens, rows, strict=True))
         assert hits / num_tokens == pytest.approx(rate, abs=0.0012)
+
+
+def test_what_a_trace_says_of_a_request_is_told_as_a_server_does() -> None:
+    said = replace(prompt(1), session="s", agent="a", user="u", tools=True, template="t", finish=Finish.GONE)
+    longer = replace(said, pages=np.array([1, 2], np.int32), num_known_tokens=2 * TILE)
+    policy, trace = Observing(), Trace("by hand", TILE, (longer, prompt(3)))
+    Simulation(trace, HYBRID, COST, 1 << 20, policy).run()
+    origin = Origin("s/a", "u", True, "t")
+    assert [(each.generated, each.origin) for each in policy.outlines] == [
+        (False, origin),
+        (True, origin),
+        (False, Origin()),
+    ]
+    assert [(each.finish, each.origin) for each in policy.endings] == [
+        (Finish.GONE, origin),
+        (Finish.UNKNOWN, Origin()),
+    ]

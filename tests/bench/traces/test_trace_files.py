@@ -10,6 +10,7 @@ import pytest
 
 from hybrid_cache.bench.traces.files import FORMATS, TraceError, four_characters, load_trace
 from hybrid_cache.bench.traces.trace import Mark, PageNames, Trace
+from hybrid_cache.cache.policies.signals import Finish, Origin
 from hybrid_cache.errors import ConfigError
 
 DATA = Path(__file__).parents[3] / "../shared/data/traces"
@@ -746,3 +747,60 @@ def test_the_real_small_session_trace_has_its_sharing() -> None:
     assert hit_rate(trace.coarsened(1024)) == hit_rate(
         load_trace(DATA / "kv-cache-tester/traces.small24.jsonl.gz", page_tokens=1024)
     )
+
+
+def test_what_a_record_says_of_itself_is_kept(tmp_path: Path) -> None:
+    said = {"session": "s", "user": "u", "tools": [{"name": "f"}], "template": "t", "finish_reason": "tool_calls"}
+    files = [
+        write(tmp_path / "c.jsonl", chat("Be brief.", "x", **said), chat("Be brief.", "y"), chat("Be long.", "z")),
+        write(tmp_path / "t.jsonl", {"prompt": [1, 2], **said}, {"prompt": [1]}, {"prompt": [1], "tools": False}),
+    ]
+    for file in files:
+        first, second, _ = load_trace(file).requests
+        assert (first.origin, first.finish) == (Origin("s", "u", True, "t"), Finish.TOOL_CALL)
+        assert (second.finish, second.user, second.tools) == (Finish.UNKNOWN, "", None)
+    _, one, other = load_trace(files[0]).requests
+    assert len({first.template, one.template, other.template}) == 3, "else the system message tells"
+    assert load_trace(files[1]).requests[2].tools is False
+
+
+@pytest.mark.parametrize(
+    ("word", "finish"),
+    [
+        *((finish.value, finish) for finish in Finish),
+        *(
+            ("tool_use", Finish.TOOL_CALL),
+            ("end_turn", Finish.STOP),
+            ("max_tokens", Finish.LENGTH),
+            ("", Finish.UNKNOWN),
+        ),
+    ],
+)
+def test_why_an_answer_ended_is_told_in_the_words_of_any_interface(tmp_path: Path, word: str, finish: Finish) -> None:
+    (request,) = load_trace(write(tmp_path / "t.jsonl", {"prompt": [1], "finish_reason": word})).requests
+    assert request.finish is finish
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"finish_reason": "bored"}, 'finish_reason "bored": expected one of unknown, stop, end_turn'),
+        ({"finish_reason": 1}, "finish_reason 1: expected a string"),
+        ({"tools": "f"}, 'tools "f": expected true, false, or a list of tools'),
+        ({"user": 1}, "user 1: expected a string"),
+    ],
+)
+def test_what_a_record_says_of_itself_is_checked(tmp_path: Path, more: Json, problem: str) -> None:
+    with pytest.raises(TraceError, match=problem):
+        load_trace(write(tmp_path / "t.jsonl", {"prompt": [1], **more}))
+
+
+def test_kv_cache_tester_says_how_answers_ended_and_which_agent_asked(tmp_path: Path) -> None:
+    nested = {**subagent(2.5, call()), "agent_id": "helper", "tool_tokens": 0}
+    line = session("a", {**call(), "stop": "tool_use"}, nested, {**call(5), "stop": ""})
+    first, other, last = load_trace(write(tmp_path / "t.jsonl", line)).requests
+    assert (first.finish, last.finish) == (Finish.TOOL_CALL, Finish.UNKNOWN)
+    assert [r.origin.session for r in (first, other, last)] == ["a", "a/helper", "a"]
+    assert [r.tools for r in (first, other, last)] == [True, False, True]
+    assert first.template == last.template != other.template
+    assert other.session == "a", "sessions are drawn whole"

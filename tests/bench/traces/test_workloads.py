@@ -27,6 +27,7 @@ from hybrid_cache.bench.traces.workloads import (
     popular,
     text,
 )
+from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.kernels.grid import TILE
 
@@ -385,3 +386,15 @@ def test_lengths_stay_in_their_bounds() -> None:
 def test_a_session_never_outgrows_the_context() -> None:
     trace = Chat(sessions=3, mean_turns=30, user=Lognormal(4_000, 0.1, 1, 4_000)).trace()
     assert max(accumulate((r.num_prompt_tokens for r in trace.requests), max)) <= CONTEXT
+
+
+def test_an_agent_calls_tools_until_its_last_answer_and_nobody_else_does() -> None:
+    for session in sessions(whole("agent")):
+        *before, last = session
+        assert {r.finish for r in before} <= {Finish.TOOL_CALL}
+        assert last.finish is Finish.STOP or last.num_known_tokens + 3_000 > CONTEXT, "or the context ends it"
+        assert all(r.tools for r in session)
+    assert {(r.finish, r.tools) for r in whole("chat").requests} == {(Finish.STOP, False)}
+    templates = {r.template for r in whole("chat").requests}
+    assert len(templates) == Chat().systems
+    assert {r.template for r in whole("few-shot").requests}.isdisjoint({*templates, ""})
