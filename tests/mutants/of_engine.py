@@ -14,6 +14,8 @@ SUSPECTS = ("tests/engine/test_suspects.py",)
 ORDER = ("tests/choreography/test_order.py",)
 BESIDE = "tests/choreography/test_beside_exact.py::"
 TURNS = ("tests/choreography/test_layers.py::test_keys_turn_to_wherever_a_message_stands",)
+ENDINGS = ("tests/engine/test_endings.py",)
+SIGNALS = ("tests/api/server/test_signals.py",)
 OWNED = (BESIDE + "test_a_composed_prompt_owns_all_pages_beyond_its_state",)
 
 stage_test = partial(tests_of, "tests/choreography/test_stage.py")
@@ -33,6 +35,7 @@ namespaces = partial(Mutant, "hybrid_cache/namespaces.py")
 sampler = partial(Mutant, "hybrid_cache/device/sampler.py")
 tasks = partial(Mutant, "hybrid_cache/engine/tasks.py")
 suspects = partial(Mutant, "hybrid_cache/engine/suspects.py")
+endings = partial(Mutant, "hybrid_cache/engine/endings.py")
 
 SCHEDULING = [
     tasks(
@@ -636,4 +639,38 @@ CHOOSING = [
     ),
 ]
 
-MUTANTS = [*SCHEDULING, *SHARING, *STEPPING, *ASKING, *CHOOSING]
+TELLING = [
+    outcomes(
+        "a request that failed has lost its client",
+        "self.abort(request_id, Finish.FAILED)",
+        "self.abort(request_id)",
+        ENDINGS,
+    ),
+    engine(
+        "the policy does not hear that an answer was a call",
+        "        self._scheduler.endings.called(request_id)\n",
+        "",
+        SIGNALS,
+    ),
+    endings(
+        "an id that is used again is told of its earlier request",
+        "        self._latest.pop(request_id, None)\n",
+        "        return\n",
+        ENDINGS,
+    ),
+    endings(
+        "endings are remembered for ever",
+        "            if len(self._latest) > MOST_ENDINGS:\n                self._latest.popitem(last=False)\n",
+        "",
+        ENDINGS,
+    ),
+    Mutant(
+        "api/server/protocol.py",
+        "nobody hears that a connection was closed",
+        "        self._connection.close()\n",
+        "",
+        SIGNALS,
+    ),
+]
+
+MUTANTS = [*SCHEDULING, *SHARING, *STEPPING, *ASKING, *CHOOSING, *TELLING]
