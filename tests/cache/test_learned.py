@@ -1,7 +1,6 @@
 """The default policy: what it remembers, what it learns from it, and in which order states go."""
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,9 +9,8 @@ import pytest
 from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.policies.base import Outline, Wish
 from hybrid_cache.cache.policies.learned import Learned
-from hybrid_cache.cache.policies.places import MOST_SESSIONS, ODDS, SIZES, PlaceMemory
+from hybrid_cache.cache.policies.places import ODDS, SIZES, PlaceMemory
 from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
-from hybrid_cache.cache.policies.signals import Origin
 from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Boundary
@@ -184,26 +182,6 @@ def test_a_place_knows_its_message_and_how_far_from_the_end_it_is() -> None:
     seen = [places.get(outline("abc").name(p * TILE)) for p in (1, 2, 3)]
     rows = [dict(zip(names, place.features, strict=True)) for place in seen if place]
     assert [(row["role"], row["from_end"]) for row in rows] == [(1, 2), (2, 1), (4, 0)]
-
-
-def test_a_place_knows_how_many_prompts_its_session_has_had() -> None:
-    places, row = memory(), list(SIZES).index("session")
-
-    def of(prompt: str, session: str, namespace: str = "", **more: bool) -> int:
-        places.visit(
-            replace(outline(prompt), origin=Origin(session), keys=keys(prompt, b"", namespace), **more), ends(1), 0.0
-        )
-        place = places.get(keys(prompt, b"", namespace).names[1])
-        assert place is not None
-        return place.features[row]
-
-    assert of("a", "") == 0
-    assert [of(prompt, "s") for prompt in "bcdef"] == [1, 2, 2, 3, 3]
-    assert of("g", "s", generated=True) == 3, "a turn that nobody asks for is none of them"
-    assert of("h", "other") == of("i", "s", "another tenant") == 1
-    for number in range(MOST_SESSIONS):
-        places.visit(replace(outline("z"), origin=Origin(str(number))), [], 0.0)
-    assert of("j", "s") == 1, "the latest are remembered"
 
 
 # Order

@@ -16,7 +16,6 @@ from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept
 
 MOST_PLACES = 1 << 17
-MOST_SESSIONS = 1 << 14
 
 KINDS = list(CheckpointKind)
 ROLES = {"system": 1, "developer": 1, "user": 2, "assistant": 3, "tool": 4, "function": 4}
@@ -32,7 +31,6 @@ SIZES = {
     "length": 12,  # log2 of tokens / 512
     "output": 15,  # log2 of tokens generated from it, once known
     "pace": 14,  # log2 of seconds since the place before it on the same path was made or returned to; 13: there is none
-    "session": 8,  # 1 + log2 of prompts of its session so far; 0: it has none
     "turns": 8,  # known places on the path, one for each prompt that was longer than the one before
 }
 
@@ -63,7 +61,6 @@ class PlaceMemory:
     def __init__(self, model: ReturnModel) -> None:
         self._model = model
         self._places: OrderedDict[Name, Place] = OrderedDict()
-        self._sessions: OrderedDict[tuple[str, str], int] = OrderedDict()  # namespace and session -> its prompts
 
     def get(self, name: Name) -> Place | None:
         return self._places.get(name)
@@ -71,7 +68,7 @@ class PlaceMemory:
     def visit(self, outline: Outline, wishes: Iterable[Wish], now: float) -> Place | None:
         """Remembers a prompt and the places wished for in it -> the place that it returned to, if any."""
         found = None if outline.generated or outline.again else self._deepest(outline)
-        pace, turns, session = 13, 0, self._session(outline)
+        pace, turns = 13, 0
         if found is not None:
             pace, turns = log2_bin(now - found.since, 12), min(found.turns + 1, 7)
             self.returned_to(found, now)
@@ -96,19 +93,8 @@ class PlaceMemory:
                 position_on_grid = outline.floor(position)
                 role, after = roles.get(position_on_grid, 0), from_end.get(position_on_grid, 15)
                 length = log2_bin(position / 512, 11)
-                self.add(name, [KINDS.index(kind), role, after, shared, length, 0, pace, session, turns], now)
+                self.add(name, [KINDS.index(kind), role, after, shared, length, 0, pace, turns], now)
         return found
-
-    def _session(self, outline: Outline) -> int:
-        """The feature of that name, with this prompt counted."""
-        if not outline.session:
-            return 0
-        key = outline.keys.namespace, outline.session
-        count = self._sessions.pop(key, 0) + (not outline.generated and not outline.again)
-        self._sessions[key] = count
-        if len(self._sessions) > MOST_SESSIONS:
-            self._sessions.popitem(last=False)
-        return 1 + min(max(count, 1).bit_length() - 1, SIZES["session"] - 2)
 
     def returned_to(self, place: Place, now: float) -> None:
         """One life ends, the next begins."""
@@ -136,7 +122,7 @@ class PlaceMemory:
 
     def add_unseen(self, kind: CheckpointKind, name: Name, num_tokens: int, now: float) -> Place:
         """A place that no prompt has shown: a forgotten one, or a message outside the tree."""
-        features = [KINDS.index(kind), 0, 0, 0, log2_bin(num_tokens / 512, 11), 0, 13, 0, 0]
+        features = [KINDS.index(kind), 0, 0, 0, log2_bin(num_tokens / 512, 11), 0, 13, 0]
         return self.add(name, features, now)
 
     def answered(self, place: Place, ending: Ending) -> None:
