@@ -60,5 +60,6 @@ class Candidates:
         if self._stateless:
             above = (position - 1) // self._page_tokens * self._page_tokens
         num_pages = -(-(position - max(above, min(lease.shared, position))) // self._page_tokens)
-        worth = Worth(self._cost.flops(above, position), self._pool.bytes_of(1, num_pages))
+        flops, share = self._cost.flops(above, position), self._pool.share(above, position)
+        worth = Worth(flops, self._pool.bytes_of(1, num_pages), share)
         return self._pool.policy.candidate(kind, self._name(lease, position, kind), worth)

@@ -57,6 +57,7 @@ class Pool:
         self.emit = emit
         self.verifies = verify
         self._cost = cost
+        self._budget_bytes = max(budget_bytes, 1)
         self._stateless = stateless
         self._page_tokens = tree.page_tokens
         self.item_bytes = {
@@ -384,7 +385,12 @@ class Pool:
             return Worth(kept.spared.flops(start, kept.num_tokens), num_bytes)
         if self._stateless and not isinstance(kept, StoredMessage):
             start = (kept.num_tokens - 1) // self._page_tokens * self._page_tokens
-        return Worth(self._cost.flops(start, kept.num_tokens), self.bytes_of(1, kept.pages_freed()))
+        flops = self._cost.flops(start, kept.num_tokens)
+        return Worth(flops, self.bytes_of(1, kept.pages_freed()), self.share(start, kept.num_tokens))
+
+    def share(self, start: int, end: int) -> float:
+        """Of the budget, what the pages of the tokens [start, end) take."""
+        return self.bytes_of(0, -(-(end - start) // self._page_tokens)) / self._budget_bytes
 
 
 def nearest_checkpoint(node: Node) -> Checkpoint | None:

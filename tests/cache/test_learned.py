@@ -9,7 +9,7 @@ import pytest
 from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.policies.base import Outline, Wish
 from hybrid_cache.cache.policies.learned import Learned
-from hybrid_cache.cache.policies.places import ODDS, SIZES, PlaceMemory
+from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
 from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
 from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.kernels.grid import TILE
@@ -35,6 +35,13 @@ def memory() -> PlaceMemory:
 
 def ends(*positions: int) -> list[Wish]:
     return [Wish(position * TILE, END) for position in positions]
+
+
+def at(places: PlaceMemory, pages: str, position: int) -> Place:
+    """The place after some of the pages of a prompt."""
+    place = places.get(outline(pages).name(position * TILE))
+    assert place is not None
+    return place
 
 
 # Rates and indices
@@ -157,14 +164,50 @@ def test_commits_and_preempted_prompts_are_not_returns(why: str) -> None:
     assert places.get(outline("abc").name(3 * TILE)) is not None
 
 
-def test_the_state_that_was_used_counts_as_returned_to_beside_the_deepest_place() -> None:
+def test_a_chain_that_resumes_further_up_does_not_return_there_but_another_chain_does() -> None:
     places = memory()
     places.visit(outline("abcd"), ends(1, 4), 0.0)
     places.visit(outline("abcde", start=1), ends(5), 5.0)
-    used, deepest = (places.get(outline("abcd").name(p * TILE)) for p in (1, 4))
-    assert used is not None
-    assert deepest is not None
-    assert used.uses == deepest.uses == 1
+    above, deepest = at(places, "abcd", 1), at(places, "abcd", 4)
+    assert (above.uses, deepest.uses) == (0, 1)
+    places.visit(outline("abxy"), ends(4), 6.0)  # returns to the first page: nothing deeper of it is known
+    assert (above.uses, above.branched, deepest.branched) == (1, True, False)
+    places.visit(outline("abxyz", start=1), ends(5), 7.0)
+    assert above.uses == 1
+    places.visit(outline("abcdef", start=1), ends(6), 8.0)  # the first chain again, after the second
+    assert (above.uses, at(places, "abcde", 5).uses) == (2, 1)
+
+
+def test_the_tip_of_a_chain_is_where_its_last_prompt_ended_or_its_answer() -> None:
+    places = memory()
+    places.visit(outline("ab"), ends(1, 2), 0.0)
+    first, second = at(places, "ab", 1), at(places, "ab", 2)
+    assert places.tip(first) is places.tip(second) is second
+    places.visit(outline("abc", start=2, generated=True), ends(3), 1.0)
+    places.visit(outline("abcd", start=3), ends(4), 2.0)
+    tip = at(places, "abcd", 4)
+    assert all(places.tip(place) is tip for place in (first, second, at(places, "abc", 3), tip))
+    assert len({place.chain for place in (second, tip)}) == 1
+    places.visit(outline("aq"), ends(2), 3.0)  # another chain passes the first place: that is where it leads now
+    assert places.tip(first) is at(places, "aq", 2)
+    assert places.tip(second) is tip
+
+
+def test_a_prompt_that_goes_on_from_the_prompt_instead_of_its_answer_is_of_the_same_chain() -> None:
+    places = memory()
+    places.visit(outline("ab"), ends(2), 0.0)
+    places.visit(outline("abc", start=2, generated=True), ends(3), 1.0)
+    places.visit(outline("abx", start=2), ends(3), 2.0)  # the client sends the answer back in other words
+    assert at(places, "abx", 3).chain == at(places, "ab", 2).chain
+    assert places.branching == 0.0
+
+
+def test_branching_is_the_share_of_returns_to_places_that_were_passed_before() -> None:
+    places = memory()
+    places.visit(outline("abc"), ends(1, 3), 0.0)
+    for prompt, branching in (("abcd", 0.0), ("axy", 1 / 3), ("auv", 2 / 4), ("auvw", 2 / 5)):
+        places.visit(outline(prompt), ends(len(prompt)), 1.0)
+        assert places.branching == branching, prompt
 
 
 def test_places_of_one_tenant_are_not_returned_to_by_another() -> None:

@@ -26,6 +26,7 @@ class Worth(NamedTuple):
 
     flops: float  # to compute again what it spares, from the nearest other state that is there
     num_bytes: int  # the state, and the pages that nothing else needs
+    share: float = 0.0  # of the cache: all pages from that other state to this one
 
 
 @dataclass(frozen=True, slots=True)

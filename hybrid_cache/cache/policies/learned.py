@@ -8,9 +8,17 @@ known, how many turns it has had, whose message ended it, how far from its end t
 that into features, returns.py into a rate that is learned while the server runs, and the rate into what a second of
 memory is worth now. A state enters if it is worth more than what has to go for it.
 
-Two rules complete it. The cost of a state is that of computing again from the nearest state that is *still there*.
-And when a state is evicted, the one above it stands in for it: it takes over its prospects if they are better, and
-what is resumed from it from then on counts for it.
+Four rules make one decision of what belongs together:
+
+* The cost of a state is that of computing again from the nearest state that is *still there*.
+* When a state is evicted, the one above it *stands in* for it: it takes over its prospects if they are better.
+* Before that it *stands by*: a conversation shrinks from its end when room is needed, and goes on from the last state
+  that is left. How likely that is the one after a stretch of it grows with what a request pushes out, and with the
+  stretch, both as shares of the cache. So a state has part of the prospects of the tip of its chain: where a
+  conversation is half of the cache, states behind its end are worth keeping; where it is a thousandth, they are not.
+* A new tip *takes the place* of the state that its own prompt was resumed from, if that is what would have to go and
+  nobody else has passed there: both do the same for this chain, and the tip does more. `branching` says how
+  likely it is that somebody will.
 
 No state is walked to for a decision: the scores of all are computed at once, in one vectorised pass, and the lowest
 64th is a shortlist from which victims are taken until it is empty or old. A state on it whose score has risen is
@@ -19,19 +27,24 @@ dropped from it; a state that is made or changed and scores less than its last i
 
 from bisect import insort
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth, every_place
 from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
-from hybrid_cache.cache.policies.returns import MOST_LIVES, ReturnModel
+from hybrid_cache.cache.policies.returns import MOST_LIVES, Floats, ReturnModel
 from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept, Node, Outside
 
 FIT_EARLY = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448)  # requests after which the model is fitted,
 FIT_EVERY = 512  # and requests between two fits after that
 SHORTLIST_SHARE = 64
+# How likely a state is needed although there are deeper ones: so many times the share of the cache that it spans, and
+# at most so much. Little changes between 4 and 32; with less, trees of many branches lose.
+STANDS_BY, MOST_STANDS_BY = 16.0, 0.5
 OUTSIDE = (CheckpointKind.EXPLICIT, CheckpointKind.LAYER_INPUTS)  # may be kept outside the tree
 STALE_SCORES = 512  # scores computed in vain a second, at most: a shortlist of n states lives for n / 512 seconds
 
@@ -39,6 +52,51 @@ STALE_SCORES = 512  # scores computed in vain a second, at most: a shortlist of 
 def new_model(most_lives: int = MOST_LIVES) -> ReturnModel:
     """Knows nothing yet."""
     return ReturnModel(ODDS, tuple(SIZES.values()), most_lives)
+
+
+class Prospects:
+    """Of one place for each row, as columns: all indices in one pass."""
+
+    def __init__(self, model: ReturnModel) -> None:
+        self._model = model
+        self.places: list[Place] = []
+        self._since = np.zeros(64)
+        self._group = np.zeros(64, np.int64)
+        self._features = np.zeros((64, len(SIZES)), np.int64)
+
+    def append(self, place: Place) -> None:
+        self.places.append(place)
+        if len(self.places) > len(self._since):
+            self._since, self._group = doubled(self._since), doubled(self._group)
+            self._features = doubled(self._features)
+        self.write(len(self.places) - 1, place)
+
+    def write(self, row: int, place: Place) -> None:
+        self.places[row] = place
+        self._since[row], self._group[row], self._features[row] = place.since, place.group, place.features
+
+    def drop(self, row: int) -> None:
+        """The last row takes its place."""
+        end = len(self.places) - 1
+        for column in (self._since, self._group, self._features):
+            column[row] = column[end]
+        self.places[row] = self.places[end]
+        del self.places[end]
+
+    def indices(self, now: float) -> Floats:
+        """Of all rows, by what was written."""
+        n = len(self.places)
+        level = self._model.level(self._group[:n], self._features[:n])
+        return self._model.index(self._group[:n], level, now - self._since[:n])
+
+
+def doubled(column: NDArray[Any]) -> NDArray[Any]:
+    return np.concatenate([column, np.zeros_like(column)])
+
+
+def stands_by(worth: Worth) -> float:
+    """How likely a state is to be needed while the chain that passed it goes on after a deeper one."""
+    return min(STANDS_BY * worth.share, MOST_STANDS_BY)
 
 
 class Learned:
@@ -59,11 +117,10 @@ class Learned:
         self._rows: dict[Kept, int] = {}
         # One row for each state that may be evicted.
         self._kept: list[Kept] = []
-        self._places: list[Place] = []  # the state's own, or the one it stands in for
+        self._own = Prospects(self._model)  # of the state's place, or of the one it stands in for
+        self._tips = Prospects(self._model)  # of the chain that passed it last
         self._value = np.zeros(64)  # FLOPs a byte
-        self._since = np.zeros(64)
-        self._group = np.zeros(64, np.int64)
-        self._features = np.zeros((64, len(SIZES)), np.int64)
+        self._stands_by = np.zeros(64)
         self._shortlist: list[tuple[float, int, Kept]] = []
         self._stale_at = 0.0  # when the shortlist is too old to be believed
 
@@ -96,7 +153,7 @@ class Learned:
         row = self._rows.get(above) if above is not None else None
         if place is not None:
             place.kept = None
-            if row is not None and self._index(place) > self._index(self._places[row]):
+            if row is not None and self._index(place) > self._index(self._own.places[row]):
                 self._file(row, place)
 
     # Ordering
@@ -105,7 +162,20 @@ class Learned:
         place = self._memory.get(name)
         if place is None and kind in OUTSIDE:
             place = self._memory.add_unseen(kind, name, 0, self._now)
-        return 0.0 if place is None else self._index(place) * worth.flops / worth.num_bytes
+        if place is None:
+            return 0.0
+        index = max(self._index(place), stands_by(worth) * self._index(self._memory.tip(place)))
+        score = index * worth.flops / worth.num_bytes
+        lowest = self.lowest() if place.source else None
+        return max(score, lowest[0]) if lowest is not None and self._takes_place(place, worth, lowest[1]) else score
+
+    def _takes_place(self, place: Place, worth: Worth, lowest: Kept) -> bool:
+        """Whether a candidate goes where the state is that its prompt was resumed from, and that is the `lowest`."""
+        source = self._memory.get(place.source) if lowest.name == place.source else None
+        if source is None or source.branched:
+            return False
+        branching = self._memory.branching
+        return worth.flops * (1.0 - branching) > self._worth_of(lowest).flops * branching
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
         if isinstance(kept, Outside) and kept.attached:  # `propose` sees the returns to what is in the tree
@@ -122,21 +192,23 @@ class Learned:
             place = self._memory.place_of(kept, self._now)
             place.kept = kept
             self._kept.append(kept)
-            self._places.append(place)
+            self._own.append(place)
+            self._tips.append(place)
             if row == len(self._value):
-                self._grow()
-        self._file(row, self._places[row])
+                self._value, self._stands_by = doubled(self._value), doubled(self._stands_by)
+        self._file(row, self._own.places[row])
 
     def remove(self, kept: Kept) -> None:
         row = self._rows.pop(kept, None)
         if row is None:
             return
-        last, place = self._kept.pop(), self._places.pop()
+        last = self._kept.pop()
         if last is not kept:
-            end = len(self._kept)
-            self._kept[row], self._places[row], self._rows[last] = last, place, row
-            for column in (self._value, self._since, self._group, self._features):
-                column[row] = column[end]
+            self._kept[row], self._rows[last] = last, row
+            for column in (self._value, self._stands_by):
+                column[row] = column[len(self._kept)]
+        self._own.drop(row)
+        self._tips.drop(row)
 
     def lowest(self) -> tuple[float, Kept] | None:
         if self._now > self._stale_at:
@@ -168,18 +240,12 @@ class Learned:
                 insort(self._shortlist, (score, self._num_added, self._kept[row]))
 
     def _write(self, row: int, place: Place) -> None:
-        worth = self._worth_of(self._kept[row])
-        self._places[row] = place
+        kept = self._kept[row]
+        worth, own = self._worth_of(kept), self._memory.get(kept.name) or place
+        self._own.write(row, place)
+        self._tips.write(row, self._memory.tip(own))
         self._value[row] = worth.flops / worth.num_bytes
-        self._since[row] = place.since
-        self._group[row] = place.group
-        self._features[row] = place.features
-
-    def _grow(self) -> None:
-        self._value = np.concatenate([self._value, np.zeros_like(self._value)])
-        self._since = np.concatenate([self._since, np.zeros_like(self._since)])
-        self._group = np.concatenate([self._group, np.zeros_like(self._group)])
-        self._features = np.concatenate([self._features, np.zeros_like(self._features)])
+        self._stands_by[row] = stands_by(worth)
 
     def _make_shortlist(self) -> None:
         """The states with the lowest scores, by what they were worth when filed; rises since then are noticed now.
@@ -187,14 +253,13 @@ class Learned:
         May stay empty when all of them have risen; but what was noticed is filed, so that the next pass knows it.
         """
         n = len(self._kept)
-        group = self._group[:n]
-        level = self._model.level(group, self._features[:n])
-        scores = self._model.index(group, level, self._now - self._since[:n]) * self._value[:n]
+        indices = np.maximum(self._own.indices(self._now), self._stands_by[:n] * self._tips.indices(self._now))
+        scores = indices * self._value[:n]
         k = min(n, max(8, n // SHORTLIST_SHARE))
         rows = np.argpartition(scores, k - 1)[:k]
         bound = scores[rows].max() * (1 + 1e-9) if k < n else np.inf
         for row in rows.tolist():
-            self._write(row, self._places[row])
+            self._write(row, self._own.places[row])
             score = self._score(row)
             if score <= bound:
                 self._num_added += 1
@@ -203,7 +268,10 @@ class Learned:
         self._stale_at = self._now + n / STALE_SCORES
 
     def _score(self, row: int) -> float:
-        return self._index(self._places[row]) * self._value.item(row)
+        index = self._index(self._own.places[row])
+        if (tip := self._tips.places[row]) is not self._own.places[row]:
+            index = max(index, self._stands_by.item(row) * self._index(tip))
+        return index * self._value.item(row)
 
     def _index(self, place: Place) -> float:
         return self._model.index_of(place.group, place.features, self._now - place.since)

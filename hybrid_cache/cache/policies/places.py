@@ -2,6 +2,11 @@
 
 A place is *returned to* by the next prompt that runs through it and through no deeper place that is known: that prompt
 would go on from there. Only names and small numbers are kept, and of the latest places only.
+
+Prompts of which each goes on where the last one ended are a *chain*, and where it ends now is its *tip*. The prospects
+of a conversation go with its tip: a place behind it is returned to by others only, which branch off there. So if the
+states in between are gone and the chain resumes further up, that is no return to the place up there; if another chain
+does, it is.
 """
 
 import math
@@ -20,7 +25,7 @@ MOST_PLACES = 1 << 17
 KINDS = list(CheckpointKind)
 ROLES = {"system": 1, "developer": 1, "user": 2, "assistant": 3, "tool": 4, "function": 4}
 FRESH, FRESH_INTERIOR, FRESH_PROMPT_END, ONCE, OFTEN = range(5)  # groups of lives
-ODDS = (1.0, 0.1, 0.3, 0.5, 3.0)  # of a return in each group, before anything is known
+ODDS = (1.0, 0.1, 0.3, 0.1, 3.0)  # of a return in each group, before anything is known
 GROUPS = {CheckpointKind.INTERIOR: FRESH_INTERIOR, CheckpointKind.PROMPT_END: FRESH_PROMPT_END}
 # What is known of a place, and how many values that has.
 SIZES = {
@@ -43,6 +48,11 @@ class Place:
     uses: int = 0
     life: int = 0
     kept: Kept | None = None  # the state that is kept there
+    chain: int = 0  # the one that passed last
+    branched: bool = False  # more than one has passed
+    passed: bool = False  # a prompt went on from here, or through here; else its chain may go on here
+    onward: "Place | None" = None  # a deeper place on the way of the chain that passed last; None at its tip
+    source: Name = b""  # what the latest prompt through here was resumed from
 
     @property
     def group(self) -> int:
@@ -61,21 +71,26 @@ class PlaceMemory:
     def __init__(self, model: ReturnModel) -> None:
         self._model = model
         self._places: OrderedDict[Name, Place] = OrderedDict()
+        self._num_chains = 0
+        self.num_returns = self.num_branches = 0
 
     def get(self, name: Name) -> Place | None:
         return self._places.get(name)
 
     def visit(self, outline: Outline, wishes: Iterable[Wish], now: float) -> Place | None:
         """Remembers a prompt and the places wished for in it -> the place that it returned to, if any."""
-        found = None if outline.generated or outline.again else self._deepest(outline)
+        asked = not outline.generated and not outline.again
+        found = self._deepest(outline) if asked else None
+        resumed = self.get(outline.start_name) if outline.start else None
+        chain = self._chain(found if asked else resumed, outline)
         pace, turns = 13, 0
         if found is not None:
             pace, turns = log2_bin(now - found.since, 12), min(found.turns + 1, 7)
+            self.num_returns += 1
+            self.num_branches += found.passed
             self.returned_to(found, now)
-        if outline.start and not outline.generated and not outline.again:
-            resumed = self.get(outline.start_name)
-            if resumed is not None and resumed is not found:
-                self.returned_to(resumed, now)
+        if asked and resumed is not None and resumed is not found and resumed.chain != chain:
+            self.returned_to(resumed, now)
         new = [(outline.name(w.position), w.position, w.kind) for w in wishes]
         if not outline.generated:
             wholes = filter(None, (outline.keys, _stem(outline)))
@@ -93,8 +108,47 @@ class PlaceMemory:
                 position_on_grid = outline.floor(position)
                 role, after = roles.get(position_on_grid, 0), from_end.get(position_on_grid, 15)
                 length = log2_bin(position / 512, 11)
-                self.add(name, [KINDS.index(kind), role, after, shared, length, 0, pace, turns], now)
+                self.add(name, [KINDS.index(kind), role, after, shared, length, 0, pace, turns], now).chain = chain
+        self._lead_on([place for place in (found, resumed) if place is not None], outline, wishes, chain)
         return found
+
+    def tip(self, place: Place) -> Place:
+        """Where the chain that passed a place last ends now."""
+        way = []
+        while (onward := place.onward) is not None:
+            way.append(place)
+            place = onward
+        for behind in way:  # it is shorter next time
+            behind.onward = place
+        return place
+
+    @property
+    def branching(self) -> float:
+        """The share of returns that are to a place behind the tip of its chain."""
+        return self.num_branches / (self.num_returns + 1)
+
+    def _chain(self, before: Place | None, outline: Outline) -> int:
+        """That of a prompt which goes on after `before`."""
+        if before is not None and (outline.generated or not before.passed):
+            return before.chain
+        self._num_chains += 1
+        return self._num_chains
+
+    def _lead_on(self, passed: list[Place], outline: Outline, wishes: Iterable[Wish], chain: int) -> None:
+        """Notes that a chain has passed places and ends at the last of those that are wished for."""
+        for place in passed:
+            place.branched |= place.chain != chain
+            place.chain = chain
+            place.passed |= not outline.generated
+        found = (self.get(outline.name(wish.position)) for wish in wishes)
+        wished = [place for place in found if place is not None]
+        for place in (*passed, *wished[:-1]):
+            if wished and place is not wished[-1]:
+                place.onward = wished[-1]
+        for place in wished[:-1]:
+            place.passed = True
+        for place in wished:
+            place.source = outline.start_name if outline.start else b""
 
     def returned_to(self, place: Place, now: float) -> None:
         """One life ends, the next begins."""
