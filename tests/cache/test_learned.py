@@ -164,18 +164,21 @@ def test_commits_and_preempted_prompts_are_not_returns(why: str) -> None:
     assert places.get(outline("abc").name(3 * TILE)) is not None
 
 
-def test_a_chain_that_resumes_further_up_does_not_return_there_but_another_chain_does() -> None:
+def test_the_state_that_was_used_counts_as_returned_to_beside_the_deepest_place() -> None:
+    places = memory()
+    places.visit(outline("abcd"), ends(1, 4), 0.0)
+    places.visit(outline("abcde", start=1), ends(5), 5.0)
+    assert at(places, "abcd", 1).uses == at(places, "abcd", 4).uses == 1
+
+
+def test_a_place_is_branched_once_a_second_chain_has_passed() -> None:
     places = memory()
     places.visit(outline("abcd"), ends(1, 4), 0.0)
     places.visit(outline("abcde", start=1), ends(5), 5.0)
     above, deepest = at(places, "abcd", 1), at(places, "abcd", 4)
-    assert (above.uses, deepest.uses) == (0, 1)
+    assert (above.branched, deepest.branched) == (False, False)
     places.visit(outline("abxy"), ends(4), 6.0)  # returns to the first page: nothing deeper of it is known
-    assert (above.uses, above.branched, deepest.branched) == (1, True, False)
-    places.visit(outline("abxyz", start=1), ends(5), 7.0)
-    assert above.uses == 1
-    places.visit(outline("abcdef", start=1), ends(6), 8.0)  # the first chain again, after the second
-    assert (above.uses, at(places, "abcde", 5).uses) == (2, 1)
+    assert (above.branched, deepest.branched) == (True, False)
 
 
 def test_the_tip_of_a_chain_is_where_its_last_prompt_ended_or_its_answer() -> None:

@@ -11,7 +11,8 @@ memory is worth now. A state enters if it is worth more than what has to go for 
 Four rules make one decision of what belongs together:
 
 * The cost of a state is that of computing again from the nearest state that is *still there*.
-* When a state is evicted, the one above it *stands in* for it: it takes over its prospects if they are better.
+* When a state is evicted, the one above it *stands in* for it: it takes over its prospects if they are better, and what
+  is resumed from it from then on counts for it.
 * Before that it *stands by*: a conversation shrinks from its end when room is needed, and goes on from the last state
   that is left. How likely that is the one after a stretch of it grows with what a request pushes out, and with the
   stretch, both as shares of the cache. So a state has part of the prospects of the tip of its chain: where a

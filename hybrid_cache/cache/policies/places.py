@@ -4,9 +4,7 @@ A place is *returned to* by the next prompt that runs through it and through no 
 would go on from there. Only names and small numbers are kept, and of the latest places only.
 
 Prompts of which each goes on where the last one ended are a *chain*, and where it ends now is its *tip*. The prospects
-of a conversation go with its tip: a place behind it is returned to by others only, which branch off there. So if the
-states in between are gone and the chain resumes further up, that is no return to the place up there; if another chain
-does, it is.
+of a conversation go with its tip; whoever returns to a place behind one *branches off* there.
 """
 
 import math
@@ -89,7 +87,7 @@ class PlaceMemory:
             self.num_returns += 1
             self.num_branches += found.passed
             self.returned_to(found, now)
-        if asked and resumed is not None and resumed is not found and resumed.chain != chain:
+        if asked and resumed is not None and resumed is not found:
             self.returned_to(resumed, now)
         new = [(outline.name(w.position), w.position, w.kind) for w in wishes]
         if not outline.generated:

@@ -29,7 +29,7 @@ EDGES = np.concatenate([[0.0], 2.0 ** np.arange(NUM_BUCKETS)])  # seconds: 0, 1,
 WIDTHS = np.diff(EDGES)
 MOST_LIVES = 4096  # of each group, the latest
 FEWEST_LIVES = 16
-RIDGE = 4.0  # pulls weights towards zero as that many returns pull them away; those of one session are alike
+RIDGE = 10.0  # pulls weights towards zero as that many returns pull them away; those of one session are alike
 PRIOR_RETURNS = 4.0  # what the prior for the shape of the rates weighs, in returns
 LEVELS = [i / 4 for i in range(-32, 33)]  # values of w . features for which indices are tabulated
 
