@@ -47,6 +47,7 @@ class Request:
     tenant: str = ""  # whose share of the engine it takes
     commits: bool = True  # its answer is computed again as a prompt; else `Engine.commit` is told what comes next
     session: str = ""  # which of the tenant's conversations it belongs to, as the client says
+    user: str = ""  # of the tenant's, as the client says
     kind: str = ""  # tasks of one kind are alike in calls and lengths, such as those that are offered the same tools
     owner: str | None = ""  # what salts of namespaces begin with that it may be told of beside its own; empty: none;
     # None: others use its own, too, and it is not told what is in there

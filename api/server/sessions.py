@@ -34,6 +34,13 @@ def session_of(headers: Mapping[str, str], asked: BaseModel) -> str:
     return _bounded("/".join([session, *agents])) if session or agents else ""
 
 
+def user_of(asked: BaseModel) -> str:
+    """The user that a request names; empty if it names none. Of a `user_id` with a session in it, what comes before."""
+    said = getattr(asked, "user", None) or getattr(asked, "safety_identifier", None)
+    user_id = getattr(getattr(asked, "metadata", None), "user_id", None) or ""
+    return _bounded((said or user_id.partition(_MARK)[0]).strip())
+
+
 def _named(headers: Mapping[str, str], asked: BaseModel) -> Iterator[str]:
     yield getattr(asked, "session_id", None) or ""
     for name in HEADERS:

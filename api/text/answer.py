@@ -155,6 +155,7 @@ class _Generation:
                 tenant=spec.tenant,
                 commits=spec.talk is None,
                 session=spec.session,
+                user=spec.user,
                 kind=spec.kind,
                 owner=spec.owner,
                 model=text.model,

@@ -45,6 +45,7 @@ class GenerationSpec:
     arrangement: Arrangement | None = None
     talk: Talk | None = None  # the conversation that goes on from here, if that is to be expected
     session: str = ""  # which of the tenant's conversations this belongs to, as the client says
+    user: str = ""  # of the tenant's, as the client says
     owner: str | None = ""  # as in `Request`
     kind: str = ""  # as in `Request`
     tool_s: float | None = None  # how long a tool that the answer calls takes, if the client says so

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from hybrid_cache.cache.books import Books
+from hybrid_cache.engine.listener import Listener, Nobody
 from hybrid_cache.engine.prefills import Chunk, Prefills
 from hybrid_cache.engine.sequence import Prefill, Sequence, grid_floor
 from hybrid_cache.scheduling.pauses import Pauses
@@ -24,6 +25,7 @@ class CanonicalPasses:
         self._cache = cache
         self._pauses = pauses
         self._prefills = prefills
+        self.listener: Listener = Nobody()
         self._queue: deque[Prefill] = deque()
         self._decode_steps = 0  # since the last tile among them
 
@@ -99,6 +101,8 @@ class CanonicalPasses:
         return () if chunk is None else (chunk,)
 
     def _start(self, turn: Prefill) -> bool:
+        if not turn.proposed:  # else it has begun before, and gave room
+            self.listener.computes(turn)
         # A match leaves at least one token to compute; as a beginning, all of ours may be there.
         known = self._cache.match(turn.namespace, turn.keys.beginning(len(turn.tokens)))
         if known.length >= len(turn.tokens):

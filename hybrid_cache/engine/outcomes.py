@@ -9,6 +9,7 @@ from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.intake import Intake
+from hybrid_cache.engine.listener import Listener, Nobody
 from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
@@ -39,6 +40,7 @@ class Outcomes:
     ) -> None:
         self.open: dict[str, int] = {}
         self.tally = Tally()
+        self.listener: Listener = Nobody()
         self._max_length = model.max_length
         self._cost = model.prefill_cost
         self._cache = cache
@@ -50,8 +52,10 @@ class Outcomes:
     def abort(self, request_id: str) -> None:
         """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""
         for sequence in [s for s in self._scheduler.sequences() if s.request.id == request_id]:
+            self.listener.ended(sequence, None)
             self._scheduler.finish(sequence)
-        self.open.pop(request_id, None)
+        if self.open.pop(request_id, None) is not None:
+            self.listener.closed(request_id)
 
     def give_up(self, request_id: str, why: str, fault: RequestError | None = None) -> Outputs:
         """Aborts a request after an error; `fault` if that is the request's own."""
@@ -202,7 +206,7 @@ class Outcomes:
         for sequence, _ in ready:
             if sequence.request.sampling.max_tokens == 0:
                 outputs.append((sequence.request.id, TokenOutput(sequence.index, None, finish=FinishReason.LENGTH)))
-                self._finish(sequence)
+                self._finish(sequence, FinishReason.LENGTH)
         return outputs
 
     def _choose(self, ready: "list[tuple[Sequence, Tensor]]", outputs: Outputs) -> None:
@@ -264,15 +268,17 @@ class Outcomes:
         if finish is not None:
             self._scheduler.messages.keep_answer(sequence)
             self._scheduler.tasks.end_turn(sequence, finish)
-            self._finish(sequence)
+            self._finish(sequence, finish)
             self._scheduler.canonical.add_turn(sequence)
         return [(sequence.request.id, TokenOutput(sequence.index, token, logprob, finish))]
 
-    def _finish(self, sequence: Sequence) -> None:
+    def _finish(self, sequence: Sequence, finish: FinishReason) -> None:
+        self.listener.ended(sequence, finish)
         self._scheduler.finish(sequence)
         self.open[sequence.request.id] -= 1
         if self.open[sequence.request.id] == 0:
             del self.open[sequence.request.id]
+            self.listener.closed(sequence.request.id)
 
     def _watch_answer(self, sequence: Sequence) -> None:
         prefill = sequence.prefill
