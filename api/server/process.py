@@ -164,7 +164,9 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
             raise ConfigError("--host-budget is for a GPU: on a CPU the cache is in host memory, see --budget")
         engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
         name = (options.served_names or (loaded.name,))[0]
-        origin = Origin(name, loaded.model.fingerprint, loaded.info.shape, engine_config)
+        origin = Origin(
+            name, loaded.model.fingerprint, loaded.info.shape, engine_config, loaded.model.device.type == "cuda"
+        )
         recorder = Recorder(origin, options.record) if options.record.on else None
         models = {each.name: each.model for each in loaded.variants}
         profiles, others = find_profiles(loaded, options.profiles)

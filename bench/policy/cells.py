@@ -13,7 +13,7 @@ from hybrid_cache.bench.policy.belady import Belady
 from hybrid_cache.bench.policy.bound import Visits, bound
 from hybrid_cache.bench.policy.replay import Simulation
 from hybrid_cache.bench.policy.rows import BELADY, BOUND, HINDSIGHT, INFINITE, STATIC, AnyRow, Missing, PolicyRow
-from hybrid_cache.bench.policy.server_replay import ServerReplay
+from hybrid_cache.bench.policy.server_replay import server_replay
 from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.base import Policy
@@ -221,10 +221,9 @@ def replayed(cell: Cell, policy: Policy) -> Outcome:
 
 def simulation(s: Setting, capacity_bytes: int, policy: Policy) -> Simulation:
     """As it was, if a server has recorded it."""
-    given = s.trace, s.spec, s.cost, capacity_bytes, policy
     if s.trace.server is not None:
-        return ServerReplay(*given, prompt_ends=True, chunk_tokens=s.trace.server.chunk_tokens)
-    return Simulation(*given, s.concurrency)
+        return server_replay(s.trace, s.trace.server, s.spec, s.cost, capacity_bytes, policy)
+    return Simulation(s.trace, s.spec, s.cost, capacity_bytes, policy, s.concurrency)
 
 
 def whole_prompt_tails(s: Setting) -> Ints:

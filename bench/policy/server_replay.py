@@ -1,35 +1,44 @@
 """Replays what a server has recorded as the server did it, maybe with another policy or in another budget.
 
-Requests hold what they need from when they were admitted until they ended, with pages for their answers; choices of one
-prompt are forks; turns are computed when the server computed them; the ends of prompts are kept, and a state stands
-aside for rows that pad a batch. Where there is less room than the server had, requests in progress end early.
+What the cache is asked comes at the times of the record: a request takes its room when it was admitted, leaves pages
+and states when its prompt was computed, and holds them, with pages for its answers, until these ended. Choices of one
+prompt are forks. Turns are computed when the server computed them. The ends of prompts are kept, too.
+
+Where there is less room than the server had, what is in progress ends early. A request that finds more, or less, than
+it did in the server takes as long as it took there.
 
 Not replayed: what is kept for tasks whose tools run, a second tier, and what models take from each other.
 """
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hybrid_cache.bench.policy.replay import Simulation, boundaries_of, page_keys, prompt_keys
-from hybrid_cache.bench.traces.trace import Stay, TraceRequest, Turn
+from hybrid_cache.bench.traces.trace import RecordedServer, Trace, TraceRequest, Turn
 from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.lease import Lease
+from hybrid_cache.cache.policies.base import Policy, Wish
 from hybrid_cache.cache.policies.rehearsal import publish
+from hybrid_cache.spec import CacheSpec, PrefillCost
+
+Act = Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One in progress."""
-
-    lease: Lease
-    num_tokens: int
+def server_replay(
+    trace: Trace, server: RecordedServer, spec: CacheSpec, cost: PrefillCost, capacity_bytes: int, policy: Policy
+) -> "ServerReplay":
+    replay = ServerReplay(trace, spec, cost, capacity_bytes, policy, prompt_ends=True, chunk_tokens=server.chunk_tokens)
+    if server.spare_state:
+        replay.cache.scratch_slot()
+    return replay
 
 
 @dataclass(slots=True)
 class ServerReplay(Simulation):
     """A cache on the clock of a record; all requests of the trace have a `stay`."""
 
-    _due: list[tuple[float, int, Choice | Turn]] = field(default_factory=list)  # a heap, by time
+    _due: list[tuple[float, int, Act]] = field(default_factory=list)  # a heap, by time
     _count: int = 0  # of what was ever due: breaks ties
     _run: int = 0
 
@@ -43,69 +52,65 @@ class ServerReplay(Simulation):
             self._run = stay.run
         self._pass_until(stay.start_s)
         self.now = max(self.now, stay.start_s)
-        self.cache.scratch_slot()
         for turn in request.turns:
-            self._later(turn.at_s, turn)
+            self._later(turn.at_s, lambda turn=turn: self._begin_turn(turn))  # type: ignore[misc]
         lease = self._acquire(prompt_keys(request, self.trace.page_tokens))
         if lease is None:
             return 0
-        self._compute_prompt(lease, request)
-        if stay.complete and not request.only_marked:
-            self.cache.publish_end(lease, 0)
-        self._answer(lease, request, stay)
+        wishes = self.cache.propose(
+            lease, boundaries_of(request.marks), only_marked=request.only_marked, session=request.session
+        )
+        self._later(stay.prompted_s, lambda: self._end_prompt(lease, request, list(wishes)))
         return lease.length
 
     def finish(self) -> None:
-        """Ends all requests in progress, and computes all turns."""
+        """Ends all that is in progress."""
         while self._due:
             self._next()
 
     def _acquire(self, keys: Keys) -> Lease | None:
-        """Waits for requests in progress when there is no room. None: it does not fit even by itself."""
+        """Has things end when there is no room. None: it does not fit even by itself."""
         while True:
             lease = self.cache.acquire(self.cache.match("", keys), keys)
-            if lease is not None or not any(isinstance(due, Choice) for *_, due in self._due):
+            if lease is not None or not self._due:
                 return lease
             self._next()
 
-    def _compute_prompt(self, lease: Lease, request: TraceRequest) -> None:
-        wishes = self.cache.propose(
-            lease, boundaries_of(request.marks), only_marked=request.only_marked, session=request.session
-        )
+    def _end_prompt(self, lease: Lease, request: TraceRequest, wishes: list[Wish]) -> None:
+        stay, num_tokens = request.stay, request.num_prompt_tokens
+        assert stay is not None
         publish(self.cache, lease, wishes, self.trace.page_tokens, self.chunk_tokens)
-
-    def _answer(self, lease: Lease, request: TraceRequest, stay: Stay) -> None:
-        """Holds what the answers take until they end."""
-        forks = [self.cache.fork(lease, request.num_prompt_tokens) for _ in stay.choices[1:]]
-        for (end_s, num_tokens), own in zip(stay.choices, (lease, *forks), strict=True):
+        if stay.complete and not request.only_marked:
+            self.cache.publish_end(lease, 0)
+        forks = [self.cache.fork(lease, num_tokens) for _ in stay.choices[1:]]
+        for (end_s, num_generated), own in zip(stay.choices, (lease, *forks), strict=True):
             if own is not None:
-                self.cache.extend(own, request.num_prompt_tokens + num_tokens)
-                self._later(end_s, Choice(own, num_tokens))
+                self.cache.extend(own, num_tokens + max(num_generated - 1, 0))  # nobody reads the last
+                self._later(end_s, lambda own=own, n=num_generated: self.cache.release(own, n))  # type: ignore[misc]
 
-    def _later(self, at_s: float, due: Choice | Turn) -> None:
+    def _begin_turn(self, turn: Turn) -> None:
+        keys = page_keys(turn.pages, self.trace.page_tokens)
+        known = self.cache.match("", keys.beginning(keys.num_tokens))
+        lease = None if known.length >= keys.num_tokens else self.cache.acquire(known, keys)
+        if lease is not None:
+            wishes = self.cache.propose(lease, boundaries_of(turn.marks), generated=True, session=turn.session)
+            self._later(turn.end_s, lambda: self._end_turn(lease, turn, wishes))
+
+    def _end_turn(self, lease: Lease, turn: Turn, wishes: list[Wish]) -> None:
+        page = self.trace.page_tokens
+        done = [wish for wish in wishes if wish.position <= turn.computed * page]
+        publish(self.cache, lease, done, page, page, end=turn.computed * page)
+        self.cache.release(lease)
+
+    def _later(self, at_s: float, act: Act) -> None:
         self._count += 1
-        heapq.heappush(self._due, (at_s, self._count, due))
+        heapq.heappush(self._due, (at_s, self._count, act))
 
     def _pass_until(self, now: float) -> None:
         while self._due and self._due[0][0] <= now:
             self._next()
 
     def _next(self) -> None:
-        at_s, _, due = heapq.heappop(self._due)
+        at_s, _, act = heapq.heappop(self._due)
         self.now = max(self.now, at_s)
-        if isinstance(due, Choice):
-            self.cache.release(due.lease, due.num_tokens)
-        else:
-            self._compute_turn(due)
-
-    def _compute_turn(self, turn: Turn) -> None:
-        keys = page_keys(turn.pages, self.trace.page_tokens)
-        known = self.cache.match("", keys.beginning(keys.num_tokens))
-        if known.length >= keys.num_tokens:
-            return
-        lease = self.cache.acquire(known, keys)
-        if lease is None:
-            return
-        wishes = self.cache.propose(lease, boundaries_of(turn.marks), generated=True, session=turn.session)
-        publish(self.cache, lease, wishes, self.trace.page_tokens, self.trace.page_tokens)
-        self.cache.release(lease)
+        act()

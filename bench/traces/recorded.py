@@ -191,6 +191,7 @@ class Recording:
         start_s, reasons = self.at(record.time("started")), record.texts("finish_reason")
         if not len(ended) == len(outputs) == len(reasons) > 0:
             raise record.error("ended", "as many as output_tokens and finish_reason, at least one")
+        prompted_s = self.at(record.time("prompted")) if record.has("prompted") else self.at(max(ended))
         choices = tuple(zip(map(self.at, ended), outputs, strict=True))
         self.requests[self.run, number] = TraceRequest(
             arrival_s=start_s,
@@ -206,14 +207,16 @@ class Recording:
             user=said(record, "user"),
             tools=record.has("tools"),
             template=said(record, "template"),
-            stay=Stay(start_s, choices, record.integer("cached"), computed == num_tokens, self.run),
+            stay=Stay(start_s, prompted_s, choices, record.integer("cached"), computed == num_tokens, self.run),
         )
 
     def turn(self, record: Record) -> Turn:
         path, num_tokens = self.pages.path(record), record.integer("tokens")
         if len(path) * TILE != num_tokens:
             raise record.fault(f"pages: expected {num_tokens // TILE} with those after, for tokens {num_tokens}")
-        return Turn(self.at(record.time("turn")), path, marks_of(record, num_tokens), said(record, "session"))
+        times = self.at(record.time("turn")), self.at(record.time("ended"))
+        computed = record.integer("computed") if record.has("computed") else num_tokens
+        return Turn(*times, path, marks_of(record, num_tokens), said(record, "session"), computed // TILE)
 
     def called(self, record: Record) -> None:
         place = self.run, record.integer("called")
@@ -283,11 +286,11 @@ def shifted(requests: Sequence[TraceRequest]) -> list[list[TraceRequest]]:
 
 def earlier(stay: Stay, since_s: float) -> Stay:
     choices = tuple((end_s - since_s, tokens) for end_s, tokens in stay.choices)
-    return replace(stay, start_s=stay.start_s - since_s, choices=choices)
+    return replace(stay, start_s=stay.start_s - since_s, prompted_s=stay.prompted_s - since_s, choices=choices)
 
 
 def turned(turns: Sequence[Turn], since_s: float) -> tuple[Turn, ...]:
-    return tuple(replace(turn, at_s=turn.at_s - since_s) for turn in turns)
+    return tuple(replace(turn, at_s=turn.at_s - since_s, end_s=turn.end_s - since_s) for turn in turns)
 
 
 def times_of(record: Record, name: str) -> list[float]:
@@ -328,6 +331,7 @@ def server_of(record: Record) -> RecordedServer:
         budget_bytes=whole_number(record, "budget_bytes"),
         policy=record.text("policy"),
         chunk_tokens=record.integer("chunk_tokens", least=TILE),
+        spare_state=record.flag("spare_state"),
         totals={k: float(v) for k, v in totals.items() if type(v) in (int, float)} if isinstance(totals, dict) else {},
     )
 

@@ -40,6 +40,7 @@ class Stay:
     """What a server did with a request: when it held what of the cache, and what it found there."""
 
     start_s: float  # it was admitted
+    prompted_s: float  # its prompt was computed
     choices: tuple[tuple[float, int], ...]  # of each: when it ended, and how many tokens it had
     cached_tokens: int
     complete: bool = True  # False: it was given up while its prompt was computed, and is cut off there
@@ -50,10 +51,12 @@ class Stay:
 class Turn:
     """Whole pages that a server computed when it was idle: what it expected the next prompt to begin with."""
 
-    at_s: float
+    at_s: float  # it began
+    end_s: float
     pages: PageIds
     marks: tuple[Mark, ...] = ()
     session: str = ""
+    computed: int = 0  # pages, before it gave its room
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class RecordedServer:
     budget_bytes: int
     policy: str
     chunk_tokens: int  # of a prompt that are computed at a time
+    spare_state: bool = False  # one stands aside for rows that pad a batch
     totals: Mapping[str, float] = field(default_factory=dict)  # what it has counted since its start, if it says so
 
 

@@ -63,7 +63,7 @@ class CanonicalPasses:
         self._queue.append(Prefill(namespace, tokens[:end], True, True, within, generated=True, session=session, of=of))
 
     def end(self, turn: Prefill) -> None:
-        self._prefills.release(turn)
+        self._release(turn)
         self._queue.remove(turn)
 
     def forget(self, may: Callable[[str], bool]) -> None:
@@ -79,8 +79,13 @@ class CanonicalPasses:
         """Gives up the room of the one in progress -> whether there was one. What it has published stays."""
         if not self._queue or self._queue[0].lease is None:
             return False
-        self._prefills.release(self._queue[0])
+        self._release(self._queue[0])
         return True
+
+    def _release(self, turn: Prefill) -> None:
+        if turn.lease is not None:
+            self.listener.ends(turn)
+        self._prefills.release(turn)
 
     def next_chunk(self) -> Chunk | None:
         """One tile, so that a new request waits for one tile at most. None if there is nothing to do."""
@@ -101,14 +106,16 @@ class CanonicalPasses:
         return () if chunk is None else (chunk,)
 
     def _start(self, turn: Prefill) -> bool:
-        if not turn.proposed:  # else it has begun before, and gave room
-            self.listener.computes(turn)
+        self.listener.begins(turn)
         # A match leaves at least one token to compute; as a beginning, all of ours may be there.
         known = self._cache.match(turn.namespace, turn.keys.beginning(len(turn.tokens)))
         if known.length >= len(turn.tokens):
             if known.path:
                 self._pauses.computed(turn.of, turn.session, turn.keys, known.path[-1])
+            self.listener.ends(turn)
             return False
-        return self._prefills.acquire(
-            turn, known, spare=self._pauses.keeps
-        )  # not from the end of a prompt that may be as long
+        # Not from the end of a prompt that may be as long.
+        if self._prefills.acquire(turn, known, spare=self._pauses.keeps):
+            return True
+        self.listener.ends(turn)
+        return False

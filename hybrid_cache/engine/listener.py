@@ -9,6 +9,9 @@ from hybrid_cache.request import FinishReason
 class Listener(Protocol):
     """Called on the engine's thread, which waits: methods return at once, and raise nothing."""
 
+    def prompted(self, sequence: Sequence) -> None:
+        """The prompt of a request is in its state, and in the cache: its answers begin."""
+
     def ended(self, sequence: Sequence, finish: FinishReason | None) -> None:
         """A choice has ended, and still has its lease. finish: None where it was aborted or given up"""
 
@@ -18,12 +21,18 @@ class Listener(Protocol):
     def called(self, request_id: str, tool: str, seconds: float | None) -> None:
         """The answer of a request that has ended called a tool. Arguments as in `Engine.pause`."""
 
-    def computes(self, turn: Prefill) -> None:
-        """A canonical pass is about to begin, or need not: all of it is there, or has no room."""
+    def begins(self, turn: Prefill) -> None:
+        """A canonical pass is about to begin, once more if it has given its room since."""
+
+    def ends(self, turn: Prefill) -> None:
+        """It ends, and still has its lease. Without one it has not even begun: all is there, or has no room."""
 
 
 class Nobody:
     """Does not listen."""
+
+    def prompted(self, sequence: Sequence) -> None:
+        pass
 
     def ended(self, sequence: Sequence, finish: FinishReason | None) -> None:
         pass
@@ -34,5 +43,8 @@ class Nobody:
     def called(self, request_id: str, tool: str, seconds: float | None) -> None:
         pass
 
-    def computes(self, turn: Prefill) -> None:
+    def begins(self, turn: Prefill) -> None:
+        pass
+
+    def ends(self, turn: Prefill) -> None:
         pass

@@ -140,6 +140,7 @@ class Outcomes:
         self._watch_answer(sequence)
         started = [] if sequence.generated else [(sequence, hidden)]
         if sequence.index == 0 and not sequence.forked:
+            self.listener.prompted(sequence)
             started += [(s, hidden) for s in self._fork(sequence)]
             sequence.forked = True
         return started

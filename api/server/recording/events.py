@@ -34,6 +34,7 @@ class Served:
     boundaries: tuple[Boundary, ...]
     arrived_s: float
     started_s: float | None  # None: it has never run
+    prompted_s: float | None  # its prompt was computed; None: never
     computed: int  # tokens of its prompt that were computed, or cached
     cached: int
     received: int  # tokens taken from another model's entries
@@ -41,7 +42,7 @@ class Served:
     choices: list[Choice] = field(default_factory=list)
 
     @classmethod
-    def of(cls, number: int, sequence: Sequence) -> "Served":
+    def of(cls, number: int, sequence: Sequence, prompted_s: float | None) -> "Served":
         """sequence: the first of its choices, which has just ended and still has its lease"""
         request, prefill = sequence.request, sequence.prefill
         began = prefill.lease is not None and sequence.started_s
@@ -56,6 +57,7 @@ class Served:
             boundaries=prefill.boundaries,
             arrived_s=sequence.submitted_s,
             started_s=sequence.started_s if began else None,
+            prompted_s=prompted_s,
             computed=prefill.computed if sequence.phase is Phase.PREFILL else len(prefill.tokens) if began else 0,
             cached=prefill.cached or 0,
             received=0 if source is None else source.end - source.start,
@@ -73,7 +75,8 @@ class Served:
         line: Line = {
             "request": self.number,
             "arrived": round(self.arrived_s - since_s, DIGITS),
-            "started": None if self.started_s is None else round(self.started_s - since_s, DIGITS),
+            "started": _since(self.started_s, since_s),
+            "prompted": _since(self.prompted_s, since_s),
             "ended": [round(c.ended_s - since_s, DIGITS) for c in choices],
             "tokens": len(request.prompt.tokens),
             "cached": self.cached,
@@ -98,6 +101,10 @@ class Served:
         return "arranged" if self.request.arrangement is not None else "cache off"
 
 
+def _since(seconds: float | None, since_s: float) -> float | None:
+    return None if seconds is None else round(seconds - since_s, DIGITS)
+
+
 def said_of(request: Request, secret: Secret) -> Line:
     """What a request says of itself, by name; what it does not say is not there."""
     names: Line = {
@@ -118,17 +125,21 @@ def _within(request: Request, text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A canonical pass that begins."""
+    """A canonical pass that has ended, maybe before it was complete."""
 
     namespace: str
     names: list[Name]  # as in `Served`
     boundaries: tuple[Boundary, ...]
     session: str
-    at_s: float
+    computed: int  # tokens; all of them also where they were there already
+    began_s: float
+    ended_s: float
 
     @classmethod
-    def of(cls, turn: Prefill, at_s: float) -> "Pass":
-        return cls(turn.namespace, [*turn.keys.names], turn.boundaries, turn.session, at_s)
+    def of(cls, turn: Prefill, began_s: float, ended_s: float) -> "Pass":
+        computed = len(turn.tokens) if turn.lease is None else turn.computed
+        said = turn.boundaries, turn.session, computed, began_s, ended_s
+        return cls(turn.namespace, [*turn.keys.names], *said)
 
     @property
     def weight(self) -> int:
@@ -137,7 +148,9 @@ class Pass:
     def line(self, pages: PageWriter, since_s: float) -> Line:
         session = f"{salt_in(self.namespace)}\0{self.session}" if self.session else ""
         named = {"session": pages.secret.of_text(b"session", session)} if session else {}
-        line: Line = {"turn": round(self.at_s - since_s, DIGITS), "tokens": (len(self.names) - 1) * TILE}
+        num_tokens = (len(self.names) - 1) * TILE
+        line: Line = {"turn": _since(self.began_s, since_s), "ended": _since(self.ended_s, since_s)}
+        line |= {"tokens": num_tokens} | ({"computed": self.computed} if self.computed < num_tokens else {})
         return {**line, **pages.fields(self.names[1:]), "marks": marks_of(self.boundaries), **named}
 
 

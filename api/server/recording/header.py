@@ -21,6 +21,7 @@ class Origin:
     fingerprint: str  # of its weights and dtype
     shape: ModelShape
     config: EngineConfig
+    spare_state: bool = False  # one stands aside for rows that pad a batch, as on a GPU
 
 
 def header(origin: Origin, secret: Secret) -> Line:
@@ -44,6 +45,7 @@ def header(origin: Origin, secret: Secret) -> Line:
         "policy": config.policy,
         "order": config.order,
         "prefix_cache": config.prefix_cache,
+        "spare_state": origin.spare_state,
         "salt_id": secret.salt_id,
     }
 

@@ -55,7 +55,9 @@ class Recorder(Nobody):
         self._pages = PageWriter(secret)
         self._file = RecordFile(options.file, options.limit_bytes, self._header) if options.file else None
         self._ring = Ring(options.memory_bytes) if options.memory_bytes else None
-        self._open: dict[str, Served] = {}  # of the engine's thread, as the next two
+        self._open: dict[str, Served] = {}  # of the engine's thread, as the next ones
+        self._prompted: dict[str, float] = {}
+        self._began_s = 0.0  # the canonical pass under way, of which there is one at most
         self._recent: OrderedDict[str, tuple[int, str]] = OrderedDict()
         self._number = 0
         self._waiting: deque[Happening] = deque()
@@ -83,17 +85,21 @@ class Recorder(Nobody):
 
     # On the engine's thread
 
+    def prompted(self, sequence: Sequence) -> None:
+        self._prompted[sequence.request.id] = self._clock()
+
     def ended(self, sequence: Sequence, finish: FinishReason | None) -> None:
         with self._unheard():
             request_id = sequence.request.id
             served = self._open.get(request_id)
             if served is None:
                 self._number += 1
-                served = self._open[request_id] = Served.of(self._number, sequence)
+                served = self._open[request_id] = Served.of(self._number, sequence, self._prompted.get(request_id))
             served.choices.append(Choice(sequence.index, len(sequence.generated), finish, self._clock()))
 
     def closed(self, request_id: str) -> None:
         served = self._open.pop(request_id, None)
+        self._prompted.pop(request_id, None)
         if served is None or request_id.startswith("\0"):
             return
         self._recent[request_id] = served.number, served.namespace
@@ -105,9 +111,12 @@ class Recorder(Nobody):
         if request_id in self._recent:
             self._put(Called(*self._recent.pop(request_id), tool, seconds, self._clock()))
 
-    def computes(self, turn: Prefill) -> None:
+    def begins(self, turn: Prefill) -> None:
+        self._began_s = self._clock()
+
+    def ends(self, turn: Prefill) -> None:
         with self._unheard():
-            self._put(Pass.of(turn, self._clock()))
+            self._put(Pass.of(turn, self._began_s, self._clock()))
 
     @contextmanager
     def _unheard(self) -> Iterator[None]:
