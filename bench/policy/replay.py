@@ -74,7 +74,6 @@ class Simulation:
         every = max(len(requests) // SAMPLES, 1)
         num_samples = 0
         for i, request in enumerate(requests):
-            self.now = max(self.now, request.arrival_s)
             hits[i] = hit = self.serve(request)
             saved += self.cost.flops(0, hit)
             total += self.cost.flops(0, request.num_prompt_tokens)
@@ -97,6 +96,7 @@ class Simulation:
 
     def serve(self, request: TraceRequest) -> int:
         """One request -> the tokens that it could skip."""
+        self.now = max(self.now, request.arrival_s)
         while len(self._held) >= self.concurrency:
             self._finish()
         lease = self._acquire(self._prompt_keys(request))

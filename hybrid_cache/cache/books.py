@@ -531,6 +531,7 @@ class Books:
             slots[0],
             match.length,
             match.end,
+            since_s=self._clock(),
         )
         if end is not None:
             there = self._node_at(match, end)

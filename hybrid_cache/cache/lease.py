@@ -124,6 +124,7 @@ class Lease:
     inputs: list[LayerInputs] = field(default_factory=list)  # that the coming forward pass fills
     written_tokens: int = 0  # tokens whose pages this lease has added to the tree
     released: bool = False
+    since_s: float = 0.0  # when it was taken, on the cache's clock
 
     @property
     def shared(self) -> int:

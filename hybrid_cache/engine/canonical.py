@@ -106,7 +106,6 @@ class CanonicalPasses:
         return () if chunk is None else (chunk,)
 
     def _start(self, turn: Prefill) -> bool:
-        self.listener.begins(turn)
         # A match leaves at least one token to compute; as a beginning, all of ours may be there.
         known = self._cache.match(turn.namespace, turn.keys.beginning(len(turn.tokens)))
         if known.length >= len(turn.tokens):

@@ -21,11 +21,10 @@ class Listener(Protocol):
     def called(self, request_id: str, tool: str, seconds: float | None) -> None:
         """The answer of a request that has ended called a tool. Arguments as in `Engine.pause`."""
 
-    def begins(self, turn: Prefill) -> None:
-        """A canonical pass is about to begin, once more if it has given its room since."""
-
     def ends(self, turn: Prefill) -> None:
-        """It ends, and still has its lease. Without one it has not even begun: all is there, or has no room."""
+        """A canonical pass ends, or gives its room and may begin again; it still has its lease. Without one it has not
+        even begun: all of it is there, or has no room.
+        """
 
 
 class Nobody:
@@ -41,9 +40,6 @@ class Nobody:
         pass
 
     def called(self, request_id: str, tool: str, seconds: float | None) -> None:
-        pass
-
-    def begins(self, turn: Prefill) -> None:
         pass
 
     def ends(self, turn: Prefill) -> None:

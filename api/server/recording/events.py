@@ -45,7 +45,7 @@ class Served:
     def of(cls, number: int, sequence: Sequence, prompted_s: float | None) -> "Served":
         """sequence: the first of its choices, which has just ended and still has its lease"""
         request, prefill = sequence.request, sequence.prefill
-        began = prefill.lease is not None and sequence.started_s
+        lease, began = prefill.lease, prefill.lease is not None
         keeps = began and prefill.publish and prefill.reuse and prefill.arrangement is None
         source = prefill.received
         return cls(
@@ -56,7 +56,7 @@ class Served:
             whole=prefill.keys.end_name if keeps else b"",
             boundaries=prefill.boundaries,
             arrived_s=sequence.submitted_s,
-            started_s=sequence.started_s if began else None,
+            started_s=None if lease is None else lease.since_s,
             prompted_s=prompted_s,
             computed=prefill.computed if sequence.phase is Phase.PREFILL else len(prefill.tokens) if began else 0,
             cached=prefill.cached or 0,
@@ -136,9 +136,10 @@ class Pass:
     ended_s: float
 
     @classmethod
-    def of(cls, turn: Prefill, began_s: float, ended_s: float) -> "Pass":
-        computed = len(turn.tokens) if turn.lease is None else turn.computed
-        said = turn.boundaries, turn.session, computed, began_s, ended_s
+    def of(cls, turn: Prefill, ended_s: float) -> "Pass":
+        lease = turn.lease
+        done = (len(turn.tokens), ended_s) if lease is None else (turn.computed, lease.since_s)
+        said = turn.boundaries, turn.session, *done, ended_s
         return cls(turn.namespace, [*turn.keys.names], *said)
 
     @property

@@ -57,7 +57,6 @@ class Recorder(Nobody):
         self._ring = Ring(options.memory_bytes) if options.memory_bytes else None
         self._open: dict[str, Served] = {}  # of the engine's thread, as the next ones
         self._prompted: dict[str, float] = {}
-        self._began_s = 0.0  # the canonical pass under way, of which there is one at most
         self._recent: OrderedDict[str, tuple[int, str]] = OrderedDict()
         self._number = 0
         self._waiting: deque[Happening] = deque()
@@ -111,12 +110,9 @@ class Recorder(Nobody):
         if request_id in self._recent:
             self._put(Called(*self._recent.pop(request_id), tool, seconds, self._clock()))
 
-    def begins(self, turn: Prefill) -> None:
-        self._began_s = self._clock()
-
     def ends(self, turn: Prefill) -> None:
         with self._unheard():
-            self._put(Pass.of(turn, self._began_s, self._clock()))
+            self._put(Pass.of(turn, self._clock()))
 
     @contextmanager
     def _unheard(self) -> Iterator[None]:
