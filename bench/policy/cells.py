@@ -173,6 +173,9 @@ def measured(cell: Cell) -> PolicyRow:
         note=s.trace.note,
         options=s.options,
         version=__version__,
+        server_policy=s.trace.server.policy if s.trace.server else "",
+        server_budget_bytes=s.trace.server.budget_bytes if s.trace.server else 0,
+        server_flops_saved=saved_by_server(s) if s.trace.server else None,
     )
 
 
@@ -224,6 +227,13 @@ def simulation(s: Setting, capacity_bytes: int, policy: Policy) -> Simulation:
     if s.trace.server is not None:
         return server_replay(s.trace, s.trace.server, s.spec, s.cost, capacity_bytes, policy)
     return Simulation(s.trace, s.spec, s.cost, capacity_bytes, policy, s.concurrency)
+
+
+def saved_by_server(s: Setting) -> float:
+    """The share of FLOPs that the server which recorded the trace did not compute."""
+    requests, cost = s.trace.requests, s.cost
+    saved = sum(cost.flops(0, r.stay.cached_tokens) for r in requests if r.stay)
+    return saved / sum(cost.flops(0, r.num_prompt_tokens) for r in requests)
 
 
 def whole_prompt_tails(s: Setting) -> Ints:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -141,16 +141,17 @@ class Recorder(Nobody):
 
     # On any thread
 
-    def traffic(self, may: Callable[[str], bool]) -> Iterator[bytes]:
+    def traffic(self, may: Callable[[str], bool], totals: Mapping[str, float]) -> Iterator[bytes]:
         """The header and the latest lines of the namespaces that are meant, once what is still to be written is there.
 
         Waits for that, up to a second. The header says how many lines were forgotten since the server started.
+        totals: what the engine has counted, for the header
         """
         assert self._ring is not None
         with self._wake:
             self._wake.wait_for(lambda: not (self._waiting or self._busy), ASK_S)
         lines, num_forgotten = self._ring.lines(may)
-        yield encoded({**self._header, "forgotten": num_forgotten, "lost": self.counts.lost})
+        yield encoded({**self._header, "forgotten": num_forgotten, "lost": self.counts.lost, "totals": dict(totals)})
         yield from lines
 
     def families(self) -> Iterator[Metric]:

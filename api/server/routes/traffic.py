@@ -30,7 +30,9 @@ def router(serving: Serving) -> APIRouter:
                 "this server keeps no traffic in memory: start it with --record-memory 64MiB, or with --record FILE",
                 code=NOT_RECORDED,
             )
-        lines = await asyncio.to_thread(lambda: [*recorder.traffic(may)])
+        stats = serving.text.engine.stats()
+        totals = {"prompt_tokens": stats.prompt_tokens, "cached_tokens": stats.cached_tokens}
+        lines = await asyncio.to_thread(lambda: [*recorder.traffic(may, totals)])
         return StreamingResponse(iter(lines), media_type=LINES)
 
     return routes
