@@ -11,7 +11,8 @@ Not replayed: what is kept for tasks whose tools run, a second tier, and what mo
 """
 
 import heapq
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hybrid_cache.bench.policy.replay import Simulation, boundaries_of, page_keys, prompt_keys
@@ -19,7 +20,6 @@ from hybrid_cache.bench.traces.trace import RecordedServer, Trace, TraceRequest,
 from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Policy, Wish
-from hybrid_cache.cache.policies.rehearsal import publish
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
 Act = Callable[[], None]
@@ -79,7 +79,7 @@ class ServerReplay(Simulation):
     def _end_prompt(self, lease: Lease, request: TraceRequest, wishes: list[Wish]) -> None:
         stay, num_tokens = request.stay, request.num_prompt_tokens
         assert stay is not None
-        publish(self.cache, lease, wishes, self.trace.page_tokens, self.chunk_tokens)
+        self._publish(lease, wishes, self._pieces(lease, stay.parts))
         if stay.complete and not request.only_marked:
             self.cache.publish_end(lease, 0)
         forks = [self.cache.fork(lease, num_tokens) for _ in stay.choices[1:]]
@@ -87,6 +87,23 @@ class ServerReplay(Simulation):
             if own is not None:
                 self.cache.extend(own, num_tokens + max(num_generated - 1, 0))  # nobody reads the last
                 self._later(end_s, lambda own=own, n=num_generated: self.cache.release(own, n))  # type: ignore[misc]
+
+    def _publish(self, lease: Lease, wishes: Sequence[Wish], ends: Sequence[int]) -> None:
+        """Computes pieces up to these ends, each with the states in it, as the server would."""
+        waiting = deque(wishes)
+        for end in ends:
+            while waiting and waiting[0].position <= end:
+                wish = waiting.popleft()
+                self.cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
+            self.cache.publish(lease, end // self.trace.page_tokens * self.trace.page_tokens)
+
+    def _pieces(self, lease: Lease, parts: Sequence[int]) -> list[int]:
+        """The ends of those that the server cut a prompt into; before and behind these, of the usual ones."""
+        total = lease.keys.num_tokens
+        later = [end for end in parts if lease.length < end < total]
+        first, last = (later[0], later[-1]) if later else (total, total)
+        before = range(lease.length + self.chunk_tokens, first, self.chunk_tokens)
+        return [*before, *later, *range(last + self.chunk_tokens, total, self.chunk_tokens), total]
 
     def _begin_turn(self, turn: Turn) -> None:
         keys = page_keys(turn.pages, self.trace.page_tokens)
@@ -98,8 +115,7 @@ class ServerReplay(Simulation):
 
     def _end_turn(self, lease: Lease, turn: Turn, wishes: list[Wish]) -> None:
         page = self.trace.page_tokens
-        done = [wish for wish in wishes if wish.position <= turn.computed * page]
-        publish(self.cache, lease, done, page, page, end=turn.computed * page)
+        self._publish(lease, wishes, range(lease.length + page, turn.computed * page + 1, page))
         self.cache.release(lease)
 
     def _later(self, at_s: float, act: Act) -> None:

@@ -24,7 +24,6 @@ from hybrid_cache.bench.traces.records import (
     Times,
     TraceError,
     brief,
-    from_zero,
     is_time,
     parsed,
     unpacked,
@@ -126,6 +125,7 @@ class Recording:
     server: RecordedServer | None = None
     run: int = -1  # starts so far, less one
     start_s: float = 0.0  # of the server, since 1970
+    since_s: float | None = None  # of the first one
     end_s: float = 0.0  # of what was said
     num_cut: int = 0
     num_forgotten: int = 0
@@ -163,6 +163,7 @@ class Recording:
         self.server = server
         self.run += 1
         self.start_s = max(record.time("started"), self.end_s)
+        self.since_s = self.start_s if self.since_s is None else self.since_s
         self.pages.restart()
         self.num_forgotten += record.integer("forgotten") if record.has("forgotten") else 0
 
@@ -193,6 +194,7 @@ class Recording:
             raise record.error("ended", "as many as output_tokens and finish_reason, at least one")
         prompted_s = self.at(record.time("prompted")) if record.has("prompted") else self.at(max(ended))
         choices = tuple(zip(map(self.at, ended), outputs, strict=True))
+        parts = tuple(record.integers("parts").tolist()) if record.has("parts") else ()
         self.requests[self.run, number] = TraceRequest(
             arrival_s=start_s,
             session=said(record, "session"),
@@ -207,7 +209,7 @@ class Recording:
             user=said(record, "user"),
             tools=record.has("tools"),
             template=said(record, "template"),
-            stay=Stay(start_s, prompted_s, choices, record.integer("cached"), computed == num_tokens, self.run),
+            stay=Stay(start_s, prompted_s, choices, record.integer("cached"), computed == num_tokens, self.run, parts),
         )
 
     def turn(self, record: Record) -> Turn:
@@ -258,7 +260,8 @@ def read_recorded(files: Sequence[Path]) -> Reading:
     if recording.server is not None and not requests:
         reasons = "; ".join(recording.notes()) or "nothing was served"
         raise TraceError(f"{files[0]}: holds no request that can be replayed: {reasons}")
-    return Reading(shifted(requests), TILE, Times.TRACE, (*recording.notes(), *remarks), recording.server)
+    requests = shifted(requests, recording.since_s or 0.0)
+    return Reading([requests], TILE, Times.TRACE, (*recording.notes(), *remarks), recording.server)
 
 
 def whole_records(file: Path, remarks: list[str]) -> Iterator[Record]:
@@ -277,11 +280,17 @@ def whole_records(file: Path, remarks: list[str]) -> Iterator[Record]:
         remarks.append(f"the last line of {file.name} broke off and was left out")
 
 
-def shifted(requests: Sequence[TraceRequest]) -> list[list[TraceRequest]]:
-    """The requests with times since the first was admitted."""
-    (moved,) = from_zero([list(requests)])
-    since_s = min((r.arrival_s for r in requests), default=0.0)
-    return [[replace(r, stay=r.stay and earlier(r.stay, since_s), turns=turned(r.turns, since_s)) for r in moved]]
+def shifted(requests: Sequence[TraceRequest], since_s: float) -> list[TraceRequest]:
+    """The requests with times since the first start of a server."""
+    return [
+        replace(
+            r,
+            arrival_s=r.arrival_s - since_s,
+            stay=r.stay and earlier(r.stay, since_s),
+            turns=turned(r.turns, since_s),
+        )
+        for r in requests
+    ]
 
 
 def earlier(stay: Stay, since_s: float) -> Stay:

@@ -11,6 +11,7 @@ from hybrid_cache.request import CacheMode, FinishReason, Request
 from hybrid_cache.tokens import Boundary
 
 DIGITS = 6  # of seconds
+MOST_PARTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Served:
     cached: int
     received: int  # tokens taken from another model's entries
     only_marked: bool
+    parts: list[int]  # ends of the chunks of its prompt
     choices: list[Choice] = field(default_factory=list)
 
     @classmethod
@@ -62,6 +64,7 @@ class Served:
             cached=prefill.cached or 0,
             received=0 if source is None else source.end - source.start,
             only_marked=prefill.only_marked,
+            parts=prefill.parts[:MOST_PARTS],
         )
 
     @property
@@ -93,7 +96,8 @@ class Served:
             return {**line, "left_out": self._why_left_out()}
         marked = {"only_marked": True} if self.only_marked else {}
         named = {**pages.fields(self.names[1:]), "whole": secret.name(b"whole", self.whole)}
-        return {**line, **named, "marks": marks_of(self.boundaries), **marked}
+        parts = {"parts": self.parts[:-1]} if len(self.parts) > 1 else {}
+        return {**line, **named, "marks": marks_of(self.boundaries), **marked, **parts}
 
     def _why_left_out(self) -> str:
         if self.started_s is None:

@@ -88,15 +88,9 @@ def serve(cache: Books, recorded: Recorded) -> int:
     return lease.length
 
 
-def publish(
-    cache: Books, lease: Lease, wishes: Iterable[Wish], page_tokens: int, chunk_tokens: int, end: int | None = None
-) -> None:
-    """Computes a prompt, as far as the books go: chunk by chunk, so that a state competes as soon as it is there.
-
-    end: tokens after which it is given up
-    """
-    waiting, total = deque(wishes), lease.keys.num_tokens if end is None else end
-    end = lease.length
+def publish(cache: Books, lease: Lease, wishes: Iterable[Wish], page_tokens: int, chunk_tokens: int) -> None:
+    """Computes a prompt, as far as the books go: chunk by chunk, so that a state competes as soon as it is there."""
+    waiting, total, end = deque(wishes), lease.keys.num_tokens, lease.length
     while end < total:
         end = min(end + chunk_tokens, total)
         while waiting and waiting[0].position <= end:
