@@ -6,7 +6,7 @@ that.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,13 +53,11 @@ def fetched(url: str, key_file: Path | None) -> Trace:
 def download(http: httpx.Client, file: Path) -> None:
     """Raises ServerFailed."""
     try:
-        with http.stream("GET", PATH) as response, file.open("wb") as out, progress_bar() as progress:
+        with http.stream("GET", PATH) as response, file.open("wb") as out:
             if response.status_code != 200:
                 raise refused(http, response)
-            task = progress.add_task("ask the server", total=None)
-            for data in response.iter_bytes():
+            for data in watched(response.iter_bytes()):
                 out.write(data)
-                progress.update(task, advance=len(data))
     except httpx.ConnectError as error:
         raise ServerFailed(f"{http.base_url}: no connection, is the server running? ({error})") from error
     except httpx.TransportError as error:
@@ -68,6 +66,19 @@ def download(http: httpx.Client, file: Path) -> None:
     with file.open("rb") as lines:
         if f'"{FORMAT}"'.encode() not in lines.readline():
             raise ServerFailed(f"{http.base_url}{PATH}: no record, is that another kind of server?")
+
+
+def watched(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces, with progress on the error stream if that is a terminal."""
+    progress = progress_bar()
+    if not progress.console.is_terminal:
+        yield from pieces
+        return
+    with progress:
+        task = progress.add_task("bytes from the server", total=None)
+        for data in pieces:
+            progress.update(task, advance=len(data))
+            yield data
 
 
 def refused(http: httpx.Client, response: httpx.Response) -> ServerFailed:
