@@ -12,11 +12,11 @@ Not replayed: what is kept for tasks whose tools run, a second tier, and what mo
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hybrid_cache.bench.policy.replay import Simulation, boundaries_of, page_keys, prompt_keys
-from hybrid_cache.bench.traces.trace import RecordedServer, Trace, TraceRequest, Turn
+from hybrid_cache.bench.traces.trace import RecordedServer, Stay, Trace, TraceRequest, Turn
 from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Policy, Wish
@@ -60,7 +60,10 @@ class ServerReplay(Simulation):
         wishes = self.cache.propose(
             lease, boundaries_of(request.marks), only_marked=request.only_marked, session=request.session
         )
-        self._later(stay.prompted_s, lambda: self._end_prompt(lease, request, list(wishes)))
+        waiting = deque(wishes)
+        for end, at_s in self._pieces(lease, stay):
+            self._later(at_s, lambda end=end: self._publish(lease, waiting, end))  # type: ignore[misc]
+        self._later(stay.prompted_s, lambda: self._end_prompt(lease, request, waiting))
         return lease.length
 
     def finish(self) -> None:
@@ -76,10 +79,10 @@ class ServerReplay(Simulation):
                 return lease
             self._next()
 
-    def _end_prompt(self, lease: Lease, request: TraceRequest, wishes: list[Wish]) -> None:
+    def _end_prompt(self, lease: Lease, request: TraceRequest, wishes: deque[Wish]) -> None:
         stay, num_tokens = request.stay, request.num_prompt_tokens
         assert stay is not None
-        self._publish(lease, wishes, self._pieces(lease, stay.parts))
+        self._publish(lease, wishes, num_tokens)
         if stay.complete and not request.only_marked:
             self.cache.publish_end(lease, 0)
         forks = [self.cache.fork(lease, num_tokens) for _ in stay.choices[1:]]
@@ -88,22 +91,23 @@ class ServerReplay(Simulation):
                 self.cache.extend(own, num_tokens + max(num_generated - 1, 0))  # nobody reads the last
                 self._later(end_s, lambda own=own, n=num_generated: self.cache.release(own, n))  # type: ignore[misc]
 
-    def _publish(self, lease: Lease, wishes: Sequence[Wish], ends: Sequence[int]) -> None:
-        """Computes pieces up to these ends, each with the states in it, as the server would."""
-        waiting = deque(wishes)
-        for end in ends:
-            while waiting and waiting[0].position <= end:
-                wish = waiting.popleft()
-                self.cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
-            self.cache.publish(lease, end // self.trace.page_tokens * self.trace.page_tokens)
+    def _publish(self, lease: Lease, waiting: deque[Wish], end: int) -> None:
+        """Computes a piece, with the states in it."""
+        while waiting and waiting[0].position <= end:
+            wish = waiting.popleft()
+            self.cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
+        self.cache.publish(lease, end // self.trace.page_tokens * self.trace.page_tokens)
 
-    def _pieces(self, lease: Lease, parts: Sequence[int]) -> list[int]:
-        """The ends of those that the server cut a prompt into; before and behind these, of the usual ones."""
-        total = lease.keys.num_tokens
-        later = [end for end in parts if lease.length < end < total]
-        first, last = (later[0], later[-1]) if later else (total, total)
-        before = range(lease.length + self.chunk_tokens, first, self.chunk_tokens)
-        return [*before, *later, *range(last + self.chunk_tokens, total, self.chunk_tokens), total]
+    def _pieces(self, lease: Lease, stay: Stay) -> list[tuple[int, float]]:
+        """Those that the server cut a prompt into, all but the last: where and when each ends. What it did not compute
+        is cut as usual, at the time of what follows.
+        """
+        total, before, pieces = lease.keys.num_tokens, lease.length, list[tuple[int, float]]()
+        for end, at_s in [*((e, s) for e, s in stay.parts if lease.length < e < total), (total, stay.prompted_s)]:
+            pieces += [(cut, at_s) for cut in range(before + self.chunk_tokens, end, self.chunk_tokens)]
+            pieces.append((end, at_s))
+            before = end
+        return pieces[:-1]
 
     def _begin_turn(self, turn: Turn) -> None:
         keys = page_keys(turn.pages, self.trace.page_tokens)
@@ -115,7 +119,9 @@ class ServerReplay(Simulation):
 
     def _end_turn(self, lease: Lease, turn: Turn, wishes: list[Wish]) -> None:
         page = self.trace.page_tokens
-        self._publish(lease, wishes, range(lease.length + page, turn.computed * page + 1, page))
+        waiting = deque(wishes)
+        for end in range(lease.length + page, turn.computed * page + 1, page):
+            self._publish(lease, waiting, end)
         self.cache.release(lease)
 
     def _later(self, at_s: float, act: Act) -> None:

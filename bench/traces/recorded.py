@@ -194,7 +194,7 @@ class Recording:
             raise record.error("ended", "as many as output_tokens and finish_reason, at least one")
         prompted_s = self.at(record.time("prompted")) if record.has("prompted") else self.at(max(ended))
         choices = tuple(zip(map(self.at, ended), outputs, strict=True))
-        parts = tuple(record.integers("parts").tolist()) if record.has("parts") else ()
+        parts = tuple((end, self.at(at_s)) for end, at_s in parts_of(record))
         self.requests[self.run, number] = TraceRequest(
             arrival_s=start_s,
             session=said(record, "session"),
@@ -295,6 +295,7 @@ def shifted(requests: Sequence[TraceRequest], since_s: float) -> list[TraceReque
 
 def earlier(stay: Stay, since_s: float) -> Stay:
     choices = tuple((end_s - since_s, tokens) for end_s, tokens in stay.choices)
+    stay = replace(stay, parts=tuple((end, at_s - since_s) for end, at_s in stay.parts))
     return replace(stay, start_s=stay.start_s - since_s, prompted_s=stay.prompted_s - since_s, choices=choices)
 
 
@@ -307,6 +308,19 @@ def times_of(record: Record, name: str) -> list[float]:
     if not isinstance(values, list) or not all(type(v) in (int, float) and is_time(v) for v in values):
         raise record.error(name, "a list of seconds")
     return [float(value) for value in values]
+
+
+def parts_of(record: Record) -> list[tuple[int, float]]:
+    """[end, seconds] each. Raises TraceError."""
+    parts: list[tuple[int, float]] = []
+    given = record.fields.get("parts", [])
+    for part in given if isinstance(given, list) else [given]:
+        match part:
+            case [int(end), int() | float() as at_s] if 0 <= end < 1 << 31 and is_time(at_s):
+                parts.append((end, float(at_s)))
+            case _:
+                raise record.fault(f"parts {brief(part)}: expected [end, seconds]")
+    return parts
 
 
 def said(record: Record, name: str) -> str:

@@ -45,7 +45,7 @@ class Stay:
     cached_tokens: int
     complete: bool = True  # False: it was given up while its prompt was computed, and is cut off there
     run: int = 0  # which start of the server, each with an empty cache
-    parts: tuple[int, ...] = ()  # ends of the pieces that its prompt was computed in, rising; empty for the usual ones
+    parts: tuple[tuple[int, float], ...] = ()  # ends of the pieces that its prompt was computed in, but the last; when
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,11 @@ class Books:
         ]
 
     @property
+    def now_s(self) -> float:
+        """By the cache's clock."""
+        return self._clock()
+
+    @property
     def has_host(self) -> bool:
         """Whether there is a second tier."""
         return self.pool.host is not None

@@ -101,7 +101,7 @@ class Outcomes:
         prefill, sequence = chunk.prefill, chunk.sequence
         assert prefill.lease is not None
         prefill.computed = chunk.end
-        prefill.parts.append(chunk.end)
+        prefill.parts.append((chunk.end, self._cache.now_s))
         self._scheduler.wrote_twins(chunk)
         self._cache.publish(prefill.lease, grid_floor(min(chunk.end, prefill.wanted)))
         self.tally.flops_computed += chunk.flops

@@ -40,7 +40,7 @@ class Served:
     cached: int
     received: int  # tokens taken from another model's entries
     only_marked: bool
-    parts: list[int]  # ends of the chunks of its prompt
+    parts: list[tuple[int, float]]  # ends of the chunks of its prompt, and when
     choices: list[Choice] = field(default_factory=list)
 
     @classmethod
@@ -96,7 +96,8 @@ class Served:
             return {**line, "left_out": self._why_left_out()}
         marked = {"only_marked": True} if self.only_marked else {}
         named = {**pages.fields(self.names[1:]), "whole": secret.name(b"whole", self.whole)}
-        parts = {"parts": self.parts[:-1]} if len(self.parts) > 1 else {}
+        cuts = [[end, _since(at_s, since_s)] for end, at_s in self.parts[:-1]]
+        parts = {"parts": cuts} if cuts else {}
         return {**line, **named, "marks": marks_of(self.boundaries), **marked, **parts}
 
     def _why_left_out(self) -> str:
