@@ -289,6 +289,29 @@ def serve(
             help="Collector that gets a span for each request (OTLP over HTTP), such as http://127.0.0.1:4318."
         ),
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write down what is served, without any text, to this file: hashes of tokens, times, lengths. For "
+            "`bench policy --trace`; see docs/record.md."
+        ),
+    ] = None,
+    record_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a key for the hashes, so that those of several records are equal; keep it secret. Without "
+            "one they are this process's own."
+        ),
+    ] = None,
+    record_limit: Annotated[str, typer.Option(help="Where the file of --record ends.")] = "10GiB",
+    record_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory for the latest of the same, for `bench policy --from-server`; 0: none.  [default: 64MiB with "
+            "--record, else 0]",
+            show_default=False,
+        ),
+    ] = None,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Graceful shutdown: seconds that SIGTERM gives running requests.")
@@ -354,6 +377,7 @@ def serve(
     from hybrid_cache.api.server.exposure import Exposure, check_keys
     from hybrid_cache.api.server.logs import LogOptions
     from hybrid_cache.api.server.protocol import Patience
+    from hybrid_cache.api.server.recording.options import RecordOptions, memory_of_record
     from hybrid_cache.api.server.response_store import parse_life
     from hybrid_cache.api.server.settings import ServerSettings
     from hybrid_cache.config import EngineConfig, verify_by_default
@@ -405,11 +429,18 @@ def serve(
         response_life_s=life_s,
         max_loss_asked=max_loss,
     )
+    records = RecordOptions(
+        record,
+        record_key,
+        parse_bytes(record_limit),
+        memory_of_record(record_memory, on=record is not None),
+    )
     early.check_words(backend=backend, dtype=dtype, tool_parser=tool_parser)
-    early.check_files(chat_template=chat_template)
+    early.check_files(chat_template=chat_template, record_key=record_key)
     for path in profile or ():
         early.check_files(profile=path)
     early.check_place(response_store or Path())
+    early.check_place(record or Path())
     early.check_context(max_model_len)
     early.check_collector(otlp_endpoint)
     early.check_port(host, port)
@@ -460,6 +491,7 @@ def serve(
         drain_timeout_s=drain_timeout,
         hung_after_s=hung_after,
         operator_keys=operator_keys,
+        record=records,
     )
     with unhindered():
         status = process.serve(options)

@@ -11,6 +11,7 @@ from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
+from hybrid_cache.api.server.recording.recorder import Recorder
 from hybrid_cache.api.server.remarks import IGNORED, REARRANGED, RemarkHeaders
 from hybrid_cache.api.server.request_log import RequestLog
 from hybrid_cache.api.server.responses import ACTIVE
@@ -24,6 +25,7 @@ from hybrid_cache.api.server.routes import (
     responses,
     server,
     tokens,
+    traffic,
 )
 from hybrid_cache.api.server.routes.adapters import LoadVariant
 from hybrid_cache.api.server.serving import Variant, new_serving
@@ -40,22 +42,29 @@ def create_app(
     variants: Iterable[Variant] = (),
     load_variant: LoadVariant | None = None,
     tracing: Tracing | None = None,
+    recorder: Recorder | None = None,
 ) -> FastAPI:
     """An application that starts the engine with itself, and drains and stops it at its end.
 
     variants: those of the engine   load_variant: loads one with an adapter, where clients may ask for that
-    tracing: makes spans of requests; it is closed at the end
+    tracing: makes spans of requests; it is closed at the end   recorder: listens to the engine; likewise
     """
-    serving = new_serving(engine, text, settings, variants)
+    serving = new_serving(engine, text, settings, variants, recorder)
+    if recorder is not None:
+        engine.listen(recorder)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if recorder is not None:
+            recorder.start()
         engine.start()
         yield
         await engine.stop(settings.drain_timeout_s)
         await serving.responses.aclose()
         if tracing is not None:
             tracing.close()
+        if recorder is not None:
+            recorder.close()
 
     # No documentation pages: they load their scripts from elsewhere. /openapi.json is ours.
     # No redirects either: they would lead to whatever host the client names.
@@ -67,7 +76,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    for routes in (chat, completions, responses, messages, tokens, cache, props, server):
+    for routes in (chat, completions, responses, messages, tokens, cache, traffic, props, server):
         app.include_router(routes.router(serving))
     if load_variant is not None:
         app.include_router(adapters.router(serving, load_variant))

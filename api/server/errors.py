@@ -152,7 +152,7 @@ def _problem_of(error: BaseException) -> Problem:
             return Problem(404, str(error), "invalid_request_error", error.param, "conversation_not_found")
         case NotAllowed():
             return Problem(403, str(error), "permission_error", error.param, "not_allowed")
-        case UnknownMessage() | ResponseNotFound():
+        case UnknownMessage() | ResponseNotFound() | RequestError(code="not_recorded"):
             return Problem(404, str(error), "invalid_request_error", error.param, error.code)
         case RequestError(code="model_in_use" | "name_taken"):
             return Problem(409, str(error), "invalid_request_error", error.param, error.code)

@@ -37,6 +37,9 @@ from hybrid_cache.api.server.launch import (
 )
 from hybrid_cache.api.server.logs import FIELDS, LogOptions, log_stream, logging_to
 from hybrid_cache.api.server.protocol import ServerConfig
+from hybrid_cache.api.server.recording.header import Origin
+from hybrid_cache.api.server.recording.options import RecordOptions
+from hybrid_cache.api.server.recording.recorder import Recorder
 from hybrid_cache.api.server.response_store import memory_bytes
 from hybrid_cache.api.server.serving import Variant
 from hybrid_cache.api.server.settings import MAX_LOSS, ServerSettings
@@ -90,6 +93,7 @@ class ServeOptions:
     log: LogOptions = field(default_factory=LogOptions)
     otlp_endpoint: str | None = None  # of a collector of spans
     chat_template: Path | None = None  # in place of the model's own
+    record: RecordOptions = field(default_factory=RecordOptions)
 
     def __post_init__(self) -> None:
         check_keys(self.api_keys, self.operator_keys, self.exposure.allow_origins)
@@ -159,6 +163,11 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
         if options.engine.host_bytes and loaded.model.device.type == "cpu":
             raise ConfigError("--host-budget is for a GPU: on a CPU the cache is in host memory, see --budget")
         engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
+        name = (options.served_names or (loaded.name,))[0]
+        origin = Origin(
+            name, loaded.model.fingerprint, loaded.info.shape, engine_config, loaded.model.device.type == "cuda"
+        )
+        recorder = Recorder(origin, options.record) if options.record.on else None
         models = {each.name: each.model for each in loaded.variants}
         profiles, others = find_profiles(loaded, options.profiles)
         engine = AsyncEngine(
@@ -177,7 +186,8 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
                 raise ModelError(differences[0])
             return variant_of(variant, loaded, text), variant.model, profiles_in(variant.path)
 
-        app = create_app(engine, text, settings, variants, load_adapter if options.load.shares else None, tracing)
+        loader = load_adapter if options.load.shares else None
+        app = create_app(engine, text, settings, variants, loader, tracing, recorder)
         url = url_of(bound, exposure.scheme)
         if console.quiet:
             logger.info("serving", extra={FIELDS: _facts(settings, loaded, memory, url)})

@@ -14,6 +14,7 @@ from hybrid_cache.api.server.errors import ModelNotFound, current_request_id, qu
 from hybrid_cache.api.server.facts import facts
 from hybrid_cache.api.server.gate import MOST_BODIES, Gate, current_visit
 from hybrid_cache.api.server.metrics import Metrics, gate_families
+from hybrid_cache.api.server.recording.recorder import Recorder
 from hybrid_cache.api.server.response_store import ResponseStore
 from hybrid_cache.api.server.sessions import session_of, user_of
 from hybrid_cache.api.server.settings import ServerSettings
@@ -78,6 +79,7 @@ class Serving:
     gate: Gate
     diagnoses: Diagnoses
     responses: ResponseStore  # that clients may ask for again, or continue
+    recorder: Recorder | None = None  # of what is served
     variants: "dict[str, Serving]" = field(default_factory=dict)  # what serves them, by name
 
     def named(self, asked: str | None) -> "Serving":
@@ -158,9 +160,13 @@ class Serving:
 
 
 def new_serving(
-    engine: AsyncEngine, text: TextModel, settings: ServerSettings, variants: Iterable[Variant] = ()
+    engine: AsyncEngine,
+    text: TextModel,
+    settings: ServerSettings,
+    variants: Iterable[Variant] = (),
+    recorder: Recorder | None = None,
 ) -> Serving:
-    """variants: those of the engine"""
+    """variants: those of the engine   recorder: that listens to it"""
     gate = Gate(engine.max_requests, MOST_BODIES * settings.max_body_bytes, by_tenant=len(settings.api_keys) > 1)
     text_engine = _text_engine(engine, text, settings)
     book = MessageBook(settings.message_book_bytes)
@@ -168,6 +174,8 @@ def new_serving(
     metrics.also(lambda: gate_families(gate, text_engine.work))
     responses = ResponseStore(settings.response_store, settings.response_store_bytes, settings.response_life_s)
     metrics.also(responses.families)
+    if recorder is not None:
+        metrics.also(recorder.families)
     serving = Serving(
         text=text_engine,
         settings=settings,
@@ -177,6 +185,7 @@ def new_serving(
         gate=gate,
         diagnoses=Diagnoses(),
         responses=responses,
+        recorder=recorder,
     )
     for variant in variants:
         serving.add(variant)

@@ -90,14 +90,14 @@ class Visits:
     @staticmethod
     def of(trace: Trace, most: float = np.inf) -> "Visits":
         """Of the requests whose prompts take at most so many pages; the others pass nowhere."""
-        last = np.full(1 + max((int(r.pages.max(initial=-1)) for r in trace.requests), default=-1), -1, np.int64)
+        last = np.full(1 + max((int(r.all_pages.max(initial=-1)) for r in trace.requests), default=-1), -1, np.int64)
         request, previous, depth = [], [], []
         for now, r in enumerate(trace.requests):
             if -(-r.num_prompt_tokens // trace.page_tokens) > most:
                 continue
             seen = last[r.pages[: max(0, r.num_prompt_tokens - 1) // trace.page_tokens]]
             seen = seen[seen >= 0]
-            last[r.pages] = now
+            last[r.all_pages] = now
             ends = np.flatnonzero(np.diff(seen, append=-1)) + 1
             request.append(np.full(len(ends), now))
             previous.append(seen[ends - 1])

@@ -13,6 +13,7 @@ from hybrid_cache.bench.policy.belady import Belady
 from hybrid_cache.bench.policy.bound import Visits, bound
 from hybrid_cache.bench.policy.replay import Simulation
 from hybrid_cache.bench.policy.rows import BELADY, BOUND, HINDSIGHT, INFINITE, STATIC, AnyRow, Missing, PolicyRow
+from hybrid_cache.bench.policy.server_replay import server_replay
 from hybrid_cache.bench.traces.trace import Trace
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.policies.base import Policy
@@ -73,7 +74,7 @@ class Setting:
         geometry = Geometry.of(model.cache_spec, ANY_BUDGET)
         page_bytes = geometry.stride_bytes(Kind.PAGE) * trace.page_tokens // TILE
         slot_bytes = geometry.stride_bytes(Kind.SLOT)
-        num_pages = len(np.unique(np.concatenate([r.pages for r in trace.requests])))
+        num_pages = len(np.unique(np.concatenate([r.all_pages for r in trace.requests])))
         num_prompts = len({r.whole for r in trace.requests})
         return Setting(
             trace=replace(trace, requests=tuple(replace(r, tokens=None) for r in trace.requests)),  # nobody reads them
@@ -172,6 +173,9 @@ def measured(cell: Cell) -> PolicyRow:
         note=s.trace.note,
         options=s.options,
         version=__version__,
+        server_policy=s.trace.server.policy if s.trace.server else "",
+        server_budget_bytes=s.trace.server.budget_bytes if s.trace.server else 0,
+        server_flops_saved=saved_by_server(s) if s.trace.server else None,
     )
 
 
@@ -179,7 +183,8 @@ def outcome_of(cell: Cell) -> Outcome:
     s = cell.setting
     if cell.policy == BOUND:
         limit = bound(s.trace, s.cost, s.page_bytes, s.slot_bytes, cell.capacity_bytes)
-        return Outcome(limit.flops_saved, limit.token_hit_rate, planned=limit.reached_flops_saved)
+        flops, tokens = of_whole_prompts(s) if s.trace.server else (0.0, 0.0)
+        return Outcome(limit.flops_saved + flops, limit.token_hit_rate + tokens, planned=limit.reached_flops_saved)
     if cell.policy == INFINITE:
         return everything_kept(s)
     if cell.policy == STATIC:
@@ -205,7 +210,7 @@ def informed(cell: Cell) -> Outcome:
 
 def replayed(cell: Cell, policy: Policy) -> Outcome:
     s = cell.setting
-    run = Simulation(s.trace, s.spec, s.cost, cell.capacity_bytes, policy, s.concurrency).run()
+    run = simulation(s, cell.capacity_bytes, policy).run()
     return Outcome(
         flops_saved=run.flops_saved_share,
         token_hit_rate=float(run.hit_tokens.sum() / s.trace.num_prompt_tokens),
@@ -217,11 +222,48 @@ def replayed(cell: Cell, policy: Policy) -> Outcome:
     )
 
 
+def simulation(s: Setting, capacity_bytes: int, policy: Policy) -> Simulation:
+    """As it was, if a server has recorded it."""
+    if s.trace.server is not None:
+        return server_replay(s.trace, s.trace.server, s.spec, s.cost, capacity_bytes, policy)
+    return Simulation(s.trace, s.spec, s.cost, capacity_bytes, policy, s.concurrency)
+
+
+def saved_by_server(s: Setting) -> float:
+    """The share of FLOPs that the server which recorded the trace did not compute."""
+    requests, cost = s.trace.requests, s.cost
+    saved = sum(cost.flops(0, r.stay.cached_tokens) for r in requests if r.stay)
+    return saved / sum(cost.flops(0, r.num_prompt_tokens) for r in requests)
+
+
+def whole_prompt_tails(s: Setting) -> Ints:
+    """[requests] Tokens behind the last page that an exact repeat of an earlier prompt may resume from; else 0."""
+    seen, tails = set[int](), np.zeros(len(s.trace.requests), np.int64)
+    for i, r in enumerate(s.trace.requests):
+        if r.whole in seen:
+            tails[i] = r.num_prompt_tokens - (r.num_prompt_tokens - 1) // s.trace.page_tokens * s.trace.page_tokens
+        seen.add(r.whole)
+    return tails
+
+
+def of_whole_prompts(s: Setting) -> tuple[float, float]:
+    """Shares of FLOPs and of tokens that ends of prompts may save beyond the last page.
+
+    Whoever resumes from one could have resumed from that page, for no more room.
+    """
+    tails, cost = whole_prompt_tails(s), s.cost
+    pairs = [(r.num_prompt_tokens, int(tail)) for r, tail in zip(s.trace.requests, tails, strict=True)]
+    flops = sum(cost.flops(n - tail, n) for n, tail in pairs)
+    return flops / sum(cost.flops(0, n) for n, _ in pairs), float(tails.sum() / s.trace.num_prompt_tokens)
+
+
 def everything_kept(s: Setting) -> Outcome:
     visits = Visits.of(s.trace)
     hits = np.zeros(len(s.trace.requests), np.int64)
     hits[visits.request] = visits.depth * visits.page_tokens  # of several depths of a request, the last and deepest
-    return Outcome(visits.infinite(s.cost), float(hits.sum() / s.trace.num_prompt_tokens), hits)
+    flops, _ = of_whole_prompts(s) if s.trace.server else (0.0, 0.0)
+    hits += whole_prompt_tails(s) if s.trace.server else 0
+    return Outcome(visits.infinite(s.cost) + flops, float(hits.sum() / s.trace.num_prompt_tokens), hits)
 
 
 def all_attempted(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[int, AnyRow]]:

@@ -28,6 +28,7 @@ from hybrid_cache.bench.common.files import append, check_plot, target, write_wh
 from hybrid_cache.bench.common.http_client import server_url
 from hybrid_cache.bench.common.terminal import listed, progress_bar
 from hybrid_cache.bench.policy.cells import ARTIFACT, Cell, Setting, Speed, all_attempted
+from hybrid_cache.bench.policy.from_server import check_alone, fetched, told
 from hybrid_cache.bench.policy.live import Asked, compare
 from hybrid_cache.bench.policy.plot import plot_png
 from hybrid_cache.bench.policy.report import conclusion, percent, reasons, table
@@ -60,6 +61,7 @@ from hybrid_cache.sizes import format_bytes, parse_bytes
 DEFAULT_SCALES = {"chat": 0.25, "agent": 0.15, "few-shot": 0.25}
 DEFAULT_MODEL = "jamba-1.5-mini"
 DEFAULT_CAPACITIES = "5%,10%,20%"
+RECORDED_CAPACITIES = "0.25x,0.5x,1x,2x,4x"
 ORDER = (
     *("none", "lru", "path-lru", "tail-lru", "vllm-block", "vllm-align", "vllm-fine", "sglang-radix", "sglang-unified"),
     *("marconi", STATIC, ARTIFACT, "seglen", "sae-like", "sparse-prefix", "gdsf", "flops-per-byte-two"),
@@ -115,8 +117,9 @@ def policy(
         str | None,
         typer.Option(
             help="Cache sizes, with commas: bytes such as 8GiB, or shares such as 5% of the trace's unique bytes, "
-            "which are the KV bytes of all distinct pages and one state for each distinct prompt. "
-            f"{DEFAULT_CAPACITIES} if left out."
+            "which are the KV bytes of all distinct pages and one state for each distinct prompt, or of what a server "
+            f"recorded multiples of its budget such as 2x. {DEFAULT_CAPACITIES} if left out; {RECORDED_CAPACITIES} of "
+            "what a server recorded."
         ),
     ] = None,
     policy: Annotated[
@@ -168,8 +171,22 @@ def policy(
             "--model, --policy and --capacity are then those of the server.",
         ),
     ] = None,
+    from_server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Replay what this server served of late, as its own policy and all others would have in its budget "
+            "and in others: it runs with --record or --record-memory. See docs/record.md.",
+        ),
+    ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the API key for --live.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option(
+            help="File with the API key for --live or --from-server; where a server has operator's keys, with one of "
+            "these, else only what that key sent is replayed.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
 ) -> None:
     """Replay traces through cache policies: what does each save, and what would be possible?
@@ -188,7 +205,12 @@ def policy(
         json_file, plot = json_file and target(json_file), plot and target(plot)
         if plot is not None:
             check_plot(plot)
-        traces = load_all(
+        if from_server is not None:
+            check_alone(live, trace, workload, format)
+            traces = [fetched(server_url(from_server), api_key_file)]
+        else:
+            traces = []
+        traces = traces or load_all(
             trace or [],
             workload or [],
             format=format,
@@ -224,12 +246,15 @@ def policy(
         settings = [
             Setting.of(t, m, speed(ttft, m), concurrency=concurrency, seed=seed, options=options)
             for t in traces
-            for m in chosen_models(model or [DEFAULT_MODEL])
+            for m in models_of(t, model)
         ]
-        cells, missing = planned(settings, listed("capacity", capacity or DEFAULT_CAPACITIES), names)
+        cells, missing = planned(settings, capacity and listed("capacity", capacity), names)
         stream = json_file is not None and json_file.suffix == ".jsonl"
         rows = watched(cells, jobs, streamed_to(json_file, missing) if json_file and stream else ignored)
         show([*rows, *missing], settings)
+        for setting in settings:
+            for line in told(setting, [row for row in rows if isinstance(row, PolicyRow)]):
+                typer.echo(line)
         if json_file is not None and not stream:
             write_whole(json_file, rows_json([*rows, *missing]))
         if plot is not None:
@@ -252,6 +277,13 @@ def chosen_policies(text: str | None, with_bound: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*names, *LIMITS) if with_bound else names))
 
 
+def models_of(trace: Trace, given: Sequence[str] | None) -> list[ModelShape]:
+    """Those that were asked for; else that of the server which recorded the trace, or the usual one."""
+    if given or trace.server is None:
+        return chosen_models(given or [DEFAULT_MODEL])
+    return [trace.server.model]
+
+
 def chosen_models(given: Sequence[str]) -> list[ModelShape]:
     shapes = [model_shape(name) for name in dict.fromkeys(given)]
     names = named_apart([shape.name for shape in shapes], list(dict.fromkeys(given)))
@@ -270,13 +302,15 @@ def option_text(options: dict[str, object]) -> str:
 
 
 def planned(
-    settings: Sequence[Setting], wanted: Sequence[str], names: Sequence[str]
+    settings: Sequence[Setting], wanted: Sequence[str] | None, names: Sequence[str]
 ) -> tuple[list[Cell], list[Missing]]:
     """The cells, and what is said in place of those that hold nothing. Raises ConfigError if no cell is left."""
     cells: list[Cell] = []
     missing: list[Missing] = []
     for setting in settings:
-        for num_bytes, text in sorted({capacity_bytes(text, setting): text for text in wanted}.items()):
+        usual = DEFAULT_CAPACITIES if setting.trace.server is None else RECORDED_CAPACITIES
+        texts = wanted or listed("capacity", usual)
+        for num_bytes, text in sorted({capacity_bytes(text, setting): text for text in texts}.items()):
             if (error := too_small(text, num_bytes, setting)) is None:
                 cells += [Cell(setting, name, num_bytes) for name in names]
             else:
@@ -288,7 +322,11 @@ def planned(
 
 
 def capacity_bytes(text: str, setting: Setting) -> int:
-    """Bytes, or a share of the trace's unique bytes. Raises ConfigError."""
+    """Bytes, a share of the trace's unique bytes, or a multiple of what its server had. Raises ConfigError."""
+    if times := re.fullmatch(r"([0-9]{1,4}(?:\.[0-9]{1,4})?)x", text.strip(), re.ASCII):
+        if setting.trace.server is None:
+            raise ConfigError(f"capacity {text!r} is for what a server recorded, {setting.trace.name} says no budget")
+        return int(setting.trace.server.budget_bytes * float(times[1]))
     if text.endswith("%"):
         share = re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,9})?", text[:-1].strip(), re.ASCII)
         if share is None or float(share[0]) == 0:

@@ -74,7 +74,6 @@ class Simulation:
         every = max(len(requests) // SAMPLES, 1)
         num_samples = 0
         for i, request in enumerate(requests):
-            self.now = max(self.now, request.arrival_s)
             hits[i] = hit = self.serve(request)
             saved += self.cost.flops(0, hit)
             total += self.cost.flops(0, request.num_prompt_tokens)
@@ -86,13 +85,18 @@ class Simulation:
                 )
             if progress is not None:
                 progress()
-        while self._held:
-            self._finish()
+        self.finish()
         means = {kind: total_bytes / max(num_samples, 1) for kind, total_bytes in bytes_seen.items()}
         return Replay(hits, saved, total, means, self.cache.stats())
 
+    def finish(self) -> None:
+        """Ends all requests in progress."""
+        while self._held:
+            self._finish()
+
     def serve(self, request: TraceRequest) -> int:
         """One request -> the tokens that it could skip."""
+        self.now = max(self.now, request.arrival_s)
         while len(self._held) >= self.concurrency:
             self._finish()
         lease = self._acquire(self._prompt_keys(request))
@@ -115,11 +119,7 @@ class Simulation:
             self._finish()
 
     def _compute(self, lease: Lease, request: TraceRequest, marks: Sequence[Mark], *, generated: bool) -> None:
-        boundaries = [
-            Boundary(m.position, BoundaryKind.EXPLICIT if m.explicit else BoundaryKind.MESSAGE_END, role=m.role)
-            for m in marks
-        ]
-        wishes = self.cache.propose(lease, boundaries, generated=generated, origin=request.origin)
+        wishes = self.cache.propose(lease, boundaries_of(marks), generated=generated, origin=request.origin)
         page = self.trace.page_tokens
         publish(self.cache, lease, wishes, page, page if generated else self.chunk_tokens)
 
@@ -130,16 +130,32 @@ class Simulation:
         page = self.trace.page_tokens
         if request.num_known_tokens // page <= request.num_prompt_tokens // page:
             return
-        keys = named_keys("", _names(request.pages), b"", len(request.pages) * page)
+        keys = page_keys(request.pages, page)
         commit = self.cache.acquire(self.cache.match("", keys), keys)
         if commit is not None:
             self._compute(commit, request, (), generated=True)
             self.cache.release(commit)
 
     def _prompt_keys(self, request: TraceRequest) -> Keys:
-        full, rest = divmod(request.num_prompt_tokens, self.trace.page_tokens)
-        tail = _name(request.whole) if rest else b""
-        return named_keys("", _names(request.pages[:full]), tail, request.num_prompt_tokens)
+        return prompt_keys(request, self.trace.page_tokens)
+
+
+def prompt_keys(request: TraceRequest, page_tokens: int) -> Keys:
+    full, rest = divmod(request.num_prompt_tokens, page_tokens)
+    tail = _name(request.whole) if rest else b""
+    return named_keys("", _names(request.pages[:full]), tail, request.num_prompt_tokens)
+
+
+def page_keys(pages: PageIds, page_tokens: int) -> Keys:
+    """Of whole pages."""
+    return named_keys("", _names(pages), b"", len(pages) * page_tokens)
+
+
+def boundaries_of(marks: Sequence[Mark]) -> list[Boundary]:
+    return [
+        Boundary(m.position, BoundaryKind.EXPLICIT if m.explicit else BoundaryKind.MESSAGE_END, m.ttl_s, m.role)
+        for m in marks
+    ]
 
 
 def _names(pages: PageIds) -> list[Name]:

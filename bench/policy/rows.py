@@ -51,6 +51,9 @@ class PolicyRow:
     note: str = ""  # what was assumed of the trace, such as arrivals that are made up
     options: str = ""  # of the command line, as far as they shape the trace
     version: str = ""
+    server_policy: str = ""  # of a trace that a server recorded: what it ran with, and really saved
+    server_budget_bytes: int = 0
+    server_flops_saved: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hybrid_cache.api.server.recording.lines import FORMAT as RECORDED
 from hybrid_cache.bench.traces.blocks import read_kv_cache_tester, read_mooncake, read_qwen
+from hybrid_cache.bench.traces.recorded import read_recorded
 from hybrid_cache.bench.traces.records import Reading, Times, TraceError, brief
 from hybrid_cache.bench.traces.tokens import (
     SHAPES,
@@ -42,6 +44,7 @@ FIELDS = {
     "tokens": "prompt, optional arrival_s or timestamp (s), session, output or output_tokens, marks (position, role, "
     "explicit), finish_reason, user, tools, template",
     "marconi": "input_tokens, ts (s), optional session_id, output_tokens or num_output_tokens",
+    "recorded": "what `serve --record` writes: a line with format, then lines with request, turn or called",
 }
 FORMATS = tuple(FIELDS)
 SUFFIXES = (".json", ".jsonl")
@@ -94,7 +97,7 @@ def load_trace(
     if made_up:
         notes += [*made_up, f"seed {seed}"]
     requests.sort(key=lambda request: request.arrival_s)
-    trace = Trace(stem(path), reading.page_tokens, tuple(requests), "; ".join(notes))
+    trace = Trace(stem(path), reading.page_tokens, tuple(requests), "; ".join(notes), reading.server)
     return trace if page_tokens is None else trace.coarsened(page_tokens)
 
 
@@ -128,6 +131,8 @@ def guessed(path: Path, files: Sequence[Path]) -> str:
     if first is None:
         raise TraceError(f"{path}:1: requests: expected at least one, found none")
     match first.fields:
+        case {"format": str(name)} if name == RECORDED:
+            return "recorded"
         case {"hash_ids": dict()}:
             return "ragpulse"
         case {"hash_ids": _, "input_length": _, "chat_id": _}:
@@ -173,6 +178,8 @@ def read(
             return read_messages(files, encode, sort=sort)
         case "marconi":
             return read_marconi(files, sort=sort)
+        case "recorded":
+            return read_recorded(files)
         case _:
             return read_tokens(files, sort=sort)
 

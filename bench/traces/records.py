@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hybrid_cache.bench.traces.trace import TraceRequest
+from hybrid_cache.bench.traces.trace import RecordedServer, TraceRequest
 from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.errors import ConfigError
 
@@ -58,6 +58,7 @@ class Reading:
     page_tokens: int
     times: Times
     notes: tuple[str, ...] = ()
+    server: RecordedServer | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ A page is named by a number that stands for its tokens *and all tokens before it
 pages exactly when their first k numbers are equal. Traces that name blocks this way need no tokens at all.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hybrid_cache.cache.policies.signals import Finish, Origin
 from hybrid_cache.kernels.grid import TILE
+from hybrid_cache.models.shapes import ModelShape
 
 PageIds = NDArray[np.int32]  # [full pages]
 Tokens = NDArray[np.int32]
@@ -33,6 +34,32 @@ class Mark:
     position: int
     role: str  # system, user, assistant, tool; "" when the trace does not say
     explicit: bool = False  # the client asked for a checkpoint here
+    ttl_s: float | None = None  # to be kept at least this long
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """What a server did with a request: when it held what of the cache, and what it found there."""
+
+    start_s: float  # it was admitted
+    prompted_s: float  # its prompt was computed
+    choices: tuple[tuple[float, int], ...]  # of each: when it ended, and how many tokens it had
+    cached_tokens: int
+    complete: bool = True  # False: it was given up while its prompt was computed, and is cut off there
+    run: int = 0  # which start of the server, each with an empty cache
+    parts: tuple[tuple[int, float], ...] = ()  # ends of the pieces that its prompt was computed in, but the last; when
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Whole pages that a server computed when it was idle: what it expected the next prompt to begin with."""
+
+    at_s: float  # it began
+    end_s: float
+    pages: PageIds
+    marks: tuple[Mark, ...] = ()
+    session: str = ""
+    computed: int = 0  # pages, before it gave its room
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +84,20 @@ class TraceRequest:
     user: str = ""
     tools: bool | None = None
     template: str = ""
+    only_marked: bool = False  # states at explicit marks and nowhere else
+    stay: Stay | None = None  # in the server that recorded it
+    turns: tuple[Turn, ...] = ()  # computed after it was admitted, and before the next one was
 
     @property
     def origin(self) -> Origin:
         """What a server's policy would be told beside the tokens."""
         session = f"{self.session}/{self.agent}" if self.agent else self.session
         return Origin(session, self.user, self.tools, self.template)
+
+    @property
+    def all_pages(self) -> PageIds:
+        """Those that are there afterwards, some of them maybe twice."""
+        return np.concatenate([self.pages, *(turn.pages for turn in self.turns)]) if self.turns else self.pages
 
 
 def template_of(tokens: Tokens, marks: Sequence[Mark]) -> str:
@@ -73,6 +108,18 @@ def template_of(tokens: Tokens, marks: Sequence[Mark]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedServer:
+    """Who recorded a trace."""
+
+    model: ModelShape
+    budget_bytes: int
+    policy: str
+    chunk_tokens: int  # of a prompt that are computed at a time
+    spare_state: bool = False  # one stands aside for rows that pad a batch
+    totals: Mapping[str, float] = field(default_factory=dict)  # what it has counted since its start, if it says so
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """Requests in order of arrival."""
 
@@ -80,6 +127,7 @@ class Trace:
     page_tokens: int  # a multiple of TILE
     requests: tuple[TraceRequest, ...]
     note: str = ""  # what was assumed, e.g. a synthetic arrival process
+    server: RecordedServer | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -90,7 +138,14 @@ class Trace:
         factor, rest = divmod(page_tokens, self.page_tokens)
         if factor < 1 or rest:
             raise ValueError(f"pages of {page_tokens} tokens are no multiple of the trace's {self.page_tokens}")
-        requests = tuple(replace(r, pages=r.pages[factor - 1 :: factor].copy()) for r in self.requests)
+
+        def coarse(pages: PageIds) -> PageIds:
+            return pages[factor - 1 :: factor].copy()
+
+        requests = tuple(
+            replace(r, pages=coarse(r.pages), turns=tuple(replace(t, pages=coarse(t.pages)) for t in r.turns))
+            for r in self.requests
+        )
         return replace(self, page_tokens=page_tokens, requests=requests)
 
 

@@ -110,6 +110,11 @@ class Books:
         ]
 
     @property
+    def now_s(self) -> float:
+        """By the cache's clock."""
+        return self._clock()
+
+    @property
     def has_host(self) -> bool:
         """Whether there is a second tier."""
         return self.pool.host is not None
@@ -540,6 +545,7 @@ class Books:
             slots[0],
             match.length,
             match.end,
+            since_s=self._clock(),
         )
         if end is not None:
             there = self._node_at(match, end)

@@ -126,6 +126,7 @@ class Lease:
     written_tokens: int = 0  # tokens whose pages this lease has added to the tree
     origin: Origin = NOWHERE  # of its request
     released: bool = False
+    since_s: float = 0.0  # when it was taken, on the cache's clock
 
     @property
     def shared(self) -> int:

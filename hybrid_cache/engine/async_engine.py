@@ -16,6 +16,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.canonical import MAX_WAITING
 from hybrid_cache.engine.engine import Engine
+from hybrid_cache.engine.listener import Listener
 from hybrid_cache.engine.outcomes import Outputs
 from hybrid_cache.errors import EngineStopped, Overloaded, RequestError, RequestFailed
 from hybrid_cache.profile import Profile
@@ -247,6 +248,10 @@ class AsyncEngine:
     def fallbacks(self) -> dict[str, str]:
         """What runs in a slower way than it could on this device, and why."""
         return self._engine.fallbacks
+
+    def listen(self, listener: Listener) -> None:
+        """As `Engine.listen`, before `start`."""
+        self._engine.listen(listener)
 
     def start(self) -> None:
         self._thread.start()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from hybrid_cache.cache.books import Books
 from hybrid_cache.cache.policies.signals import Origin
+from hybrid_cache.engine.listener import Listener, Nobody
 from hybrid_cache.engine.prefills import Chunk, Prefills
 from hybrid_cache.engine.sequence import Prefill, Sequence, grid_floor
 from hybrid_cache.scheduling.pauses import Pauses
@@ -25,6 +26,7 @@ class CanonicalPasses:
         self._cache = cache
         self._pauses = pauses
         self._prefills = prefills
+        self.listener: Listener = Nobody()
         self._queue: deque[Prefill] = deque()
         self._decode_steps = 0  # since the last tile among them
 
@@ -62,7 +64,7 @@ class CanonicalPasses:
         self._queue.append(Prefill(namespace, tokens[:end], True, True, within, generated=True, origin=origin, of=of))
 
     def end(self, turn: Prefill) -> None:
-        self._prefills.release(turn)
+        self._release(turn)
         self._queue.remove(turn)
 
     def forget(self, may: Callable[[str], bool]) -> None:
@@ -78,8 +80,13 @@ class CanonicalPasses:
         """Gives up the room of the one in progress -> whether there was one. What it has published stays."""
         if not self._queue or self._queue[0].lease is None:
             return False
-        self._prefills.release(self._queue[0])
+        self._release(self._queue[0])
         return True
+
+    def _release(self, turn: Prefill) -> None:
+        if turn.lease is not None:
+            self.listener.ends(turn)
+        self._prefills.release(turn)
 
     def next_chunk(self) -> Chunk | None:
         """One tile, so that a new request waits for one tile at most. None if there is nothing to do."""
@@ -105,7 +112,10 @@ class CanonicalPasses:
         if known.length >= len(turn.tokens):
             if known.path:
                 self._pauses.computed(turn.of, turn.origin.session, turn.keys, known.path[-1])
+            self.listener.ends(turn)
             return False
-        return self._prefills.acquire(
-            turn, known, spare=self._pauses.keeps
-        )  # not from the end of a prompt that may be as long
+        # Not from the end of a prompt that may be as long.
+        if self._prefills.acquire(turn, known, spare=self._pauses.keeps):
+            return True
+        self.listener.ends(turn)
+        return False

@@ -23,6 +23,7 @@ from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.family import Family
 from hybrid_cache.engine.intake import OWN, Intake
 from hybrid_cache.engine.interruptions import Interruptions
+from hybrid_cache.engine.listener import Listener
 from hybrid_cache.engine.outcomes import Outcomes, Outputs
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.sequence import Sequence as Running
@@ -101,6 +102,10 @@ class Engine:
         self._failures = 0  # requests given up since a step passed
         self._gap: Gap | None = None  # while a pass is under way
         self._between_s = 0.0  # of it that steps between its layers took
+
+    def listen(self, listener: Listener) -> None:
+        """From now on somebody hears what becomes of requests."""
+        self._outcomes.listener = self._scheduler.canonical.listener = listener
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -263,6 +268,8 @@ class Engine:
             raise RequestError(f"a tool time of {seconds} s, must be in [0, {MOST_TOOL_S}]", param="seconds")
         if self.is_open(request_id) and request_id not in self._interruptions:
             self._interruptions.begin(request_id)
+        else:
+            self._outcomes.listener.called(request_id, tool, seconds)
         self._scheduler.endings.called(request_id)
         known = self._scheduler.tasks.pauses.called(request_id, tool, seconds)
         if not (known or request_id in self._interruptions):

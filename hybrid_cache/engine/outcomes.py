@@ -10,6 +10,7 @@ from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.intake import Intake
+from hybrid_cache.engine.listener import Listener, Nobody
 from hybrid_cache.engine.prefills import Chunk
 from hybrid_cache.engine.scheduler import Scheduler, Step
 from hybrid_cache.engine.sequence import Phase, Sequence, grid_floor
@@ -40,6 +41,7 @@ class Outcomes:
     ) -> None:
         self.open: dict[str, int] = {}
         self.tally = Tally()
+        self.listener: Listener = Nobody()
         self._max_length = model.max_length
         self._cost = model.prefill_cost
         self._cache = cache
@@ -51,8 +53,10 @@ class Outcomes:
     def abort(self, request_id: str, finish: Finish = Finish.GONE) -> None:
         """Ends all choices of a request; what it has published stays. Unknown ids are ignored."""
         for sequence in [s for s in self._scheduler.sequences() if s.request.id == request_id]:
+            self.listener.ended(sequence, None)
             self._scheduler.finish(sequence, finish)
-        self.open.pop(request_id, None)
+        if self.open.pop(request_id, None) is not None:
+            self.listener.closed(request_id)
 
     def give_up(self, request_id: str, why: str, fault: RequestError | None = None) -> Outputs:
         """Aborts a request after an error; `fault` if that is the request's own."""
@@ -98,6 +102,7 @@ class Outcomes:
         prefill, sequence = chunk.prefill, chunk.sequence
         assert prefill.lease is not None
         prefill.computed = chunk.end
+        prefill.parts.append((chunk.end, self._cache.now_s))
         self._scheduler.wrote_twins(chunk)
         self._cache.publish(prefill.lease, grid_floor(min(chunk.end, prefill.wanted)))
         self.tally.flops_computed += chunk.flops
@@ -137,6 +142,7 @@ class Outcomes:
         self._watch_answer(sequence)
         started = [] if sequence.generated else [(sequence, hidden)]
         if sequence.index == 0 and not sequence.forked:
+            self.listener.prompted(sequence)
             started += [(s, hidden) for s in self._fork(sequence)]
             sequence.forked = True
         return started
@@ -270,10 +276,12 @@ class Outcomes:
         return [(sequence.request.id, TokenOutput(sequence.index, token, logprob, finish))]
 
     def _finish(self, sequence: Sequence, finish: FinishReason) -> None:
+        self.listener.ended(sequence, finish)
         self._scheduler.finish(sequence, Finish(finish.value))
         self.open[sequence.request.id] -= 1
         if self.open[sequence.request.id] == 0:
             del self.open[sequence.request.id]
+            self.listener.closed(sequence.request.id)
 
     def _watch_answer(self, sequence: Sequence) -> None:
         prefill = sequence.prefill

@@ -138,6 +138,7 @@ class Prefills:
         if lease is None:
             return False
         prefill.lease, prefill.computed = lease, lease.length
+        prefill.parts = []
         prefill.cached = lease.length if prefill.cached is None else prefill.cached
         if prefill.arrangement is not None:
             begin = (prefill.namespace, prefill.arrangement, lease.length, num_others)

@@ -74,6 +74,7 @@ class Prefill:
     origin: Origin = NOWHERE
     of: str = ""  # of a canonical pass: the request whose answer it computes, if that is known
     proposed: bool = False  # the policy has seen it
+    parts: list[tuple[int, float]] = field(default_factory=list)  # ends of its chunks since it has its lease, and when
     wishes: deque[Wish] = field(default_factory=deque)  # rising positions
     lease: Lease | None = None
     computed: int = 0

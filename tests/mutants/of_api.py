@@ -15,6 +15,7 @@ LLM = ("tests/api/test_llm.py",)
 RESPONSES = ("tests/api/server/test_responses.py",)
 FOREIGN = ("tests/api/server/test_foreign_fields.py",)
 ANTHROPIC = ("tests/api/server/test_anthropic.py",)
+RECORD = ("tests/api/server/test_record.py",)
 FORMS = ("tests/api/server/test_client_forms.py",)
 
 marks = partial(Mutant, "hybrid_cache/api/text/marks.py")
@@ -34,9 +35,23 @@ turns = partial(Mutant, "hybrid_cache/api/server/openai/response_turns.py")
 remarks = partial(Mutant, "hybrid_cache/api/server/remarks.py")
 fields = partial(Mutant, "hybrid_cache/api/server/schemas/common.py")
 orders = partial(Mutant, "hybrid_cache/api/text/orders.py")
+lines = partial(Mutant, "hybrid_cache/api/server/recording/lines.py")
+record_file = partial(Mutant, "hybrid_cache/api/server/recording/record_file.py")
 thinking = partial(Mutant, "hybrid_cache/api/server/openai/thinking.py")
 
 MUTANTS = [
+    lines(
+        "a record's hashes have no key",
+        "blake2b(data, digest_size=NAME_BYTES, key=self._key, person=kind)",
+        "blake2b(data, digest_size=NAME_BYTES, person=kind)",
+        RECORD,
+    ),
+    record_file(
+        "half a line stays on a full disk",
+        "            os.ftruncate(self._file, self.num_bytes)\n            raise",
+        "            raise",
+        RECORD,
+    ),
     llm(
         "who asks for no cache gets it all the same",
         'if options.get("use_cache", True):',

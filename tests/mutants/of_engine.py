@@ -130,7 +130,7 @@ SCHEDULING = [
     ),
     canonical(
         "what a canonical pass held is lost",
-        "        self._prefills.release(turn)\n        self._queue.remove(turn)",
+        "        self._release(turn)\n        self._queue.remove(turn)",
         "        self._queue.remove(turn)",
         SCHEDULER,
     ),

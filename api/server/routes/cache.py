@@ -39,7 +39,7 @@ def router(serving: Serving) -> APIRouter:
     engine = serving.text.engine
 
     async def ask(request: Request, salt: str | None, question: Callable[[Inventory], T]) -> T:
-        sees = _sees(salt)
+        sees = seen_by(salt)
         return await unless_gone(request, engine.ask(lambda core: question(Inventory(core.cache, sees))))
 
     @routes.get(PATH)
@@ -78,7 +78,7 @@ def router(serving: Serving) -> APIRouter:
         """Drops all of them, and all else that is cached for whoever asks, unless it is in use; finished turns that
         wait for their pass do not come back.
         """
-        sees = _sees(cache_salt)
+        sees = seen_by(cache_salt)
 
         def drop(core: Engine) -> int:
             core.forget_turns(sees)
@@ -89,7 +89,7 @@ def router(serving: Serving) -> APIRouter:
     return routes
 
 
-def _sees(salt: str | None) -> MaySee:
+def seen_by(salt: str | None) -> MaySee:
     """The namespaces of whoever asks: an operator's key all, another one its own, and without keys that of the salt.
 
     Raises NotAllowed where keys share one cache, except for an operator's.

@@ -1,0 +1,142 @@
+"""Replays what a server has recorded as the server did it, maybe with another policy or in another budget.
+
+What the cache is asked comes at the times of the record: a request takes its room when it was admitted, leaves pages
+and states when its prompt was computed, and holds them, with pages for its answers, until these ended. Choices of one
+prompt are forks. Turns are computed when the server computed them. The ends of prompts are kept, too.
+
+Where there is less room than the server had, what is in progress ends early. A request that finds more, or less, than
+it did in the server takes as long as it took there.
+
+Not replayed: what is kept for tasks whose tools run, a second tier, and what models take from each other.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hybrid_cache.bench.policy.replay import Simulation, boundaries_of, page_keys, prompt_keys
+from hybrid_cache.bench.traces.trace import RecordedServer, Stay, Trace, TraceRequest, Turn
+from hybrid_cache.cache.keys import Keys
+from hybrid_cache.cache.lease import Lease
+from hybrid_cache.cache.policies.base import Policy, Wish
+from hybrid_cache.cache.policies.signals import Finish, Origin
+from hybrid_cache.spec import CacheSpec, PrefillCost
+
+Act = Callable[[], None]
+
+
+def server_replay(
+    trace: Trace, server: RecordedServer, spec: CacheSpec, cost: PrefillCost, capacity_bytes: int, policy: Policy
+) -> "ServerReplay":
+    replay = ServerReplay(trace, spec, cost, capacity_bytes, policy, prompt_ends=True, chunk_tokens=server.chunk_tokens)
+    if server.spare_state:
+        replay.cache.scratch_slot()
+    return replay
+
+
+@dataclass(slots=True)
+class ServerReplay(Simulation):
+    """A cache on the clock of a record; all requests of the trace have a `stay`."""
+
+    _due: list[tuple[float, int, Act]] = field(default_factory=list)  # a heap, by time
+    _count: int = 0  # of what was ever due: breaks ties
+    _run: int = 0
+
+    def serve(self, request: TraceRequest) -> int:
+        """One request -> the tokens that it could skip."""
+        stay = request.stay
+        assert stay is not None
+        if stay.run != self._run:
+            self.finish()
+            self.cache.drop()
+            self._run = stay.run
+        self._pass_until(stay.start_s)
+        self.now = max(self.now, stay.start_s)
+        for turn in request.turns:
+            self._later(turn.at_s, lambda turn=turn: self._begin_turn(turn))  # type: ignore[misc]
+        lease = self._acquire(prompt_keys(request, self.trace.page_tokens))
+        if lease is None:
+            return 0
+        wishes = self.cache.propose(
+            lease, boundaries_of(request.marks), only_marked=request.only_marked, origin=request.origin
+        )
+        waiting = deque(wishes)
+        for end, at_s in self._pieces(lease, stay):
+            self._later(at_s, lambda end=end: self._publish(lease, waiting, end))  # type: ignore[misc]
+        self._later(stay.prompted_s, lambda: self._end_prompt(lease, request, waiting))
+        return lease.length
+
+    def finish(self) -> None:
+        """Ends all that is in progress."""
+        while self._due:
+            self._next()
+
+    def _acquire(self, keys: Keys) -> Lease | None:
+        """Has things end when there is no room. None: it does not fit even by itself."""
+        while True:
+            lease = self.cache.acquire(self.cache.match("", keys), keys)
+            if lease is not None or not self._due:
+                return lease
+            self._next()
+
+    def _end_prompt(self, lease: Lease, request: TraceRequest, wishes: deque[Wish]) -> None:
+        stay, num_tokens = request.stay, request.num_prompt_tokens
+        assert stay is not None
+        self._publish(lease, wishes, num_tokens)
+        if stay.complete and not request.only_marked:
+            self.cache.publish_end(lease, 0)
+        forks = [self.cache.fork(lease, num_tokens) for _ in stay.choices[1:]]
+        for (end_s, num_generated), own in zip(stay.choices, (lease, *forks), strict=True):
+            if own is not None:
+                self.cache.extend(own, num_tokens + max(num_generated - 1, 0))  # nobody reads the last
+                self._later(end_s, lambda own=own, n=num_generated: self._release(own, n, request.finish))  # type: ignore[misc]
+
+    def _release(self, lease: Lease, num_generated: int, finish: Finish) -> None:
+        self.cache.release(lease, num_generated, finish)
+
+    def _publish(self, lease: Lease, waiting: deque[Wish], end: int) -> None:
+        """Computes a piece, with the states in it."""
+        while waiting and waiting[0].position <= end:
+            wish = waiting.popleft()
+            self.cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
+        self.cache.publish(lease, end // self.trace.page_tokens * self.trace.page_tokens)
+
+    def _pieces(self, lease: Lease, stay: Stay) -> list[tuple[int, float]]:
+        """Those that the server cut a prompt into, all but the last: where and when each ends. What it did not compute
+        is cut as usual, at the time of what follows.
+        """
+        total, before, pieces = lease.keys.num_tokens, lease.length, list[tuple[int, float]]()
+        for end, at_s in [*((e, s) for e, s in stay.parts if lease.length < e < total), (total, stay.prompted_s)]:
+            pieces += [(cut, at_s) for cut in range(before + self.chunk_tokens, end, self.chunk_tokens)]
+            pieces.append((end, at_s))
+            before = end
+        return pieces[:-1]
+
+    def _begin_turn(self, turn: Turn) -> None:
+        keys = page_keys(turn.pages, self.trace.page_tokens)
+        known = self.cache.match("", keys.beginning(keys.num_tokens))
+        lease = None if known.length >= keys.num_tokens else self.cache.acquire(known, keys)
+        if lease is not None:
+            wishes = self.cache.propose(lease, boundaries_of(turn.marks), generated=True, origin=Origin(turn.session))
+            self._later(turn.end_s, lambda: self._end_turn(lease, turn, wishes))
+
+    def _end_turn(self, lease: Lease, turn: Turn, wishes: list[Wish]) -> None:
+        page = self.trace.page_tokens
+        waiting = deque(wishes)
+        for end in range(lease.length + page, turn.computed * page + 1, page):
+            self._publish(lease, waiting, end)
+        self.cache.release(lease)
+
+    def _later(self, at_s: float, act: Act) -> None:
+        self._count += 1
+        heapq.heappush(self._due, (at_s, self._count, act))
+
+    def _pass_until(self, now: float) -> None:
+        while self._due and self._due[0][0] <= now:
+            self._next()
+
+    def _next(self) -> None:
+        at_s, _, act = heapq.heappop(self._due)
+        self.now = max(self.now, at_s)
+        act()
