@@ -36,16 +36,16 @@ from numpy.typing import NDArray
 from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth, every_place
 from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
-from hybrid_cache.cache.policies.returns import MOST_LIVES, Floats, ReturnModel
+from hybrid_cache.cache.policies.returns import MOST_LIVES, Floats, Ints, ReturnModel
 from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept, Node, Outside
 
 FIT_EARLY = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448)  # requests after which the model is fitted,
 FIT_EVERY = 512  # and requests between two fits after that
 SHORTLIST_SHARE = 64
-# How likely a state is needed although there are deeper ones: so many times the share of the cache that it spans, and
-# at most so much. Little changes between 4 and 32; with less, trees of many branches lose.
-STANDS_BY, MOST_STANDS_BY = 16.0, 0.5
+# How likely a state is needed although there are deeper ones: so many times the share of the cache that it spans, at
+# most so much, and nothing below the least. Little changes between 4 and 32; with less, trees of many branches lose.
+STANDS_BY, LEAST_STANDS_BY, MOST_STANDS_BY = 16.0, 0.01, 0.5
 OUTSIDE = (CheckpointKind.EXPLICIT, CheckpointKind.LAYER_INPUTS)  # may be kept outside the tree
 STALE_SCORES = 512  # scores computed in vain a second, at most: a shortlist of n states lives for n / 512 seconds
 
@@ -84,11 +84,11 @@ class Prospects:
         self.places[row] = self.places[end]
         del self.places[end]
 
-    def indices(self, now: float) -> Floats:
-        """Of all rows, by what was written."""
-        n = len(self.places)
-        level = self._model.level(self._group[:n], self._features[:n])
-        return self._model.index(self._group[:n], level, now - self._since[:n])
+    def indices(self, now: float, rows: Ints | None = None) -> Floats:
+        """Of some rows or all, by what was written."""
+        some = slice(len(self.places)) if rows is None else rows
+        level = self._model.level(self._group[some], self._features[some])
+        return self._model.index(self._group[some], level, now - self._since[some])
 
 
 def doubled(column: NDArray[Any]) -> NDArray[Any]:
@@ -97,7 +97,8 @@ def doubled(column: NDArray[Any]) -> NDArray[Any]:
 
 def stands_by(worth: Worth) -> float:
     """How likely a state is to be needed while the chain that passed it goes on after a deeper one."""
-    return min(STANDS_BY * worth.share, MOST_STANDS_BY)
+    likely = STANDS_BY * worth.share
+    return min(likely, MOST_STANDS_BY) if likely >= LEAST_STANDS_BY else 0.0
 
 
 class Learned:
@@ -167,16 +168,24 @@ class Learned:
             return 0.0
         index = max(self._index(place), stands_by(worth) * self._index(self._memory.tip(place)))
         score = index * worth.flops / worth.num_bytes
-        lowest = self.lowest() if place.source else None
-        return max(score, lowest[0]) if lowest is not None and self._takes_place(place, worth, lowest[1]) else score
+        return self._raised(score, worth, self._memory.get(place.source))
 
-    def _takes_place(self, place: Place, worth: Worth, lowest: Kept) -> bool:
-        """Whether a candidate goes where the state is that its prompt was resumed from, and that is the `lowest`."""
-        source = self._memory.get(place.source) if lowest.name == place.source else None
-        if source is None or source.branched:
-            return False
+    def _raised(self, score: float, worth: Worth, source: Place | None) -> float:
+        """A candidate's score, or that of what it was resumed from if that is higher, is next to go, and the candidate
+        is to take its place.
+        """
+        kept = source.kept if source is not None and not source.branched else None
+        row = None if kept is None else self._rows.get(kept)
+        if kept is None or row is None:
+            return score
         branching = self._memory.branching
-        return worth.flops * (1.0 - branching) > self._worth_of(lowest).flops * branching
+        if worth.flops * (1.0 - branching) <= self._worth_of(kept).flops * branching:
+            return score
+        self._write(row, self._own.places[row])  # it may have risen
+        if self._score(row) <= score:
+            return score
+        lowest = self.lowest()
+        return lowest[0] if lowest is not None and lowest[1] is kept else score
 
     def used(self, kept: Kept, path: Iterable[Node]) -> None:
         if isinstance(kept, Outside) and kept.attached:  # `propose` sees the returns to what is in the tree
@@ -246,7 +255,7 @@ class Learned:
         self._own.write(row, place)
         self._tips.write(row, self._memory.tip(own))
         self._value[row] = worth.flops / worth.num_bytes
-        self._stands_by[row] = stands_by(worth)
+        self._stands_by[row] = 0.0 if self._tips.places[row] is own else stands_by(worth)
 
     def _make_shortlist(self) -> None:
         """The states with the lowest scores, by what they were worth when filed; rises since then are noticed now.
@@ -254,7 +263,9 @@ class Learned:
         May stay empty when all of them have risen; but what was noticed is filed, so that the next pass knows it.
         """
         n = len(self._kept)
-        indices = np.maximum(self._own.indices(self._now), self._stands_by[:n] * self._tips.indices(self._now))
+        indices = self._own.indices(self._now)
+        behind = np.flatnonzero(self._stands_by[:n])
+        indices[behind] = np.maximum(indices[behind], self._stands_by[behind] * self._tips.indices(self._now, behind))
         scores = indices * self._value[:n]
         k = min(n, max(8, n // SHORTLIST_SHARE))
         rows = np.argpartition(scores, k - 1)[:k]
@@ -270,8 +281,8 @@ class Learned:
 
     def _score(self, row: int) -> float:
         index = self._index(self._own.places[row])
-        if (tip := self._tips.places[row]) is not self._own.places[row]:
-            index = max(index, self._stands_by.item(row) * self._index(tip))
+        if likely := self._stands_by.item(row):
+            index = max(index, likely * self._index(self._tips.places[row]))
         return index * self._value.item(row)
 
     def _index(self, place: Place) -> float:
