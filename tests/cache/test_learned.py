@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybrid_cache.cache.keys import Keys
-from hybrid_cache.cache.policies.base import Outline, Wish
+from hybrid_cache.cache.policies.base import Outline, Wish, Worth
 from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
 from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
@@ -271,6 +271,27 @@ def test_the_state_above_takes_over_the_prospects_of_one_that_has_gone() -> None
     cache.pool.evict(deep)
     cache.check()
     assert policy._score(policy._rows[above]) > 2 * before
+
+
+def test_a_new_end_takes_the_place_of_what_it_was_resumed_from_unless_others_branch_off_there() -> None:
+    policy = Learned()
+    cache = cache_with(policy, Clock(), slots=20, pages=40)
+    fill(cache, tokens_of("abcdef", 1), 6 * TILE)
+    run = begin(cache, tokens_of("abcdefg", 1))
+    cache.propose(run.lease)
+    source = policy._memory.get(run.lease.keys.names[6])
+    assert source is not None
+    assert source.kept is not None
+    policy.add(source.kept)  # its worth has risen
+    kept, little = policy._score(policy._rows[source.kept]), Worth(1e-3, 1)
+    assert policy._raised(kept / 2, little, source) == kept
+    assert policy._raised(2 * kept, little, source) == 2 * kept
+    source.branched = True
+    assert policy._raised(kept / 2, little, source) == kept / 2
+    source.branched = False
+    policy._memory.num_returns = policy._memory.num_branches = 99
+    assert policy._raised(kept / 2, little, source) == kept / 2
+    assert policy._raised(kept / 2, Worth(1e12, 1), source) == kept
 
 
 def test_victims_come_in_order_whatever_changes_meanwhile() -> None:

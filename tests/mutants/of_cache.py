@@ -8,6 +8,7 @@ CACHE = ("tests/cache/test_cache.py",)
 MACHINE = (*CACHE, "tests/cache/test_cache_machine.py")
 POLICY = ("tests/cache/test_policy.py",)
 RANKED = (*POLICY, "tests/cache/test_published_policies.py")
+LEARNED = ("tests/cache/test_learned.py", "tests/bench/policy/test_chains.py")
 MESSAGES = ("tests/cache/test_messages.py",)
 DIGESTS = ("tests/cache/test_digests.py",)
 ENGINE = ("tests/engine/test_engine.py",)
@@ -16,6 +17,8 @@ OWNED = (BESIDE + "test_a_composed_prompt_owns_all_pages_beyond_its_state",)
 PRIVATE = (BESIDE + "test_a_lease_that_does_not_publish_shares_no_page_beyond_its_state",)
 WRITES = (BESIDE + "test_a_write_to_a_page_of_the_tree_is_an_error",)
 
+default_policy = partial(Mutant, "hybrid_cache/cache/policies/learned.py")
+places = partial(Mutant, "hybrid_cache/cache/policies/places.py")
 books = partial(Mutant, "hybrid_cache/cache/books.py")
 candidates = partial(Mutant, "hybrid_cache/cache/candidates.py")
 pool = partial(Mutant, "hybrid_cache/cache/pool.py")
@@ -630,4 +633,43 @@ CHECKING = [
     ),
 ]
 
-MUTANTS = [*NAMING, *MATCHING, *PUBLISHING, *SHARING, *EVICTING, *KEEPING_MESSAGES, *CHECKING]
+PLANNING = [
+    default_policy(
+        "a conversation's new end does not take the place of its last",
+        "return lowest[0] if lowest is not None and lowest[1] is kept else score",
+        "return score",
+        LEARNED,
+    ),
+    default_policy(
+        "a state where many branch off is given up for the end of one",
+        "kept = source.kept if source is not None and not source.branched else None",
+        "kept = source.kept if source is not None else None",
+        LEARNED,
+    ),
+    default_policy(
+        "the share of returns that branch off is overlooked",
+        "if worth.flops * (1.0 - branching) <= self._worth_of(kept).flops * branching:",
+        "if False:",
+        LEARNED,
+    ),
+    default_policy(
+        "nothing stands by for the end of a conversation",
+        "return min(likely, MOST_STANDS_BY) if likely >= LEAST_STANDS_BY else 0.0",
+        "return 0.0",
+        LEARNED,
+    ),
+    places(
+        "a chain leads on to where it was before",
+        "                place.onward = wished[-1]\n",
+        "                pass\n",
+        LEARNED,
+    ),
+    places(
+        "going on from a prompt instead of its answer counts as branching",
+        "place.passed |= not outline.generated",
+        "place.passed = True",
+        LEARNED,
+    ),
+]
+
+MUTANTS = [*PLANNING, *NAMING, *MATCHING, *PUBLISHING, *SHARING, *EVICTING, *KEEPING_MESSAGES, *CHECKING]

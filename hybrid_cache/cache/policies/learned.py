@@ -181,7 +181,7 @@ class Learned:
         branching = self._memory.branching
         if worth.flops * (1.0 - branching) <= self._worth_of(kept).flops * branching:
             return score
-        self._write(row, self._own.places[row])  # it may have risen
+        self._file(row, self._own.places[row])  # it may have risen
         if self._score(row) <= score:
             return score
         lowest = self.lowest()
