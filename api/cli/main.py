@@ -289,6 +289,13 @@ def serve(
             help="Collector that gets a span for each request (OTLP over HTTP), such as http://127.0.0.1:4318."
         ),
     ] = None,
+    kv_events_config: Annotated[
+        str | None,
+        typer.Option(
+            help="KV events for routers, as vLLM publishes them (ZeroMQ): a JSON object such as "
+            "'{\"enable_kv_cache_events\": true}'. Needs the extra `events`; see docs/kv-events.md."
+        ),
+    ] = None,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Graceful shutdown: seconds that SIGTERM gives running requests.")
@@ -352,6 +359,7 @@ def serve(
     from hybrid_cache.api.cli.options import named_folders
     from hybrid_cache.api.cli.outlet import unhindered
     from hybrid_cache.api.server.exposure import Exposure, check_keys
+    from hybrid_cache.api.server.kv_events.config import parse as parse_kv_events
     from hybrid_cache.api.server.logs import LogOptions
     from hybrid_cache.api.server.protocol import Patience
     from hybrid_cache.api.server.response_store import parse_life
@@ -412,6 +420,7 @@ def serve(
     early.check_place(response_store or Path())
     early.check_context(max_model_len)
     early.check_collector(otlp_endpoint)
+    kv_events = parse_kv_events(kv_events_config)
     early.check_port(host, port)
     folder = early.find_model(model, revision)
     early.check_beside(variants.values(), (*adapters.values(), *filter(None, (merged,))))
@@ -460,6 +469,7 @@ def serve(
         drain_timeout_s=drain_timeout,
         hung_after_s=hung_after,
         operator_keys=operator_keys,
+        kv_events=kv_events,
     )
     with unhindered():
         status = process.serve(options)

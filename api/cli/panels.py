@@ -13,6 +13,7 @@ PANELS = {
     "API keys and tenants": "api_key api_key_file operator_key_file shared_cache",
     "Adapters and fine-tunes beside the model": "adapter merge_adapters variant allow_adapter_loading",
     "Sharing of cached entries between models": "sharing max_loss profile double_writing",
+    "Routers and several servers": "kv_events_config",
     "Logs and metrics": "log_level log_format log_content otlp_endpoint vllm_metrics",
     "Config file and help": "config show_config help_aliases help",
 }

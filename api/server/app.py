@@ -10,6 +10,8 @@ from hybrid_cache import __version__
 from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
+from hybrid_cache.api.server.kv_events.origins import Origins
+from hybrid_cache.api.server.kv_events.publisher import Publisher
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
 from hybrid_cache.api.server.remarks import IGNORED, REARRANGED, RemarkHeaders
 from hybrid_cache.api.server.request_log import RequestLog
@@ -19,6 +21,7 @@ from hybrid_cache.api.server.routes import (
     cache,
     chat,
     completions,
+    kv_events,
     messages,
     props,
     responses,
@@ -40,22 +43,29 @@ def create_app(
     variants: Iterable[Variant] = (),
     load_variant: LoadVariant | None = None,
     tracing: Tracing | None = None,
+    publisher: Publisher | None = None,
 ) -> FastAPI:
     """An application that starts the engine with itself, and drains and stops it at its end.
 
     variants: those of the engine   load_variant: loads one with an adapter, where clients may ask for that
-    tracing: makes spans of requests; it is closed at the end
+    tracing: makes spans of requests; it is closed at the end   publisher: of KV events; it is stopped at the end
     """
     serving = new_serving(engine, text, settings, variants)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if publisher is not None:
+            engine.record(publisher.journal)
+            origins = Origins(serving, salted=publisher.config.publish_salted)
+            publisher.start(origins, grouped=engine.model.cache_spec.slot_bytes > 0)
         engine.start()
         yield
         await engine.stop(settings.drain_timeout_s)
         await serving.responses.aclose()
         if tracing is not None:
             tracing.close()
+        if publisher is not None:
+            publisher.stop()
 
     # No documentation pages: they load their scripts from elsewhere. /openapi.json is ours.
     # No redirects either: they would lead to whatever host the client names.
@@ -69,6 +79,9 @@ def create_app(
     )
     for routes in (chat, completions, responses, messages, tokens, cache, props, server):
         app.include_router(routes.router(serving))
+    app.include_router(kv_events.router(serving, publisher))
+    if publisher is not None:
+        serving.metrics.also(publisher.families)
     if load_variant is not None:
         app.include_router(adapters.router(serving, load_variant))
     install_error_handlers(app)

@@ -24,6 +24,8 @@ from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, MemoryPlan, conv
 from hybrid_cache.api.server.connections import Connections, Listener, connection_limit
 from hybrid_cache.api.server.ending import FLUSH_TIMEOUT_S, FORCE_S, SECOND_S, Deadline, end_by_force
 from hybrid_cache.api.server.exposure import Exposure, check_keys, is_loopback
+from hybrid_cache.api.server.kv_events.config import OFF, KVEventsConfig
+from hybrid_cache.api.server.kv_events.publisher import publishing
 from hybrid_cache.api.server.launch import (
     Loaded,
     LoadedVariant,
@@ -90,6 +92,7 @@ class ServeOptions:
     log: LogOptions = field(default_factory=LogOptions)
     otlp_endpoint: str | None = None  # of a collector of spans
     chat_template: Path | None = None  # in place of the model's own
+    kv_events: KVEventsConfig = OFF
 
     def __post_init__(self) -> None:
         check_keys(self.api_keys, self.operator_keys, self.exposure.allow_origins)
@@ -140,7 +143,7 @@ def serve(options: ServeOptions) -> int:
 def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
     console = Console(stderr=True, quiet=options.log.format == "json")
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False) if not console.quiet else logger.info
-    with closing(bind(options.host, options.port)) as bound:
+    with closing(bind(options.host, options.port)) as bound, publishing(options.kv_events) as publisher:
         with console.status("loading the model"):
             loaded = load(options.load)
             text = TextModel.load(loaded.path)
@@ -177,7 +180,9 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
                 raise ModelError(differences[0])
             return variant_of(variant, loaded, text), variant.model, profiles_in(variant.path)
 
-        app = create_app(engine, text, settings, variants, load_adapter if options.load.shares else None, tracing)
+        app = create_app(
+            engine, text, settings, variants, load_adapter if options.load.shares else None, tracing, publisher
+        )
         url = url_of(bound, exposure.scheme)
         if console.quiet:
             logger.info("serving", extra={FIELDS: _facts(settings, loaded, memory, url)})
@@ -196,6 +201,12 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
             console.print(f"WARNING: {warning}", style="bold red")
             if console.quiet:
                 logger.warning(warning)
+        if publisher is not None:
+            say(f"KV events at {publisher.endpoint}, replays at {publisher.replay_endpoint or 'no address'}")
+            if not options.kv_events.is_local:
+                say(
+                    "WARNING: whoever reaches these reads the tokens of all prompts: keep them inside a private network"
+                )
         if engine_config.prefix_cache:
             console.print(SEND_TWICE)
         curl = curl_line(url, with_key=bool(options.api_keys), chats=bool(text.chat_templates))

@@ -6,7 +6,7 @@ ends and messages) by the policy's score. Fixed items are neither evicted nor mo
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from hybrid_cache.cache.allocator import Allocator, Ledger
 from hybrid_cache.cache.claims import Claims, Spare
@@ -15,6 +15,7 @@ from hybrid_cache.cache.eviction import EvictionQueues
 from hybrid_cache.cache.fates import End, Fates
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.host import HostTier
+from hybrid_cache.cache.journal import Journal, Nobody, Place, Watcher
 from hybrid_cache.cache.policies.base import Policy, Worth
 from hybrid_cache.cache.tree import (
     Checkpoint,
@@ -80,6 +81,17 @@ class Pool:
         self.claims = Claims(stateless=stateless)
         self.host: HostTier | None = None
         self.fates = Fates(clock)
+        self.watcher: Watcher = Nobody()
+
+    def watch(self, journal: Journal) -> None:
+        """From now on, a journal has what requests may start from."""
+        journal.begin(self._places)
+        self.watcher = journal
+
+    def _places(self) -> Iterator[Place]:
+        yield from (kept for kept in self.slot_owner.values() if isinstance(kept, Checkpoint | PromptEnd))
+        if self._stateless:
+            yield from (node for node in self.tree.nodes() if node.parent is not None)
 
     @property
     def extra_kind(self) -> Kind:
@@ -202,6 +214,8 @@ class Pool:
         """A new node of the tree owns its page."""
         self.page_owner[node.page] = node
         self._seal(((Kind.PAGE, node.page),), f"tokens up to {node.num_tokens} of {node.namespace}")
+        if self._stateless:
+            self.watcher.came(node)
         assert node.parent is not None
         self._report_rise(node.parent, 2)
 
@@ -216,6 +230,8 @@ class Pool:
         self.admissions[kept.label] += 1
         self.stamp(kept, path)
         self.unguard(kept)
+        if isinstance(kept, Checkpoint | PromptEnd):
+            self.watcher.came(kept)
 
     def verify(self, items: Iterable[Item]) -> None:
         """To be called with published items that are about to be read."""
@@ -310,6 +326,8 @@ class Pool:
             self.evictions["page"] += 1
         self.fates.lost_page(node.name, end)
         self.claims.lost(node)
+        if self._stateless:
+            self.watcher.went(node)
         self._report_rise(node.parent, 1)
         self.settle(node.parent)
 
@@ -337,6 +355,7 @@ class Pool:
         if isinstance(kept, Outside):
             return
         self.claims.lost(kept)
+        self.watcher.went(kept)
         self.fates.lost(kept.name, kept.kind, score, end)
         if self.policy.wants_rises:
             self.rescore_below(kept.node)
