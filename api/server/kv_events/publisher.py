@@ -114,6 +114,7 @@ class Publisher:
         self.journal = Journal(self._wake, config.max_queue_size)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="hybrid-cache-events", daemon=True)
+        self._sent_s = time.monotonic()
         self._renewed_s = -RENEW_S
         self._wants_renewal = False
         try:

@@ -26,8 +26,6 @@ class Shadow:
         read = {"BlockStored": self.store, "BlockRemoved": self.remove, "AllBlocksCleared": self.clear}
         for event in events:
             read[event["type"]](event)
-                event
-            )
 
     def clear(self, event: dict[str, Any]) -> None:
         assert event.keys() == {"type"}
