@@ -49,6 +49,7 @@ _bench(
 _bench("activated", "engine.activated", "Time the first token of an activated adapter behind what its base has read.")
 _bench("grammar", "engine.grammar", "Time decode steps with a JSON schema on every row, and without.")
 _bench("bookkeeping", "engine.bookkeeping", "Time the cache's own work in large trees.")
+_bench("kv-events", "engine.events", "Time a busy engine with KV events published, and without.")
 _bench(
     "variants",
     "variants.command",

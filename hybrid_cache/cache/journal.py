@@ -63,6 +63,7 @@ class Journal:
         """places: all that are there when it is called, on the writer's thread"""
         self._places = places
         self._begin_anew()
+        self._ring()
 
     def came(self, place: Place) -> None:
         self._note(Note(place, came=True))
@@ -81,6 +82,9 @@ class Journal:
             self._begin_anew()  # the change has been made, and is among what there is
         else:
             self._notes.append(note)
+        self._ring()
+
+    def _ring(self) -> None:
         if not self._awake:
             self._awake = True
             self._wake()

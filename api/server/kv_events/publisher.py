@@ -33,9 +33,10 @@ from hybrid_cache.errors import ConfigError
 if TYPE_CHECKING:
     import zmq
 
+NAME = "hybrid-cache-events"  # of the thread
 MEDIUM = "GPU"  # vLLM's word for the first tier, where the model computes
 RANK = 0
-GATHER_S = 0.004  # that notes are waited for once there is one, so that a batch has what a step has changed
+GATHER_S = 0.03  # that more notes are waited for once there is one: most of what a batch costs, it costs as a whole
 MOST_NOTES = 4096  # of one batch; several batches follow where there are more
 MOST_EVENTS = 4 * MOST_BLOCKS
 REPLAY_BYTES = 64 << 20  # of batches that are kept, beside their number
@@ -105,6 +106,7 @@ class Publisher:
         self._replay = Replay(config.buffer_steps)
         self._sender = self._context.socket(zmq.PUB)
         self._sender.setsockopt(zmq.SNDHWM, config.hwm)
+        self._sender.setsockopt(zmq.XPUB_NODROP, 1)  # it says when it would have to drop a batch for somebody
         self._answerer = self._context.socket(zmq.ROUTER)
         self._answerer.setsockopt(zmq.SNDHWM, config.buffer_steps + 16)
         self._answerer.setsockopt(zmq.MAXMSGSIZE, REQUEST_BYTES)
@@ -113,7 +115,7 @@ class Publisher:
         self._bell.setblocking(False)
         self.journal = Journal(self._wake, config.max_queue_size)
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="hybrid-cache-events", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
         self._sent_s = time.monotonic()
         self._renewed_s = -RENEW_S
         self._wants_renewal = False
@@ -270,13 +272,13 @@ class Publisher:
         number, batch = self._replay.next, self._encode([time.time(), events, RANK])
         self._replay.add(batch)
         frames = [self.config.topic.encode(), number.to_bytes(NUMBER_BYTES, "big"), batch]
-        self._sender.setsockopt(zmq.XPUB_NODROP, 1)
         try:
             self._sender.send_multipart(frames, zmq.DONTWAIT)
         except zmq.Again:
             self.counts.dropped += 1
-            self._sender.setsockopt(zmq.XPUB_NODROP, 0)
+            self._sender.setsockopt(zmq.XPUB_NODROP, 0)  # to the others
             self._sender.send_multipart(frames, zmq.DONTWAIT)
+            self._sender.setsockopt(zmq.XPUB_NODROP, 1)
         self.counts.batches += 1
         self._sent_s = time.monotonic()
 

@@ -30,6 +30,7 @@ from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.namespaces import namespace_of
+from tests.api.cli.test_early import told
 from tests.api.server.shadow import Shadow
 from tests.api.servers import new_engine, over_the_wire
 from tests.fakes import SumModel
@@ -438,6 +439,11 @@ def test_bad_settings_are_named(text: str, said: str) -> None:
     assert said in str(caught.value)
     assert "--kv-events-config" in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_bad_setting_is_said_before_anything_heavy_is_imported() -> None:
+    said = told("serve", "--port", "0", "--kv-events-config", '{"hwm": 0}')
+    assert "hwm is 0, must be in [1, 10000000]" in said
 
 
 def test_vllms_own_example_is_taken() -> None:

@@ -35,7 +35,6 @@ class EventMachine(CacheMachine):
             self.journal = Journal(self.wake, self.most)
             self.readers = {states: (Resumable(states=states), Shadow()) for states in (True, False)}
             self.cache.pool.watch(self.journal)
-            self.calls = 1
         assert self.calls or not self.journal  # whoever sleeps until it is woken misses nothing
         self.calls = 0
         while notes := self.journal.take(3):
