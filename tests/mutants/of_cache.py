@@ -30,6 +30,39 @@ eviction = partial(Mutant, "hybrid_cache/cache/eviction.py")
 arena = partial(Mutant, "hybrid_cache/device/arena.py")
 
 NAMES = ("tests/cache/test_keys.py",)
+EVENTS = ("tests/api/server/test_kv_events_machine.py",)
+resumable = partial(Mutant, "hybrid_cache/cache/resumable.py")
+journal = partial(Mutant, "hybrid_cache/cache/journal.py")
+
+SAYING = [
+    pool("nobody is told that a state went", "        self.watcher.went(kept)\n", "", EVENTS),
+    pool("nobody is told that a page of a model without states went", "self.watcher.went(node)", "pass", EVENTS),
+    resumable(
+        "pages stay as long as one state below is left",
+        "            if self._reasons[node]:\n",
+        "            if self._reasons[node] or node.children:\n",
+        EVENTS,
+    ),
+    resumable("pages above a state are not said", "            if count:\n", "            if not count:\n", EVENTS),
+    resumable(
+        "what was said is said again without being cleared",
+        "yield self._forget()\n            elif",
+        "pass\n            elif",
+        EVENTS,
+    ),
+    journal(
+        "what came too fast is dropped",
+        "            self._begin_anew()  # the change",
+        "            pass  # the change",
+        EVENTS,
+    ),
+    journal(
+        "the reader is not woken a second time",
+        "        self._awake = False  # before",
+        "        pass  # before",
+        EVENTS,
+    ),
+]
 
 NAMING = [
     keys(
@@ -630,4 +663,4 @@ CHECKING = [
     ),
 ]
 
-MUTANTS = [*NAMING, *MATCHING, *PUBLISHING, *SHARING, *EVICTING, *KEEPING_MESSAGES, *CHECKING]
+MUTANTS = [*NAMING, *SAYING, *MATCHING, *PUBLISHING, *SHARING, *EVICTING, *KEEPING_MESSAGES, *CHECKING]

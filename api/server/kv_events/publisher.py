@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 NAME = "hybrid-cache-events"  # of the thread
 MEDIUM = "GPU"  # vLLM's word for the first tier, where the model computes
 RANK = 0
-GATHER_S = 0.03  # that more notes are waited for once there is one: most of what a batch costs, it costs as a whole
+GATHER_S = 0.004  # that more notes are waited for once there is one
+PART = 1 / 400  # of a processor's time that batches take in a row: then later ones wait, and are larger
+MOST_WAIT_S = 0.2
 MOST_NOTES = 4096  # of one batch; several batches follow where there are more
 MOST_EVENTS = 4 * MOST_BLOCKS
 REPLAY_BYTES = 64 << 20  # of batches that are kept, beside their number
@@ -117,6 +119,7 @@ class Publisher:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
         self._sent_s = time.monotonic()
+        self._rests_until_s = 0.0
         self._renewed_s = -RENEW_S
         self._wants_renewal = False
         try:
@@ -226,11 +229,14 @@ class Publisher:
 
     def _gather(self) -> None:
         """Sends what has changed."""
-        time.sleep(GATHER_S)
+        time.sleep(max(GATHER_S, self._rests_until_s - time.monotonic()))
+        began_s = time.thread_time()
         with suppress(BlockingIOError):
             self._bell.recv(4096)
         while notes := self.journal.take(MOST_NOTES):
             self._send_changes(self._resumable.read(notes))
+        rest_s = min((time.thread_time() - began_s) / PART, MOST_WAIT_S)
+        self._rests_until_s = time.monotonic() + rest_s
 
     def _renew(self) -> None:
         self._renewed_s, self._wants_renewal = time.monotonic(), False
