@@ -45,7 +45,7 @@ class Journal:
     """A `Watcher` whose notes another thread takes. One thread writes, one reads."""
 
     def __init__(self, wake: Callable[[], None], most: int = MOST_NOTES) -> None:
-        """wake: called by the writer when there are notes and the reader has not been called since it took some
+        """wake: called, on either thread, once there are notes after the reader has said that it sleeps
         most: notes that may wait, unless more places are there
         """
         self.num_overflows = 0
@@ -73,8 +73,13 @@ class Journal:
 
     def take(self, most: int) -> list[Note]:
         """The next notes, oldest first; empty if there are none. To be called by the reader."""
-        self._awake = False  # before it looks: what is noted meanwhile wakes it once more
         return [self._notes.popleft() for _ in range(min(most, len(self._notes)))]
+
+    def sleep(self) -> None:
+        """To be called by the reader, which wants to be woken by the next note."""
+        self._awake = False  # before it looks: what is noted meanwhile wakes it, too
+        if self._notes:
+            self._ring()
 
     def _note(self, note: Note) -> None:
         if len(self._notes) >= self._limit:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -37,7 +37,7 @@ NAME = "hybrid-cache-events"  # of the thread
 MEDIUM = "GPU"  # vLLM's word for the first tier, where the model computes
 RANK = 0
 GATHER_S = 0.004  # that more notes are waited for once there is one
-PART = 1 / 400  # of a processor's time that batches take in a row: then later ones wait, and are larger
+PART = 1 / 1000  # of a processor that batches take in a row: the next one waits for as long, and is larger
 MOST_WAIT_S = 0.2
 MOST_NOTES = 4096  # of one batch; several batches follow where there are more
 MOST_EVENTS = 4 * MOST_BLOCKS
@@ -213,12 +213,14 @@ class Publisher:
         poller = zmq.Poller()
         poller.register(self._bell, zmq.POLLIN)
         poller.register(self._answerer, zmq.POLLIN)
-        self._gather()  # the first batch clears what readers know of an earlier server at these addresses
+        self._tell()  # the first batch clears what readers know of an earlier server at these addresses
         while not self._stopping:
-            due_s = self._sent_s + self.config.heartbeat_s - time.monotonic()
+            due_s = min(self._sent_s + self.config.heartbeat_s, self._rests_until_s) - time.monotonic()
             ready = {socket for socket, _ in poller.poll(ceil(max(due_s, 0) * 1000))}
             if self._bell.fileno() in ready:
                 self._gather()
+            if time.monotonic() >= self._rests_until_s:
+                self._tell()
             if self._answerer in ready:
                 self._answer()
             if self._wants_renewal and time.monotonic() - self._renewed_s >= RENEW_S:
@@ -228,15 +230,23 @@ class Publisher:
         self._send_changes([Cleared()])
 
     def _gather(self) -> None:
-        """Sends what has changed."""
-        time.sleep(max(GATHER_S, self._rests_until_s - time.monotonic()))
-        began_s = time.thread_time()
+        """Waits for more than the note that has woken it."""
         with suppress(BlockingIOError):
             self._bell.recv(4096)
+        time.sleep(GATHER_S)
+        self._rests_until_s = 0.0
+
+    def _tell(self) -> None:
+        """Sends what has changed, and looks again after a rest; when nothing has, it sleeps until it is woken."""
+        began_s, first = time.thread_time(), self._replay.next
         while notes := self.journal.take(MOST_NOTES):
             self._send_changes(self._resumable.read(notes))
-        rest_s = min((time.thread_time() - began_s) / PART, MOST_WAIT_S)
-        self._rests_until_s = time.monotonic() + rest_s
+        if self._replay.next > first:
+            rest_s = min((time.thread_time() - began_s) / PART, MOST_WAIT_S)
+            self._rests_until_s = time.monotonic() + rest_s
+        else:
+            self._rests_until_s = inf
+            self.journal.sleep()
 
     def _renew(self) -> None:
         self._renewed_s, self._wants_renewal = time.monotonic(), False

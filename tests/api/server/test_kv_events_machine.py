@@ -36,10 +36,12 @@ class EventMachine(CacheMachine):
             self.readers = {states: (Resumable(states=states), Shadow()) for states in (True, False)}
             self.cache.pool.watch(self.journal)
         assert self.calls or not self.journal  # whoever sleeps until it is woken misses nothing
-        self.calls = 0
         while notes := self.journal.take(3):
             for resumable, shadow in self.readers.values():
                 read(shadow, [*resumable.read(notes)], grouped=not self.stateless)
+        self.calls = 0
+        self.journal.sleep()
+        assert not self.calls
 
     def wake(self) -> None:
         self.calls += 1
