@@ -296,6 +296,10 @@ def serve(
             "'{\"enable_kv_cache_events\": true}'. Needs the extra `events`; see docs/kv-events.md."
         ),
     ] = None,
+    pages: Annotated[
+        bool,
+        typer.Option("--pages/--no-pages", help="Pages for a browser at /, /cache and /docs; see docs/cache-page.md."),
+    ] = True,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Graceful shutdown: seconds that SIGTERM gives running requests.")
@@ -470,6 +474,7 @@ def serve(
         hung_after_s=hung_after,
         operator_keys=operator_keys,
         kv_events=kv_events,
+        pages=pages,
     )
     with unhindered():
         status = process.serve(options)

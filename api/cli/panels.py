@@ -14,7 +14,7 @@ PANELS = {
     "Adapters and fine-tunes beside the model": "adapter merge_adapters variant allow_adapter_loading",
     "Sharing of cached entries between models": "sharing max_loss profile double_writing",
     "Routers and several servers": "kv_events_config",
-    "Logs and metrics": "log_level log_format log_content otlp_endpoint vllm_metrics",
+    "Logs and metrics": "log_level log_format log_content otlp_endpoint vllm_metrics pages",
     "Config file and help": "config show_config help_aliases help",
 }
 PLACES = {name: heading for heading, names in PANELS.items() for name in names.split()}

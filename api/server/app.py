@@ -23,6 +23,7 @@ from hybrid_cache.api.server.routes import (
     completions,
     kv_events,
     messages,
+    pages,
     props,
     responses,
     server,
@@ -80,6 +81,8 @@ def create_app(
     for routes in (chat, completions, responses, messages, tokens, cache, props, server):
         app.include_router(routes.router(serving))
     app.include_router(kv_events.router(serving, publisher))
+    if settings.pages:
+        app.include_router(pages.router(serving))
     if publisher is not None:
         serving.metrics.also(publisher.families)
     if load_variant is not None:

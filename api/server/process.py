@@ -93,6 +93,7 @@ class ServeOptions:
     otlp_endpoint: str | None = None  # of a collector of spans
     chat_template: Path | None = None  # in place of the model's own
     kv_events: KVEventsConfig = OFF
+    pages: bool = True  # for people
 
     def __post_init__(self) -> None:
         check_keys(self.api_keys, self.operator_keys, self.exposure.allow_origins)
@@ -123,6 +124,7 @@ class ServeOptions:
             response_life_s=self.response_life_s,
             beside_bytes=beside_bytes,
             vllm_metrics=self.vllm_metrics,
+            pages=self.pages,
             log_content=self.log.content,
             drain_timeout_s=self.drain_timeout_s,
             max_loss=self.max_loss if self.profiled else None,

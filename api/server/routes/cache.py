@@ -39,14 +39,14 @@ def router(serving: Serving) -> APIRouter:
     engine = serving.text.engine
 
     async def ask(request: Request, salt: str | None, question: Callable[[Inventory], T]) -> T:
-        sees = _sees(salt)
-        return await unless_gone(request, engine.ask(lambda core: question(Inventory(core.cache, sees))))
+        may_see = sees(salt)
+        return await unless_gone(request, engine.ask(lambda core: question(Inventory(core.cache, may_see))))
 
     @routes.get(PATH)
     async def conversations(request: Request, limit: Limit = 100, cache_salt: Salt = None) -> ConversationList:
         """The conversations that are kept, those used last first."""
         found = await ask(request, cache_salt, lambda inventory: inventory.conversations())
-        return ConversationList(data=[_shown(serving, each) for each in found[:limit]], total=len(found))
+        return ConversationList(data=[shown(serving, each) for each in found[:limit]], total=len(found))
 
     @routes.get(PATH + "/{name}")
     async def one_conversation(request: Request, name: str, cache_salt: Salt = None) -> ConversationDetail:
@@ -59,8 +59,8 @@ def router(serving: Serving) -> APIRouter:
         if not readers:  # its model has just been unloaded
             raise _not_one(name)
         return ConversationDetail(
-            **_shown(serving, whole.conversation).model_dump(),
-            states=[_state(each) for each in whole.states],
+            **shown(serving, whole.conversation).model_dump(),
+            states=[shown_state(each) for each in whole.states],
             text=readers[0].text.tokenizer.decode(whole.tokens[-SHOWN_TOKENS:].tolist()),
         )
 
@@ -78,18 +78,18 @@ def router(serving: Serving) -> APIRouter:
         """Drops all of them, and all else that is cached for whoever asks, unless it is in use; finished turns that
         wait for their pass do not come back.
         """
-        sees = _sees(cache_salt)
+        may_see = sees(cache_salt)
 
         def drop(core: Engine) -> int:
-            core.forget_turns(sees)
-            return Inventory(core.cache, sees).drop_all()
+            core.forget_turns(may_see)
+            return Inventory(core.cache, may_see).drop_all()
 
         return Dropped(freed_bytes=await unless_gone(request, engine.ask(drop)))
 
     return routes
 
 
-def _sees(salt: str | None) -> MaySee:
+def sees(salt: str | None) -> MaySee:
     """The namespaces of whoever asks: an operator's key all, another one its own, and without keys that of the salt.
 
     Raises NotAllowed where keys share one cache, except for an operator's.
@@ -115,14 +115,14 @@ def _not_one(name: str) -> NoSuchConversation:
     return NoSuchConversation(f"no cached conversation has the name {quoted(name)}, or more than one", param="name")
 
 
-def _shown(serving: Serving, conversation: Conversation) -> ConversationInfo:
-    end = _state(conversation.end).model_dump()
+def shown(serving: Serving, conversation: Conversation) -> ConversationInfo:
+    end = shown_state(conversation.end).model_dump()
     models = [name for each in serving.whose(conversation.namespace) for name in each.model.names]
     whole = {"bytes": conversation.num_bytes, "hits": conversation.hits, "models": models}
     return ConversationInfo.model_validate({**end, **whole, "namespace": salt_in(conversation.namespace)})
 
 
-def _state(state: StateInfo) -> CachedState:
+def shown_state(state: StateInfo) -> CachedState:
     return CachedState(
         name=state.name.hex(),
         kind=state.kind,

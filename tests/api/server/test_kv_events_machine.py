@@ -5,7 +5,7 @@ import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import initialize, rule
 
-from hybrid_cache.api.server.kv_events.wire import Origin, event_of, sized
+from hybrid_cache.api.server.kv_events.wire import Origin, event_of, hash_of, sized
 from hybrid_cache.cache.journal import Journal
 from hybrid_cache.cache.lease import Match
 from hybrid_cache.cache.resumable import Change, Resumable
@@ -43,6 +43,16 @@ class EventMachine(CacheMachine):
         self.journal.sleep()
         assert not self.calls
 
+    def useful_pages(self) -> set[int]:
+        """Those that a state lies behind, looked for in the tree."""
+        nodes = [n for n in self.cache.tree.nodes() if n.parent is not None and (self.stateless or n.checkpoint)]
+        found = set[int]()
+        for node in nodes:
+            while node.parent is not None and (name := hash_of(node.name)) not in found:
+                found.add(name)
+                node = node.parent
+        return found
+
     def wake(self) -> None:
         self.calls += 1
 
@@ -58,7 +68,9 @@ class EventMachine(CacheMachine):
         root = None, match.namespace or None
         (resumable, shadow), (_, only_pages) = self.readers[True], self.readers[False]
         assert shadow.cached_tokens(tokens, root) == match.length
-        assert resumable.num_pages == sum(group == 0 for group, _ in shadow.references)
+        said = {name for group, name in only_pages.references if group == 0}
+        assert said == self.useful_pages() == {name for group, name in shadow.references if group == 0}
+        assert resumable.num_pages == len(said)
         found = shadow.pages_of(tokens, root)
         assert only_pages.pages_of(tokens, root) == found
         if match.end is None and found and found[-1][0] < len(tokens):
