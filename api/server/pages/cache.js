@@ -105,6 +105,7 @@ function drawHits() {
 
 function show(sample) {
   samples.push(sample);
+  if (samples.length === 1) samples.push(sample); // a picture from the first one on
   if (samples.length > MOST_SAMPLES) samples.shift();
   $("share").textContent = percent(hitsOf(sample));
   $("saved").textContent = flops(sample.flops_saved);

@@ -19,12 +19,14 @@ from hybrid_cache.api.server.kv_events import config as settings
 from hybrid_cache.api.server.kv_events.config import KVEventsConfig, parse
 from hybrid_cache.api.server.kv_events.origins import Origins
 from hybrid_cache.api.server.kv_events.publisher import Publisher
-from hybrid_cache.api.server.kv_events.wire import MOST_BLOCKS, Origin, hash_of
+from hybrid_cache.api.server.kv_events.wire import MOST_BLOCKS, Origin, event_of, hash_of, sized
 from hybrid_cache.api.server.serving import Variant, new_serving
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.server.tenants import salt_of_tenant, tenant_of
 from hybrid_cache.api.text.tokenizer import TextModel
+from hybrid_cache.cache.journal import Journal
 from hybrid_cache.cache.keys import keys_of
+from hybrid_cache.cache.resumable import Resumable
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, PrefixTree
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
@@ -33,6 +35,7 @@ from hybrid_cache.namespaces import namespace_of
 from tests.api.cli.test_early import told
 from tests.api.server.shadow import Shadow
 from tests.api.servers import new_engine, over_the_wire
+from tests.cache.driver import SPECS, fill, new_cache, tokens_of
 from tests.fakes import SumModel
 
 ANY = "tcp://127.0.0.1:*"
@@ -334,6 +337,42 @@ def test_changes_that_come_too_fast_are_told_as_a_whole() -> None:
         reader.follow()
         assert len(reader.shadow.references) == 16
     publisher.stop()
+
+
+def test_what_went_while_nobody_listened_is_not_said_any_more() -> None:
+    first, *others = (chain(2, start) for start in range(8))
+    there, journal = {first: None}, Journal(lambda: None, most=1)
+    journal.begin(lambda: there)
+    resumable, shadow = Resumable(), Shadow()
+
+    def hear() -> set[int]:
+        changes = resumable.read(journal.take(1000))
+        shadow.read([event_of(change, lambda namespace: Origin(), "GPU", grouped=True) for change in changes])
+        return {name for group, name in shadow.references if group == 0}
+
+    assert hear() == {hash_of(node.name) for node in (first.node, first.node.parent) if node is not None}
+    del there[first]
+    journal.went(first)
+    for place in others:
+        there[place] = None
+        journal.came(place)
+    assert journal.num_overflows
+    assert hear() == {hash_of(node.name) for each in others for node in (each.node, each.node.parent) if node}
+
+
+def test_pages_of_a_model_without_states_come_and_go_one_by_one() -> None:
+    cache = new_cache(SPECS["only attention"], pages=6)
+    resumable, shadow, journal = Resumable(), Shadow(), Journal(lambda: None)
+    cache.pool.watch(journal)
+    for pages in ("aab", "aac", "bcd", "aab"):
+        tokens = tokens_of(pages, 1)
+        assert cache.match("", tokens).length == shadow.cached_tokens(tokens)
+        fill(cache, tokens)
+        changes = sized(resumable.read(journal.take(1000)))
+        shadow.read([event_of(change, lambda namespace: Origin(), "GPU", grouped=False) for change in changes])
+        there = {hash_of(node.name) for node in cache.tree.nodes() if node.parent}
+        assert {name for _, name in shadow.references} == there
+    assert cache.stats().evictions["page"] > 0
 
 
 def test_routers_learn_where_to_subscribe(sum_text: TextModel) -> None:
