@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil, inf
 from typing import TYPE_CHECKING
 
@@ -89,8 +90,8 @@ class Replay:
 
     def since(self, number: int) -> Iterator[tuple[int, bytes]]:
         """Those from a number on, as far as they are kept."""
-        for index in range(max(number - self.first, 0), len(self._batches)):
-            yield self.first + index, self._batches[index]
+        start = max(number - self.first, 0)
+        return enumerate(islice(self._batches, start, None), self.first + start)
 
 
 class Publisher:

@@ -190,7 +190,7 @@ def test_the_cache_page_opens_and_follows(quiet: Page, url: str, engine: AsyncEn
 
 @needs_browser
 def test_text_is_shown_only_on_demand_and_all_by_the_keyboard(quiet: Page, url: str) -> None:
-    complete(url, "The lamp of the keyboard. " * 12)
+    complete(url, "The lamp of the keyboard. <b id='planted'>" * 12)
     quiet.open(f"{url}/cache")
     quiet.until("document.querySelectorAll('#tree summary').length > 0")
     assert "lamp" not in quiet.value("document.body.innerText")
@@ -213,6 +213,8 @@ def test_text_is_shown_only_on_demand_and_all_by_the_keyboard(quiet: Page, url: 
             break
         walk_to("#tree summary")
     quiet.until("document.querySelectorAll('#tree pre').length > 0")
+    assert "planted" in quiet.value("document.querySelector('#tree').innerText")
+    assert quiet.value("document.querySelector('#planted')") is None
 
 
 @needs_browser
