@@ -24,8 +24,8 @@ from hybrid_cache.api.server.serving import Variant, new_serving
 from hybrid_cache.api.server.settings import ServerSettings
 from hybrid_cache.api.server.tenants import salt_of_tenant, tenant_of
 from hybrid_cache.api.text.tokenizer import TextModel
-from hybrid_cache.cache.journal import Journal
-from hybrid_cache.cache.keys import keys_of
+from hybrid_cache.cache.journal import Journal, Note
+from hybrid_cache.cache.keys import Mark, keys_of
 from hybrid_cache.cache.resumable import Resumable
 from hybrid_cache.cache.tree import Checkpoint, CheckpointKind, PrefixTree
 from hybrid_cache.config import EngineConfig
@@ -441,6 +441,21 @@ def test_salted_blocks_come_in_batches_of_their_own(sum_text: TextModel) -> None
         salts = [[event.get("cache_salt") for event in events] for _, events in reader.replay(0) if events]
         assert {salt for batch in salts for salt in batch} == {None, "mine"}
         assert all(len(set(batch)) == 1 for batch in salts)
+
+
+def test_where_an_adapter_takes_over_its_blocks_bear_its_name_behind_those_of_the_base() -> None:
+    keys = keys_of("base/", np.arange(256, dtype=np.int32), Mark(100, "adapter/"))
+    tree = PrefixTree()
+    node = tree.root("base/")
+    for place, key in enumerate(keys.pages):
+        node = tree.insert(node, key, keys.names[place + 1], place, 0.0, keys.namespace_of(place))
+    notes = [Note(Checkpoint(node, 0, CheckpointKind.EXPLICIT), came=True)]
+    changes = sized(Resumable(states=False).read(notes))
+    base, adapter = (event_of(each, lambda namespace: Origin(namespace), "GPU", grouped=True) for each in changes)
+    assert (base["lora_name"], base["block_hashes"]) == ("base/", [hash_of(keys.names[1])])
+    assert adapter["lora_name"] == "adapter/"
+    assert adapter["parent_block_hash"] == hash_of(keys.names[1])
+    assert adapter["token_ids"] == list(range(64, 256))  # without what the key of a page says of the mark
 
 
 def test_hashes_are_the_same_everywhere() -> None:
