@@ -3,7 +3,7 @@
 # make test    what CI runs on code: pytest, without the slow sweeps (WORKERS=2 processes, ARGS="-k scheduler")
 # make test-all   the slow sweeps as well
 # make conformance   clients that need versions of their own: LiteLLM, instructor, lm-eval (1 GB in .venv/conformance)
-# make router   vllm-router in .venv/router (60 MB), in front of two servers
+# make router   vllm-router in .venv/router (130 MB), in front of two servers
 # make check   lint, types, tests
 # make install   only sets up .venv for all of these; make serve needs less and installs less
 

@@ -6,7 +6,7 @@ ends and messages) by the policy's score. Fixed items are neither evicted nor mo
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from hybrid_cache.cache.allocator import Allocator, Ledger
 from hybrid_cache.cache.claims import Claims, Spare
@@ -88,7 +88,7 @@ class Pool:
         journal.begin(self._places)
         self.watcher = journal
 
-    def _places(self) -> Iterator[Place]:
+    def _places(self) -> Iterable[Place]:
         yield from (kept for kept in self.slot_owner.values() if isinstance(kept, Checkpoint | PromptEnd))
         if self._stateless:
             yield from (node for node in self.tree.nodes() if node.parent is not None)
@@ -214,10 +214,10 @@ class Pool:
         """A new node of the tree owns its page."""
         self.page_owner[node.page] = node
         self._seal(((Kind.PAGE, node.page),), f"tokens up to {node.num_tokens} of {node.namespace}")
-        if self._stateless:
-            self.watcher.came(node)
         assert node.parent is not None
         self._report_rise(node.parent, 2)
+        if self._stateless:
+            self.watcher.came(node)
 
     def publish(self, kept: Kept, path: Iterable[Node]) -> None:
         """Files a new state. path: the nodes of the request that made it"""
@@ -227,11 +227,11 @@ class Pool:
             self.page_owner.update((item, kept) for item in self._others(kept, Kind.PAGE))
         self.extra_slots.update(self._others(kept, Kind.SLOT))
         self._seal(self.items(kept), kept.title)
+        if isinstance(kept, Checkpoint | PromptEnd):
+            self.watcher.came(kept)
         self.admissions[kept.label] += 1
         self.stamp(kept, path)
         self.unguard(kept)
-        if isinstance(kept, Checkpoint | PromptEnd):
-            self.watcher.came(kept)
 
     def verify(self, items: Iterable[Item]) -> None:
         """To be called with published items that are about to be read."""

@@ -39,8 +39,8 @@ def router(serving: Serving) -> APIRouter:
     engine = serving.text.engine
 
     async def ask(request: Request, salt: str | None, question: Callable[[Inventory], T]) -> T:
-        may_see = sees(salt)
-        return await unless_gone(request, engine.ask(lambda core: question(Inventory(core.cache, may_see))))
+        sees = seen_by(salt)
+        return await unless_gone(request, engine.ask(lambda core: question(Inventory(core.cache, sees))))
 
     @routes.get(PATH)
     async def conversations(request: Request, limit: Limit = 100, cache_salt: Salt = None) -> ConversationList:
@@ -78,18 +78,18 @@ def router(serving: Serving) -> APIRouter:
         """Drops all of them, and all else that is cached for whoever asks, unless it is in use; finished turns that
         wait for their pass do not come back.
         """
-        may_see = sees(cache_salt)
+        sees = seen_by(cache_salt)
 
         def drop(core: Engine) -> int:
-            core.forget_turns(may_see)
-            return Inventory(core.cache, may_see).drop_all()
+            core.forget_turns(sees)
+            return Inventory(core.cache, sees).drop_all()
 
         return Dropped(freed_bytes=await unless_gone(request, engine.ask(drop)))
 
     return routes
 
 
-def sees(salt: str | None) -> MaySee:
+def seen_by(salt: str | None) -> MaySee:
     """The namespaces of whoever asks: an operator's key all, another one its own, and without keys that of the salt.
 
     Raises NotAllowed where keys share one cache, except for an operator's.

@@ -15,7 +15,7 @@ from fastapi.responses import Response, StreamingResponse
 from hybrid_cache.api.server.openapi import CACHE_ERRORS
 from hybrid_cache.api.server.page_files import FILES, FOLDER, PAGES
 from hybrid_cache.api.server.responses import event, unless_gone
-from hybrid_cache.api.server.routes.cache import sees, shown, shown_state
+from hybrid_cache.api.server.routes.cache import seen_by, shown, shown_state
 from hybrid_cache.api.server.schemas.cache import CacheOutline, Gone, OutlinedConversation
 from hybrid_cache.api.server.serving import Serving
 from hybrid_cache.cache.inventory import Inventory
@@ -76,10 +76,10 @@ def router(serving: Serving) -> APIRouter:
     @routes.get("/cache/outline", responses=CACHE_ERRORS)
     async def outline(request: Request, limit: Annotated[int, Query(ge=1, le=MOST_OUTLINED)] = 50) -> CacheOutline:
         """The conversations that were used last, with the states on their paths, and what has gone last."""
-        may_see = sees(None)
+        sees = seen_by(None)
 
         def question(core: Engine) -> CacheOutline:
-            inventory = Inventory(core.cache, may_see)
+            inventory = Inventory(core.cache, sees)
             found = [
                 OutlinedConversation(**shown(serving, each).model_dump(), states=[shown_state(s) for s in states])
                 for each, states in inventory.latest(limit)
