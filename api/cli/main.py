@@ -289,17 +289,6 @@ def serve(
             help="Collector that gets a span for each request (OTLP over HTTP), such as http://127.0.0.1:4318."
         ),
     ] = None,
-    kv_events_config: Annotated[
-        str | None,
-        typer.Option(
-            help="KV events for routers, as vLLM publishes them (ZeroMQ): a JSON object such as "
-            "'{\"enable_kv_cache_events\": true}'. Needs the extra `events`; see docs/kv-events.md."
-        ),
-    ] = None,
-    pages: Annotated[
-        bool,
-        typer.Option("--pages/--no-pages", help="Pages for a browser at /, /cache and /docs; see docs/cache-page.md."),
-    ] = True,
     vllm_metrics: Annotated[bool, typer.Option("--vllm-metrics", help="Add vLLM's metric names.")] = False,
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Graceful shutdown: seconds that SIGTERM gives running requests.")
@@ -340,6 +329,17 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    kv_events_config: Annotated[
+        str | None,
+        typer.Option(
+            help="KV events for routers, as vLLM publishes them (ZeroMQ): a JSON object such as "
+            "'{\"enable_kv_cache_events\": true}'. Needs the extra `events`; see docs/kv-events.md."
+        ),
+    ] = None,
+    pages: Annotated[
+        bool,
+        typer.Option("--pages/--no-pages", help="Pages for a browser at /, /cache and /docs; see docs/cache-page.md."),
+    ] = True,
     header_timeout: Annotated[float, typer.Option(help="Seconds for the headers of a request.")] = 10,
     body_timeout: Annotated[float, typer.Option(help="Seconds for its body, and 1 more for each 64 KiB.")] = 30,
     reader_timeout: Annotated[float, typer.Option(help="Seconds that a client may take nothing of its answer.")] = 120,
@@ -466,6 +466,8 @@ def serve(
         response_life_s=life_s,
         vllm_metrics=vllm_metrics,
         log=log,
+        kv_events=kv_events,
+        pages=pages,
         otlp_endpoint=otlp_endpoint,
         profiles=tuple(profile or ()),
         profiled=sharing == "profiled",
@@ -473,8 +475,6 @@ def serve(
         drain_timeout_s=drain_timeout,
         hung_after_s=hung_after,
         operator_keys=operator_keys,
-        kv_events=kv_events,
-        pages=pages,
     )
     with unhindered():
         status = process.serve(options)

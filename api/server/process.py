@@ -90,10 +90,10 @@ class ServeOptions:
     profiled: bool = False  # what requests get that do not say
     max_loss: float = MAX_LOSS
     log: LogOptions = field(default_factory=LogOptions)
-    otlp_endpoint: str | None = None  # of a collector of spans
-    chat_template: Path | None = None  # in place of the model's own
     kv_events: KVEventsConfig = OFF
     pages: bool = True  # for people
+    otlp_endpoint: str | None = None  # of a collector of spans
+    chat_template: Path | None = None  # in place of the model's own
 
     def __post_init__(self) -> None:
         check_keys(self.api_keys, self.operator_keys, self.exposure.allow_origins)
