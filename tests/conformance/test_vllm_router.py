@@ -21,6 +21,8 @@ from tests.conformance.conftest import MODEL, serving
 
 ROUTER = Path(os.environ.get("VLLM_ROUTER", Path(__file__).parents[2] / ".venv/router/bin/vllm-router"))
 EVENTS = '{"enable_kv_cache_events": true, "endpoint": "tcp://127.0.0.1:*", "replay_endpoint": "tcp://127.0.0.1:*"}'
+SALTED = EVENTS.replace("{", '{"publish_salted": true, ')
+KEY = "a-key"
 NUM_TALKS = 10
 HEARD_S = 0.5  # for events to arrive
 FINISHED = re.compile(r"^hybrid_cache_choices_finished_total\{.*\} (\S+)$", re.MULTILINE)
@@ -41,9 +43,9 @@ class Fleet:
     router: httpx.Client
     servers: tuple[httpx.Client, ...]
 
-    def send(self, to: httpx.Client, messages: Messages) -> dict[str, Any]:
+    def send(self, to: httpx.Client, messages: Messages, **more: str) -> dict[str, Any]:
         """The next turn: the answer is added to the messages."""
-        body = {"model": MODEL, "messages": messages, "max_tokens": 8, "temperature": 0}
+        body = {"model": MODEL, "messages": messages, "max_tokens": 8, "temperature": 0, **more}
         answer = to.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         reply = answer.json()
@@ -67,18 +69,22 @@ class Fleet:
 
 
 @contextmanager
-def routing(urls: list[str], log: Path) -> Iterator[httpx.Client]:
+def routing(urls: list[str], log: Path, *options: str) -> Iterator[httpx.Client]:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         port, metrics = one.getsockname()[1], other.getsockname()[1]
     command = [ROUTER, "--host", "127.0.0.1", "--port", port, "--prometheus-host", "127.0.0.1"]
-    command += ["--prometheus-port", metrics, "--policy", "kv_aware", "--worker-urls", *urls]
+    command += ["--prometheus-port", metrics, "--policy", "kv_aware", *options, "--worker-urls", *urls]
     with log.open("w") as out, subprocess.Popen(list(map(str, command)), stdout=out, stderr=out) as process:
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            with client_of(f"http://127.0.0.1:{port}") as client:
                 wait_until_ready(client, process, log)
                 yield client
         finally:
             process.kill()
+
+
+def client_of(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {KEY}"})
 
 
 def wait_until_ready(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -104,7 +110,7 @@ def urls(tmp_path: Path) -> Iterator[list[str]]:
 @pytest.fixture
 def fleet(urls: list[str], tmp_path: Path) -> Iterator[Fleet]:
     with ExitStack() as clients:
-        servers = tuple(clients.enter_context(httpx.Client(base_url=url, timeout=60)) for url in urls)
+        servers = tuple(clients.enter_context(client_of(url)) for url in urls)
         yield Fleet(clients.enter_context(routing(urls, tmp_path / "router")), servers)
 
 
@@ -157,7 +163,7 @@ def test_a_conversation_goes_to_the_server_that_still_has_it(fleet: Fleet) -> No
 
 def test_a_router_that_comes_late_knows_what_was_said_before(urls: list[str], tmp_path: Path) -> None:
     with ExitStack() as clients:
-        servers = tuple(clients.enter_context(httpx.Client(base_url=url, timeout=60)) for url in urls)
+        servers = tuple(clients.enter_context(client_of(url)) for url in urls)
         early = Fleet(servers[0], servers)
         talks = [(place % 2, talk(f"garden {place}")) for place in range(4)]
         for server, messages in talks:
@@ -165,3 +171,19 @@ def test_a_router_that_comes_late_knows_what_was_said_before(urls: list[str], tm
         fleet = Fleet(clients.enter_context(routing(urls, tmp_path / "router")), servers)
         time.sleep(2 + HEARD_S)  # a heartbeat shows the router what it has missed
         assert [fleet.route(ask(messages, 0))[0] for _, messages in talks] == [server for server, _ in talks]
+
+
+def test_with_an_api_key_and_beside_salted_requests(tmp_path: Path) -> None:
+    """The router drops batches with a salt, and goes on."""
+    with ExitStack() as running:
+        options = ("--api-key", KEY, "--kv-events-config", SALTED)
+        urls = [running.enter_context(serving(tmp_path / name, *options)) for name in ("first", "second")]
+        servers = tuple(running.enter_context(client_of(url)) for url in urls)
+        fleet = Fleet(running.enter_context(routing(urls, tmp_path / "router", "--api-key", KEY)), servers)
+        talks = [(place % 2, talk(f"yard {place}")) for place in range(6)]
+        for server, messages in talks:
+            fleet.send(servers[server], talk("nobody else"), cache_salt="mine")
+            fleet.send(servers[server], messages)
+        time.sleep(2 + HEARD_S)
+        assert [fleet.route(ask(messages, 0))[0] for _, messages in talks] == [server for server, _ in talks]
+        assert "unsupported KV event field: cache_salt" in (tmp_path / "router").read_text()
