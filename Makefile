@@ -3,6 +3,7 @@
 # make test    what CI runs on code: pytest, without the slow sweeps (WORKERS=2 processes, ARGS="-k scheduler")
 # make test-all   the slow sweeps as well
 # make conformance   clients that need versions of their own: LiteLLM, instructor, lm-eval (1 GB in .venv/conformance)
+# make router   vllm-router in .venv/router (130 MB), in front of two servers
 # make check   lint, types, tests
 # make install   only sets up .venv for all of these; make serve needs less and installs less
 
@@ -28,6 +29,8 @@ OLD_TRITON := 3.6.0
 # Clients whose versions do not go together with ours; they talk to a server of .venv.
 CLIENTS := litellm instructor lm_eval
 CLIENTS_VENV := .venv/conformance
+# A router, which needs others yet; it stands in front of servers of .venv.
+ROUTER_VENV := .venv/router
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 torch_index = $(if $(TORCH_INDEX),echo --extra-index-url $(TORCH_INDEX),\
@@ -37,7 +40,7 @@ triton = test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip show tor
 	|| echo triton==$(TRITON)
 PYTEST = OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo serve test test-all conformance lint check clean
+.PHONY: install demo serve test test-all conformance router lint check clean
 
 install: $(STAMP)
 
@@ -64,7 +67,7 @@ serve: $(SERVER)
 test: install
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: install
+test-all: install $(ROUTER_VENV)/.installed
 	$(PYTEST) $(ARGS)
 
 $(CLIENTS_VENV)/.installed: tests/conformance/requirements.txt
@@ -75,6 +78,14 @@ $(CLIENTS_VENV)/.installed: tests/conformance/requirements.txt
 conformance: install $(CLIENTS_VENV)/.installed
 	HYBRID_CACHE_PYTHON=$(CURDIR)/$(BIN)/python $(CLIENTS_VENV)/bin/python -m pytest -W ignore \
 		--confcutdir=tests/conformance $(CLIENTS:%=tests/conformance/test_%.py) $(ARGS)
+
+$(ROUTER_VENV)/.installed: tests/conformance/requirements-router.txt
+	test -x $(ROUTER_VENV)/bin/python || $(PYTHON) -m venv $(ROUTER_VENV)
+	$(ROUTER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/conformance/requirements-router.txt
+	touch $@
+
+router: install $(ROUTER_VENV)/.installed
+	$(BIN)/python -m pytest tests/conformance/test_vllm_router.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

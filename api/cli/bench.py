@@ -14,7 +14,7 @@ def _bench(name: str, module: str, summary: str) -> None:
     """Mounts `hybrid_cache.bench.MODULE:NAME`, which is imported when the command runs or is asked for help."""
 
     def run(context: typer.Context) -> None:
-        command: Callable[..., None] = getattr(import_module(f"hybrid_cache.bench.{module}"), name)
+        command: Callable[..., None] = getattr(import_module(f"hybrid_cache.bench.{module}"), name.replace("-", "_"))
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         inner.command(cls=SearchedCommand)(command)
         raise typer.Exit(inner(context.args, prog_name=context.command_path, standalone_mode=False) or 0)
@@ -49,6 +49,7 @@ _bench(
 _bench("activated", "engine.activated", "Time the first token of an activated adapter behind what its base has read.")
 _bench("grammar", "engine.grammar", "Time decode steps with a JSON schema on every row, and without.")
 _bench("bookkeeping", "engine.bookkeeping", "Time the cache's own work in large trees.")
+_bench("kv-events", "engine.events", "Time a busy engine with KV events published, and without.")
 _bench(
     "variants",
     "variants.command",

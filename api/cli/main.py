@@ -352,6 +352,17 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    kv_events_config: Annotated[
+        str | None,
+        typer.Option(
+            help="KV events for routers, as vLLM publishes them (ZeroMQ): a JSON object such as "
+            "'{\"enable_kv_cache_events\": true}'. Needs the extra `events`; see docs/kv-events.md."
+        ),
+    ] = None,
+    pages: Annotated[
+        bool,
+        typer.Option("--pages/--no-pages", help="Pages for a browser at /, /cache and /docs; see docs/cache-page.md."),
+    ] = True,
     header_timeout: Annotated[float, typer.Option(help="Seconds for the headers of a request.")] = 10,
     body_timeout: Annotated[float, typer.Option(help="Seconds for its body, and 1 more for each 64 KiB.")] = 30,
     reader_timeout: Annotated[float, typer.Option(help="Seconds that a client may take nothing of its answer.")] = 120,
@@ -375,6 +386,7 @@ def serve(
     from hybrid_cache.api.cli.options import named_folders
     from hybrid_cache.api.cli.outlet import unhindered
     from hybrid_cache.api.server.exposure import Exposure, check_keys
+    from hybrid_cache.api.server.kv_events.config import parse as parse_kv_events
     from hybrid_cache.api.server.logs import LogOptions
     from hybrid_cache.api.server.protocol import Patience
     from hybrid_cache.api.server.recording.options import RecordOptions, memory_of_record
@@ -443,6 +455,7 @@ def serve(
     early.check_place(record or Path())
     early.check_context(max_model_len)
     early.check_collector(otlp_endpoint)
+    kv_events = parse_kv_events(kv_events_config)
     early.check_port(host, port)
     folder = early.find_model(model, revision)
     early.check_beside(variants.values(), (*adapters.values(), *filter(None, (merged,))))
@@ -484,6 +497,8 @@ def serve(
         response_life_s=life_s,
         vllm_metrics=vllm_metrics,
         log=log,
+        kv_events=kv_events,
+        pages=pages,
         otlp_endpoint=otlp_endpoint,
         profiles=tuple(profile or ()),
         profiled=sharing == "profiled",

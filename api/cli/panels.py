@@ -10,6 +10,8 @@ PANELS = {
         hung_after""",
     "Network": """host port tls_cert tls_key allow_host allow_origin forwarded_allow_ips max_connections max_body
         header_timeout body_timeout reader_timeout""",
+    "Pages for a browser": "pages",
+    "Routers and several servers": "kv_events_config",
     "API keys and tenants": "api_key api_key_file operator_key_file shared_cache",
     "Adapters and fine-tunes beside the model": "adapter merge_adapters variant allow_adapter_loading",
     "Sharing of cached entries between models": "sharing max_loss profile double_writing",

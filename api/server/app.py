@@ -10,6 +10,8 @@ from hybrid_cache import __version__
 from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
+from hybrid_cache.api.server.kv_events.origins import Origins
+from hybrid_cache.api.server.kv_events.publisher import Publisher
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
 from hybrid_cache.api.server.recording.recorder import Recorder
 from hybrid_cache.api.server.remarks import IGNORED, REARRANGED, RemarkHeaders
@@ -20,7 +22,9 @@ from hybrid_cache.api.server.routes import (
     cache,
     chat,
     completions,
+    kv_events,
     messages,
+    pages,
     props,
     responses,
     server,
@@ -43,11 +47,13 @@ def create_app(
     load_variant: LoadVariant | None = None,
     tracing: Tracing | None = None,
     recorder: Recorder | None = None,
+    publisher: Publisher | None = None,
 ) -> FastAPI:
     """An application that starts the engine with itself, and drains and stops it at its end.
 
     variants: those of the engine   load_variant: loads one with an adapter, where clients may ask for that
     tracing: makes spans of requests; it is closed at the end   recorder: listens to the engine; likewise
+    publisher: of KV events; it is stopped at the end
     """
     serving = new_serving(engine, text, settings, variants, recorder)
     if recorder is not None:
@@ -57,6 +63,10 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if recorder is not None:
             recorder.start()
+        if publisher is not None:
+            engine.record(publisher.journal)
+            origins = Origins(serving, salted=publisher.config.publish_salted)
+            publisher.start(origins, grouped=engine.model.cache_spec.slot_bytes > 0)
         engine.start()
         yield
         await engine.stop(settings.drain_timeout_s)
@@ -65,6 +75,8 @@ def create_app(
             tracing.close()
         if recorder is not None:
             recorder.close()
+        if publisher is not None:
+            publisher.stop()
 
     # No documentation pages: they load their scripts from elsewhere. /openapi.json is ours.
     # No redirects either: they would lead to whatever host the client names.
@@ -78,6 +90,11 @@ def create_app(
     )
     for routes in (chat, completions, responses, messages, tokens, cache, traffic, props, server):
         app.include_router(routes.router(serving))
+    app.include_router(kv_events.router(serving, publisher))
+    if settings.pages:
+        app.include_router(pages.router(serving))
+    if publisher is not None:
+        serving.metrics.also(publisher.families)
     if load_variant is not None:
         app.include_router(adapters.router(serving, load_variant))
     install_error_handlers(app)

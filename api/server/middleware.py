@@ -26,11 +26,12 @@ from hybrid_cache.api.server.errors import (
 )
 from hybrid_cache.api.server.facts import KEY_CHARACTERS, facts
 from hybrid_cache.api.server.gate import LOOKING, Visit, current_visit
+from hybrid_cache.api.server.page_files import PATHS
 from hybrid_cache.api.server.refusal import refuse, send_problem
 from hybrid_cache.api.server.tenants import current_tenant, is_operator, shared_cache, tenant_of
 from hybrid_cache.errors import EngineStopped, Overloaded
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics"})  # no key needed
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/metrics", *PATHS})  # no key needed
 LEAST_BODY_RATE = 64 * 2**10  # bytes a second, after the time that every body has
 
 _REQUEST_ID = re.compile(r"[\w-]{1,128}", re.ASCII)

@@ -24,6 +24,8 @@ from hybrid_cache.api.server.budget import CONVERSATION_TOKENS, MemoryPlan, conv
 from hybrid_cache.api.server.connections import Connections, Listener, connection_limit
 from hybrid_cache.api.server.ending import FLUSH_TIMEOUT_S, FORCE_S, SECOND_S, Deadline, end_by_force
 from hybrid_cache.api.server.exposure import Exposure, check_keys, is_loopback
+from hybrid_cache.api.server.kv_events.config import OFF, KVEventsConfig
+from hybrid_cache.api.server.kv_events.publisher import publishing
 from hybrid_cache.api.server.launch import (
     Loaded,
     LoadedVariant,
@@ -91,6 +93,8 @@ class ServeOptions:
     profiled: bool = False  # what requests get that do not say
     max_loss: float = MAX_LOSS
     log: LogOptions = field(default_factory=LogOptions)
+    kv_events: KVEventsConfig = OFF
+    pages: bool = True  # for people
     otlp_endpoint: str | None = None  # of a collector of spans
     chat_template: Path | None = None  # in place of the model's own
     record: RecordOptions = field(default_factory=RecordOptions)
@@ -124,6 +128,7 @@ class ServeOptions:
             response_life_s=self.response_life_s,
             beside_bytes=beside_bytes,
             vllm_metrics=self.vllm_metrics,
+            pages=self.pages,
             log_content=self.log.content,
             drain_timeout_s=self.drain_timeout_s,
             max_loss=self.max_loss if self.profiled else None,
@@ -144,7 +149,7 @@ def serve(options: ServeOptions) -> int:
 def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
     console = Console(stderr=True, quiet=options.log.format == "json")
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False) if not console.quiet else logger.info
-    with closing(bind(options.host, options.port)) as bound:
+    with closing(bind(options.host, options.port)) as bound, publishing(options.kv_events) as publisher:
         with console.status("loading the model"):
             loaded = load(options.load)
             text = TextModel.load(loaded.path)
@@ -187,7 +192,7 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
             return variant_of(variant, loaded, text), variant.model, profiles_in(variant.path)
 
         loader = load_adapter if options.load.shares else None
-        app = create_app(engine, text, settings, variants, loader, tracing, recorder)
+        app = create_app(engine, text, settings, variants, loader, tracing, recorder, publisher)
         url = url_of(bound, exposure.scheme)
         if console.quiet:
             logger.info("serving", extra={FIELDS: _facts(settings, loaded, memory, url)})
@@ -206,6 +211,12 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
             console.print(f"WARNING: {warning}", style="bold red")
             if console.quiet:
                 logger.warning(warning)
+        if publisher is not None:
+            say(f"KV events at {publisher.endpoint}, replays at {publisher.replay_endpoint or 'no address'}")
+            if not options.kv_events.is_local:
+                say(
+                    "WARNING: whoever reaches these reads the tokens of all prompts: keep them inside a private network"
+                )
         if engine_config.prefix_cache:
             console.print(SEND_TWICE)
         curl = curl_line(url, with_key=bool(options.api_keys), chats=bool(text.chat_templates))

@@ -41,6 +41,7 @@ class ServerSettings:
     beside_bytes: int = 0  # most that the server takes beside weights and cache, see `budget`; 0 if nobody knows
     body_timeout_s: float = 30.0  # for the body of a request, beside a least rate
     vllm_metrics: bool = False
+    pages: bool = True  # for people, beside the API
     log_content: bool = False  # of requests and answers, in the log at debug level
     drain_timeout_s: float = 30.0
     max_loss: float | None = None  # of requests that do not say, in nats a token; None: only exact sharing

@@ -28,7 +28,11 @@ def salt_of(cache_salt: str | None) -> str:
     """What no cache entry of the request that is being handled crosses: its tenant, unless keys share one cache, and
     the salt that the client sends.
     """
-    tenant = "" if shared_cache.get() else current_tenant.get()
+    return salt_of_tenant("" if shared_cache.get() else current_tenant.get(), cache_salt)
+
+
+def salt_of_tenant(tenant: str, cache_salt: str | None) -> str:
+    """`salt_of` for a request of a tenant; empty: where there are none."""
     return f"{tenant}:{cache_salt or ''}" if tenant else cache_salt or ""
 
 

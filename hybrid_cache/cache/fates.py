@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
+from itertools import islice
 from math import isfinite
 from typing import Generic, NamedTuple, TypeVar
 
@@ -51,6 +52,10 @@ class Fates:
     def lost_page(self, name: Name, end: End) -> None:
         """A page went."""
         self._pages.put(name, Fate(None, end, self._clock(), None))
+
+    def latest_states(self, most: int) -> list[Fate]:
+        """Of those that went, or were not kept, the last first."""
+        return [self._states[name] for name in islice(reversed(self._states), most)]
 
     def of_state(self, name: Name) -> Fate | None:
         return self._states.get(name)

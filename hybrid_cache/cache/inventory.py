@@ -6,6 +6,7 @@ it has to itself: pages and states after the last place where another conversati
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -64,7 +65,16 @@ class Inventory:
 
     def conversations(self) -> list[Conversation]:
         """The one that was used last comes first."""
-        return sorted(map(self._conversation, self._ends()), key=lambda c: c.end.age_s)
+        return sorted(map(self._conversation, self._ends), key=lambda c: c.end.age_s)
+
+    def latest(self, most: int) -> list[tuple[Conversation, tuple[StateInfo, ...]]]:
+        """Those used last, at most so many, the last one first; each with all states on its path, rising."""
+        ends = sorted(self._ends, key=lambda state: -state.last_used)[:most]
+        return [(self._conversation(end), self._states_of(self._path(end)[0])) for end in ends]
+
+    @property
+    def num_conversations(self) -> int:
+        return len(self._ends)
 
     def find(self, name: str) -> WholeConversation | None:
         """The one whose name begins with these hexadecimal digits; None if there is none, or more than one."""
@@ -85,7 +95,7 @@ class Inventory:
         return self._pool.allocator.free_bytes - free_bytes
 
     def _named(self, name: str) -> State | None:
-        found = [state for state in self._ends() if state.name.hex().startswith(name)]
+        found = [state for state in self._ends if state.name.hex().startswith(name)]
         return found[0] if len(found) == 1 else None
 
     def drop_all(self) -> int:
@@ -105,8 +115,12 @@ class Inventory:
             if node.dead and node.parent is not None:
                 self._pool.evict_page(node, End.DROPPED)
 
-    def _ends(self) -> Iterator[State]:
+    @cached_property
+    def _ends(self) -> list[State]:
         """States that no other goes on from."""
+        return list(self._find_ends())
+
+    def _find_ends(self) -> Iterator[State]:
         inner = set[Node]()  # a state lies below
         for state in self._states:
             node = state.node if isinstance(state, PromptEnd) else state.node.parent
@@ -152,6 +166,16 @@ class Inventory:
         return Conversation(end.namespace, self._info(end), num_bytes, hits)
 
     def _whole(self, end: State) -> WholeConversation:
+        states, keys = self._path(end)
+        tokens = np.frombuffer(b"".join(map(tokens_in, reversed(keys))), "<i4").astype(np.int32)
+        return WholeConversation(self._conversation(end), self._states_of(states), tokens)
+
+    def _states_of(self, states: list[State]) -> tuple[StateInfo, ...]:
+        """Rising."""
+        return tuple(sorted(map(self._info, states), key=lambda info: info.num_tokens))
+
+    def _path(self, end: State) -> tuple[list[State], list[bytes]]:
+        """The states and the keys of a conversation from its beginning, the last ones first."""
         states, keys, node, after = [end], [self._tail(end)], end.node, self._tail(end)
         while True:
             states += [s for s in self._states_at(node, after) if s is not end]
@@ -159,9 +183,7 @@ class Inventory:
                 break
             keys.append(node.key)
             after, node = node.key, node.parent
-        tokens = np.frombuffer(b"".join(map(tokens_in, reversed(keys))), "<i4").astype(np.int32)
-        infos = sorted(map(self._info, states), key=lambda info: info.num_tokens)
-        return WholeConversation(self._conversation(end), tuple(infos), tokens)
+        return states, keys
 
     def _bytes_of(self, state: State) -> int:
         return sum(self._pool.item_bytes[kind] for kind, _ in self._pool.items(state))

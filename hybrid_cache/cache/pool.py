@@ -15,6 +15,7 @@ from hybrid_cache.cache.eviction import EvictionQueues
 from hybrid_cache.cache.fates import End, Fates
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.host import HostTier
+from hybrid_cache.cache.journal import Journal, Nobody, Place, Watcher
 from hybrid_cache.cache.policies.base import Policy, Worth
 from hybrid_cache.cache.tree import (
     Checkpoint,
@@ -81,6 +82,17 @@ class Pool:
         self.claims = Claims(stateless=stateless)
         self.host: HostTier | None = None
         self.fates = Fates(clock)
+        self.watcher: Watcher = Nobody()
+
+    def watch(self, journal: Journal) -> None:
+        """From now on, a journal has what requests may start from."""
+        journal.begin(self._places)
+        self.watcher = journal
+
+    def _places(self) -> Iterable[Place]:
+        yield from (kept for kept in self.slot_owner.values() if isinstance(kept, Checkpoint | PromptEnd))
+        if self._stateless:
+            yield from (node for node in self.tree.nodes() if node.parent is not None)
 
     @property
     def extra_kind(self) -> Kind:
@@ -205,6 +217,8 @@ class Pool:
         self._seal(((Kind.PAGE, node.page),), f"tokens up to {node.num_tokens} of {node.namespace}")
         assert node.parent is not None
         self._report_rise(node.parent, 2)
+        if self._stateless:
+            self.watcher.came(node)
 
     def publish(self, kept: Kept, path: Iterable[Node]) -> None:
         """Files a new state. path: the nodes of the request that made it"""
@@ -214,6 +228,8 @@ class Pool:
             self.page_owner.update((item, kept) for item in self._others(kept, Kind.PAGE))
         self.extra_slots.update(self._others(kept, Kind.SLOT))
         self._seal(self.items(kept), kept.title)
+        if isinstance(kept, Checkpoint | PromptEnd):
+            self.watcher.came(kept)
         self.admissions[kept.label] += 1
         self.stamp(kept, path)
         self.unguard(kept)
@@ -311,6 +327,8 @@ class Pool:
             self.evictions["page"] += 1
         self.fates.lost_page(node.name, end)
         self.claims.lost(node)
+        if self._stateless:
+            self.watcher.went(node)
         self._report_rise(node.parent, 1)
         self.settle(node.parent)
 
@@ -338,6 +356,7 @@ class Pool:
         if isinstance(kept, Outside):
             return
         self.claims.lost(kept)
+        self.watcher.went(kept)
         self.fates.lost(kept.name, kept.kind, score, end)
         if self.policy.wants_rises:
             self.rescore_below(kept.node)

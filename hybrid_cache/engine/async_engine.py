@@ -12,6 +12,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from hybrid_cache.cache.journal import Journal
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.canonical import MAX_WAITING
@@ -187,6 +188,10 @@ class AsyncEngine:
         self._failure: BaseException | None = None
         self._step_began_s: float | None = None  # None between steps
         self._thread = threading.Thread(target=self._run, name="hybrid-cache-engine", daemon=True)
+
+    def record(self, journal: Journal) -> None:
+        """What requests may start from goes into a journal. To be called before `start`."""
+        self._engine.cache.pool.watch(journal)
 
     @property
     def alive(self) -> bool:

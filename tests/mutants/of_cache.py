@@ -33,6 +33,42 @@ eviction = partial(Mutant, "hybrid_cache/cache/eviction.py")
 arena = partial(Mutant, "hybrid_cache/device/arena.py")
 
 NAMES = ("tests/cache/test_keys.py",)
+EVENTS = ("tests/api/server/test_kv_events_machine.py",)
+OVERFLOW = ("tests/api/server/test_kv_events.py::test_what_went_while_nobody_listened_is_not_said_any_more",)
+resumable = partial(Mutant, "hybrid_cache/cache/resumable.py")
+journal = partial(Mutant, "hybrid_cache/cache/journal.py")
+
+ONE_BY_ONE = ("tests/api/server/test_kv_events.py::test_pages_of_a_model_without_states_come_and_go_one_by_one",)
+
+SAYING = [
+    pool("nobody is told that a state went", "        self.watcher.went(kept)\n", "", EVENTS),
+    pool("nobody is told that a page of a model without states went", "self.watcher.went(node)", "pass", ONE_BY_ONE),
+    resumable(
+        "pages stay as long as one state below is left",
+        "            if self._reasons[node]:\n",
+        "            if self._reasons[node] or node.children:\n",
+        EVENTS,
+    ),
+    resumable("pages above a state are not said", "            if count:\n", "            if not count:\n", EVENTS),
+    resumable(
+        "what was said is said again without being cleared",
+        "yield self._forget()\n            elif",
+        "pass\n            elif",
+        OVERFLOW,
+    ),
+    journal(
+        "what came too fast is dropped",
+        "            self._begin_anew()  # the change",
+        "            pass  # the change",
+        OVERFLOW,
+    ),
+    journal(
+        "the reader is not woken a second time",
+        "        self._awake = False  # before",
+        "        pass  # before",
+        EVENTS,
+    ),
+]
 
 NAMING = [
     keys(
@@ -672,4 +708,4 @@ PLANNING = [
     ),
 ]
 
-MUTANTS = [*PLANNING, *NAMING, *MATCHING, *PUBLISHING, *SHARING, *EVICTING, *KEEPING_MESSAGES, *CHECKING]
+MUTANTS = [*PLANNING, *NAMING, *SAYING, *MATCHING, *PUBLISHING, *SHARING, *EVICTING, *KEEPING_MESSAGES, *CHECKING]

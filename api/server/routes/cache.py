@@ -46,7 +46,7 @@ def router(serving: Serving) -> APIRouter:
     async def conversations(request: Request, limit: Limit = 100, cache_salt: Salt = None) -> ConversationList:
         """The conversations that are kept, those used last first."""
         found = await ask(request, cache_salt, lambda inventory: inventory.conversations())
-        return ConversationList(data=[_shown(serving, each) for each in found[:limit]], total=len(found))
+        return ConversationList(data=[shown(serving, each) for each in found[:limit]], total=len(found))
 
     @routes.get(PATH + "/{name}")
     async def one_conversation(request: Request, name: str, cache_salt: Salt = None) -> ConversationDetail:
@@ -59,8 +59,8 @@ def router(serving: Serving) -> APIRouter:
         if not readers:  # its model has just been unloaded
             raise _not_one(name)
         return ConversationDetail(
-            **_shown(serving, whole.conversation).model_dump(),
-            states=[_state(each) for each in whole.states],
+            **shown(serving, whole.conversation).model_dump(),
+            states=[shown_state(each) for each in whole.states],
             text=readers[0].text.tokenizer.decode(whole.tokens[-SHOWN_TOKENS:].tolist()),
         )
 
@@ -115,14 +115,14 @@ def _not_one(name: str) -> NoSuchConversation:
     return NoSuchConversation(f"no cached conversation has the name {quoted(name)}, or more than one", param="name")
 
 
-def _shown(serving: Serving, conversation: Conversation) -> ConversationInfo:
-    end = _state(conversation.end).model_dump()
+def shown(serving: Serving, conversation: Conversation) -> ConversationInfo:
+    end = shown_state(conversation.end).model_dump()
     models = [name for each in serving.whose(conversation.namespace) for name in each.model.names]
     whole = {"bytes": conversation.num_bytes, "hits": conversation.hits, "models": models}
     return ConversationInfo.model_validate({**end, **whole, "namespace": salt_in(conversation.namespace)})
 
 
-def _state(state: StateInfo) -> CachedState:
+def shown_state(state: StateInfo) -> CachedState:
     return CachedState(
         name=state.name.hex(),
         kind=state.kind,

@@ -69,6 +69,25 @@ class ConversationInfo(CachedState):
     namespace: str  # the tenant's digest and the salt; empty for neither
 
 
+class OutlinedConversation(ConversationInfo):
+    states: list[CachedState]  # on its path, rising; those that two have in common have the same names
+
+
+class Gone(Response):
+    """A state that is not kept."""
+
+    kind: str
+    end: Literal["evicted", "declined", "dropped"]
+    age_s: float
+    score: float | None  # the policy's, where that was the reason
+
+
+class CacheOutline(Response):
+    data: list[OutlinedConversation]
+    total: int  # of which the list has those used last
+    gone: list[Gone]
+
+
 class ConversationList(Response):
     data: list[ConversationInfo]
     total: int  # of which the list has those used last

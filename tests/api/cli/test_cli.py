@@ -14,6 +14,7 @@ from hybrid_cache import __version__
 from hybrid_cache.api.cli import main as cli
 from hybrid_cache.api.cli.options import api_keys, read_api_keys
 from hybrid_cache.api.server.exposure import Exposure
+from hybrid_cache.api.server.kv_events.config import KVEventsConfig
 from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.api.server.logs import LogOptions
 from hybrid_cache.api.server.process import ServeOptions
@@ -119,14 +120,15 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         f"serve recall --host 0.0.0.0 --port 0 --api-key-file {keys} --served-model-name a --served-model-name b "
         "--budget 64MiB --policy lru --order fcfs --backend torch --dtype float32 --threads 1 --max-running 3 "
         "--max-waiting 4 "
-        "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics "
+        "--max-tiles 5 --max-tiles-beside-decode 2 --max-body 1MiB --no-prefix-cache --vllm-metrics --no-pages "
         "--drain-timeout 1.5 --hung-after 7 --fast --max-step-ms 0 --shared-cache --api-key first --api-key other "
         "--allow-host a.example --allow-host b.example --allow-origin * --allow-origin https://c.example "
         "--forwarded-allow-ips 10.0.0.0/8,::1 --max-connections 7 "
         "--header-timeout 1 --body-timeout 2 --reader-timeout 3 --special-tokens-in-content --message-book 2MiB "
         f"--keep-billing-header --tool-parser jamba --operator-key-file {operators} "
         "--response-store-mb 7 --response-ttl 30m --profile a.json --profile b.json --sharing profiled --max-loss 0.25 "
-        "--log-level debug --log-format json --log-content --otlp-endpoint http://c:4318"
+        "--log-level debug --log-format json --log-content --otlp-endpoint http://c:4318 "
+        '--kv-events-config {"enable_kv_cache_events":true,"topic":"t"}'
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
@@ -165,6 +167,8 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         "api_keys": ("first", "other", "secret"),
         "max_body_bytes": 1 << 20,
         "vllm_metrics": True,
+        "pages": False,
+        "kv_events": KVEventsConfig(enable_kv_cache_events=True, topic="t"),
         "drain_timeout_s": 1.5,
         "hung_after_s": 7.0,
         "operator_keys": ("root",),

@@ -82,8 +82,9 @@ def test_two_hosts_or_none_are_no_way_around(sum_text: TextModel) -> None:
 
 
 def test_nothing_redirects_to_a_host_that_the_client_names(client: httpx.Client) -> None:
-    for path in ("/health/", "/v1/completions/", "/metrics/", "//evil.example/"):
-        reply = client.get(path, headers={"Host": "evil.example"})
+    for path in ("/health/", "/v1/completions/", "/metrics/", "/cache/", "//evil.example/"):
+        reply = client.get(f"{client.base_url}{path}", headers={"Host": "evil.example"})
+        assert reply.request.url.raw_path == path.encode()
         assert reply.status_code == 404
         assert "location" not in reply.headers
 
