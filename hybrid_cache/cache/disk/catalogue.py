@@ -1,0 +1,117 @@
+"""What lies on the disk for the models that are served, by name. In memory, so that to ask it takes no time."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from hybrid_cache.cache.disk.entries import Entry, EntryKind
+from hybrid_cache.cache.keys import Keys, Name
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a prompt can be resumed from with what is on the disk."""
+
+    entries: tuple[Entry, ...]  # to be read: runs of pages from the first to the last, then the state
+    first: int  # pages that memory had
+    end: int  # pages that are there then
+    num_tokens: int  # that need not be computed then
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.facts.num_bytes for entry in self.entries)
+
+    @property
+    def last(self) -> Entry:
+        """By which it is known."""
+        return self.entries[-1]
+
+
+class Catalogue:
+    """Entries by id and by name, and the pages of all runs."""
+
+    def __init__(self, page_tokens: int, *, stateless: bool, has_pages: bool) -> None:
+        """stateless: a model of attention layers only, which may resume from any page   has_pages: it has some"""
+        self._page_tokens = page_tokens
+        self._stateless = stateless
+        self._has_pages = has_pages
+        self._entries: dict[int, Entry] = {}
+        self._by_name: dict[tuple[EntryKind, Name], Entry] = {}
+        self._runs: dict[Name, Entry] = {}  # by the name of each of its pages
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, entry: int) -> Entry | None:
+        return self._entries.get(entry)
+
+    def named(self, kind: EntryKind, name: Name) -> Entry | None:
+        return self._by_name.get((kind, name))
+
+    def run(self, page: Name) -> Entry | None:
+        """The run with a page, which is the last one of this prefix."""
+        return self._runs.get(page)
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Takes in what is new; those of which the same is known stay."""
+        for entry in entries:
+            if entry.id in self._entries:
+                continue
+            self._entries[entry.id] = entry
+            self._by_name[entry.facts.key] = entry
+            if entry.facts.kind is EntryKind.PAGES:
+                for name in entry.facts.page_names:
+                    self._runs.setdefault(name, entry)
+
+    def remove(self, entries: Iterable[int]) -> None:
+        """Nothing happens for those that are not here."""
+        for number in entries:
+            entry = self._entries.pop(number, None)
+            if entry is None:
+                continue
+            if self._by_name.get(entry.facts.key) is entry:
+                del self._by_name[entry.facts.key]
+            for name in entry.facts.page_names:
+                if self._runs.get(name) is entry:
+                    del self._runs[name]
+
+    def of_prefix(self, name: Name) -> list[int]:
+        """Entries that end with a prefix."""
+        found = (self._by_name.get((kind, name)) for kind in EntryKind)
+        return [entry.id for entry in found if entry is not None]
+
+    def of_namespaces(self, may: Callable[[str], bool]) -> list[int]:
+        return [entry.id for entry in self._entries.values() if may(entry.facts.namespace)]
+
+    def find(self, keys: Keys, num_pages: int, length: int) -> Place | None:
+        """The deepest place that a prompt can be resumed from, if that is deeper than where it can without the disk.
+
+        num_pages: of the prompt, that memory has   length: tokens that need not be computed without the disk
+        """
+        if not self._entries or length >= keys.num_tokens:
+            return None
+        names, reach = keys.names, self._reach(keys, num_pages)
+        end = self._by_name.get((EntryKind.END, keys.end_name))
+        if end is not None and reach == len(keys.pages):
+            return Place((*self._path(names, num_pages, reach), end), min(num_pages, reach), reach, keys.num_tokens)
+        most = min(max(keys.num_tokens - 1, 0) // self._page_tokens, reach)
+        for n in range(most, length // self._page_tokens, -1):
+            state = self._by_name.get((EntryKind.STATE, names[n]))
+            if state is not None or self._stateless:
+                last = () if state is None else (state,)
+                entries = (*self._path(names, num_pages, n), *last)
+                return Place(entries, min(num_pages, n), n, n * self._page_tokens) if entries else None
+        return None
+
+    def _reach(self, keys: Keys, num_pages: int) -> int:
+        """Pages of a prompt that are there one after the other, in memory and on the disk."""
+        if not self._has_pages:
+            return len(keys.pages)
+        while num_pages < len(keys.pages) and keys.names[num_pages + 1] in self._runs:
+            num_pages += 1
+        return num_pages
+
+    def _path(self, names: Sequence[Name], first: int, end: int) -> list[Entry]:
+        """Runs with the pages [first, end) of a prompt, which are there."""
+        if not self._has_pages:
+            return []
+        return list({run.id: run for name in names[first + 1 : end + 1] if (run := self._runs[name])}.values())

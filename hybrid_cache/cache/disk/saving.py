@@ -1,0 +1,208 @@
+"""What is copied to the disk, and when: behind the passes within a share of the time, or when it has to leave."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from hybrid_cache.cache.commands import Emit, Save
+from hybrid_cache.cache.disk.catalogue import Catalogue
+from hybrid_cache.cache.disk.entries import EntryKind, Facts, NewEntry, Storage
+from hybrid_cache.cache.geometry import Geometry, Kind
+from hybrid_cache.cache.keys import Name
+from hybrid_cache.cache.tree import Checkpoint, Node, PromptEnd
+from hybrid_cache.namespaces import fingerprint_in, lane_in
+from hybrid_cache.spec import PrefillCost
+
+State = Checkpoint | PromptEnd
+
+BUSY_SHARE = 0.02  # of the time that copies and the writer's processor time may take while requests run
+MOST_SAVED_S = 0.25  # of it that may be saved up
+MOST_QUEUED_BYTES = 64 << 20  # that wait to be written
+RUN_SCORE = -1.0  # of pages: they go as soon as nothing needs them
+
+
+class Allowance:
+    """Processor time that may be spent while requests run: a share of the time that passes."""
+
+    def __init__(self, spent_s: Callable[[], float], clock: Callable[[], float]) -> None:
+        self._spent_s, self._clock = spent_s, clock
+        self._last_s, self._last_spent_s = clock(), spent_s()
+        self._left_s = MOST_SAVED_S
+
+    def left(self, *, idle: bool) -> bool:
+        """Whether there is some. idle: nobody waits for an answer, so that time costs nothing"""
+        now, spent_s = self._clock(), self._spent_s()
+        earned_s = BUSY_SHARE * max(now - self._last_s, 0.0)
+        cost_s = 0.0 if idle else spent_s - self._last_spent_s
+        self._left_s = min(self._left_s + earned_s - cost_s, MOST_SAVED_S)
+        self._last_s, self._last_spent_s = now, spent_s
+        return idle or self._left_s > 0
+
+
+class Saving:
+    """States that wait to be copied, in the order in which they were published, and jobs that are being written."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        catalogue: Catalogue,
+        geometry: Geometry,
+        cost: PrefillCost,
+        identities: Mapping[str, str],
+        emit: Emit,
+        clock: Callable[[], float],
+        page_tokens: int,
+        *,
+        stateless: bool,
+    ) -> None:
+        """identities: of models, by fingerprint"""
+        self._storage = storage
+        self._catalogue = catalogue
+        self._geometry = geometry
+        self._cost = cost
+        self._identities = identities
+        self._emit = emit
+        self._page_tokens = page_tokens
+        self._stateless = stateless
+        self._allowance = Allowance(lambda: storage.spent_s, clock)
+        self._line: dict[State | Node, None] = {}
+        self._num_jobs = 0
+        self._jobs: dict[int, tuple[NewEntry, ...]] = {}
+        self._queued_bytes = 0  # of these
+        self._runs: dict[Name, Name] = {}  # pages that are being written -> the name of their run
+        self._states: set[tuple[EntryKind, Name]] = set()  # that are being written
+        self.saved: Counter[str] = Counter()  # entries, by kind
+        self.not_saved: Counter[str] = Counter()  # states, by why
+
+    def __len__(self) -> int:
+        """States that wait."""
+        return len(self._line)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something waits, or is being written."""
+        return bool(self._line or self._jobs)
+
+    @property
+    def has_room(self) -> bool:
+        return self._queued_bytes < MOST_QUEUED_BYTES
+
+    def published(self, kept: State | Node, instead: Node | None = None) -> None:
+        """A state is there that the disk may not have, or without recurrent states a page.
+
+        instead: of a page that takes this one with it
+        """
+        if instead is not None:
+            self._line.pop(instead, None)
+        if not lane_in(kept.namespace) and fingerprint_in(kept.namespace) in self._identities:
+            self._line[kept] = None
+
+    def leaving(self, kept: State | Node) -> None:
+        """It goes from memory: now or never."""
+        if kept not in self._line:
+            return
+        if not self.has_room:
+            del self._line[kept]
+            self.not_saved["queue"] += 1
+        elif not self._allowance.left(idle=False):
+            del self._line[kept]
+            self.not_saved["time"] += 1
+        else:
+            self._save(kept)
+
+    def forget(self, kept: State | Node) -> None:
+        """Somebody wants it dropped."""
+        self._line.pop(kept, None)
+
+    def pump(self, *, idle: bool) -> None:
+        """Has some copied. idle: nobody waits for an answer"""
+        while self._line and self.has_room and self._allowance.left(idle=idle):
+            self._save(next(iter(self._line)))
+
+    def ended(self, job: int, why: str = "") -> None:
+        """A job is done, or was given up for a reason."""
+        entries = self._jobs.pop(job, ())
+        for new in entries:
+            self._queued_bytes -= new.facts.num_bytes
+            self._states.discard(new.facts.key)
+            for name in new.facts.page_names:
+                self._runs.pop(name, None)
+            if not why:
+                self.saved[new.facts.kind.value] += 1
+        if why:
+            self.not_saved[why] += 1
+
+    def _save(self, kept: State | Node) -> None:
+        del self._line[kept]
+        if not kept.attached:
+            return
+        entries = self._job(kept)
+        if not entries:
+            return
+        self._num_jobs += 1
+        self._jobs[self._num_jobs] = entries
+        for new in entries:
+            self._queued_bytes += new.facts.num_bytes
+            self._states.add(new.facts.key)
+            self._runs.update((name, new.facts.name) for name in new.facts.page_names)
+        self._emit(Save(self._num_jobs, entries))
+
+    def _job(self, kept: State | Node) -> tuple[NewEntry, ...]:
+        """The files that a state needs and that are neither there nor being written."""
+        identity = self._identities[fingerprint_in(kept.namespace)]
+        run, above = self._run(kept if isinstance(kept, Node) else kept.node, identity)
+        state = None if isinstance(kept, Node) else self._state(kept, identity, above if run is None else None)
+        if isinstance(kept, Node) or state is None:
+            return () if run is None or not self._stateless else (run,)
+        facts = replace(
+            state.facts, score=self._score(kept, state.facts.num_bytes + (run.facts.num_bytes if run else 0))
+        )
+        return (*((run,) if run else ()), replace(state, facts=facts))
+
+    def _run(self, node: Node, identity: str) -> tuple[NewEntry | None, int | Name | None]:
+        """The pages up to a node that are missing, and what has the page before them, or the last one."""
+        missing, last = list[Node](), node
+        while self._geometry.page_bytes and node.parent is not None and self._holder(node.name) is None:
+            missing.insert(0, node)
+            node = node.parent
+        above = None if node.parent is None else self._holder(node.name)
+        if not missing:
+            return None, above
+        names = b"".join(each.name for each in missing)
+        place = node.num_tokens // self._page_tokens, last.num_tokens
+        num_bytes = len(missing) * self._geometry.page_bytes
+        facts = Facts(
+            identity, EntryKind.PAGES, last.name, last.namespace, "", *place, names, num_bytes, score=RUN_SCORE
+        )
+        return NewEntry(facts, tuple((Kind.PAGE, each.page) for each in missing), above), above
+
+    def _holder(self, page: Name) -> int | Name | None:
+        """The run with a page."""
+        there = self._catalogue.run(page)
+        return self._runs.get(page) if there is None else there.id
+
+    def _state(self, kept: State, identity: str, above: int | Name | None) -> NewEntry | None:
+        kind = EntryKind.END if isinstance(kept, PromptEnd) else EntryKind.STATE
+        if (kind, kept.name) in self._states or self._catalogue.named(kind, kept.name) is not None:
+            return None
+        tail = kept.page if isinstance(kept, PromptEnd) else None
+        items = ((Kind.SLOT, kept.slot), *(((Kind.PAGE, tail),) if tail is not None else ()))
+        num_bytes = self._geometry.slot_bytes + self._geometry.page_bytes * (len(items) - 1)
+        num_pages = kept.node.num_tokens // self._page_tokens
+        facts = Facts(
+            identity, kind, kept.name, kept.namespace, kept.label, num_pages, kept.num_tokens, num_bytes=num_bytes
+        )
+        return NewEntry(facts, items, above)
+
+    def _score(self, kept: State, num_bytes: int) -> float:
+        """Inflation, and FLOPs that it saves for each byte that it takes."""
+        return self._storage.usage.inflation + self._cost.flops(self._before(kept), kept.num_tokens) / max(num_bytes, 1)
+
+    def _before(self, kept: State) -> int:
+        """Tokens of its prompt that need not be computed without it, with what the disk has."""
+        node: Node | None = kept.node if isinstance(kept, PromptEnd) else kept.node.parent
+        while node is not None and self._catalogue.named(EntryKind.STATE, node.name) is None:
+            if self._stateless and self._catalogue.run(node.name) is not None:
+                break
+            node = node.parent
+        return node.num_tokens if node else 0
