@@ -116,6 +116,10 @@ class CacheMemory:
                 for source, target in command.copies:  # needs no memory between
                     tensor[target] = tensor[source]
 
+    def clear(self) -> None:
+        """Zeros everywhere."""
+        self._arena.clear()
+
     def contents(self, page: int, slot: int | None) -> bytes:
         """What all layers have in a page and in a slot; those of a model have nothing else in them."""
         found = list[Tensor]()

@@ -34,6 +34,7 @@ def _probe(model: HybridModel) -> bytes:
     geometry = Geometry.of(model.cache_spec, 1 << 50)
     num_bytes = slots * geometry.stride_bytes(Kind.SLOT) + (pages + 1) * geometry.stride_bytes(Kind.PAGE)
     memory = CacheMemory(model.cache_spec, num_bytes, str(model.device))
+    memory.clear()  # not every model writes to all of it
     rows = Rows(
         model=model.fingerprint,
         tokens=tokens,

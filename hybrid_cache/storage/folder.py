@@ -12,6 +12,7 @@ import re
 import secrets
 import sqlite3
 from collections.abc import Iterable
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -105,9 +106,10 @@ class Folder:
         return payload
 
     def erase(self, entries: Iterable[int]) -> None:
-        """Removes the files of entries that are no longer in the index."""
+        """Removes the files of entries that are no longer in the index, unless they cannot be removed."""
         for entry in entries:
-            (self._entries / file_name(entry)).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self._entries / file_name(entry)).unlink(missing_ok=True)
 
     # What others left
 

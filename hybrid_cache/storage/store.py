@@ -130,7 +130,7 @@ class Store:
         reserved = self._index.reserve(entries)
         self._folder.erase(reserved.gone)
         if reserved.refused:
-            self._report(NotSaved(job, "worth"))
+            self._report(NotSaved(job, reserved.refused))
             return
         taken = [each for each in zip(reserved.ids, entries, payloads, strict=True) if each[0] is not None]
         try:

@@ -37,6 +37,7 @@ class Catalogue:
         self._entries: dict[int, Entry] = {}
         self._by_name: dict[tuple[EntryKind, Name], Entry] = {}
         self._runs: dict[Name, Entry] = {}  # by the name of each of its pages
+        self._below: dict[int, set[int]] = {}  # entries that need an entry
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -58,16 +59,22 @@ class Catalogue:
                 continue
             self._entries[entry.id] = entry
             self._by_name[entry.facts.key] = entry
+            if entry.above is not None:
+                self._below.setdefault(entry.above, set()).add(entry.id)
             if entry.facts.kind is EntryKind.PAGES:
                 for name in entry.facts.page_names:
                     self._runs.setdefault(name, entry)
 
     def remove(self, entries: Iterable[int]) -> None:
-        """Nothing happens for those that are not here."""
-        for number in entries:
+        """With all that need them. Nothing happens for those that are not here."""
+        numbers = list(entries)
+        for number in numbers:
+            numbers += self._below.pop(number, ())
             entry = self._entries.pop(number, None)
             if entry is None:
                 continue
+            if entry.above in self._below:
+                self._below[entry.above].discard(number)
             if self._by_name.get(entry.facts.key) is entry:
                 del self._by_name[entry.facts.key]
             for name in entry.facts.page_names:

@@ -10,6 +10,7 @@ from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.keys import NAME_BYTES, Name, pieces
 
 FORMAT = "hybrid-cache-1"
+BLOCK_BYTES = 4096  # of file systems
 ALIGNMENT = 64  # of a payload in its file
 
 
@@ -68,8 +69,8 @@ class Facts:
 
     @property
     def file_bytes(self) -> int:
-        """Size of its file."""
-        return len(self.header(bytes(DIGEST_BYTES))) + self.num_bytes
+        """What its file takes from a disk."""
+        return -(-(len(self.header(bytes(DIGEST_BYTES))) + self.num_bytes) // BLOCK_BYTES) * BLOCK_BYTES
 
 
 DIGEST_BYTES = 32  # blake2b of a payload

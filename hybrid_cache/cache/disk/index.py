@@ -19,7 +19,8 @@ VERSION = 1
 NAME = "index.sqlite"
 BUSY_S = 5.0  # for another process to end its transaction
 MOST_VICTIMS = 64  # that are looked at together
-INDEX_SHARE = 50  # this part of a budget is for the database itself
+LOG_PAGES = 32  # of the database's log, after which it is worked into the database
+LOG_BYTES = 1 << 18  # of a budget, for the log
 
 _TABLES = """
 CREATE TABLE entry (
@@ -65,7 +66,7 @@ class Reserved:
 
     ids: tuple[int | None, ...]  # of each; None for one that is there already, or was refused
     gone: tuple[int, ...]  # entries that had to go for them
-    refused: bool = False
+    refused: str = ""  # why, in a word
 
 
 class _Refused(Exception):
@@ -73,17 +74,15 @@ class _Refused(Exception):
 
 
 class Index:
-    """See the module docstring. To be used by one thread. Methods raise sqlite3.Error.
-
-    budget_bytes: of all files, and a 50th of it for the database
-    """
+    """See the module docstring. To be used by one thread. Methods raise sqlite3.Error."""
 
     def __init__(self, folder: Path, budget_bytes: int, writer: str, now: Callable[[], float] = time.time) -> None:
-        """writer: names this process   Raises ConfigError for a database of another version or that is none."""
+        """budget_bytes: of all files and of the database   writer: names this process
+        Raises ConfigError for a database of another version or that is none."""
         self._path = folder / NAME
         self._writer = writer
         self._now = now  # for people only: nothing is decided by it
-        self.files_bytes = budget_bytes - budget_bytes // INDEX_SHARE
+        self._budget_bytes = budget_bytes
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # its log has the same mode
         self._db = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
@@ -98,6 +97,8 @@ class Index:
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
+        self._db.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
         with self._transaction():
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -125,8 +126,9 @@ class Index:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files, those included that are being written."""
-        return int(self._fact("bytes"))
+        """Of the database and of all files, those included that are being written."""
+        (pages,), (size,) = (self._db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
+        return int(self._fact("bytes")) + pages * size + LOG_BYTES
 
     @property
     def inflation(self) -> float:
@@ -164,8 +166,8 @@ class Index:
         try:
             with self._transaction():
                 return self._reserve(job)
-        except _Refused:
-            return Reserved((None,) * len(job), (), refused=True)
+        except _Refused as refused:
+            return Reserved((None,) * len(job), (), str(refused))
 
     def _reserve(self, job: Sequence[NewEntry]) -> Reserved:
         there = [self._find(new.facts) for new in job]
@@ -195,7 +197,7 @@ class Index:
         query = f"SELECT id FROM entry WHERE identity = ? AND {which}"
         row = self._db.execute(query, (new.facts.identity, value)).fetchone()
         if row is None:
-            raise _Refused
+            raise _Refused("needs")
         found: int = row[0]
         return found
 
@@ -210,11 +212,11 @@ class Index:
 
     def _make_room(self, num_bytes: int, score: float, spared: Collection[int | None]) -> list[int]:
         """Removes entries that nothing needs, the lowest first, while they score no more -> those."""
-        gone, missing = list[int](), self.num_bytes + num_bytes - self.files_bytes
+        gone, missing = list[int](), self.num_bytes + num_bytes - self._budget_bytes
         while missing > 0:
             victims = self._victims(missing, score, spared)
             if not victims:
-                raise _Refused
+                raise _Refused("worth")
             for victim, size, each in victims:
                 self._db.execute("DELETE FROM entry WHERE id = ?", (victim,))
                 self._db.execute("UPDATE fact SET value = max(value, ?) WHERE name = 'inflation'", (each,))

@@ -14,7 +14,6 @@ from hybrid_cache.spec import PrefillCost
 from hybrid_cache.stats import DiskStats
 
 REFRESH_S = 1.0  # between two looks at what other processes have written
-LOST = ("gone",)  # another process made room: no doubt about the rest
 
 
 class DiskTier:
@@ -102,10 +101,7 @@ class DiskTier:
             case NotLoaded():
                 self.loading.failed(report)
                 self.catalogue.remove((report.entry,))
-                if report.why in LOST:
-                    self._refresh()
-                else:
-                    self._storage.drop((report.entry,))
+                self._storage.drop((report.entry,))
 
     def begin(self, match: Match, compute_s: Callable[[int, int], float]) -> Load | None:
         """As `Loading.begin`."""
