@@ -11,7 +11,7 @@ from hybrid_cache.kernels.ops import Ops
 
 def kernels_of(ops: Ops) -> str:
     """Of two that are told apart, bits may differ."""
-    parts = [ops.name, f"torch {torch.__version__}", platform.machine()]
+    parts = [ops.name, ops.inexact, f"torch {torch.__version__}", platform.machine()]
     if ops.device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability(ops.device)))
         parts += [torch.cuda.get_device_name(ops.device), capability, f"cuda {torch.version.cuda}"]

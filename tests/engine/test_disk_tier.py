@@ -1,8 +1,10 @@
 """What a process had cached is found by the next one, with the same bits; whatever is in doubt is computed."""
 
 import random
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -142,14 +144,23 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def put_link(path: Path) -> None:
+    path.symlink_to(path.rename(path.with_suffix(".away")))
+
+
 DAMAGE: dict[str, Callable[[Path, int], None]] = {
     "a bit": flip,
     "cut off": lambda path, at: path.write_bytes(path.read_bytes()[: at // 8 % path.stat().st_size]),
     "longer": lambda path, at: path.write_bytes(path.read_bytes() + b"x"),
     "empty": lambda path, at: path.write_bytes(b""),
     "gone": lambda path, at: path.unlink(),
-    "a folder": lambda path, at: (path.unlink(), path.mkdir()) and None,
-    "a link": lambda path, at: path.rename(path.with_suffix(".away")) and path.symlink_to(path.with_suffix(".away")),
+    "a folder": lambda path, at: put_folder(path),
+    "a link": lambda path, at: put_link(path),
 }
 
 
@@ -308,8 +319,6 @@ class Gate:
     """Shut until it is opened."""
 
     def __init__(self) -> None:
-        import threading
-
         self._event = threading.Event()
 
     def open(self) -> None:
@@ -328,8 +337,6 @@ class Gate:
     st.sampled_from([*MODELS]),
 )
 def test_prefixes_of_few_texts_over_restarts(asked: list[tuple[int, int, int]], kind: str) -> None:
-    from tempfile import TemporaryDirectory
-
     with TemporaryDirectory() as folder:
         engine = new_engine(Path(folder), kind, budget_bytes=1 << 16, disk_bytes=1 << 20)
         for number, (text, length, after) in enumerate(asked):
@@ -347,11 +354,11 @@ def test_prefixes_of_few_texts_over_restarts(asked: list[tuple[int, int, int]], 
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
-def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Callable[[], Engine], Engine]]:
+def engines(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Callable[[], Engine], Engine]:
     """What makes an engine with a disk and the checking mode, and one without any cache."""
     model = load(embedded_path(), dtype=request.param, ops=select("auto"))
     config = EngineConfig(1 << 28, disk=tmp_path, verify=True)
-    yield lambda: Engine(model, config), Engine(model, EngineConfig(1 << 28, prefix_cache=False))
+    return lambda: Engine(model, config), Engine(model, EngineConfig(1 << 28, prefix_cache=False))
 
 
 def test_of_a_real_model_what_comes_back_gives_the_bits_of_a_run_without_cache(

@@ -128,7 +128,7 @@ class Index:
     def num_bytes(self) -> int:
         """Of the database and of all files, those included that are being written."""
         (pages,), (size,) = (self._db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
-        return int(self._fact("bytes")) + pages * size + LOG_BYTES
+        return int(self._fact("bytes")) + int(pages) * int(size) + LOG_BYTES
 
     @property
     def inflation(self) -> float:
@@ -185,7 +185,7 @@ class Index:
     def _find(self, facts: Facts) -> int | None:
         query = "SELECT id FROM entry WHERE identity = ? AND kind = ? AND name = ?"
         row = self._db.execute(query, (facts.identity, facts.kind.value, facts.name)).fetchone()
-        return None if row is None else row[0]
+        return None if row is None else int(row[0])
 
     def _above(self, new: NewEntry) -> int | None:
         """What a new entry needs and is there, or will be."""
@@ -198,8 +198,7 @@ class Index:
         row = self._db.execute(query, (new.facts.identity, value)).fetchone()
         if row is None:
             raise _Refused("needs")
-        found: int = row[0]
-        return found
+        return int(row[0])
 
     def _take(self, new: NewEntry, above: int | None) -> int:
         facts, now = new.facts, self._now()
@@ -276,7 +275,7 @@ class Index:
 
     def recall(self, name: str) -> bytes | None:
         row = self._db.execute("SELECT value FROM fact WHERE name = ?", (f"of {name}",)).fetchone()
-        return None if row is None else row[0]
+        return None if row is None else bytes(row[0])
 
 
 def _statements(script: str) -> list[str]:

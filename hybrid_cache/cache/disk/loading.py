@@ -17,7 +17,7 @@ FIRST_BYTES_PER_S, FIRST_LATENCY_S = 2e8, 0.01  # before any load was measured
 NEWEST = 0.3  # weight of the newest load in a moving average
 LEAST_PATIENCE_S = 0.05
 PATIENCE_S = 10.0  # where it is not known how long it takes to compute
-MOST_LOADED_BYTES = 256 << 20  # that are read and not in the tree yet
+MOST_LOADED_BYTES = 64 << 20  # that are read and not in the tree yet
 
 
 @dataclass(slots=True, eq=False)
