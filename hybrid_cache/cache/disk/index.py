@@ -144,6 +144,12 @@ class Index:
         query = f"SELECT {_COLUMNS} FROM entry WHERE identity = ? AND committed BETWEEN ? AND ? ORDER BY id"
         return [_entry(row) for row in self._db.execute(query, (identity, after + 1, latest))], latest
 
+    def all(self) -> list[Entry]:
+        """Those of all models, those that others need before them."""
+        return [
+            _entry(row) for row in self._db.execute(f"SELECT {_COLUMNS} FROM entry WHERE writer IS NULL ORDER BY id")
+        ]
+
     def ids(self) -> set[int]:
         """Of all entries, those included that are being written."""
         return {row[0] for row in self._db.execute("SELECT id FROM entry")}
