@@ -96,8 +96,8 @@ class Store:
     def drop_namespaces(self, may: Callable[[str], bool]) -> None:
         self._change(lambda: self._drop(self._index.of_namespaces(may)))
 
-    def use(self, entries: Sequence[tuple[int, float]]) -> None:
-        self._change(partial(self._index.use, tuple(entries)))
+    def use(self, used: Sequence[tuple[int, float, bool]]) -> None:
+        self._change(partial(self._index.use, tuple(used)))
 
     def refresh(self) -> None:
         self._change(self._refresh)

@@ -19,16 +19,17 @@ VERSION = 1
 NAME = "index.sqlite"
 BUSY_S = 5.0  # for another process to end its transaction
 MOST_VICTIMS = 64  # that are looked at together
+RUN_SCORE = -1.0  # of pages: they go as soon as nothing needs them
 LOG_PAGES = 32  # of the database's log, after which it is worked into the database
-LOG_BYTES = 1 << 18  # of a budget, for the log
+LOG_BYTES = (1 << 18) + (1 << 15)  # of a budget, for the log and what its readers share
 
 _TABLES = """
 CREATE TABLE entry (
     id INTEGER PRIMARY KEY AUTOINCREMENT, identity TEXT NOT NULL, kind TEXT NOT NULL, name BLOB NOT NULL,
     namespace TEXT NOT NULL, label TEXT NOT NULL, first INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
     pages BLOB NOT NULL, num_bytes INTEGER NOT NULL, file_bytes INTEGER NOT NULL, digest BLOB, above INTEGER,
-    score REAL NOT NULL, uses INTEGER NOT NULL DEFAULT 0, made REAL NOT NULL, used REAL NOT NULL, writer TEXT,
-    committed INTEGER NOT NULL DEFAULT 0,
+    value REAL NOT NULL, score REAL NOT NULL, uses INTEGER NOT NULL DEFAULT 0, made REAL NOT NULL, used REAL NOT NULL,
+    writer TEXT, committed INTEGER NOT NULL DEFAULT 0,
     UNIQUE (identity, kind, name));
 CREATE INDEX entry_above ON entry (above);
 CREATE INDEX entry_score ON entry (score);
@@ -41,15 +42,18 @@ CREATE TRIGGER entry_removed AFTER DELETE ON entry BEGIN
     UPDATE fact SET value = value - OLD.file_bytes WHERE name = 'bytes'; END;
 """
 _WRITTEN = (
-    "identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, file_bytes, above, score, made, "
-    "used, writer"
+    "identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, file_bytes, above, value, made, "
+    "used, writer, score"
 )
-_INSERT = f"INSERT INTO entry ({_WRITTEN}) VALUES ({', '.join('?' * 15)})"
+_INFLATED = f"CASE WHEN value <= 0 THEN {RUN_SCORE} ELSE value + (SELECT value FROM fact WHERE name = 'inflation') END"
+_INSERT = f"INSERT INTO entry ({_WRITTEN}) VALUES ({', '.join('?' * 15)}, 0)"
+_SCORE = f"UPDATE entry SET score = {_INFLATED} WHERE id = ?"
+_USE = "UPDATE entry SET value = ?, uses = uses + ?, used = ? WHERE id = ?"
 _COMMIT = (
     "UPDATE entry SET writer = NULL, digest = ?, committed = (SELECT value FROM fact WHERE name = 'commits') "
     "WHERE id = ?"
 )
-_COLUMNS = "id, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, score, above, digest"
+_COLUMNS = "id, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, above, digest"
 _BELOW = (
     "WITH RECURSIVE below(id) AS (SELECT id FROM entry WHERE id = ? "
     "UNION SELECT entry.id FROM entry JOIN below ON entry.above = below.id) "
@@ -70,7 +74,14 @@ class Reserved:
 
 
 class _Refused(Exception):
-    """There is no room for a job."""
+    """A job is not taken. The message is a word for a counter.
+
+    score: of what was worth too little
+    """
+
+    def __init__(self, why: str, score: float | None = None) -> None:
+        super().__init__(why)
+        self.score = score
 
 
 class Index:
@@ -173,14 +184,16 @@ class Index:
             with self._transaction():
                 return self._reserve(job)
         except _Refused as refused:
+            if refused.score is not None:
+                self._inflate(refused.score)
             return Reserved((None,) * len(job), (), str(refused))
 
     def _reserve(self, job: Sequence[NewEntry]) -> Reserved:
         there = [self._find(new.facts) for new in job]
         missing = [new for new, entry in zip(job, there, strict=True) if entry is None]
         above = [self._above(new) for new in job]
-        num_bytes, score = sum(new.facts.file_bytes for new in missing), max(new.facts.score for new in job)
-        gone = self._make_room(num_bytes, score, {*above, *there} - {None})
+        num_bytes, value = sum(new.facts.file_bytes for new in missing), max(new.facts.value for new in job)
+        gone = self._make_room(num_bytes, self.inflation + value, {*above, *there} - {None})
         ids, before = list[int | None](), None
         for new, entry, needed in zip(job, there, above, strict=True):
             taken = self._take(new, before if needed is None else needed) if entry is None else None
@@ -210,9 +223,10 @@ class Index:
         facts, now = new.facts, self._now()
         row: list[object] = [facts.identity, facts.kind.value, facts.name, facts.namespace, facts.label, facts.first]
         row += [facts.num_tokens, facts.pages, facts.num_bytes, facts.file_bytes]
-        row += [above, facts.score, now, now, self._writer]
+        row += [above, facts.value, now, now, self._writer]
         done = self._db.execute(_INSERT, row)
         assert done.lastrowid is not None
+        self._db.execute(_SCORE, (done.lastrowid,))
         return done.lastrowid
 
     def _make_room(self, num_bytes: int, score: float, spared: Collection[int | None]) -> list[int]:
@@ -221,13 +235,17 @@ class Index:
         while missing > 0:
             victims = self._victims(missing, score, spared)
             if not victims:
-                raise _Refused("worth")
+                raise _Refused("worth", score)
             for victim, size, each in victims:
                 self._db.execute("DELETE FROM entry WHERE id = ?", (victim,))
-                self._db.execute("UPDATE fact SET value = max(value, ?) WHERE name = 'inflation'", (each,))
+                self._inflate(each)
                 gone.append(victim)
                 missing -= size
         return gone
+
+    def _inflate(self, score: float) -> None:
+        """Something with this score went, or was not even taken."""
+        self._db.execute("UPDATE fact SET value = max(value, ?) WHERE name = 'inflation'", (score,))
 
     def _victims(self, missing: int, score: float, spared: Collection[int | None]) -> list[tuple[int, int, float]]:
         found = list[tuple[int, int, float]]()
@@ -264,15 +282,13 @@ class Index:
             gone += self.remove(row[0] for row in rows)
         return gone
 
-    def use(self, entries: Iterable[tuple[int, float]]) -> None:
-        """Entries were read, and have these scores now; what they need is used, too, but has no score."""
+    def use(self, used: Iterable[tuple[int, float, bool]]) -> None:
+        """Entries have these values now, and scores as if they were new; and whether each was read."""
         now = self._now()
         with self._transaction():
-            for entry, score in entries:
-                self._db.execute(
-                    "UPDATE entry SET score = max(score, ?), uses = uses + 1, used = ? WHERE id = ?",
-                    (score, now, entry),
-                )
+            for entry, value, read in used:
+                self._db.execute(_USE, (value, int(read), now, entry))
+                self._db.execute(_SCORE, (entry,))
 
     def remember(self, name: str, value: bytes) -> None:
         """Keeps something else under a name."""
@@ -296,6 +312,6 @@ def _statements(script: str) -> list[str]:
 
 
 def _entry(row: tuple[int, str, str, bytes, str, str, int, int, bytes, int, float, int | None, bytes]) -> Entry:
-    number, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, score, above, digest = row
-    facts = Facts(identity, EntryKind(kind), name, namespace, label, first, num_tokens, pages, num_bytes, score)
+    number, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, above, digest = row
+    facts = Facts(identity, EntryKind(kind), name, namespace, label, first, num_tokens, pages, num_bytes, value)
     return Entry(number, facts, above, digest)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hybrid_cache.cache.commands import Forget, Restore
 from hybrid_cache.cache.disk.catalogue import Catalogue, Place
 from hybrid_cache.cache.disk.entries import Entry, EntryKind, Loaded, NotLoaded, Storage
+from hybrid_cache.cache.disk.saving import Saving
 from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.keys import Keys, Name
 from hybrid_cache.cache.lease import Match
@@ -35,13 +36,13 @@ class Loading:
     """See the module docstring. Changes tree and pool for the books, as a finished pass does."""
 
     def __init__(
-        self, storage: Storage, catalogue: Catalogue, pool: Pool, clock: Callable[[], float], *, stateless: bool
+        self, storage: Storage, catalogue: Catalogue, saving: Saving, pool: Pool, clock: Callable[[], float]
     ) -> None:
         self._storage = storage
         self._catalogue = catalogue
         self._pool = pool
         self._clock = clock
-        self._stateless = stateless
+        self._saving = saving
         self._page_tokens = pool.tree.page_tokens
         self._num_loads = 0
         self._loads: dict[int, Load] = {}  # under way, by ticket
@@ -158,6 +159,9 @@ class Loading:
                 self._keep(load, state, path, root, slots[0], pages[missing:])
             self.num_tokens += place.num_tokens - place.first * self._page_tokens
             self.num_bytes += place.num_bytes
+            tip = path[-1] if path else root
+            kept = tip.ends.get(keys.tail) if place.num_tokens % self._page_tokens else tip.checkpoint
+            self._saving.used(place.last, kept or tip, read=True)
         self._unpin(root, path)
         return taken is not None
 

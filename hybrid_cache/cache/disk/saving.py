@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hybrid_cache.cache.commands import Emit, Save
 from hybrid_cache.cache.disk.catalogue import Catalogue
-from hybrid_cache.cache.disk.entries import EntryKind, Facts, NewEntry, Storage
+from hybrid_cache.cache.disk.entries import Entry, EntryKind, Facts, NewEntry, Storage
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.tree import Checkpoint, Node, PromptEnd
@@ -17,8 +17,8 @@ State = Checkpoint | PromptEnd
 
 BUSY_SHARE = 0.02  # of the time that copies and the writer's processor time may take while requests run
 MOST_SAVED_S = 0.25  # of it that may be saved up
+MOST_USED = 64  # entries that are told of at once
 MOST_QUEUED_BYTES = 64 << 20  # that wait to be written
-RUN_SCORE = -1.0  # of pages: they go as soon as nothing needs them
 
 
 class Allowance:
@@ -52,10 +52,13 @@ class Saving:
         emit: Emit,
         clock: Callable[[], float],
         page_tokens: int,
+        standing: Callable[[Name], float],
         *,
         stateless: bool,
     ) -> None:
-        """identities: of models, by fingerprint"""
+        """identities: of models, by fingerprint
+        standing: what is expected of a prefix, in proportion to what is of a new one
+        """
         self._storage = storage
         self._catalogue = catalogue
         self._geometry = geometry
@@ -63,6 +66,7 @@ class Saving:
         self._identities = identities
         self._emit = emit
         self._page_tokens = page_tokens
+        self._standing = standing
         self._stateless = stateless
         self._allowance = Allowance(lambda: storage.spent_s, clock)
         self._line: dict[State | Node, None] = {}
@@ -71,6 +75,7 @@ class Saving:
         self._queued_bytes = 0  # of these
         self._runs: dict[Name, Name] = {}  # pages that are being written -> the name of their run
         self._states: set[tuple[EntryKind, Name]] = set()  # that are being written
+        self._used: dict[int, tuple[int, float, bool]] = {}  # entries that were of use, until the index is told
         self.saved: Counter[str] = Counter()  # entries, by kind
         self.not_saved: Counter[str] = Counter()  # states, by why
 
@@ -94,21 +99,41 @@ class Saving:
         """
         if instead is not None:
             self._line.pop(instead, None)
-        if not lane_in(kept.namespace) and fingerprint_in(kept.namespace) in self._identities:
+        if self._is_ours(kept):
             self._line[kept] = None
 
     def leaving(self, kept: State | Node) -> None:
-        """It goes from memory: now or never."""
-        if kept not in self._line:
+        """It goes from memory: now or never. What the disk has counts as new there."""
+        self._line.pop(kept, None)
+        if not self._is_ours(kept) or self._is_under_way(kept):
             return
-        if not self.has_room:
-            del self._line[kept]
+        there = self._catalogue.named(_kind(kept), kept.name)
+        if there is not None:
+            self.used(there, kept, read=False)
+        elif isinstance(kept, Node) and self._catalogue.run(kept.name) is not None:
+            return
+        elif not self.has_room:
             self.not_saved["queue"] += 1
         elif not self._allowance.left(idle=False):
-            del self._line[kept]
             self.not_saved["time"] += 1
         else:
             self._save(kept)
+
+    def used(self, entry: Entry, kept: State | Node, *, read: bool) -> None:
+        """An entry of the disk is of use. read: it has just been loaded"""
+        run = None if isinstance(kept, Node) else self._catalogue.named(EntryKind.PAGES, kept.name)
+        num_bytes = entry.facts.num_bytes + (run.facts.num_bytes if run else 0)
+        before = self._used.get(entry.id)
+        self._used[entry.id] = entry.id, self._value(kept, num_bytes), read or (before is not None and before[2])
+
+    def _is_ours(self, kept: State | Node) -> bool:
+        """Made by a model as it is, whose identity is known."""
+        return not lane_in(kept.namespace) and fingerprint_in(kept.namespace) in self._identities
+
+    def _is_under_way(self, kept: State | Node) -> bool:
+        if isinstance(kept, Node):
+            return kept.name in self._runs
+        return (_kind(kept), kept.name) in self._states
 
     def forget(self, kept: State | Node) -> None:
         """Somebody wants it dropped."""
@@ -116,6 +141,9 @@ class Saving:
 
     def pump(self, *, idle: bool) -> None:
         """Has some copied. idle: nobody waits for an answer"""
+        if self._used and (idle or len(self._used) >= MOST_USED):
+            self._storage.use([*self._used.values()])
+            self._used.clear()
         while self._line and self.has_room and self._allowance.left(idle=idle):
             self._save(next(iter(self._line)))
 
@@ -133,7 +161,7 @@ class Saving:
             self.not_saved[why] += 1
 
     def _save(self, kept: State | Node) -> None:
-        del self._line[kept]
+        self._line.pop(kept, None)
         if not kept.attached:
             return
         entries = self._job(kept)
@@ -153,11 +181,12 @@ class Saving:
         run, above = self._run(kept if isinstance(kept, Node) else kept.node, identity)
         state = None if isinstance(kept, Node) else self._state(kept, identity, above if run is None else None)
         if isinstance(kept, Node) or state is None:
-            return () if run is None or not self._stateless else (run,)
-        facts = replace(
-            state.facts, score=self._score(kept, state.facts.num_bytes + (run.facts.num_bytes if run else 0))
-        )
-        return (*((run,) if run else ()), replace(state, facts=facts))
+            return () if run is None or not self._stateless else (self._valued(run, kept, run.facts.num_bytes),)
+        num_bytes = state.facts.num_bytes + (run.facts.num_bytes if run else 0)
+        return (*((run,) if run else ()), self._valued(state, kept, num_bytes))
+
+    def _valued(self, new: NewEntry, kept: State | Node, num_bytes: int) -> NewEntry:
+        return replace(new, facts=replace(new.facts, value=self._value(kept, num_bytes)))
 
     def _run(self, node: Node, identity: str) -> tuple[NewEntry | None, int | Name | None]:
         """The pages up to a node that are missing, and what has the page before them, or the last one."""
@@ -171,9 +200,7 @@ class Saving:
         names = b"".join(each.name for each in missing)
         place = node.num_tokens // self._page_tokens, last.num_tokens
         num_bytes = len(missing) * self._geometry.page_bytes
-        facts = Facts(
-            identity, EntryKind.PAGES, last.name, last.namespace, "", *place, names, num_bytes, score=RUN_SCORE
-        )
+        facts = Facts(identity, EntryKind.PAGES, last.name, last.namespace, "", *place, names, num_bytes)
         return NewEntry(facts, tuple((Kind.PAGE, each.page) for each in missing), above), above
 
     def _holder(self, page: Name) -> int | Name | None:
@@ -182,7 +209,7 @@ class Saving:
         return self._runs.get(page) if there is None else there.id
 
     def _state(self, kept: State, identity: str, above: int | Name | None) -> NewEntry | None:
-        kind = EntryKind.END if isinstance(kept, PromptEnd) else EntryKind.STATE
+        kind = _kind(kept)
         if (kind, kept.name) in self._states or self._catalogue.named(kind, kept.name) is not None:
             return None
         tail = kept.page if isinstance(kept, PromptEnd) else None
@@ -194,15 +221,22 @@ class Saving:
         )
         return NewEntry(facts, items, above)
 
-    def _score(self, kept: State, num_bytes: int) -> float:
-        """Inflation, and FLOPs that it saves for each byte that it takes."""
-        return self._storage.usage.inflation + self._cost.flops(self._before(kept), kept.num_tokens) / max(num_bytes, 1)
+    def _value(self, kept: State | Node, num_bytes: int) -> float:
+        """FLOPs that it saves for each byte that it takes, by what is expected of it."""
+        flops = self._cost.flops(self._before(kept), kept.num_tokens)
+        return self._standing(kept.name) * flops / max(num_bytes, 1)
 
-    def _before(self, kept: State) -> int:
+    def _before(self, kept: State | Node) -> int:
         """Tokens of its prompt that need not be computed without it, with what the disk has."""
-        node: Node | None = kept.node if isinstance(kept, PromptEnd) else kept.node.parent
+        node = kept.parent if isinstance(kept, Node) else kept.node if isinstance(kept, PromptEnd) else kept.node.parent
         while node is not None and self._catalogue.named(EntryKind.STATE, node.name) is None:
             if self._stateless and self._catalogue.run(node.name) is not None:
                 break
             node = node.parent
         return node.num_tokens if node else 0
+
+
+def _kind(kept: State | Node) -> EntryKind:
+    if isinstance(kept, Node):
+        return EntryKind.PAGES
+    return EntryKind.END if isinstance(kept, PromptEnd) else EntryKind.STATE

@@ -7,13 +7,19 @@ from hybrid_cache.cache.disk.catalogue import Catalogue
 from hybrid_cache.cache.disk.entries import Found, Gone, Loaded, NotLoaded, NotSaved, Saved, Storage
 from hybrid_cache.cache.disk.loading import Load, Loading
 from hybrid_cache.cache.disk.saving import Saving, State
+from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.lease import Match
+from hybrid_cache.cache.policies.base import Foresees
 from hybrid_cache.cache.pool import Pool
 from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PromptEnd
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.stats import DiskStats
 
 REFRESH_S = 1.0  # between two looks at what other processes have written
+
+
+def as_new(name: Name) -> float:
+    return 1.0
 
 
 class DiskTier:
@@ -39,8 +45,9 @@ class DiskTier:
         has_pages = pool.geometry.page_bytes > 0
         self.catalogue = Catalogue(pool.tree.page_tokens, stateless=stateless, has_pages=has_pages)
         facts = storage, self.catalogue, pool.geometry, cost, self._identities, emit, clock, pool.tree.page_tokens
-        self.saving = Saving(*facts, stateless=stateless)
-        self.loading = Loading(storage, self.catalogue, pool, clock, stateless=stateless)
+        standing = pool.policy.standing if isinstance(pool.policy, Foresees) else as_new
+        self.saving = Saving(*facts, standing, stateless=stateless)
+        self.loading = Loading(storage, self.catalogue, self.saving, pool, clock)
 
     def serve(self, fingerprint: str, identity: str) -> None:
         """From now on entries of a model are found, and written. Reads the index: it may take a second."""

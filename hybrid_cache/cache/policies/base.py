@@ -10,7 +10,7 @@ The server and `hybrid-cache bench policy` run the same objects.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isnan
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from hybrid_cache.cache.eviction import LazyHeap
 from hybrid_cache.cache.keys import Keys, Name
@@ -129,6 +129,15 @@ class Policy(Protocol):
 
     def score_of(self, kept: Kept) -> float | None:
         """The score of a state now, for people; None for one that may not be evicted. Changes nothing."""
+        ...
+
+
+@runtime_checkable
+class Foresees(Protocol):
+    """A policy that can say more of a prefix, kept or not, for tiers below."""
+
+    def standing(self, name: Name) -> float:
+        """How soon a return is expected, in proportion to that of a new message's end: from 1/8 to 8."""
         ...
 
 
