@@ -37,5 +37,5 @@ and the entry is dropped with all that need it.
 **Room.** The index knows the bytes of all files, and what is being written. A transaction makes room before a file is
 written, so that the budget holds for several processes together. What goes first: pages that nothing needs; then the
 state with the lowest score. A score is value plus inflation (GreedyDual-Size, Cao and Irani 1997): value is FLOPs saved
-per byte and by what the policy expects of the prefix, inflation the score of what went last. So the order needs no clock.
+per byte and by what the policy expects of the prefix, inflation the score of what went last. The order needs no clock.
 """
