@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--entries", type=int, default=100_000)
+    parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--parts", nargs="*", default=["load", "cost", "start"])
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
@@ -47,9 +49,9 @@ def main() -> int:
     asked = parser.parse_args()
     model = open_subject(LoadOptions(asked.model, threads=asked.threads)).model
     with tempfile.TemporaryDirectory() as folder:
-        parts = {
+        parts: dict[str, Callable[[Path], dict[str, float]]] = {
             "load": lambda place: load(model, place, asked.tokens, asked.pairs, asked.seed),
-            "cost": lambda place: cost(model, place, asked.pairs, asked.seed),
+            "cost": lambda place: cost(model, place, asked.pairs, asked.seed, asked.streams),
             "start": lambda place: start(model, place, asked.entries),
         }
         found = {name: part(Path(folder) / name) for name, part in parts.items() if name in asked.parts}
@@ -78,25 +80,25 @@ def load(model: HybridModel, folder: Path, num_tokens: int, num_prompts: int, se
     return {"bytes": num_bytes, "compute_s": compute_s, "load_s": load_s, "ratio": compute_s / load_s}
 
 
-def cost(model: HybridModel, folder: Path, num_pairs: int, seed: int) -> dict[str, float]:
+def cost(model: HybridModel, folder: Path, num_pairs: int, seed: int, num_streams: int) -> dict[str, float]:
     """Processor time with the tier over that without it, minus 1: the median of pairs, each in turn first."""
     ratios, walls = list[float](), list[float]()
     for number in range(num_pairs):
         times = {}
         for disk in (True, False) if number % 2 else (False, True):
             engine = _engine(model, folder / f"{number}" if disk else None)
-            times[disk] = _converse(engine, np.random.default_rng(seed + number))
+            times[disk] = _converse(engine, np.random.default_rng(seed + number), num_streams)
             engine.close(0.0)
         ratios.append(times[True][0] / times[False][0] - 1)
         walls.append(times[True][1] / times[False][1] - 1)
     return {"processor_time": median(ratios), "wall_time": median(walls), "most": max(ratios)}
 
 
-def _converse(engine: Engine, rng: np.random.Generator) -> tuple[float, float]:
-    """Four streams of two turns -> processor time and wall time while somebody waits."""
+def _converse(engine: Engine, rng: np.random.Generator, num_streams: int) -> tuple[float, float]:
+    """Streams of two turns -> processor time and wall time while somebody waits."""
     model, began_s, began_cpu_s = engine.model, time.perf_counter(), time.process_time()
     for turn in range(2):
-        for number in range(4):
+        for number in range(num_streams):
             prompt = np.random.default_rng(number).integers(3, model.vocab_size, 400 * (turn + 1)).astype(np.int32)
             prompt[:64] = rng.integers(3, model.vocab_size) if turn == 0 else prompt[:64]
             sampling = SamplingParams(temperature=0, max_tokens=48)

@@ -15,28 +15,40 @@ from hybrid_cache.spec import PrefillCost
 
 State = Checkpoint | PromptEnd
 
-BUSY_SHARE = 0.02  # of the time that copies and the writer's processor time may take while requests run
-MOST_SAVED_S = 0.25  # of it that may be saved up
+BUSY_SHARE = 0.012  # of the time that copies and the writer's processor time may take while requests run
+MOST_SAVED_S = 0.01  # of it that may be saved up
+S_PER_BYTE = 3e-9  # of processor time, at least
 MOST_USED = 64  # entries that are told of at once
 MOST_QUEUED_BYTES = 64 << 20  # that wait to be written
 
 
 class Allowance:
-    """Processor time that may be spent while requests run: a share of the time that passes."""
+    """Processor time that may be spent while requests run: a share of the time that passes.
+
+    What is asked for costs what bytes have cost on average, long before it is done.
+    """
 
     def __init__(self, spent_s: Callable[[], float], clock: Callable[[], float]) -> None:
         self._spent_s, self._clock = spent_s, clock
-        self._last_s, self._last_spent_s = clock(), spent_s()
+        self._last_s = clock()
         self._left_s = MOST_SAVED_S
+        self._num_bytes = 0  # that were asked for and are done
 
     def left(self, *, idle: bool) -> bool:
         """Whether there is some. idle: nobody waits for an answer, so that time costs nothing"""
-        now, spent_s = self._clock(), self._spent_s()
-        earned_s = BUSY_SHARE * max(now - self._last_s, 0.0)
-        cost_s = 0.0 if idle else spent_s - self._last_spent_s
-        self._left_s = min(self._left_s + earned_s - cost_s, MOST_SAVED_S)
-        self._last_s, self._last_spent_s = now, spent_s
+        now = self._clock()
+        self._left_s = min(self._left_s + BUSY_SHARE * max(now - self._last_s, 0.0), MOST_SAVED_S)
+        self._last_s = now
         return idle or self._left_s > 0
+
+    def take(self, num_bytes: int, *, idle: bool) -> None:
+        """So many bytes are asked for."""
+        if not idle:
+            self._left_s -= num_bytes * max(self._spent_s() / self._num_bytes if self._num_bytes else 0.0, S_PER_BYTE)
+
+    def done(self, num_bytes: int) -> None:
+        """They were written, or not."""
+        self._num_bytes += num_bytes
 
 
 class Saving:
@@ -117,7 +129,7 @@ class Saving:
         elif not self._allowance.left(idle=False):
             self.not_saved["time"] += 1
         else:
-            self._save(kept)
+            self._save(kept, idle=False)
 
     def used(self, entry: Entry, kept: State | Node, *, read: bool) -> None:
         """An entry of the disk is of use. read: it has just been loaded"""
@@ -145,11 +157,12 @@ class Saving:
             self._storage.use([*self._used.values()])
             self._used.clear()
         while self._line and self.has_room and self._allowance.left(idle=idle):
-            self._save(next(iter(self._line)))
+            self._save(next(iter(self._line)), idle=idle)
 
     def ended(self, job: int, why: str = "") -> None:
         """A job is done, or was given up for a reason."""
         entries = self._jobs.pop(job, ())
+        self._allowance.done(sum(new.facts.num_bytes for new in entries))
         for new in entries:
             self._queued_bytes -= new.facts.num_bytes
             self._states.discard(new.facts.key)
@@ -160,7 +173,7 @@ class Saving:
         if why:
             self.not_saved[why] += 1
 
-    def _save(self, kept: State | Node) -> None:
+    def _save(self, kept: State | Node, *, idle: bool) -> None:
         self._line.pop(kept, None)
         if not kept.attached:
             return
@@ -169,6 +182,7 @@ class Saving:
             return
         self._num_jobs += 1
         self._jobs[self._num_jobs] = entries
+        self._allowance.take(sum(new.facts.num_bytes for new in entries), idle=idle)
         for new in entries:
             self._queued_bytes += new.facts.num_bytes
             self._states.add(new.facts.key)
