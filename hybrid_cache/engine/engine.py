@@ -429,6 +429,8 @@ class Engine:
         """Writes what waits for the disk tier and lets go of its folder; no step may follow."""
         if self._store is not None:
             self.flush(within_s)
+            if self._disk is not None:
+                self._disk.knowledge.write()
             self._store.close(within_s)
 
     def check(self) -> None:

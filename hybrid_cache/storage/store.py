@@ -104,7 +104,7 @@ class Store:
 
     def remember(self, name: str, value: bytes) -> None:
         """Keeps something beside the entries."""
-        self._change(partial(self._index.remember, name, value))
+        self._change(partial(self._remember, name, value))
 
     def recall(self, name: str) -> bytes | None:
         return self._writing.ask(partial(self._index.recall, name))
@@ -145,6 +145,11 @@ class Store:
         self._report(Gone(reserved.gone))
         self._refresh(entries[0].facts.identity)
         self._report(Saved(job))
+
+    def _remember(self, name: str, value: bytes) -> None:
+        gone = self._index.remember(name, value)
+        self._folder.erase(gone)
+        self._report(Gone(tuple(gone)))
 
     def _drop(self, entries: Sequence[int]) -> None:
         gone = self._index.remove(entries)

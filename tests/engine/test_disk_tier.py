@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_cache.cache.disk.index import NAME, Index
+from hybrid_cache.cache.policies.base import Worth
+from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.outcomes import Outputs
@@ -379,3 +381,55 @@ def test_of_a_real_model_what_comes_back_gives_the_bits_of_a_run_without_cache(
         assert found[0] == found[1]
         end(warm)
     assert num_cached == 384
+
+
+# What the policy has learned
+
+
+def test_the_next_process_knows_what_the_policy_has_learned(tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    for i in range(40):
+        text = tokens_of(i % 5, 200)
+        ask(engine, f"{i}", np.concatenate([text, tokens_of(i, 3 * i)]))
+    policy = engine.cache.pool.policy
+    assert isinstance(policy, Learned)
+    end(engine)
+    engine = new_engine(tmp_path)
+    found = engine.cache.pool.policy
+    assert isinstance(found, Learned)
+    places, known = policy._memory._places, found._memory._places
+    assert list(known) == list(places)
+    assert [place.features for place in known.values()] == [place.features for place in places.values()]
+    assert np.array_equal(found._model._w, policy._model._w)
+    assert found._model._w.any()
+    ours, theirs = (each._model._lives[0] for each in (found, policy))
+    assert ours.count == theirs.count > 0
+    assert np.allclose(np.diff(ours.start[: ours.count]), np.diff(theirs.start[: theirs.count]))
+    assert (np.isinf(ours.end) == np.isinf(theirs.end)).all()
+    end(engine)
+
+
+@pytest.mark.parametrize("data", [b"", b"12345678", bytes(100), b"12345678" + bytes(50)])
+def test_what_was_learned_and_makes_no_sense_is_not_used(folder: Path, data: bytes) -> None:
+    engine = new_engine(folder)
+    engine.close()
+    index = Index(folder, 1 << 24, "x")
+    names = [row[0] for row in index._db.execute("SELECT name FROM fact WHERE name LIKE 'of %'")]
+    assert len(names) == 1
+    index._db.execute("UPDATE fact SET value = ? WHERE name = ?", (data, names[0]))
+    index.close()
+    engine = new_engine(folder)
+    assert ask(engine, "next", NEXT_TURN) == 10 * TILE
+    end(engine)
+
+
+def test_a_policy_with_other_features_takes_nothing_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid_cache.cache.policies.places.SIZES", {"kind": 7, "role": 1})
+    policy = Learned()
+    policy.open(lambda kept: Worth(1.0, 1), lambda: 5.0)
+    data = policy.remembered()
+    monkeypatch.undo()
+    other = Learned()
+    other.open(lambda kept: Worth(1.0, 1), lambda: 5.0)
+    with pytest.raises(ValueError, match="features"):
+        other.recall(data, 0.0)

@@ -4,6 +4,7 @@ Several processes may use one folder. Each change is one transaction; a row is t
 writes it, so that what a process left half done is told from what another is writing now.
 """
 
+import math
 import os
 import sqlite3
 import time
@@ -139,7 +140,8 @@ class Index:
     def num_bytes(self) -> int:
         """Of the database and of all files, those included that are being written."""
         (pages,), (size,) = (self._db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size"))
-        return int(self._fact("bytes")) + int(pages) * int(size) + LOG_BYTES
+        (beside,) = self._db.execute("SELECT total(length(value)) FROM fact WHERE typeof(value) = 'blob'").fetchone()
+        return int(self._fact("bytes")) + int(pages) * int(size) + int(beside) + LOG_BYTES  # the log has these again
 
     @property
     def inflation(self) -> float:
@@ -290,10 +292,15 @@ class Index:
                 self._db.execute(_USE, (value, int(read), now, entry))
                 self._db.execute(_SCORE, (entry,))
 
-    def remember(self, name: str, value: bytes) -> None:
-        """Keeps something else under a name."""
-        with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (f"of {name}", value))
+    def remember(self, name: str, value: bytes) -> list[int]:
+        """Keeps something else under a name, if there is room -> entries that had to go for it."""
+        try:
+            with self._transaction():
+                gone = self._make_room(2 * len(value), math.inf, ())
+                self._db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (f"of {name}", value))
+        except _Refused:
+            return []
+        return gone
 
     def recall(self, name: str) -> bytes | None:
         row = self._db.execute("SELECT value FROM fact WHERE name = ?", (f"of {name}",)).fetchone()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from hybrid_cache.cache.commands import Emit
 from hybrid_cache.cache.disk.catalogue import Catalogue
 from hybrid_cache.cache.disk.entries import Found, Gone, Loaded, NotLoaded, NotSaved, Saved, Storage
+from hybrid_cache.cache.disk.knowledge import Knowledge
 from hybrid_cache.cache.disk.loading import Load, Loading
 from hybrid_cache.cache.disk.saving import Saving, State
 from hybrid_cache.cache.keys import Name
@@ -15,6 +16,7 @@ from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PromptEnd
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.stats import DiskStats
 
+KNOWLEDGE_SHARE = 16  # this part of a budget may be for what the policy has learned
 REFRESH_S = 1.0  # between two looks at what other processes have written
 
 
@@ -46,6 +48,7 @@ class DiskTier:
         self.catalogue = Catalogue(pool.tree.page_tokens, stateless=stateless, has_pages=has_pages)
         facts = storage, self.catalogue, pool.geometry, cost, self._identities, emit, clock, pool.tree.page_tokens
         standing = pool.policy.standing if isinstance(pool.policy, Foresees) else as_new
+        self.knowledge = Knowledge(storage, pool.policy, clock, budget_bytes // KNOWLEDGE_SHARE)
         self.saving = Saving(*facts, standing, stateless=stateless)
         self.loading = Loading(storage, self.catalogue, self.saving, pool, clock)
 
@@ -53,6 +56,8 @@ class DiskTier:
         """From now on entries of a model are found, and written. Reads the index: it may take a second."""
         if identity not in self._identities.values():
             self.catalogue.add(self._storage.entries(identity))
+        if not self._identities:
+            self.knowledge.recall(identity)
         self._identities[fingerprint] = identity
 
     # From the books
@@ -92,6 +97,7 @@ class DiskTier:
         for report in self._storage.reports():
             self._hear(report)
         self.saving.pump(idle=idle)
+        self.knowledge.look(idle=idle)
 
     def _hear(self, report: object) -> None:
         match report:

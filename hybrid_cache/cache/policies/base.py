@@ -133,6 +133,19 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class Remembers(Protocol):
+    """A policy whose knowledge a later process can take over."""
+
+    def remembered(self) -> bytes:
+        """What was learned."""
+        ...
+
+    def recall(self, data: bytes, elapsed_s: float) -> None:
+        """Takes over what another process had learned so long ago. Raises ValueError for what is of another form."""
+        ...
+
+
+@runtime_checkable
 class Foresees(Protocol):
     """A policy that can say more of a prefix, kept or not, for tiers below."""
 

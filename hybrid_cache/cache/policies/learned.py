@@ -21,6 +21,8 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth, every_place
@@ -156,6 +158,20 @@ class Learned:
     def score_of(self, kept: Kept) -> float | None:
         row = self._rows.get(kept)
         return None if row is None else self._score(row)
+
+    def remembered(self) -> bytes:
+        """See `Remembers`."""
+        now = self._clock()
+        return save(self._model.arrays(now) | self._memory.arrays(now))
+
+    def recall(self, data: bytes, elapsed_s: float) -> None:
+        """See `Remembers`."""
+        try:
+            arrays, then = load(data), self._clock() - elapsed_s
+            self._memory.take(arrays, then)
+            self._model.take(arrays, then)
+        except (KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(str(error)) from error
 
     def standing(self, name: Name) -> float:
         """See `Foresees`."""

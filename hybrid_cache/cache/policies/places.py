@@ -6,15 +6,18 @@ would go on from there. Only names and small numbers are kept, and of the latest
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hybrid_cache.cache.keys import Keys, Name
+import numpy as np
+
+from hybrid_cache.cache.keys import NAME_BYTES, Keys, Name
 from hybrid_cache.cache.policies.base import Outline, Wish
-from hybrid_cache.cache.policies.returns import ReturnModel
+from hybrid_cache.cache.policies.returns import Array, ReturnModel
 from hybrid_cache.cache.tree import CheckpointKind, Kept
 
 MOST_PLACES = 1 << 17
+MOST_SAVED = 1 << 13  # places that a later process hears of
 MOST_SESSIONS = 1 << 14
 
 KINDS = list(CheckpointKind)
@@ -142,6 +145,30 @@ class PlaceMemory:
         """The prompt that ends at a place got an answer of `num_output_tokens`."""
         place.features[5] = 1 + log2_bin(num_output_tokens, 13)
         self._model.change(place.group, place.life, place.features)
+
+    # For a process that comes later
+
+    def arrays(self, now: float) -> dict[str, Array]:
+        """The latest places; times as ages."""
+        places = list(self._places.values())[-MOST_SAVED:]
+        names = np.frombuffer(b"".join(place.name for place in places), np.uint8)
+        features = np.array([place.features for place in places], np.int16)
+        return {
+            "places.names": names.reshape(len(places), NAME_BYTES),
+            "places.features": features.reshape(len(places), len(SIZES)),
+            "places.since": np.array([now - place.since for place in places]),
+            "places.uses": np.array([place.uses for place in places], np.int64),
+            "places.lives": np.array([place.life for place in places], np.int64),
+        }
+
+    def take(self, arrays: Mapping[str, Array], now: float) -> None:
+        """The opposite. Raises ValueError, and changes nothing, for places with other features."""
+        names, features = arrays["places.names"], arrays["places.features"]
+        if features.shape[1:] != (len(SIZES),) or (features < 0).any() or (features >= [*SIZES.values()]).any():
+            raise ValueError(f"features {features.shape}, must be {len(SIZES)} below {[*SIZES.values()]}")
+        facts = (arrays[f"places.{each}"].tolist() for each in ("since", "uses", "lives"))
+        for name, some, since, uses, life in zip(names, features.tolist(), *facts, strict=True):
+            self._places[name.tobytes()] = Place(name.tobytes(), some, now - since, uses, life)
 
     def _deepest(self, outline: Outline) -> Place | None:
         """The whole prompt if it is known, otherwise the last known place that leaves something to compute."""
