@@ -116,16 +116,14 @@ class Folder:
     def _clean_up(self) -> None:
         """Removes what processes that ended had not finished, and files without a row. Others' files stay."""
         try:
-            files = {
-                int(match[1], 16): path for path in self._entries.iterdir() if (match := _FILE.fullmatch(path.name))
-            }
-            names = {match[1] for path in self._writers.iterdir() if (match := _LEFT.fullmatch(path.name))}
-            dead = {name for name in names | self.index.writers() if name != self.writer and self._has_ended(name)}
+            files = {int(match[1], 16) for name in os.listdir(self._entries) if (match := _FILE.fullmatch(name))}
+            left = {name: match[1] for name in os.listdir(self._writers) if (match := _LEFT.fullmatch(name))}
+            known = {*left.values(), *self.index.writers()} - {self.writer}
+            dead = {name for name in known if self._has_ended(name)}
             self.index.remove_left(dead)
-            for path in self._writers.iterdir():
-                if (match := _LEFT.fullmatch(path.name)) and match[1] in dead:
-                    path.unlink(missing_ok=True)
-            self.erase(files.keys() - self.index.ids())
+            for name in (name for name, writer in left.items() if writer in dead):
+                (self._writers / name).unlink(missing_ok=True)
+            self.erase(files - self.index.ids())
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{self._entries.parent} cannot be used for a cache: {error}") from error
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.keys import NAME_BYTES, Name, pieces
@@ -22,9 +22,8 @@ class EntryKind(Enum):
     END = "end"
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known of an entry before its bytes are."""
+class Facts(NamedTuple):
+    """What is known of an entry before its bytes are. Many are made at once at the start."""
 
     identity: str  # of the model that made it, see `engine.identity`
     kind: EntryKind
@@ -76,8 +75,7 @@ class Facts:
 DIGEST_BYTES = 32  # blake2b of a payload
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A file that is there."""
 
     id: int  # never used again

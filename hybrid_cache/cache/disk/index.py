@@ -42,6 +42,7 @@ CREATE TRIGGER entry_added AFTER INSERT ON entry BEGIN
 CREATE TRIGGER entry_removed AFTER DELETE ON entry BEGIN
     UPDATE fact SET value = value - OLD.file_bytes WHERE name = 'bytes'; END;
 """
+_KINDS = {kind.value: kind for kind in EntryKind}  # faster than to make one
 _WRITTEN = (
     "identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, file_bytes, above, value, made, "
     "used, writer, score"
@@ -320,5 +321,5 @@ def _statements(script: str) -> list[str]:
 
 def _entry(row: tuple[int, str, str, bytes, str, str, int, int, bytes, int, float, int | None, bytes]) -> Entry:
     number, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, above, digest = row
-    facts = Facts(identity, EntryKind(kind), name, namespace, label, first, num_tokens, pages, num_bytes, value)
+    facts = Facts(identity, _KINDS[kind], name, namespace, label, first, num_tokens, pages, num_bytes, value)
     return Entry(number, facts, above, digest)

@@ -200,7 +200,7 @@ class Saving:
         return (*((run,) if run else ()), self._valued(state, kept, num_bytes))
 
     def _valued(self, new: NewEntry, kept: State | Node, num_bytes: int) -> NewEntry:
-        return replace(new, facts=replace(new.facts, value=self._value(kept, num_bytes)))
+        return replace(new, facts=new.facts._replace(value=self._value(kept, num_bytes)))
 
     def _run(self, node: Node, identity: str) -> tuple[NewEntry | None, int | Name | None]:
         """The pages up to a node that are missing, and what has the page before them, or the last one."""

@@ -1,6 +1,8 @@
 """The disk tier as the books and the scheduler see it. Integers and names only; nothing here waits."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from hybrid_cache.cache.commands import Emit
 from hybrid_cache.cache.disk.catalogue import Catalogue
@@ -18,6 +20,18 @@ from hybrid_cache.stats import DiskStats
 
 KNOWLEDGE_SHARE = 16  # this part of a budget may be for what the policy has learned
 REFRESH_S = 1.0  # between two looks at what other processes have written
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """While very many objects are made that stay, to look for garbage among them takes longer than to make them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def as_new(name: Name) -> float:
@@ -55,7 +69,8 @@ class DiskTier:
     def serve(self, fingerprint: str, identity: str) -> None:
         """From now on entries of a model are found, and written. Reads the index: it may take a second."""
         if identity not in self._identities.values():
-            self.catalogue.add(self._storage.entries(identity))
+            with no_collection():
+                self.catalogue.add(self._storage.entries(identity))
         if not self._identities:
             self.knowledge.recall(identity)
         self._identities[fingerprint] = identity

@@ -168,8 +168,8 @@ class Learned:
         """See `Remembers`."""
         try:
             arrays, then = load(data), self._clock() - elapsed_s
+            self._model.take(arrays, then)  # places name lives of it
             self._memory.take(arrays, then)
-            self._model.take(arrays, then)
         except (KeyError, TypeError, SafetensorError) as error:
             raise ValueError(str(error)) from error
 

@@ -184,6 +184,8 @@ class ReturnModel:
         """The opposite. Raises ValueError, and changes nothing, for arrays of another model."""
         if arrays["u"].shape != self._u.shape or arrays["w"].shape != self._w.shape:
             raise ValueError(f"rates {arrays['u'].shape}, must be {self._u.shape}")
+        if not (np.isfinite(arrays["u"]).all() and np.isfinite(arrays["w"]).all()):
+            raise ValueError("rates that are no numbers")
         if any(arrays[f"lives.{group}.count"][1] != lives.most for group, lives in enumerate(self._lives)):
             raise ValueError("lives of another number")
         self._u[:], self._w[:] = arrays["u"], arrays["w"]
