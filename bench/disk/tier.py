@@ -22,6 +22,8 @@ from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.bench.choreography.models import open_subject
 from hybrid_cache.cache.disk.entries import EntryKind, Facts, NewEntry
 from hybrid_cache.cache.disk.index import Index
+from hybrid_cache.cache.geometry import Geometry
+from hybrid_cache.cache.keys import Name
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.engine import Engine
@@ -113,7 +115,7 @@ def start(model: HybridModel, folder: Path, num_entries: int) -> dict[str, float
     began_s = time.perf_counter()
     identity = identity_of(model)
     probe_s = time.perf_counter() - began_s
-    _fill(folder, identity, num_entries)
+    _fill(folder, identity, num_entries, Geometry.of(model.cache_spec, BUDGET_BYTES))
     times = {}
     for disk in (folder, None):
         began_s = time.perf_counter()
@@ -123,22 +125,28 @@ def start(model: HybridModel, folder: Path, num_entries: int) -> dict[str, float
     return {"with_s": times[folder], "without_s": times[None], "probe_s": probe_s}
 
 
-def _fill(folder: Path, identity: str, num_entries: int) -> None:
+def _fill(folder: Path, identity: str, num_entries: int, sizes: Geometry) -> None:
     """Entries in the index, each with a name of its own, and files without bytes."""
-    Index(_made(folder), 1 << 40, "bench").close()
+    Index(_made(folder), 1 << 50, "bench").close()
     _made(folder / "entries")
-    index, rng = Index(folder, 1 << 40, "bench"), np.random.default_rng(0)
+    index, rng = Index(folder, 1 << 50, "bench"), np.random.default_rng(0)
     for _ in range(0, num_entries, 1000):
         names = [rng.bytes(16) for _ in range(1000)]
-        facts = [
-            Facts(identity, EntryKind.PAGES, n, "x/", "", 0, 256, b"".join((*names[:3], n)), 0) for n in names[::2]
-        ]
-        facts += [Facts(identity, EntryKind.STATE, n, "x/", "message_end", 4, 256, b"", 0, 1.0) for n in names[::2]]
+        facts = [_run(identity, n, names[:3], 4 * sizes.page_bytes) for n in names[::2]]
+        facts += [_state(identity, n, sizes.slot_bytes) for n in names[::2]]
         taken = index.reserve([NewEntry(each, (), None) for each in facts])
         index.commit((entry, bytes(32)) for entry in taken.ids if entry is not None)
     for entry in index.ids():
         (folder / "entries" / f"{entry:016x}.safetensors").touch()
     index.close()
+
+
+def _run(identity: str, name: Name, before: list[Name], num_bytes: int) -> Facts:
+    return Facts(identity, EntryKind.PAGES, name, "x/", "", 0, 256, b"".join((*before, name)), num_bytes)
+
+
+def _state(identity: str, name: Name, num_bytes: int) -> Facts:
+    return Facts(identity, EntryKind.STATE, name, "x/", "message_end", 4, 256, b"", num_bytes, 1.0)
 
 
 def _made(folder: Path) -> Path:

@@ -3,8 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from hybrid_cache.cache.disk.entries import Entry, EntryKind
+from hybrid_cache.cache.disk.entries import Entry, EntryKind, Facts
+from hybrid_cache.cache.geometry import Geometry
 from hybrid_cache.cache.keys import Keys, Name
+from hybrid_cache.cache.tree import CheckpointKind
+
+_LABELS = {kind.value for kind in CheckpointKind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +33,12 @@ class Place:
 class Catalogue:
     """Entries by id and by name, and the pages of all runs."""
 
-    def __init__(self, page_tokens: int, *, stateless: bool, has_pages: bool) -> None:
-        """stateless: a model of attention layers only, which may resume from any page   has_pages: it has some"""
+    def __init__(self, page_tokens: int, geometry: Geometry, *, stateless: bool) -> None:
+        """stateless: a model of attention layers only, which may resume from any page"""
         self._page_tokens = page_tokens
+        self._geometry = geometry
         self._stateless = stateless
-        self._has_pages = has_pages
+        self._has_pages = geometry.page_bytes > 0
         self._entries: dict[int, Entry] = {}
         self._by_name: dict[tuple[EntryKind, Name], Entry] = {}
         self._runs: dict[Name, Entry] = {}  # by the name of each of its pages
@@ -53,9 +58,9 @@ class Catalogue:
         return self._runs.get(page)
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Takes in what is new; those of which the same is known stay."""
+        """Takes in what is new and can be; those of which the same is known stay."""
         for entry in entries:
-            if entry.id in self._entries:
+            if entry.id in self._entries or not self._can_be(entry.facts):
                 continue
             self._entries[entry.id] = entry
             self._by_name[entry.facts.key] = entry
@@ -64,6 +69,16 @@ class Catalogue:
             if entry.facts.kind is EntryKind.PAGES:
                 for name in entry.facts.page_names:
                     self._runs.setdefault(name, entry)
+
+    def _can_be(self, facts: Facts) -> bool:
+        """Whether an entry has the size that its kind has here. What others wrote into the index decides nothing."""
+        page_bytes, slot_bytes = self._geometry.page_bytes, self._geometry.slot_bytes
+        num_pages = facts.end - facts.first
+        if facts.kind is EntryKind.PAGES:
+            return num_pages > 0 and facts.num_bytes == num_pages * page_bytes
+        if facts.label not in _LABELS or (facts.kind is EntryKind.STATE and facts.num_bytes != slot_bytes):
+            return False
+        return facts.num_bytes in (slot_bytes, slot_bytes + page_bytes)
 
     def remove(self, entries: Iterable[int]) -> None:
         """With all that need them. Nothing happens for those that are not here."""

@@ -176,7 +176,7 @@ class Loading:
         name, num_bytes = keys.names[index + 1], pool.geometry.page_bytes
         run = next((each for each in load.place.entries if name in each.facts.page_names), None)
         if run is not None:
-            offset = (index - run.facts.first) * num_bytes
+            offset = run.facts.page_names.index(name) * num_bytes
             pool.emit(Restore(Kind.PAGE, page, load.ticket, run.id, offset))
         node = pool.tree.insert(parent, keys.pages[index], name, page, self._clock(), keys.namespace_of(index))
         pool.publish_page(node)

@@ -58,8 +58,7 @@ class DiskTier:
         self._stateless = stateless
         self._identities: dict[str, str] = {}
         self._refreshed_s = clock()
-        has_pages = pool.geometry.page_bytes > 0
-        self.catalogue = Catalogue(pool.tree.page_tokens, stateless=stateless, has_pages=has_pages)
+        self.catalogue = Catalogue(pool.tree.page_tokens, pool.geometry, stateless=stateless)
         facts = storage, self.catalogue, pool.geometry, cost, self._identities, emit, clock, pool.tree.page_tokens
         standing = pool.policy.standing if isinstance(pool.policy, Foresees) else as_new
         self.knowledge = Knowledge(storage, pool.policy, clock, budget_bytes // KNOWLEDGE_SHARE)
