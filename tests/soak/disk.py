@@ -129,6 +129,26 @@ def damage(folder: Path, rng: random.Random, num_flips: int) -> set[Path]:
     return touched
 
 
+def flip_bits(folder: Path, count: int, rng: random.Random) -> int:
+    """Flips one bit of one file, which must be noticed, and flips it back; again and again -> how often."""
+    opened = Folder(folder, DISK_BYTES)
+    entries = opened.index.all()
+    for _ in range(count if entries else 0):
+        entry = rng.choice(entries)
+        path = folder / "entries" / entry.file_name
+        data = path.read_bytes()
+        at, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
+        path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
+        try:
+            opened.read(entry)
+        except BadEntry:
+            path.write_bytes(data)
+            continue
+        raise AssertionError(f"bit {bit} of byte {at} of {path.name} was not noticed")
+    opened.close()
+    return count if entries else 0
+
+
 def check(folder: Path) -> tuple[int, int]:
     """Every entry of the index has a file that is what it says -> how many there are, and bytes of all files."""
     opened = Folder(folder, DISK_BYTES)
@@ -200,10 +220,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--flips", type=int, default=20, help="files that are damaged at once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bits", type=int, default=200, help="bits that are flipped at the end, one at a time")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, value in run(asked.kills, asked.flips, asked.seed, Path(folder)).items():
             print(f"{name:16} {value:,}")
+        _sweep(Path(folder))
+        print(f"{'bits noticed':16} {flip_bits(Path(folder), asked.bits, random.Random(asked.seed)):,}")
     return 0
 
 
