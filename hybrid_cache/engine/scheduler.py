@@ -249,6 +249,9 @@ class Scheduler:
             if not (self._suspects.may_run(sequence.arrival) and (not gap or gap.may_enter(sequence, self._shares))):
                 passed_over.append(sequence)
                 continue
+            if self._still_loads(sequence.prefill):
+                passed_over.append(sequence)
+                continue
             if not (self.has_room or self._make_room(sequence, gap)):
                 passed_over.append(sequence)
                 break
@@ -294,7 +297,10 @@ class Scheduler:
         if not prefill.asked_disk:
             prefill.asked_disk = True
             prefill.load = self.disk.begin(match, self._seconds)
-        if prefill.load is not None and not self.disk.loading.is_under_way(prefill.load):
+        return self._still_loads(prefill)
+
+    def _still_loads(self, prefill: Prefill) -> bool:
+        if prefill.load is not None and (self.disk is None or not self.disk.loading.is_under_way(prefill.load)):
             prefill.load = None
         return prefill.load is not None
 

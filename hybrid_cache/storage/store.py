@@ -25,6 +25,7 @@ from hybrid_cache.cache.disk.entries import (
     Saved,
     Usage,
 )
+from hybrid_cache.errors import ConfigError
 from hybrid_cache.storage.folder import BadEntry, Bytes, Folder
 
 Task = Callable[[], None]
@@ -62,7 +63,10 @@ class Store:
             self._folder.close()
 
     def entries(self, identity: str) -> list[Entry]:
-        found, self._commits[identity] = self._writing.ask(partial(self._index.entries, identity))
+        try:
+            found, self._commits[identity] = self._writing.ask(partial(self._index.entries, identity))
+        except sqlite3.Error as error:
+            raise ConfigError(f"the index of the disk tier cannot be read: {error}") from error
         return found
 
     def reports(self) -> list[Report]:
@@ -107,7 +111,10 @@ class Store:
         self._change(partial(self._remember, name, value))
 
     def recall(self, name: str) -> bytes | None:
-        return self._writing.ask(partial(self._index.recall, name))
+        try:
+            return self._writing.ask(partial(self._index.recall, name))
+        except sqlite3.Error:
+            return None
 
     def _change(self, task: Task, failed: Callable[[str], Report] | None = None, num_bytes: int = 0) -> None:
         self._writing.put(partial(self._guarded, task, failed, num_bytes))
@@ -117,7 +124,7 @@ class Store:
         try:
             task()
             self.usage = Usage(self._index.num_bytes, self._index.inflation)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, MemoryError) as error:
             logger.warning("the disk tier: %s", error)
             if failed is not None:
                 self._report(failed(_word(error)))

@@ -181,6 +181,23 @@ def test_a_damaged_file_is_a_miss(folder: Path, how: str, seed: int) -> None:
     end(engine)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_index_is_a_miss_or_is_said(folder: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    size = (folder / NAME).stat().st_size
+    for _ in range(10):
+        flip(folder / NAME, rng.randrange(100 * 8, 8 * size))
+    try:
+        engine = new_engine(folder)
+    except ConfigError:  # anything else fails
+        return
+    ask(engine, "next", NEXT_TURN)
+    ask(engine, "else", tokens_of(6, 200))
+    assert engine.flush(FLUSH_S)
+    engine.check()
+    engine.close()
+
+
 def test_two_files_that_changed_places_are_a_miss(folder: Path) -> None:
     first, second = files_of(folder)[:2]
     first.rename(folder / "x")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hybrid_cache.cache.disk.entries import Entry, EntryKind, Facts, NewEntry
 from hybrid_cache.errors import ConfigError
@@ -156,13 +157,11 @@ class Index:
         """Those of a model that were committed later, those that others need before them -> and the latest commit."""
         latest = int(self._fact("commits"))
         query = f"SELECT {_COLUMNS} FROM entry WHERE identity = ? AND committed BETWEEN ? AND ? ORDER BY id"
-        return [_entry(row) for row in self._db.execute(query, (identity, after + 1, latest))], latest
+        return [*_entries(self._db.execute(query, (identity, after + 1, latest)))], latest
 
     def all(self) -> list[Entry]:
         """Those of all models, those that others need before them."""
-        return [
-            _entry(row) for row in self._db.execute(f"SELECT {_COLUMNS} FROM entry WHERE writer IS NULL ORDER BY id")
-        ]
+        return [*_entries(self._db.execute(f"SELECT {_COLUMNS} FROM entry WHERE writer IS NULL ORDER BY id"))]
 
     def ids(self) -> set[int]:
         """Of all entries, those included that are being written."""
@@ -319,7 +318,27 @@ def _statements(script: str) -> list[str]:
     return found
 
 
-def _entry(row: tuple[int, str, str, bytes, str, str, int, int, bytes, int, float, int | None, bytes]) -> Entry:
-    number, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, above, digest = row
-    facts = Facts(identity, _KINDS[kind], name, namespace, label, first, num_tokens, pages, num_bytes, value)
-    return Entry(number, facts, above, digest)
+def _entries(rows: Iterable[Sequence[Any]]) -> Iterator[Entry]:
+    """What rows say, without those that no process has written so."""
+    for (
+        number,
+        identity,
+        kind,
+        name,
+        namespace,
+        label,
+        first,
+        num_tokens,
+        pages,
+        num_bytes,
+        value,
+        above,
+        digest,
+    ) in rows:
+        named = isinstance(name, bytes) and isinstance(pages, bytes) and isinstance(digest, bytes)
+        counted = isinstance(first, int) and isinstance(num_tokens, int) and isinstance(num_bytes, int)
+        texts = isinstance(namespace, str) and isinstance(label, str) and isinstance(above, int | None)
+        if not (named and counted and texts and kind in _KINDS):
+            continue
+        facts = Facts(identity, _KINDS[kind], name, namespace, label, first, num_tokens, pages, num_bytes, value)
+        yield Entry(number, facts, above, digest)
