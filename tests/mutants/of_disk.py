@@ -38,12 +38,14 @@ MUTANTS = [
         "what needs a lost entry stays",
         "            numbers += self._below.pop(number, ())\n",
         "",
-        DAMAGED,
+        tests_of(
+            "tests/cache/test_catalogue.py", "the_deepest_state_is_found_with_the_pages_before_it_and_goes_with_them"
+        ),
     ),
     catalogue(
         "sizes are believed",
-        "return num_pages > 0 and facts.num_bytes == num_pages * page_bytes",
-        "return num_pages > 0",
+        " or not self._can_be(entry.facts)",
+        "",
         tests_of("tests/storage/test_packs.py", "a_pack_that_lies_about_sizes_gives_no_wrong_token"),
     ),
     loading(
