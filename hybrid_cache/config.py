@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hybrid_cache.cache.policies.registry import canonical_name
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.scheduling.registry import order_name
 
+LEAST_DISK_BYTES = 1 << 20
 VERIFY_VARIABLE = "HYBRID_CACHE_VERIFY"
 
 
@@ -24,6 +26,8 @@ class EngineConfig:
     max_waiting: int = 256
     policy: str = "learned"
     host_bytes: int = 0  # a second tier in the memory of the host, beside a GPU; 0: none
+    disk: Path | None = None  # a folder: a tier that outlives the process; None: none
+    disk_bytes: int = 20 << 30  # of all files in it
     order: str = "learned"  # whose turn it is, and what is kept for tasks that wait for a tool; see `scheduling`
     prefix_cache: bool = True  # off: nothing is reused between requests
     double_writing: bool = True  # prompts are written for models, too, that are expected to read them with a loss
@@ -40,6 +44,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.host_bytes < 0:
             raise ConfigError(f"host_bytes is {self.host_bytes}, must not be negative")
+        if self.disk_bytes < LEAST_DISK_BYTES:
+            raise ConfigError(f"disk_bytes is {self.disk_bytes}, must be at least {LEAST_DISK_BYTES}")
         if self.max_step_ms is not None and not self.max_step_ms > 0:
             raise ConfigError(f"max_step_ms is {self.max_step_ms}, must be more than 0")
         canonical_name(self.policy)  # raises ConfigError if there is none

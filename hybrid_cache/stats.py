@@ -31,10 +31,28 @@ class CacheStats:
     host_bytes: int = 0  # of a second tier
     host_stores: int = 0  # pages and states that were copied there
     host_loads: int = 0  # pages that came back
+    disk: "DiskStats | None" = None
 
     @property
     def num_evictions(self) -> int:
         return sum(self.evictions.values())
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStats:
+    """The tier on a disk. Totals are since the start."""
+
+    budget_bytes: int
+    used_bytes: int  # of all files in the folder, of whatever model
+    entries: int  # of the models that are served
+    waiting: int  # states that wait to be copied
+    saved: dict[str, int]  # entries, by kind
+    not_saved: dict[str, int]  # states, by why
+    loads: dict[str, int]  # of prompts that could have been resumed from there, by outcome
+    refused: dict[str, int]  # entries that could not be read, or were not what they had been, by why
+    loaded_tokens: int
+    loaded_bytes: int
+    spent_s: float  # processor time of copies and of writing
 
 
 @dataclass(frozen=True, slots=True)

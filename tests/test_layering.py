@@ -28,8 +28,9 @@ ROOMS = {
     "cache": {"cache"},
     "choreography": {"cache", "choreography"},
     "scheduling": {"cache", "scheduling"},
-    "device": {"cache", "choreography", "device", "work"},
-    "engine": {"cache", "choreography", "device", "engine", "scheduling", "work"},
+    "storage": {"cache", "storage"},
+    "device": {"cache", "choreography", "device", "storage", "work"},
+    "engine": {"cache", "choreography", "device", "engine", "scheduling", "storage", "work"},
 }
 OTHERS = {*ROOMS, "work", "workflow"}
 # And for those of `api`, beside which stand two files for programs that import them.

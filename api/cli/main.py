@@ -167,6 +167,11 @@ def serve(
     host_budget: Annotated[
         str, typer.Option(help="Host memory beside a GPU, for what has to leave its cache, such as 16GiB; 0: none.")
     ] = "0",
+    disk: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a tier of the cache that outlives the process; several servers may share it."),
+    ] = None,
+    disk_budget: Annotated[str, typer.Option(help="Bytes that all files of --disk take together at most.")] = "20GiB",
     order: Annotated[
         str, typer.Option(help="Order of the queue, and what is kept of agents' requests while their tools run.")
     ] = "learned",
@@ -412,6 +417,8 @@ def serve(
         policy=policy,
         order=order,
         host_bytes=0 if host_budget == "0" else parse_bytes(host_budget),
+        disk=disk,
+        disk_bytes=parse_bytes(disk_budget),
         prefix_cache=prefix_cache,
         double_writing=double_writing,
         max_tiles=max_tiles,

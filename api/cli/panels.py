@@ -4,8 +4,8 @@ OTHER = "Other options"
 PANELS = {
     "Model": """model revision dtype backend threads fast max_model_len chat_template tool_parser served_model_name
         special_tokens_in_content keep_billing_header""",
-    "Memory and cache": """budget prefix_cache policy host_budget message_book response_store response_store_mb
-        response_ttl verify""",
+    "Memory and cache": """budget prefix_cache policy host_budget disk disk_budget message_book response_store
+        response_store_mb response_ttl verify""",
     "Batching and queue": """max_running max_waiting max_tiles max_tiles_beside_decode max_step_ms order drain_timeout
         hung_after""",
     "Network": """host port tls_cert tls_key allow_host allow_origin forwarded_allow_ips max_connections max_body

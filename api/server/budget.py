@@ -29,6 +29,8 @@ from hybrid_cache.api.server.anthropic.diagnostics import REQUESTS_BYTES
 from hybrid_cache.api.server.gate import MOST_BODIES
 from hybrid_cache.api.server.launch import Loaded
 from hybrid_cache.api.text.grammar_trial import MOST_BYTES
+from hybrid_cache.cache.disk.loading import MOST_LOADED_BYTES
+from hybrid_cache.cache.disk.saving import MOST_QUEUED_BYTES
 from hybrid_cache.cache.fates import RECORDS_BYTES
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.free_memory import ROOT, FreeMemory, free_memory, taken
@@ -67,6 +69,7 @@ class Beside:
     grammars: int = 0
     history: int = HISTORY_BYTES
     program: int = PROGRAM_BYTES
+    disk: int = 0
     on_gpu: bool = False
 
     @property
@@ -76,7 +79,7 @@ class Beside:
         if self.on_gpu:
             return passes + GPU_BYTES
         asked = self.queue + self.bodies + self.messages + self.responses
-        return passes + asked + self.grammars + self.history + self.program
+        return passes + asked + self.grammars + self.history + self.program + self.disk
 
     def total(self, budget_bytes: int) -> int:
         """Bytes in the memory that the cache is in."""
@@ -166,6 +169,7 @@ def beside(
         responses=response_bytes,
         books_per_byte=NODE_BYTES / (spec.page_bytes or spec.slot_bytes / TILE),
         grammars=KEPT_GRAMMARS_BYTES + WALK_BYTES * config.max_running + MOST_BYTES,
+        disk=0 if config.disk is None else MOST_QUEUED_BYTES + MOST_LOADED_BYTES,
         on_gpu=on_gpu,
     )
 

@@ -28,7 +28,7 @@ from hybrid_cache.api.text.records import RequestRecord
 from hybrid_cache.api.text.text_work import TextWork
 from hybrid_cache.choreography.book import MessageBook
 from hybrid_cache.request import FinishReason
-from hybrid_cache.stats import CacheStats, EngineStats, PauseStats
+from hybrid_cache.stats import CacheStats, DiskStats, EngineStats, PauseStats
 
 PREFIX = "hybrid_cache_"
 VLLM_PREFIX = "vllm:"
@@ -245,6 +245,24 @@ def _cache_families(cache: CacheStats) -> Iterator[Metric]:
         cache.missed_tokens,
     )
     yield _counter("compactions", "Times that small items were moved to make room for a large one.", cache.compactions)
+    if cache.disk is not None:
+        yield from _disk_families(cache.disk)
+
+
+def _disk_families(disk: DiskStats) -> Iterator[Metric]:
+    loads = "Prompts that could be resumed from the disk, by what became of that."
+    refused = "Entries that could not be read, or were not what they had been, by why; each is a miss, and dropped."
+    yield _gauge("disk_budget_bytes", "Most that the folder of the disk tier takes.", disk.budget_bytes)
+    yield _gauge("disk_bytes", "What it takes, whoever wrote it.", disk.used_bytes)
+    yield _gauge("disk_entries", "Files there of the models that are served.", disk.entries)
+    yield _gauge("disk_waiting", "States that wait to be copied there.", disk.waiting)
+    yield _by_kind(CounterMetricFamily, "disk_saved", "Files written.", disk.saved)
+    yield _by_kind(CounterMetricFamily, "disk_not_saved", "States that were not written, by why.", disk.not_saved)
+    yield _by_kind(CounterMetricFamily, "disk_loads", loads, disk.loads)
+    yield _by_kind(CounterMetricFamily, "disk_refused", refused, disk.refused)
+    yield _counter("disk_loaded_tokens", "Tokens that came back from the disk.", disk.loaded_tokens)
+    yield _counter("disk_loaded_bytes", "Bytes that were read and checked for them.", disk.loaded_bytes)
+    yield _counter("disk_cpu_seconds", "Processor time of copies and of writing.", disk.spent_s)
 
 
 def gate_families(gate: Gate, work: TextWork) -> Iterator[Metric]:

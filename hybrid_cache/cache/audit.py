@@ -66,6 +66,7 @@ def stats_of(
         host_bytes=pool.host.used_bytes if pool.host else 0,
         host_stores=pool.host.num_stored if pool.host else 0,
         host_loads=pool.host.num_loaded if pool.host else 0,
+        disk=pool.disk.stats if pool.disk else None,
     )
 
 

@@ -22,6 +22,8 @@ from hybrid_cache.cache.audit import check_books, stats_of
 from hybrid_cache.cache.candidates import Candidates
 from hybrid_cache.cache.claims import Claims, Spare
 from hybrid_cache.cache.commands import CopyEntries, Emit, Item, KeepHidden, VerifySome, nowhere
+from hybrid_cache.cache.disk.entries import Storage
+from hybrid_cache.cache.disk.tier import DiskTier
 from hybrid_cache.cache.fates import End
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.host import HostTier
@@ -64,6 +66,7 @@ class Books:
         Raises ConfigError for too small a budget.
         """
         self.budget_bytes = budget_bytes
+        self._cost = cost
         self._clock = clock
         self._stateless = spec.slot_bytes == 0  # attention only: a request may resume from any page
         self._page_tokens = page_tokens
@@ -118,6 +121,12 @@ class Books:
     def has_host(self) -> bool:
         """Whether there is a second tier."""
         return self.pool.host is not None
+
+    def add_disk(self, storage: Storage, budget_bytes: int) -> DiskTier:
+        """A tier that outlives the process. budget_bytes: that the storage keeps to"""
+        facts = storage, budget_bytes, self.pool, self._cost, self.pool.emit, self._clock
+        self.pool.disk = tier = DiskTier(*facts, stateless=self._stateless)
+        return tier
 
     @property
     def fixed_bytes(self) -> int:
@@ -441,6 +450,8 @@ class Books:
                 node = node.parent
         if self.pool.host is not None:
             self.pool.host.drop(namespace)
+        if self.pool.disk is not None:
+            self.pool.disk.drop(lambda each: namespace in (None, each))
         return self.pool.allocator.free_bytes - before
 
     def _renew(self, match: Match) -> Match:

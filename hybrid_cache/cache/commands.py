@@ -7,6 +7,7 @@ and all of them before the next forward pass.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hybrid_cache.cache.disk.entries import NewEntry
 from hybrid_cache.cache.geometry import Kind
 
 Item = tuple[Kind, int]  # a page or a slot, by its number
@@ -99,7 +100,34 @@ class MoveHost:
     moves: tuple[tuple[int, int], ...]
 
 
-Command = Copy | CopyEntries | Move | KeepHidden | Seal | Unseal | Verify | VerifySome | Store | Load | MoveHost
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Items of the device to files that belong together, which are written later."""
+
+    job: int
+    entries: tuple[NewEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Bytes that were read from a file, from an offset on, to an item of the device."""
+
+    kind: Kind
+    item: int
+    ticket: int
+    entry: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """What was read under a ticket is not needed any more."""
+
+    ticket: int
+
+
+Memory = Copy | CopyEntries | Move | KeepHidden | Seal | Unseal | Verify | VerifySome
+Command = Memory | Store | Load | MoveHost | Save | Restore | Forget
 Emit = Callable[[Command], None]
 
 

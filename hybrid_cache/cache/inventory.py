@@ -105,6 +105,8 @@ class Inventory:
         known |= {run.node.namespace for run in self._books.inputs.runs}
         if self._pool.host is not None:
             known |= self._pool.host.namespaces
+        if self._pool.disk is not None:
+            self._pool.disk.drop(self._may_see)
         return sum(self._books.drop(namespace) for namespace in known if self._may_see(namespace))
 
     def _drop_pages(self, top: Node) -> None:

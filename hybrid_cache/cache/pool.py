@@ -7,6 +7,7 @@ ends and messages) by the policy's score. Fixed items are neither evicted nor mo
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from hybrid_cache.cache.allocator import Allocator, Ledger
 from hybrid_cache.cache.claims import Claims, Spare
@@ -30,8 +31,20 @@ from hybrid_cache.cache.tree import (
 from hybrid_cache.errors import OwnershipError
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
+from hybrid_cache.stats import DiskStats
 
 MOST_ASKED = 32  # claimed pages and states that are asked about each time that room is needed; then there is none
+
+
+class Lower(Protocol):
+    """A tier that outlives this one, as far as it is told what happens here."""
+
+    @property
+    def stats(self) -> DiskStats: ...
+    def drop(self, may: Callable[[str], bool]) -> None: ...
+    def published(self, kept: Kept) -> None: ...
+    def published_page(self, node: Node) -> None: ...
+    def leaving(self, kept: Kept | Node, *, dropped: bool) -> None: ...
 
 
 class Pool:
@@ -81,6 +94,7 @@ class Pool:
         self._num_asked = 0
         self.claims = Claims(stateless=stateless)
         self.host: HostTier | None = None
+        self.disk: Lower | None = None
         self.fates = Fates(clock)
         self.watcher: Watcher = Nobody()
 
@@ -215,6 +229,8 @@ class Pool:
         """A new node of the tree owns its page."""
         self.page_owner[node.page] = node
         self._seal(((Kind.PAGE, node.page),), f"tokens up to {node.num_tokens} of {node.namespace}")
+        if self.disk is not None:
+            self.disk.published_page(node)
         assert node.parent is not None
         self._report_rise(node.parent, 2)
         if self._stateless:
@@ -233,6 +249,8 @@ class Pool:
         self.admissions[kept.label] += 1
         self.stamp(kept, path)
         self.unguard(kept)
+        if self.disk is not None:
+            self.disk.published(kept)
 
     def verify(self, items: Iterable[Item]) -> None:
         """To be called with published items that are about to be read."""
@@ -316,6 +334,8 @@ class Pool:
     def evict_page(self, node: Node, end: End = End.EVICTED) -> None:
         """Takes out a node that no state needs. end: what is said of it later"""
         assert node.parent is not None
+        if self.disk is not None:
+            self.disk.leaving(node, dropped=end is End.DROPPED)
         self.queues.withdraw_dead(node)
         self.tree.remove(node)
         self._unseal(((Kind.PAGE, node.page),))
@@ -339,6 +359,8 @@ class Pool:
 
     def detach(self, kept: Kept, score: float = -math.inf, end: End = End.EVICTED) -> None:
         """Takes a state out of the tree, or a message out of the store; its items are the caller's."""
+        if self.disk is not None:
+            self.disk.leaving(kept, dropped=end is End.DROPPED)
         self.queues.withdraw(kept)
         self._unseal(self.items(kept))
         if self.host is not None and end is End.EVICTED and isinstance(kept, Checkpoint):

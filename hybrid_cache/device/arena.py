@@ -31,6 +31,10 @@ class Arena:
             return
         self._rows[kind][target].copy_(self._rows[kind][source])
 
+    def clear(self) -> None:
+        """Zeros everywhere."""
+        self._buffer.zero_()
+
     @property
     def device(self) -> torch.device:
         return self._buffer.device

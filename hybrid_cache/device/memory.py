@@ -9,11 +9,14 @@ from hybrid_cache.cache.commands import (
     Command,
     Copy,
     CopyEntries,
+    Forget,
     Item,
     KeepHidden,
     Load,
     Move,
     MoveHost,
+    Restore,
+    Save,
     Seal,
     Store,
     Unseal,
@@ -24,9 +27,11 @@ from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.device.arena import Arena
 from hybrid_cache.device.batch import CacheTensors
 from hybrid_cache.device.digests import Digests
+from hybrid_cache.device.disk import DiskMemory
 from hybrid_cache.device.host_memory import HostMemory
 from hybrid_cache.kernels.ops import KVTensors
 from hybrid_cache.spec import CacheSpec
+from hybrid_cache.storage.store import Store as DiskStore
 
 
 class CacheMemory:
@@ -37,12 +42,22 @@ class CacheMemory:
     """
 
     def __init__(
-        self, spec: CacheSpec, budget_bytes: int, device: str = "cpu", *, host_bytes: int = 0, verify: bool = False
+        self,
+        spec: CacheSpec,
+        budget_bytes: int,
+        device: str = "cpu",
+        *,
+        host_bytes: int = 0,
+        disk: DiskStore | None = None,
+        verify: bool = False,
     ) -> None:
-        """host_bytes: of a second tier; 0 for none   verify: the books report what is published, used and given up"""
+        """host_bytes: of a second tier; 0 for none   disk: a third one
+        verify: the books report what is published, used and given up
+        """
         self._geometry = Geometry.of(spec, budget_bytes)
         self._arena = Arena(spec, self._geometry, device)
         self._host = HostMemory(spec, Geometry.of(spec, host_bytes), self._arena) if host_bytes else None
+        self._disk = DiskMemory(disk, spec, self._geometry, self._arena) if disk else None
         self.digests = Digests(self._arena.digest)
         self._verify = verify
         self.rows = torch.empty(0)
@@ -90,6 +105,9 @@ class CacheMemory:
             case Store() | Load() | MoveHost():
                 assert self._host is not None
                 self._host.run(command)
+            case Save() | Restore() | Forget():
+                assert self._disk is not None
+                self._disk.run(command)
 
     def _copy_entries(self, command: CopyEntries) -> None:
         for index in command.entries:
@@ -97,6 +115,20 @@ class CacheMemory:
             for tensor in (entry.k, entry.v) if isinstance(entry, KVTensors) else (entry.conv, entry.state):
                 for source, target in command.copies:  # needs no memory between
                     tensor[target] = tensor[source]
+
+    def clear(self) -> None:
+        """Zeros everywhere."""
+        self._arena.clear()
+
+    def contents(self, page: int, slot: int | None) -> bytes:
+        """What all layers have in a page and in a slot; those of a model have nothing else in them."""
+        found = list[Tensor]()
+        for entry in self.tensors:
+            if isinstance(entry, KVTensors):
+                found += [entry.k[page], entry.v[page]] if page >= 0 else []
+            else:
+                found += [entry.conv[slot], entry.state[slot]] if slot is not None else []
+        return b"".join(each.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes() for each in found)
 
     def check(self, published: set[Item]) -> None:
         """Proves that what was sealed is what is published. Raises PublishedBytesChanged."""

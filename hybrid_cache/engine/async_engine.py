@@ -358,7 +358,7 @@ class AsyncEngine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        deadline = time.monotonic() + END_S
+        deadline = time.monotonic() + END_S + self._engine.ends_in_s
         while self._thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
         self._fail_streams(EngineStopped("the engine has stopped"))
@@ -372,6 +372,7 @@ class AsyncEngine:
                 self._stats = self._engine.stats()
                 self._deliver(outputs)
                 self._step_began_s = None
+            self._engine.close()
         except BaseException as failure:
             self._failure, self._step_began_s = failure, None
             self._fail_streams(EngineStopped(_why(failure)))
@@ -381,8 +382,10 @@ class AsyncEngine:
         """Waits for work, then moves requests and aborts into the engine -> False to end the thread."""
         with self._wake:
             while not (self._engine.has_work or self._inbox or self._stopping):
-                forgets_in_s = self._engine.forgets_in_s
-                self._wake.wait(None if forgets_in_s == math.inf else max(forgets_in_s, 0.0))
+                looks_in_s = self._engine.looks_in_s
+                self._wake.wait(None if looks_in_s == math.inf else max(looks_in_s, 0.0))
+                if looks_in_s < math.inf:
+                    break
             self._step_began_s = time.monotonic()
             inbox, self._inbox = self._inbox, _Inbox()
             self._taken = inbox

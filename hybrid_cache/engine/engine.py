@@ -4,6 +4,7 @@ Nothing is published before the pass that fills it has completed. `async_engine`
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from hybrid_cache.device.batch import HybridModel, go_on
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Hidden, Worker
 from hybrid_cache.engine.family import Family
+from hybrid_cache.engine.identity import identity_of
 from hybrid_cache.engine.intake import OWN, Intake
 from hybrid_cache.engine.interruptions import Interruptions
 from hybrid_cache.engine.listener import Listener
@@ -35,12 +37,16 @@ from hybrid_cache.request import Request
 from hybrid_cache.scheduling.base import Order
 from hybrid_cache.scheduling.registry import make_order
 from hybrid_cache.stats import EngineStats
+from hybrid_cache.storage.store import Store
 from hybrid_cache.tokens import Prompt
 from hybrid_cache.work import Command, OutOfDeviceMemory, PassFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DISK_WAIT_S = 0.002  # for a load, with nothing else to do; other threads are heard between two waits
+DISK_LOOK_S = 0.05  # between two looks at what the disk has done, with nothing else to do
+FLUSH_S = 3.0  # for what waits to be written, at the end
 MOST_TOOL_S = 86_400  # that a caller may announce
 MOST_FAILURES = 3  # requests given up with no step between that passed; then a prompt of our own shows who is at fault
 
@@ -84,19 +90,24 @@ class Engine:
         host_bytes, verify = config.host_bytes, config.verify
         books = spec, self._cost, budget_bytes, policy
         self.cache = Books(*books, emit=emit, host_bytes=host_bytes, clock=clock, verify=verify)
-        memory = CacheMemory(spec, budget_bytes, str(model.device), host_bytes=host_bytes, verify=verify)
+        self._store = None if config.disk is None else Store(config.disk, config.disk_bytes)
+        self._disk = None if self._store is None else self.cache.add_disk(self._store, config.disk_bytes)
+        device = str(model.device)
+        memory = CacheMemory(spec, budget_bytes, device, host_bytes=host_bytes, disk=self._store, verify=verify)
         self.worker = worker(model, memory, self.cache.scratch_slot)
         traits = Traits(model.fidelities, model.commutes, model.packs, recurrent=spec.slot_bytes > 0)
         self._compiler = Compiler(self.cache, self._cost, traits)
         self._stage = Stage(self.cache, self._compiler, emit)
         self._scheduler = Scheduler(
-            self.cache, self._cost, config, order or make_order(config.order), self._compiler, self._stage, clock
+            *(self.cache, self._cost, config, order or make_order(config.order), self._compiler, self._stage, clock),
+            self._disk,
         )
         self._family = Family(model)
         limits = self._family, model.vocab_size, model.max_length
         self._intake = Intake(*limits, config, self.cache, self._compiler, self._scheduler, clock)
         self._outcomes = Outcomes(model, self.cache, self.worker, self._stage, self._scheduler, self._intake)
         self._interruptions = Interruptions(self._scheduler, self._intake)
+        self._serve_from_disk(model)
         for name, variant in variants.items():
             self.add_variant(name, variant)
         self._failures = 0  # requests given up since a step passed
@@ -125,6 +136,7 @@ class Engine:
         self._family.add(name, model)
         self.worker.add(model)
         self._scheduler.senders.update(self._family.models)
+        self._serve_from_disk(model)
         here = {each.fingerprint for each in self._family.models.values()}
         try:
             for profile in profiles:
@@ -133,6 +145,10 @@ class Engine:
         except ConfigError:
             self.remove_variant(name)
             raise
+
+    def _serve_from_disk(self, model: HybridModel) -> None:
+        if self._disk is not None:
+            self._disk.serve(model.fingerprint, identity_of(model))
 
     def add_profile(self, profile: Profile) -> None:
         """Lets requests that allow a loss use entries of one model for another, as was measured.
@@ -182,6 +198,12 @@ class Engine:
         """Seconds until a step gives up a request that is paused, or forgets a turn; infinite if there is none."""
         pauses = self._scheduler.tasks.pauses
         return min(self._interruptions.next_forgotten_s, pauses.next_forgotten_s) - self._clock()
+
+    @property
+    def looks_in_s(self) -> float:
+        """Seconds until a step may have something to do that nobody asks for; infinite if nothing is to be expected."""
+        busy = self._disk is not None and self._disk.has_work
+        return min(self.forgets_in_s, DISK_LOOK_S if busy else math.inf)
 
     @property
     def longest_sequence(self) -> int:
@@ -313,6 +335,8 @@ class Engine:
         step = self._scheduler.schedule()
         if step.empty:
             self.settle()
+            if self._store is not None and not self.idle:  # what somebody waits for comes from the disk
+                self._store.wait(DISK_WAIT_S)
             return [*forgotten]
         self._outcomes.tally.steps += 1
         self.watch(step)
@@ -397,6 +421,30 @@ class Engine:
     def settle(self) -> None:
         """Carries out what was decided since the last pass."""
         self._run(Step())
+
+    @property
+    def ends_in_s(self) -> float:
+        """Seconds that `close` may take."""
+        return 0.0 if self._store is None else 2 * FLUSH_S
+
+    def flush(self, within_s: float) -> bool:
+        """Has the disk tier written what waits -> whether all is there. For an engine without requests."""
+        until_s = time.monotonic() + within_s
+        while self._disk is not None and self._store is not None and self._disk.has_work:
+            if time.monotonic() > until_s:
+                return False
+            self._disk.look(idle=True)
+            self.settle()
+            self._store.wait(DISK_LOOK_S)
+        return True
+
+    def close(self, within_s: float = FLUSH_S) -> None:
+        """Writes what waits for the disk tier and lets go of its folder; no step may follow."""
+        if self._store is not None:
+            self.flush(within_s)
+            if self._disk is not None:
+                self._disk.knowledge.write()
+            self._store.close(within_s)
 
     def check(self) -> None:
         """Proves that books and memory are in order. Raises PublishedBytesChanged."""

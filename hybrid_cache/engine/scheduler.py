@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.disk.tier import DiskTier
 from hybrid_cache.cache.lease import Match
 from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.choreography import commands as choreography
@@ -86,11 +87,13 @@ class Scheduler:
         compiler: Compiler,
         stage: Stage,
         clock: Callable[[], float],
+        disk: DiskTier | None = None,
     ) -> None:
         self._clock = clock
         self._cache = cache
         self._cost = cost
         self._stage = stage
+        self.disk = disk
         self._max_running = config.max_running
         self._max_tiles = config.max_tiles
         self._max_tiles_beside_decode = config.max_tiles_beside_decode
@@ -131,7 +134,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return not self.idle or bool(self.canonical)
+        return not self.idle or bool(self.canonical) or (self.disk is not None and self.disk.can_save)
 
     def sequences(self) -> Iterator[Sequence]:
         yield from self._running
@@ -165,6 +168,8 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Chooses the next step and takes the room that it needs."""
+        if self.disk is not None:
+            self.disk.look(idle=self.idle)
         if self.idle:
             chunk = self.canonical.next_chunk()
             return Step() if chunk is None else Step((chunk,))
@@ -230,7 +235,7 @@ class Scheduler:
         self._running.remove(sequence)
         self.tasks.gave_way(sequence)
         self._prefills.release(sequence.prefill)
-        sequence.phase = Phase.WAITING
+        sequence.phase, sequence.prefill.asked_disk = Phase.WAITING, False
         self._waiting.add(sequence)
         self.num_preemptions += 1
         logger.debug("request %s gives its memory back, and begins again", sequence.request.id)
@@ -249,6 +254,9 @@ class Scheduler:
             if not (self._suspects.may_run(sequence.arrival) and (not gap or gap.may_enter(sequence, self._shares))):
                 passed_over.append(sequence)
                 continue
+            if self._still_loads(sequence.prefill):
+                passed_over.append(sequence)
+                continue
             if not (self.has_room or self._make_room(sequence, gap)):
                 passed_over.append(sequence)
                 break
@@ -259,6 +267,9 @@ class Scheduler:
             if gap is None and self._would_wait(sequence.prefill):
                 passed_over.append(sequence)
                 break
+            if self._is_loading(sequence.prefill, match):
+                passed_over.append(sequence)
+                continue
             if not self._acquire(sequence, match, gap):
                 passed_over.append(sequence)
                 break
@@ -283,6 +294,24 @@ class Scheduler:
             return None
         flops, tiles = _left(self._cost, prefill, match)
         return match if gap is None or (flops <= gap.flops and tiles <= gap.tiles) else None
+
+    def _is_loading(self, prefill: Prefill, match: Match) -> bool:
+        """Whether more of a prompt is on its way from the disk, which is asked once, and comes sooner than computed."""
+        if self.disk is None or not prefill.reuse or prefill.arrangement is not None:
+            return False
+        if not prefill.asked_disk:
+            prefill.asked_disk = True
+            prefill.load = self.disk.begin(match, self._seconds)
+        return self._still_loads(prefill)
+
+    def _still_loads(self, prefill: Prefill) -> bool:
+        if prefill.load is not None and (self.disk is None or not self.disk.loading.is_under_way(prefill.load)):
+            prefill.load = None
+        return prefill.load is not None
+
+    def _seconds(self, start: int, end: int) -> float:
+        """That it takes to compute tokens [start, end) of a prompt; 0 while that is not known."""
+        return self.pace.s_per_flop * self._cost.flops(start, end)
 
     def _make_room(self, sequence: Sequence, gap: Gap | None) -> bool:
         """Takes a place from the tenant who holds most for one who holds less than its share -> whether it did.

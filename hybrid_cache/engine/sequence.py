@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from hybrid_cache.cache.disk.loading import Load
 from hybrid_cache.cache.keys import Keys, Mark, keys_of
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.misses import Found
@@ -92,6 +93,8 @@ class Prefill:
     source: Source | None = None  # while its entries are made from another model's
     received: Source | None = None  # the latest that it had
     twins: list[Twin] = field(default_factory=list)
+    load: Load | None = None  # of its beginning from the disk, while it waits for that
+    asked_disk: bool = False  # since it began to wait
     in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
     mark: Mark | None = None  # from where on another model computes it; a tile ends there
     _keys: dict[str, Keys] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from tests.mutants import (
     of_cache,
     of_checkpoints,
     of_choreography,
+    of_disk,
     of_engine,
     of_gguf,
     of_kernels,
@@ -32,4 +33,5 @@ MUTANTS = [
     *of_options.MUTANTS,
     *of_gguf.MUTANTS,
     *of_checkpoints.MUTANTS,
+    *of_disk.MUTANTS,
 ]

@@ -10,8 +10,16 @@ from fastapi.responses import JSONResponse, Response
 from hybrid_cache import __version__
 from hybrid_cache.api.server.errors import ModelNotFound
 from hybrid_cache.api.server.openapi import LOOKUP_ERRORS, UNAVAILABLE
-from hybrid_cache.api.server.schemas.server import Health, ModelCard, ModelList, Readiness, Ready, Version
+from hybrid_cache.api.server.schemas.server import DiskHealth, Health, ModelCard, ModelList, Readiness, Ready, Version
 from hybrid_cache.api.server.serving import Serving
+from hybrid_cache.stats import DiskStats
+
+
+def _disk_health(disk: DiskStats | None) -> DiskHealth | None:
+    if disk is None:
+        return None
+    used = {"budget_bytes": disk.budget_bytes, "used_bytes": disk.used_bytes, "entries": disk.entries}
+    return DiskHealth(**used, refused=disk.refused, not_saved=disk.not_saved)
 
 
 def router(serving: Serving) -> APIRouter:
@@ -63,6 +71,7 @@ def router(serving: Serving) -> APIRouter:
             variants=[*serving.variants],
             variant_bytes={name: each.model.own_bytes for name, each in serving.variants.items()},
             dtype=model.dtype,
+            disk=_disk_health(engine.stats().cache.disk),
             version=__version__,
         )
         return JSONResponse(body.model_dump(), 200 if status == "ok" else UNAVAILABLE)

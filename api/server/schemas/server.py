@@ -24,6 +24,14 @@ class ModelList(Response):
     data: list[ModelCard]
 
 
+class DiskHealth(Response):
+    budget_bytes: int
+    used_bytes: int  # whoever wrote it
+    entries: int  # files of the models that are served
+    refused: dict[str, int]  # that could not be read, or were not what they had been, by why
+    not_saved: dict[str, int]  # states, by why
+
+
 class Health(Response):
     status: Literal["ok", "hung", "failed"]
     exact: bool
@@ -35,6 +43,7 @@ class Health(Response):
     variants: list[str]  # other models that are served beside it, by name
     variant_bytes: dict[str, int]  # of their weights, that no other model has
     dtype: str
+    disk: DiskHealth | None = None  # of the tier that outlives the process, if there is one
     version: str
 
 

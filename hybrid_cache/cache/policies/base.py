@@ -10,7 +10,7 @@ The server and `hybrid-cache bench policy` run the same objects.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isnan
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from hybrid_cache.cache.eviction import LazyHeap
 from hybrid_cache.cache.keys import Keys, Name
@@ -145,6 +145,28 @@ def hears_endings(policy: Policy) -> Callable[[Ending], None]:
         return policy.ended
     finished: Callable[[Name, int], None] = policy.finished  # type: ignore[attr-defined]
     return lambda ending: None if ending.again else finished(ending.name, ending.num_output_tokens)
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A policy whose knowledge a later process can take over."""
+
+    def remembered(self) -> bytes:
+        """What was learned."""
+        ...
+
+    def recall(self, data: bytes, elapsed_s: float) -> None:
+        """Takes over what another process had learned so long ago. Raises ValueError for what is of another form."""
+        ...
+
+
+@runtime_checkable
+class Foresees(Protocol):
+    """A policy that can say more of a prefix, kept or not, for tiers below."""
+
+    def standing(self, name: Name) -> float:
+        """How soon a return is expected, in proportion to that of a new message's end: from 1/8 to 8."""
+        ...
 
 
 def interior_positions(start: int, end: int) -> list[int]:

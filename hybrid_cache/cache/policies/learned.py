@@ -32,10 +32,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth, every_place
-from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
+from hybrid_cache.cache.policies.places import FRESH, ODDS, SIZES, Place, PlaceMemory
 from hybrid_cache.cache.policies.returns import MOST_LIVES, Floats, Ints, ReturnModel
 from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept, Node, Outside
@@ -239,6 +241,28 @@ class Learned:
     def score_of(self, kept: Kept) -> float | None:
         row = self._rows.get(kept)
         return None if row is None else self._score(row)
+
+    def remembered(self) -> bytes:
+        """See `Remembers`."""
+        now = self._clock()
+        return save(self._model.arrays(now) | self._memory.arrays(now))
+
+    def recall(self, data: bytes, elapsed_s: float) -> None:
+        """See `Remembers`."""
+        try:
+            arrays, then = load(data), self._clock() - elapsed_s
+            self._model.take(arrays, then)  # places name lives of it
+            self._memory.take(arrays, then)
+        except (KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(str(error)) from error
+
+    def standing(self, name: Name) -> float:
+        """See `Foresees`."""
+        place = self._memory.get(name)
+        if place is None:
+            return 1.0
+        new = self._model.index_of(FRESH, [0] * len(SIZES), 0.0)
+        return min(max(self._index(place) / max(new, 1e-300), 1 / 8), 8.0)
 
     def _file(self, row: int, place: Place) -> None:
         """Writes the row of a state whose place is now `place`, which may be that of another state it stands in for."""

@@ -9,16 +9,19 @@ of a conversation go with its tip; whoever returns to a place behind one *branch
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hybrid_cache.cache.keys import Keys, Name
+import numpy as np
+
+from hybrid_cache.cache.keys import NAME_BYTES, Keys, Name
 from hybrid_cache.cache.policies.base import Outline, Wish
-from hybrid_cache.cache.policies.returns import ReturnModel
+from hybrid_cache.cache.policies.returns import Array, ReturnModel
 from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept
 
 MOST_PLACES = 1 << 17
+MOST_SAVED = 1 << 13  # places that a later process hears of
 
 KINDS = list(CheckpointKind)
 ROLES = {"system": 1, "developer": 1, "user": 2, "assistant": 3, "tool": 4, "function": 4}
@@ -181,6 +184,33 @@ class PlaceMemory:
         """The prompt that ends at a place got an answer."""
         place.features[5] = 1 + log2_bin(ending.num_output_tokens, 13)
         self._model.change(place.group, place.life, place.features)
+
+    # For a process that comes later
+
+    def arrays(self, now: float) -> dict[str, Array]:
+        """The latest places; times as ages."""
+        places = list(self._places.values())[-MOST_SAVED:]
+        names = np.frombuffer(b"".join(place.name for place in places), np.uint8)
+        features = np.array([place.features for place in places], np.int16)
+        return {
+            "places.names": names.reshape(len(places), NAME_BYTES),
+            "places.features": features.reshape(len(places), len(SIZES)),
+            "places.since": np.array([now - place.since for place in places]),
+            "places.uses": np.array([place.uses for place in places], np.int64),
+            "places.lives": np.array([place.life for place in places], np.int64),
+            "places.passed": np.array([place.passed for place in places], np.int8),
+            "places.branched": np.array([place.branched for place in places], np.int8),
+        }
+
+    def take(self, arrays: Mapping[str, Array], now: float) -> None:
+        """The opposite. Raises ValueError, and changes nothing, for places with other features."""
+        names, features = arrays["places.names"], arrays["places.features"]
+        if features.shape[1:] != (len(SIZES),) or (features < 0).any() or (features >= [*SIZES.values()]).any():
+            raise ValueError(f"features {features.shape}, must be {len(SIZES)} below {[*SIZES.values()]}")
+        facts = (arrays[f"places.{each}"].tolist() for each in ("since", "uses", "lives", "passed", "branched"))
+        for name, some, since, uses, life, passed, branched in zip(names, features.tolist(), *facts, strict=True):
+            place = self._places[name.tobytes()] = Place(name.tobytes(), some, now - since, uses, life)
+            place.passed, place.branched = bool(passed), bool(branched)
 
     def _deepest(self, outline: Outline) -> Place | None:
         """The whole prompt if it is known, otherwise the last known place that leaves something to compute."""

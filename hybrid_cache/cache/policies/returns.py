@@ -16,11 +16,13 @@ place now, its future included: a chat that is read for a minute before it goes 
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[Any]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -164,6 +166,35 @@ class ReturnModel:
         gradient = x.T @ (ended - means) - RIDGE * w
         hessian = (x.T * means) @ x + RIDGE * np.eye(len(w))
         w += np.clip(np.linalg.solve(hessian, gradient), -1.0, 1.0)
+
+    # For a process that comes later
+
+    def arrays(self, now: float) -> dict[str, Array]:
+        """All that was learned, and the lives that it was learned from; times as ages."""
+        found: dict[str, Array] = {"u": self._u, "w": self._w}
+        for group, lives in enumerate(self._lives):
+            n = min(lives.count, lives.most)
+            found[f"lives.{group}.count"] = np.array([lives.count, lives.most])
+            found[f"lives.{group}.features"] = lives.features[:n].astype(np.int16)
+            found[f"lives.{group}.start"] = now - lives.start[:n]
+            found[f"lives.{group}.end"] = now - lives.end[:n]
+        return found
+
+    def take(self, arrays: Mapping[str, Array], now: float) -> None:
+        """The opposite. Raises ValueError, and changes nothing, for arrays of another model."""
+        if arrays["u"].shape != self._u.shape or arrays["w"].shape != self._w.shape:
+            raise ValueError(f"rates {arrays['u'].shape}, must be {self._u.shape}")
+        if not (np.isfinite(arrays["u"]).all() and np.isfinite(arrays["w"]).all()):
+            raise ValueError("rates that are no numbers")
+        if any(arrays[f"lives.{group}.count"][1] != lives.most for group, lives in enumerate(self._lives)):
+            raise ValueError("lives of another number")
+        self._u[:], self._w[:] = arrays["u"], arrays["w"]
+        for group, lives in enumerate(self._lives):
+            lives.count = int(arrays[f"lives.{group}.count"][0])
+            n = min(lives.count, lives.most)
+            lives.features[:n] = arrays[f"lives.{group}.features"]
+            lives.start[:n], lives.end[:n] = (now - arrays[f"lives.{group}.{each}"] for each in ("start", "end"))
+        self._tabulate()
 
     def _tabulate(self) -> None:
         """Indices [groups, levels, buckets + 1]; the last bucket has no end."""
