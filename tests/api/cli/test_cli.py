@@ -19,6 +19,7 @@ from hybrid_cache.api.server.launch import LoadOptions
 from hybrid_cache.api.server.logs import LogOptions
 from hybrid_cache.api.server.process import ServeOptions
 from hybrid_cache.api.server.protocol import Patience
+from hybrid_cache.api.server.recording.options import RecordOptions
 from hybrid_cache.cache.policies.registry import policy_names
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.errors import ConfigError
@@ -128,7 +129,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
         f"--keep-billing-header --tool-parser jamba --operator-key-file {operators} "
         "--response-store-mb 7 --response-ttl 30m --profile a.json --profile b.json --sharing profiled --max-loss 0.25 "
         "--log-level debug --log-format json --log-content --otlp-endpoint http://c:4318 "
-        '--kv-events-config {"enable_kv_cache_events":true,"topic":"t"}'
+        '--kv-events-config {"enable_kv_cache_events":true,"topic":"t"} --record-memory 1MiB --record-limit 5GiB'
     )
     assert exit_code(*line.split()) == 0
     options = told[0]
@@ -152,6 +153,7 @@ def test_every_option_of_serve_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path
     rest = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ("engine", "load", "exposure")}
     assert rest == {
         "budget_bytes": 64 << 20,
+        "record": RecordOptions(limit_bytes=5 << 30, memory_bytes=1 << 20),
         "message_book_bytes": 2 << 20,
         "response_store": None,
         "response_store_bytes": 7 << 20,
