@@ -40,7 +40,7 @@ def new_engine(kind: str, slots: int = 6, pages: int = 24, host_bytes: int = 1 <
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_conversation_that_had_to_leave_comes_back_whole(kind: str) -> None:
-    engine = new_engine(kind)
+    engine = new_engine(kind, policy="lru")
     prompts = [tokens_of(i, 10 * TILE + 5) for i in range(6)]
     for i, tokens in enumerate(prompts):
         engine.submit(make_request(f"first {i}", tokens, 3))
@@ -166,7 +166,7 @@ def test_prefixes_of_few_texts_in_any_order(asked: list[tuple[int, int]], kind: 
 
 
 def test_an_answer_that_is_to_be_computed_again_and_is_in_the_second_tier_is_there() -> None:
-    engine = new_engine("hybrid")
+    engine = new_engine("hybrid", policy="lru")
     tokens = tokens_of(1, 10 * TILE)
     engine.submit(make_request("a", tokens, 1))
     engine.run_until_idle()
