@@ -5,6 +5,7 @@ A bash block is run as a script beside a real server on a port that takes the pl
 names of our command line, modules and Makefile is checked. A fence behind `<!-- file: NAME -->` is a file beside them.
 """
 
+import gc
 import json
 import os
 import re
@@ -66,6 +67,7 @@ def test_commands_run(block: Block, port: int, tmp_path: Path) -> None:
 def test_python_runs(block: Block, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block.at(port), block.name, "exec"), {"__name__": "__main__"})
+    gc.collect()  # here, where it is no fault
 
 
 @pytest.mark.parametrize("block", all_blocks("bash", "parse"), ids=named)
