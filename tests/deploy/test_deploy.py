@@ -179,8 +179,10 @@ def wrong_names(expression: Any, metrics: dict[str, dict[str, set[str]]]) -> lis
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """It has answered so many questions that some had to leave, and each a second time."""
-    with serve(["--budget", "4MiB"], keys=()) as started:
+    """It has answered so many questions that some had to leave, and each a second time; its policy declines ends of
+    prompts.
+    """
+    with serve(["--budget", "4MiB", "--policy", "gdsf"], keys=()) as started:
         for question in range(16):
             content = f"Question {question // 2}. " + "My name is Ann. " * 80
             body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4}
