@@ -34,6 +34,19 @@ class CacheStats:
     disk: "DiskStats | None" = None
 
     @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Where the budget is, by what takes it."""
+        return {
+            "kv": self.kv_bytes,
+            "checkpoint": self.checkpoint_bytes,
+            "prompt_end": self.prompt_end_bytes,
+            "message": self.message_bytes,
+            "layer_inputs": self.input_bytes,
+            "working": self.working_bytes,
+            "free": self.free_bytes,
+        }
+
+    @property
     def num_evictions(self) -> int:
         return sum(self.evictions.values())
 

@@ -216,17 +216,8 @@ def _pause_families(pauses: PauseStats) -> Iterator[Metric]:
 
 def _cache_families(cache: CacheStats) -> Iterator[Metric]:
     tokens = {"full": cache.hit_tokens, "kv_only": cache.kv_only_tokens, "miss": cache.miss_tokens}
-    num_bytes = {
-        "kv": cache.kv_bytes,
-        "checkpoint": cache.checkpoint_bytes,
-        "prompt_end": cache.prompt_end_bytes,
-        "message": cache.message_bytes,
-        "layer_inputs": cache.input_bytes,
-        "working": cache.working_bytes,
-        "free": cache.free_bytes,
-    }
     yield _by_kind(CounterMetricFamily, "hit_tokens", "Tokens looked up: skipped, state gone, or not there.", tokens)
-    yield _by_kind(GaugeMetricFamily, "cache_bytes", "Where the budget is, by what takes it.", num_bytes)
+    yield _by_kind(GaugeMetricFamily, "cache_bytes", "Where the budget is, by what takes it.", cache.bytes_by_kind)
     yield _gauge("cache_budget_bytes", "Bytes for KV pages and states together.", cache.budget_bytes)
     yield _gauge("cache_nodes", "Nodes of the prefix tree.", cache.nodes)
     yield _gauge("cache_checkpoints", "Recurrent states kept.", cache.checkpoints)

@@ -91,13 +91,13 @@ def coding_turns(record: Record, maker: SessionMaker) -> Iterator[Turn]:
 
 
 def own_requests(record: Record, maker: SessionMaker) -> Iterator[Record]:
-    """All but those of subagents."""
+    """All but those that agents of a session sent which others had started."""
     last = None
     for entry in record.records("requests"):
         in_order(last, entry, "t")
         last = entry
         if entry.fields.get("type") == "subagent":
-            maker.counts["subagents left out"] += 1
+            maker.counts["nested agents left out"] += 1
         else:
             yield entry
 

@@ -118,7 +118,7 @@ class SessionRequest:
     time_s: float  # since the start of the session
     num_tool_tokens: int
     num_system_tokens: int
-    agent: str = ""  # a subagent of the session
+    agent: str = ""  # which of a session, if one started others
 
 
 def read_kv_cache_tester(files: Sequence[Path], page_tokens: int, *, sort: bool) -> Reading:
@@ -175,7 +175,7 @@ class SessionNumbering:
 def session_requests(
     owner: Record, start_s: float = 0.0, agent: str = "", *, sort: bool = False
 ) -> Iterator[SessionRequest]:
-    """The requests of a session, or of a subagent that starts `start_s` after it. sort: times may fall"""
+    """The requests of a session, or of an agent in it that starts `start_s` after it. sort: times may fall"""
     check_block_size(owner)
     first, last = (owner.integer("tool_tokens"), owner.integer("system_tokens")), None
     for entry in owner.records("requests"):

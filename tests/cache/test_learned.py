@@ -181,6 +181,18 @@ def test_a_place_is_branched_once_a_second_chain_has_passed() -> None:
     assert (above.branched, deepest.branched) == (True, False)
 
 
+def test_after_a_restart_conversations_are_not_taken_for_one_chain() -> None:
+    before, after = memory(), memory()
+    before.visit(outline("abc"), ends(1, 3), 0.0)
+    before.visit(outline("axyz"), ends(4), 1.0)
+    after.take(before.arrays(2.0), 2.0)
+    after.visit(outline("abcd"), ends(4), 3.0)
+    after.visit(outline("axyzq"), ends(5), 4.0)
+    assert at(after, "abc", 3).chain != at(after, "axyz", 4).chain
+    assert not at(after, "abc", 3).branched
+    assert at(after, "abc", 1).branched, "two passed it before"
+
+
 def test_the_tip_of_a_chain_is_where_its_last_prompt_ended_or_its_answer() -> None:
     places = memory()
     places.visit(outline("ab"), ends(1, 2), 0.0)

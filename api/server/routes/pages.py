@@ -108,15 +108,7 @@ def sample(stats: EngineStats) -> dict[str, object]:
     return {
         "time": time.time(),
         "budget": cache.budget_bytes,
-        "bytes": {
-            "kv": cache.kv_bytes,
-            "checkpoint": cache.checkpoint_bytes,
-            "prompt_end": cache.prompt_end_bytes,
-            "message": cache.message_bytes,
-            "layer_inputs": cache.input_bytes,
-            "working": cache.working_bytes,
-            "free": cache.free_bytes,
-        },
+        "bytes": cache.bytes_by_kind,
         "tokens": {"hit": cache.hit_tokens, "kv_only": cache.kv_only_tokens, "miss": cache.miss_tokens},
         "flops_saved": stats.flops_saved,
         "running": stats.running,

@@ -49,7 +49,7 @@ class Place:
     uses: int = 0
     life: int = 0
     kept: Kept | None = None  # the state that is kept there
-    chain: int = 0  # the one that passed last
+    chain: int = 0  # the one that passed last; 0: not known, after a restart or for what no prompt has shown
     branched: bool = False  # more than one has passed
     passed: bool = False  # a prompt went on from here, or through here; else its chain may go on here
     onward: "Place | None" = None  # a deeper place on the way of the chain that passed last; None at its tip
@@ -130,7 +130,7 @@ class PlaceMemory:
 
     def _chain(self, before: Place | None, outline: Outline) -> int:
         """That of a prompt which goes on after `before`."""
-        if before is not None and (outline.generated or not before.passed):
+        if before is not None and before.chain and (outline.generated or not before.passed):
             return before.chain
         self._num_chains += 1
         return self._num_chains
@@ -138,7 +138,7 @@ class PlaceMemory:
     def _lead_on(self, passed: list[Place], outline: Outline, wishes: Iterable[Wish], chain: int) -> None:
         """Notes that a chain has passed places and ends at the last of those that are wished for."""
         for place in passed:
-            place.branched |= place.chain != chain
+            place.branched |= place.chain not in (0, chain)
             place.chain = chain
             place.passed |= not outline.generated
         found = (self.get(outline.name(wish.position)) for wish in wishes)

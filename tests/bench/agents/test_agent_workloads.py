@@ -151,7 +151,7 @@ def test_subagents_are_left_out_and_counted(tmp_path: Path) -> None:
     workload = load(tmp_path, "kv-cache-tester", *lines)
     assert [len(s.turns) for s in workload.sessions] == [2]
     assert workload.sessions[0].turns[1].kept_tokens == 210
-    assert "2 subagents left out" in workload.note
+    assert "2 nested agents left out" in workload.note
 
 
 def test_coding_sessions_have_limits_unless_told_otherwise(tmp_path: Path) -> None:
