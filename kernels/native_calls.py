@@ -77,7 +77,7 @@ class Unit(ctypes.Structure):
 
 class Linear(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("in_features", "out_features")),
+        *((name, c_int64) for name in ("in_features", "out_features", "bits")),
         *((name, c_void_p) for name in ("weight", "bias", "beside")),
     )
 
@@ -110,7 +110,7 @@ class Residual(ctypes.Structure):
 
 class Experts(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("num_experts", "num_choices", "hidden", "inner", "in_stride", "out_stride")),
+        *((name, c_int64) for name in ("num_experts", "num_choices", "hidden", "inner")),
         *((name, c_void_p) for name in ("w_in", "w_out")),
         *((name, c_int64) for name in ("max_threads", "min_values")),
     )
@@ -132,8 +132,9 @@ _SIGNATURES = {
     "kimi_delta": "ppppipii",
     "delta_scratch": "pi",
     "rg_lru": "ppppiii",
-    "linear": "piiiipppi",
+    "linear": "ppiipi",
     "linear_supported": "",
+    "low_bit_supported": "",
     "add_low_rank": "ppipi",
     "add_gated_mlp": "pppp",
     "add_gated_mlp_scratch": "ppp",

@@ -88,7 +88,7 @@ class NativeAdaptableLinear(NativeLinear):
         self._parts = torch.tensor([[part.place, part.first, part.size] for part in parts])
         sizes = (self.in_features, self.out_features, len(parts))
         self._beside = native_calls.Beside(ctypes.addressof(rows), *sizes, self._parts.data_ptr())
-        self._beside_address = self._structure.beside = ctypes.addressof(self._beside)
+        self._beside_address = self.structure.beside = ctypes.addressof(self._beside)
         self._add = library.add_low_rank
 
     def tail(self, first: int) -> "Linear | None":

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_cache.kernels import native_calls, native_library, native_products
+from hybrid_cache.kernels.codes import Coded, Matrix
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.memory import Pool
@@ -110,6 +111,7 @@ class NativeOps(TorchOps):
         self._memory = Pool()
         self._scratch = threading.local()
         self._has_products = bool(self._c.linear_supported())
+        self._has_low_bit = bool(self._c.low_bit_supported())
 
     def apart(self) -> "NativeOps":
         """The same, with memory of its own for what it packs and prepares, which goes with whoever uses it."""
@@ -118,13 +120,13 @@ class NativeOps(TorchOps):
         other._weights, other._scans, other._convs = {}, {}, {}
         return other
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Matrix, bias: Tensor | None = None) -> Linear:
         if self._packs_weight(weight):
             return NativeLinear(self._c, self._memory, weight, bias)
         return super().linear(weight, bias)
 
     def experts(
-        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+        self, w_in: Sequence[Matrix], w_out: Sequence[Matrix], act: Callable[[Tensor], Tensor] | None = None
     ) -> Experts:
         if act is None and self._packs_weight(w_in[0]) and self._packs_weight(w_out[0]):
             return NativeExperts(self._c, self._memory, self._scratch_memory, w_in, w_out)
@@ -133,7 +135,9 @@ class NativeOps(TorchOps):
     def bank(self) -> Bank:
         return NativeBank(self._c, super().linear, self.device)
 
-    def _packs_weight(self, weight: Tensor) -> bool:
+    def _packs_weight(self, weight: Matrix) -> bool:
+        if isinstance(weight, Coded):
+            return self._has_low_bit
         return self._has_products and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hybrid_cache.kernels.codes import Matrix
 from hybrid_cache.kernels.layout import RowLayout
 
 
@@ -176,7 +177,7 @@ class Ops(Protocol):
     packs: bool  # takes packed batches (`layout`)
     inexact: str  # why it does not promise exact results; empty if it does
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Matrix, bias: Tensor | None = None) -> Linear:
         """Packs weight [out, in] (+ bias [out]) -> y = x @ weight.T + bias; the caller may drop its copy."""
         ...
 
@@ -185,7 +186,7 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+        self, w_in: Sequence[Matrix], w_out: Sequence[Matrix], act: Callable[[Tensor], Tensor] | None = None
     ) -> Experts:
         """Packs one [2 * inner, hidden] (gate rows first) and one [hidden, inner] matrix for each expert.
 

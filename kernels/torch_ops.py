@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_cache.kernels import runs, sampling
+from hybrid_cache.kernels.codes import Coded, Matrix
 from hybrid_cache.kernels.elementwise import add, sigmoid, silu, softplus
 from hybrid_cache.kernels.grid import MIN_ROWS, TILE
 from hybrid_cache.kernels.layout import RowLayout
@@ -104,6 +105,18 @@ def _packable(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
+class CodedLinear:
+    """A product with codes: decoded into float32, in which rows are multiplied. It takes 32 bits a weight."""
+
+    def __init__(self, weight: Coded, bias: Tensor | None) -> None:
+        """weight [out, in]   bias [out]"""
+        self.out_features, self.in_features = weight.shape
+        self._product = pack(weight.decoded(), None if bias is None else bias.float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x.float()).to(x.dtype)
+
+
 class LoopExperts:
     """Sorts the (row, choice) pairs by expert and runs each expert once on its rows."""
 
@@ -153,14 +166,14 @@ class TorchOps:
     def __init__(self) -> None:
         self._last: tuple[RowLayout, Runs] | None = None
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return pack(weight, bias)
+    def linear(self, weight: Matrix, bias: Tensor | None = None) -> Linear:
+        return CodedLinear(weight, bias) if isinstance(weight, Coded) else pack(weight, bias)
 
     def bank(self) -> Bank:
         return TorchBank(self.linear, self.device)
 
     def experts(
-        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+        self, w_in: Sequence[Matrix], w_out: Sequence[Matrix], act: Callable[[Tensor], Tensor] | None = None
     ) -> Experts:
         return LoopExperts([self.linear(w) for w in w_in], [self.linear(w) for w in w_out], act or self.silu_mul)
 

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from hybrid_cache.kernels import sampling, torch_ops
+from hybrid_cache.kernels.codes import Coded, Matrix
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.layout import RowLayout
 from hybrid_cache.kernels.ops import Draws, Experts, KVTensors, Linear, Mamba1Weights, Mamba2Weights, StateTensors
@@ -87,17 +88,18 @@ class TritonOps(TorchOps):
         self.inexact = FAST if fast else ""
         self._fast = fast
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        if self._fast or not _reachable(weight):
+    def linear(self, weight: Matrix, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, Coded) or self._fast or not _reachable(weight):
             return super().linear(weight, bias)
         return matmul.TritonLinear(weight, bias)
 
     def experts(
-        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+        self, w_in: Sequence[Matrix], w_out: Sequence[Matrix], act: Callable[[Tensor], Tensor] | None = None
     ) -> Experts:
-        if not _reachable(w_in[0]):
+        plain_in, plain_out = _plain(w_in), _plain(w_out)
+        if plain_in is None or plain_out is None or not _reachable(plain_in[0]):
             return super().experts(w_in, w_out, act)
-        return matmul.TritonExperts(w_in, w_out, act or self.silu_mul)
+        return matmul.TritonExperts(plain_in, plain_out, act or self.silu_mul)
 
     rms_norm = with_kernel(TorchOps.rms_norm, rows.rms_norm)
     rotary = with_kernel(TorchOps.rotary, rows.rotary)
@@ -152,6 +154,12 @@ class TritonOps(TorchOps):
             return plain(*args, **options)
 
 
+def _plain(matrices: Sequence[Matrix]) -> list[Tensor] | None:
+    """None if some are codes."""
+    plain = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+    return plain if len(plain) == len(matrices) else None
+
+
 class CheckedTritonOps(TritonOps):
     """Tries a kernel on a small case before its first use for arguments of a kind, against `TorchOps` on this device.
 
@@ -163,8 +171,8 @@ class CheckedTritonOps(TritonOps):
         super().__init__(fast)
         self._verdicts: dict[Hashable, bool] = {}
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        if self._fast or not _reachable(weight):
+    def linear(self, weight: Matrix, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, Coded) or self._fast or not _reachable(weight):
             return super().linear(weight, bias)
         plain, made = torch_ops.pack(weight, bias), super().linear
 
@@ -176,10 +184,12 @@ class CheckedTritonOps(TritonOps):
         return made(weight, bias) if self._agrees("linear", kind, probe) else plain
 
     def experts(
-        self, w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+        self, w_in: Sequence[Matrix], w_out: Sequence[Matrix], act: Callable[[Tensor], Tensor] | None = None
     ) -> Experts:
-        if not _reachable(w_in[0]):
+        plain_in, plain_out = _plain(w_in), _plain(w_out)
+        if plain_in is None or plain_out is None or not _reachable(plain_in[0]):
             return super().experts(w_in, w_out, act)
+        w_in, w_out = plain_in, plain_out
         act, made = act or self.silu_mul, super().experts
         plain = LoopExperts([torch_ops.pack(w) for w in w_in], [torch_ops.pack(w) for w in w_out], act)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hybrid_cache.device.adapted import AdaptedModel
 from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.errors import ConfigError, ModelError, UnsupportedModel
+from hybrid_cache.kernels.codes import Matrix
 from hybrid_cache.kernels.names import LEAST_CONTEXT
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models import adapters, deltas, registry
@@ -45,12 +46,14 @@ def load(
     merges: bool = True,
     shelf: Shelf | None = None,
     max_length: int | None = None,
+    weights: str = "auto",
 ) -> HybridModel:
     """Reads a model folder or a delta, tensor by tensor, and merges the LoRA adapter of another folder into it.
 
     merges: else the adapter's products are computed beside those of the model, which stay as they are; other bits
     shelf: of models that share what they have in common
     max_length: tokens of context at most, where the model has more; it changes no bit of what is computed
+    weights: one of `names.WEIGHTS`
 
     `dtype` is the type that rows are computed and cached in. "auto" is bfloat16 for a checkpoint in bfloat16, and
     float32 for one in float32 or float16: float32 holds every float16 value, bfloat16 does not.
@@ -59,8 +62,8 @@ def load(
     if changes is not None and merges and (invocation := changes.config.invocation):
         raise UnsupportedModel(f"adapter {adapter} is activated by the tokens {[*invocation]}, and cannot be merged")
     if changes is None or merges:
-        return _shortened(_build(Path(path), dtype, ops, changes, shelf), max_length)
-    trunk = load_trunk(path, dtype=dtype, ops=ops, shelf=shelf, adapter=changes, max_length=max_length)
+        return _shortened(_build(Path(path), dtype, ops, changes, shelf, weights=weights), max_length)
+    trunk = load_trunk(path, dtype=dtype, ops=ops, shelf=shelf, adapter=changes, max_length=max_length, weights=weights)
     return beside(trunk, changes)
 
 
@@ -94,10 +97,11 @@ def load_trunk(
     shelf: Shelf | None = None,
     adapter: Adapter | None = None,
     max_length: int | None = None,
+    weights: str = "auto",
 ) -> ShapedModel:
     """As `load`, a model beside which adapters may stand; with the modules that an adapter replaces as a whole."""
     replaced = replace(adapter, factors={}) if adapter is not None and adapter.replaced else None
-    return _shortened(_build(Path(path), dtype, ops, replaced, shelf, AdapterBank(ops)), max_length)
+    return _shortened(_build(Path(path), dtype, ops, replaced, shelf, AdapterBank(ops), weights), max_length)
 
 
 def beside(trunk: ShapedModel, adapter: Adapter) -> AdaptedModel:
@@ -117,6 +121,7 @@ def _build(
     adapter: Adapter | None,
     shelf: Shelf | None,
     bank: AdapterBank | None = None,
+    weights: str = "auto",
 ) -> ShapedModel:
     """adapter: merged into the weights   bank: for those that may stand beside the model"""
     compute_dtype = _compute_dtype(dtype)
@@ -131,12 +136,15 @@ def _build(
         compute_dtype = compute_dtype or _named_dtype(values)  # codes do not say what they were made from
     with errors_begin_with(folder):
         build = registry.find(values.get("model_type"))
-        with ops.device, SafetensorsWeights(folder, compute_dtype, stored, ops.device, adapter, bank) as weights:
+        with (
+            ops.device,
+            SafetensorsWeights(folder, compute_dtype, stored, ops.device, adapter, bank, weights) as taken,
+        ):
             if delta is not None:
-                delta.lay_over(weights)
+                delta.lay_over(taken)
             if shelf is None:
-                return build(Config(values), weights, ops, weights.dtype)
-            return build(Config(values), shelf.weights(weights), shelf.ops(ops), weights.dtype)
+                return build(Config(values), taken, ops, taken.dtype)
+            return build(Config(values), shelf.weights(taken), shelf.ops(ops), taken.dtype)
 
 
 def context(asked: int, most: int) -> int:
@@ -256,7 +264,7 @@ class _ShapeOps:
     packs = True
     mamba2 = rms_norm = silu_mul = gelu_mul = gelu_tanh_mul = add_gated_mlp = add_mamba2 = mamba2_log_decay = None
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> SimpleNamespace:
+    def linear(self, weight: Matrix, bias: Tensor | None = None) -> SimpleNamespace:
         return SimpleNamespace(in_features=weight.shape[1], out_features=weight.shape[0])
 
     def experts(self, w_in: object, w_out: object, act: object = None) -> None:

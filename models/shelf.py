@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from hybrid_cache.kernels.codes import Coded, Matrix
 from hybrid_cache.kernels.ops import Experts, Linear, Ops
 from hybrid_cache.models.weights import ModelWeights
 
@@ -44,12 +45,12 @@ class Shelf:
         own = cast(Ops, shared)
         pack_linear, pack_experts = own.linear, own.experts
 
-        def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+        def linear(weight: Matrix, bias: Tensor | None = None) -> Linear:
             tensors = [weight] if bias is None else [weight, bias]
             return self._pack(("linear",), tensors, lambda: pack_linear(weight, bias))
 
         def experts(
-            w_in: Sequence[Tensor], w_out: Sequence[Tensor], act: Callable[[Tensor], Tensor] | None = None
+            w_in: Sequence[Matrix], w_out: Sequence[Matrix], act: Callable[[Tensor], Tensor] | None = None
         ) -> Experts:
             key = ("experts", len(w_in), act)
             return self._pack(key, [*w_in, *w_out], lambda: pack_experts(w_in, w_out, act))
@@ -61,7 +62,7 @@ class Shelf:
         """The same weights, of which large tensors with equal contents are one tensor."""
         return _ShelvedWeights(weights, self)
 
-    def _pack(self, kind: Key, tensors: Sequence[Tensor], pack: Callable[[], T]) -> T:
+    def _pack(self, kind: Key, tensors: Sequence[Matrix], pack: Callable[[], T]) -> T:
         contents: list[Key] = [_contents(tensor) for tensor in tensors]
         key: Key = (*kind, *contents)
         self._counted.update((each,) for each in contents)
@@ -79,7 +80,7 @@ class Shelf:
             return tensor
         return found
 
-    def _count(self, tensors: Sequence[Tensor], *, shared: bool) -> None:
+    def _count(self, tensors: Sequence[Matrix], *, shared: bool) -> None:
         num_bytes = sum(tensor.nbytes for tensor in tensors)
         self.num_bytes += num_bytes
         self.num_shared_bytes += num_bytes if shared else 0
@@ -92,6 +93,7 @@ class _ShelvedWeights:
         self._weights = weights
         self._shelf = shelf
         self.take_float32, self.take_joined = weights.take_float32, weights.take_joined
+        self.take_matrix, self.scheme = weights.take_matrix, weights.scheme
         self.has, self.beside, self.bank = weights.has, weights.beside, weights.bank
         self.ignore, self.finish = weights.ignore, weights.finish
 
@@ -100,7 +102,9 @@ class _ShelvedWeights:
         return self._shelf.tensor(taken) if len(shape) == 2 else taken
 
 
-def _contents(tensor: Tensor) -> Key:
+def _contents(tensor: Matrix) -> Key:
     """Equal for equal tensors."""
+    if isinstance(tensor, Coded):
+        return (tensor.bits, *_contents(tensor.codes), *_contents(tensor.scales))
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
     return tuple(tensor.shape), tensor.dtype, str(tensor.device), blake2b(flat.numpy().data, digest_size=16).digest()

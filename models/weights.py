@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.kernels.codes import Matrix
 from hybrid_cache.kernels.ops import Linear
 from hybrid_cache.models.adapters import Adapter
 from hybrid_cache.models.bank import AdapterBank
@@ -22,6 +23,7 @@ from hybrid_cache.models.folders import GGUF, NUMBERED, find_gguf
 from hybrid_cache.models.gguf.file import GgufFile
 from hybrid_cache.models.names import Names, core
 from hybrid_cache.models.quant_methods.method import Method
+from hybrid_cache.models.scheme import Scheme
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -36,10 +38,19 @@ _SHARD = re.compile(r"model-(\d{1,5})-of-(\d{1,5})\.safetensors")
 
 
 class Weights(Protocol):
-    """Gives each tensor once, checked against the shape that the architecture expects."""
+    """Gives each tensor once, checked against the shape that the architecture expects.
+
+    scheme: how matrices are multiplied
+    """
+
+    scheme: Scheme
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor [*shape] in the compute dtype. Raises ModelError if it is missing or has another shape."""
+        ...
+
+    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
+        """[out, in] as a projection multiplies with it. Raises as `take`."""
         ...
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
@@ -86,9 +97,13 @@ class Scope:
     def __init__(self, weights: Weights, prefix: str) -> None:
         self._weights = weights
         self._prefix = prefix
+        self.scheme = weights.scheme
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(self._prefix + name, *shape)
+
+    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
+        return self._weights.take_matrix(self._prefix + name, out, inputs)
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self._weights.take_float32(self._prefix + name, *shape)
@@ -130,11 +145,13 @@ class SafetensorsWeights:
         device: torch.device = CPU,
         adapter: Adapter | None = None,
         bank: AdapterBank | None = None,
+        weights: str = "auto",
     ) -> None:
         """`dtype` None takes the files' own; float16 is computed in float32, which holds all its values.
 
         `stored` is how quantized matrices are stored, if there are any; `device` is where tensors go; the changes of
-        an adapter are merged into what is read. Other adapters may stand beside it with a `bank`.
+        an adapter are merged into what is read. Other adapters may stand beside it with a `bank`. `weights` names a
+        scheme.
 
         Raises ModelError for files that cannot be read or that contradict each other.
         """
@@ -148,6 +165,7 @@ class SafetensorsWeights:
                     raise ModelError(f"weight {name} is in two files, one of them {path.name}")
                 self._handle[name] = file
         self.dtype = dtype or self._file_dtype()
+        self.scheme = Scheme.named(weights, self.dtype)
         self._stored = stored
         self._packed = {} if stored is None else stored.matrices({name: self._kind(name) for name in self._handle})
         parts = {part for named in self._packed.values() for part in named.values()}
@@ -171,6 +189,9 @@ class SafetensorsWeights:
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self._read(self._found.find(name), shape, self.dtype)
+
+    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
+        return self.scheme.matrix(self.take(name, out, inputs))
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self._read(self._found.find(name), shape, torch.float32)
@@ -227,6 +248,8 @@ class SafetensorsWeights:
         self._check_adapter(self._to_change)
         if self._stored is not None and self._stored.settings:
             self._digests["quantization_config"] = blake2b(self._stored.settings.encode(), digest_size=16).digest()
+        if self.scheme.name:
+            self._digests["weights"] = blake2b(self.scheme.name.encode(), digest_size=16).digest()
         return self._digests
 
     def _is_empty_bias(self, name: str) -> bool:
@@ -384,6 +407,7 @@ class ShapesOnly:
     """Gives weights without values: builds a model that has shapes and costs but cannot run."""
 
     bank: AdapterBank | None = None
+    scheme = Scheme()
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -398,6 +422,9 @@ class ShapesOnly:
         if prod(shape) > MAX_SIZE:
             raise ModelError(f"config.json: weight {name} has {prod(shape)} numbers, at most {MAX_SIZE} are allowed")
         return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
+        return self.take(name, out, inputs)
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self.take(name, *shape).float()

@@ -10,7 +10,7 @@ from hybrid_cache.api.server.addresses import bind
 from hybrid_cache.api.server.tracing import endpoint_of
 from hybrid_cache.api.text.tool_formats import FORMATS
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.kernels.names import BACKENDS, DTYPES, LEAST_CONTEXT, STORED
+from hybrid_cache.kernels.names import BACKENDS, DTYPES, LEAST_CONTEXT, STORED, WEIGHTS
 from hybrid_cache.models import folders
 from hybrid_cache.models.files import errors_begin_with, is_there, read_json
 
@@ -52,12 +52,18 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_words(
-    *, backend: str = "auto", dtype: str = "auto", tool_parser: str = "auto", stored: str | None = None
+    *,
+    backend: str = "auto",
+    dtype: str = "auto",
+    weights: str = "auto",
+    tool_parser: str = "auto",
+    stored: str | None = None,
 ) -> None:
     """Values that are one of a few words; stored: the dtype of converted weights. Raises ConfigError."""
     known = {
         "backend": (backend, ("auto", *BACKENDS)),
         "dtype": (dtype, DTYPES),
+        "weights": (weights, WEIGHTS),
         "tool_parser": (tool_parser, ("auto", *FORMATS)),
     }
     if stored is not None:

@@ -24,6 +24,7 @@ from hybrid_cache.api.cli.options import (
     Model,
     Revision,
     Threads,
+    Weights,
     api_keys,
     read_api_keys,
 )
@@ -178,6 +179,7 @@ def serve(
     backend: Backend = "auto",
     fast: Fast = False,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -454,7 +456,7 @@ def serve(
         parse_bytes(record_limit),
         memory_of_record(record_memory, on=record is not None),
     )
-    early.check_words(backend=backend, dtype=dtype, tool_parser=tool_parser)
+    early.check_words(backend=backend, dtype=dtype, weights=weights, tool_parser=tool_parser)
     early.check_files(chat_template=chat_template, record_key=record_key)
     for path in profile or ():
         early.check_files(profile=path)
@@ -484,6 +486,7 @@ def serve(
             merge_adapters,
             max_model_len,
             folder,
+            weights,
         ),
         engine=engine,
         budget_bytes=budget_bytes,

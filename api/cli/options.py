@@ -58,6 +58,13 @@ Fast = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="What the model is computed in: auto, float32 or bfloat16.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="What the model's weights are rounded to when they are read: int8 or int4 in groups of 32, with rows in "
+        "bfloat16; bf16 for none. auto: as the file has them."
+    ),
+]
 Adapter = Annotated[
     str | None,
     typer.Option(help="LoRA adapter to merge: a folder in PEFT's layout, or embedded-choreo, which ships."),

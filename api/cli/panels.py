@@ -2,8 +2,8 @@
 
 OTHER = "Other options"
 PANELS = {
-    "Model": """model revision dtype backend threads fast max_model_len chat_template tool_parser served_model_name
-        special_tokens_in_content keep_billing_header""",
+    "Model": """model revision dtype weights backend threads fast max_model_len chat_template tool_parser
+        served_model_name special_tokens_in_content keep_billing_header""",
     "Memory and cache": """budget prefix_cache policy host_budget disk disk_budget message_book response_store
         response_store_mb response_ttl verify""",
     "Batching and queue": """max_running max_waiting max_tiles max_tiles_beside_decode max_step_ms order drain_timeout

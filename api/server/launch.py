@@ -42,6 +42,7 @@ class LoadOptions:
     merges: bool = False  # these adapters are merged into copies of what they change
     max_model_len: int | None = None  # tokens of context; None: as many as the model has
     path: Path | None = None  # of the model's folder, where it has been found already
+    weights: str = "auto"  # one of `names.WEIGHTS`
 
     @property
     def takes_adapters(self) -> bool:
@@ -93,6 +94,7 @@ class Loaded:
     asked_dtype: str = "auto"  # that folders of variants are read in, too
     trunk: ShapedModel | None = None  # the model, where adapters may stand beside it
     limit: int | None = None  # that contexts are cut to
+    weights: str = "auto"  # as they were asked for
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,15 +121,23 @@ def load(options: LoadOptions) -> Loaded:
     shelf = Shelf() if options.variants or options.adapters or options.shares else None
     trunk = None
     if options.takes_adapters:
-        trunk = loading.load_trunk(path, dtype=options.dtype, ops=ops, shelf=shelf, max_length=limit)
+        trunk = loading.load_trunk(
+            path, dtype=options.dtype, ops=ops, shelf=shelf, max_length=limit, weights=options.weights
+        )
     model = trunk or loading.load(
-        path, dtype=options.dtype, ops=ops, adapter=options.adapter, shelf=shelf, max_length=limit
+        path,
+        dtype=options.dtype,
+        ops=ops,
+        adapter=options.adapter,
+        shelf=shelf,
+        max_length=limit,
+        weights=options.weights,
     )
     dtype = str(model.cache_spec.hidden_dtype).removeprefix("torch.")
     info = replace(loading.describe(config, dtype=dtype), max_length=model.max_length)
     adapter = None if options.adapter is None else adapters.name_of(options.adapter)
     name = _name(options.model) if adapter is None else f"{_name(options.model)}+{adapter}"
-    loaded = Loaded(name, path, model, ops, info, adapter, (), shelf, options.dtype, trunk, limit)
+    loaded = Loaded(name, path, model, ops, info, adapter, (), shelf, options.dtype, trunk, limit, options.weights)
     variants = [load_variant(loaded, name, folder) for name, folder in options.variants.items()]
     variants += [
         load_variant(loaded, name, adapter=folder, merges=options.merges) for name, folder in options.adapters.items()
@@ -162,7 +172,13 @@ def load_variant(
         else:
             dtype = loaded.dtype_name if folder is None else loaded.asked_dtype
             model = loading.load(
-                path, dtype=dtype, ops=loaded.ops, adapter=adapter, shelf=loaded.shelf, max_length=loaded.limit
+                path,
+                dtype=dtype,
+                ops=loaded.ops,
+                adapter=adapter,
+                shelf=loaded.shelf,
+                max_length=loaded.limit,
+                weights=loaded.weights,
             )
             shared = loaded.shelf.num_shared_bytes / max(loaded.shelf.num_bytes, 1)
             own_bytes = loaded.shelf.num_own_bytes
@@ -211,6 +227,7 @@ def _beside(loaded: Loaded, shelf: Shelf, adapter: Adapter) -> tuple[HybridModel
             shelf=shelf,
             adapter=adapter,
             max_length=loaded.limit,
+            weights=loaded.weights,
         )
         num_bytes, num_shared, own_bytes = shelf.num_bytes, shelf.num_shared_bytes, shelf.num_own_bytes
     else:
@@ -226,7 +243,12 @@ def apart(loaded: Loaded, model: HybridModel) -> HybridModel:
     if loaded.trunk is None or trunk_of(model) is not loaded.trunk:
         return model
     twin = loading.load_trunk(
-        loaded.path, dtype=loaded.dtype_name, ops=loaded.ops, shelf=loaded.shelf, max_length=loaded.limit
+        loaded.path,
+        dtype=loaded.dtype_name,
+        ops=loaded.ops,
+        shelf=loaded.shelf,
+        max_length=loaded.limit,
+        weights=loaded.weights,
     )
     return model.on(twin) if isinstance(model, AdaptedModel) else twin
 

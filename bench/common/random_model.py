@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.device.batch import HybridModel
+from hybrid_cache.kernels.codes import Matrix
 from hybrid_cache.kernels.ops import Linear, Ops
 from hybrid_cache.models import registry
 from hybrid_cache.models.adapters import Adapter, LoraConfig
@@ -16,6 +17,7 @@ from hybrid_cache.models.bank import HEAD, AdapterBank
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.loading import beside
 from hybrid_cache.models.registry import ShapedModel
+from hybrid_cache.models.scheme import NOT_CODED, Scheme
 
 _SMALL = {
     "vocab_size": 512,
@@ -153,8 +155,10 @@ class RandomWeights:
         *,
         other: int = 0,
         first: int | None = None,
+        scheme: Scheme = NOT_CODED,
     ) -> None:
         """other: seed of the weights in layers from `first` on"""
+        self.scheme = scheme
         self.num_bytes = 0
         self.bank = bank
         self._device = device
@@ -167,6 +171,9 @@ class RandomWeights:
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self._draw(name, shape, self._dtype)
+
+    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
+        return self.scheme.matrix(self.take(name, out, inputs))
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self._draw(name, shape, torch.float32)
@@ -213,13 +220,14 @@ def random_model(
     adaptable: bool = False,
     other: int = 0,
     first: int | None = None,
+    scheme: Scheme = NOT_CODED,
 ) -> tuple[ShapedModel, int]:
     """-> a model of random weights on the device of `ops`, and the bytes of its weights.
 
     adaptable: adapters may stand beside it   other: seed of the weights in layers from `first` on
     """
     bank = AdapterBank(ops) if adaptable else None
-    weights = RandomWeights(ops.device, dtype, seed, bank, other=other, first=first)
+    weights = RandomWeights(ops.device, dtype, seed, bank, other=other, first=first, scheme=scheme)
     with ops.device:
         model = registry.find(config.get("model_type"))(Config(config), weights, ops, dtype)
     return model, weights.num_bytes

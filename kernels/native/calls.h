@@ -3,9 +3,17 @@
 #define HYBRID_CACHE_CALLS_H
 
 #include "layout.h"
+#include "low_rank.h"
 
-void linear(const uint16_t *x, int64_t stride, int64_t num_rows, int64_t in, int64_t out, const uint16_t *weight,
-            const float *bias, uint16_t *y, int64_t num_threads);
+/* A weight in the panels of linear.c, and what may stand beside it, or null. */
+typedef struct {
+    int64_t in, out, bits; /* 16 for bfloat16, 8 and 4 for codes */
+    const void *weight;
+    const float *bias; /* [out] or null */
+    const Beside *beside;
+} Linear;
+
+void linear(const Linear *w, const uint16_t *x, int64_t stride, int64_t num_rows, uint16_t *y, int64_t num_threads);
 
 void rms_norm(const void *x, int64_t stride, int64_t num_rows, int64_t size, const void *weight, float eps, void *out,
               int64_t num_threads, int64_t bf16);

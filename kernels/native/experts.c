@@ -4,8 +4,7 @@
 
 typedef struct {
     int64_t num_experts, num_choices, hidden, inner;
-    int64_t in_stride, out_stride;     /* elements from one expert's weight to the next */
-    const uint16_t *w_in, *w_out;      /* [num_experts] times [2 inner, hidden] and [hidden, inner], in panels */
+    const Linear *w_in, *w_out;        /* [num_experts] times [2 inner, hidden] and [hidden, inner] */
     int64_t max_threads, min_values;   /* of an operation, for more than one thread */
 } Experts;
 
@@ -40,12 +39,10 @@ void experts(const Experts *e, const uint16_t *rows, int64_t stride, int64_t num
         const int64_t count = start[i] - first;
         if (!count) continue;
         const int64_t threads = threads_for(e, count * hidden * inner / 8);
-        linear(x + first * hidden, hidden, count, hidden, 2 * inner, e->w_in + i * e->in_stride, 0,
-               wide + first * 2 * inner, threads);
+        linear(e->w_in + i, x + first * hidden, hidden, count, wide + first * 2 * inner, threads);
         silu_mul(wide + first * 2 * inner, 2 * inner, count, inner, gated + first * inner,
                  threads_for(e, count * inner), 1);
-        linear(gated + first * inner, inner, count, inner, hidden, e->w_out + i * e->out_stride, 0, y + first * hidden,
-               threads);
+        linear(e->w_out + i, gated + first * inner, inner, count, y + first * hidden, threads);
     }
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t i = 0; i < hidden; i += LANES) {

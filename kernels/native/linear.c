@@ -1,19 +1,32 @@
-/* y = x W^T + b in bfloat16, on CPUs with AVX-512: pairs of bfloat16 at a time where there is an instruction for it
- * (AVX512-BF16), else both of a pair in turn, in float32.
+/* y = x W^T + b with rows of bfloat16, on CPUs with AVX-512: pairs of bfloat16 at a time where there is an instruction
+ * for it (AVX512-BF16), else both of a pair in turn, in float32.
  *
- * W is packed in panels of 64 outputs, [panels, in / 2, 64, 2], so a panel is read as one stream. Each output is one
- * accumulator that takes the inputs in order, two at a time, whatever the number of rows: bits cannot depend on it.
+ * W is packed in panels of 64 outputs, so a panel is read as one stream: in bfloat16 [panels, in / 2, 64, 2], in fewer
+ * bits as low_bit.h says. Each output is one accumulator that takes the inputs in order, two at a time, whatever the
+ * number of rows: bits cannot depend on it.
  */
 #include "calls.h"
 #include "vec.h"
 
 #define PANEL 64
 #define BLOCK_ROWS 6
+#define PAIRS_AHEAD 8192 /* bytes that are asked for before they are needed */
 
 #ifdef __AVX512F__
 #include <immintrin.h>
 
+#include "low_bit.h"
+
 int64_t linear_supported(void) { return 1; }
+int64_t low_bit_supported(void) { return HAS_LOW_BIT; }
+
+/* Outputs [num_columns] of some rows: x `stride` elements apart, y `ldy`. */
+typedef struct {
+    int64_t in, stride, ldy, num_columns;
+    const void *weight;
+    const float *bias;
+    const Values *values;
+} Panel;
 
 #ifdef __AVX512BF16__
 /* acc[i][j] += the pair at x[i] times 16 pairs of the panel. */
@@ -51,59 +64,99 @@ INLINE void add_pairs(__m512 acc[][4], const uint16_t *x, int64_t stride, const 
 }
 #endif
 
-/* num_rows rows of x times one panel; num_rows is constant after inlining. */
-INLINE void panel_rows(const uint16_t *x, int64_t stride, int64_t in, const uint16_t *panel, const float *bias,
-                       uint16_t *y, int64_t ldy, int64_t num_columns, const int num_rows, const int ahead) {
-    __m512 acc[BLOCK_ROWS][4];
-    for (int i = 0; i < num_rows; i++)
-        for (int j = 0; j < 4; j++) acc[i][j] = _mm512_setzero_ps();
+/* acc[i][j] = num_rows rows of x times one panel of bfloat16. */
+INLINE void add_panel(__m512 acc[][4], const uint16_t *x, int64_t stride, int64_t in, const uint16_t *panel,
+                      const int num_rows, const int ahead) {
     for (int64_t k = 0; k < in; k += 2) {
         const uint16_t *pairs = panel + k * PANEL;
         if (ahead)
-            for (int j = 0; j < 4; j++) _mm_prefetch((const char *)(pairs + 32 * j) + ahead, _MM_HINT_T0);
+            for (int j = 0; j < 4; j++) _mm_prefetch((const char *)(pairs + 32 * j) + PAIRS_AHEAD, _MM_HINT_T0);
         add_pairs(acc, x + k, stride, pairs, num_rows);
     }
+}
+
+/* num_rows rows of x times one panel; num_rows, bits and ahead are constant after inlining. */
+INLINE void panel_rows(const Panel *p, const uint16_t *x, uint16_t *y, const int bits, const int num_rows,
+                       const int ahead) {
+    __m512 acc[BLOCK_ROWS][4];
+    for (int i = 0; i < num_rows; i++)
+        for (int j = 0; j < 4; j++) acc[i][j] = _mm512_setzero_ps();
+    if (bits == 16)
+        add_panel(acc, x, p->stride, p->in, p->weight, num_rows, ahead);
+    else
+        add_groups(acc, x, p->stride, p->in, p->weight, p->values, bits, num_rows, ahead);
     for (int i = 0; i < num_rows; i++)
         for (int j = 0; j < 4; j++)
-            if (LANES * j < num_columns) {
+            if (LANES * j < p->num_columns) {
                 vf v = (vf)acc[i][j];
-                if (bias) v += load_n(bias, LANES * j, num_columns - LANES * j, 0);
-                store_n(y + i * ldy, LANES * j, v, num_columns - LANES * j, 1);
+                if (p->bias) v += load_n(p->bias, LANES * j, p->num_columns - LANES * j, 0);
+                store_n(y + i * p->ldy, LANES * j, v, p->num_columns - LANES * j, 1);
             }
 }
 
-#define ROWS(n)                                                                                        \
-    case n:                                                                                            \
-        panel_rows(x, stride, in, panel, bias, y, ldy, num_columns, n, ahead);                         \
+#define ROWS(n)                                   \
+    case n:                                       \
+        panel_rows(p, x, y, bits, n, ahead);      \
         break
 
-INLINE void some_rows(const uint16_t *x, int64_t stride, int64_t in, const uint16_t *panel, const float *bias,
-                      uint16_t *y, int64_t ldy, int64_t num_columns, int64_t num_rows, const int ahead) {
+INLINE void some_rows(const Panel *p, const uint16_t *x, uint16_t *y, int64_t num_rows, const int bits,
+                      const int ahead) {
     switch (num_rows) {
         ROWS(1);
         ROWS(2);
         ROWS(3);
         ROWS(4);
         ROWS(5);
-        default: panel_rows(x, stride, in, panel, bias, y, ldy, num_columns, BLOCK_ROWS, ahead);
+        default: panel_rows(p, x, y, bits, BLOCK_ROWS, ahead);
     }
 }
 
-/* bias [out] float32 or null; rows of x `stride` elements apart; y [num_rows, out] contiguous. */
-void linear(const uint16_t *x, int64_t stride, int64_t num_rows, int64_t in, int64_t out, const uint16_t *weight,
-            const float *bias, uint16_t *y, int64_t num_threads) {
-    const int64_t num_panels = (out + PANEL - 1) / PANEL;
+INLINE void all_rows(const Panel *p, const uint16_t *x, uint16_t *y, int64_t num_rows, const int bits) {
+    some_rows(p, x, y, num_rows, bits, 1);
+    for (int64_t r = BLOCK_ROWS; r < num_rows; r += BLOCK_ROWS)
+        some_rows(p, x + r * p->stride, y + r * p->ldy, num_rows - r, bits, 0);
+}
+
+static void rows_of_4(const Panel *p, const uint16_t *x, uint16_t *y, int64_t num_rows) {
+    all_rows(p, x, y, num_rows, 4);
+}
+
+static void rows_of_8(const Panel *p, const uint16_t *x, uint16_t *y, int64_t num_rows) {
+    all_rows(p, x, y, num_rows, 8);
+}
+
+static void rows_of_16(const Panel *p, const uint16_t *x, uint16_t *y, int64_t num_rows) {
+    all_rows(p, x, y, num_rows, 16);
+}
+
+static int64_t panel_bytes(const Linear *w) {
+    return w->bits == 16 ? 2 * w->in * PANEL : w->in / GROUP * group_bytes(w->bits);
+}
+
+/* rows of x `stride` elements apart; y [num_rows, out] contiguous. */
+void linear(const Linear *w, const uint16_t *x, int64_t stride, int64_t num_rows, uint16_t *y, int64_t num_threads) {
+    const int64_t num_panels = (w->out + PANEL - 1) / PANEL;
 #pragma omp parallel num_threads(num_threads)
     {
         FLUSH_SUBNORMALS;
+        const Values v = w->bits == 16 ? (Values){0} : values();
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < num_panels; p++) {
-            const uint16_t *panel = weight + p * in * PANEL;
-            const float *b = bias ? bias + p * PANEL : 0;
-            const int64_t n = out - p * PANEL < PANEL ? out - p * PANEL : PANEL;
-            some_rows(x, stride, in, panel, b, y + p * PANEL, out, n, num_rows, 8192);
-            for (int64_t r = BLOCK_ROWS; r < num_rows; r += BLOCK_ROWS)
-                some_rows(x + r * stride, stride, in, panel, b, y + r * out + p * PANEL, out, n, num_rows - r, 0);
+        for (int64_t i = 0; i < num_panels; i++) {
+            const int64_t first = i * PANEL;
+            const Panel p = {
+                .in = w->in,
+                .stride = stride,
+                .ldy = w->out,
+                .num_columns = w->out - first < PANEL ? w->out - first : PANEL,
+                .weight = (const char *)w->weight + i * panel_bytes(w),
+                .bias = w->bias ? w->bias + first : 0,
+                .values = &v,
+            };
+            switch (w->bits) {
+                case 4: rows_of_4(&p, x, y + first, num_rows); break;
+                case 8: rows_of_8(&p, x, y + first, num_rows); break;
+                default: rows_of_16(&p, x, y + first, num_rows);
+            }
         }
     }
 }
@@ -111,10 +164,10 @@ void linear(const uint16_t *x, int64_t stride, int64_t num_rows, int64_t in, int
 #else
 
 int64_t linear_supported(void) { return 0; }
+int64_t low_bit_supported(void) { return 0; }
 
-void linear(const uint16_t *x, int64_t stride, int64_t num_rows, int64_t in, int64_t out, const uint16_t *weight,
-            const float *bias, uint16_t *y, int64_t num_threads) {
-    (void)x, (void)stride, (void)num_rows, (void)in, (void)out, (void)weight, (void)bias, (void)y, (void)num_threads;
+void linear(const Linear *w, const uint16_t *x, int64_t stride, int64_t num_rows, uint16_t *y, int64_t num_threads) {
+    (void)w, (void)x, (void)stride, (void)num_rows, (void)y, (void)num_threads;
 }
 
 #endif

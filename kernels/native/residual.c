@@ -1,15 +1,6 @@
 /* hidden += multiplier * part(norm(hidden)) in one call, in bfloat16: the calls it is made of, and so their bits. */
 #include "calls.h"
-#include "low_rank.h"
 #include "vec.h"
-
-/* A weight in the panels of linear.c, and what may stand beside it, or null. */
-typedef struct {
-    int64_t in, out;
-    const uint16_t *weight;
-    const float *bias;
-    const Beside *beside;
-} Linear;
 
 typedef struct {
     uint16_t *hidden; /* [num_rows, size], contiguous */
@@ -25,7 +16,7 @@ static int64_t threads_for(const Residual *r, int64_t num_values) {
 
 static void product(const Residual *r, const Linear *w, const uint16_t *x, uint16_t *y) {
     const int64_t threads = threads_for(r, r->num_rows * w->in * w->out / 16);
-    linear(x, w->in, r->num_rows, w->in, w->out, w->weight, w->bias, y, threads);
+    linear(w, x, w->in, r->num_rows, y, threads);
     if (w->beside && w->beside->adapted->num_blocks)
         add_low_rank(w->beside, x, w->in, y, threads_for(r, w->beside->adapted->num_rows * (w->in + w->out)));
 }

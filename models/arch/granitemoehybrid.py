@@ -9,7 +9,7 @@ from hybrid_cache.errors import ModelError
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention, Rotary
 from hybrid_cache.models.blocks.common import FeedForward, hidden_norm, linear
-from hybrid_cache.models.blocks.feed_forward import MLP, MoE, softmax_of_chosen
+from hybrid_cache.models.blocks.feed_forward import MLP, MoE, matrices_of, softmax_of_chosen
 from hybrid_cache.models.blocks.mamba import Mamba2
 from hybrid_cache.models.blocks.model import CausalModel
 from hybrid_cache.models.blocks.stack import HybridStack, PreNormLayer
@@ -138,10 +138,10 @@ def _moe(config: Config, weights: Weights, ops: Ops) -> MoE | None:
     num_active = config.integer("num_experts_per_tok", 2, at_most=num_experts)
     return MoE(
         MoEShape(hidden, inner, num_experts, num_active),
-        router=linear(ops, weights, {"router.layer": num_experts}, hidden),
+        router=linear(ops, weights, {"router.layer": num_experts}, hidden, coded=False),
         experts=ops.experts(
-            list(weights.take("input_linear.weight", num_experts, 2 * inner, hidden)),
-            list(weights.take("output_linear.weight", num_experts, hidden, inner)),
+            matrices_of(weights, weights.take("input_linear.weight", num_experts, 2 * inner, hidden)),
+            matrices_of(weights, weights.take("output_linear.weight", num_experts, hidden, inner)),
         ),
         route=softmax_of_chosen,
     )

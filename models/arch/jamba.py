@@ -2,6 +2,7 @@
 
 import torch
 
+from hybrid_cache.kernels.codes import joined
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.blocks.attention import Attention
 from hybrid_cache.models.blocks.common import Norm, hidden_norm, linear
@@ -103,13 +104,12 @@ def _moe(config: Config, weights: Weights, ops: Ops) -> MoE:
     w_in, w_out = [], []
     for i in range(num_experts):
         expert = Scope(weights, f"experts.{i}.")
-        gate, up = expert.take("gate_proj.weight", inner, hidden), expert.take("up_proj.weight", inner, hidden)
-        w_in.append(torch.cat([gate, up]))
-        w_out.append(expert.take("down_proj.weight", hidden, inner))
+        w_in.append(joined([expert.take_matrix(f"{name}_proj.weight", inner, hidden) for name in ("gate", "up")]))
+        w_out.append(expert.take_matrix("down_proj.weight", hidden, inner))
     num_active = config.integer("num_experts_per_tok", 2, at_most=num_experts)
     return MoE(
         MoEShape(hidden, inner, num_experts, num_active),
-        router=linear(ops, weights, {"router": num_experts}, hidden),
+        router=linear(ops, weights, {"router": num_experts}, hidden, coded=False),
         experts=ops.experts(w_in, w_out),
         route=chosen_of_softmax,
     )

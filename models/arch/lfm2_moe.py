@@ -31,7 +31,7 @@ def _feed_forward(index: int, config: Config, weights: Weights, ops: Ops) -> MLP
     )
     return MoE(
         shape,
-        router=linear(ops, weights, {"gate": num_experts}, shape.hidden),
+        router=linear(ops, weights, {"gate": num_experts}, shape.hidden, coded=False),
         experts=ops.experts(*expert_matrices(weights, shape, gate="w1", up="w3", down="w2")),
         route=SigmoidRouter(
             weights.take_float32("expert_bias", num_experts) if config.flag("use_expert_bias", True) else None,

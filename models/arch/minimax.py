@@ -135,7 +135,7 @@ def _moe(config: Config, weights: Weights, ops: Ops) -> MoE:
     )
     return MoE(
         shape,
-        router=linear(ops, weights, {"gate": num_experts}, shape.hidden),
+        router=linear(ops, weights, {"gate": num_experts}, shape.hidden, coded=False),
         experts=ops.experts(*expert_matrices(weights, shape, gate="w1", up="w3", down="w2")),
         route=softmax_of_chosen,
     )

@@ -181,8 +181,8 @@ def _moe(config: Config, weights: Weights, ops: Ops) -> Experts:
         ops.linear(weights.take_float32("gate.weight", num_experts, hidden)),
         router,
         ops.experts(
-            [expert.take("up_proj.weight", inner, width) for expert in experts],
-            [expert.take("down_proj.weight", width, inner) for expert in experts],
+            [expert.take_matrix("up_proj.weight", inner, width) for expert in experts],
+            [expert.take_matrix("down_proj.weight", width, inner) for expert in experts],
             _activation(config),
         ),
         None if latent is None else _latent(config, weights, ops, latent),

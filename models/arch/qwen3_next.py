@@ -127,7 +127,7 @@ def _delta_projection(shape: GatedDeltaShape, weights: Weights, ops: Ops) -> Lin
         *qkvz.view(s.num_groups, -1, s.hidden).split_with_sizes([s.d_state, s.d_state, values, values], dim=1),
         *ba.view(s.num_groups, -1, s.hidden).split_with_sizes([heads, heads], dim=1),
     ]
-    return ops.linear(torch.cat([part.flatten(0, 1) for part in parts]))
+    return ops.linear(weights.scheme.matrix(torch.cat([part.flatten(0, 1) for part in parts])))
 
 
 def _attention(config: Config, weights: Weights, ops: Ops, dtype: torch.dtype) -> Attention:
@@ -168,7 +168,7 @@ def moe(
     shape = MoEShape(hidden, inner, num_experts, num_active)
     return GatedSharedMoE(
         shape,
-        router=linear(ops, weights, {"gate": num_experts, "shared_expert_gate": 1}, shape.hidden),
+        router=linear(ops, weights, {"gate": num_experts, "shared_expert_gate": 1}, shape.hidden, coded=False),
         experts=ops.experts(*expert_matrices(weights, shape)),
         route=softmax_of_chosen if normalised else chosen_of_softmax,
         shared=mlp(config, "shared_expert_intermediate_size", 512, Scope(weights, "shared_expert."), ops),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.device.batch import ForwardBatch
+from hybrid_cache.kernels.codes import joined
 from hybrid_cache.kernels.elementwise import add
 from hybrid_cache.kernels.ops import KVTensors, Linear, NormWeights, Ops, StateTensors
 from hybrid_cache.models.config import Config
@@ -21,14 +22,24 @@ CacheEntry = KVTensors | StateTensors
 RowNorm = Callable[[Tensor], Tensor]  # [R, size] -> [R, size]
 
 
-def linear(ops: Ops, weights: Weights, parts: Mapping[str, int], in_features: int, *, bias: bool = False) -> Linear:
+def linear(
+    ops: Ops,
+    weights: Weights,
+    parts: Mapping[str, int],
+    in_features: int,
+    *,
+    bias: bool = False,
+    coded: bool = True,
+) -> Linear:
     """One packed projection for `parts` (name -> output features), all of the same input, outputs side by side.
 
-    Adapters may stand beside each part.
+    Adapters may stand beside each part. coded: multiplied as the scheme of the weights says, else in the rows' type,
+    as where a choice hangs on the outputs
     """
-    matrices = [weights.take(f"{name}.weight", size, in_features) for name, size in parts.items()]
+    take = weights.take_matrix if coded else weights.take
+    matrices = [take(f"{name}.weight", size, in_features) for name, size in parts.items()]
     biases = [weights.take(f"{name}.bias", size) for name, size in parts.items()] if bias else []
-    packed = ops.linear(_join(matrices), _join(biases) if bias else None)
+    packed = ops.linear(joined(matrices), torch.cat(biases) if bias else None)
     return weights.beside(packed, {f"{name}.weight": size for name, size in parts.items()})
 
 
@@ -48,10 +59,6 @@ class _Tail:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._projection(x)[:, self._first :]
-
-
-def _join(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def linear_shape(part: Linear) -> LinearShape:

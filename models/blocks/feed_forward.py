@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hybrid_cache.kernels.codes import Matrix, joined
 from hybrid_cache.kernels.elementwise import gated, sigmoid
 from hybrid_cache.kernels.ops import Experts, Linear, Ops
 from hybrid_cache.models.blocks.common import FeedForward, Norm, linear
@@ -209,7 +210,7 @@ class GatedSharedMoE(FeedForward):
 
 def expert_matrices(
     weights: Weights, shape: MoEShape, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Matrix], list[Matrix]]:
     """For each expert gate and up [2 * inner, hidden], and down [hidden, inner], as `ops.experts` takes them.
 
     The file has `experts.{i}.{gate, up, down}.weight`, or all experts in two tensors.
@@ -217,7 +218,14 @@ def expert_matrices(
     hidden, inner, num_experts = shape.hidden, shape.inner, shape.num_experts
     if weights.has("experts.gate_up_proj"):
         w_in = weights.take("experts.gate_up_proj", num_experts, 2 * inner, hidden)
-        return list(w_in), list(weights.take("experts.down_proj", num_experts, hidden, inner))
+        return matrices_of(weights, w_in), matrices_of(
+            weights, weights.take("experts.down_proj", num_experts, hidden, inner)
+        )
     experts = [Scope(weights, f"experts.{i}.") for i in range(num_experts)]
-    w_in_each = [torch.cat([e.take(f"{name}.weight", inner, hidden) for name in (gate, up)]) for e in experts]
-    return w_in_each, [e.take(f"{down}.weight", hidden, inner) for e in experts]
+    w_in_each = [joined([e.take_matrix(f"{name}.weight", inner, hidden) for name in (gate, up)]) for e in experts]
+    return w_in_each, [e.take_matrix(f"{down}.weight", hidden, inner) for e in experts]
+
+
+def matrices_of(weights: Weights, experts: Tensor) -> list[Matrix]:
+    """[experts, out, in], taken as one, -> each as it is multiplied."""
+    return [weights.scheme.matrix(each) for each in experts]

@@ -225,4 +225,6 @@ def _split_pairs(ops: Ops, weights: Weights, name: str, shape: Mamba1Shape, *, b
     inner, hidden = shape.inner, shape.hidden
     matrix = weights.take(f"{name}.weight", 2 * inner, hidden).view(inner, 2, hidden).transpose(0, 1)
     pairs = weights.take(f"{name}.bias", 2 * inner).view(inner, 2).T if bias else None
-    return ops.linear(matrix.reshape(2 * inner, hidden), None if pairs is None else pairs.reshape(2 * inner))
+    return ops.linear(
+        weights.scheme.matrix(matrix.reshape(2 * inner, hidden)), None if pairs is None else pairs.reshape(2 * inner)
+    )

@@ -99,9 +99,9 @@ class CausalModel:
         self._embedding_multiplier = embedding_multiplier
         self._stack = stack
         if tied and not weights.has(HEAD):
-            self._head = ops.linear(self._embedding)
+            self._head = ops.linear(weights.scheme.head(self._embedding))
         else:
-            packed = ops.linear(weights.take(HEAD, self.vocab_size, hidden))
+            packed = ops.linear(weights.scheme.head(weights.take(HEAD, self.vocab_size, hidden)))
             self._head = weights.beside(packed, {HEAD: self.vocab_size})
         self._norm = norm
         self._logits_divisor = logits_divisor
