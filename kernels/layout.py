@@ -4,7 +4,7 @@ A batch has R rows of tokens and no batch axis:
 
     [0, decode_row)                          chunks of prompts, one after the other
     [decode_row, decode_row + num_decode)    decode rows, one token of one sequence each
-    [..., R)                                 padding, so that R >= MIN_ROWS; computed and ignored
+    [..., R)                                 padding, where a backend pads; computed and ignored
 
 A *chunk* is a run of consecutive tiles of one sequence. Where results must be exact it starts at a multiple of TILE in
 that sequence, so a token sits in the same row of the same tile whether or not earlier tokens came from the cache: this
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.kernels.decode_schedule import DecodeSchedule
-from hybrid_cache.kernels.grid import MIN_ROWS, TILE
+from hybrid_cache.kernels.grid import TILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,4 +87,4 @@ def place_rows(lengths: Sequence[int], num_decode: int, *, packed: bool) -> tupl
     for length in lengths:
         rows.append(row)
         row += length if packed else -(-length // TILE) * TILE
-    return rows, row, max(row + num_decode, MIN_ROWS)
+    return rows, row, row + num_decode

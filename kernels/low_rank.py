@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.ops import Linear, RowAdapters
 
 MAX_RANK = 1024
@@ -48,7 +47,6 @@ class Group:
 
     factors: PackedFactors
     rows: Tensor  # [n] int64
-    padded: Tensor  # [MIN_ROWS or more]: the rows, then the first of them again
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +113,7 @@ class TorchBank:
         return [(cast(PackedFactors, f), own) for f, own in zip(self._adapters.factors, rows, strict=True) if own]
 
     def _group(self, factors: PackedFactors, rows: list[int]) -> Group:
-        padded = torch.tensor([*rows, *rows[:1] * (MIN_ROWS - len(rows))], device=self._device)
-        return Group(factors, padded[: len(rows)], padded)
+        return Group(factors, torch.tensor(rows, device=self._device))
 
     def _adaptable(self, base: Linear, parts: Sequence[Part]) -> Linear:
         return AdaptableLinear(self, base, parts)
@@ -137,5 +134,5 @@ class AdaptableLinear:
                 pair = group.factors.pairs[part.place]
                 if pair is not None:
                     columns = y[:, part.first : part.first + part.size]
-                    columns[group.rows] += pair(x[group.padded])[: len(group.rows)]
+                    columns[group.rows] += pair(x[group.rows])
         return y

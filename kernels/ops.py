@@ -99,7 +99,7 @@ class Linear(Protocol):
     out_features: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [R, in_features] -> [R, out_features]; R >= MIN_ROWS for exact results."""
+        """x [R, in_features] -> [R, out_features]."""
         ...
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hybrid_cache.kernels.grid import MIN_ROWS, TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.kernels.problems import (
     CPU,
@@ -30,7 +30,7 @@ from hybrid_cache.kernels.problems import (
     token,
 )
 
-NUM_ROWS = (MIN_ROWS, 5, 17, TILE, TILE + 1, 3 * TILE + 4, 5 * TILE)
+NUM_ROWS = (1, 2, 3, 4, 5, 17, TILE, TILE + 1, 3 * TILE + 4, 5 * TILE)
 CUTS = ((3,), (1, 3), (1, 2, 3))  # tiles of the first call, first two calls ... of a prompt of less than four tiles
 PROMPT = 3 * TILE + 9
 OFF_GRID = (TILE - 27, TILE + 36)  # tokens of the prompt before each cut

@@ -59,6 +59,8 @@ class PlainLinear:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        if len(x) < MIN_ROWS:
+            return self(_padded_rows(x))[: len(x)]
         return F.linear(x, self._weight, self._bias)
 
 
@@ -78,6 +80,8 @@ class PackedLinear:
         self._apply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
+        if len(x) < MIN_ROWS:
+            return self(_padded_rows(x))[: len(x)]
         num_threads = torch.get_num_threads()
         if num_threads == 1 or not self._in_one_thread:
             return self._apply(x, self._weight, self._bias, "none", [], "")
@@ -86,6 +90,11 @@ class PackedLinear:
             return self._apply(x, self._weight, self._bias, "none", [], "")
         finally:
             torch.set_num_threads(num_threads)
+
+
+def _padded_rows(x: Tensor) -> Tensor:
+    """With rows of zeros, which are multiplied and dropped."""
+    return F.pad(x, (0, 0, 0, MIN_ROWS - len(x)))
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -142,9 +151,7 @@ class LoopExperts:
         return _weighted_sum(choices.view(len(x), num_choices, -1), expert_weights).to(x.dtype)
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
-        missing = MIN_ROWS - len(rows)
-        padded = F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
-        return self._w_out[expert](self._act(self._w_in[expert](padded)))[: len(rows)]
+        return self._w_out[expert](self._act(self._w_in[expert](rows)))
 
 
 def _weighted_sum(choices: Tensor, shares: Tensor) -> Tensor:
@@ -270,7 +277,7 @@ class TorchOps:
             for first, end in run.tiles:
                 rows, last = slice(run.row + first, run.row + end), run.start + first + TILE
                 keys, values = _gather(kv, run.pages[: -(-last // TILE)], run.start + end, last)
-                out[rows] = _attend_tile(_padded(q[rows]), keys, values, scale, window)[: rows.stop - rows.start]
+                out[rows] = _attend_tile(_padded_rows(q[rows]), keys, values, scale, window)[: rows.stop - rows.start]
         for run in runs.decodes:
             keys, values = _gather(kv, run.pages, run.end, TILE * len(run.pages))
             first = 0 if window is None else max(0, run.end - window)
@@ -405,7 +412,7 @@ class TorchOps:
             h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
             for first, end in run.tiles:
                 rows = slice(run.row + first, run.row + end)
-                h, y_tile = compute_tile(h, *(_padded(x[rows]) for x in (q, k, v_wide, g, beta)))
+                h, y_tile = compute_tile(h, *(_padded_rows(x[rows]) for x in (q, k, v_wide, g, beta)))
                 y[rows] = y_tile[: end - first]
                 if end in points:
                     state[points[end]] = h
@@ -571,7 +578,9 @@ def _scan_chunk(
     h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
     for first, end in run.tiles:
         rows = slice(run.row + first, run.row + end)
-        h, y_tile = scan_tile(h, _padded(x[rows]), _padded(dt[rows]), _padded(B[rows]), _padded(C[rows]), A)
+        h, y_tile = scan_tile(
+            h, _padded_rows(x[rows]), _padded_rows(dt[rows]), _padded_rows(B[rows]), _padded_rows(C[rows]), A
+        )
         y[rows] = y_tile[: end - first]
         if end in points:
             state[points[end]] = h

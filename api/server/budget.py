@@ -35,7 +35,7 @@ from hybrid_cache.cache.fates import RECORDS_BYTES
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.device.free_memory import ROOT, FreeMemory, free_memory, taken
 from hybrid_cache.errors import ConfigError
-from hybrid_cache.kernels.grid import MIN_ROWS, TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.shapes import LayerShape, ModelShape
 from hybrid_cache.sizes import format_bytes
 from hybrid_cache.spec import AttentionSpec, CacheSpec
@@ -157,7 +157,7 @@ def beside(
     """What a process with these settings takes beside weights and cache."""
     spec, hidden = shape.cache_spec, shape.hidden_size
     widest = max(layer.cost.per_token for layer in shape.layers) / (2 * hidden)  # a number is a product of `hidden`
-    rows = TILE * config.max_tiles + max(config.max_running, MIN_ROWS)
+    rows = TILE * config.max_tiles + config.max_running
     on_gpu = device is not None and device.type == "cuda"
     return Beside(
         step=int(rows * (2 * widest + WIDE_ROWS * hidden) * 4) * (1 if on_gpu else 2),

@@ -19,7 +19,6 @@ from rich.table import Table
 from torch import Tensor
 
 from hybrid_cache.kernels.dispatch import select
-from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.models.quantized import GROUP
 
 ROWS = (1, 4, 16, 64, 512)
@@ -58,12 +57,7 @@ def measure(out_features: int, in_features: int, rows: int, rounds: int, backend
 
 def _products(weight: Tensor, backend: str) -> Mapping[str, Product]:
     ours = select(backend).linear(weight.bfloat16())
-
-    def bfloat16(x: Tensor) -> Tensor:
-        missing = MIN_ROWS - len(x)  # the server pads as well
-        return ours(torch.nn.functional.pad(x, (0, 0, 0, missing)))[: len(x)] if missing > 0 else ours(x)
-
-    return {"ours": bfloat16, "int8": _int8(weight), "int4": _int4(weight)}
+    return {"ours": ours, "int8": _int8(weight), "int4": _int4(weight)}
 
 
 def _int8(weight: Tensor) -> Product:

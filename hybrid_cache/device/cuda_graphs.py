@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from hybrid_cache.device.batch import ForwardBatch, HybridModel
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.kernels.decode_schedule import PAGES_PER_SPLIT, DecodeSchedule, DeviceBlocks
-from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.shared_prefix import schedule_shared, with_schedule
 
 MAX_ROWS = 512  # with more, a step is long enough to hide its launches
@@ -172,7 +171,7 @@ def pad_decodes(batch: ForwardBatch, num_decode: int, num_pages: int, scratch_sl
     """
     layout = batch.layout
     assert layout.num_tiles == 0
-    more, num_rows = num_decode - layout.num_decode, max(num_decode, MIN_ROWS)
+    more, num_rows = num_decode - layout.num_decode, num_decode
     more_rows = num_rows - layout.num_rows
     table = layout.page_table
     return ForwardBatch(

@@ -18,7 +18,7 @@ from hybrid_cache.device.inputs import HeldInputs, KeptInputs, SentInputs
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.sampler import choose_tokens, log_probabilities
 from hybrid_cache.errors import HybridCacheError
-from hybrid_cache.kernels.grid import MIN_ROWS, TILE
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
 from hybrid_cache.kernels.ops import RowAdapters
 from hybrid_cache.kernels.shared_prefix import with_schedule
@@ -297,7 +297,7 @@ class Worker:
         try:
             return model.logits(hidden) if adapters is None else cast(Trunk, model).logits(hidden, adapters)
         except (RuntimeError, MemoryError) as error:
-            if len(hidden) <= MIN_ROWS or not is_out_of_memory(error):
+            if len(hidden) == 1 or not is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()
         halves = torch.arange(len(hidden)).chunk(2)

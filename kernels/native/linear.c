@@ -5,11 +5,14 @@
  * bits as low_bit.h says. Each output is one accumulator that takes the inputs in order, two at a time, whatever the
  * number of rows: bits cannot depend on it.
  */
+#include <stdlib.h>
+
 #include "calls.h"
 #include "vec.h"
 
 #define PANEL 64
 #define BLOCK_ROWS 6
+#define EXPANDED 0 /* in place of a number of bits */
 #define PAIRS_AHEAD 8192 /* bytes that are asked for before they are needed */
 
 #ifdef __AVX512F__
@@ -26,6 +29,7 @@ typedef struct {
     const void *weight;
     const float *bias;
     const Values *values;
+    const float *scales; /* of an expanded panel */
 } Panel;
 
 #ifdef __AVX512BF16__
@@ -83,6 +87,8 @@ INLINE void panel_rows(const Panel *p, const uint16_t *x, uint16_t *y, const int
         for (int j = 0; j < 4; j++) acc[i][j] = _mm512_setzero_ps();
     if (bits == 16)
         add_panel(acc, x, p->stride, p->in, p->weight, num_rows, ahead);
+    else if (bits == EXPANDED)
+        add_expanded(acc, x, p->stride, p->in, p->weight, p->scales, num_rows);
     else
         add_groups(acc, x, p->stride, p->in, p->weight, p->values, bits, num_rows, ahead);
     for (int i = 0; i < num_rows; i++)
@@ -112,7 +118,7 @@ INLINE void some_rows(const Panel *p, const uint16_t *x, uint16_t *y, int64_t nu
 }
 
 INLINE void all_rows(const Panel *p, const uint16_t *x, uint16_t *y, int64_t num_rows, const int bits) {
-    some_rows(p, x, y, num_rows, bits, 1);
+    if (num_rows > 0) some_rows(p, x, y, num_rows, bits, 1);
     for (int64_t r = BLOCK_ROWS; r < num_rows; r += BLOCK_ROWS)
         some_rows(p, x + r * p->stride, y + r * p->ldy, num_rows - r, bits, 0);
 }
@@ -125,6 +131,10 @@ static void rows_of_8(const Panel *p, const uint16_t *x, uint16_t *y, int64_t nu
     all_rows(p, x, y, num_rows, 8);
 }
 
+static void rows_expanded(const Panel *p, const uint16_t *x, uint16_t *y, int64_t num_rows) {
+    all_rows(p, x, y, num_rows, EXPANDED);
+}
+
 static void rows_of_16(const Panel *p, const uint16_t *x, uint16_t *y, int64_t num_rows) {
     all_rows(p, x, y, num_rows, 16);
 }
@@ -133,17 +143,27 @@ static int64_t panel_bytes(const Linear *w) {
     return w->bits == 16 ? 2 * w->in * PANEL : w->in / GROUP * group_bytes(w->bits);
 }
 
-/* rows of x `stride` elements apart; y [num_rows, out] contiguous. */
+/* Whether so many rows make up for it. */
+static int expands(const Linear *w, int64_t num_rows) { return w->bits != 16 && num_rows >= (w->bits == 4 ? 128 : 32); }
+
+static size_t expanded_bytes(int64_t in) {
+    return (size_t)in * PANEL * sizeof(uint16_t) + (size_t)(in / GROUP) * PANEL * sizeof(float);
+}
+
+/* rows of x `stride` elements apart; y [num_rows, out] contiguous. Without memory for panels that are expanded, codes are
+ * read for each block of rows: slower, and the same sums. */
 void linear(const Linear *w, const uint16_t *x, int64_t stride, int64_t num_rows, uint16_t *y, int64_t num_threads) {
     const int64_t num_panels = (w->out + PANEL - 1) / PANEL;
 #pragma omp parallel num_threads(num_threads)
     {
         FLUSH_SUBNORMALS;
         const Values v = w->bits == 16 ? (Values){0} : values();
+        float *scales = expands(w, num_rows) ? malloc(expanded_bytes(w->in)) : 0;
+        uint16_t *pairs = scales ? (uint16_t *)(scales + w->in / GROUP * PANEL) : 0;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < num_panels; i++) {
             const int64_t first = i * PANEL;
-            const Panel p = {
+            Panel p = {
                 .in = w->in,
                 .stride = stride,
                 .ldy = w->out,
@@ -151,13 +171,23 @@ void linear(const Linear *w, const uint16_t *x, int64_t stride, int64_t num_rows
                 .weight = (const char *)w->weight + i * panel_bytes(w),
                 .bias = w->bias ? w->bias + first : 0,
                 .values = &v,
+                .scales = scales,
             };
-            switch (w->bits) {
+            if (pairs) {
+                if (w->bits == 4)
+                    expand(p.weight, p.in, &v, 4, pairs, scales);
+                else
+                    expand(p.weight, p.in, &v, 8, pairs, scales);
+                p.weight = pairs;
+            }
+            switch (pairs ? EXPANDED : w->bits) {
                 case 4: rows_of_4(&p, x, y + first, num_rows); break;
                 case 8: rows_of_8(&p, x, y + first, num_rows); break;
+                case EXPANDED: rows_expanded(&p, x, y + first, num_rows); break;
                 default: rows_of_16(&p, x, y + first, num_rows);
             }
         }
+        free(scales);
     }
 }
 

@@ -56,6 +56,26 @@ INLINE __m512bh pair_at(const uint16_t *x) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
+/* Two of eight inputs of 16 outputs. */
+INLINE __m512bh pairs_of_4(__m512i codes, const int t, const Values *v) {
+    return (__m512bh)_mm512_permutexvar_epi16(t ? _mm512_srli_epi16(codes, 4 * t) : codes, v->four);
+}
+
+/* Two inputs of 32 outputs. */
+INLINE void pairs_of_8(__m512i codes, const Values *v, __m512bh *w) {
+    const __m512i sign = _mm512_set1_epi8((char)0x80), least = _mm512_set1_epi8((char)(bits_of(-128) >> 8));
+    __m512i upper = _mm512_permutex2var_epi8(v->upper[0], codes, v->upper[1]);
+    const __m512i lower = _mm512_permutex2var_epi8(v->lower[0], codes, v->lower[1]);
+    upper = _mm512_ternarylogic_epi32(upper, codes, sign, 0xf8); /* upper | (codes & sign) */
+    upper = _mm512_mask_blend_epi8(_mm512_cmpeq_epi8_mask(codes, sign), upper, least);
+    w[0] = (__m512bh)_mm512_unpacklo_epi8(lower, upper);
+    w[1] = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
+}
+
+INLINE __m512 scales_at(const uint8_t *group, int j) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(group + 32 * j)));
+}
+
 /* sums[i][j] += the next 32 inputs times `columns` vectors of outputs. */
 INLINE void add_group_of_4(__m512 sums[][4], const uint16_t *x, int64_t stride, const uint8_t *codes, const Values *v,
                            const int num_rows, const int columns, const int ahead) {
@@ -68,8 +88,7 @@ INLINE void add_group_of_4(__m512 sums[][4], const uint16_t *x, int64_t stride, 
         }
         for (int t = 0; t < 4; t++) {
             __m512bh w[4];
-            for (int j = 0; j < columns; j++)
-                w[j] = (__m512bh)_mm512_permutexvar_epi16(t ? _mm512_srli_epi16(q[j], 4 * t) : q[j], v->four);
+            for (int j = 0; j < columns; j++) w[j] = pairs_of_4(q[j], t, v);
             for (int i = 0; i < num_rows; i++) {
                 const __m512bh both = pair_at(x + i * stride + k + 2 * t);
                 for (int j = 0; j < columns; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], both, w[j]);
@@ -80,18 +99,11 @@ INLINE void add_group_of_4(__m512 sums[][4], const uint16_t *x, int64_t stride, 
 
 INLINE void add_group_of_8(__m512 sums[][4], const uint16_t *x, int64_t stride, const uint8_t *codes, const Values *v,
                            const int num_rows, const int columns, const int ahead) {
-    const __m512i sign = _mm512_set1_epi8((char)0x80), least = _mm512_set1_epi8((char)(bits_of(-128) >> 8));
     for (int k = 0; k < GROUP; k += 2, codes += 2 * 64) {
         __m512bh w[4];
         for (int j = 0; j < columns; j += 2) {
-            const __m512i q = _mm512_loadu_si512(codes + 32 * j);
+            pairs_of_8(_mm512_loadu_si512(codes + 32 * j), v, w + j);
             if (ahead) _mm_prefetch((const char *)(codes + 32 * j) + CODES_AHEAD, _MM_HINT_T0);
-            __m512i upper = _mm512_permutex2var_epi8(v->upper[0], q, v->upper[1]);
-            const __m512i lower = _mm512_permutex2var_epi8(v->lower[0], q, v->lower[1]);
-            upper = _mm512_ternarylogic_epi32(upper, q, sign, 0xf8); /* upper | (q & sign) */
-            upper = _mm512_mask_blend_epi8(_mm512_cmpeq_epi8_mask(q, sign), upper, least);
-            w[j] = (__m512bh)_mm512_unpacklo_epi8(lower, upper);
-            w[j + 1] = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
         }
         for (int i = 0; i < num_rows; i++) {
             const __m512bh both = pair_at(x + i * stride + k);
@@ -115,13 +127,74 @@ INLINE void add_groups(__m512 acc[][4], const uint16_t *x, int64_t stride, int64
             else
                 add_group_of_8(sums, x, stride, codes, v, num_rows, columns, ahead);
             for (int j = 0; j < columns; j++) {
-                const void *scales = panel + 32 * (first + j);
-                const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)scales));
+                const __m512 scale = scales_at(panel, first + j);
                 for (int i = 0; i < num_rows; i++)
                     acc[i][first + j] = _mm512_fmadd_ps(sums[i][j], scale, acc[i][first + j]);
             }
         }
     }
+}
+
+/* A panel as pairs of bfloat16 [in / 2, 64, 2], and its scales [in / 32, 64]: for many rows. */
+INLINE void expand(const uint8_t *panel, int64_t in, const Values *v, const int bits, uint16_t *pairs, float *scales) {
+    for (int64_t k = 0; k < in; k += GROUP, panel += group_bytes(bits), scales += PANEL, pairs += GROUP * PANEL) {
+        const uint8_t *codes = panel + SCALE_BYTES;
+        for (int j = 0; j < 4; j++) _mm512_storeu_ps(scales + 16 * j, scales_at(panel, j));
+        if (bits == 4) {
+            for (int first = 0; first < 4; first += 2)
+                for (int i = 0; i < GROUP; i += 8, codes += 128)
+                    for (int j = 0; j < 2; j++)
+                        for (int t = 0; t < 4; t++) {
+                            const __m512bh w = pairs_of_4(_mm512_loadu_si512(codes + 64 * j), t, v);
+                            _mm512_storeu_si512(pairs + (i + 2 * t) * PANEL + 32 * (first + j), (__m512i)w);
+                        }
+        } else {
+            for (int i = 0; i < GROUP; i += 2, codes += 128)
+                for (int j = 0; j < 4; j += 2) {
+                    __m512bh w[2];
+                    pairs_of_8(_mm512_loadu_si512(codes + 32 * j), v, w);
+                    for (int h = 0; h < 2; h++)
+                        _mm512_storeu_si512(pairs + i * PANEL + 32 * (j + h), (__m512i)w[h]);
+                }
+        }
+    }
+}
+
+/* Of two vectors of outputs. */
+INLINE void add_half_expanded(__m512 acc[][4], const uint16_t *x, int64_t stride, int64_t in, const uint16_t *pairs,
+                              const float *scales, const int num_rows, const int first) {
+    __m512 total[BLOCK_ROWS][2];
+    for (int i = 0; i < num_rows; i++)
+        for (int j = 0; j < 2; j++) total[i][j] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < in; k += GROUP, scales += PANEL) {
+        __m512 sums[BLOCK_ROWS][2];
+        for (int i = 0; i < num_rows; i++)
+            for (int j = 0; j < 2; j++) sums[i][j] = _mm512_setzero_ps();
+        for (int64_t p = k; p < k + GROUP; p += 2) {
+            __m512bh w[2];
+            for (int j = 0; j < 2; j++) {
+                w[j] = (__m512bh)_mm512_loadu_si512(pairs + p * PANEL + 32 * (first + j));
+                IN_REGISTER(w[j]);
+            }
+            for (int i = 0; i < num_rows; i++) {
+                const __m512bh both = pair_at(x + i * stride + p);
+                for (int j = 0; j < 2; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], both, w[j]);
+            }
+        }
+        for (int j = 0; j < 2; j++) {
+            const __m512 scale = _mm512_loadu_ps(scales + 16 * (first + j));
+            for (int i = 0; i < num_rows; i++) total[i][j] = _mm512_fmadd_ps(sums[i][j], scale, total[i][j]);
+        }
+    }
+    for (int i = 0; i < num_rows; i++)
+        for (int j = 0; j < 2; j++) acc[i][first + j] = total[i][j];
+}
+
+/* As add_groups, from an expanded panel: the same sums. */
+INLINE void add_expanded(__m512 acc[][4], const uint16_t *x, int64_t stride, int64_t in, const uint16_t *pairs,
+                         const float *scales, const int num_rows) {
+    add_half_expanded(acc, x, stride, in, pairs, scales, num_rows, 0);
+    add_half_expanded(acc, x, stride, in, pairs, scales, num_rows, 2);
 }
 
 #else
@@ -137,6 +210,15 @@ static inline Values values(void) { return (Values){0}; }
 INLINE void add_groups(__m512 acc[][4], const uint16_t *x, int64_t stride, int64_t in, const uint8_t *panel,
                        const Values *v, const int bits, const int num_rows, const int ahead) {
     (void)acc, (void)x, (void)stride, (void)in, (void)panel, (void)v, (void)bits, (void)num_rows, (void)ahead;
+}
+
+INLINE void expand(const uint8_t *panel, int64_t in, const Values *v, const int bits, uint16_t *pairs, float *scales) {
+    (void)panel, (void)in, (void)v, (void)bits, (void)pairs, (void)scales;
+}
+
+INLINE void add_expanded(__m512 acc[][4], const uint16_t *x, int64_t stride, int64_t in, const uint16_t *pairs,
+                         const float *scales, const int num_rows) {
+    (void)acc, (void)x, (void)stride, (void)in, (void)pairs, (void)scales, (void)num_rows;
 }
 #endif
 #endif

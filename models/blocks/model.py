@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
 from hybrid_cache.kernels.elementwise import tanh
-from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.ops import Ops, RowAdapters
 from hybrid_cache.models.bank import HEAD
 from hybrid_cache.models.blocks.common import Norm
@@ -142,10 +141,7 @@ class CausalModel:
             return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        rows = hidden.shape[0]
-        if rows < MIN_ROWS:
-            hidden = F.pad(hidden, (0, 0, 0, MIN_ROWS - rows))
-        logits = self._head(hidden)[:rows].float()
+        logits = self._head(hidden).float()
         if self._logits_multiplier != 1.0:
             logits *= self._logits_multiplier
         if self._logits_divisor != 1.0:

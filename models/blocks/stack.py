@@ -5,10 +5,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hybrid_cache.device.batch import CacheTensors, ForwardBatch
-from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.models.blocks.common import CacheEntry, FeedForward, Mixer, Norm
 from hybrid_cache.models.blocks.transfer import transfer
 from hybrid_cache.models.shapes import LayerShape
@@ -73,11 +71,9 @@ class _WholeLayer:
 
 
 def wanted_rows(hidden: Tensor, batch: ForwardBatch) -> Tensor:
-    """hidden [R, hidden] -> the output rows of the batch, padded to MIN_ROWS with copies of row 0."""
-    rows = batch.output_rows
-    missing = MIN_ROWS - rows.shape[0]
+    """hidden [R, hidden] -> the output rows of the batch, or row 0 where none are wanted."""
     batch.narrowed()
-    return hidden[F.pad(rows, (0, missing)) if missing > 0 else rows]
+    return hidden[batch.output_rows] if len(batch.output_rows) else hidden[:1]
 
 
 class PreNormLayer:

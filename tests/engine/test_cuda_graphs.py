@@ -14,7 +14,6 @@ from hybrid_cache.device.cuda_graphs import DecodeGraphs, pad_decodes, rounded
 from hybrid_cache.device.memory import CacheMemory
 from hybrid_cache.device.worker import Worker
 from hybrid_cache.engine.engine import Engine
-from hybrid_cache.kernels.grid import MIN_ROWS
 from hybrid_cache.kernels.ops import KVTensors, StateTensors
 from hybrid_cache.kernels.problems import AttentionProblem, Mamba2Problem, cache_on
 from hybrid_cache.kernels.runs import Run, arrange
@@ -160,7 +159,7 @@ def test_a_batch_of_one_row_is_not_made_larger_than_it_has_to_be() -> None:
     layout, _ = arrange([], [Run(0, 1, 0, 0, False, [3], [])])
     rows = torch.arange(layout.num_rows)
     padded = pad_decodes(ForwardBatch(rows, rows, layout, torch.arange(1)), 1, 4, scratch_slot=7)
-    assert padded.layout.num_rows == MIN_ROWS
+    assert padded.layout.num_rows == padded.layout.num_decode
     assert padded.layout.num_decode == 1
     assert padded.layout.decode_slot.tolist() == [0]
     assert padded.layout.page_table.tolist() == [[3, 0, 0, 0]]
