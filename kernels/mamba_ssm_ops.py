@@ -158,7 +158,8 @@ class MambaSsmOps(TorchOps):
     def _convolved(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout, conv: Tensor, activation: str | None
     ) -> Tensor:
-        x = x.contiguous()
+        if x.stride(0) != x.shape[1]:  # the stride of one row counts, too
+            x = x.clone(memory_format=torch.contiguous_format)
         out = torch.zeros_like(x)
         for run in self._runs(layout).chunks:
             window = torch.zeros_like(conv[run.slot]) if run.fresh else conv[run.slot].clone()

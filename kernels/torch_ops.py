@@ -277,7 +277,7 @@ class TorchOps:
             for first, end in run.tiles:
                 rows, last = slice(run.row + first, run.row + end), run.start + first + TILE
                 keys, values = _gather(kv, run.pages[: -(-last // TILE)], run.start + end, last)
-                out[rows] = _attend_tile(_padded_rows(q[rows]), keys, values, scale, window)[: rows.stop - rows.start]
+                out[rows] = _attend_tile(_padded(q[rows]), keys, values, scale, window)[: rows.stop - rows.start]
         for run in runs.decodes:
             keys, values = _gather(kv, run.pages, run.end, TILE * len(run.pages))
             first = 0 if window is None else max(0, run.end - window)
@@ -412,7 +412,7 @@ class TorchOps:
             h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
             for first, end in run.tiles:
                 rows = slice(run.row + first, run.row + end)
-                h, y_tile = compute_tile(h, *(_padded_rows(x[rows]) for x in (q, k, v_wide, g, beta)))
+                h, y_tile = compute_tile(h, *(_padded(x[rows]) for x in (q, k, v_wide, g, beta)))
                 y[rows] = y_tile[: end - first]
                 if end in points:
                     state[points[end]] = h
@@ -578,9 +578,7 @@ def _scan_chunk(
     h = torch.zeros_like(state[0]) if run.fresh else state[run.slot].clone()
     for first, end in run.tiles:
         rows = slice(run.row + first, run.row + end)
-        h, y_tile = scan_tile(
-            h, _padded_rows(x[rows]), _padded_rows(dt[rows]), _padded_rows(B[rows]), _padded_rows(C[rows]), A
-        )
+        h, y_tile = scan_tile(h, _padded(x[rows]), _padded(dt[rows]), _padded(B[rows]), _padded(C[rows]), A)
         y[rows] = y_tile[: end - first]
         if end in points:
             state[points[end]] = h

@@ -37,7 +37,9 @@ def exactness(
         ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Logits rows to compare for each model and dtype.")] = 20_000,
-    dtype: Annotated[str, typer.Option(help="Comma-separated: float32, bfloat16.")] = "float32,bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Comma-separated: float32, bfloat16; int8 or int4 for such weights.")
+    ] = "float32,bfloat16",
     backend: Annotated[str, typer.Option(help="auto, native or torch.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads of the model; 0 keeps torch's choice.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the workload.")] = 0,

@@ -15,10 +15,12 @@ from hybrid_cache.kernels.ops import Ops
 from hybrid_cache.models.adapters import load as load_adapter
 from hybrid_cache.models.folders import resolve
 from hybrid_cache.models.loading import COMPUTE_DTYPES, beside, embedded_path, load, load_trunk
+from hybrid_cache.models.scheme import NOT_CODED, Scheme
 from hybrid_cache.models.tools.published import CONFIGS
 
 INVOCATION = (11, 12)
 RANK = 8
+CODES = ("int8", "int4")
 MERGED = "embedded-choreo"  # an adapter that ships and can be merged
 _SHAPE: Mapping[str, object] = {
     "vocab_size": 512,
@@ -136,18 +138,32 @@ def _known() -> Mapping[str, Subject]:
     return {subject.name: subject for subject in (*shipped(), *small(), *wide(), *sharing())}
 
 
+def _read_as(dtype: str) -> tuple[str, str]:
+    """Types of rows and weights: codes are named in place of the type of the rows, which is bfloat16."""
+    return ("bfloat16", dtype) if dtype in CODES else (dtype, "auto")
+
+
+def _drawn_as(dtype: str) -> tuple[torch.dtype, Scheme]:
+    if dtype in CODES:
+        return torch.bfloat16, Scheme.named(dtype, torch.bfloat16)
+    return COMPUTE_DTYPES[dtype] or torch.float32, NOT_CODED
+
+
 def _folder(path: Path, dtype: str, ops: Ops) -> list[HybridModel]:
-    return [load(path, dtype=dtype, ops=ops)]
+    dtype, weights = _read_as(dtype)
+    return [load(path, dtype=dtype, weights=weights, ops=ops)]
 
 
 def _embedded(adapter: str, dtype: str, ops: Ops) -> list[HybridModel]:
     """With an adapter merged into it, and without."""
-    return [load(embedded_path(), dtype=dtype, ops=ops, adapter=each) for each in (adapter, None)]
+    dtype, weights = _read_as(dtype)
+    return [load(embedded_path(), dtype=dtype, weights=weights, ops=ops, adapter=a) for a in (adapter, None)]
 
 
 def _beside_embedded(dtype: str, ops: Ops) -> list[HybridModel]:
     """The model, with one adapter that ships and two random ones beside it."""
-    trunk = load_trunk(embedded_path(), dtype=dtype, ops=ops)
+    dtype, weights = _read_as(dtype)
+    trunk = load_trunk(embedded_path(), dtype=dtype, weights=weights, ops=ops)
     adapters = [load_adapter(MERGED), *(random_adapter(trunk, rank, seed=rank) for rank in (3, 16))]
     invoked = activated_by(trunk, random_adapter(trunk, RANK, seed=RANK), INVOCATION)
     return [trunk, *(beside(trunk, adapter) for adapter in adapters), invoked]
@@ -155,12 +171,12 @@ def _beside_embedded(dtype: str, ops: Ops) -> list[HybridModel]:
 
 def _random(config: Mapping[str, object], dtype: str, ops: Ops) -> list[HybridModel]:
     """Random weights, with adapters beside them, other random weights, and some that are other from layer 1 on."""
-    compute_dtype = COMPUTE_DTYPES[dtype] or torch.float32
-    trunk, _ = random_model(config, ops, compute_dtype, 0, adaptable=True)
+    numbers, scheme = _drawn_as(dtype)
+    trunk, _ = random_model(config, ops, numbers, 0, adaptable=True, scheme=scheme)
     adapters = [random_adapter(trunk, rank, seed=rank) for rank in (4, 17)]
     invoked = activated_by(trunk, random_adapter(trunk, RANK, seed=RANK), INVOCATION)
-    upper, _ = random_model(config, ops, compute_dtype, 0, other=2, first=1)
-    others = random_model(config, ops, compute_dtype, 1)[0], upper, invoked
+    upper, _ = random_model(config, ops, numbers, 0, other=2, first=1, scheme=scheme)
+    others = random_model(config, ops, numbers, 1, scheme=scheme)[0], upper, invoked
     return [trunk, *(beside(trunk, adapter) for adapter in adapters), *others]
 
 
@@ -168,14 +184,15 @@ def _layered(config: Mapping[str, object], dtype: str, ops: Ops) -> list[HybridM
     """Random weights; the same with others in the top quarter, in the top half, in all layers but the first; with an
     adapter on the top half; and with one that is invoked.
     """
-    compute_dtype = COMPUTE_DTYPES[dtype] or torch.float32
-    trunk, _ = random_model(config, ops, compute_dtype, 0, adaptable=True)
+    numbers, scheme = _drawn_as(dtype)
+    trunk, _ = random_model(config, ops, numbers, 0, adaptable=True, scheme=scheme)
     num = len(trunk.layers)
     firsts = (num - num // 4, num // 2, 1)
-    others = [random_model(config, ops, compute_dtype, 0, other=first + 1, first=first)[0] for first in firsts]
+    others = [random_model(config, ops, numbers, 0, other=first + 1, first=first, scheme=scheme)[0] for first in firsts]
     adapter, invoked = random_adapter(trunk, 4, seed=4, first=num // 2), random_adapter(trunk, RANK, seed=RANK)
     return [trunk, *others, beside(trunk, adapter), activated_by(trunk, invoked, INVOCATION)]
 
 
 def _plain(config: Mapping[str, object], dtype: str, ops: Ops) -> list[HybridModel]:
-    return [random_model(config, ops, COMPUTE_DTYPES[dtype] or torch.float32)[0]]
+    numbers, scheme = _drawn_as(dtype)
+    return [random_model(config, ops, numbers, scheme=scheme)[0]]
