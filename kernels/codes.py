@@ -71,6 +71,25 @@ def coded(weight: Tensor, bits: int) -> Coded:
     return Coded(bits, codes, scales)
 
 
+def exact_codes(weight: Tensor, scales: Tensor) -> Coded | None:
+    """Codes that are a matrix exactly: float32 [out, in], with the scales [out, in / 32] that it was made with.
+
+    In as few bits as hold them; None if there are no such codes, or scales are none in float16.
+    """
+    halves = scales.half()
+    if not can_code(weight.shape) or not torch.equal(halves.float(), scales.float()):
+        return None
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in _blocks(weight.shape):
+        groups, step = _groups(weight[rows]), halves[rows, :, None].float()
+        found = _rounded(groups, step, 8)
+        if not torch.equal(found * step, groups):
+            return None
+        codes[rows] = found.flatten(1)
+    bits = 4 if int(codes.min()) >= -8 and int(codes.max()) <= 7 else 8
+    return Coded(bits, codes, halves)
+
+
 def joined(matrices: Sequence[Matrix]) -> Matrix:
     """Outputs one after another; of different kinds: all decoded."""
     if len(matrices) == 1:

@@ -132,7 +132,6 @@ def _build(
         compute_dtype = _named_dtype(values)
     stored = stored_in(folder)
     if stored is not None:
-        logger.info("%s: %s; dequantized when read", folder.name, "; ".join((stored.title, *stored.notes)))
         compute_dtype = compute_dtype or _named_dtype(values)  # codes do not say what they were made from
     with errors_begin_with(folder):
         build = registry.find(values.get("model_type"))
@@ -142,9 +141,20 @@ def _build(
         ):
             if delta is not None:
                 delta.lay_over(taken)
-            if shelf is None:
-                return build(Config(values), taken, ops, taken.dtype)
-            return build(Config(values), shelf.weights(taken), shelf.ops(ops), taken.dtype)
+            into, on = (taken, ops) if shelf is None else (shelf.weights(taken), shelf.ops(ops))
+            model = build(Config(values), into, on, taken.dtype)
+            _log_codes(folder, stored, taken)
+            return model
+
+
+def _log_codes(folder: Path, stored: Method | None, weights: SafetensorsWeights) -> None:
+    """What became of matrices that a file has in codes."""
+    kept = f"{weights.num_kept} matrices are multiplied as they are stored, others dequantized when read"
+    facts = [*(() if stored is None else (stored.title, *stored.notes)), kept if weights.num_kept else ""]
+    if stored is not None and not weights.num_kept:
+        facts[-1] = "dequantized when read"
+    if text := "; ".join(filter(None, facts)):
+        logger.info("%s: %s", folder.name, text)
 
 
 def context(asked: int, most: int) -> int:

@@ -49,8 +49,8 @@ class Weights(Protocol):
         """The tensor [*shape] in the compute dtype. Raises ModelError if it is missing or has another shape."""
         ...
 
-    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
-        """[out, in] as a projection multiplies with it. Raises as `take`."""
+    def take_matrix(self, name: str, out: int, inputs: int, *, head: bool = False) -> Matrix:
+        """[out, in] as a projection, or the head, multiplies with it. Raises as `take`."""
         ...
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
@@ -102,8 +102,8 @@ class Scope:
     def take(self, name: str, *shape: int) -> Tensor:
         return self._weights.take(self._prefix + name, *shape)
 
-    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
-        return self._weights.take_matrix(self._prefix + name, out, inputs)
+    def take_matrix(self, name: str, out: int, inputs: int, *, head: bool = False) -> Matrix:
+        return self._weights.take_matrix(self._prefix + name, out, inputs, head=head)
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self._weights.take_float32(self._prefix + name, *shape)
@@ -178,6 +178,7 @@ class SafetensorsWeights:
         self._found = Names(self._names)
         self._adapter = None if adapter is None else adapter.named_in(self._found)
         self.bank = bank
+        self.num_kept = 0  # matrices that stay codes
         self._to_change = set(self._adapter.weights) if self._adapter else set()
         self._check_adapter(self._to_change - self._names)
 
@@ -190,8 +191,28 @@ class SafetensorsWeights:
     def take(self, name: str, *shape: int) -> Tensor:
         return self._read(self._found.find(name), shape, self.dtype)
 
-    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
-        return self.scheme.matrix(self.take(name, out, inputs))
+    def take_matrix(self, name: str, out: int, inputs: int, *, head: bool = False) -> Matrix:
+        found, shape = self._found.find(name), (out, inputs)
+        matrix = self.scheme.head if head else self.scheme.matrix
+        if found in self._to_change or not self.scheme.keeps:
+            return matrix(self.take(name, *shape))
+        weight = self._read_base(found, shape, torch.float32 if self._is_coded(found) else self.dtype)
+        if (kept := self.scheme.kept(weight, self._scales(found, shape))) is not None:
+            self.num_kept += 1
+            return kept
+        return matrix(weight.to(self.dtype))
+
+    def _is_coded(self, name: str) -> bool:
+        return name in self._packed or isinstance(self._handle.get(name), GgufFile)
+
+    def _scales(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """[out, in / 32] of a matrix in codes that are whole numbers."""
+        if name in self._packed:
+            assert self._stored is not None
+            parts = {ending: self._finite(part) for ending, part in self._packed[name].items()}
+            return self._stored.scales(name, parts, shape)
+        file = self._handle[name]
+        return file.scales(name) if isinstance(file, GgufFile) else None
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self._read(self._found.find(name), shape, torch.float32)
@@ -248,6 +269,8 @@ class SafetensorsWeights:
         self._check_adapter(self._to_change)
         if self._stored is not None and self._stored.settings:
             self._digests["quantization_config"] = blake2b(self._stored.settings.encode(), digest_size=16).digest()
+        if self.num_kept:
+            self._digests["codes"] = blake2b(b"kept", digest_size=16).digest()
         if self.scheme.name:
             self._digests["weights"] = blake2b(self.scheme.name.encode(), digest_size=16).digest()
         return self._digests
@@ -423,7 +446,7 @@ class ShapesOnly:
             raise ModelError(f"config.json: weight {name} has {prod(shape)} numbers, at most {MAX_SIZE} are allowed")
         return torch.empty(shape, dtype=self.dtype, device="meta")
 
-    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
+    def take_matrix(self, name: str, out: int, inputs: int, *, head: bool = False) -> Matrix:
         return self.take(name, out, inputs)
 
     def take_float32(self, name: str, *shape: int) -> Tensor:

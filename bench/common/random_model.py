@@ -172,8 +172,8 @@ class RandomWeights:
     def take(self, name: str, *shape: int) -> Tensor:
         return self._draw(name, shape, self._dtype)
 
-    def take_matrix(self, name: str, out: int, inputs: int) -> Matrix:
-        return self.scheme.matrix(self.take(name, out, inputs))
+    def take_matrix(self, name: str, out: int, inputs: int, *, head: bool = False) -> Matrix:
+        return (self.scheme.head if head else self.scheme.matrix)(self.take(name, out, inputs))
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self._draw(name, shape, torch.float32)

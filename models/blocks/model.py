@@ -100,7 +100,7 @@ class CausalModel:
         if tied and not weights.has(HEAD):
             self._head = ops.linear(weights.scheme.head(self._embedding))
         else:
-            packed = ops.linear(weights.scheme.head(weights.take(HEAD, self.vocab_size, hidden)))
+            packed = ops.linear(weights.take_matrix(HEAD, self.vocab_size, hidden, head=True))
             self._head = weights.beside(packed, {HEAD: self.vocab_size})
         self._norm = norm
         self._logits_divisor = logits_divisor

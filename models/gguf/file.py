@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.kernels.codes import GROUP
 from hybrid_cache.models.files import errors_begin_with, few, shown
 from hybrid_cache.models.folders import GGUF, PARTS
 from hybrid_cache.models.gguf.families import Fields, Source, family_of
 from hybrid_cache.models.gguf.header import Header, TensorInfo, read_header
 from hybrid_cache.models.gguf.metadata import Metadata
-from hybrid_cache.models.gguf.quants import PLAIN, kind_of, read_tensor
+from hybrid_cache.models.gguf.quants import PLAIN, kind_of, read_scales, read_tensor
 from hybrid_cache.models.gguf.rotary import FREQUENCIES, with_frequencies
 from hybrid_cache.models.gguf.rules import Names, Rule
 
@@ -152,6 +153,16 @@ class GgufFile:
         rule = self._model.rules[name]
         parts = [read_tensor(source, self._model.tensors[source], rule.expert) for source in rule.sources]
         return self._made(name, rule, parts).contiguous()
+
+    def scales(self, name: str) -> Tensor | None:
+        """float32 [out, in / 32]: of which a matrix's numbers are whole multiples; None where they are not."""
+        rule = self._model.rules[name]
+        parts = [read_scales(source, self._model.tensors[source], rule.expert) for source in rule.sources]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        each = self._made(name, rule, known)
+        return None if each.dim() != 2 or each.shape[1] % GROUP else each[:, ::GROUP].contiguous()
 
     def _made(self, name: str, rule: Rule, parts: list[Tensor]) -> Tensor:
         try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hybrid_cache.errors import ModelError
 from hybrid_cache.models.gguf.header import TensorInfo
 
+SCALED = ("Q4_0", "Q8_0")  # blocks begin with a scale in float16, and hold whole numbers
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -75,6 +76,19 @@ def read_tensor(name: str, info: TensorInfo, expert: int | None) -> Tensor:
         return torch.from_numpy(data).view(kind.dtype).reshape(shape)
     assert kind.decode is not None
     return torch.from_numpy(kind.decode(data.reshape(-1, kind.num_bytes(shape[-1:])))).reshape(shape)
+
+
+def read_scales(name: str, info: TensorInfo, expert: int | None) -> Tensor | None:
+    """float32 as `read_tensor`: of which each number is a whole multiple; None for kinds that have no such scale."""
+    kind, shape, start = kind_of(info.kind), info.shape, info.start
+    if kind.name not in SCALED:
+        return None
+    if expert is not None:
+        shape = shape[1:]
+        start += expert * kind.num_bytes(shape)
+    blocks = _read(name, info, start, kind.num_bytes(shape)).reshape(-1, kind.block_bytes)
+    scales = torch.from_numpy(blocks[:, :2].copy().view(np.float16).astype(np.float32))
+    return scales.expand(-1, kind.block).reshape(shape)
 
 
 def _read(name: str, info: TensorInfo, start: int, num_bytes: int) -> np.ndarray[Any, Any]:

@@ -33,6 +33,7 @@ from hybrid_cache.models.quant_methods.method import (
     groups_named,
     refuse_shapes,
     same_shape,
+    scales_of_groups,
     stems_ending,
 )
 from hybrid_cache.models.quant_methods.targets import Targets
@@ -102,6 +103,16 @@ class CompressedTensors:
             raise ModelError(f"weight {weight} is of {size.tolist()}, expected {[*shape]}")
         packed = _Packed(weight, parts, self._scheme(weight), shape)
         return by_rows(packed.rows, shape, dtype, grain=GRAIN * packed.block_rows)
+
+    def scales(self, weight: str, parts: Parts, shape: Shape) -> Tensor | None:
+        args, found = self._args(weight), parts[".weight_scale"].float()
+        if args.type != "int" or args.strategy == "block" or len(shape) != 2:
+            return None
+        scales = found.reshape(1, 1).expand(shape[0], 1) if found.numel() == 1 else found.reshape(shape[0], -1)
+        named, size = parts.get(".weight_g_idx"), args.group_size if args.strategy == "group" else None
+        if named is not None:
+            return scales_of_groups(scales, groups_named(weight, named, scales.shape[1]))
+        return scales_of_groups(scales, torch.arange(shape[1]) // (size or shape[1]))
 
     def _args(self, weight: str) -> QuantizationArgs:
         args = self._scheme(weight).weights

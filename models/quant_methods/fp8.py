@@ -69,6 +69,10 @@ class Float8:
         scale = next(tensor for ending, tensor in parts.items() if ending).float()
         return by_rows(lambda *rows: codes[slice(*rows)].float() * self._of_rows(scale, shape, rows), shape, dtype)
 
+    def scales(self, weight: str, parts: Parts, shape: Shape) -> Tensor | None:
+        """Codes are no whole numbers."""
+        return None
+
     def _num_blocks(self, shape: Shape) -> int:
         return prod(shape[:-2]) * prod(_blocks(shape, self._block))
 

@@ -27,6 +27,7 @@ from hybrid_cache.models.quant_methods.method import (
     collect,
     groups_named,
     refuse_shapes,
+    scales_of_groups,
     stems_ending,
     unpack,
 )
@@ -80,6 +81,11 @@ class Gptq:
 
         return by_rows(rows, shape, dtype)
 
+    def scales(self, weight: str, parts: Parts, shape: Shape) -> Tensor | None:
+        scales = parts[".scales"]
+        group = _group_of_inputs(weight, parts.get(".g_idx"), len(scales), shape[1], self._group_size)
+        return scales_of_groups(scales.T, group)
+
 
 class Awq:
     """The layout that AutoAWQ calls gemm."""
@@ -118,6 +124,10 @@ class Awq:
             return _scaled(codes.T, zero, scales[:, first:end], group)
 
         return by_rows(rows, shape, dtype)
+
+    def scales(self, weight: str, parts: Parts, shape: Shape) -> Tensor | None:
+        scales = parts[".scales"]
+        return scales_of_groups(scales.T, _group_of_inputs(weight, None, len(scales), shape[1], self._group_size))
 
 
 def _scaled(codes: Tensor, zeros: Tensor, scales: Tensor, group: Tensor) -> Tensor:

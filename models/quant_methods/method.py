@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.errors import ModelError, UnsupportedModel
+from hybrid_cache.kernels.codes import GROUP
 from hybrid_cache.models.files import few
 
 Shape = tuple[int, ...]
@@ -73,6 +74,10 @@ class Method(Protocol):
 
     def decode(self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         """-> the matrix [*shape]."""
+        ...
+
+    def scales(self, weight: str, parts: Parts, shape: Shape) -> Tensor | None:
+        """float32 [out, in / 32] of which a matrix's numbers are whole multiples; None if there are none."""
         ...
 
 
@@ -138,6 +143,13 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     assert isinstance(eight, Tensor)
     shifts = torch.arange(0, 8 * bits, bits, dtype=torch.int32)
     return (eight[..., None] >> shifts & (1 << bits) - 1).view(len(codes), -1).to(torch.uint8)
+
+
+def scales_of_groups(scales: Tensor, group: Tensor) -> Tensor | None:
+    """scales [out, groups], group [in] of each input -> [out, in / 32]; None where inputs of 32 are of several."""
+    if len(group) % GROUP or bool((group.view(-1, GROUP) != group[::GROUP, None]).any()):
+        return None
+    return scales.float()[:, group[::GROUP]]
 
 
 def groups_named(weight: str, named: Tensor, num_groups: int) -> Tensor:

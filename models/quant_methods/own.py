@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.errors import ModelError
+from hybrid_cache.kernels.codes import GROUP
 from hybrid_cache.models.quant_methods.method import Parts, Shape
 from hybrid_cache.models.quantized import CODES, Format, dequantize
 
@@ -37,3 +38,9 @@ class Own:
 
     def decode(self, weight: str, parts: Parts, shape: Shape, dtype: torch.dtype) -> Tensor:
         return dequantize([parts[suffix] for suffix in self._stored.suffixes], shape, self._stored, dtype)
+
+    def scales(self, weight: str, parts: Parts, shape: Shape) -> Tensor | None:
+        """There are none in 4 bits: codes are steps above the smallest weight."""
+        if self._stored.bits == 4 or shape[-1] % GROUP:
+            return None
+        return parts["_scale"].reshape(-1, 1).expand(-1, shape[-1] // GROUP)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hybrid_cache.errors import ConfigError, ModelError
+from hybrid_cache.kernels.codes import Matrix
 from hybrid_cache.models import deltas, loading, registry
 from hybrid_cache.models.config import Config
 from hybrid_cache.models.folders import find_gguf
@@ -160,6 +161,9 @@ class Survey(SafetensorsWeights):
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self._note(self._found.find(name), shape, self.dtype, in_float32=False)
+
+    def take_matrix(self, name: str, out: int, inputs: int, *, head: bool = False) -> Matrix:
+        return self.take(name, out, inputs)
 
     def take_float32(self, name: str, *shape: int) -> Tensor:
         return self._note(self._found.find(name), shape, torch.float32, in_float32=True)

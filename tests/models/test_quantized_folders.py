@@ -103,6 +103,24 @@ def test_compressed_tensors(case, scheme, references, tmp_path):
     check(model, tmp_path, weights)
 
 
+KEPT = {"W4A16 in groups": 4, "W4A16 with zero points": 8, "W4A16 by row": 4, "W8A16": 8, "FP8 by row": None}
+
+
+@pytest.mark.parametrize("scheme", KEPT)
+def test_codes_that_are_whole_numbers_are_multiplied_as_they_are(scheme, references, tmp_path, caplog):
+    """A code less its zero point may take one bit more."""
+    case = quantizers.CASES[0]
+    quantizers.write_compressed(references(case), tmp_path, {"group_0": {"targets": ["Linear"], **SCHEMES[scheme]}})
+    file = tmp_path / "model.safetensors"
+    save_file({n: t.half() if n.endswith("_scale") else t for n, t in load_file(file).items()}, file)  # as others do
+    with caplog.at_level("INFO", logger="hybrid_cache"):
+        found = served(tmp_path, dtype="bfloat16")
+    assert ("matrices are multiplied as they are stored" in caplog.text) == (KEPT[scheme] is not None)
+    exact, rounded = served(tmp_path, dtype="float32"), served(tmp_path, dtype="bfloat16", weights="bf16")
+    assert (found - exact).norm() <= 0.03 * exact.norm()
+    assert torch.equal(found, rounded) == (KEPT[scheme] is None)
+
+
 def test_a_scheme_for_each_module_by_name_else_by_class(references, tmp_path):
     model = references(quantizers.CASES[0])
     groups = {

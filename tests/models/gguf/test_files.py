@@ -175,9 +175,22 @@ def test_a_converted_file_is_a_folder_with_the_same_logits(checkpoint, tmp_path,
     file = write(checkpoint, tmp_path / "model.gguf", kinds=matrices_in(kind), **VOCABULARY)
     out = tmp_path / "folder"
     convert.write(convert.prepare(file), out, shard_bytes=1 << 30)
-    assert torch.equal(logits(out), logits(file))
+    assert torch.equal(logits(out), logits(file, weights="bf16"))
     assert loading.load_config(out)["dtype"] == ("bfloat16" if kind.startswith("Q") else kind.replace("F", "float"))
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {p.name for p in out.iterdir()}
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q8_0", 8), ("Q5_1", None)])
+def test_blocks_that_are_whole_numbers_are_multiplied_as_they_are(checkpoint, tmp_path, caplog, kind, bits):
+    file = write(checkpoint, tmp_path / "model.gguf", kinds=matrices_in(kind))
+    with caplog.at_level("INFO", logger="hybrid_cache"):
+        found = logits(file, dtype="bfloat16")
+    assert ("matrices are multiplied as they are stored" in caplog.text) == (bits is not None)
+    exact, rounded = logits(file, dtype="float32"), logits(file, dtype="bfloat16", weights="bf16")
+    assert (found - exact).norm() <= 0.03 * exact.norm()
+    assert torch.equal(found, rounded) == (bits is None)
+    if bits == 8:  # in four bits they are rounded once more
+        assert not torch.equal(logits(file, dtype="bfloat16", weights="int4"), found)
 
 
 def test_weights_are_decoded_one_by_one(checkpoint, tmp_path, monkeypatch):
