@@ -234,7 +234,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     rows = [*named, ("supported", "yes" if report.supported else f"no: {report.reason}")]
     rows += [("generation", listed(report.honoured))] if report.honoured else []
     rows += [("not honoured", listed(report.ignored))] if report.ignored else []
-    rows += [("quantized", "; ".join((*report.quantized, "dequantized when read")))] if report.quantized else []
+    rows += [("quantized", "; ".join(report.quantized))] if report.quantized else []
     facts = report.facts
     if facts is None:
         return rows

@@ -54,6 +54,7 @@ from hybrid_cache.device.batch import HybridModel
 from hybrid_cache.engine.async_engine import HUNG_AFTER_S, AsyncEngine
 from hybrid_cache.errors import ConfigError, HybridCacheError, ModelError
 from hybrid_cache.kernels import dispatch
+from hybrid_cache.kernels.names import CODED
 from hybrid_cache.models import loading
 from hybrid_cache.models.files import errors_begin_with
 from hybrid_cache.models.folders import commit_of
@@ -270,6 +271,8 @@ def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, memory: Memo
     facts.add_row("model", f"{name}, {info.model_type}, {layers}, context {context}")
     if (stored := loading.stored_in(loaded.path)) is not None:
         facts.add_row("weights", "; ".join((stored.title, *stored.notes)))
+    if loaded.weights in CODED:
+        facts.add_row("rounded", f"{loaded.weights}, a scale for each 32 inputs")
     for each in loaded.variants:
         facts.add_row("variant", _variant_line(each, len(loaded.model.chain) - 1))
     facts.add_row("size", f"{format_count(info.num_parameters)} parameters in {loaded.dtype_name}")
