@@ -25,7 +25,7 @@ from hybrid_cache.kernels.problems import some_draws
 from hybrid_cache.kernels.runs import Run, Runs, arrange
 from hybrid_cache.kernels.shared_prefix import schedule_shared
 from hybrid_cache.kernels.torch_ops import LoopExperts, P, TorchOps
-from hybrid_cache.kernels.triton_kernels import attention, conv, delta, matmul, rows, sample, scan, ssd
+from hybrid_cache.kernels.triton_kernels import attention, conv, delta, low_bit, matmul, rows, sample, scan, ssd
 from hybrid_cache.kernels.unsupported import UnsupportedShape
 
 # Triton 3.9 warns unless it is set whether a * b + c may be one instruction; 3.10 will say no.
@@ -89,8 +89,10 @@ class TritonOps(TorchOps):
         self._fast = fast
 
     def linear(self, weight: Matrix, bias: Tensor | None = None) -> Linear:
-        if isinstance(weight, Coded) or self._fast or not _reachable(weight):
+        if self._fast or not _reachable(_values(weight)):
             return super().linear(weight, bias)
+        if isinstance(weight, Coded):
+            return low_bit.TritonCodedLinear(weight, bias)
         return matmul.TritonLinear(weight, bias)
 
     def experts(
@@ -154,6 +156,10 @@ class TritonOps(TorchOps):
             return plain(*args, **options)
 
 
+def _values(matrix: Matrix) -> Tensor:
+    return matrix if isinstance(matrix, Tensor) else matrix.scales
+
+
 def _plain(matrices: Sequence[Matrix]) -> list[Tensor] | None:
     """None if some are codes."""
     plain = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
@@ -172,15 +178,17 @@ class CheckedTritonOps(TritonOps):
         self._verdicts: dict[Hashable, bool] = {}
 
     def linear(self, weight: Matrix, bias: Tensor | None = None) -> Linear:
-        if isinstance(weight, Coded) or self._fast or not _reachable(weight):
+        if self._fast or not _reachable(_values(weight)):
             return super().linear(weight, bias)
-        plain, made = torch_ops.pack(weight, bias), super().linear
+        plain, made = TorchOps.linear(self, weight, bias), super().linear
 
         def probe() -> Pairs:
-            x = _random(weight, CHECK_ROWS, weight.shape[1])
+            like = weight if isinstance(weight, Tensor) else weight.scales.bfloat16()
+            x = _random(like, CHECK_ROWS, weight.shape[1])
             return [(made(weight, bias)(x), plain(x))]
 
-        kind = ("linear", weight.dtype, tuple(weight.shape), bias is None)
+        number = weight.dtype if isinstance(weight, Tensor) else weight.bits
+        kind = ("linear", number, tuple(weight.shape), bias is None)
         return made(weight, bias) if self._agrees("linear", kind, probe) else plain
 
     def experts(
