@@ -120,7 +120,9 @@ class ServerReplay(Simulation):
         return self.cache.propose(lease, marks, only_marked=request.only_marked, origin=request.origin)
 
     def _end_pieces(self, lease: Lease, request: TraceRequest, wishes: deque[Wish]) -> None:
-        """The last piece of a prompt, and the state at its end."""
+        """The last piece of a prompt, and the state at its end; nothing of one that was there as a whole."""
+        if lease.length == request.num_prompt_tokens:
+            return
         self._publish(lease, wishes, request.num_prompt_tokens)
         if request.stay is not None and request.stay.complete and not request.only_marked:
             self.cache.publish_end(lease, 0)

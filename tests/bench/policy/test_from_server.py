@@ -23,6 +23,8 @@ from hybrid_cache.bench.policy.from_server import replayed_tokens
 from hybrid_cache.bench.traces.files import load_trace
 from hybrid_cache.bench.traces.records import TraceError
 from hybrid_cache.bench.traces.trace import Trace
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
@@ -130,6 +132,24 @@ def test_choices_that_give_their_room_and_begin_again_do_so_in_the_replay(tmp_pa
     trace = load_trace(file)
     assert trace.server is not None
     assert replayed_tokens(setting_of(trace), trace.server) == cached(trace) > 0
+
+
+def test_what_is_there_as_a_whole_leaves_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, kept = tmp_path / "traffic.jsonl", list[int]()
+    with recording(file) as client:
+        for _ in range(3):
+            client.post("/v1/completions", json={"prompt": "red pencil " * 30, "max_tokens": 2}).raise_for_status()
+    publish_end = Books.publish_end
+
+    def counted(books: Books, lease: Lease, row: int) -> bool:
+        kept.append(1)
+        return publish_end(books, lease, row)
+
+    monkeypatch.setattr(Books, "publish_end", counted)
+    trace = load_trace(file)
+    assert trace.server is not None
+    assert replayed_tokens(setting_of(trace), trace.server) == cached(trace) == 2 * trace.requests[0].num_prompt_tokens
+    assert len(kept) == 1
 
 
 def test_whichever_choice_ends_first_a_request_began_when_its_first_one_did(tmp_path: Path) -> None:
