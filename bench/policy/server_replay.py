@@ -2,7 +2,8 @@
 
 What the cache is asked comes at the times of the record: a request takes its room when it was admitted, leaves pages
 and states when its prompt was computed, and holds them, with pages for its answers, until these ended. Choices of one
-prompt are forks. Turns are computed when the server computed them. The ends of prompts are kept, too.
+prompt are forks; one that found no room, or gave its room to others, begins again when it did. Turns are computed when
+the server computed them. The ends of prompts are kept, too.
 
 Where there is less room than the server had, what is in progress ends early. A request that finds more, or less, than
 it did in the server takes as long as it took there.
@@ -58,10 +59,7 @@ class ServerReplay(Simulation):
         lease = self._acquire(prompt_keys(request, self.trace.page_tokens))
         if lease is None:
             return 0
-        wishes = self.cache.propose(
-            lease, boundaries_of(request.marks), only_marked=request.only_marked, origin=request.origin
-        )
-        waiting = deque(wishes)
+        waiting = deque(self._wishes(lease, request))
         for end, at_s in self._pieces(lease, stay):
             self._later(at_s, lambda end=end: self._publish(lease, waiting, end))  # type: ignore[misc]
         self._later(stay.prompted_s, lambda: self._end_prompt(lease, request, waiting))
@@ -83,14 +81,51 @@ class ServerReplay(Simulation):
     def _end_prompt(self, lease: Lease, request: TraceRequest, wishes: deque[Wish]) -> None:
         stay, num_tokens = request.stay, request.num_prompt_tokens
         assert stay is not None
-        self._publish(lease, wishes, num_tokens)
-        if stay.complete and not request.only_marked:
+        self._end_pieces(lease, request, wishes)
+        waits = {index for index, gave_s, _ in stay.again if index and gave_s <= stay.prompted_s}
+        forks = [None if i in waits else self.cache.fork(lease, num_tokens) for i in range(1, len(stay.choices))]
+        for index, own in enumerate((lease, *forks)):
+            self._answer(own, request, index)
+
+    def _answer(self, lease: Lease | None, request: TraceRequest, index: int, done: int = 0) -> None:
+        """A choice from when it has room; none if it found none. done: of the gaps in which it held nothing"""
+        stay = request.stay
+        assert stay is not None
+        end_s, num_generated = stay.choices[index]
+        gaps = [(gave_s, back_s) for each, gave_s, back_s in stay.again if each == index][done:]
+        if gaps:
+            self._later(gaps[0][0], lambda: self._give_way(lease))
+            if gaps[0][1] < end_s:
+                self._later(gaps[0][1], lambda: self._answer(self._again(request), request, index, done + 1))
+        elif lease is not None:
+            self.cache.extend(lease, request.num_prompt_tokens + max(num_generated - 1, 0))  # nobody reads the last
+            self._later(end_s, lambda: self._release(lease, num_generated, request.finish))
+
+    def _give_way(self, lease: Lease | None) -> None:
+        if lease is not None:
+            self.cache.release(lease)
+
+    def _again(self, request: TraceRequest) -> Lease | None:
+        """Computes a prompt once more, for a choice that gave its room or found none."""
+        lease = self._acquire(prompt_keys(request, self.trace.page_tokens))
+        if lease is not None:
+            waiting = deque(self._wishes(lease, request))
+            for end in range(lease.length + self.chunk_tokens, request.num_prompt_tokens, self.chunk_tokens):
+                self._publish(lease, waiting, end)
+            self._end_pieces(lease, request, waiting)
+        return lease
+
+    def _wishes(self, lease: Lease, request: TraceRequest) -> list[Wish]:
+        marks = boundaries_of(request.marks)
+        return self.cache.propose(lease, marks, only_marked=request.only_marked, origin=request.origin)
+
+    def _end_pieces(self, lease: Lease, request: TraceRequest, wishes: deque[Wish]) -> None:
+        """The last piece of a prompt, and the state at its end; nothing of one that was there as a whole."""
+        if lease.length == request.num_prompt_tokens:
+            return
+        self._publish(lease, wishes, request.num_prompt_tokens)
+        if request.stay is not None and request.stay.complete and not request.only_marked:
             self.cache.publish_end(lease, 0)
-        forks = [self.cache.fork(lease, num_tokens) for _ in stay.choices[1:]]
-        for (end_s, num_generated), own in zip(stay.choices, (lease, *forks), strict=True):
-            if own is not None:
-                self.cache.extend(own, num_tokens + max(num_generated - 1, 0))  # nobody reads the last
-                self._later(end_s, lambda own=own, n=num_generated: self._release(own, n, request.finish))  # type: ignore[misc]
 
     def _release(self, lease: Lease, num_generated: int, finish: Finish) -> None:
         self.cache.release(lease, num_generated, finish)

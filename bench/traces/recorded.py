@@ -32,6 +32,7 @@ from hybrid_cache.bench.traces.trace import Mark, PageIds, RecordedServer, Stay,
 from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.shapes import Advance, ModelShape
+from hybrid_cache.sizes import format_bytes
 from hybrid_cache.spec import AttentionSpec, PrefillCost, StateSpec
 
 LEFT_OUT = {
@@ -196,6 +197,7 @@ class Recording:
         prompted_s = self.at(record.time("prompted")) if record.has("prompted") else self.at(max(ended))
         choices = tuple(zip(map(self.at, ended), outputs, strict=True))
         parts = tuple((end, self.at(at_s)) for end, at_s in parts_of(record))
+        again = tuple((index, self.at(gave), self.at(back)) for index, gave, back in gaps_of(record, len(ended)))
         self.requests[self.run, number] = TraceRequest(
             arrival_s=start_s,
             session=said(record, "session"),
@@ -210,7 +212,9 @@ class Recording:
             user=said(record, "user"),
             tools=record.has("tools"),
             template=said(record, "template"),
-            stay=Stay(start_s, prompted_s, choices, record.integer("cached"), computed == num_tokens, self.run, parts),
+            stay=Stay(
+                start_s, prompted_s, choices, record.integer("cached"), computed == num_tokens, self.run, parts, again
+            ),
         )
 
     def turn(self, record: Record) -> Turn:
@@ -248,6 +252,8 @@ class Recording:
             told.append(f"{self.lost} lines were lost")
         if self.full:
             told.append("the record reached its limit and goes no further")
+        if self.server is not None and self.server.tiers:
+            told.append(f"the server had {' and '.join(self.server.tiers)} below its memory, which is not replayed")
         return told
 
 
@@ -296,7 +302,8 @@ def shifted(requests: Sequence[TraceRequest], since_s: float) -> list[TraceReque
 
 def earlier(stay: Stay, since_s: float) -> Stay:
     choices = tuple((end_s - since_s, tokens) for end_s, tokens in stay.choices)
-    stay = replace(stay, parts=tuple((end, at_s - since_s) for end, at_s in stay.parts))
+    again = tuple((index, gave - since_s, back - since_s) for index, gave, back in stay.again)
+    stay = replace(stay, parts=tuple((end, at_s - since_s) for end, at_s in stay.parts), again=again)
     return replace(stay, start_s=stay.start_s - since_s, prompted_s=stay.prompted_s - since_s, choices=choices)
 
 
@@ -322,6 +329,21 @@ def parts_of(record: Record) -> list[tuple[int, float]]:
             case _:
                 raise record.fault(f"parts {brief(part)}: expected [end, seconds]")
     return parts
+
+
+def gaps_of(record: Record, num_choices: int) -> list[tuple[int, float, float]]:
+    """[choice, seconds, seconds] each. Raises TraceError."""
+    gaps: list[tuple[int, float, float]] = []
+    given = record.fields.get("again", [])
+    for gap in given if isinstance(given, list) else [given]:
+        match gap:
+            case [int(index), int() | float() as gave, int() | float() as back] if (
+                0 <= index < num_choices and is_time(gave) and is_time(back)
+            ):
+                gaps.append((index, float(gave), float(back)))
+            case _:
+                raise record.fault(f"again {brief(gap)}: expected [choice, seconds, seconds]")
+    return gaps
 
 
 def finish_of(record: Record, reason: str) -> Finish:
@@ -364,8 +386,15 @@ def server_of(record: Record) -> RecordedServer:
         policy=record.text("policy"),
         chunk_tokens=record.integer("chunk_tokens", least=TILE),
         spare_state=record.flag("spare_state"),
+        tiers=tiers_of(record),
         totals={k: float(v) for k, v in totals.items() if type(v) in (int, float)} if isinstance(totals, dict) else {},
     )
+
+
+def tiers_of(record: Record) -> tuple[str, ...]:
+    kinds = {"host_bytes": "of host memory (--host-budget)", "disk_bytes": "of disk (--disk)"}
+    sizes = {name: whole_number(record, name) for name in kinds if record.fields.get(name)}
+    return tuple(f"{format_bytes(size)} {kinds[name]}" for name, size in sizes.items())
 
 
 def whole_number(record: Record, name: str) -> int:

@@ -48,6 +48,7 @@ class Stay:
     complete: bool = True  # False: it was given up while its prompt was computed, and is cut off there
     run: int = 0  # which start of the server, each with an empty cache
     parts: tuple[tuple[int, float], ...] = ()  # ends of the pieces that its prompt was computed in, but the last; when
+    again: tuple[tuple[int, float, float], ...] = ()  # a choice held nothing from when until when, and began again
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class RecordedServer:
     policy: str
     chunk_tokens: int  # of a prompt that are computed at a time
     spare_state: bool = False  # one stands aside for rows that pad a batch
+    tiers: tuple[str, ...] = ()  # below its memory, in words
     totals: Mapping[str, float] = field(default_factory=dict)  # what it has counted since its start, if it says so
 
 

@@ -234,6 +234,8 @@ class Scheduler:
         """Back to the head of the queue, with its tokens but without its pages."""
         self._running.remove(sequence)
         self.tasks.gave_way(sequence)
+        if sequence.prefill.lease is not None:
+            sequence.spells.append((sequence.prefill.lease.since_s, self._clock()))
         self._prefills.release(sequence.prefill)
         sequence.phase, sequence.prefill.asked_disk = Phase.WAITING, False
         self._waiting.add(sequence)

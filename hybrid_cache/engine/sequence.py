@@ -226,6 +226,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     submitted_s: float = 0.0
     started_s: float = 0.0  # first admission
+    spells: list[tuple[float, float]] = field(default_factory=list)  # it held room and gave it back: from, until
     fed: int = 0  # tokens in the state while decoding: the prompt and the first of `generated`
     forced: tuple[int, ...] = ()  # tokens that have to follow `generated`, and are fed together with its last one
     leaps: dict[int, int] = field(default_factory=dict)  # index in `generated` -> tokens fed together from there

@@ -1,6 +1,7 @@
 """What a recorder takes from the engine's thread, and the lines that become of it on another."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from hybrid_cache.api.server.recording.lines import Line, PageWriter, Secret, marks_of
 from hybrid_cache.cache.keys import Name
@@ -20,11 +21,27 @@ class Choice:
     num_tokens: int
     finish: FinishReason | None
     ended_s: float
+    again: tuple[tuple[float, float], ...] = ()  # it had no room from when until when, and began again
+
+    @classmethod
+    def of(cls, sequence: Sequence, finish: FinishReason | None, prompted_s: float | None, ended_s: float) -> "Choice":
+        """sequence: which has just ended, and still has its lease if it had one"""
+        again = () if prompted_s is None else _gaps(sequence, prompted_s, ended_s)
+        return cls(sequence.index, len(sequence.generated), finish, ended_s, again)
+
+
+def _gaps(sequence: Sequence, prompted_s: float, ended_s: float) -> tuple[tuple[float, float], ...]:
+    """When a choice of a prompt that had been computed held nothing: others needed its room, or there was none."""
+    lease = sequence.prefill.lease
+    spells = [*sequence.spells, (ended_s if lease is None else lease.since_s, ended_s)]
+    held = [(max(since, prompted_s), until) for since, until in spells if until > prompted_s]
+    edges = [prompted_s, *(s for spell in held for s in spell)][:-1]
+    return tuple((gave, back) for gave, back in zip(edges[::2], edges[1::2], strict=True) if back > gave)
 
 
 @dataclass(slots=True)
 class Served:
-    """A request of which all choices have ended."""
+    """A request whose prompt was computed, or which ended before."""
 
     number: int
     request: Request
@@ -45,7 +62,7 @@ class Served:
 
     @classmethod
     def of(cls, number: int, sequence: Sequence, prompted_s: float | None) -> "Served":
-        """sequence: the first of its choices, which has just ended and still has its lease"""
+        """sequence: the first of its choices, with the lease that its prompt was computed with"""
         request, prefill = sequence.request, sequence.prefill
         lease, began = prefill.lease, prefill.lease is not None
         keeps = began and prefill.publish and prefill.reuse and prefill.arrangement is None
@@ -94,11 +111,13 @@ class Served:
             line["received"] = self.received
         if self.names is None:
             return {**line, "left_out": self._why_left_out()}
+        pauses = [[c.index, *map(partial(_since, since_s=since_s), gap)] for c in choices for gap in c.again]
+        again = {"again": pauses} if pauses else {}
         marked = {"only_marked": True} if self.only_marked else {}
         named = {**pages.fields(self.names[1:]), "whole": secret.name(b"whole", self.whole)}
         cuts = [[end, _since(at_s, since_s)] for end, at_s in self.parts[:-1]]
         parts = {"parts": cuts} if cuts else {}
-        return {**line, **named, "marks": marks_of(self.boundaries), **marked, **parts}
+        return {**line, **named, "marks": marks_of(self.boundaries), **marked, **parts, **again}
 
     def _why_left_out(self) -> str:
         if self.started_s is None:

@@ -42,6 +42,7 @@ def header(origin: Origin, secret: Secret) -> Line:
         "layers": layers_of(shape),
         "budget_bytes": config.budget_bytes,
         "host_bytes": config.host_bytes,
+        "disk_bytes": config.disk_bytes if config.disk else 0,
         "policy": config.policy,
         "order": config.order,
         "prefix_cache": config.prefix_cache,

@@ -56,7 +56,6 @@ class Recorder(Nobody):
         self._file = RecordFile(options.file, options.limit_bytes, self._header) if options.file else None
         self._ring = Ring(options.memory_bytes) if options.memory_bytes else None
         self._open: dict[str, Served] = {}  # of the engine's thread, as the next ones
-        self._prompted: dict[str, float] = {}
         self._recent: OrderedDict[str, tuple[int, str]] = OrderedDict()
         self._number = 0
         self._waiting: deque[Happening] = deque()
@@ -85,20 +84,21 @@ class Recorder(Nobody):
     # On the engine's thread
 
     def prompted(self, sequence: Sequence) -> None:
-        self._prompted[sequence.request.id] = self._clock()
+        with self._unheard():
+            self._served(sequence, self._clock())
 
     def ended(self, sequence: Sequence, finish: FinishReason | None) -> None:
         with self._unheard():
-            request_id = sequence.request.id
-            served = self._open.get(request_id)
-            if served is None:
-                self._number += 1
-                served = self._open[request_id] = Served.of(self._number, sequence, self._prompted.get(request_id))
-            served.choices.append(Choice(sequence.index, len(sequence.generated), finish, self._clock()))
+            served = self._open.get(sequence.request.id) or self._served(sequence, None)
+            served.choices.append(Choice.of(sequence, finish, served.prompted_s, self._clock()))
+
+    def _served(self, sequence: Sequence, prompted_s: float | None) -> Served:
+        self._number += 1
+        served = self._open[sequence.request.id] = Served.of(self._number, sequence, prompted_s)
+        return served
 
     def closed(self, request_id: str) -> None:
         served = self._open.pop(request_id, None)
-        self._prompted.pop(request_id, None)
         if served is None or request_id.startswith("\0"):
             return
         self._recent[request_id] = served.number, served.namespace

@@ -213,3 +213,10 @@ def test_memory_is_there_with_a_file_unless_it_is_switched_off() -> None:
     assert memory_of_record("2MiB", on=False) == 2 << 20
     with pytest.raises(ConfigError, match="must be 0 or at least"):
         RecordOptions(None, None, memory_bytes=5)
+
+
+def test_the_first_line_says_what_lies_below_the_memory(tmp_path: Path) -> None:
+    assert HEADER["disk_bytes"] == HEADER["host_bytes"] == 0
+    config = EngineConfig(host_bytes=1 << 30, disk=tmp_path, disk_bytes=2 << 30)
+    line = header(Origin("m", "f" * 32, preset("embedded"), config), Secret(KEY))
+    assert (line["host_bytes"], line["disk_bytes"]) == (1 << 30, 2 << 30)

@@ -23,6 +23,8 @@ from hybrid_cache.bench.policy.from_server import replayed_tokens
 from hybrid_cache.bench.traces.files import load_trace
 from hybrid_cache.bench.traces.records import TraceError
 from hybrid_cache.bench.traces.trace import Trace
+from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.async_engine import AsyncEngine
@@ -117,6 +119,58 @@ def test_a_replay_of_a_record_finds_what_the_server_found(policy: str, tmp_path:
     again = replayed_tokens(setting_of(trace), trace.server)
     assert again is not None
     assert abs(again - cached(trace)) <= 0.01 * cached(trace)
+
+
+def test_choices_that_give_their_room_and_begin_again_do_so_in_the_replay(tmp_path: Path) -> None:
+    file = tmp_path / "traffic.jsonl"
+    with recording(file) as client:
+        talk(client, random.Random(4), 4, n=7, max_tokens=200)
+        talk(client, random.Random(5), 10)
+    gaps = [gap for line in file.read_text().splitlines() for gap in json.loads(line).get("again", [])]
+    assert gaps
+    assert all(gave < back for _, gave, back in gaps)
+    trace = load_trace(file)
+    assert trace.server is not None
+    assert replayed_tokens(setting_of(trace), trace.server) == cached(trace) > 0
+
+
+def test_what_is_there_as_a_whole_leaves_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, kept = tmp_path / "traffic.jsonl", list[int]()
+    with recording(file) as client:
+        for _ in range(3):
+            client.post("/v1/completions", json={"prompt": "red pencil " * 30, "max_tokens": 2}).raise_for_status()
+    publish_end = Books.publish_end
+
+    def counted(books: Books, lease: Lease, row: int) -> bool:
+        kept.append(1)
+        return publish_end(books, lease, row)
+
+    monkeypatch.setattr(Books, "publish_end", counted)
+    trace = load_trace(file)
+    assert trace.server is not None
+    assert replayed_tokens(setting_of(trace), trace.server) == cached(trace) == 2 * trace.requests[0].num_prompt_tokens
+    assert len(kept) == 1
+
+
+def test_whichever_choice_ends_first_a_request_began_when_its_first_one_did(tmp_path: Path) -> None:
+    file = tmp_path / "traffic.jsonl"
+    with recording(file) as client:
+        talk(client, random.Random(3), 8, n=4, temperature=1.5, stop=["e"], max_tokens=70)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    requests = [line for line in lines if "request" in line]
+    assert any(line["ended"][0] > min(line["ended"]) for line in requests)
+    for line in requests:
+        assert line["arrived"] <= line["started"] < line["prompted"] <= min(line["ended"])
+    assert len(load_trace(file).requests) == len(requests)
+
+
+def test_a_record_says_what_lies_below_the_memory(tmp_path: Path) -> None:
+    file = recorded_once(tmp_path)
+    assert "below its memory" not in load_trace(file).note
+    first, _, rest = file.read_text().partition("\n")
+    file.write_text(json.dumps(json.loads(first) | {"host_bytes": 1 << 20, "disk_bytes": 2 << 30}) + "\n" + rest)
+    note = load_trace(file).note
+    assert "1 MiB of host memory (--host-budget) and 2 GiB of disk (--disk) below its memory, which is not repl" in note
 
 
 def test_no_text_is_in_a_record(tmp_path: Path) -> None:
