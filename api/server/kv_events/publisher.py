@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import zmq
 
 NAME = "hybrid-cache-events"  # of the thread
-MEDIUM = "GPU"  # vLLM's word for the first tier, where the model computes
 RANK = 0
 GATHER_S = 0.004  # that more notes are waited for once there is one
 PART = 1 / 1000  # of a processor that batches take in a row: the next one waits for as long, and is larger
@@ -258,7 +257,7 @@ class Publisher:
         """In as many batches as it takes."""
         events, num_blocks, salted = list[Event](), 0, False
         for change in sized(changes):
-            event = event_of(change, self._origin, MEDIUM, grouped=self._grouped)
+            event = event_of(change, self._origin, grouped=self._grouped)
             if events and salted != ("cache_salt" in event):  # readers that do not know the field drop the batch
                 self._send(events)
                 events, num_blocks = [], 0
