@@ -60,7 +60,7 @@ _COMMIT = (
     "UPDATE entry SET writer = NULL, digest = ?, committed = (SELECT value FROM fact WHERE name = 'commits') "
     "WHERE id = ?"
 )
-_COLUMNS = "id, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, above, digest"
+COLUMNS = "id, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, above, digest"
 _BELOW = (
     "WITH RECURSIVE below(id) AS (SELECT id FROM entry WHERE id = ? "
     "UNION SELECT entry.id FROM entry JOIN below ON entry.above = below.id) "
@@ -171,12 +171,12 @@ class Index:
     def entries(self, identity: str, after: int = 0) -> tuple[list[Entry], int]:
         """Those of a model that were committed later, those that others need before them -> and the latest commit."""
         latest = int(self._fact("commits"))
-        query = f"SELECT {_COLUMNS} FROM entry WHERE identity = ? AND committed BETWEEN ? AND ? ORDER BY id"
-        return [*_entries(self._db.execute(query, (identity, after + 1, latest)))], latest
+        query = f"SELECT {COLUMNS} FROM entry WHERE identity = ? AND committed BETWEEN ? AND ? ORDER BY id"
+        return [*read_entries(self._db.execute(query, (identity, after + 1, latest)))], latest
 
     def all(self) -> list[Entry]:
         """Those of all models, those that others need before them."""
-        return [*_entries(self._db.execute(f"SELECT {_COLUMNS} FROM entry WHERE writer IS NULL ORDER BY id"))]
+        return [*read_entries(self._db.execute(f"SELECT {COLUMNS} FROM entry WHERE writer IS NULL ORDER BY id"))]
 
     def tokens(self, entry: int) -> bytes:
         """What is said in the pages of an entry, or behind them; empty where that is not known."""
@@ -345,7 +345,7 @@ def _statements(script: str) -> list[str]:
     return found
 
 
-def _entries(rows: Iterable[Sequence[Any]]) -> Iterator[Entry]:
+def read_entries(rows: Iterable[Sequence[Any]]) -> Iterator[Entry]:
     """What rows say, without those that no process has written so."""
     for (
         number,

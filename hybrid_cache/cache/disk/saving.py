@@ -215,7 +215,8 @@ class Saving:
         place = node.num_tokens // self._page_tokens, last.num_tokens
         num_bytes = len(missing) * self._geometry.page_bytes
         facts = Facts(identity, EntryKind.PAGES, last.name, last.namespace, "", *place, names, num_bytes)
-        tokens = b"".join(tokens_in(each.key) for each in missing)
+        plain = all(each.namespace == last.namespace and each.key == tokens_in(each.key) for each in missing)
+        tokens = b"".join(each.key for each in missing) if plain else b""
         return NewEntry(facts, tuple((Kind.PAGE, each.page) for each in missing), above, tokens), above
 
     def _holder(self, page: Name) -> int | Name | None:
