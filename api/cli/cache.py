@@ -1,27 +1,37 @@
 """The commands about what is cached, on a running server or on a disk. Nothing heavy is imported before one runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hybrid_cache.api.cli.help_page import SearchedCommand
 from hybrid_cache.api.cli.options import Json, KeyFile, api_keys
 
+if TYPE_CHECKING:
+    from hybrid_cache.api.cli.server_cache import Cached
+
 app = typer.Typer(
-    help="What is cached: on a running server (ls, show, drop), or on a disk (verify, pack, unpack).",
+    help="What is cached: on a running server or a disk (ls, show, drop), or on a disk (verify, pack, unpack).",
     no_args_is_help=True,
 )
 
-Url = Annotated[str, typer.Option(help="The server.", envvar="HYBRID_CACHE_URL")]
+Where = Annotated[
+    str | None, typer.Argument(help="A folder of `serve --disk`, or the address of a server.", show_default=False)
+]
+Url = Annotated[str, typer.Option(help="The server, if no WHERE is given.", envvar="HYBRID_CACHE_URL")]
 Key = Annotated[str | None, typer.Option(help="Your API key there. Other users may see it in ps.")]
 Salt = Annotated[str | None, typer.Option(help="Only what was cached with this cache_salt.")]
 Name = typer.Argument(help="A name from `cache ls`, or its first digits.")
+WORDS = "A name from `cache ls`, or its first digits; before it a folder or the address of a server."
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 @app.command(cls=SearchedCommand)
 def ls(
+    where: Where = None,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     api_key_file: KeyFile = None,
@@ -30,31 +40,35 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """The conversations that are cached, those used last first."""
-    from hybrid_cache.api.cli.server_cache import ServerCache, list_conversations
+    from hybrid_cache.api.cli.server_cache import list_conversations
 
-    with ServerCache(url, _key(api_key, api_key_file), salt) as server:
-        list_conversations(server, limit, as_json=as_json)
+    with _cached(where, url, _key(api_key, api_key_file), salt) as cached:
+        list_conversations(cached, limit, as_json=as_json)
 
 
 @app.command(cls=SearchedCommand)
 def show(
-    name: Annotated[str, Name],
+    words: Annotated[list[str], typer.Argument(metavar="[WHERE] NAME", help=WORDS, show_default=False)],
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     api_key_file: KeyFile = None,
     salt: Salt = None,
     as_json: Json = False,
 ) -> None:
-    """The states of a cached conversation, and its last text."""
-    from hybrid_cache.api.cli.server_cache import ServerCache, show_conversation
+    """The states of a cached conversation, and its last text; of one on a disk its files, which are read."""
+    from hybrid_cache.api.cli.server_cache import show_conversation
+    from hybrid_cache.errors import ConfigError
 
-    with ServerCache(url, _key(api_key, api_key_file), salt) as server:
-        show_conversation(server, name, as_json=as_json)
+    if len(words) > 2:
+        raise ConfigError(f"{len(words)} arguments, must be the name of a conversation, and before it where it is")
+    where = words[0] if len(words) == 2 else None
+    with _cached(where, url, _key(api_key, api_key_file), salt) as cached:
+        show_conversation(cached, words[-1], as_json=as_json)
 
 
 @app.command(cls=SearchedCommand)
 def drop(
-    name: Annotated[str | None, Name] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[WHERE] [NAME]", help=WORDS, show_default=False)] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that `cache ls` knows of, instead of one.")] = False,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
@@ -63,13 +77,15 @@ def drop(
     as_json: Json = False,
 ) -> None:
     """Drops a cached conversation, or all, as far as no request uses it now."""
-    from hybrid_cache.api.cli.server_cache import ServerCache, drop_conversations
+    from hybrid_cache.api.cli.server_cache import drop_conversations
     from hybrid_cache.errors import ConfigError
 
-    if (name is None) is not everything:
-        raise ConfigError("give either the name of a conversation or --all")
-    with ServerCache(url, _key(api_key, api_key_file), salt) as server:
-        drop_conversations(server, name, as_json=as_json)
+    given = list(words or ())
+    name = given.pop() if given and not everything else None
+    if (name is None) is not everything or len(given) > 1:
+        raise ConfigError("give either the name of a conversation or --all, and before it at most where it is")
+    with _cached(given[0] if given else None, url, _key(api_key, api_key_file), salt) as cached:
+        drop_conversations(cached, name, as_json=as_json)
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of `serve --disk`.", show_default=False)]
@@ -113,6 +129,20 @@ def unpack(
     from hybrid_cache.sizes import parse_bytes
 
     unpack_prefix(file, folder, parse_bytes(disk_budget), as_json=as_json)
+
+
+@contextmanager
+def _cached(where: str | None, url: str, key: str | None, salt: str | None) -> "Iterator[Cached]":
+    """What has the cache: a folder, or a server where that is an address or none is given."""
+    from hybrid_cache.api.cli.folder_cache import folder_cache
+    from hybrid_cache.api.cli.server_cache import ServerCache
+
+    if where is None or "://" in where:
+        with ServerCache(where or url, key, salt) as server:
+            yield server
+    else:
+        with folder_cache(Path(where).expanduser(), key, salt) as folder:
+            yield folder
 
 
 def _key(given: str | None, path: Path | None) -> str | None:

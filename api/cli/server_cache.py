@@ -1,9 +1,9 @@
-"""What a running server has cached, as tables or as JSON."""
+"""What a running server or a folder has cached, as tables or as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 from rich.console import Console
@@ -17,11 +17,22 @@ from hybrid_cache.api.server.schemas.cache import (
     ConversationList,
     Dropped,
 )
+from hybrid_cache.api.server.schemas.stored import StoredDetail, StoredFile
 from hybrid_cache.sizes import format_bytes
 
 PATH = "/cache/conversations"
 ANSWER_TIMEOUT_S = 60.0  # a step of the engine may be under way
 SHORT_NAME = 12  # digits
+
+
+class Cached(Protocol):
+    """Something with conversations: a server, or a folder."""
+
+    def list(self, limit: int) -> ConversationList: ...
+    def show(self, name: str) -> ConversationDetail: ...
+    def drop(self, name: str | None) -> Dropped:
+        """None: all of them."""
+        ...
 
 
 class ServerCache:
@@ -69,8 +80,8 @@ def _path(name: str) -> str:
     return f"{PATH}/{name}"
 
 
-def list_conversations(server: ServerCache, limit: int, *, as_json: bool) -> None:
-    found = server.list(limit)
+def list_conversations(cached: Cached, limit: int, *, as_json: bool) -> None:
+    found = cached.list(limit)
     if as_json:
         return _print_json(found.model_dump())
     console = _console()
@@ -79,19 +90,22 @@ def list_conversations(server: ServerCache, limit: int, *, as_json: bool) -> Non
         console.print(f"{found.total - len(found.data)} more were used earlier")
 
 
-def show_conversation(server: ServerCache, name: str, *, as_json: bool) -> None:
-    found = server.show(name)
+def show_conversation(cached: Cached, name: str, *, as_json: bool) -> None:
+    found = cached.show(name)
     if as_json:
         return _print_json(found.model_dump())
     console = _console()
     console.print(_conversations([found], short=False))
     console.print(_states(found.states))
-    console.print("…" + harmless(found.text), soft_wrap=True)
+    if isinstance(found, StoredDetail):
+        console.print(_files(found.files))
+    else:
+        console.print("…" + harmless(found.text), soft_wrap=True)
 
 
-def drop_conversations(server: ServerCache, name: str | None, *, as_json: bool) -> None:
+def drop_conversations(cached: Cached, name: str | None, *, as_json: bool) -> None:
     """name: None for all of them"""
-    dropped = server.drop(name)
+    dropped = cached.drop(name)
     if as_json:
         return _print_json(dropped.model_dump())
     _console().print(f"{format_bytes(dropped.freed_bytes)} freed")
@@ -113,6 +127,14 @@ def _states(rows: Sequence[CachedState]) -> Table:
     return table
 
 
+def _files(rows: Sequence[StoredFile]) -> Table:
+    table = _table("file", "kind", "pages", "tokens", "size", "bytes are")
+    for row in rows:
+        right = "right" if row.wrong is None else f"wrong: {row.wrong}"
+        table.add_row(row.file, row.kind, f"{row.pages:,}", f"{row.tokens:,}", format_bytes(row.bytes), right)
+    return table
+
+
 def _facts(row: ConversationInfo | CachedState, name: str, size: str) -> tuple[str, ...]:
     score = "" if row.score is None else f"{row.score:.3g}"
     return name, f"{row.tokens:,}", size, row.kind, f"{_duration(row.age_s)} ago", score, str(row.hits)
@@ -129,7 +151,7 @@ def _table(first: str, *others: str) -> Table:
     table = Table(first, box=None, pad_edge=False)
     for name in others:
         table.add_column(
-            name, justify="right" if name in ("tokens", "own", "size", "used", "score", "hits") else "left"
+            name, justify="right" if name in ("tokens", "own", "size", "used", "score", "hits", "pages") else "left"
         )
     return table
 

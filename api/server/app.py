@@ -10,6 +10,7 @@ from hybrid_cache import __version__
 from hybrid_cache.api.server.bodies import MAX_VALUES
 from hybrid_cache.api.server.errors import install_error_handlers
 from hybrid_cache.api.server.gate import Admission
+from hybrid_cache.api.server.kv_events.disk import Disk
 from hybrid_cache.api.server.kv_events.origins import Origins
 from hybrid_cache.api.server.kv_events.publisher import Publisher
 from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts, RequestIds
@@ -66,7 +67,8 @@ def create_app(
         if publisher is not None:
             engine.record(publisher.journal)
             origins = Origins(serving, salted=publisher.config.publish_salted)
-            publisher.start(origins, grouped=engine.model.cache_spec.slot_bytes > 0)
+            disk = None if engine.disk_folder is None else Disk(engine.disk_folder, engine.disk_identities)
+            publisher.start(origins, grouped=engine.model.cache_spec.slot_bytes > 0, disk=disk)
         engine.start()
         yield
         await engine.stop(settings.drain_timeout_s)

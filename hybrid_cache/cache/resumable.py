@@ -12,7 +12,7 @@ Three groups are kept apart, as a page may belong to more than one:
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from itertools import groupby
 
 from hybrid_cache.cache.journal import Note, Place
@@ -28,32 +28,32 @@ class Group(IntEnum):
     ENDS = 2
 
 
+class Tier(Enum):
+    """Where something lies."""
+
+    MEMORY = "memory"
+    DISK = "disk"
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """Pages that follow each other, in one namespace; or the end of a prompt behind its last page."""
 
     group: Group
-    nodes: tuple[Node, ...]
-    end: PromptEnd | None = None  # with no nodes
+    namespace: str
+    before: Name | None  # the page before them; None at the beginning of a sequence
+    names: tuple[Name, ...]
+    keys: tuple[bytes, ...]  # of the pages, or of what the prompt has behind them
+    tier: Tier = Tier.MEMORY
 
-    @property
-    def namespace(self) -> str:
-        return self.end.namespace if self.end is not None else self.nodes[0].namespace
+    @classmethod
+    def of(cls, group: Group, nodes: tuple[Node, ...]) -> "Stored":
+        names, keys = tuple(node.name for node in nodes), tuple(node.key for node in nodes)
+        return cls(group, nodes[0].namespace, _name_of(nodes[0].parent), names, keys)
 
-    @property
-    def before(self) -> Node | None:
-        """The page before them; None at the beginning of a sequence."""
-        before = self.nodes[0].parent if self.end is None else self.end.node
-        return before if before is not None and before.parent is not None else None
 
-    @property
-    def names(self) -> tuple[Name, ...]:
-        return (self.end.name,) if self.end is not None else tuple(node.name for node in self.nodes)
-
-    @property
-    def keys(self) -> tuple[bytes, ...]:
-        """Of the pages, or of what the prompt has behind them."""
-        return (self.end.tail,) if self.end is not None else tuple(node.key for node in self.nodes)
+def _name_of(page: Node | None) -> Name | None:
+    return None if page is None or page.parent is None else page.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class Removed:
 
     group: Group
     names: tuple[Name, ...]
+    tier: Tier = Tier.MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +153,13 @@ class Resumable:
             return
         self._places[place] = None
         if isinstance(place, PromptEnd):
-            yield from (Stored(Group.ENDS, run) for run in _runs(self._ends.add(place.node)))
-            yield Stored(Group.ENDS, (), place)
+            yield from (Stored.of(Group.ENDS, run) for run in _runs(self._ends.add(place.node)))
+            yield Stored(Group.ENDS, place.namespace, _name_of(place.node), (place.name,), (place.tail,))
             return
         node = place.node if isinstance(place, Checkpoint) else place
-        yield from (Stored(Group.PAGES, run) for run in _runs(self._pages.add(node)))
+        yield from (Stored.of(Group.PAGES, run) for run in _runs(self._pages.add(node)))
         if self._states and isinstance(place, Checkpoint):
-            yield Stored(Group.STATES, (node,))
+            yield Stored.of(Group.STATES, (node,))
 
     def _went(self, place: Place) -> Iterator[Change]:
         del self._places[place]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -192,6 +193,15 @@ class AsyncEngine:
     def record(self, journal: Journal) -> None:
         """What requests may start from goes into a journal. To be called before `start`."""
         self._engine.cache.pool.watch(journal)
+
+    @property
+    def disk_folder(self) -> Path | None:
+        """Where the disk tier lies; None without one."""
+        return self._config.disk
+
+    def disk_identities(self) -> list[str]:
+        """Of the models that are served from there. On any thread."""
+        return self._engine.disk_identities
 
     @property
     def alive(self) -> bool:

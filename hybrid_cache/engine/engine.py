@@ -150,6 +150,11 @@ class Engine:
         if self._disk is not None:
             self._disk.serve(model.fingerprint, identity_of(model))
 
+    @property
+    def disk_identities(self) -> list[str]:
+        """Of the models that are served from the disk."""
+        return [] if self._disk is None else self._disk.identities
+
     def add_profile(self, profile: Profile) -> None:
         """Lets requests that allow a loss use entries of one model for another, as was measured.
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from hybrid_cache.cache.disk.entries import DIGEST_BYTES, Entry, EntryKind, Facts, NewEntry
 from hybrid_cache.cache.disk.index import NAME
-from hybrid_cache.cache.keys import NAME_BYTES
+from hybrid_cache.cache.keys import KEY_BYTES, NAME_BYTES, TOKEN_BYTES
 from hybrid_cache.errors import ConfigError
 from hybrid_cache.storage.folder import BadEntry, Bytes, Folder, digest_of
 
@@ -77,10 +77,10 @@ def pack(path: Path, name: str, target: Path) -> list[Facts]:
         chain = _chain(by_id, _named(by_id, name))
         try:
             payloads = [folder.read(entry) for entry in chain]
+            about = [_told(entry, folder.index.tokens(entry.id)) for entry in chain]
         except (BadEntry, OSError) as error:
             raise ConfigError(f"{name} cannot be packed: a file that it needs is not what it was: {error}") from error
     tensors = {f"{number}": payload for number, payload in enumerate(payloads)}
-    about = [_told(entry) for entry in chain]
     try:
         save_file(tensors, target, {"format": PACK, "entries": json.dumps(about)})
     except OSError as error:
@@ -93,10 +93,12 @@ def unpack(source: Path, path: Path, budget_bytes: int) -> tuple[list[Facts], in
 
     Raises ConfigError for a file that is no pack, or damaged, and where there is no room.
     """
-    facts, payloads = _read(source)
+    facts, payloads, tokens = _read(source)
     folder = Folder(path, budget_bytes)
     try:
-        reserved = folder.index.reserve([NewEntry(each, (), None) for each in facts])
+        reserved = folder.index.reserve(
+            [NewEntry(each, (), None, said) for each, said in zip(facts, tokens, strict=True)]
+        )
         folder.erase(reserved.gone)
         if reserved.refused:
             raise ConfigError(f"{path} has no room for {source} ({reserved.refused}), budget {budget_bytes} bytes")
@@ -113,7 +115,7 @@ def unpack(source: Path, path: Path, budget_bytes: int) -> tuple[list[Facts], in
 
 def _named(entries: dict[int, Entry], name: str) -> Entry:
     found = [each for each in entries.values() if each.facts.name.hex().startswith(name.lower())]
-    states = [each for each in found if each.facts.kind is not EntryKind.PAGES]
+    states = [each for each in found if each.facts.kind is not EntryKind.PAGES] or found
     if len({each.facts.name for each in states}) != 1:
         raise ConfigError(f"{len(states)} states have a name that begins with {name!r}, must be one")
     return states[0]
@@ -130,13 +132,14 @@ def _chain(entries: dict[int, Entry], last: Entry) -> list[Entry]:
     return chain[::-1]
 
 
-def _told(entry: Entry) -> dict[str, object]:
+def _told(entry: Entry, tokens: bytes) -> dict[str, object]:
     facts = entry.facts._asdict()
     hexed = {name: facts[name].hex() for name in ("name", "pages")}
-    return {**facts, **hexed, "kind": entry.facts.kind.value, "digest": entry.digest.hex()}
+    return {**facts, **hexed, "kind": entry.facts.kind.value, "digest": entry.digest.hex(), "tokens": tokens.hex()}
 
 
-def _read(source: Path) -> tuple[list[Facts], list[Bytes]]:
+def _read(source: Path) -> tuple[list[Facts], list[Bytes], list[bytes]]:
+    """What each entry is, its payload, and its tokens."""
     try:
         with safe_open(source, "numpy") as file:
             metadata = file.metadata() or {}
@@ -147,11 +150,21 @@ def _read(source: Path) -> tuple[list[Facts], list[Bytes]]:
         if not told:
             raise ValueError("nothing is in it")
         facts = [_facts(each, payload) for each, payload in zip(told, payloads, strict=True)]
+        tokens = [_tokens(each, of) for each, of in zip(told, facts, strict=True)]
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{source} is no pack of a cache, or damaged: {error}") from error
-    return facts, payloads
+    return facts, payloads, tokens
+
+
+def _tokens(told: dict[str, object], facts: Facts) -> bytes:
+    """Those of an entry. Raises ValueError if it cannot have these."""
+    tokens, num_pages = bytes.fromhex(str(told.get("tokens", ""))), len(facts.page_names)
+    wanted = num_pages * KEY_BYTES if num_pages else len(tokens) // TOKEN_BYTES * TOKEN_BYTES
+    if tokens and (len(tokens) != wanted or (not num_pages and wanted >= KEY_BYTES)):
+        raise ValueError(f"{len(tokens)} bytes of tokens for {num_pages} pages")
+    return tokens
 
 
 def _facts(told: dict[str, object], payload: Bytes) -> Facts:

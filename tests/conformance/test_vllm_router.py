@@ -187,3 +187,40 @@ def test_with_an_api_key_and_beside_salted_requests(tmp_path: Path) -> None:
         time.sleep(2 + HEARD_S)
         assert [fleet.route(ask(messages, 0))[0] for _, messages in talks] == [server for server, _ in talks]
         assert "unsupported KV event field: cache_salt" in (tmp_path / "router").read_text()
+
+
+def test_after_a_restart_conversations_go_to_the_server_that_has_them_on_its_disk(tmp_path: Path) -> None:
+    """Two servers with a folder each; both are killed, and nothing of what they had is in memory any more."""
+    talks = [(place % 2, talk(f"bridge {place}")) for place in range(6)]
+    with on_disks(tmp_path) as servers:
+        early = Fleet(servers[0], servers)
+        for server, messages in talks:
+            early.send(servers[server], messages)
+        wait_until_written(servers)
+    with on_disks(tmp_path) as servers, routing([str(each.base_url) for each in servers], tmp_path / "router") as way:
+        fleet = Fleet(way, servers)
+        time.sleep(2 + HEARD_S)
+        for turn in range(2):
+            for server, messages in talks:
+                found, cached = fleet.route(ask(messages, turn))
+                assert found == server
+                assert cached >= 128
+            time.sleep(HEARD_S)
+
+
+@contextmanager
+def on_disks(path: Path) -> Iterator[tuple[httpx.Client, ...]]:
+    """Servers with a folder each, which they find again."""
+    with ExitStack() as running:
+        options = ("--kv-events-config", EVENTS, "--disk-budget", "1GiB", "--disk")
+        names = ("first", "second")
+        urls = [running.enter_context(serving(path / f"{each}.log", *options, str(path / each))) for each in names]
+        yield tuple(running.enter_context(client_of(url)) for url in urls)
+
+
+def wait_until_written(servers: tuple[httpx.Client, ...]) -> None:
+    deadline = time.monotonic() + START_S
+    while any("hybrid_cache_disk_waiting 0.0" not in server.get("/metrics").text for server in servers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)  # what is being written now

@@ -25,6 +25,7 @@ from tests.soak.server import Server, serve
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+EVENTS = '{"enable_kv_cache_events": true, "endpoint": "tcp://127.0.0.1:*", "replay_endpoint": "tcp://127.0.0.1:*"}'
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/hybrid-cache.json").read_text())
 DOCUMENTS = sorted(path for path in DEPLOY.rglob("*") if path.suffix in (".yaml", ".yml"))
 UNIT = (DEPLOY / "hybrid-cache.service").read_text()
@@ -178,11 +179,12 @@ def wrong_names(expression: Any, metrics: dict[str, dict[str, set[str]]]) -> lis
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """It has answered so many questions that some had to leave, and each a second time; its policy declines ends of
-    prompts.
+    prompts. It has a disk, and publishes events.
     """
-    with serve(["--budget", "4MiB", "--policy", "gdsf"], keys=()) as started:
+    disk = ["--disk", str(tmp_path_factory.mktemp("disk")), "--disk-budget", "1GiB"]
+    with serve(["--budget", "4MiB", "--policy", "gdsf", *disk, "--kv-events-config", EVENTS], keys=()) as started:
         for question in range(16):
             content = f"Question {question // 2}. " + "My name is Ann. " * 80
             body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4}
@@ -199,6 +201,8 @@ def metrics(server: Server) -> dict[str, dict[str, set[str]]]:
         name: {label: set() for label in labels} for name, labels in SCRAPED.items()
     }
     for family in text_string_to_metric_families(text):
+        if family.type == "counter" and not family.samples:  # by kind, and nothing of any kind has happened yet
+            found[f"{family.name}_total"] = {"kind": set()}
         for sample in family.samples:
             labels = found.setdefault(sample.name, {})
             for label, value in sample.labels.items():

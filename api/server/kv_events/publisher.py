@@ -26,6 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from hybrid_cache.api.server.kv_events.config import OPTION, KVEventsConfig
+from hybrid_cache.api.server.kv_events.disk import LOOK_S, Disk
 from hybrid_cache.api.server.kv_events.wire import MOST_BLOCKS, Event, Origin, event_of, sized
 from hybrid_cache.cache.journal import Journal
 from hybrid_cache.cache.resumable import Change, Cleared, Resumable
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import zmq
 
 NAME = "hybrid-cache-events"  # of the thread
-MEDIUM = "GPU"  # vLLM's word for the first tier, where the model computes
 RANK = 0
 GATHER_S = 0.004  # that more notes are waited for once there is one
 PART = 1 / 1000  # of a processor that batches take in a row: the next one waits for as long, and is larger
@@ -118,9 +118,10 @@ class Publisher:
         self._bell.setblocking(False)
         self.journal = Journal(self._wake, config.max_queue_size)
         self._stopping = False
+        self._disk: Disk | None = None
         self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
         self._sent_s = time.monotonic()
-        self._rests_until_s = 0.0
+        self._rests_until_s = self._looks_at_s = 0.0
         self._renewed_s = -RENEW_S
         self._wants_renewal = False
         try:
@@ -132,13 +133,17 @@ class Publisher:
             self._close(0)
             raise
 
-    def start(self, origin: Namespace, *, grouped: bool) -> None:
+    def start(self, origin: Namespace, *, grouped: bool, disk: Disk | None = None) -> None:
         """The journal must have been begun. origin: called on the publisher's thread
-        grouped: the model has states, so that pages alone are not enough
+        grouped: the model has states, so that pages alone are not enough   disk: the tier below memory
         """
         self._origin_of = origin
         self._grouped = grouped
-        self._resumable = Resumable(lambda namespace: origin(namespace) is not None, self.config.publish_states)
+        self._disk = disk
+        states = self.config.publish_states and grouped  # without groups, nothing could be told apart
+        self._resumable = Resumable(self._may_know, states)
+        if disk is not None:
+            disk.open(self._may_know, states=states, stateless=not grouped)
         self._thread.start()
 
     @property
@@ -200,6 +205,9 @@ class Publisher:
 
     # On the publisher's thread
 
+    def _may_know(self, namespace: str) -> bool:
+        return self._origin_of(namespace) is not None
+
     def _run(self) -> None:
         try:
             self._publish()
@@ -216,12 +224,16 @@ class Publisher:
         poller.register(self._answerer, zmq.POLLIN)
         self._tell()  # the first batch clears what readers know of an earlier server at these addresses
         while not self._stopping:
-            due_s = min(self._sent_s + self.config.heartbeat_s, self._rests_until_s) - time.monotonic()
+            due_s = (
+                min(self._sent_s + self.config.heartbeat_s, self._rests_until_s, self._looks_at_s) - time.monotonic()
+            )
             ready = {socket for socket, _ in poller.poll(ceil(max(due_s, 0) * 1000))}
             if self._bell.fileno() in ready:
                 self._gather()
             if time.monotonic() >= self._rests_until_s:
                 self._tell()
+            if time.monotonic() >= self._looks_at_s:
+                self._look()
             if self._answerer in ready:
                 self._answer()
             if self._wants_renewal and time.monotonic() - self._renewed_s >= RENEW_S:
@@ -249,6 +261,16 @@ class Publisher:
             self._rests_until_s = inf
             self.journal.sleep()
 
+    def _look(self) -> None:
+        """Sends what has changed on the disk, a part at a time."""
+        if self._disk is None:
+            self._looks_at_s = inf
+            return
+        began_s = time.thread_time()
+        self._send_changes(self._disk.changes())
+        rest_s = min((time.thread_time() - began_s) / PART, MOST_WAIT_S) if self._disk.more else LOOK_S
+        self._looks_at_s = time.monotonic() + rest_s
+
     def _renew(self) -> None:
         self._renewed_s, self._wants_renewal = time.monotonic(), False
         self.counts.renewals += 1
@@ -258,7 +280,10 @@ class Publisher:
         """In as many batches as it takes."""
         events, num_blocks, salted = list[Event](), 0, False
         for change in sized(changes):
-            event = event_of(change, self._origin, MEDIUM, grouped=self._grouped)
+            if isinstance(change, Cleared) and self._disk is not None:
+                self._disk.rewind()  # so its content is told anew as well
+                self._looks_at_s = 0.0
+            event = event_of(change, self._origin, grouped=self._grouped)
             if events and salted != ("cache_salt" in event):  # readers that do not know the field drop the batch
                 self._send(events)
                 events, num_blocks = [], 0
@@ -315,6 +340,8 @@ class Publisher:
         self._answerer.send_multipart([client, b"", b"", END, b""], zmq.DONTWAIT)
 
     def _close(self, linger_ms: int) -> None:
+        if self._disk is not None:
+            self._disk.close()
         for each in (self._sender, self._answerer):
             each.close(linger_ms)
         self._context.term()

@@ -5,12 +5,12 @@ events"). What readers make of them, and what they do not forgive, is in docs/kv
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hybrid_cache.cache.keys import Name, tokens_in
-from hybrid_cache.cache.resumable import Change, Cleared, Group, Removed, Stored
+from hybrid_cache.cache.resumable import Change, Cleared, Group, Removed, Stored, Tier
 from hybrid_cache.kernels.grid import TILE
 
 BLOCK_TOKENS = TILE
@@ -19,6 +19,7 @@ HASH_BYTES = 8
 
 Event = dict[str, object]
 FULL_ATTENTION, MAMBA = "full_attention", "mamba"
+MEDIA = {Tier.MEMORY: "GPU", Tier.DISK: "STORAGE"}  # vLLM's words; the first is where the model computes
 KINDS = {Group.PAGES: FULL_ATTENTION, Group.STATES: MAMBA, Group.ENDS: MAMBA}
 
 
@@ -35,8 +36,8 @@ def hash_of(name: Name) -> int:
     return int.from_bytes(name[:HASH_BYTES], "big")
 
 
-def event_of(change: Change, origin: Callable[[str], Origin], medium: str, *, grouped: bool) -> Event:
-    """origin: of a namespace   medium: GPU, CPU or STORAGE   grouped: pages and states are told apart"""
+def event_of(change: Change, origin: Callable[[str], Origin], *, grouped: bool) -> Event:
+    """origin: of a namespace   grouped: pages and states are told apart"""
     if isinstance(change, Cleared):
         return {"type": "AllBlocksCleared"}
     group: Event = {"group_idx": int(change.group)} if grouped else {}
@@ -44,20 +45,20 @@ def event_of(change: Change, origin: Callable[[str], Origin], medium: str, *, gr
         return {
             "type": "BlockRemoved",
             "block_hashes": [hash_of(name) for name in change.names],
-            "medium": medium,
+            "medium": MEDIA[change.tier],
             **group,
         }
-    of, before = origin(change.namespace), change.before
+    of = origin(change.namespace)
     kind: Event = {"kv_cache_spec_kind": KINDS[change.group]} if grouped else {}
     salt: Event = {"cache_salt": of.cache_salt} if of.cache_salt is not None else {}
     return {
         "type": "BlockStored",
         "block_hashes": [hash_of(name) for name in change.names],
-        "parent_block_hash": None if before is None else hash_of(before.name),
+        "parent_block_hash": None if change.before is None else hash_of(change.before),
         "token_ids": np.frombuffer(b"".join(map(tokens_in, change.keys)), "<i4").tolist(),
         "block_size": BLOCK_TOKENS,
         "lora_id": None,
-        "medium": medium,
+        "medium": MEDIA[change.tier],
         "lora_name": of.lora_name,
         **group,
         **kind,
@@ -70,7 +71,7 @@ def sized(changes: Iterable[Change]) -> Iterator[Change]:
     held: Stored | None = None
     for change in changes:
         if held is not None and isinstance(change, Stored) and _goes_on(held, change):
-            held = Stored(held.group, held.nodes + change.nodes)
+            held = replace(held, names=held.names + change.names, keys=held.keys + change.keys)
             continue
         if held is not None:
             yield from _split(held)
@@ -82,16 +83,19 @@ def sized(changes: Iterable[Change]) -> Iterator[Change]:
 
 
 def _goes_on(held: Stored, change: Stored) -> bool:
-    alike = held.group is change.group is Group.PAGES and held.namespace == change.namespace
-    return alike and change.before is held.nodes[-1] and len(held.nodes) < MOST_BLOCKS
+    alike = held.group is change.group is Group.PAGES and held.tier is change.tier
+    follows = alike and held.namespace == change.namespace and change.before == held.names[-1]
+    return follows and len(held.names) < MOST_BLOCKS
 
 
 def _split(change: Change) -> Iterator[Change]:
-    if isinstance(change, Stored) and len(change.nodes) > MOST_BLOCKS:
-        for start in range(0, len(change.nodes), MOST_BLOCKS):
-            yield Stored(change.group, change.nodes[start : start + MOST_BLOCKS])
+    if isinstance(change, Stored) and len(change.names) > MOST_BLOCKS:
+        for start in range(0, len(change.names), MOST_BLOCKS):
+            names, keys = (each[start : start + MOST_BLOCKS] for each in (change.names, change.keys))
+            before = change.names[start - 1] if start else change.before
+            yield replace(change, before=before, names=names, keys=keys)
     elif isinstance(change, Removed) and len(change.names) > MOST_BLOCKS:
         for start in range(0, len(change.names), MOST_BLOCKS):
-            yield Removed(change.group, change.names[start : start + MOST_BLOCKS])
+            yield replace(change, names=change.names[start : start + MOST_BLOCKS])
     else:
         yield change

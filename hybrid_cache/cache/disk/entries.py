@@ -97,6 +97,7 @@ class NewEntry:
     # What it needs: an entry that is there, or a run that is being written, by its name; None: nothing, or the entry
     # before it in the same job.
     above: int | Name | None
+    tokens: bytes = b""  # of its pages, or of what a prompt has behind them, as int32; for those who ask for them
 
 
 def file_name(entry: int) -> str:

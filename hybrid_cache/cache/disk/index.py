@@ -43,6 +43,10 @@ CREATE TRIGGER entry_added AFTER INSERT ON entry BEGIN
 CREATE TRIGGER entry_removed AFTER DELETE ON entry BEGIN
     UPDATE fact SET value = value - OLD.file_bytes WHERE name = 'bytes'; END;
 """
+_LATER_TABLES = """
+CREATE TABLE IF NOT EXISTS said (id INTEGER PRIMARY KEY, tokens BLOB NOT NULL);
+CREATE TRIGGER IF NOT EXISTS said_removed AFTER DELETE ON entry BEGIN DELETE FROM said WHERE id = OLD.id; END;
+"""  # beside the entries, as only those who publish or show them read tokens
 _KINDS = {kind.value: kind for kind in EntryKind}  # faster than to make one
 _WRITTEN = (
     "identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, file_bytes, above, value, made, "
@@ -56,7 +60,7 @@ _COMMIT = (
     "UPDATE entry SET writer = NULL, digest = ?, committed = (SELECT value FROM fact WHERE name = 'commits') "
     "WHERE id = ?"
 )
-_COLUMNS = "id, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, above, digest"
+COLUMNS = "id, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, above, digest"
 _BELOW = (
     "WITH RECURSIVE below(id) AS (SELECT id FROM entry WHERE id = ? "
     "UNION SELECT entry.id FROM entry JOIN below ON entry.above = below.id) "
@@ -74,6 +78,15 @@ class Reserved:
     ids: tuple[int | None, ...]  # of each; None for one that is there already, or was refused
     gone: tuple[int, ...]  # entries that had to go for them
     refused: str = ""  # why, in a word
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How an entry was of use."""
+
+    at: float  # the last time, or when it was made; Unix time, for people only
+    count: int
+    score: float
 
 
 class _Refused(Exception):
@@ -122,6 +135,8 @@ class Index:
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
             elif version != VERSION:
                 raise ConfigError(f"{self._path} is an index of version {version}, this one reads version {VERSION}")
+            for statement in _statements(_LATER_TABLES):
+                self._db.execute(statement)
 
     def close(self) -> None:
         self._db.close()
@@ -156,12 +171,21 @@ class Index:
     def entries(self, identity: str, after: int = 0) -> tuple[list[Entry], int]:
         """Those of a model that were committed later, those that others need before them -> and the latest commit."""
         latest = int(self._fact("commits"))
-        query = f"SELECT {_COLUMNS} FROM entry WHERE identity = ? AND committed BETWEEN ? AND ? ORDER BY id"
-        return [*_entries(self._db.execute(query, (identity, after + 1, latest)))], latest
+        query = f"SELECT {COLUMNS} FROM entry WHERE identity = ? AND committed BETWEEN ? AND ? ORDER BY id"
+        return [*read_entries(self._db.execute(query, (identity, after + 1, latest)))], latest
 
     def all(self) -> list[Entry]:
         """Those of all models, those that others need before them."""
-        return [*_entries(self._db.execute(f"SELECT {_COLUMNS} FROM entry WHERE writer IS NULL ORDER BY id"))]
+        return [*read_entries(self._db.execute(f"SELECT {COLUMNS} FROM entry WHERE writer IS NULL ORDER BY id"))]
+
+    def tokens(self, entry: int) -> bytes:
+        """What is said in the pages of an entry, or behind them; empty where that is not known."""
+        row = self._db.execute("SELECT tokens FROM said WHERE id = ?", (entry,)).fetchone()
+        return b"" if row is None else bytes(row[0])
+
+    def uses(self) -> dict[int, Use]:
+        """Of all entries."""
+        return {row[0]: Use(*row[1:]) for row in self._db.execute("SELECT id, used, uses, score FROM entry")}
 
     def ids(self) -> set[int]:
         """Of all entries, those included that are being written."""
@@ -194,7 +218,8 @@ class Index:
         there = [self._find(new.facts) for new in job]
         missing = [new for new, entry in zip(job, there, strict=True) if entry is None]
         above = [self._above(new) for new in job]
-        num_bytes, value = sum(new.facts.file_bytes for new in missing), max(new.facts.value for new in job)
+        num_bytes = sum(new.facts.file_bytes + len(new.tokens) for new in missing)
+        value = max(new.facts.value for new in job)
         gone = self._make_room(num_bytes, self.inflation + value, {*above, *there} - {None})
         ids, before = list[int | None](), None
         for new, entry, needed in zip(job, there, above, strict=True):
@@ -229,6 +254,8 @@ class Index:
         done = self._db.execute(_INSERT, row)
         assert done.lastrowid is not None
         self._db.execute(_SCORE, (done.lastrowid,))
+        if new.tokens:
+            self._db.execute("INSERT INTO said VALUES (?, ?)", (done.lastrowid, new.tokens))
         return done.lastrowid
 
     def _make_room(self, num_bytes: int, score: float, spared: Collection[int | None]) -> list[int]:
@@ -318,7 +345,7 @@ def _statements(script: str) -> list[str]:
     return found
 
 
-def _entries(rows: Iterable[Sequence[Any]]) -> Iterator[Entry]:
+def read_entries(rows: Iterable[Sequence[Any]]) -> Iterator[Entry]:
     """What rows say, without those that no process has written so."""
     for (
         number,

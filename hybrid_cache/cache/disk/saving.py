@@ -8,7 +8,7 @@ from hybrid_cache.cache.commands import Emit, Save
 from hybrid_cache.cache.disk.catalogue import Catalogue
 from hybrid_cache.cache.disk.entries import Entry, EntryKind, Facts, NewEntry, Storage
 from hybrid_cache.cache.geometry import Geometry, Kind
-from hybrid_cache.cache.keys import Name
+from hybrid_cache.cache.keys import Name, tokens_in
 from hybrid_cache.cache.tree import Checkpoint, Node, PromptEnd
 from hybrid_cache.namespaces import fingerprint_in, lane_in
 from hybrid_cache.spec import PrefillCost
@@ -215,7 +215,9 @@ class Saving:
         place = node.num_tokens // self._page_tokens, last.num_tokens
         num_bytes = len(missing) * self._geometry.page_bytes
         facts = Facts(identity, EntryKind.PAGES, last.name, last.namespace, "", *place, names, num_bytes)
-        return NewEntry(facts, tuple((Kind.PAGE, each.page) for each in missing), above), above
+        plain = all(each.namespace == last.namespace and each.key == tokens_in(each.key) for each in missing)
+        tokens = b"".join(each.key for each in missing) if plain else b""
+        return NewEntry(facts, tuple((Kind.PAGE, each.page) for each in missing), above, tokens), above
 
     def _holder(self, page: Name) -> int | Name | None:
         """The run with a page."""
@@ -233,7 +235,7 @@ class Saving:
         facts = Facts(
             identity, kind, kept.name, kept.namespace, kept.label, num_pages, kept.num_tokens, num_bytes=num_bytes
         )
-        return NewEntry(facts, items, above)
+        return NewEntry(facts, items, above, tokens_in(kept.tail) if isinstance(kept, PromptEnd) else b"")
 
     def _value(self, kept: State | Node, num_bytes: int) -> float:
         """FLOPs that it saves for each byte that it takes, by what is expected of it."""

@@ -74,6 +74,11 @@ class DiskTier:
             self.knowledge.recall(identity)
         self._identities[fingerprint] = identity
 
+    @property
+    def identities(self) -> list[str]:
+        """Of the models that are served."""
+        return [*dict.fromkeys(self._identities.values())]
+
     # From the books
 
     def published(self, kept: Kept) -> None:

@@ -17,9 +17,10 @@ class Shadow:
     """Blocks by what comes before them and their tokens. Raises AssertionError for what readers do not forgive."""
 
     def __init__(self) -> None:
-        self.references: Counter[tuple[int, Hash]] = Counter()  # of a group
+        self.references: Counter[tuple[int, Hash]] = Counter()  # of a group, in all media
         self.hashes: dict[tuple[int, Chain], Hash] = {}
         self.chains: dict[tuple[int, Hash], Chain] = {}
+        self.media: set[tuple[str, int, Hash]] = set()
         self.grouped = False
 
     def read(self, events: list[dict[str, Any]]) -> None:
@@ -32,6 +33,7 @@ class Shadow:
         self.references.clear()
         self.hashes.clear()
         self.chains.clear()
+        self.media.clear()
 
     def store(self, event: dict[str, Any]) -> None:
         group, tokens, before = event.get("group_idx", 0), event["token_ids"], event["parent_block_hash"]
@@ -39,7 +41,8 @@ class Shadow:
         assert event["block_hashes"]
         assert event["block_size"] == BLOCK
         assert event["lora_id"] is None
-        assert event["medium"] == "GPU"
+        medium = event["medium"]
+        assert medium in ("GPU", "CPU", "STORAGE")
         assert all(0 <= each < 1 << 64 for each in event["block_hashes"])
         whole = len(event["block_hashes"]) * BLOCK
         assert len(tokens) == whole if group < 2 else whole - BLOCK <= len(tokens) <= whole
@@ -47,9 +50,12 @@ class Shadow:
         before = (event["lora_name"], event.get("cache_salt")) if before is None else before
         for place, name in enumerate(event["block_hashes"]):
             chain = before, tuple(tokens[place * BLOCK : (place + 1) * BLOCK])
-            assert not self.references[group, name], "stored twice"
-            assert group == 1 or isinstance(before, tuple) or self.references[group, before], "nothing before it"
+            assert (medium, group, name) not in self.media, f"stored twice: {medium} {group}"
+            known = group == 1 or isinstance(before, tuple) or (medium, group, before) in self.media
+            assert known, f"nothing before it: {medium} {group}"
+            assert self.chains.get((group, name), chain) == chain, "one hash for two"
             self.references[group, name] += 1
+            self.media.add((medium, group, name))
             self.hashes[group, chain], self.chains[group, name] = name, chain
             before = name
 
@@ -57,8 +63,10 @@ class Shadow:
         group = event.get("group_idx", 0)
         assert event["block_hashes"]
         for name in event["block_hashes"]:
-            assert self.references.pop((group, name)) == 1
-            del self.hashes[group, self.chains.pop((group, name))]
+            self.media.remove((event["medium"], group, name))
+            self.references[group, name] -= 1
+            if not self.references[group, name]:
+                del self.references[group, name], self.hashes[group, self.chains.pop((group, name))]
 
     def cached_tokens(self, tokens: TokenArray, root: Root = (None, None)) -> int:
         """Tokens of a prompt that need not be computed, as all groups say together."""

@@ -204,7 +204,7 @@ def test_the_command_line_lists_shows_and_drops(
         (("ls", "--url", "nonsense"), "not an address"),
         (("show", "../../health"), "no name"),
         (("drop",), "--all"),
-        (("drop", "abcd", "--all"), "--all"),
+        (("drop", "abcd", "--all"), "is no folder"),
     ],
 )
 def test_what_cannot_be_asked_is_an_error_in_a_line(

@@ -347,7 +347,7 @@ def test_what_went_while_nobody_listened_is_not_said_any_more() -> None:
 
     def hear() -> set[int]:
         changes = resumable.read(journal.take(1000))
-        shadow.read([event_of(change, lambda namespace: Origin(), "GPU", grouped=True) for change in changes])
+        shadow.read([event_of(change, lambda namespace: Origin(), grouped=True) for change in changes])
         return {name for group, name in shadow.references if group == 0}
 
     assert hear() == {hash_of(node.name) for node in (first.node, first.node.parent) if node is not None}
@@ -369,7 +369,7 @@ def test_pages_of_a_model_without_states_come_and_go_one_by_one() -> None:
         assert cache.match("", tokens).length == shadow.cached_tokens(tokens)
         fill(cache, tokens)
         changes = sized(resumable.read(journal.take(1000)))
-        shadow.read([event_of(change, lambda namespace: Origin(), "GPU", grouped=False) for change in changes])
+        shadow.read([event_of(change, lambda namespace: Origin(), grouped=False) for change in changes])
         there = {hash_of(node.name) for node in cache.tree.nodes() if node.parent}
         assert {name for _, name in shadow.references} == there
     assert cache.stats().evictions["page"] > 0
@@ -451,7 +451,7 @@ def test_where_an_adapter_takes_over_its_blocks_bear_its_name_behind_those_of_th
         node = tree.insert(node, key, keys.names[place + 1], place, 0.0, keys.namespace_of(place))
     notes = [Note(Checkpoint(node, 0, CheckpointKind.EXPLICIT), came=True)]
     changes = sized(Resumable(states=False).read(notes))
-    base, adapter = (event_of(each, lambda namespace: Origin(namespace), "GPU", grouped=True) for each in changes)
+    base, adapter = (event_of(each, lambda namespace: Origin(namespace), grouped=True) for each in changes)
     assert (base["lora_name"], base["block_hashes"]) == ("base/", [hash_of(keys.names[1])])
     assert adapter["lora_name"] == "adapter/"
     assert adapter["parent_block_hash"] == hash_of(keys.names[1])

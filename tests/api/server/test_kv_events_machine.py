@@ -81,7 +81,7 @@ class EventMachine(CacheMachine):
 
 def read(shadow: Shadow, changes: list[Change], *, grouped: bool) -> None:
     """As it comes over the wire."""
-    events = [event_of(change, origin, "GPU", grouped=grouped) for change in sized(changes)]
+    events = [event_of(change, origin, grouped=grouped) for change in sized(changes)]
     shadow.read(msgspec.msgpack.decode(msgspec.msgpack.encode(events)))
 
 
