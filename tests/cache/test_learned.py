@@ -9,7 +9,7 @@ import pytest
 from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth
 from hybrid_cache.cache.policies.learned import Learned
-from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
+from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory, log2_bin
 from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
 from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.kernels.grid import TILE
@@ -206,6 +206,38 @@ def test_the_tip_of_a_chain_is_where_its_last_prompt_ended_or_its_answer() -> No
     places.visit(outline("aq"), ends(2), 3.0)  # another chain passes the first place: that is where it leads now
     assert places.tip(first) is at(places, "aq", 2)
     assert places.tip(second) is tip
+
+
+def test_no_chain_leads_back_when_a_client_wants_states_only_at_an_earlier_mark() -> None:
+    places = memory()
+    first, tip = Wish(TILE, CheckpointKind.EXPLICIT), Wish(3 * TILE, END)
+    places.visit(outline("abc"), [first, tip], 0.0)
+    places.visit(outline("abcd", only_marked=True), [first], 1.0)  # it finds the end and leaves the mark once more
+    assert at(places, "abc", 3).onward is None
+    assert places.tip(at(places, "abc", 1)) is at(places, "abc", 3)
+
+
+def test_chains_lead_only_to_deeper_places_whatever_is_wished_for() -> None:
+    rng, places = np.random.default_rng(5), memory()
+    for now in range(2000):
+        pages = "".join(rng.choice(list("ab"), rng.integers(1, 7)))
+        wished = sorted(rng.choice(range(1, len(pages) + 1), rng.integers(0, len(pages) + 1), replace=False).tolist())
+        start = int(rng.integers(0, wished[0])) if wished else 0
+        places.visit(outline(pages, start=start), ends(*wished), float(now))
+        for place in places._places.values():
+            seen = {place}
+            while (place := place.onward or place) not in seen:
+                seen.add(place)
+            assert place.onward is None, "it leads in a circle"
+
+
+def test_a_clock_that_goes_back_or_on_for_ever_is_no_error_and_gives_a_feature() -> None:
+    assert [log2_bin(value, 12) for value in (-1e9, -1.0, -0.9, math.nan, 0.0)] == [0] * 5
+    assert [log2_bin(value, 12) for value in (1.0, 3.0, 4094.0, 1e300, math.inf)] == [1, 2, 11, 12, 12]
+    places = memory()
+    for now in (1000.0, 999.1, 5.0, -1e9):
+        places.visit(outline("ab"), ends(1, 2), now)
+    assert all(0 <= value < size for value, size in zip(at(places, "ab", 2).features, SIZES.values(), strict=True))
 
 
 def test_a_prompt_that_goes_on_from_the_prompt_instead_of_its_answer_is_of_the_same_chain() -> None:
