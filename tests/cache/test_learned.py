@@ -10,7 +10,7 @@ from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth
 from hybrid_cache.cache.policies.learned import Learned
 from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory, log2_bin
-from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
+from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, Lives, ReturnModel, buckets, gittins
 from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Boundary
@@ -191,6 +191,52 @@ def test_after_a_restart_conversations_are_not_taken_for_one_chain() -> None:
     assert at(after, "abc", 3).chain != at(after, "axyz", 4).chain
     assert not at(after, "abc", 3).branched
     assert at(after, "abc", 1).branched, "two passed it before"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("u", "w") for value in (math.nan, math.inf, 1e9)),
+        ("lives.0.count", -1.0),
+        ("lives.0.features", -1.0),
+        ("lives.4.features", 99.0),
+        ("lives.0.start", math.nan),
+        ("lives.0.end", math.inf),
+        ("places.features", -1.0),
+        ("places.features", 99.0),
+        ("places.since", math.nan),
+        ("places.since", -math.inf),
+        ("places.uses", -1.0),
+        ("places.lives", 1e30),
+        ("places.branched", 2.0),
+        ("places.names", 256.0),
+    ],
+)
+@pytest.mark.parametrize("how", ["changed", "shorter", "missing", "deep"])
+def test_what_was_remembered_and_makes_no_sense_changes_nothing(name: str, value: float, how: str) -> None:
+    before, after = memory(), memory()
+    for places, prompts in ((before, ("abc", "abc", "abcd", "abcd", "abcd")), (after, ("x", "xy"))):
+        for now, prompt in enumerate(prompts):
+            places.visit(outline(prompt), ends(1, len(prompt)), float(now))
+    arrays = {each: array.astype(np.float64) for each, array in before.arrays(9.0).items()}
+    if how == "changed":
+        arrays[name].reshape(-1)[0] = value
+    elif how == "shorter":
+        arrays[name] = arrays[name][:-1]
+    elif how == "deep":
+        arrays[name] = arrays[name][None]
+    else:
+        del arrays[name]
+    had = {each: array.tolist() for each, array in after.arrays(9.0).items()}
+    with pytest.raises(ValueError, match=r"lives|places|^u|^w|no [uw]"):
+        after.take(arrays, 9.0)
+    assert {each: array.tolist() for each, array in after.arrays(9.0).items()} == had
+
+
+def test_a_life_that_has_not_begun_is_nobodys() -> None:
+    lives = Lives(1, 4)
+    first = lives.begin([0], 0.0)
+    assert (lives.row(first), lives.row(first + 1), lives.row(-4)) == (0, None, None)
 
 
 def test_the_tip_of_a_chain_is_where_its_last_prompt_ended_or_its_answer() -> None:

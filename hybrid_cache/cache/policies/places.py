@@ -9,14 +9,14 @@ of a conversation go with its tip; whoever returns to a place behind one *branch
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from hybrid_cache.cache.keys import NAME_BYTES, Keys, Name
 from hybrid_cache.cache.policies.base import Outline, Wish
-from hybrid_cache.cache.policies.returns import Array, ReturnModel
+from hybrid_cache.cache.policies.returns import MOST_AGE_S, MOST_COUNT, Array, ReturnModel, checked
 from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept
 
@@ -196,11 +196,11 @@ class PlaceMemory:
     # For a process that comes later
 
     def arrays(self, now: float) -> dict[str, Array]:
-        """The latest places; times as ages."""
+        """The latest places, and what the model has learned; times as ages."""
         places = list(self._places.values())[-MOST_SAVED:]
         names = np.frombuffer(b"".join(place.name for place in places), np.uint8)
         features = np.array([place.features for place in places], np.int16)
-        return {
+        return self._model.arrays(now) | {
             "places.names": names.reshape(len(places), NAME_BYTES),
             "places.features": features.reshape(len(places), len(SIZES)),
             "places.since": np.array([now - place.since for place in places]),
@@ -211,14 +211,10 @@ class PlaceMemory:
         }
 
     def take(self, arrays: Mapping[str, Array], now: float) -> None:
-        """The opposite. Raises ValueError, and changes nothing, for places with other features."""
-        names, features = arrays["places.names"], arrays["places.features"]
-        if features.shape[1:] != (len(SIZES),) or (features < 0).any() or (features >= [*SIZES.values()]).any():
-            raise ValueError(f"features {features.shape}, must be {len(SIZES)} below {[*SIZES.values()]}")
-        facts = (arrays[f"places.{each}"].tolist() for each in ("since", "uses", "lives", "passed", "branched"))
-        for name, some, since, uses, life, passed, branched in zip(names, features.tolist(), *facts, strict=True):
-            place = self._places[name.tobytes()] = Place(name.tobytes(), some, now - since, uses, life)
-            place.passed, place.branched = bool(passed), bool(branched)
+        """The opposite. Raises ValueError, and changes nothing, for what cannot come from `arrays`."""
+        places = list(_places_of(arrays, now))
+        self._model.take(arrays, now)
+        self._places.update((place.name, place) for place in places)
 
     def _deepest(self, outline: Outline) -> tuple[Place | None, int]:
         """The whole prompt if it is known, otherwise the last known place that leaves something to compute; and the
@@ -239,6 +235,21 @@ class PlaceMemory:
 def _stem(outline: Outline) -> Keys | None:
     """What comes before a prompt's mark, if that ends off the grid; on it a checkpoint is kept like any other."""
     return outline.keys.stem if outline.keys.stem is not None and outline.keys.stem.tail else None
+
+
+def _places_of(arrays: Mapping[str, Array], now: float) -> Iterator[Place]:
+    """Those that another process remembered. Raises ValueError."""
+    n = min(arrays["places.since"].size, MOST_SAVED) if "places.since" in arrays else 0
+    names = checked(arrays, "places.names", (n, NAME_BYTES), 0, 255).astype(np.uint8)
+    features = checked(arrays, "places.features", (n, len(SIZES)), 0, np.array([*SIZES.values()]) - 1)
+    since = now - checked(arrays, "places.since", (n,), -MOST_AGE_S, MOST_AGE_S)
+    uses, lives = (checked(arrays, f"places.{each}", (n,), 0, MOST_COUNT) for each in ("uses", "lives"))
+    passed, branched = (checked(arrays, f"places.{each}", (n,), 0, 1) for each in ("passed", "branched"))
+    rows = features.astype(int), since, uses.astype(int), lives.astype(int), passed, branched
+    for name, some, then, used, life, *flags in zip(names, *(each.tolist() for each in rows), strict=True):
+        place = Place(name.tobytes(), some, then, used, life)
+        place.passed, place.branched = map(bool, flags)
+        yield place
 
 
 def log2_bin(value: float, most: int) -> int:
