@@ -9,8 +9,8 @@ import pytest
 from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.policies.base import Outline, Wish, Worth
 from hybrid_cache.cache.policies.learned import Learned
-from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory
-from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, ReturnModel, buckets, gittins
+from hybrid_cache.cache.policies.places import ODDS, SIZES, Place, PlaceMemory, log2_bin
+from hybrid_cache.cache.policies.returns import EDGES, NUM_BUCKETS, WIDTHS, Lives, ReturnModel, buckets, gittins
 from hybrid_cache.cache.tree import CheckpointKind
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Boundary
@@ -193,6 +193,52 @@ def test_after_a_restart_conversations_are_not_taken_for_one_chain() -> None:
     assert at(after, "abc", 1).branched, "two passed it before"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("u", "w") for value in (math.nan, math.inf, 1e9)),
+        ("lives.0.count", -1.0),
+        ("lives.0.features", -1.0),
+        ("lives.4.features", 99.0),
+        ("lives.0.start", math.nan),
+        ("lives.0.end", math.inf),
+        ("places.features", -1.0),
+        ("places.features", 99.0),
+        ("places.since", math.nan),
+        ("places.since", -math.inf),
+        ("places.uses", -1.0),
+        ("places.lives", 1e30),
+        ("places.branched", 2.0),
+        ("places.names", 256.0),
+    ],
+)
+@pytest.mark.parametrize("how", ["changed", "shorter", "missing", "deep"])
+def test_what_was_remembered_and_makes_no_sense_changes_nothing(name: str, value: float, how: str) -> None:
+    before, after = memory(), memory()
+    for places, prompts in ((before, ("abc", "abc", "abcd", "abcd", "abcd")), (after, ("x", "xy"))):
+        for now, prompt in enumerate(prompts):
+            places.visit(outline(prompt), ends(1, len(prompt)), float(now))
+    arrays = {each: array.astype(np.float64) for each, array in before.arrays(9.0).items()}
+    if how == "changed":
+        arrays[name].reshape(-1)[0] = value
+    elif how == "shorter":
+        arrays[name] = arrays[name][:-1]
+    elif how == "deep":
+        arrays[name] = arrays[name][None]
+    else:
+        del arrays[name]
+    had = {each: array.tolist() for each, array in after.arrays(9.0).items()}
+    with pytest.raises(ValueError, match=r"lives|places|^u|^w|no [uw]"):
+        after.take(arrays, 9.0)
+    assert {each: array.tolist() for each, array in after.arrays(9.0).items()} == had
+
+
+def test_a_life_that_has_not_begun_is_nobodys() -> None:
+    lives = Lives(1, 4)
+    first = lives.begin([0], 0.0)
+    assert (lives.row(first), lives.row(first + 1), lives.row(-4)) == (0, None, None)
+
+
 def test_the_tip_of_a_chain_is_where_its_last_prompt_ended_or_its_answer() -> None:
     places = memory()
     places.visit(outline("ab"), ends(1, 2), 0.0)
@@ -206,6 +252,38 @@ def test_the_tip_of_a_chain_is_where_its_last_prompt_ended_or_its_answer() -> No
     places.visit(outline("aq"), ends(2), 3.0)  # another chain passes the first place: that is where it leads now
     assert places.tip(first) is at(places, "aq", 2)
     assert places.tip(second) is tip
+
+
+def test_no_chain_leads_back_when_a_client_wants_states_only_at_an_earlier_mark() -> None:
+    places = memory()
+    first, tip = Wish(TILE, CheckpointKind.EXPLICIT), Wish(3 * TILE, END)
+    places.visit(outline("abc"), [first, tip], 0.0)
+    places.visit(outline("abcd", only_marked=True), [first], 1.0)  # it finds the end and leaves the mark once more
+    assert at(places, "abc", 3).onward is None
+    assert places.tip(at(places, "abc", 1)) is at(places, "abc", 3)
+
+
+def test_chains_lead_only_to_deeper_places_whatever_is_wished_for() -> None:
+    rng, places = np.random.default_rng(5), memory()
+    for now in range(2000):
+        pages = "".join(rng.choice(list("ab"), rng.integers(1, 7)))
+        wished = sorted(rng.choice(range(1, len(pages) + 1), rng.integers(0, len(pages) + 1), replace=False).tolist())
+        start = int(rng.integers(0, wished[0])) if wished else 0
+        places.visit(outline(pages, start=start), ends(*wished), float(now))
+        for place in places._places.values():
+            seen = {place}
+            while (place := place.onward or place) not in seen:
+                seen.add(place)
+            assert place.onward is None, "it leads in a circle"
+
+
+def test_a_clock_that_goes_back_or_on_for_ever_is_no_error_and_gives_a_feature() -> None:
+    assert [log2_bin(value, 12) for value in (-1e9, -1.0, -0.9, math.nan, 0.0)] == [0] * 5
+    assert [log2_bin(value, 12) for value in (1.0, 3.0, 4094.0, 1e300, math.inf)] == [1, 2, 11, 12, 12]
+    places = memory()
+    for now in (1000.0, 999.1, 5.0, -1e9):
+        places.visit(outline("ab"), ends(1, 2), now)
+    assert all(0 <= value < size for value, size in zip(at(places, "ab", 2).features, SIZES.values(), strict=True))
 
 
 def test_a_prompt_that_goes_on_from_the_prompt_instead_of_its_answer_is_of_the_same_chain() -> None:

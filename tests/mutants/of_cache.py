@@ -696,7 +696,7 @@ PLANNING = [
     ),
     places(
         "a chain leads on to where it was before",
-        "                place.onward = wished[-1]\n",
+        "                place.onward = last\n",
         "                pass\n",
         LEARNED,
     ),

@@ -244,17 +244,15 @@ class Learned:
 
     def remembered(self) -> bytes:
         """See `Remembers`."""
-        now = self._clock()
-        return save(self._model.arrays(now) | self._memory.arrays(now))
+        return save(self._memory.arrays(self._clock()))
 
     def recall(self, data: bytes, elapsed_s: float) -> None:
         """See `Remembers`."""
         try:
-            arrays, then = load(data), self._clock() - elapsed_s
-            self._model.take(arrays, then)  # places name lives of it
-            self._memory.take(arrays, then)
+            arrays = load(data)
         except (KeyError, TypeError, SafetensorError) as error:
             raise ValueError(str(error)) from error
+        self._memory.take(arrays, self._clock() - elapsed_s)
 
     def standing(self, name: Name) -> float:
         """See `Foresees`."""

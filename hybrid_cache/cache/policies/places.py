@@ -9,14 +9,14 @@ of a conversation go with its tip; whoever returns to a place behind one *branch
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from hybrid_cache.cache.keys import NAME_BYTES, Keys, Name
 from hybrid_cache.cache.policies.base import Outline, Wish
-from hybrid_cache.cache.policies.returns import Array, ReturnModel
+from hybrid_cache.cache.policies.returns import MOST_AGE_S, MOST_COUNT, Array, ReturnModel, checked
 from hybrid_cache.cache.policies.signals import Ending
 from hybrid_cache.cache.tree import CheckpointKind, Kept
 
@@ -81,7 +81,7 @@ class PlaceMemory:
     def visit(self, outline: Outline, wishes: Iterable[Wish], now: float) -> Place | None:
         """Remembers a prompt and the places wished for in it -> the place that it returned to, if any."""
         asked = not outline.generated and not outline.again
-        found = self._deepest(outline) if asked else None
+        found, deepest = self._deepest(outline) if asked else (None, 0)
         resumed = self.get(outline.start_name) if outline.start else None
         chain = self._chain(found if asked else resumed, outline)
         pace, turns = 13, 0
@@ -110,7 +110,8 @@ class PlaceMemory:
                 role, after = roles.get(position_on_grid, 0), from_end.get(position_on_grid, 15)
                 length = log2_bin(position / 512, 11)
                 self.add(name, [KINDS.index(kind), role, after, shared, length, 0, pace, turns], now).chain = chain
-        self._lead_on([place for place in (found, resumed) if place is not None], outline, wishes, chain)
+        passed = [(at, place) for at, place in ((deepest, found), (outline.start, resumed)) if place is not None]
+        self._lead_on(passed, outline, wishes, chain)
         return found
 
     def tip(self, place: Place) -> Place:
@@ -135,20 +136,27 @@ class PlaceMemory:
         self._num_chains += 1
         return self._num_chains
 
-    def _lead_on(self, passed: list[Place], outline: Outline, wishes: Iterable[Wish], chain: int) -> None:
-        """Notes that a chain has passed places and ends at the last of those that are wished for."""
-        for place in passed:
+    def _lead_on(self, passed: list[tuple[int, Place]], outline: Outline, wishes: Iterable[Wish], chain: int) -> None:
+        """Notes that a chain has passed places and ends at the last of those that are wished for.
+
+        passed: with the last grid position up to each. One that lies behind that end, as when a client wants states
+        only at an earlier mark, leads on as before: `onward` never leads back, or `tip` would not end.
+        """
+        for _, place in passed:
             place.branched |= place.chain not in (0, chain)
             place.chain = chain
             place.passed |= not outline.generated
-        found = (self.get(outline.name(wish.position)) for wish in wishes)
-        wished = [place for place in found if place is not None]
-        for place in (*passed, *wished[:-1]):
-            if wished and place is not wished[-1]:
-                place.onward = wished[-1]
-        for place in wished[:-1]:
+        found = ((wish.position, self.get(outline.name(wish.position))) for wish in wishes)
+        wished = [(position, place) for position, place in found if place is not None]
+        if not wished:
+            return
+        end, last = wished[-1]
+        for position, place in (*passed, *wished[:-1]):
+            if position <= end and place is not last:
+                place.onward = last
+        for _, place in wished[:-1]:
             place.passed = True
-        for place in wished:
+        for _, place in wished:
             place.source = outline.start_name if outline.start else b""
 
     def returned_to(self, place: Place, now: float) -> None:
@@ -188,11 +196,11 @@ class PlaceMemory:
     # For a process that comes later
 
     def arrays(self, now: float) -> dict[str, Array]:
-        """The latest places; times as ages."""
+        """The latest places, and what the model has learned; times as ages."""
         places = list(self._places.values())[-MOST_SAVED:]
         names = np.frombuffer(b"".join(place.name for place in places), np.uint8)
         features = np.array([place.features for place in places], np.int16)
-        return {
+        return self._model.arrays(now) | {
             "places.names": names.reshape(len(places), NAME_BYTES),
             "places.features": features.reshape(len(places), len(SIZES)),
             "places.since": np.array([now - place.since for place in places]),
@@ -203,27 +211,25 @@ class PlaceMemory:
         }
 
     def take(self, arrays: Mapping[str, Array], now: float) -> None:
-        """The opposite. Raises ValueError, and changes nothing, for places with other features."""
-        names, features = arrays["places.names"], arrays["places.features"]
-        if features.shape[1:] != (len(SIZES),) or (features < 0).any() or (features >= [*SIZES.values()]).any():
-            raise ValueError(f"features {features.shape}, must be {len(SIZES)} below {[*SIZES.values()]}")
-        facts = (arrays[f"places.{each}"].tolist() for each in ("since", "uses", "lives", "passed", "branched"))
-        for name, some, since, uses, life, passed, branched in zip(names, features.tolist(), *facts, strict=True):
-            place = self._places[name.tobytes()] = Place(name.tobytes(), some, now - since, uses, life)
-            place.passed, place.branched = bool(passed), bool(branched)
+        """The opposite. Raises ValueError, and changes nothing, for what cannot come from `arrays`."""
+        places = list(_places_of(arrays, now))
+        self._model.take(arrays, now)
+        self._places.update((place.name, place) for place in places)
 
-    def _deepest(self, outline: Outline) -> Place | None:
-        """The whole prompt if it is known, otherwise the last known place that leaves something to compute."""
+    def _deepest(self, outline: Outline) -> tuple[Place | None, int]:
+        """The whole prompt if it is known, otherwise the last known place that leaves something to compute; and the
+        last grid position up to it.
+        """
         if (whole := self.get(outline.end_name)) is not None:
-            return whole
+            return whole, outline.end
         names, stem = outline.keys.names, _stem(outline)
         last = len(names) - 1 - (outline.num_tokens % outline.page_tokens == 0)
         for num_pages in range(last, -1, -1):
             if stem is not None and num_pages == len(stem.pages) and (place := self.get(stem.end_name)) is not None:
-                return place
+                return place, num_pages * outline.page_tokens
             if num_pages and (place := self.get(names[num_pages])) is not None:
-                return place
-        return None
+                return place, num_pages * outline.page_tokens
+        return None, 0
 
 
 def _stem(outline: Outline) -> Keys | None:
@@ -231,5 +237,21 @@ def _stem(outline: Outline) -> Keys | None:
     return outline.keys.stem if outline.keys.stem is not None and outline.keys.stem.tail else None
 
 
+def _places_of(arrays: Mapping[str, Array], now: float) -> Iterator[Place]:
+    """Those that another process remembered. Raises ValueError."""
+    n = min(arrays["places.since"].size, MOST_SAVED) if "places.since" in arrays else 0
+    names = checked(arrays, "places.names", (n, NAME_BYTES), 0, 255).astype(np.uint8)
+    features = checked(arrays, "places.features", (n, len(SIZES)), 0, np.array([*SIZES.values()]) - 1)
+    since = now - checked(arrays, "places.since", (n,), -MOST_AGE_S, MOST_AGE_S)
+    uses, lives = (checked(arrays, f"places.{each}", (n,), 0, MOST_COUNT) for each in ("uses", "lives"))
+    passed, branched = (checked(arrays, f"places.{each}", (n,), 0, 1) for each in ("passed", "branched"))
+    rows = features.astype(int), since, uses.astype(int), lives.astype(int), passed, branched
+    for name, some, then, used, life, *flags in zip(names, *(each.tolist() for each in rows), strict=True):
+        place = Place(name.tobytes(), some, then, used, life)
+        place.passed, place.branched = map(bool, flags)
+        yield place
+
+
 def log2_bin(value: float, most: int) -> int:
-    return min(int(math.log2(value + 1.0)), most)
+    """0 to `most`; a clock that went back counts as one that stood still."""
+    return min(int(math.log2(min(max(0.0, value), 2.0**most) + 1.0)), most)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bound = float | Ints | list[int]  # of all numbers in an array, or of each column
 
 NUM_BUCKETS = 17
 EDGES = np.concatenate([[0.0], 2.0 ** np.arange(NUM_BUCKETS)])  # seconds: 0, 1, 2, 4 ... 65,536
@@ -34,6 +35,8 @@ FEWEST_LIVES = 16
 RIDGE = 10.0  # pulls weights towards zero as that many returns pull them away; those of one session are alike
 PRIOR_RETURNS = 4.0  # what the prior for the shape of the rates weighs, in returns
 LEVELS = [i / 4 for i in range(-32, 33)]  # values of w . features for which indices are tabulated
+# What is believed of another process, either way: a logarithm of a rate or a weight, seconds, and a count.
+MOST_LOG, MOST_AGE_S, MOST_COUNT = 500.0, 1e12, 1 << 60
 
 
 def prior_rates() -> Floats:
@@ -61,6 +64,21 @@ def gittins(rates: Floats) -> Floats:
     return result
 
 
+def checked(arrays: Mapping[str, Array], name: str, shape: tuple[int, ...], low: Bound, high: Bound) -> Array:
+    """One of the arrays of another process. Raises ValueError if it is of another shape, or a number is not within
+    [low, high].
+    """
+    if name not in arrays:
+        raise ValueError(f"there is no {name}")
+    found = arrays[name]
+    if found.shape != shape:
+        raise ValueError(f"{name} {found.shape}, must be {shape}")
+    values = found.astype(np.float64)
+    if not ((values >= low) & (values <= high)).all():
+        raise ValueError(f"{name} out of {low} to {high}")
+    return found
+
+
 class Lives:
     """The latest lives of one group, in a ring."""
 
@@ -80,7 +98,18 @@ class Lives:
 
     def row(self, life: int) -> int | None:
         """Where a life is, unless later ones have taken its place."""
-        return life % self.most if self.count - life <= self.most else None
+        return life % self.most if 0 < self.count - life <= self.most else None
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array], name: str, sizes: Ints, most: int, now: float) -> "Lives":
+        """Those that another process has seen. Raises ValueError."""
+        count = int(checked(arrays, f"{name}.count", (2,), [0, most], [MOST_COUNT, most])[0])
+        lives, n = cls(len(sizes), most), min(count, most)
+        lives.count = count
+        lives.features[:n] = checked(arrays, f"{name}.features", (n, len(sizes)), 0, sizes - 1)
+        lives.start[:n] = now - checked(arrays, f"{name}.start", (n,), -MOST_AGE_S, MOST_AGE_S)
+        lives.end[:n] = now - checked(arrays, f"{name}.end", (n,), -np.inf, MOST_AGE_S)  # minus infinity: it has not
+        return lives
 
 
 class ReturnModel:
@@ -90,6 +119,7 @@ class ReturnModel:
         """`odds`: how likely a return is in each group before anything is known; `sizes`: values of each feature."""
         self._prior = np.outer(odds, prior_rates())
         num_groups = len(odds)
+        self._sizes = np.array(sizes, np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._lives = [Lives(len(sizes), most_lives) for _ in range(num_groups)]
         self._edges, self._widths = EDGES.tolist(), WIDTHS.tolist()
@@ -181,19 +211,11 @@ class ReturnModel:
         return found
 
     def take(self, arrays: Mapping[str, Array], now: float) -> None:
-        """The opposite. Raises ValueError, and changes nothing, for arrays of another model."""
-        if arrays["u"].shape != self._u.shape or arrays["w"].shape != self._w.shape:
-            raise ValueError(f"rates {arrays['u'].shape}, must be {self._u.shape}")
-        if not (np.isfinite(arrays["u"]).all() and np.isfinite(arrays["w"]).all()):
-            raise ValueError("rates that are no numbers")
-        if any(arrays[f"lives.{group}.count"][1] != lives.most for group, lives in enumerate(self._lives)):
-            raise ValueError("lives of another number")
-        self._u[:], self._w[:] = arrays["u"], arrays["w"]
-        for group, lives in enumerate(self._lives):
-            lives.count = int(arrays[f"lives.{group}.count"][0])
-            n = min(lives.count, lives.most)
-            lives.features[:n] = arrays[f"lives.{group}.features"]
-            lives.start[:n], lives.end[:n] = (now - arrays[f"lives.{group}.{each}"] for each in ("start", "end"))
+        """The opposite. Raises ValueError, and changes nothing, for what cannot come from `arrays` of such a model."""
+        u, w = (checked(arrays, each, own.shape, -MOST_LOG, MOST_LOG) for each, own in (("u", self._u), ("w", self._w)))
+        most = self._lives[0].most
+        lives = [Lives.of(arrays, f"lives.{group}", self._sizes, most, now) for group in range(len(self._lives))]
+        self._u[:], self._w[:], self._lives = u, w, lives
         self._tabulate()
 
     def _tabulate(self) -> None:
