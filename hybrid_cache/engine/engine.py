@@ -147,8 +147,11 @@ class Engine:
             raise
 
     def _serve_from_disk(self, model: HybridModel) -> None:
-        if self._disk is not None:
-            self._disk.serve(model.fingerprint, identity_of(model))
+        if self._disk is None:
+            return
+        if model.fidelities:
+            self.worker.learn_effects(model.fingerprint)
+        self._disk.serve(model.fingerprint, identity_of(model))
 
     def add_profile(self, profile: Profile) -> None:
         """Lets requests that allow a loss use entries of one model for another, as was measured.
