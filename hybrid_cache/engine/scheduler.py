@@ -127,6 +127,11 @@ class Scheduler:
         return self._waiting.num_requests
 
     @property
+    def num_loading(self) -> int:
+        """Of the waiting ones, those that wait for a disk."""
+        return sum(bool(sequence.prefill.loads) for sequence in self._waiting)
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -313,7 +318,9 @@ class Scheduler:
             return False
         if prefill.arrangement is not None and prefill.reuse and not prefill.asked_disk:
             prefill.asked_disk, prefill.loads = True, self._load_messages(self.disk, prefill, prefill.arrangement)
-        prefill.loads = [load for load in prefill.loads if self.disk.loading.is_under_way(load)]
+        under_way = [load for load in prefill.loads if self.disk.loading.is_under_way(load)]
+        prefill.num_loaded += sum(load.num_loaded for load in prefill.loads if load not in under_way)
+        prefill.loads = under_way
         return bool(prefill.loads)
 
     def _load_messages(self, disk: DiskTier, prefill: Prefill, arrangement: Arrangement) -> list[Load]:

@@ -96,6 +96,7 @@ class Prefill:
     loads: list[Load] = field(
         default_factory=list
     )  # of its beginning or messages from the disk, while it waits for them
+    num_loaded: int = 0  # tokens that came from there
     asked_disk: bool = False  # since it began to wait
     in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
     mark: Mark | None = None  # from where on another model computes it; a tile ends there

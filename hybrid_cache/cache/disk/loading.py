@@ -31,6 +31,7 @@ class Load:
     keys: Keys | str  # of the prompt; of a message, its key
     until_s: float  # when it is given up
     over: bool = False
+    num_loaded: int = 0  # tokens that came back
 
 
 class Loading:
@@ -166,6 +167,11 @@ class Loading:
             rate = num_bytes / max(seconds - self._latency_s, seconds / 4, 1e-6)
             self._bytes_per_s += NEWEST * (rate - self._bytes_per_s)
 
+    def _count(self, load: Load, num_tokens: int) -> None:
+        load.num_loaded = num_tokens
+        self.num_tokens += num_tokens
+        self.num_bytes += load.place.num_bytes
+
     # Into the store of messages
 
     def _enter_message(self, load: Load, key: str) -> bool:
@@ -175,8 +181,7 @@ class Loading:
         stored = self._messages.restore(entry.facts.namespace, key, *place, load.ticket, entry.id)
         if stored is None:
             return False
-        self.num_tokens += stored.length
-        self.num_bytes += load.place.num_bytes
+        self._count(load, stored.length)
         self._saving.used(entry, stored, read=True)
         return True
 
@@ -199,8 +204,7 @@ class Loading:
                 path.append(self._page(load, keys, path[-1] if path else root, len(path), page))
             if slots and state is not None:
                 self._keep(load, keys, state, path, root, slots[0], pages[missing:])
-            self.num_tokens += place.num_tokens - place.first * self._page_tokens
-            self.num_bytes += place.num_bytes
+            self._count(load, place.num_tokens - place.first * self._page_tokens)
             tip = path[-1] if path else root
             kept = tip.ends.get(keys.tail) if place.num_tokens % self._page_tokens else tip.checkpoint
             self._saving.used(place.last, kept or tip, read=True)
