@@ -1,5 +1,6 @@
 """What is copied to the disk, and when: behind the passes within a share of the time, or when it has to leave."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,22 +25,29 @@ MOST_QUEUED_BYTES = 64 << 20  # that wait to be written
 
 
 class Allowance:
-    """Processor time that may be spent while requests run: a share of the time that passes.
+    """Processor time that may be spent while requests run: a share of the time that passes, or of the processor time
+    that this process gets meanwhile, whichever is less: on a busy machine the one is several times the other.
 
     What is asked for costs what bytes have cost on average, long before it is done.
     """
 
-    def __init__(self, spent_s: Callable[[], float], clock: Callable[[], float]) -> None:
-        self._spent_s, self._clock = spent_s, clock
-        self._last_s = clock()
+    def __init__(
+        self,
+        spent_s: Callable[[], float],
+        clock: Callable[[], float],
+        processor_s: Callable[[], float] = time.process_time,
+    ) -> None:
+        self._spent_s, self._clock, self._processor_s = spent_s, clock, processor_s
+        self._last_s, self._last_processor_s = clock(), processor_s()
         self._left_s = MOST_SAVED_S
         self._num_bytes = 0  # that were asked for and are done
 
     def left(self, *, idle: bool) -> bool:
         """Whether there is some. idle: nobody waits for an answer, so that time costs nothing"""
-        now = self._clock()
-        self._left_s = min(self._left_s + BUSY_SHARE * max(now - self._last_s, 0.0), MOST_SAVED_S)
-        self._last_s = now
+        now, processor_s = self._clock(), self._processor_s()
+        passed_s = max(min(now - self._last_s, processor_s - self._last_processor_s), 0.0)
+        self._left_s = min(self._left_s + BUSY_SHARE * passed_s, MOST_SAVED_S)
+        self._last_s, self._last_processor_s = now, processor_s
         return idle or self._left_s > 0
 
     def take(self, num_bytes: int, *, idle: bool) -> None:
