@@ -276,6 +276,14 @@ def _sweep(folder: Path) -> None:
     opened.close()
 
 
+def _fill(folder: Path, seed: int) -> None:
+    """Has one process live to its end, so that something is there."""
+    process = CONTEXT.Process(target=live, args=(folder, seed, Sums(SumModel), Tally()))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
@@ -288,6 +296,7 @@ def main() -> int:
         for name, value in run(asked.kills, asked.flips, asked.seed, Path(folder), mixed=asked.mixed).items():
             print(f"{name:16} {value:,}")
         _sweep(Path(folder))
+        _fill(Path(folder), asked.seed)
         print(f"{'bits noticed':16} {flip_bits(Path(folder), asked.bits, random.Random(asked.seed)):,}")
     return 0
 
