@@ -86,6 +86,7 @@ class PromptOutput:
     plan: Plan | None = None  # of an arranged request: what was really done
     found: Found | None = field(default=None, compare=False)  # why the rest was not cached; None of arranged requests
     received: Received | None = None  # beside what was cached
+    loaded_tokens: int = 0  # of those that were cached, came from a disk for this request
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,6 +102,7 @@ class EngineStats:
 
     running: int
     waiting: int
+    loading: int  # of these, wait for the disk
     num_preemptions: int
     num_out_of_memory: int  # steps that the device had no memory for
     num_graph_replays: int  # decode steps that were one launch

@@ -58,6 +58,7 @@ def _report(tokenizer: Tokenizer, lookup: Lookup) -> CacheReport:
     return CacheReport(
         prompt_tokens=found.num_tokens,
         cached_tokens=found.matched,
+        disk_tokens=lookup.loaded,
         cached_from=found.kind or None,
         kv_only_tokens=found.kv_only,
         reason=found.reason.value if found.reason is not None else None,

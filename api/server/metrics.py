@@ -178,6 +178,7 @@ def _own_families(stats: EngineStats, settings: ServerSettings, book: MessageBoo
     yield _labelled(GaugeMetricFamily, PREFIX + "info", "Always 1; the labels say what runs.", facts, 1)
     yield _gauge("requests_running", "Sequences in the running batch.", stats.running)
     yield _gauge("requests_waiting", "Sequences in the queue.", stats.waiting)
+    yield _gauge("requests_loading", "Of these, wait for their beginning to come from a disk.", stats.loading)
     yield _counter("prompt_tokens", "Prompt tokens of requests that have begun to answer.", stats.prompt_tokens)
     yield _counter("cached_tokens", "Prompt tokens that were not computed.", stats.cached_tokens)
     yield _counter("moved_tokens", "Of these, taken from stored messages by choreographies.", stats.moved_tokens)

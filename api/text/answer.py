@@ -186,7 +186,7 @@ class _Generation:
     def lookup(self) -> Lookup | None:
         if not (self._reports and self._has_begun):
             return None
-        return Lookup(self._prompt, self._output.cached_tokens, self._output.found)
+        return Lookup(self._prompt, self._output.cached_tokens, self._output.found, self._output.loaded_tokens)
 
     @property
     def shared(self) -> Shared | None:

@@ -92,6 +92,7 @@ class Lookup:
     prompt: Prompt
     cached: int  # tokens that were not computed
     found: Found | None  # None for an arranged prompt, whose plan says it
+    loaded: int = 0  # of those that were cached, came from a disk for it
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ class Books:
 
     def add_disk(self, storage: Storage, budget_bytes: int) -> DiskTier:
         """A tier that outlives the process. budget_bytes: that the storage keeps to"""
-        facts = storage, budget_bytes, self.pool, self._cost, self.pool.emit, self._clock
+        facts = storage, budget_bytes, self.pool, self._cost, self.pool.emit, self._clock, self.messages
         self.pool.disk = tier = DiskTier(*facts, stateless=self._stateless)
         return tier
 

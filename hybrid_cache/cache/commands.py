@@ -117,6 +117,7 @@ class Restore:
     ticket: int
     entry: int
     offset: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

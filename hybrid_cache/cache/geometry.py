@@ -70,6 +70,11 @@ class Geometry:
         units = self.units(kind)
         return self.num_units // units if units else max(MIN_FREE_PAGES, 64 * self.num_units)
 
+    def first_page(self, num_slots: int) -> int:
+        """The first page behind so many slots."""
+        unit = self.units(Kind.PAGE)
+        return -(-num_slots * self.units(Kind.SLOT) // unit) if unit else 0
+
     def fits(self, num_pages: int, num_slots: int) -> bool:
         """Whether these numbers of items fit into the whole budget."""
         units = num_pages * self.units(Kind.PAGE) + num_slots * self.units(Kind.SLOT)

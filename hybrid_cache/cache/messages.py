@@ -5,7 +5,7 @@ A message holds KV rows of its tokens and what they do to recurrent states, in i
 
 from collections.abc import Iterable, Sequence
 
-from hybrid_cache.cache.commands import Item
+from hybrid_cache.cache.commands import Item, Restore
 from hybrid_cache.cache.geometry import Kind
 from hybrid_cache.cache.keys import message_name
 from hybrid_cache.cache.policies.base import Worth
@@ -21,6 +21,7 @@ class MessageStore:
         """effect_bytes: size of what the tokens of a message do to all states"""
         self._pool = pool
         self._cost = cost
+        self.effect_bytes = effect_bytes
         self._num_extra = -(-effect_bytes // pool.item_bytes[pool.extra_kind])
         self.stored: dict[str, StoredMessage] = {}
         self.loans: set[tuple[Kind, int]] = set()  # items that are lent, each to one user
@@ -85,6 +86,32 @@ class MessageStore:
         )
         worth = Worth(self._cost.flops(start, end), items)
         return self._pool.policy.candidate(CheckpointKind.EXPLICIT, message_name(namespace, key), worth)
+
+    def pieces(self, extra: Sequence[int]) -> tuple[tuple[Kind, int, int], ...]:
+        """Items with what tokens do to the states, each with the bytes that are of use in it."""
+        kind, size = self._pool.extra_kind, self._pool.item_bytes[self._pool.extra_kind]
+        left = (self.effect_bytes - start for start in range(0, self.effect_bytes, size))
+        return tuple((kind, item, min(num_bytes, size)) for item, num_bytes in zip(extra, left, strict=True))
+
+    def restore(
+        self, namespace: str, key: str, start: int, end: int, position: int, ticket: int, entry: int
+    ) -> StoredMessage | None:
+        """Publishes a message that was read from a disk, see `cache.disk`. None as `reserve`."""
+        extra = None if key in self.stored else self.lend_extra(namespace, key, start, end)
+        if extra is None:
+            return None
+        stored = self.reserve(namespace, key, start, end, position, extra)
+        if stored is None:
+            self.return_extra(extra)
+            return None
+        geometry, offset = self._pool.geometry, 0
+        items = [(Kind.SLOT, stored.slot, geometry.slot_bytes)]
+        items += [(Kind.PAGE, page, geometry.page_bytes) for page in stored.pages]
+        for kind, item, num_bytes in (*items, *self.pieces(extra)):
+            self._pool.emit(Restore(kind, item, ticket, entry, offset, num_bytes))
+            offset += num_bytes
+        self.publish(stored)
+        return stored
 
     def publish(self, message: StoredMessage) -> None:
         """From now on it can be found: everything of it has been written."""

@@ -106,6 +106,12 @@ class Compiler:
             and not self.is_stored(key_of(namespace, part.id, arrangement.seam))
         ]
 
+    def lacking(self, namespace: str, arrangement: Arrangement) -> list[str]:
+        """Keys of its messages that are neither stored nor being computed, each once."""
+        parts = (part for part in arrangement.parts if part.id and part.num_tokens > arrangement.seam)
+        keys = dict.fromkeys(key_of(namespace, part.id, arrangement.seam) for part in parts)
+        return [key for key in keys if not (self.is_stored(key) or self.is_making(key))]
+
     def _has(self, namespace: str, arrangement: Arrangement, *, in_place: bool) -> Callable[[str], bool]:
         """Whether the message of an id is stored as an arrangement needs it."""
         return lambda name: not in_place and self.is_stored(key_of(namespace, name, arrangement.seam))

@@ -1,6 +1,7 @@
 """The memory of the cache: one buffer, seen as pages and slots (`cache.geometry`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import torch
@@ -34,6 +35,14 @@ class Arena:
     def clear(self) -> None:
         """Zeros everywhere."""
         self._buffer.zero_()
+
+    @contextmanager
+    def unchanged(self, num_units: int) -> Iterator[None]:
+        """What is done to the first units is undone."""
+        some = self._buffer[: num_units * self._geometry.unit_bytes]
+        before = some.clone()
+        yield
+        some.copy_(before)
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,8 @@
 """Carries out what choreography asks of the memory: rows relocated, effects noted, composed and kept."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -41,6 +42,13 @@ class Composer:
         """
         runs = [(rows, self._effect(each)) for rows, each in noted]
         return Recorder(self.maps[model], runs) if runs else None
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is noted meanwhile belongs to no message."""
+        making, self._making = self._making, {}
+        yield
+        self._making = making
 
     def alias(self, model: str, others: Iterable[str]) -> None:
         """Other models have their states and keys where this one has them: it computes their rows."""

@@ -51,15 +51,20 @@ class DiskMemory:
             for first, last in self._gaps[kind]:
                 payload[start + first : start + last] = 0
             start = end
-        if entry.facts.kind is EntryKind.STATE:  # what its slot has of another's end
+        if entry.facts.kind in (EntryKind.STATE, EntryKind.MESSAGE):  # what its slot has of another's end
             payload[slice(*self._hidden)] = 0
+        for kind, item, num_bytes in entry.extra:
+            row = self._arena.row(kind, item)
+            assert row is not None
+            torch.from_numpy(payload[start : start + num_bytes]).copy_(row[:num_bytes])
+            start += num_bytes
         return payload
 
     def _restore(self, command: Restore) -> None:
-        row, num_bytes = self._arena.row(command.kind, command.item), self._num_bytes[command.kind]
-        payload = self._store.payload(command.ticket, command.entry)
+        row, payload = self._arena.row(command.kind, command.item), self._store.payload(command.ticket, command.entry)
         if row is not None:
-            row[:num_bytes].copy_(torch.from_numpy(payload[command.offset : command.offset + num_bytes]))
+            part = payload[command.offset : command.offset + command.num_bytes]
+            row[: command.num_bytes].copy_(torch.from_numpy(part))
 
 
 def _gaps(spec: CacheSpec) -> list[tuple[int, int]]:

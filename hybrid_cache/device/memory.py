@@ -1,6 +1,7 @@
 """The memory of one cache: carries out what the books ask for, in order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class CacheMemory:
         """host_bytes: of a second tier; 0 for none   disk: a third one
         verify: the books report what is published, used and given up
         """
+        self._spec = spec
         self._geometry = Geometry.of(spec, budget_bytes)
         self._arena = Arena(spec, self._geometry, device)
         self._host = HostMemory(spec, Geometry.of(spec, host_bytes), self._arena) if host_bytes else None
@@ -66,6 +68,24 @@ class CacheMemory:
     @property
     def _extra_kind(self) -> Kind:
         return Kind.PAGE if self._geometry.page_bytes else Kind.SLOT
+
+    @property
+    def holds_messages(self) -> bool:
+        """Whether it is large enough for one."""
+        return self._message_units <= self._geometry.num_units
+
+    @property
+    def _message_units(self) -> int:
+        """From the first on, with a slot, a page, and what the effect of a message takes."""
+        geometry, in_pages = self._geometry, self._extra_kind is Kind.PAGE
+        num_slots, num_pages = (1, 1 + self._num_extra) if in_pages else (1 + self._num_extra, 1)
+        last = geometry.first_page(num_slots) + num_pages
+        return max(num_slots * geometry.units(Kind.SLOT), last * geometry.units(Kind.PAGE))
+
+    @property
+    def _num_extra(self) -> int:
+        """Items that the effect of one message takes."""
+        return -(-4 * self._spec.effect_size // self._geometry.stride_bytes(self._extra_kind))
 
     @property
     def tensors(self) -> CacheTensors:
@@ -115,6 +135,15 @@ class CacheMemory:
             for tensor in (entry.k, entry.v) if isinstance(entry, KVTensors) else (entry.conv, entry.state):
                 for source, target in command.copies:  # needs no memory between
                     tensor[target] = tensor[source]
+
+    @contextmanager
+    def borrowed(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """A slot, a page and items for the effect of a message, whoever has them: what is done to them is undone."""
+        in_pages = self._extra_kind is Kind.PAGE
+        page = self._geometry.first_page(1 if in_pages else 1 + self._num_extra)
+        first = page + 1 if in_pages else 1
+        with self._arena.unchanged(self._message_units):
+            yield 0, page, tuple(range(first, first + self._num_extra))
 
     def clear(self) -> None:
         """Zeros everywhere."""

@@ -23,7 +23,7 @@ from hybrid_cache.kernels.layout import RowLayout, place_rows, tile_bounds
 from hybrid_cache.kernels.ops import RowAdapters
 from hybrid_cache.kernels.shared_prefix import with_schedule
 from hybrid_cache.sampling import TokenChooser, TokenLogprob
-from hybrid_cache.work import Command, Noted, OutOfDeviceMemory, PassFailed, Work
+from hybrid_cache.work import Command, Noted, OutOfDeviceMemory, PassFailed, Rows, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,19 @@ class Worker:
         self.composer.forget(fingerprint)
         if all(trunk_of(model) is not trunk for model in self.models.values()):
             self.composer.forget(trunk.fingerprint)
+
+    def learn_effects(self, fingerprint: str) -> None:
+        """Has one token computed to learn where a model has states and keys, unless a pass has shown it: for messages
+        that came from a disk.
+        """
+        if self.composer.maps[fingerprint].known or not self.memory.holds_messages:
+            return
+        with torch.inference_mode(), self.composer.apart(), self.memory.borrowed() as (slot, page, items):
+            rows = Rows(
+                *(fingerprint, np.zeros(1, np.int32), 0, 0, slot, (page,), np.array([page * TILE]), True),
+                noted=(Noted(0, 1, items, first=True),),
+            )
+            self._forward(Part(trunk_of(self.models[fingerprint]), Work(chunks=(rows,)), (0,), ()), go_on)
 
     def _record(self, model: HybridModel) -> None:
         if model.device.type == "cuda" and not isinstance(model, AdaptedModel):

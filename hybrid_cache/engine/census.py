@@ -8,7 +8,8 @@ from hybrid_cache.engine.engine import Engine
 from hybrid_cache.engine.intake import OWN
 from hybrid_cache.engine.sequence import Phase, Sequence
 
-STATES: dict[Phase, Literal["waiting", "prefill", "decoding", "paused"]] = {
+State = Literal["waiting", "loading", "prefill", "decoding", "paused"]
+STATES: dict[Phase, State] = {
     Phase.WAITING: "waiting",
     Phase.PREFILL: "prefill",
     Phase.DECODE: "decoding",
@@ -23,7 +24,7 @@ class Occupant:
     request_id: str
     choice: int
     model: str  # as in `Request`
-    state: Literal["waiting", "prefill", "decoding", "paused"]
+    state: State  # loading: waits for its beginning to come from a disk
     prompt_tokens: int
     computed_tokens: int  # in its state by now, cached ones included
     cached_tokens: int | None  # None until it was first admitted
@@ -48,7 +49,7 @@ def _occupant(sequence: Sequence, now: float) -> Occupant:
         request_id=request.id,
         choice=sequence.index,
         model=request.model,
-        state=STATES[sequence.phase],
+        state="loading" if sequence.prefill.loads else STATES[sequence.phase],
         prompt_tokens=len(prefill.tokens),
         computed_tokens=min(prefill.computed, len(prefill.tokens)) if prefill.lease is not None else 0,
         cached_tokens=prefill.cached,

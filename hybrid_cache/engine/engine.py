@@ -147,8 +147,11 @@ class Engine:
             raise
 
     def _serve_from_disk(self, model: HybridModel) -> None:
-        if self._disk is not None:
-            self._disk.serve(model.fingerprint, identity_of(model))
+        if self._disk is None:
+            return
+        if model.fidelities:
+            self.worker.learn_effects(model.fingerprint)
+        self._disk.serve(model.fingerprint, identity_of(model))
 
     @property
     def disk_identities(self) -> list[str]:

@@ -41,7 +41,7 @@ def _probe(model: HybridModel) -> bytes:
         start=0,
         shift=0,
         slot=0,
-        pages=tuple(range(first := _first_page(geometry, slots), first + pages)),
+        pages=tuple(range(first := geometry.first_page(slots), first + pages)),
         kv_rows=np.arange(first * TILE, first * TILE + len(tokens), dtype=np.int64),
         fresh=True,
         captures=tuple((tile * TILE, tile) for tile in range(1, PROBE_TILES + 1)),
@@ -53,9 +53,3 @@ def _probe(model: HybridModel) -> bytes:
         digest.update(memory.contents(first + tile, tile + 1))
     digest.update(hidden.float().cpu().numpy().tobytes())
     return digest.digest()
-
-
-def _first_page(geometry: Geometry, slots: int) -> int:
-    """The first page behind so many slots."""
-    unit = geometry.units(Kind.PAGE)
-    return -(-slots * geometry.units(Kind.SLOT) // unit) if unit else 0

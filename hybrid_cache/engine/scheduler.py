@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.disk.loading import Load
 from hybrid_cache.cache.disk.tier import DiskTier
 from hybrid_cache.cache.lease import Match
 from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.choreography import commands as choreography
+from hybrid_cache.choreography.arrangement import Arrangement
 from hybrid_cache.choreography.compiler import Compiler
 from hybrid_cache.choreography.stage import Stage
 from hybrid_cache.config import EngineConfig
@@ -93,6 +95,7 @@ class Scheduler:
         self._cache = cache
         self._cost = cost
         self._stage = stage
+        self._compiler = compiler
         self.disk = disk
         self._max_running = config.max_running
         self._max_tiles = config.max_tiles
@@ -122,6 +125,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Waiting requests; further choices of one that has begun are not counted."""
         return self._waiting.num_requests
+
+    @property
+    def num_loading(self) -> int:
+        """Of the waiting ones, those that wait for a disk."""
+        return sum(bool(sequence.prefill.loads) for sequence in self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -303,13 +311,27 @@ class Scheduler:
             return False
         if not prefill.asked_disk:
             prefill.asked_disk = True
-            prefill.load = self.disk.begin(match, self._seconds)
+            load = self.disk.begin(match, self._seconds)
+            prefill.loads = [] if load is None else [load]
         return self._still_loads(prefill)
 
     def _still_loads(self, prefill: Prefill) -> bool:
-        if prefill.load is not None and (self.disk is None or not self.disk.loading.is_under_way(prefill.load)):
-            prefill.load = None
-        return prefill.load is not None
+        if self.disk is None:
+            return False
+        if prefill.arrangement is not None and prefill.reuse and not prefill.asked_disk:
+            prefill.asked_disk, prefill.loads = True, self._load_messages(self.disk, prefill, prefill.arrangement)
+        under_way = [load for load in prefill.loads if self.disk.loading.is_under_way(load)]
+        prefill.num_loaded += sum(load.num_loaded for load in prefill.loads if load not in under_way)
+        prefill.loads = under_way
+        return bool(prefill.loads)
+
+    def _load_messages(self, disk: DiskTier, prefill: Prefill, arrangement: Arrangement) -> list[Load]:
+        """Has the messages of a prompt loaded that are on the disk and not stored."""
+        if prefill.in_place:
+            return []
+        keys = self._compiler.lacking(prefill.namespace, arrangement)
+        loads = (disk.begin_message(prefill.namespace, key, self._seconds) for key in keys)
+        return [load for load in loads if load is not None]
 
     def _seconds(self, start: int, end: int) -> float:
         """That it takes to compute tokens [start, end) of a prompt; 0 while that is not known."""

@@ -93,7 +93,10 @@ class Prefill:
     source: Source | None = None  # while its entries are made from another model's
     received: Source | None = None  # the latest that it had
     twins: list[Twin] = field(default_factory=list)
-    load: Load | None = None  # of its beginning from the disk, while it waits for that
+    loads: list[Load] = field(
+        default_factory=list
+    )  # of its beginning or messages from the disk, while it waits for them
+    num_loaded: int = 0  # tokens that came from there
     asked_disk: bool = False  # since it began to wait
     in_place: bool = False  # of an arranged prompt, everything is computed: the device had no memory for more
     mark: Mark | None = None  # from where on another model computes it; a tile ends there

@@ -33,6 +33,7 @@ class Tally(Counters):
         wants_logprobs = sequence.request.sampling.prompt_logprobs is not None
         return PromptOutput(
             cached_tokens=cached,
+            loaded_tokens=min(prefill.num_loaded, cached),
             written_tokens=min(prefill.written + prefill.lease.written_tokens, num_tokens - cached),
             logprobs=tuple(sequence.prompt_logprobs) if wants_logprobs else None,
             queued_s=sequence.started_s - sequence.submitted_s,
@@ -46,6 +47,7 @@ class Tally(Counters):
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
+            loading=scheduler.num_loading,
             num_preemptions=scheduler.num_preemptions,
             num_out_of_memory=scheduler.num_out_of_memory,
             num_graph_replays=num_graph_replays,

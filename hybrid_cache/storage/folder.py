@@ -52,8 +52,11 @@ class Folder:
         self._clean_up()
 
     def close(self) -> None:
-        self.index.close()
-        (self._writers / self.writer).unlink(missing_ok=True)
+        """Also where the folder is gone, or nothing can be written to it any more."""
+        with suppress(sqlite3.Error):
+            self.index.close()
+        with suppress(OSError):
+            (self._writers / self.writer).unlink(missing_ok=True)
         os.close(self._lock)
 
     # Files
@@ -120,12 +123,20 @@ class Folder:
             left = {name: match[1] for name in os.listdir(self._writers) if (match := _LEFT.fullmatch(name))}
             known = {*left.values(), *self.index.writers()} - {self.writer}
             dead = {name for name in known if self._has_ended(name)}
-            self.index.remove_left(dead)
             for name in (name for name, writer in left.items() if writer in dead):
                 (self._writers / name).unlink(missing_ok=True)
+            self._remove_left(dead)
             self.erase(files - self.index.ids())
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{self._entries.parent} cannot be used for a cache: {error}") from error
+
+    def _remove_left(self, dead: Iterable[str]) -> None:
+        """Where the disk is full, what they left stays in the index, and counts, until a later start."""
+        try:
+            self.index.remove_left(dead)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
 
     def _has_ended(self, name: str) -> bool:
         try:

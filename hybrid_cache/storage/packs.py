@@ -179,5 +179,5 @@ def _facts(told: dict[str, object], payload: Bytes) -> Facts:
     kind, value = EntryKind(told["kind"]), float(str(told["value"]))
     if not 0 <= value < math.inf:
         raise ValueError(f"a value of {value}")
-    place = first, num_tokens, pages, len(payload)
-    return Facts(texts["identity"], kind, name, texts["namespace"], texts["label"], *place, value)
+    place = first, num_tokens, pages, len(payload), value, int(str(told.get("position", 0)))
+    return Facts(texts["identity"], kind, name, texts["namespace"], texts["label"], *place)

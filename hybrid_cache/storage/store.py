@@ -39,7 +39,9 @@ class Store:
 
     def __init__(self, path: Path, budget_bytes: int) -> None:
         """Raises ConfigError for a folder that cannot be used."""
+        self._path = path
         self._folder = Folder(path, budget_bytes)
+        self._said = ""  # what goes wrong now, as a word
         self._index = self._folder.index  # the writer's, once it runs
         self.usage = Usage(self._index.num_bytes, self._index.inflation)
         self.queued_bytes = 0
@@ -125,13 +127,19 @@ class Store:
             task()
             self.usage = Usage(self._index.num_bytes, self._index.inflation)
         except (OSError, sqlite3.Error, MemoryError) as error:
-            logger.warning("the disk tier: %s", error)
+            self._say(error)
             if failed is not None:
                 self._report(failed(_word(error)))
         finally:
             with self._lock:
                 self.queued_bytes -= num_bytes
             self._written_s += time.thread_time() - began_s
+
+    def _say(self, error: BaseException) -> None:
+        """Once, until something is written again or another thing goes wrong."""
+        if _word(error) != self._said:
+            self._said = _word(error)
+            logger.warning("nothing is written to the disk tier in %s for now: %s", self._path, error)
 
     def _save(self, job: int, entries: Sequence[NewEntry], payloads: Sequence[Bytes]) -> None:
         reserved = self._index.reserve(entries)
@@ -146,12 +154,14 @@ class Store:
             self._index.commit(digests)
         except (OSError, sqlite3.Error):
             lost = [entry for entry, _, _ in taken if entry is not None]
+            self._folder.erase(lost)  # first: on a full disk, the index needs the room
             self._index.remove(lost)
-            self._folder.erase(lost)
             raise
         self._report(Gone(reserved.gone))
         self._refresh(entries[0].facts.identity)
         self._report(Saved(job))
+        if taken:
+            self._said = ""
 
     def _remember(self, name: str, value: bytes) -> None:
         gone = self._index.remember(name, value)

@@ -229,7 +229,7 @@ def test_an_index_of_another_version_is_said(folder: Path) -> None:
     index = Index(folder, 1 << 24, "x")
     index._db.execute("PRAGMA user_version = 7")
     index.close()
-    with pytest.raises(ConfigError, match="version 7, this one reads version 1"):
+    with pytest.raises(ConfigError, match="version 7, this one reads version 2"):
         new_engine(folder)
 
 

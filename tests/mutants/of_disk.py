@@ -61,6 +61,12 @@ MUTANTS = [
         tests_of(TIER, "a_load_that_takes_too_long_is_given_up"),
     ),
     tier(
+        "what is dropped while it loads comes back",
+        "        self.loading.forget_namespaces(may)\n",
+        "",
+        tests_of("tests/choreography/test_disk.py", "a_message_that_was_dropped_while_it_loads_does_not_come_back"),
+    ),
+    tier(
         "what is dropped stays on the disk",
         "        self._storage.drop_namespaces(may)\n",
         "",

@@ -2,7 +2,8 @@
 
 Each one holds conversations with a model whose answers are known, on a small cache, over a disk that is full now and
 then, with clocks that jump. Between two lives files are damaged. A wrong token, an error, or an entry in the index
-that is not what it says ends it.
+that is not what it says ends it. With --mixed, some are with the embedded model in either type of numbers, with an
+adapter and without, for several tenants; a new tenant must find nothing.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from itertools import product
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -23,12 +26,18 @@ import torch
 
 from hybrid_cache.config import EngineConfig
 from hybrid_cache.engine.engine import Engine
-from hybrid_cache.request import PromptOutput
+from hybrid_cache.kernels.dispatch import select
+from hybrid_cache.models import adapters
+from hybrid_cache.models.loading import beside, embedded_path, load_trunk
+from hybrid_cache.request import PromptOutput, Request
 from hybrid_cache.storage.folder import BadEntry, Folder
 from tests.engine.test_engine import answers, make_request
 from tests.fakes import PageSumModel, SumModel, sum_model_answer, tokens_of
 
-BUDGET_BYTES, DISK_BYTES = 1 << 17, 3 << 20
+BUDGET_BYTES, DISK_BYTES = 1 << 17, 8 << 20
+ADAPTERS_HERE, ADAPTER = embedded_path().parent, "embedded_polite"
+LENGTHS = (70, 200, 330)  # of prompts to the embedded model
+NEW = "new"  # tenants whose names begin so come once
 TEXTS, LONGEST = 12, 700
 LIFE_S = 1.2
 FULL = 0.02  # writes that fail
@@ -50,7 +59,56 @@ class Tally:
         return {name: value.value for name, value in self._values.items()}
 
 
-def live(folder: Path, seed: int, kind: type[SumModel], tally: Tally) -> None:
+class Sums:
+    """Conversations with a model whose answers can be told."""
+
+    budget_bytes = BUDGET_BYTES
+
+    def __init__(self, model: type[SumModel]) -> None:
+        self._model = model
+        self._texts = [tokens_of(i, LONGEST) for i in range(TEXTS)]
+
+    def engine(self, config: EngineConfig, clock: Callable[[], float]) -> Engine:
+        return Engine(self._model(), config, clock=clock)
+
+    def draw(self, rng: random.Random, name: str) -> tuple[Request, list[int]]:
+        """-> a request, and the answer to it."""
+        text = rng.choice(self._texts)[: rng.randrange(1, LONGEST)]
+        tokens = np.concatenate([text, tokens_of(rng.randrange(40), rng.randrange(70))])
+        return make_request(name, tokens, 2), sum_model_answer(tokens, 2)
+
+
+class Embedded:
+    """Conversations with the embedded model and an adapter; what they say without a cache was noted before."""
+
+    budget_bytes = 16 << 20
+
+    def __init__(self, dtype: str) -> None:
+        trunk = load_trunk(embedded_path(), dtype=dtype, ops=select("auto"))
+        self._models = {"": trunk, ADAPTER: beside(trunk, adapters.load(ADAPTERS_HERE / ADAPTER))}
+        rng = np.random.default_rng(1)
+        self._texts = [rng.integers(3, 4000, max(LENGTHS)).astype(np.int32) for _ in range(3)]
+        cold = self.engine(EngineConfig(1 << 28, prefix_cache=False), time.monotonic)
+        self._known = {key: self._asked(cold, *key) for key in product(self._models, range(3), LENGTHS)}
+
+    def _asked(self, engine: Engine, model: str, text: int, length: int) -> list[int]:
+        engine.submit(make_request("x", self._texts[text][:length], 3, model=model))
+        return answers(engine.run_until_idle(), "x")
+
+    def engine(self, config: EngineConfig, clock: Callable[[], float]) -> Engine:
+        return Engine(self._models[""], config, variants={ADAPTER: self._models[ADAPTER]}, clock=clock)
+
+    def draw(self, rng: random.Random, name: str) -> tuple[Request, list[int]]:
+        model, text, length = rng.choice((*self._models,)), rng.randrange(3), rng.choice(LENGTHS)
+        tenant = rng.choice(("one", "two", f"{NEW} {rng.random()}"))
+        tokens = self._texts[text][:length]
+        return make_request(name, tokens, 3, model=model, namespace=tenant), self._known[model, text, length]
+
+
+Subject = Sums | Embedded
+
+
+def live(folder: Path, seed: int, subject: Subject, tally: Tally) -> None:
     """Until it is killed, or for a time; leaves with 1 after anything that is wrong."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
@@ -69,22 +127,23 @@ def live(folder: Path, seed: int, kind: type[SumModel], tally: Tally) -> None:
             jump[0] += rng.choice((1.0, 1e4))
         return time.monotonic() + jump[0]
 
-    engine = Engine(kind(), EngineConfig(BUDGET_BYTES, disk=folder, disk_bytes=DISK_BYTES), clock=clock)
+    engine = subject.engine(EngineConfig(subject.budget_bytes, disk=folder, disk_bytes=DISK_BYTES), clock)
     assert engine._store is not None
     engine._store._index._now = lambda: rng.uniform(-1e9, 1e10)
-    texts = [tokens_of(i, LONGEST) for i in range(TEXTS)]
     until_s, number, before = time.monotonic() + LIFE_S, 0, Counter[str]()
     while time.monotonic() < until_s:
-        prompts = {}
+        asked = dict[str, tuple[Request, list[int]]]()
         for _ in range(rng.randrange(1, 4)):
             number += 1
-            text = rng.choice(texts)[: rng.randrange(1, LONGEST)]
-            prompts[f"{number}"] = np.concatenate([text, tokens_of(rng.randrange(40), rng.randrange(70))])
-            engine.submit(make_request(f"{number}", prompts[f"{number}"], 2))
+            asked[f"{number}"] = subject.draw(rng, f"{number}")
+            engine.submit(asked[f"{number}"][0])
         outputs = engine.run_until_idle()
-        for name, tokens in prompts.items():
-            assert answers(outputs, name) == sum_model_answer(tokens, 2), (seed, name)
-        tally.add("answers", len(prompts))
+        for name, (_, right) in asked.items():
+            assert answers(outputs, name) == right, (seed, name)
+        for name, output in outputs:
+            if isinstance(output, PromptOutput) and asked[name][0].namespace.startswith(NEW):
+                assert output.cached_tokens == 0, (seed, name)
+        tally.add("answers", len(asked))
         tally.add("cached", sum(o.cached_tokens for _, o in outputs if isinstance(o, PromptOutput)))
         before = _count(engine, before, tally)
     engine.check()
@@ -167,12 +226,14 @@ def check(folder: Path) -> tuple[int, int]:
         opened.close()
 
 
-def run(kills: int, flips: int, seed: int, folder: Path) -> dict[str, int]:
+def run(kills: int, flips: int, seed: int, folder: Path, *, mixed: bool = False) -> dict[str, int]:
     """-> what was counted. Raises AssertionError for anything that is wrong."""
     rng, tally = random.Random(seed), Tally()
+    subjects: list[Subject] = [Sums(SumModel), Sums(PageSumModel)]
+    subjects += [Embedded("float32"), Embedded("bfloat16")] if mixed else []
     num_killed = num_flips = num_entries = most_bytes = 0
     while num_killed < kills:
-        kinds = [rng.choice((SumModel, PageSumModel)) for _ in range(rng.choice((1, 1, 2)))]
+        kinds = [rng.choice(subjects) for _ in range(rng.choice((1, 1, 2)))]
         processes = [CONTEXT.Process(target=live, args=(folder, rng.randrange(1 << 30), kind, tally)) for kind in kinds]
         for process in processes:
             process.start()
@@ -215,17 +276,27 @@ def _sweep(folder: Path) -> None:
     opened.close()
 
 
+def _fill(folder: Path, seed: int) -> None:
+    """Has one process live to its end, so that something is there."""
+    process = CONTEXT.Process(target=live, args=(folder, seed, Sums(SumModel), Tally()))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--flips", type=int, default=20, help="files that are damaged at once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed", action="store_true", help="real models, an adapter and tenants, too")
     parser.add_argument("--bits", type=int, default=200, help="bits that are flipped at the end, one at a time")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for name, value in run(asked.kills, asked.flips, asked.seed, Path(folder)).items():
+        for name, value in run(asked.kills, asked.flips, asked.seed, Path(folder), mixed=asked.mixed).items():
             print(f"{name:16} {value:,}")
         _sweep(Path(folder))
+        _fill(Path(folder), asked.seed)
         print(f"{'bits noticed':16} {flip_bits(Path(folder), asked.bits, random.Random(asked.seed)):,}")
     return 0
 

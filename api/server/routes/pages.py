@@ -113,6 +113,7 @@ def sample(stats: EngineStats) -> dict[str, object]:
         "flops_saved": stats.flops_saved,
         "running": stats.running,
         "waiting": stats.waiting,
+        "loading": stats.loading,
         "paused": stats.pauses.num_paused,
         "admissions": cache.admissions,
         "declines": cache.declines,

@@ -42,6 +42,7 @@ class CacheReport(Response):
 
     prompt_tokens: int
     cached_tokens: int
+    disk_tokens: int  # of these, came from a disk for this request
     cached_from: str | None  # the kind of state that was started from
     kv_only_tokens: int  # their KV was there but no state, so they were computed
     reason: Reason | None  # of the largest part

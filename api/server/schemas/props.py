@@ -46,7 +46,7 @@ class Slot(Response):
     request_id: str | None  # as in x-request-id
     choice: int
     model: str
-    state: Literal["waiting", "prefill", "decoding", "paused"]
+    state: Literal["waiting", "loading", "prefill", "decoding", "paused"]
     prompt_tokens: int
     computed_tokens: int  # of the prompt so far, with those that were cached
     cached_tokens: int | None  # null until it has begun

@@ -5,6 +5,7 @@
     pages    a run of pages of one prefix, those that were not there yet
     state    the recurrent state at the end of a page
     end      the state at the end of a whole prompt, with its last partial page and its last hidden row
+    message  of a choreography: rows of its tokens, what they do to the states, and the states that they leave
 
 and one SQLite database (WAL) with a row for each: the *identity* of the model (weights, type of numbers, layout, grid,
 and a digest of what its kernels make of a probe), namespace, the chained name of the prefix, position, size, and a
@@ -17,7 +18,7 @@ copies between them and the arena, and neither decides anything.
     index      the database: what is there, in which order it goes, who writes. Used on the storage's thread
     catalogue  the same in memory, by name: what a prompt finds, without waiting for a disk
     saving     what is copied to the disk and when: behind the passes, or when it has to leave memory
-    loading    what a waiting prompt is to get from there, and how it enters the tree
+    loading    what a waiting prompt is to get from there, and how it enters the tree or the store of messages
     tier       the four together, as the books and the scheduler see them
 
 **Writing.** A state that was published waits in line. Between two steps the tier has some copied (`Save`), and a thread

@@ -33,10 +33,13 @@ class Place:
 class Catalogue:
     """Entries by id and by name, and the pages of all runs."""
 
-    def __init__(self, page_tokens: int, geometry: Geometry, *, stateless: bool) -> None:
-        """stateless: a model of attention layers only, which may resume from any page"""
+    def __init__(self, page_tokens: int, geometry: Geometry, *, stateless: bool, effect_bytes: int = 0) -> None:
+        """stateless: a model of attention layers only, which may resume from any page
+        effect_bytes: of what the tokens of a message do to the states
+        """
         self._page_tokens = page_tokens
         self._geometry = geometry
+        self._effect_bytes = effect_bytes
         self._stateless = stateless
         self._has_pages = geometry.page_bytes > 0
         self._entries: dict[int, Entry] = {}
@@ -76,9 +79,17 @@ class Catalogue:
         num_pages = facts.end - facts.first
         if facts.kind is EntryKind.PAGES:
             return num_pages > 0 and facts.num_bytes == num_pages * page_bytes
+        if facts.kind is EntryKind.MESSAGE:
+            return self._can_be_message(facts)
         if facts.label not in _LABELS or (facts.kind is EntryKind.STATE and facts.num_bytes != slot_bytes):
             return False
         return facts.num_bytes in (slot_bytes, slot_bytes + page_bytes)
+
+    def _can_be_message(self, facts: Facts) -> bool:
+        length = facts.num_tokens - facts.first
+        num_bytes = self._geometry.slot_bytes - (-length // self._page_tokens) * self._geometry.page_bytes
+        there = min(length - 1, facts.first, facts.position) >= 0
+        return there and facts.num_bytes == num_bytes + self._effect_bytes
 
     def remove(self, entries: Iterable[int]) -> None:
         """With all that need them. Nothing happens for those that are not here."""

@@ -20,6 +20,7 @@ class EntryKind(Enum):
     PAGES = "pages"
     STATE = "state"
     END = "end"
+    MESSAGE = "message"
 
 
 class Facts(NamedTuple):
@@ -27,14 +28,15 @@ class Facts(NamedTuple):
 
     identity: str  # of the model that made it, see `engine.identity`
     kind: EntryKind
-    name: Name  # of the prefix that it ends; of a prompt's end, of the whole prompt
+    name: Name  # of the prefix that it ends; of a prompt's end, of the whole prompt; of a message, by its key
     namespace: str
     label: str  # the kind of a state, as in `CheckpointKind`
-    first: int  # pages before it: of a run; of a state all that it needs
+    first: int  # pages before it: of a run; of a state all that it needs; of a message, tokens before it
     num_tokens: int  # with it
     pages: bytes = b""  # of a run, the names of its pages one after the other
     num_bytes: int = 0  # of the payload
     value: float = 0.0  # of a state: what it saves for each byte, see `cache.disk.saving`
+    position: int = 0  # of a message, of its first row
 
     @property
     def key(self) -> tuple[EntryKind, Name]:
@@ -58,6 +60,7 @@ class Facts(NamedTuple):
             "name": self.name.hex(),
             "first": str(self.first),
             "num_tokens": str(self.num_tokens),
+            "position": str(self.position),
             "pages": self.pages.hex(),
             "blake2b": digest.hex(),
         }
@@ -98,6 +101,7 @@ class NewEntry:
     # before it in the same job.
     above: int | Name | None
     tokens: bytes = b""  # of its pages, or of what a prompt has behind them, as int32; for those who ask for them
+    extra: tuple[tuple[Kind, int, int], ...] = ()  # further items, and how many bytes follow of each
 
 
 def file_name(entry: int) -> str:

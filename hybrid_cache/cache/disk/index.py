@@ -17,7 +17,7 @@ from typing import Any
 from hybrid_cache.cache.disk.entries import Entry, EntryKind, Facts, NewEntry
 from hybrid_cache.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 NAME = "index.sqlite"
 BUSY_S = 5.0  # for another process to end its transaction
 MOST_VICTIMS = 64  # that are looked at together
@@ -29,7 +29,8 @@ _TABLES = """
 CREATE TABLE entry (
     id INTEGER PRIMARY KEY AUTOINCREMENT, identity TEXT NOT NULL, kind TEXT NOT NULL, name BLOB NOT NULL,
     namespace TEXT NOT NULL, label TEXT NOT NULL, first INTEGER NOT NULL, num_tokens INTEGER NOT NULL,
-    pages BLOB NOT NULL, num_bytes INTEGER NOT NULL, file_bytes INTEGER NOT NULL, digest BLOB, above INTEGER,
+    pages BLOB NOT NULL, position INTEGER NOT NULL, num_bytes INTEGER NOT NULL, file_bytes INTEGER NOT NULL,
+    digest BLOB, above INTEGER,
     value REAL NOT NULL, score REAL NOT NULL, uses INTEGER NOT NULL DEFAULT 0, made REAL NOT NULL, used REAL NOT NULL,
     writer TEXT, committed INTEGER NOT NULL DEFAULT 0,
     UNIQUE (identity, kind, name));
@@ -49,18 +50,20 @@ CREATE TRIGGER IF NOT EXISTS said_removed AFTER DELETE ON entry BEGIN DELETE FRO
 """  # beside the entries, as only those who publish or show them read tokens
 _KINDS = {kind.value: kind for kind in EntryKind}  # faster than to make one
 _WRITTEN = (
-    "identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, file_bytes, above, value, made, "
-    "used, writer, score"
+    "identity, kind, name, namespace, label, first, num_tokens, pages, position, num_bytes, file_bytes, above, value, "
+    "made, used, writer, score"
 )
 _INFLATED = f"CASE WHEN value <= 0 THEN {RUN_SCORE} ELSE value + (SELECT value FROM fact WHERE name = 'inflation') END"
-_INSERT = f"INSERT INTO entry ({_WRITTEN}) VALUES ({', '.join('?' * 15)}, 0)"
+_INSERT = f"INSERT INTO entry ({_WRITTEN}) VALUES ({', '.join('?' * 16)}, 0)"
 _SCORE = f"UPDATE entry SET score = {_INFLATED} WHERE id = ?"
 _USE = "UPDATE entry SET value = ?, uses = uses + ?, used = ? WHERE id = ?"
 _COMMIT = (
     "UPDATE entry SET writer = NULL, digest = ?, committed = (SELECT value FROM fact WHERE name = 'commits') "
     "WHERE id = ?"
 )
-COLUMNS = "id, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, above, digest"
+COLUMNS = (
+    "id, identity, kind, name, namespace, label, first, num_tokens, pages, num_bytes, value, position, above, digest"
+)
 _BELOW = (
     "WITH RECURSIVE below(id) AS (SELECT id FROM entry WHERE id = ? "
     "UNION SELECT entry.id FROM entry JOIN below ON entry.above = below.id) "
@@ -146,10 +149,11 @@ class Index:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # not after an error that has ended it
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     # What is there
 
@@ -249,7 +253,7 @@ class Index:
     def _take(self, new: NewEntry, above: int | None) -> int:
         facts, now = new.facts, self._now()
         row: list[object] = [facts.identity, facts.kind.value, facts.name, facts.namespace, facts.label, facts.first]
-        row += [facts.num_tokens, facts.pages, facts.num_bytes, facts.file_bytes]
+        row += [facts.num_tokens, facts.pages, facts.position, facts.num_bytes, facts.file_bytes]
         row += [above, facts.value, now, now, self._writer]
         done = self._db.execute(_INSERT, row)
         assert done.lastrowid is not None
@@ -359,13 +363,15 @@ def read_entries(rows: Iterable[Sequence[Any]]) -> Iterator[Entry]:
         pages,
         num_bytes,
         value,
+        position,
         above,
         digest,
     ) in rows:
         named = isinstance(name, bytes) and isinstance(pages, bytes) and isinstance(digest, bytes)
-        counted = isinstance(first, int) and isinstance(num_tokens, int) and isinstance(num_bytes, int)
+        counted = all(isinstance(number, int) for number in (first, num_tokens, num_bytes, position))
         texts = isinstance(namespace, str) and isinstance(label, str) and isinstance(above, int | None)
         if not (named and counted and texts and kind in _KINDS):
             continue
-        facts = Facts(identity, _KINDS[kind], name, namespace, label, first, num_tokens, pages, num_bytes, value)
+        place = first, num_tokens, pages, num_bytes, value, position
+        facts = Facts(identity, _KINDS[kind], name, namespace, label, *place)
         yield Entry(number, facts, above, digest)

@@ -1,5 +1,6 @@
 """What is copied to the disk, and when: behind the passes within a share of the time, or when it has to leave."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,11 +10,12 @@ from hybrid_cache.cache.disk.catalogue import Catalogue
 from hybrid_cache.cache.disk.entries import Entry, EntryKind, Facts, NewEntry, Storage
 from hybrid_cache.cache.geometry import Geometry, Kind
 from hybrid_cache.cache.keys import Name, tokens_in
-from hybrid_cache.cache.tree import Checkpoint, Node, PromptEnd
+from hybrid_cache.cache.messages import MessageStore
+from hybrid_cache.cache.tree import Checkpoint, Node, PromptEnd, StoredMessage
 from hybrid_cache.namespaces import fingerprint_in, lane_in
 from hybrid_cache.spec import PrefillCost
 
-State = Checkpoint | PromptEnd
+State = Checkpoint | PromptEnd | StoredMessage
 
 BUSY_SHARE = 0.012  # of the time that copies and the writer's processor time may take while requests run
 MOST_SAVED_S = 0.01  # of it that may be saved up
@@ -23,22 +25,29 @@ MOST_QUEUED_BYTES = 64 << 20  # that wait to be written
 
 
 class Allowance:
-    """Processor time that may be spent while requests run: a share of the time that passes.
+    """Processor time that may be spent while requests run: a share of the time that passes, or of the processor time
+    that this process gets meanwhile, whichever is less: on a busy machine the one is several times the other.
 
     What is asked for costs what bytes have cost on average, long before it is done.
     """
 
-    def __init__(self, spent_s: Callable[[], float], clock: Callable[[], float]) -> None:
-        self._spent_s, self._clock = spent_s, clock
-        self._last_s = clock()
+    def __init__(
+        self,
+        spent_s: Callable[[], float],
+        clock: Callable[[], float],
+        processor_s: Callable[[], float] = time.process_time,
+    ) -> None:
+        self._spent_s, self._clock, self._processor_s = spent_s, clock, processor_s
+        self._last_s, self._last_processor_s = clock(), processor_s()
         self._left_s = MOST_SAVED_S
         self._num_bytes = 0  # that were asked for and are done
 
     def left(self, *, idle: bool) -> bool:
         """Whether there is some. idle: nobody waits for an answer, so that time costs nothing"""
-        now = self._clock()
-        self._left_s = min(self._left_s + BUSY_SHARE * max(now - self._last_s, 0.0), MOST_SAVED_S)
-        self._last_s = now
+        now, processor_s = self._clock(), self._processor_s()
+        passed_s = max(min(now - self._last_s, processor_s - self._last_processor_s), 0.0)
+        self._left_s = min(self._left_s + BUSY_SHARE * passed_s, MOST_SAVED_S)
+        self._last_s, self._last_processor_s = now, processor_s
         return idle or self._left_s > 0
 
     def take(self, num_bytes: int, *, idle: bool) -> None:
@@ -65,6 +74,7 @@ class Saving:
         clock: Callable[[], float],
         page_tokens: int,
         standing: Callable[[Name], float],
+        messages: MessageStore,
         *,
         stateless: bool,
     ) -> None:
@@ -79,6 +89,7 @@ class Saving:
         self._emit = emit
         self._page_tokens = page_tokens
         self._standing = standing
+        self._messages = messages
         self._stateless = stateless
         self._allowance = Allowance(lambda: storage.spent_s, clock)
         self._line: dict[State | Node, None] = {}
@@ -192,12 +203,24 @@ class Saving:
     def _job(self, kept: State | Node) -> tuple[NewEntry, ...]:
         """The files that a state needs and that are neither there nor being written."""
         identity = self._identities[fingerprint_in(kept.namespace)]
+        if isinstance(kept, StoredMessage):
+            return self._message(kept, identity)
         run, above = self._run(kept if isinstance(kept, Node) else kept.node, identity)
         state = None if isinstance(kept, Node) else self._state(kept, identity, above if run is None else None)
         if isinstance(kept, Node) or state is None:
             return () if run is None or not self._stateless else (self._valued(run, kept, run.facts.num_bytes),)
         num_bytes = state.facts.num_bytes + (run.facts.num_bytes if run else 0)
         return (*((run,) if run else ()), self._valued(state, kept, num_bytes))
+
+    def _message(self, kept: StoredMessage, identity: str) -> tuple[NewEntry, ...]:
+        if self._catalogue.named(EntryKind.MESSAGE, kept.name) is not None:
+            return ()
+        items = (Kind.SLOT, kept.slot), *((Kind.PAGE, page) for page in kept.pages)
+        extra, geometry = self._messages.pieces(kept.extra), self._geometry
+        num_bytes = geometry.slot_bytes + len(kept.pages) * geometry.page_bytes + sum(size for *_, size in extra)
+        place = kept.start, kept.num_tokens, b"", num_bytes, self._value(kept, num_bytes), kept.position
+        facts = Facts(identity, EntryKind.MESSAGE, kept.name, kept.namespace, kept.label, *place)
+        return (NewEntry(facts, items, None, extra=extra),)
 
     def _valued(self, new: NewEntry, kept: State | Node, num_bytes: int) -> NewEntry:
         return replace(new, facts=new.facts._replace(value=self._value(kept, num_bytes)))
@@ -224,7 +247,7 @@ class Saving:
         there = self._catalogue.run(page)
         return self._runs.get(page) if there is None else there.id
 
-    def _state(self, kept: State, identity: str, above: int | Name | None) -> NewEntry | None:
+    def _state(self, kept: Checkpoint | PromptEnd, identity: str, above: int | Name | None) -> NewEntry | None:
         kind = _kind(kept)
         if (kind, kept.name) in self._states or self._catalogue.named(kind, kept.name) is not None:
             return None
@@ -244,6 +267,8 @@ class Saving:
 
     def _before(self, kept: State | Node) -> int:
         """Tokens of its prompt that need not be computed without it, with what the disk has."""
+        if isinstance(kept, StoredMessage):
+            return kept.start
         node = kept.parent if isinstance(kept, Node) else kept.node if isinstance(kept, PromptEnd) else kept.node.parent
         while node is not None and self._catalogue.named(EntryKind.STATE, node.name) is None:
             if self._stateless and self._catalogue.run(node.name) is not None:
@@ -255,4 +280,6 @@ class Saving:
 def _kind(kept: State | Node) -> EntryKind:
     if isinstance(kept, Node):
         return EntryKind.PAGES
+    if isinstance(kept, StoredMessage):
+        return EntryKind.MESSAGE
     return EntryKind.END if isinstance(kept, PromptEnd) else EntryKind.STATE

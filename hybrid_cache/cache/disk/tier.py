@@ -12,9 +12,10 @@ from hybrid_cache.cache.disk.loading import Load, Loading
 from hybrid_cache.cache.disk.saving import Saving, State
 from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.lease import Match
+from hybrid_cache.cache.messages import MessageStore
 from hybrid_cache.cache.policies.base import Foresees
 from hybrid_cache.cache.pool import Pool
-from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PromptEnd
+from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PromptEnd, StoredMessage
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.stats import DiskStats
 
@@ -49,6 +50,7 @@ class DiskTier:
         cost: PrefillCost,
         emit: Emit,
         clock: Callable[[], float],
+        messages: MessageStore,
         *,
         stateless: bool,
     ) -> None:
@@ -58,12 +60,13 @@ class DiskTier:
         self._stateless = stateless
         self._identities: dict[str, str] = {}
         self._refreshed_s = clock()
-        self.catalogue = Catalogue(pool.tree.page_tokens, pool.geometry, stateless=stateless)
+        sizes = pool.tree.page_tokens, pool.geometry
+        self.catalogue = Catalogue(*sizes, stateless=stateless, effect_bytes=messages.effect_bytes)
         facts = storage, self.catalogue, pool.geometry, cost, self._identities, emit, clock, pool.tree.page_tokens
         standing = pool.policy.standing if isinstance(pool.policy, Foresees) else as_new
         self.knowledge = Knowledge(storage, pool.policy, clock, budget_bytes // KNOWLEDGE_SHARE)
-        self.saving = Saving(*facts, standing, stateless=stateless)
-        self.loading = Loading(storage, self.catalogue, self.saving, pool, clock)
+        self.saving = Saving(*facts, standing, messages, stateless=stateless)
+        self.loading = Loading(storage, self.catalogue, self.saving, pool, messages, clock)
 
     def serve(self, fingerprint: str, identity: str) -> None:
         """From now on entries of a model are found, and written. Reads the index: it may take a second."""
@@ -93,7 +96,7 @@ class DiskTier:
 
     def leaving(self, kept: Kept | Node, *, dropped: bool) -> None:
         """It is about to go from memory. dropped: somebody wants it gone from here, too"""
-        if not isinstance(kept, Checkpoint | PromptEnd | Node):
+        if not isinstance(kept, Checkpoint | PromptEnd | StoredMessage | Node):
             return
         if not dropped:
             return self.saving.leaving(kept)
@@ -106,6 +109,7 @@ class DiskTier:
 
     def drop(self, may: Callable[[str], bool]) -> None:
         """Drops all of the namespaces that are meant, of whatever model."""
+        self.loading.forget_namespaces(may)
         self.catalogue.remove(self.catalogue.of_namespaces(may))
         self._storage.drop_namespaces(may)
 
@@ -138,13 +142,22 @@ class DiskTier:
     def begin(self, match: Match, compute_s: Callable[[int, int], float]) -> Load | None:
         """As `Loading.begin`."""
         load = self.loading.begin(match, compute_s)
-        if load is None and self._clock() - self._refreshed_s > REFRESH_S:
+        if load is None:
+            self._refresh()
+        return load
+
+    def begin_message(self, namespace: str, key: str, compute_s: Callable[[int, int], float]) -> Load | None:
+        """As `Loading.begin_message`."""
+        load = self.loading.begin_message(namespace, key, compute_s)
+        if load is None:
             self._refresh()
         return load
 
     def _refresh(self) -> None:
-        self._refreshed_s = self._clock()
-        self._storage.refresh()
+        """Asks what others have written, now and then."""
+        if self._clock() - self._refreshed_s > REFRESH_S:
+            self._refreshed_s = self._clock()
+            self._storage.refresh()
 
     @property
     def can_save(self) -> bool:

@@ -75,6 +75,7 @@ def test_a_repeat_misses_nothing_and_its_report_agrees_with_usage(api: openai.Op
     assert reply.cache_report == {
         "prompt_tokens": reply.usage.prompt_tokens,
         "cached_tokens": reply.usage.prompt_tokens,
+        "disk_tokens": 0,
         "cached_from": "prompt_end",
         "kv_only_tokens": 0,
         "reason": None,
