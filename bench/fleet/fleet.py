@@ -29,6 +29,7 @@ Floats = NDArray[np.float64]
 OPENING_TOKENS = 1024  # that name a conversation where the trace says no session and no user's message
 LATELY_S = 60.0  # after which work of late counts 1/e
 WINDOWS = 20  # of a replay, for how uneven it is for a while
+NVME = DiskSpeed(3e9)
 GAP_S = 1.0  # between two repetitions of a trace
 
 
@@ -43,7 +44,7 @@ class Plan:
     failures: tuple[Failure, ...] = ()
     disk_bytes: int = 0  # 0 for none
     shared: bool = False  # one disk for all
-    disk_speed: DiskSpeed = DiskSpeed(3e9)
+    disk_speed: DiskSpeed = NVME
     repeat: int = 1
 
 
@@ -75,7 +76,8 @@ class Fleet:
         self._away = [-math.inf] * plan.num_replicas  # until when
         self._up = list(range(plan.num_replicas))
         self._free = np.zeros(plan.num_replicas)  # when the work of each is done
-        self._lately, self._now = np.zeros(plan.num_replicas), 0.0
+        self._lately, self._done = np.zeros(plan.num_replicas), np.zeros(plan.num_replicas)  # seconds of work
+        self._now = 0.0
         self._told = deque[tuple[float, int, Change]]()
         first, last = times(setting.trace, plan.repeat)
         self._first_s, self._window_s = first, max(last - first, 1e-9) / WINDOWS
@@ -119,6 +121,7 @@ class Fleet:
         work_s = flops / speed.flops_per_s
         self._free[i] = done = max(float(self._free[i]), now) + loaded_s + work_s
         self._lately[i] += work_s
+        self._done[i] += work_s
         self.ttft_s.append(done - now + speed.base_s)
         self.computed[min(int((now - self._first_s) / self._window_s), WINDOWS - 1), i] += flops
 
@@ -132,6 +135,7 @@ class Fleet:
             up=self._up,
             busy_s=np.maximum(self._free - self._now, 0.0).tolist(),
             lately_s=self._lately.tolist(),
+            done_s=self._done.tolist(),
             seconds=lambda pages: s.cost.flops(pages * page_tokens, keys.num_tokens) / rate,
         )
 

@@ -15,14 +15,16 @@ from hybrid_cache.cache.keys import Name
 from hybrid_cache.cache.policies.foreign import described, imported
 from hybrid_cache.errors import ConfigError
 
+MOST_BUSY = 1.5  # times the mean of work of late, until it counts against a replica
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request that is to be sent somewhere, and how things stand.
 
-    names                       of the prefixes that end with each full page of its prompt
-    up                          numbers of the replicas that take requests
-    busy_s, lately_s [replicas]  seconds of work that wait; seconds of work of late, older ones counting less
+    names  of the prefixes that end with each full page of its prompt
+    up     numbers of the replicas that take requests
+    busy_s, lately_s, done_s [replicas]  seconds of work that wait; of late, older ones counting less; and in all
     """
 
     names: Sequence[Name]
@@ -30,6 +32,7 @@ class Ask:
     up: Sequence[int]
     busy_s: Sequence[float]
     lately_s: Sequence[float]
+    done_s: Sequence[float]
     seconds: Callable[[int], float]  # to compute the prompt where so many pages of it are there
 
 
@@ -89,10 +92,10 @@ class RoundRobin(Deaf):
 
 
 class LeastLoaded(Deaf):
-    """Where least waits, and among these where least was computed of late."""
+    """Where least waits, and among these where least was computed."""
 
     def choose(self, ask: Ask) -> int:
-        return min(ask.up, key=lambda i: (ask.busy_s[i], ask.lately_s[i]))
+        return min(ask.up, key=lambda i: (ask.busy_s[i], ask.done_s[i]))
 
 
 class Affinity(Deaf):
@@ -161,8 +164,9 @@ class Places:
 class Nearest(Deaf):
     """Where the prompt is computed soonest: what waits, and what is missing of it, by what is believed to be there.
 
-    So a request waits for a prefix no longer than it would take to compute it elsewhere. And a replica that has been
-    busier than the mean of late counts as so much later: conversations that begin alike do not all go to one.
+    So a request waits for a prefix no longer than it would take to compute it elsewhere. And what a replica has
+    computed of late beyond `MOST_BUSY` times the mean counts as if it still waited there: conversations that begin
+    alike do not all go to one. Where all is equal, it is the replica that has computed least.
     """
 
     def __init__(self, num_replicas: int, seed: int) -> None:
@@ -177,7 +181,7 @@ class Nearest(Deaf):
             missing.update((i, seconds) for i in ask.up if bits >> i & 1)
 
         def expected(i: int) -> tuple[float, float]:
-            return ask.busy_s[i] + missing[i] + max(ask.lately_s[i] - mean, 0.0), ask.lately_s[i]
+            return ask.busy_s[i] + missing[i] + max(ask.lately_s[i] - MOST_BUSY * mean, 0.0), ask.done_s[i]
 
         return min(ask.up, key=expected)
 
