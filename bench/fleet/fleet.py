@@ -30,6 +30,7 @@ OPENING_TOKENS = 1024  # that name a conversation where the trace says no sessio
 LATELY_S = 60.0  # after which work of late counts 1/e
 WINDOWS = 20  # of a replay, for how uneven it is for a while
 NVME = DiskSpeed(3e9)
+ALL_NAMES = 1 << 70  # more than there are names of whole prompts
 GAP_S = 1.0  # between two repetitions of a trace
 
 
@@ -71,7 +72,11 @@ class Fleet:
         self._setting, self._plan, self._router = setting, plan, router
         num_disks = 0 if not plan.disk_bytes else 1 if plan.shared else plan.num_replicas
         self._folders = [PaperFolder(plan.disk_bytes, plan.disk_speed) for _ in range(num_disks)]
-        self._replicas = [self._fresh(i) for i in range(plan.num_replicas)]
+        try:
+            self._replicas = [self._fresh(i) for i in range(plan.num_replicas)]
+        except BaseException:
+            self.close()
+            raise
         self._failures = deque(plan.failures)
         self._away = [-math.inf] * plan.num_replicas  # until when
         self._up = list(range(plan.num_replicas))
@@ -107,6 +112,7 @@ class Fleet:
         loaded_s = replica.storage.loaded_s if replica.storage else 0.0
         replica.keys = keys
         hit = replica.serve(request)
+        replica.write()
         loaded_s = replica.storage.loaded_s - loaded_s if replica.storage else 0.0
         flops = s.cost.flops(hit, keys.num_tokens)
         self._work(i, now, flops, loaded_s)
@@ -217,11 +223,13 @@ def repeated(trace: Trace, repeat: int) -> Iterator[TraceRequest]:
     yield from trace.requests
     if repeat == 1:
         return
-    size = 1 + max(int(max(r.whole, r.all_pages.max(initial=-1))) for r in trace.requests)
+    size = 1 + max(int(r.all_pages.max(initial=-1)) for r in trace.requests)
     first, last = times(trace, 1)
     for number in range(1, repeat):
         offset, later_s = number * size, number * (last - first + GAP_S)
         for r in trace.requests:
             session = f"{r.session} {number}" if r.session else ""
             pages: PageIds = r.pages + np.int32(offset)
-            yield replace(r, arrival_s=r.arrival_s + later_s, session=session, pages=pages, whole=r.whole + offset)
+            yield replace(
+                r, arrival_s=r.arrival_s + later_s, session=session, pages=pages, whole=r.whole + number * ALL_NAMES
+            )

@@ -31,7 +31,7 @@ from hybrid_cache.cache.disk.index import Index
 IDENTITY = "on paper"
 IN_MEMORY = Path("/dev/shm")  # where an index costs no time of a real disk
 NO_DIGEST = bytes(DIGEST_BYTES)  # nothing is read that could differ
-TRIALS = 20  # loads that teach the tier its rates at the start, small and large ones
+TRIALS = 60  # loads that teach the tier its rates at the start, small and large ones
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def table(rows: Sequence[FleetRow]) -> Table:
     title += f"{format_bytes(first.capacity_bytes)} ({100 * first.capacity_share:.3g} % of what is unique)"
     if first.disk_bytes:
         title += f", {'all share' if first.disk_shared else 'and'} a disk of {format_bytes(first.disk_bytes)}"
-    report = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    report = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     columns = columns_of(rows)
     report.add_column("", no_wrap=True)
     for heading, _ in columns:
