@@ -27,6 +27,8 @@ from rich.console import Console
 from hybrid_cache.bench.common.files import append, check_plot, target, write_whole
 from hybrid_cache.bench.common.http_client import server_url
 from hybrid_cache.bench.common.terminal import listed, progress_bar
+from hybrid_cache.bench.fleet.command import DEFAULT_DELAY, DEFAULT_RATE, DEFAULT_ROUTERS, FleetOptions, router_names
+from hybrid_cache.bench.fleet.command import compare as compare_fleets
 from hybrid_cache.bench.policy.cells import ARTIFACT, Cell, Setting, Speed, all_attempted
 from hybrid_cache.bench.policy.from_server import check_alone, fetched, told
 from hybrid_cache.bench.policy.live import Asked, compare
@@ -163,6 +165,37 @@ def policy(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw FLOPs saved by capacity to this PNG file.")] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            help="Replay through so many caches behind a router, such as 1,4,16,64, and through one of their size; "
+            "--capacity is then that of each. See docs/fleets.md."
+        ),
+    ] = None,
+    router: Annotated[
+        list[str] | None,
+        typer.Option(help=f"With commas, of {router_names()}. {','.join(DEFAULT_ROUTERS)} if left out."),
+    ] = None,
+    event_delay: Annotated[
+        str | None, typer.Option(help=f"Until a router hears what a cache has. {DEFAULT_DELAY} if left out.")
+    ] = None,
+    failures: Annotated[
+        str | None,
+        typer.Option(
+            help="Mean time between two failures of a replica, such as 10m, or 10m:30s with the time that it is away; "
+            "or a list such as 120s@3,10m@0:30s. It comes back with what its disk has."
+        ),
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(help="A disk below the memory of each cache: bytes or a share, as --capacity.")
+    ] = None,
+    shared_disk: Annotated[str | None, typer.Option(help="One disk for all caches.")] = None,
+    disk_rate: Annotated[
+        str | None, typer.Option(help=f"Bytes a second that are read from a disk. {DEFAULT_RATE} if left out.")
+    ] = None,
+    repeat: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Replay each trace so often, as other conversations.")
+    ] = None,
     live: Annotated[
         str | None,
         typer.Option(
@@ -205,6 +238,11 @@ def policy(
         json_file, plot = json_file and target(json_file), plot and target(plot)
         if plot is not None:
             check_plot(plot)
+        fleets = FleetOptions(
+            replicas, tuple(router or ()), event_delay, failures, disk, shared_disk, disk_rate, repeat
+        )
+        if fleets.given and (live is not None or from_server is not None):
+            raise ConfigError("replicas and disk are for traces, leave out --live and --from-server")
         if from_server is not None:
             check_alone(live, trace, workload, format)
             traces = [fetched(server_url(from_server), api_key_file)]
@@ -248,6 +286,13 @@ def policy(
             for t in traces
             for m in models_of(t, model)
         ]
+        if fleets.given:
+            known = chosen_policies(policy or Learned.name, with_bound=False)
+            if odd := [name for name in known if name in (*ON_REQUEST, *LIMITS)]:
+                raise ConfigError(f"policy {odd[0]!r} knows one cache only, leave out --replicas and --disk")
+            texts = listed("capacity", capacity or DEFAULT_CAPACITIES)
+            compare_fleets(fleets, settings, held_bytes, texts, known, jobs, json_file, plot)
+            return
         cells, missing = planned(settings, capacity and listed("capacity", capacity), names)
         stream = json_file is not None and json_file.suffix == ".jsonl"
         rows = watched(cells, jobs, streamed_to(json_file, missing) if json_file and stream else ignored)
@@ -336,6 +381,14 @@ def capacity_bytes(text: str, setting: Setting) -> int:
         return parse_bytes(text)
     except ConfigError as error:
         raise ConfigError(f"capacity {error}; or a share such as 5%") from error
+
+
+def held_bytes(text: str, setting: Setting) -> int:
+    """As `capacity_bytes`. Raises ConfigError also for one that holds no page with its state."""
+    num_bytes = capacity_bytes(text, setting)
+    if (error := too_small(text, num_bytes, setting)) is not None:
+        raise ConfigError(error)
+    return num_bytes
 
 
 def too_small(text: str, num_bytes: int, setting: Setting) -> str | None:

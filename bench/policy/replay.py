@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hybrid_cache.bench.traces.trace import Mark, PageIds, Trace, TraceRequest
 from hybrid_cache.cache.books import Books
+from hybrid_cache.cache.commands import Emit, nowhere
 from hybrid_cache.cache.keys import NAME_BYTES, Keys, Name, named_keys
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Policy
@@ -53,6 +54,7 @@ class Simulation:
     prompt_ends: bool = False  # keep whole prompts for exact repeats too, as the server does
     chunk_tokens: int = CHUNK_TOKENS  # of a prompt that is computed and published at a time; answers go by the page
     now: float = 0.0
+    emit: Emit = nowhere
     cache: Books = field(init=False)
     _held: deque[tuple[Lease, TraceRequest]] = field(default_factory=deque)
 
@@ -62,6 +64,7 @@ class Simulation:
             self.cost,
             self.capacity_bytes,
             self.policy,
+            emit=self.emit,
             page_tokens=self.trace.page_tokens,
             clock=lambda: self.now,
         )

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from hybrid_cache.cache.commands import Emit
 from hybrid_cache.cache.disk.catalogue import Catalogue
@@ -16,6 +17,7 @@ from hybrid_cache.cache.messages import MessageStore
 from hybrid_cache.cache.policies.base import Foresees
 from hybrid_cache.cache.pool import Pool
 from hybrid_cache.cache.tree import Checkpoint, Kept, Node, PromptEnd, StoredMessage
+from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.spec import PrefillCost
 from hybrid_cache.stats import DiskStats
 
@@ -60,9 +62,12 @@ class DiskTier:
         self._stateless = stateless
         self._identities: dict[str, str] = {}
         self._refreshed_s = clock()
-        sizes = pool.tree.page_tokens, pool.geometry
-        self.catalogue = Catalogue(*sizes, stateless=stateless, effect_bytes=messages.effect_bytes)
-        facts = storage, self.catalogue, pool.geometry, cost, self._identities, emit, clock, pool.tree.page_tokens
+        page_bytes = pool.geometry.page_bytes * (pool.tree.page_tokens // TILE)  # books without a memory: larger pages
+        geometry = replace(pool.geometry, page_bytes=page_bytes)
+        self.catalogue = Catalogue(
+            pool.tree.page_tokens, geometry, stateless=stateless, effect_bytes=messages.effect_bytes
+        )
+        facts = storage, self.catalogue, geometry, cost, self._identities, emit, clock, pool.tree.page_tokens
         standing = pool.policy.standing if isinstance(pool.policy, Foresees) else as_new
         self.knowledge = Knowledge(storage, pool.policy, clock, budget_bytes // KNOWLEDGE_SHARE)
         self.saving = Saving(*facts, standing, messages, stateless=stateless)

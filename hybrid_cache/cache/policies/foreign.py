@@ -47,14 +47,14 @@ def load(name: str) -> type[Policy]:
     return found
 
 
-def imported(name: str, module: str) -> object:
-    """The module, also from the current folder. Raises ConfigError."""
+def imported(name: str, module: str, what: str = "policy") -> object:
+    """The module, also from the current folder. Raises ConfigError, which says what was wanted of it."""
     if "" not in sys.path:
         sys.path.append("")
     try:
         return import_module(module)
     except Exception as error:
-        raise ConfigError(f"policy {name!r}: module {module!r} cannot be imported: {described(error)}") from error
+        raise ConfigError(f"{what} {name!r}: module {module!r} cannot be imported: {described(error)}") from error
 
 
 def lacking(found: type) -> list[str]:
