@@ -33,6 +33,7 @@ class Call:
     names_model: bool = False
     gives_names: bool = False  # its answer names what only its replica has
     to: str | None = None  # the replica that it is for, whatever the others have
+    unread: int = 0  # tokens that its replica has to read of it, as the router guesses
     tried: set[str] = field(default_factory=set)  # replicas that could not answer it
     fleet: Ranking | None = field(default=None, repr=False)
 

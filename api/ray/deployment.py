@@ -37,8 +37,8 @@ class Replica:
         options = options_of(words)
         self._open = AsyncExitStack()
         self._open.enter_context(logging_to(log_stream(), options.log))
-        assembled = assemble(options).without_variants()
-        self._server = Server(assembled, mark_of(serve.get_replica_context().replica_id.unique_id))
+        made = assemble(options)
+        self._server = Server(made.app, made.engine, mark_of(serve.get_replica_context().replica_id.unique_id))
         await self._server.start()
         self._open.push_async_callback(self._server.aclose)
 

@@ -8,6 +8,7 @@ A request goes to the replica that
 
     it asks for, or that has what it names (a stored response, a message, an adapter)
     can resume most of its conversation, unless what that one still has to read for others is more than it saves
+    else answered the conversation's turn before
     else, where it begins a conversation: by its session, else by its instructions and tools, else the less loaded of
     two, each as long as the replica has not got more than its part
 
@@ -30,12 +31,14 @@ from hybrid_cache.api.ray.call import Call
 from hybrid_cache.api.ray.holdings import Digest, entries_of
 
 MARK_CHARACTERS = 12
-PART = 1.25  # of what the replicas have on average, that one may have more of than others before it gets no new ones
+PART = 1.05  # of what the replicas have on average, that one may have more of than others before it gets no new ones
 MEMORY = 64  # replicas' worth of placements that are remembered, in requests of each
 LINGER_S = 3.0  # after the end of a request, until its replica must have said what it holds of it
 MOST_EXPECTED = 4096  # keys that one replica is expected to hold
 MOST_NAMES = 1 << 16  # things that one replica has, and which one
-BYTES_PER_TOKEN = 4
+STAY = 2  # tokens of waiting that a token is worth which is not computed twice: those behind it would wait, too
+TOKENS_PER_UNIT = 0.25  # of a chain's sizes, until replicas have shown more
+NEWS = 1 / 16  # part that each look at a replica's holdings has in it
 
 
 class Stats(TypedDict):
@@ -60,7 +63,7 @@ class Replica:
     placed: float = 0.0
 
     def depth(self, call: Call, now: float) -> tuple[int, int]:
-        """Tokens of a request that it can resume, and how many of its keys these are under."""
+        """Tokens of a request that it can resume, known or expected, and how many of its keys these are under."""
         chain = call.chain
         for place in range(len(chain.keys) - 1, -1, -1):
             key = chain.keys[place]
@@ -98,10 +101,12 @@ class Offer:
 class Fleet:
     """See the module docstring. May be used on several threads."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int | None = None) -> None:
         self._replicas: dict[str, Replica] = {}
         self._flights: dict[int, Flight] = {}
+        self._density = TOKENS_PER_UNIT  # of chains
         self._places: OrderedDict[str, str] = OrderedDict()  # names, and the replica that has them
+        self._latest: OrderedDict[int, str] = OrderedDict()  # last keys of requests, and the replica that got them
         self._random = random.Random(seed)
         self._lock = threading.RLock()
 
@@ -179,6 +184,8 @@ class Fleet:
 
     def _offer(self, replica: Replica, call: Call, now: float) -> Offer:
         tokens, keys = replica.depth(call, now)
+        if keys and (held := replica.held.get(call.chain.keys[keys - 1], 0)):
+            self._density += NEWS * (held / max(call.chain.sizes[keys - 1], 1) - self._density)
         return Offer(replica, tokens, keys, self._owed(replica, call, now))
 
     def _owed(self, replica: Replica, call: Call, now: float) -> int:
@@ -203,8 +210,19 @@ class Fleet:
         deepest = self._less_loaded([each for each in offers if each.tokens == most])
         if deepest.keys > call.chain.own:
             quickest = min(offers, key=lambda each: each.wait)
-            return deepest if deepest.wait <= quickest.wait else quickest
+            saved = deepest.tokens - quickest.tokens
+            return deepest if deepest.owed - quickest.owed <= STAY * saved else quickest
+        before = next((each for each in offers if each.replica.mark == self._before(call)), None)
+        if before is not None and before.owed <= self._of_two(offers).owed + self._size(call):
+            return before
         return self._for_a_new_one(call, offers, deepest)
+
+    def _before(self, call: Call) -> str | None:
+        """The replica that answered the conversation's turn before, even if nothing of it is left there: what is
+        learned of its returns is, and moving it would only unbalance the others.
+        """
+        own = reversed(call.chain.keys[call.chain.own :])
+        return next((self._latest[key] for key in own if key in self._latest), None)
 
     def _for_a_new_one(self, call: Call, offers: Sequence[Offer], deepest: Offer) -> Offer:
         if call.session:
@@ -215,7 +233,7 @@ class Fleet:
             return self._of_two(offers)
         bound = PART * sum(each.replica.placed for each in offers) / len(offers)
         other = self._of_two(offers)
-        return first if first.replica.placed <= bound and first.wait <= other.wait + _size(call) else other
+        return first if first.replica.placed <= bound and first.wait <= other.wait + self._size(call) else other
 
     def _of_two(self, offers: Sequence[Offer]) -> Offer:
         return self._less_loaded(self._random.sample(offers, min(2, len(offers))))
@@ -225,24 +243,39 @@ class Fleet:
         return min(offers, key=lambda each: (each.owed, each.replica.placed, self._random.random()))
 
     def _send(self, call: Call, offer: Offer, now: float) -> None:
-        replica, size = offer.replica, _size(call)
+        replica, size = offer.replica, self._size(call)
         before = self._flights.get(call.id)
         if before is not None and before.mark == replica.mark:
             return
         if before is not None and before.mark in self._replicas:
             self._expect(self._replicas[before.mark], call, now)
-        self._flights[call.id] = Flight(replica.mark, max(size - offer.tokens, 0))
+        call.unread = self._unread(call, offer)
+        self._flights[call.id] = Flight(replica.mark, call.unread)
         self._expect(replica, call, float("inf"))
-        if offer.keys <= call.chain.own:
+        is_new = offer.keys <= call.chain.own and self._before(call) is None
+        if call.chain.keys:
+            self._latest[call.chain.keys[-1]] = replica.mark
+            self._latest.move_to_end(call.chain.keys[-1])
+            while len(self._latest) > MOST_NAMES:
+                self._latest.popitem(last=False)
+        if is_new:
             for each in self._replicas.values():
                 each.placed *= 1 - 1 / (MEMORY * len(self._replicas))
             replica.placed += size
 
+    def _size(self, call: Call) -> int:
+        """Tokens of a request, at a guess."""
+        return max(int(call.chain.size * self._density), 1)
+
+    def _unread(self, call: Call, offer: Offer) -> int:
+        """Tokens of a request that a replica cannot resume, at a guess."""
+        before = call.chain.sizes[offer.keys - 1] if offer.keys else 0
+        return max(int((call.chain.size - before) * self._density), 1)
+
     def _expect(self, replica: Replica, call: Call, until: float) -> None:
         """It will hold what it was sent. How much that is, is a guess: enough for it to be the deepest."""
-        share = _size(call) / max(call.chain.size, 1)
         for key, size in zip(call.chain.keys, call.chain.sizes, strict=True):
-            replica.expected[key] = max(int(size * share), 1), until
+            replica.expected[key] = max(int(size * self._density), 1), until
             replica.expected.move_to_end(key)
         while len(replica.expected) > MOST_EXPECTED:
             replica.expected.popitem(last=False)
@@ -256,11 +289,6 @@ def mark_of(replica: str) -> str:
 def marks_of(replicas: Collection[str]) -> dict[str, str]:
     """What Ray calls them, by their marks."""
     return {mark_of(replica): replica for replica in replicas}
-
-
-def _size(call: Call) -> int:
-    """Tokens of a request, at a guess."""
-    return max(len(call.body) // BYTES_PER_TOKEN, 1)
 
 
 def _weight(session: str, mark: str) -> bytes:

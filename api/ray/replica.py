@@ -5,14 +5,14 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Any
 
+from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message
 
 from hybrid_cache.api.ray.call import REPLICA, Call
-from hybrid_cache.api.ray.fleet import BYTES_PER_TOKEN, Stats
+from hybrid_cache.api.ray.fleet import Stats
 from hybrid_cache.api.ray.holdings import Holdings
 from hybrid_cache.api.ray.tunnel import through
-from hybrid_cache.api.server.process import Assembled
 from hybrid_cache.api.server.serving import current_onlooker
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import EngineStopped
@@ -41,9 +41,9 @@ class Pace:
 class Server:
     """Answers calls, and says what it could answer fast. Belongs to one event loop."""
 
-    def __init__(self, assembled: Assembled, mark: str) -> None:
-        self._app, self._engine = assembled.app, assembled.engine
-        self._mark = mark
+    def __init__(self, app: FastAPI, engine: AsyncEngine, mark: str) -> None:
+        """app: of the engine, which has not started"""
+        self._app, self._engine, self._mark = app, engine, mark
         self._holdings = Holdings(states=self._engine.model.cache_spec.slot_bytes > 0)
         self._engine.record(self._holdings.journal)
         self._pace = Pace(self._engine)
@@ -72,7 +72,7 @@ class Server:
             self._holdings.learn(call.chain, namespace, prompt)
 
         current_onlooker.set(learn)
-        self._unread[id(call)] = len(call.body) // BYTES_PER_TOKEN
+        self._unread[id(call)] = call.unread
         messages = through(self._app, call)
         try:
             async for batch in messages:
