@@ -14,6 +14,7 @@ from hybrid_cache.api.cli.main import one_line
 from hybrid_cache.api.ray import MISSING, build
 from hybrid_cache.errors import ConfigError, HybridCacheError
 
+NAME = "default"  # of the application
 STORE_BYTES = 100 << 20  # of Ray's shared memory, through which only large bodies go
 
 
@@ -40,10 +41,11 @@ def run(given: Mapping[str, str]) -> None:
     _on_signals(end)
     try:
         serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
-        serve.run(app)
+        serve.run(app, name=NAME)
         print(f"serving on http://{host}:{port}/v1", file=sys.stderr, flush=True)
         end.wait()
         print("finishing running requests, once more to end at once", file=sys.stderr, flush=True)
+        serve.delete(NAME)  # waits for running requests, while `shutdown` ends the proxy at once
         serve.shutdown()
     finally:
         ray.shutdown()

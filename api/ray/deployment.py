@@ -11,6 +11,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message
 
@@ -71,7 +72,7 @@ class Door:
         try:
             async for batch in answer:
                 yield batch
-        except RayActorError as error:
+        except (RayActorError, RayServeException) as error:
             raise Gone from error
         finally:
             answer.cancel()
