@@ -1,6 +1,6 @@
 """`python -m hybrid_cache.api.ray NAME=VALUE ...`: a local Ray with nothing but this application, until a signal.
 
-Beside the application's arguments: host=127.0.0.1, port=8000, ray_port=0 for none that others may join, temp=DIR.
+Beside the application's arguments: host=127.0.0.1, port=8000, temp=DIR.
 Signals drain: running requests are finished, as far as drain_timeout allows. A second one ends at once.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from hybrid_cache.api.cli.main import one_line
 from hybrid_cache.api.ray import MISSING, build
+from hybrid_cache.api.server.exposure import LOOPBACK_NAMES
 from hybrid_cache.errors import ConfigError, HybridCacheError
 
 NAME = "default"  # of the application
@@ -35,7 +36,10 @@ def run(given: Mapping[str, str]) -> None:
     except ImportError as error:
         raise ConfigError(MISSING) from error
     host, port, temp = given.get("host", "127.0.0.1"), _port(given.get("port", "8000")), given.get("temp")
-    app = build({name: value for name, value in given.items() if name not in ("host", "port", "temp")})
+    arguments = {name: value for name, value in given.items() if name not in ("host", "port", "temp")}
+    if host in LOOPBACK_NAMES:  # as `hybrid-cache serve`: a web page whose name leads here has one of its own
+        arguments.setdefault("allow_host", host)
+    app = build(arguments)
     end = threading.Event()
     ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, _temp_dir=temp, configure_logging=False)
     _on_signals(end)

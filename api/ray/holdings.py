@@ -18,6 +18,7 @@ from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Prompt
 
 MOST_PLACES = 1 << 17  # pages whose keys are known
+MOST_USED = 1 << 14  # keys, of which the latest are told
 MOST_OF_ONE = 8  # keys of one page: where conversations part inside a message
 MOST_OPEN = 64  # ends of prompts behind one page
 MOST_ENTRIES = 4096  # of a digest: 32 KiB
@@ -136,7 +137,7 @@ class Holdings:
             self._open.pop(name, None)
             for key in keys:
                 self._drop(key, name)
-        while len(self._used) > MOST_PLACES:
+        while len(self._used) > MOST_USED:
             self._used.popitem(last=False)
 
 

@@ -21,8 +21,9 @@ from hybrid_cache.api.ray.fleet import Fleet
 from hybrid_cache.api.ray.sessions import session_in
 from hybrid_cache.api.server.bodies import MAX_VALUES, parse_json
 from hybrid_cache.api.server.errors import ANTHROPIC_PATH, Problem, current_request_id, problem_of
+from hybrid_cache.api.server.exposure import LOOPBACK_NAMES
 from hybrid_cache.api.server.gate import LOOKING
-from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit
+from hybrid_cache.api.server.middleware import ApiKeys, BodyLimit, Hosts
 from hybrid_cache.api.server.process import ServeOptions
 from hybrid_cache.api.server.refusal import send_problem
 from hybrid_cache.api.server.responses import event, named_event
@@ -54,6 +55,8 @@ def ingress(options: ServeOptions, fleet: Fleet, reach: Reach, secret: bytes) ->
     keys = tuple(dict.fromkeys((*options.api_keys, *options.operator_keys)))
     if keys:
         app = ApiKeys(app, keys, shared=options.shared_cache, operator_keys=options.operator_keys)
+    if options.exposure.allow_hosts:
+        app = Hosts(app, (*LOOPBACK_NAMES, *options.exposure.allow_hosts))
     return _Alive(app)
 
 

@@ -209,6 +209,16 @@ def test_who_has_no_key_reaches_no_replica() -> None:
     run(test)
 
 
+def test_it_answers_to_its_names_only_where_it_has_some() -> None:
+    async def test() -> None:
+        local = Local({"a": answers("a")}, words=("--allow-host", "chat.example"))
+        async with local.client() as client:
+            for host, status in (("chat.example", 200), ("127.0.0.1:8000", 200), ("evil.example", 421)):
+                assert (await client.post("/v1/completions", json={}, headers={"host": host})).status_code == status
+
+    run(test)
+
+
 def test_a_body_that_is_too_large_reaches_no_replica() -> None:
     async def test() -> None:
         local = Local({"a": answers("a")}, words=("--max-body", "1KiB"))
