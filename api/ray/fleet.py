@@ -207,13 +207,13 @@ class Fleet:
     def _best(self, call: Call, offers: Sequence[Offer]) -> Offer:
         """Of at least one."""
         most = max(each.tokens for each in offers)
-        deepest = self._less_loaded([each for each in offers if each.tokens == most])
+        deepest = self._less_loaded(call, [each for each in offers if each.tokens == most])
         if deepest.keys > call.chain.own:
             quickest = min(offers, key=lambda each: each.wait)
             saved = deepest.tokens - quickest.tokens
             return deepest if deepest.owed - quickest.owed <= STAY * saved else quickest
         before = next((each for each in offers if each.replica.mark == self._before(call)), None)
-        if before is not None and before.owed <= self._of_two(offers).owed + self._size(call):
+        if before is not None and before.owed <= self._of_two(call, offers).owed + self._size(call):
             return before
         return self._for_a_new_one(call, offers, deepest)
 
@@ -230,17 +230,20 @@ class Fleet:
         elif deepest.tokens:
             first = deepest
         else:
-            return self._of_two(offers)
+            return self._of_two(call, offers)
         bound = PART * sum(each.replica.placed for each in offers) / len(offers)
-        other = self._of_two(offers)
+        other = self._of_two(call, offers)
         return first if first.replica.placed <= bound and first.wait <= other.wait + self._size(call) else other
 
-    def _of_two(self, offers: Sequence[Offer]) -> Offer:
-        return self._less_loaded(self._random.sample(offers, min(2, len(offers))))
+    def _of_two(self, call: Call, offers: Sequence[Offer]) -> Offer:
+        return self._less_loaded(call, self._random.sample(offers, min(2, len(offers))))
 
-    def _less_loaded(self, offers: Sequence[Offer]) -> Offer:
-        """By what they owe, then by what they were given; by chance where that is equal."""
-        return min(offers, key=lambda each: (each.owed, each.replica.placed, self._random.random()))
+    def _less_loaded(self, call: Call, offers: Sequence[Offer]) -> Offer:
+        """By what they owe, counted in requests of this size, then by what they were given: who answers a little later
+        now, but has the room, answers sooner for many turns to come. By chance where all is equal.
+        """
+        size = self._size(call)
+        return min(offers, key=lambda each: (each.owed // size, each.replica.placed, self._random.random()))
 
     def _send(self, call: Call, offer: Offer, now: float) -> None:
         replica, size = offer.replica, self._size(call)
