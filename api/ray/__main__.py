@@ -15,6 +15,8 @@ from hybrid_cache.api.ray import MISSING, build
 from hybrid_cache.api.server.exposure import LOOPBACK_NAMES
 from hybrid_cache.errors import ConfigError, HybridCacheError
 
+# Nothing is reported to anybody. Ray's own niceness of 15 would let every other process come before the replicas.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 NAME = "default"  # of the application
 STORE_BYTES = 100 << 20  # of Ray's shared memory, through which only large bodies go
 
@@ -29,7 +31,8 @@ def main(words: list[str]) -> None:
 
 def run(given: Mapping[str, str]) -> None:
     """Raises ConfigError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         from ray import serve
