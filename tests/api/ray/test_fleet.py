@@ -54,8 +54,8 @@ def test_it_follows_what_replicas_say() -> None:
 
 def test_until_a_replica_must_have_spoken_it_is_expected_to_hold_what_it_was_sent() -> None:
     known = fleet(a={}, b={})
-    first = route(known, call(1, 2))
-    assert all(route(known, call(1, 2, 3 + i), 1.0) == first for i in range(8))
+    first = route(known, call(1, 2, 3))
+    assert all(route(known, call(1, 2, 4 + i), 1.0) == first for i in range(8))
 
 
 def test_who_would_wait_longer_than_it_saves_goes_elsewhere() -> None:
