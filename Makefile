@@ -4,6 +4,7 @@
 # make test-all   the slow sweeps as well
 # make conformance   clients that need versions of their own: LiteLLM, instructor, lm-eval (1 GB in .venv/conformance)
 # make router   vllm-router in .venv/router (130 MB), in front of two servers
+# make ray     Ray Serve in .venv/ray (380 MB beside .venv), with two replicas
 # make check   lint, types, tests
 # make install   only sets up .venv for all of these; make serve needs less and installs less
 
@@ -31,6 +32,8 @@ CLIENTS := litellm instructor lm_eval
 CLIENTS_VENV := .venv/conformance
 # A router, which needs others yet; it stands in front of servers of .venv.
 ROUTER_VENV := .venv/router
+# Ray Serve, which has all else from .venv.
+RAY_VENV := .venv/ray
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 torch_index = $(if $(TORCH_INDEX),echo --extra-index-url $(TORCH_INDEX),\
@@ -40,7 +43,7 @@ triton = test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -m pip show tor
 	|| echo triton==$(TRITON)
 PYTEST = OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo serve test test-all conformance router lint check clean
+.PHONY: install demo serve test test-all conformance router ray lint check clean
 
 install: $(STAMP)
 
@@ -67,7 +70,7 @@ serve: $(SERVER)
 test: install
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: install $(ROUTER_VENV)/.installed
+test-all: install $(ROUTER_VENV)/.installed $(RAY_VENV)/.installed
 	$(PYTEST) $(ARGS)
 
 $(CLIENTS_VENV)/.installed: tests/conformance/requirements.txt
@@ -86,6 +89,16 @@ $(ROUTER_VENV)/.installed: tests/conformance/requirements-router.txt
 
 router: install $(ROUTER_VENV)/.installed
 	$(BIN)/python -m pytest tests/conformance/test_vllm_router.py $(ARGS)
+
+$(RAY_VENV)/.installed: tests/api/ray/requirements.txt $(STAMP)
+	test -x $(RAY_VENV)/bin/python || $(PYTHON) -m venv $(RAY_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(RAY_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	$(RAY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/api/ray/requirements.txt
+	touch $@
+
+ray: install $(RAY_VENV)/.installed
+	$(BIN)/python -m pytest tests/api/ray/test_serve.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

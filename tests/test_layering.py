@@ -40,7 +40,9 @@ API_ROOMS = {
     "cli": {"cli", "llm", "server", "text"},
     "workflow": {"workflow", "server", "text"},
     "llm": {"llm", "server", "text"},
+    "ray": {"ray", "cli", "server", "text"},
 }
+NAMED = ROOT / "api" / "ray" / "__init__.py"  # `serve run` is given the name of a module with an application in it
 OFFERS = ROOT / "hybrid_cache" / "__init__.py"  # tells type checkers what it gives when it is asked, from all folders
 
 
@@ -251,7 +253,7 @@ def test_linked_folders_are_relative_links_without_an_init_file(folder: str) -> 
     link = ROOT / "hybrid_cache" / folder
     assert link.is_symlink()
     assert str(link.readlink()) == f"../{folder}"
-    assert not list((ROOT / folder).rglob("__init__.py"))
+    assert set((ROOT / folder).rglob("__init__.py")) <= {NAMED}
 
 
 def test_what_users_import_is_at_the_top() -> None:

@@ -518,6 +518,9 @@ def serve(
         operator_keys=operator_keys,
         record=records,
     )
+    if ctx.obj is not None:  # a program that runs the server in another way
+        ctx.obj(options)
+        raise typer.Exit
     with unhindered():
         status = process.serve(options)
     raise typer.Exit(status)

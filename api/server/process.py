@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import FrameType
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -25,7 +26,7 @@ from hybrid_cache.api.server.connections import Connections, Listener, connectio
 from hybrid_cache.api.server.ending import FLUSH_TIMEOUT_S, FORCE_S, SECOND_S, Deadline, end_by_force
 from hybrid_cache.api.server.exposure import Exposure, check_keys, is_loopback
 from hybrid_cache.api.server.kv_events.config import OFF, KVEventsConfig
-from hybrid_cache.api.server.kv_events.publisher import publishing
+from hybrid_cache.api.server.kv_events.publisher import Publisher, publishing
 from hybrid_cache.api.server.launch import (
     Loaded,
     LoadedVariant,
@@ -147,64 +148,102 @@ def serve(options: ServeOptions) -> int:
         return _serve(options, tracing)
 
 
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A model in memory with all that serves it, and what people want to know about that."""
+
+    app: FastAPI  # starts the engine with itself, and ends it
+    engine: AsyncEngine
+    config: EngineConfig
+    settings: ServerSettings
+    loaded: Loaded
+    memory: MemoryPlan
+    text: TextModel
+    variants: Sequence[Variant]
+    others: Sequence[Path]  # profiles of other weights
+
+    def without_variants(self) -> "Assembled":
+        """The engine has them, and lets go of those that are unloaded."""
+        return replace(self, loaded=replace(self.loaded, variants=()))
+
+
+def assemble(
+    options: ServeOptions,
+    hosts: tuple[str, ...] = (),
+    publisher: Publisher | None = None,
+    tracing: Tracing | None = None,
+    status: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> Assembled:
+    """Loads a model, checks it, and makes the app that serves it. Listens nowhere.
+
+    hosts: that requests may name; empty for any   status: shows what is being done
+    Raises HybridCacheError.
+    """
+    with status("loading the model"):
+        loaded = load(options.load)
+        text = TextModel.load(loaded.path)
+        text = text.with_template(options.chat_template) if options.chat_template else text
+        variants = [variant_of(each, loaded, text) for each in loaded.variants]
+    with status("checking that cached and computed answers agree bit for bit"):
+        inexact = inexact_reasons(loaded)
+    memory = plan_memory(
+        loaded,
+        options.engine,
+        options.budget_bytes,
+        max_body_bytes=options.max_body_bytes,
+        book_bytes=options.message_book_bytes,
+        response_bytes=memory_bytes(options.response_store, options.response_store_bytes),
+    )
+    if options.engine.host_bytes and loaded.model.device.type == "cpu":
+        raise ConfigError("--host-budget is for a GPU: on a CPU the cache is in host memory, see --budget")
+    engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
+    name = (options.served_names or (loaded.name,))[0]
+    origin = Origin(
+        name, loaded.model.fingerprint, loaded.info.shape, engine_config, loaded.model.device.type == "cuda"
+    )
+    recorder = Recorder(origin, options.record) if options.record.on else None
+    models = {each.name: each.model for each in loaded.variants}
+    profiles, others = find_profiles(loaded, options.profiles)
+    engine = AsyncEngine(
+        loaded.model, engine_config, hung_after_s=options.hung_after_s, variants=models, profiles=profiles
+    )
+    del models
+    settings = options.settings(loaded, inexact, memory.beside_bytes, hosts)
+
+    def load_adapter(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel, list[Profile]]:
+        room = memory.room(loaded.model.device, later_bytes)
+        variant = load_variant(loaded, name, adapter=folder, merges=options.load.merges, room=room)
+        differences = variant.inexact_reasons(apart(loaded, variant.model))
+        if differences and not inexact:
+            raise ModelError(differences[0])
+        return variant_of(variant, loaded, text), variant.model, profiles_in(variant.path)
+
+    loader = load_adapter if options.load.shares else None
+    app = create_app(engine, text, settings, variants, loader, tracing, recorder, publisher)
+    assembled = Assembled(app, engine, engine_config, settings, loaded, memory, text, variants, others)
+    loaded = assembled.without_variants().loaded  # what `load_adapter` keeps
+    return assembled
+
+
 def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
     console = Console(stderr=True, quiet=options.log.format == "json")
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False) if not console.quiet else logger.info
     with closing(bind(options.host, options.port)) as bound, publishing(options.kv_events) as publisher:
-        with console.status("loading the model"):
-            loaded = load(options.load)
-            text = TextModel.load(loaded.path)
-            text = text.with_template(options.chat_template) if options.chat_template else text
-            variants = [variant_of(each, loaded, text) for each in loaded.variants]
-        with console.status("checking that cached and computed answers agree bit for bit"):
-            inexact = inexact_reasons(loaded)
-        memory = plan_memory(
-            loaded,
-            options.engine,
-            options.budget_bytes,
-            max_body_bytes=options.max_body_bytes,
-            book_bytes=options.message_book_bytes,
-            response_bytes=memory_bytes(options.response_store, options.response_store_bytes),
-        )
-        if options.engine.host_bytes and loaded.model.device.type == "cpu":
-            raise ConfigError("--host-budget is for a GPU: on a CPU the cache is in host memory, see --budget")
-        engine_config = replace(options.engine, budget_bytes=memory.budget_bytes)
-        name = (options.served_names or (loaded.name,))[0]
-        origin = Origin(
-            name, loaded.model.fingerprint, loaded.info.shape, engine_config, loaded.model.device.type == "cuda"
-        )
-        recorder = Recorder(origin, options.record) if options.record.on else None
-        models = {each.name: each.model for each in loaded.variants}
-        profiles, others = find_profiles(loaded, options.profiles)
-        engine = AsyncEngine(
-            loaded.model, engine_config, hung_after_s=options.hung_after_s, variants=models, profiles=profiles
-        )
-        del models
         exposure = options.exposure
         hosts = exposure.hosts(options.host, bound)
-        settings = options.settings(loaded, inexact, memory.beside_bytes, hosts)
-
-        def load_adapter(name: str, folder: str, later_bytes: int) -> tuple[Variant, HybridModel, list[Profile]]:
-            room = memory.room(loaded.model.device, later_bytes)
-            variant = load_variant(loaded, name, adapter=folder, merges=options.load.merges, room=room)
-            differences = variant.inexact_reasons(apart(loaded, variant.model))
-            if differences and not inexact:
-                raise ModelError(differences[0])
-            return variant_of(variant, loaded, text), variant.model, profiles_in(variant.path)
-
-        loader = load_adapter if options.load.shares else None
-        app = create_app(engine, text, settings, variants, loader, tracing, recorder, publisher)
+        made = assemble(options, hosts, publisher, tracing, console.status)
+        app, engine, settings, memory, text = made.app, made.engine, made.settings, made.memory, made.text
         url = url_of(bound, exposure.scheme)
         if console.quiet:
-            logger.info("serving", extra={FIELDS: _facts(settings, loaded, memory, url)})
-        console.print(hello(loaded, inexact, engine_config, memory, url, settings.served_names[0]))
-        for variant in variants:
+            logger.info("serving", extra={FIELDS: _facts(settings, made.loaded, memory, url)})
+        console.print(hello(made.loaded, made.settings.inexact, made.config, memory, url, settings.served_names[0]))
+        for variant in made.variants:
             if variant.text_difference.parts:
                 line = f"variant {variant.name} {variant.text_difference}"
                 say(line)
-        for path in others:
+        for path in made.others:
             say(f"{path} is of other weights than these, and is not used")
-        loaded = replace(loaded, variants=())  # the engine has them, and lets go of those that are unloaded
+        made = made.without_variants()
         if text.defaults.ignored:
             say(ignored_line(text.defaults.ignored))
         if not options.api_keys and not is_loopback(bound):
@@ -218,7 +257,7 @@ def _serve(options: ServeOptions, tracing: Tracing | None) -> int:
                 say(
                     "WARNING: whoever reaches these reads the tokens of all prompts: keep them inside a private network"
                 )
-        if engine_config.prefix_cache:
+        if made.config.prefix_cache:
             console.print(SEND_TWICE)
         curl = curl_line(url, with_key=bool(options.api_keys), chats=bool(text.chat_templates))
         console.print(curl, soft_wrap=True, highlight=False)
@@ -257,7 +296,9 @@ def url_of(bound: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def hello(loaded: Loaded, inexact: list[str], config: EngineConfig, memory: MemoryPlan, url: str, name: str) -> Panel:
+def hello(
+    loaded: Loaded, inexact: Sequence[str], config: EngineConfig, memory: MemoryPlan, url: str, name: str
+) -> Panel:
     """The panel that greets whoever started the server."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)

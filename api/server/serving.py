@@ -1,6 +1,7 @@
 """What the routes share: a model that is talked to in text, and facts about it and its server."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -31,7 +32,12 @@ from hybrid_cache.api.text.tokenizer import TextModel
 from hybrid_cache.choreography.book import MessageBook
 from hybrid_cache.engine.async_engine import AsyncEngine
 from hybrid_cache.errors import ConfigError, RequestError
-from hybrid_cache.namespaces import fingerprint_in
+from hybrid_cache.namespaces import fingerprint_in, namespace_of
+from hybrid_cache.tokens import Prompt
+
+Onlooker = Callable[[str, Prompt], None]
+current_onlooker: ContextVar[Onlooker | None] = ContextVar("current_onlooker", default=None)
+"""Is told the prompts of the request that is being handled, each with its namespace in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,10 @@ class Serving:
             )
             for spec in specs
         ]
-        known = facts()
+        known, look = facts(), current_onlooker.get()
+        if look is not None:
+            for spec in specs:
+                look(namespace_of(spec.namespace, self.model.fingerprint), spec.prompt)
 
         def observe(record: RequestRecord) -> None:
             self.metrics.observe(record)

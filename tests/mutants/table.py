@@ -13,6 +13,7 @@ from tests.mutants import (
     of_kernels,
     of_operations,
     of_options,
+    of_ray,
     of_reading,
     of_tasks,
     of_variants,
@@ -34,4 +35,5 @@ MUTANTS = [
     *of_gguf.MUTANTS,
     *of_checkpoints.MUTANTS,
     *of_disk.MUTANTS,
+    *of_ray.MUTANTS,
 ]
