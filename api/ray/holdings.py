@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from hybrid_cache.api.ray.chain import Chain
 from hybrid_cache.cache.journal import Journal
-from hybrid_cache.cache.keys import Name, keys_of
+from hybrid_cache.cache.keys import Name, keys_of, root_name
 from hybrid_cache.cache.resumable import Change, Cleared, Group, Removed, Resumable, Stored
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.tokens import Prompt
@@ -23,6 +23,7 @@ MOST_OF_ONE = 8  # keys of one page: where conversations part inside a message
 MOST_OPEN = 64  # ends of prompts behind one page
 MOST_ENTRIES = 4096  # of a digest: 32 KiB
 PAGES_BITS = 16
+PAGE_BYTES = 4 * TILE  # of a page's tokens
 MOST_PAGES = (1 << PAGES_BITS) - 1
 MOST_NOTES = 100_000
 
@@ -80,12 +81,15 @@ class Holdings:
                 self._stored(change)
 
     def _stored(self, stored: Stored) -> None:
-        if stored.end is not None:
-            self._cover(stored.end.name)
-        for node in stored.nodes if stored.group is Group.PAGES else ():
-            if node.parent is not None:
-                self._go_on(node.parent.name, node.name, node.key)
-            self._cover(node.name)
+        if stored.group is Group.ENDS:  # pages before an end have a group of their own
+            if len(stored.keys[0]) < PAGE_BYTES:
+                self._cover(stored.names[0])
+            return
+        before = stored.before or root_name(stored.namespace)
+        for name, key in zip(stored.names, stored.keys, strict=True):
+            self._go_on(before, name, key)
+            self._cover(name)
+            before = name
 
     def _go_on(self, before: Name, name: Name, key: bytes) -> None:
         """A page behind the end of a prompt, which begins with the rest of that, belongs to the prompt."""
