@@ -5,9 +5,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
 from threading import Thread
 from typing import TypeVar
+
+from hybrid_cache.errors import HybridCacheError
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -16,7 +19,8 @@ R = TypeVar("R")
 def spread(work: Callable[[A], R], items: Sequence[A], jobs: int) -> Iterator[tuple[int, R]]:
     """The results as they come, each with the number of its item.
 
-    If the caller stops early, by an error or Ctrl-C, processes end at once, whatever they are at.
+    If the caller stops early, by an error or Ctrl-C, processes end at once, whatever they are at. Raises
+    HybridCacheError if one of them was killed.
     """
     if jobs == 1:
         yield from enumerate(map(work, items))
@@ -27,10 +31,12 @@ def spread(work: Callable[[A], R], items: Sequence[A], jobs: int) -> Iterator[tu
         futures = {pool.submit(work, item): i for i, item in enumerate(items)}
         for future in as_completed(futures):
             yield futures[future], future.result()
-    except BaseException:
+    except BaseException as error:
         for process in active_children():
             if process not in before:
                 process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise HybridCacheError(f"one of {jobs} processes was killed, perhaps for want of memory") from error
         raise
     finally:
         pool.shutdown(cancel_futures=True)

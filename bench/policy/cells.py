@@ -127,7 +127,7 @@ def attempted(cell: Cell) -> AnyRow:
         return measured(cell)
     except HybridCacheError as error:
         reason = str(error)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not is_foreign(cell.policy):
             raise
         reason = f"policy {cell.policy} raised {described(error)}"

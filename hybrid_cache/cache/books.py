@@ -266,17 +266,23 @@ class Books:
         again: bool = False,
         origin: Origin = NOWHERE,
     ) -> list[Wish]:
-        """The checkpoints that the policy proposes for a prompt that was just acquired; see `Outline`."""
+        """The checkpoints that the policy proposes for a prompt that was just acquired, by position, one at each; see
+        `Outline`. Raises ConfigError for one at a place that the prompt does not have.
+        """
         lease.origin = origin
         if not lease.publish:
             return []
         found = lease.keys, lease.length, lease.shared, self._page_tokens
         outline = Outline(*found, tuple(boundaries), only_marked, generated, again, origin)
         wishes = list(self.pool.policy.propose(outline))
-        if off := [wish.position for wish in wishes if wish.position % self._page_tokens]:
+        page_tokens, most = self._page_tokens, lease.keys.num_tokens
+        if off := [wish.position for wish in wishes if wish.position % page_tokens or not 0 <= wish.position <= most]:
             name = self.pool.policy.name
-            raise ConfigError(f"policy {name!r}: a state at {off[0]}, must be at a multiple of {self._page_tokens}")
-        return wishes
+            raise ConfigError(
+                f"policy {name!r}: a state at {off[0]}, must be at a multiple of {page_tokens} up to {most}"
+            )
+        first = {wish.position: wish for wish in reversed(wishes)}
+        return [first[position] for position in sorted(first)]
 
     def extend(self, lease: Lease, num_tokens: int) -> bool:
         """Takes pages until the lease covers `num_tokens`; False and unchanged when there is no room."""

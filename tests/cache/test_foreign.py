@@ -56,6 +56,23 @@ class OffTheGrid(LRU):
     def propose(self, outline):
         return [Wish(65, CheckpointKind.INTERIOR)]
 
+class BeyondTheEnd(LRU):
+    def propose(self, outline):
+        return [Wish(1 << 20, CheckpointKind.INTERIOR)]
+
+class BeforeTheStart(LRU):
+    def propose(self, outline):
+        return [Wish(-64, CheckpointKind.INTERIOR)]
+
+class Disordered(LRU):
+    def propose(self, outline):
+        for position, kind in ((192, "explicit"), (64, "branch"), (128, "interior"), (64, "interior")):
+            yield Wish(position, CheckpointKind(kind))
+
+class Leaving(LRU):
+    def __init__(self):
+        raise SystemExit("enough")
+
 class Undecided(LRU):
     keeps_states = None
 
@@ -95,6 +112,7 @@ number = 3
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "their_policies.py").write_text(SOURCE)
     (tmp_path / "broken_policies.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_policies.py").write_text("import sys\nsys.exit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield "their_policies"
     sys.modules.pop("their_policies", None)
@@ -125,6 +143,8 @@ def test_a_class_that_depends_on_the_cache_is_told_of_it(module: str) -> None:
         ),
         ("their_policies:NoScore", "NoScore lacks score, clock"),
         ("their_policies:Angry", r"its constructor raised ValueError: not today \(.*their_policies.py:26\)"),
+        ("their_policies:Leaving", r"its constructor raised SystemExit: enough"),
+        ("leaving_policies:Fine", r"cannot be imported: SystemExit: 3 \(.*leaving_policies.py:2\)"),
         ("their_policies:Undecided", "keeps_states must be True or False"),
     ],
 )
@@ -137,7 +157,12 @@ def test_what_cannot_be_used_is_told_in_one_line(module: str, name: str, problem
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("Nan", "the score of a state is nan"), ("OffTheGrid", "a state at 65, must be at a multiple")],
+    [
+        ("Nan", "the score of a state is nan"),
+        ("OffTheGrid", "a state at 65, must be at a multiple of 64 up to 65"),
+        ("BeyondTheEnd", "a state at 1048576, must be at a multiple of 64 up to 65"),
+        ("BeforeTheStart", "a state at -64, must be at a multiple of 64 up to 65"),
+    ],
 )
 def test_a_policy_that_lies_is_named_before_the_cache_believes_it(module: str, name: str, problem: str) -> None:
     cache = new_cache(HYBRID, slots=4, pages=10, policy=make_policy(f"{module}:{name}", HYBRID, COST, 1 << 20))
@@ -149,6 +174,17 @@ def test_a_policy_that_lies_is_named_before_the_cache_believes_it(module: str, n
 
     with pytest.raises(ConfigError, match=f"policy 'their_policies:{name}': {problem}"):
         use()
+
+
+def test_states_may_be_proposed_in_any_order_and_count_once(module: str) -> None:
+    policy = make_policy(f"{module}:Disordered", HYBRID, COST, 1 << 20)
+    cache = new_cache(HYBRID, slots=4, pages=10, policy=policy)
+    wishes = cache.propose(begin(cache, tokens_of("abc", 1)).lease)
+    assert [(wish.position, wish.kind.value) for wish in wishes] == [
+        (64, "branch"),
+        (128, "interior"),
+        (192, "explicit"),
+    ]
 
 
 def test_an_installed_package_offers_a_policy_by_a_short_name(module: str, monkeypatch: pytest.MonkeyPatch) -> None:

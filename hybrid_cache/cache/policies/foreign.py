@@ -53,7 +53,7 @@ def imported(name: str, module: str, what: str = "policy") -> object:
         sys.path.append("")
     try:
         return import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{what} {name!r}: module {module!r} cannot be imported: {described(error)}") from error
 
 
@@ -74,7 +74,7 @@ def make(name: str, spec: CacheSpec | None, cost: PrefillCost | None, budget_byt
     )
     try:
         policy = found() if fitted is None else fitted(spec, cost, budget_bytes)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"policy {name!r}: its constructor raised {described(error)}") from error
     policy.name = name
     for attribute in ("keeps_states", "wants_rises"):
@@ -83,7 +83,7 @@ def make(name: str, spec: CacheSpec | None, cost: PrefillCost | None, budget_byt
     return policy
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """An exception in one line, with the place that raised it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_cache.bench.common.processes import spread
+from hybrid_cache.errors import HybridCacheError
 
 
 def doubled(number: int) -> int:
@@ -24,6 +25,15 @@ def test_results_come_with_the_numbers_of_their_items(jobs: int) -> None:
 def test_an_error_in_a_process_is_the_callers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="-1 is negative"):
         list(spread(doubled, [1, -1], 2))
+
+
+def killed(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_told_in_one_line() -> None:
+    with pytest.raises(HybridCacheError, match="one of 2 processes was killed"):
+        list(spread(killed, [1, 2, 3], 2))
 
 
 WORKER = """

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -218,16 +219,23 @@ def test_a_size_that_holds_nothing_is_a_dash_with_its_reason(tmp_path: Path) -> 
     assert "one checkpoint" in missing["error"]
 
 
-def test_a_policy_that_fails_leaves_the_others_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [("raise KeyError('gone')", "KeyError: 'gone' ("), ("raise SystemExit('enough')", "SystemExit: enough (")],
+)
+def test_a_policy_that_fails_leaves_the_others_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statement: str, said: str
+) -> None:
     (tmp_path / "failing.py").write_text(
         "from hybrid_cache.cache.policies.lru import LRU\n\n\nclass Failing(LRU):\n"
-        "    def lowest(self):\n        raise KeyError('gone')\n"
+        f"    def lowest(self):\n        {statement}\n"
     )
+    monkeypatch.delitem(sys.modules, "failing", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     result = run(*TINY[:-1], "30%", "--policy", "failing:Failing,lru", "--no-bound")
     assert result.exit_code == 0
     assert re.search(r"Failing\s+-\s+-", result.stdout)
-    assert "policy failing:Failing raised KeyError: 'gone' (" in result.stdout
+    assert f"policy failing:Failing raised {said}" in result.stdout
     assert re.search(r"lru\s+\d", result.stdout)
 
 
