@@ -13,18 +13,19 @@ Not replayed: what is kept for tasks whose tools run, a second tier, and what mo
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from hybrid_cache.bench.policy.replay import Simulation, boundaries_of, page_keys, prompt_keys
-from hybrid_cache.bench.traces.trace import RecordedServer, Stay, Trace, TraceRequest, Turn
+from hybrid_cache.bench.traces.trace import RecordedServer, Trace, TraceRequest, Turn
 from hybrid_cache.cache.keys import Keys
 from hybrid_cache.cache.lease import Lease
 from hybrid_cache.cache.policies.base import Policy, Wish
-from hybrid_cache.cache.policies.signals import Finish, Origin
+from hybrid_cache.cache.policies.signals import Origin
 from hybrid_cache.spec import CacheSpec, PrefillCost
 
-Act = Callable[[], None]
+Act = Callable[[], object]
 
 
 def server_replay(
@@ -56,14 +57,14 @@ class ServerReplay(Simulation):
         self.now = max(self.now, stay.start_s)
         for turn in request.turns:
             self._later(turn.at_s, lambda turn=turn: self._begin_turn(turn))  # type: ignore[misc]
-        lease = self._acquire(prompt_keys(request, self.trace.page_tokens))
+        meant = stay.meant or request
+        lease = self._acquire(prompt_keys(meant, self.trace.page_tokens))
         if lease is None:
             return 0
-        waiting = deque(self._wishes(lease, request))
-        for end, at_s in self._pieces(lease, stay):
-            self._later(at_s, lambda end=end: self._publish(lease, waiting, end))  # type: ignore[misc]
-        self._later(stay.prompted_s, lambda: self._end_prompt(lease, request, waiting))
-        return lease.length
+        parts = [*stay.parts, (request.num_prompt_tokens, stay.prompted_s)]
+        wishes, then = self._wishes(lease, meant), partial(self._end_prompt, lease, request)
+        self._in_pieces(lease, wishes, parts, then)
+        return min(lease.length, request.num_prompt_tokens)
 
     def finish(self) -> None:
         """Ends all that is in progress."""
@@ -78,10 +79,10 @@ class ServerReplay(Simulation):
                 return lease
             self._next()
 
-    def _end_prompt(self, lease: Lease, request: TraceRequest, wishes: deque[Wish]) -> None:
+    def _end_prompt(self, lease: Lease, request: TraceRequest) -> None:
         stay, num_tokens = request.stay, request.num_prompt_tokens
         assert stay is not None
-        self._end_pieces(lease, request, wishes)
+        self._keep_end(lease, request)
         waits = {index for index, gave_s, _ in stay.again if index and gave_s <= stay.prompted_s}
         forks = [None if i in waits else self.cache.fork(lease, num_tokens) for i in range(1, len(stay.choices))]
         for index, own in enumerate((lease, *forks)):
@@ -91,62 +92,80 @@ class ServerReplay(Simulation):
         """A choice from when it has room; none if it found none. done: of the gaps in which it held nothing"""
         stay = request.stay
         assert stay is not None
-        end_s, num_generated = stay.choices[index]
+        end_s, num_generated, finish = stay.choices[index]
         gaps = [(gave_s, back_s) for each, gave_s, back_s in stay.again if each == index][done:]
         if gaps:
             self._later(gaps[0][0], lambda: self._give_way(lease))
             if gaps[0][1] < end_s:
-                self._later(gaps[0][1], lambda: self._answer(self._again(request), request, index, done + 1))
+                self._later(gaps[0][1], lambda: self._again(request, index, done))
         elif lease is not None:
             self.cache.extend(lease, request.num_prompt_tokens + max(num_generated - 1, 0))  # nobody reads the last
-            self._later(end_s, lambda: self._release(lease, num_generated, request.finish))
+            self._later(end_s, lambda: self.cache.release(lease, num_generated, finish))
 
     def _give_way(self, lease: Lease | None) -> None:
         if lease is not None:
             self.cache.release(lease)
 
-    def _again(self, request: TraceRequest) -> Lease | None:
+    def _again(self, request: TraceRequest, index: int, done: int) -> None:
         """Computes a prompt once more, for a choice that gave its room or found none."""
         lease = self._acquire(prompt_keys(request, self.trace.page_tokens))
-        if lease is not None:
-            waiting = deque(self._wishes(lease, request))
-            for end in range(lease.length + self.chunk_tokens, request.num_prompt_tokens, self.chunk_tokens):
-                self._publish(lease, waiting, end)
-            self._end_pieces(lease, request, waiting)
-        return lease
+        if lease is None:
+            return self._answer(None, request, index, done + 1)
+        known = not index or done > 0  # to the policy, as a prompt of its own
 
-    def _wishes(self, lease: Lease, request: TraceRequest) -> list[Wish]:
+        def then() -> None:
+            self._keep_end(lease, request)
+            self._answer(lease, request, index, done + 1)
+
+        parts = [(request.num_prompt_tokens, self.now)]
+        self._in_pieces(lease, self._wishes(lease, request, again=known), parts, then)
+
+    def _wishes(self, lease: Lease, request: TraceRequest, again: bool = False) -> list[Wish]:
         marks = boundaries_of(request.marks)
-        return self.cache.propose(lease, marks, only_marked=request.only_marked, origin=request.origin)
+        return self.cache.propose(lease, marks, only_marked=request.only_marked, again=again, origin=request.origin)
 
-    def _end_pieces(self, lease: Lease, request: TraceRequest, wishes: deque[Wish]) -> None:
-        """The last piece of a prompt, and the state at its end; nothing of one that was there as a whole."""
-        if lease.length == request.num_prompt_tokens:
-            return
-        self._publish(lease, wishes, request.num_prompt_tokens)
-        if request.stay is not None and request.stay.complete and not request.only_marked:
+    def _keep_end(self, lease: Lease, request: TraceRequest) -> None:
+        """The state at the end of a prompt, unless it was there as a whole."""
+        complete = request.stay is not None and request.stay.complete
+        if complete and not request.only_marked and lease.length < request.num_prompt_tokens:
             self.cache.publish_end(lease, 0)
 
-    def _release(self, lease: Lease, num_generated: int, finish: Finish) -> None:
-        self.cache.release(lease, num_generated, finish)
+    def _in_pieces(
+        self, lease: Lease, wishes: Iterable[Wish], parts: Iterable[tuple[int, float]], then: Act, *, idle: bool = False
+    ) -> None:
+        """Computes a prompt in the pieces in which the server did. What it did not compute is cut as usual, at the time
+        of what follows.
 
-    def _publish(self, lease: Lease, waiting: deque[Wish], end: int) -> None:
-        """Computes a piece, with the states in it."""
+        then: once it is computed   idle: others are served between its pieces, and it takes room for the states in one
+        when that has its turn; else as soon as the one before has ended
+        """
+        most = self.trace.page_tokens if idle else self.chunk_tokens
+        before, pieces = lease.length, deque[tuple[int, float]]()
+        for end, at_s in parts:
+            pieces += [(cut, at_s) for cut in range(before + most, end, most)]
+            pieces.append((max(end, before), at_s))
+            before = max(end, before)
+        waiting = deque(wishes)
+
+        def begin() -> None:
+            if not idle:
+                self._reserve(lease, waiting, pieces[0][0])
+            self._later(pieces[0][1], end_piece)
+
+        def end_piece() -> None:
+            end, _ = pieces.popleft()
+            self._reserve(lease, waiting, end)
+            if end > lease.length:
+                self.cache.publish(lease, end // self.trace.page_tokens * self.trace.page_tokens)
+            (begin if pieces else then)()
+
+        begin()
+
+    def _reserve(self, lease: Lease, waiting: deque[Wish], end: int) -> None:
+        """Takes room for the states up to a position that are still wished for."""
         while waiting and waiting[0].position <= end:
             wish = waiting.popleft()
             self.cache.reserve_checkpoint(lease, wish.position, wish.kind, ttl_s=wish.ttl_s)
-        self.cache.publish(lease, end // self.trace.page_tokens * self.trace.page_tokens)
-
-    def _pieces(self, lease: Lease, stay: Stay) -> list[tuple[int, float]]:
-        """Those that the server cut a prompt into, all but the last: where and when each ends. What it did not compute
-        is cut as usual, at the time of what follows.
-        """
-        total, before, pieces = lease.keys.num_tokens, lease.length, list[tuple[int, float]]()
-        for end, at_s in [*((e, s) for e, s in stay.parts if lease.length < e < total), (total, stay.prompted_s)]:
-            pieces += [(cut, at_s) for cut in range(before + self.chunk_tokens, end, self.chunk_tokens)]
-            pieces.append((end, at_s))
-            before = end
-        return pieces[:-1]
 
     def _begin_turn(self, turn: Turn) -> None:
         keys = page_keys(turn.pages, self.trace.page_tokens)
@@ -154,14 +173,8 @@ class ServerReplay(Simulation):
         lease = None if known.length >= keys.num_tokens else self.cache.acquire(known, keys)
         if lease is not None:
             wishes = self.cache.propose(lease, boundaries_of(turn.marks), generated=True, origin=Origin(turn.session))
-            self._later(turn.end_s, lambda: self._end_turn(lease, turn, wishes))
-
-    def _end_turn(self, lease: Lease, turn: Turn, wishes: list[Wish]) -> None:
-        page = self.trace.page_tokens
-        waiting = deque(wishes)
-        for end in range(lease.length + page, turn.computed * page + 1, page):
-            self._publish(lease, waiting, end)
-        self.cache.release(lease)
+            parts, then = [*turn.parts, (turn.computed, turn.end_s)], partial(self.cache.release, lease)
+            self._in_pieces(lease, wishes, parts, then, idle=True)
 
     def _later(self, at_s: float, act: Act) -> None:
         self._count += 1

@@ -28,7 +28,16 @@ from hybrid_cache.bench.traces.records import (
     parsed,
     unpacked,
 )
-from hybrid_cache.bench.traces.trace import Mark, PageIds, RecordedServer, Stay, TraceRequest, Turn
+from hybrid_cache.bench.traces.trace import (
+    Choice,
+    Mark,
+    PageIds,
+    Pieces,
+    RecordedServer,
+    Stay,
+    TraceRequest,
+    Turn,
+)
 from hybrid_cache.cache.policies.signals import Finish
 from hybrid_cache.kernels.grid import TILE
 from hybrid_cache.models.shapes import Advance, ModelShape
@@ -187,35 +196,39 @@ class Recording:
         if not computed:
             self.left_out["nothing computed"] += 1
             return
-        if computed < num_tokens:
-            self.num_cut += 1
-            whole = self.pages.unrepeated()
         ended, outputs = times_of(record, "ended"), record.integers("output_tokens").tolist()
         start_s, reasons = self.at(record.time("started")), record.texts("finish_reason")
         if not len(ended) == len(outputs) == len(reasons) > 0:
             raise record.error("ended", "as many as output_tokens and finish_reason, at least one")
         prompted_s = self.at(record.time("prompted")) if record.has("prompted") else self.at(max(ended))
-        choices = tuple(zip(map(self.at, ended), outputs, strict=True))
-        parts = tuple((end, self.at(at_s)) for end, at_s in parts_of(record))
+        finishes = [finish_of(record, reason) for reason in reasons]
+        choices = tuple(map(Choice, map(self.at, ended), outputs, finishes))
         again = tuple((index, self.at(gave), self.at(back)) for index, gave, back in gaps_of(record, len(ended)))
-        self.requests[self.run, number] = TraceRequest(
+        request = TraceRequest(
             arrival_s=start_s,
             session=said(record, "session"),
-            pages=path[: computed // TILE],
-            num_prompt_tokens=computed,
+            pages=path,
+            num_prompt_tokens=num_tokens,
             num_output_tokens=sum(outputs),
-            num_known_tokens=computed,
+            num_known_tokens=num_tokens,
             whole=whole,
-            marks=tuple(mark for mark in marks_of(record, num_tokens) if mark.position <= computed),
+            marks=marks_of(record, num_tokens),
             only_marked=record.has("only_marked"),
-            finish=finish_of(record, reasons[0]),
+            finish=finishes[0],
             user=said(record, "user"),
             tools=record.has("tools"),
             template=said(record, "template"),
             stay=Stay(
-                start_s, prompted_s, choices, record.integer("cached"), computed == num_tokens, self.run, parts, again
+                *(start_s, prompted_s, choices, record.integer("cached"), computed == num_tokens, self.run),
+                *(self.parts(record), again),
             ),
         )
+        self.num_cut += computed < num_tokens
+        cut = request if computed == num_tokens else cut_off(request, computed, self.pages.unrepeated())
+        self.requests[self.run, number] = cut
+
+    def parts(self, record: Record) -> Pieces:
+        return tuple((end, self.at(at_s)) for end, at_s in parts_of(record))
 
     def turn(self, record: Record) -> Turn:
         path, num_tokens = self.pages.path(record), record.integer("tokens")
@@ -223,12 +236,13 @@ class Recording:
             raise record.fault(f"pages: expected {num_tokens // TILE} with those after, for tokens {num_tokens}")
         times = self.at(record.time("turn")), self.at(record.time("ended"))
         computed = record.integer("computed") if record.has("computed") else num_tokens
-        return Turn(*times, path, marks_of(record, num_tokens), said(record, "session"), computed // TILE)
+        marks, session = marks_of(record, num_tokens), said(record, "session")
+        return Turn(*times, path, marks, session, computed, self.parts(record))
 
     def called(self, record: Record) -> None:
         place = self.run, record.integer("called")
         if place in self.requests:
-            self.requests[place] = replace(self.requests[place], finish=Finish.TOOL_CALL)
+            self.requests[place] = that_called(self.requests[place])
 
     def in_order(self) -> list[TraceRequest]:
         """The requests as they were admitted, each with the turns that were computed before the next one was."""
@@ -255,6 +269,28 @@ class Recording:
         if self.server is not None and self.server.tiers:
             told.append(f"the server had {' and '.join(self.server.tiers)} below its memory, which is not replayed")
         return told
+
+
+def cut_off(request: TraceRequest, num_tokens: int, whole: int) -> TraceRequest:
+    """One that was given up when some tokens of its prompt had been computed. whole: a number that no other has"""
+    return replace(
+        request,
+        pages=request.pages[: num_tokens // TILE],
+        num_prompt_tokens=num_tokens,
+        num_known_tokens=num_tokens,
+        whole=whole,
+        marks=tuple(mark for mark in request.marks if mark.position <= num_tokens),
+        stay=request.stay and replace(request.stay, meant=request),
+    )
+
+
+def that_called(request: TraceRequest) -> TraceRequest:
+    """The server told of its latest answer that it was a tool call."""
+    stay = request.stay
+    assert stay is not None
+    latest = max(stay.choices, key=lambda choice: choice.end_s)
+    choices = tuple(c._replace(finish=Finish.TOOL_CALL) if c is latest else c for c in stay.choices)
+    return replace(request, finish=Finish.TOOL_CALL, stay=replace(stay, choices=choices))
 
 
 def read_recorded(files: Sequence[Path]) -> Reading:
@@ -301,14 +337,20 @@ def shifted(requests: Sequence[TraceRequest], since_s: float) -> list[TraceReque
 
 
 def earlier(stay: Stay, since_s: float) -> Stay:
-    choices = tuple((end_s - since_s, tokens) for end_s, tokens in stay.choices)
+    choices = tuple(choice._replace(end_s=choice.end_s - since_s) for choice in stay.choices)
     again = tuple((index, gave - since_s, back - since_s) for index, gave, back in stay.again)
-    stay = replace(stay, parts=tuple((end, at_s - since_s) for end, at_s in stay.parts), again=again)
+    stay = replace(stay, parts=sooner(stay.parts, since_s), again=again)
     return replace(stay, start_s=stay.start_s - since_s, prompted_s=stay.prompted_s - since_s, choices=choices)
 
 
+def sooner(parts: Pieces, since_s: float) -> Pieces:
+    return tuple((end, at_s - since_s) for end, at_s in parts)
+
+
 def turned(turns: Sequence[Turn], since_s: float) -> tuple[Turn, ...]:
-    return tuple(replace(turn, at_s=turn.at_s - since_s, end_s=turn.end_s - since_s) for turn in turns)
+    return tuple(
+        replace(t, at_s=t.at_s - since_s, end_s=t.end_s - since_s, parts=sooner(t.parts, since_s)) for t in turns
+    )
 
 
 def times_of(record: Record, name: str) -> list[float]:

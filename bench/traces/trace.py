@@ -37,18 +37,30 @@ class Mark:
     ttl_s: float | None = None  # to be kept at least this long
 
 
+class Choice(NamedTuple):
+    """One of the answers to a prompt."""
+
+    end_s: float
+    num_tokens: int
+    finish: Finish = Finish.UNKNOWN
+
+
+Pieces = tuple[tuple[int, float], ...]  # ends of those that a prompt was computed in, in tokens, and when
+
+
 @dataclass(frozen=True, slots=True)
 class Stay:
     """What a server did with a request: when it held what of the cache, and what it found there."""
 
     start_s: float  # it was admitted
     prompted_s: float  # its prompt was computed
-    choices: tuple[tuple[float, int], ...]  # of each: when it ended, and how many tokens it had
+    choices: tuple[Choice, ...]
     cached_tokens: int
     complete: bool = True  # False: it was given up while its prompt was computed, and is cut off there
     run: int = 0  # which start of the server, each with an empty cache
-    parts: tuple[tuple[int, float], ...] = ()  # ends of the pieces that its prompt was computed in, but the last; when
+    parts: Pieces = ()  # all but the last
     again: tuple[tuple[int, float, float], ...] = ()  # a choice held nothing from when until when, and began again
+    meant: "TraceRequest | None" = None  # as it was sent, where it is not complete: it took room for all of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +72,8 @@ class Turn:
     pages: PageIds
     marks: tuple[Mark, ...] = ()
     session: str = ""
-    computed: int = 0  # pages, before it gave its room
+    computed: int = 0  # tokens, before it gave its room
+    parts: Pieces = ()  # all but the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +157,14 @@ class Trace:
         def coarse(pages: PageIds) -> PageIds:
             return pages[factor - 1 :: factor].copy()
 
-        requests = tuple(
-            replace(r, pages=coarse(r.pages), turns=tuple(replace(t, pages=coarse(t.pages)) for t in r.turns))
-            for r in self.requests
-        )
+        def coarser(request: TraceRequest) -> TraceRequest:
+            stay = request.stay
+            if stay is not None and stay.meant is not None:
+                stay = replace(stay, meant=coarser(replace(stay.meant, stay=None)))
+            turns = tuple(replace(t, pages=coarse(t.pages)) for t in request.turns)
+            return replace(request, pages=coarse(request.pages), turns=turns, stay=stay)
+
+        requests = tuple(map(coarser, self.requests))
         return replace(self, page_tokens=page_tokens, requests=requests)
 
 

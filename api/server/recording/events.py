@@ -1,5 +1,6 @@
 """What a recorder takes from the engine's thread, and the lines that become of it on another."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -115,14 +116,19 @@ class Served:
         again = {"again": pauses} if pauses else {}
         marked = {"only_marked": True} if self.only_marked else {}
         named = {**pages.fields(self.names[1:]), "whole": secret.name(b"whole", self.whole)}
-        cuts = [[end, _since(at_s, since_s)] for end, at_s in self.parts[:-1]]
-        parts = {"parts": cuts} if cuts else {}
+        parts = parts_of(self.parts, len(request.prompt.tokens), since_s)
         return {**line, **named, "marks": marks_of(self.boundaries), **marked, **parts, **again}
 
     def _why_left_out(self) -> str:
         if self.started_s is None:
             return "not begun"
         return "arranged" if self.request.arrangement is not None else "cache off"
+
+
+def parts_of(parts: Iterable[tuple[int, float]], num_tokens: int, since_s: float) -> Line:
+    """All but the one that ends with what they are parts of."""
+    cuts = [[end, _since(at_s, since_s)] for end, at_s in parts if end < num_tokens]
+    return {"parts": cuts} if cuts else {}
 
 
 def _since(seconds: float | None, since_s: float) -> float | None:
@@ -158,13 +164,14 @@ class Pass:
     computed: int  # tokens; all of them also where they were there already
     began_s: float
     ended_s: float
+    parts: tuple[tuple[int, float], ...] = ()  # as in `Served`
 
     @classmethod
     def of(cls, turn: Prefill, ended_s: float) -> "Pass":
         lease = turn.lease
         done = (len(turn.tokens), ended_s) if lease is None else (turn.computed, lease.since_s)
-        said = turn.boundaries, turn.origin.session, *done, ended_s
-        return cls(turn.namespace, [*turn.keys.names], *said)
+        parts = () if lease is None else tuple(turn.parts[:MOST_PARTS])
+        return cls(turn.namespace, [*turn.keys.names], turn.boundaries, turn.origin.session, *done, ended_s, parts)
 
     @property
     def weight(self) -> int:
@@ -176,7 +183,8 @@ class Pass:
         num_tokens = (len(self.names) - 1) * TILE
         line: Line = {"turn": _since(self.began_s, since_s), "ended": _since(self.ended_s, since_s)}
         line |= {"tokens": num_tokens} | ({"computed": self.computed} if self.computed < num_tokens else {})
-        return {**line, **pages.fields(self.names[1:]), "marks": marks_of(self.boundaries), **named}
+        parts = parts_of(self.parts, num_tokens, since_s)
+        return {**line, **pages.fields(self.names[1:]), "marks": marks_of(self.boundaries), **named, **parts}
 
 
 @dataclass(frozen=True, slots=True)

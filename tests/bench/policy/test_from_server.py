@@ -68,8 +68,10 @@ def settle(client: httpx.Client) -> None:
         time.sleep(0.05)
 
 
-def talk(client: httpx.Client, rng: random.Random, turns: int, model: str = "embedded", **more: object) -> None:
-    """Conversations side by side, whose answers fill pages."""
+def talk(
+    client: httpx.Client, rng: random.Random, turns: int, model: str = "embedded", patient: bool = True, **more: object
+) -> None:
+    """Conversations side by side, whose answers fill pages. patient: each request waits until the server is idle"""
     talks: list[list[dict[str, object]]] = [
         [{"role": "system", "content": f"{SECRETS[i % 2]} " + "counts boxes and pencils. " * (10 + 8 * (i % 2))}]
         for i in range(4)
@@ -91,7 +93,8 @@ def talk(client: httpx.Client, rng: random.Random, turns: int, model: str = "emb
         reply = client.post("/v1/chat/completions", json=body)
         assert reply.status_code == 200, reply.text
         talks[number].append({"role": "assistant", "content": reply.json()["choices"][0]["message"]["content"] or "."})
-        settle(client)
+        if patient:
+            settle(client)
 
 
 def setting_of(trace: Trace) -> Setting:
@@ -119,6 +122,19 @@ def test_a_replay_of_a_record_finds_what_the_server_found(policy: str, tmp_path:
     again = replayed_tokens(setting_of(trace), trace.server)
     assert again is not None
     assert abs(again - cached(trace)) <= 0.01 * cached(trace)
+
+
+def test_what_a_server_does_when_idle_is_interrupted_in_the_replay_where_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "traffic.jsonl"
+    with recording(file) as client:
+        talk(client, random.Random(1), 40, patient=False, n=2)
+    trace = load_trace(file)
+    assert trace.server is not None
+    turns = [(turn, request) for request in trace.requests for turn in request.turns]
+    assert any(turn.parts and turn.computed < len(turn.pages) * 64 for turn, _ in turns)
+    begun = [request.arrival_s for request in trace.requests]
+    assert any(turn.parts[0][1] < at < turn.end_s for turn, _ in turns if turn.parts for at in begun)
+    assert replayed_tokens(setting_of(trace), trace.server) == cached(trace) > 0
 
 
 def test_choices_that_give_their_room_and_begin_again_do_so_in_the_replay(tmp_path: Path) -> None:
