@@ -33,7 +33,8 @@ class EventMachine(CacheMachine):
         if self.journal is None:
             self.calls = 0
             self.journal = Journal(self.wake, self.most)
-            self.readers = {states: (Resumable(states=states), Shadow()) for states in (True, False)}
+            known = {states: states and not self.stateless for states in (True, False)}  # as it is published
+            self.readers = {states: (Resumable(states=known[states]), Shadow()) for states in known}
             self.cache.pool.watch(self.journal)
         assert self.calls or not self.journal  # whoever sleeps until it is woken misses nothing
         while notes := self.journal.take(3):
@@ -67,7 +68,8 @@ class EventMachine(CacheMachine):
         self.tell()
         root = None, match.namespace or None
         (resumable, shadow), (_, only_pages) = self.readers[True], self.readers[False]
-        assert shadow.cached_tokens(tokens, root) == match.length
+        if not self.stateless or match.end is None:  # where pages are all that is said, nobody hears of a whole prompt
+            assert shadow.cached_tokens(tokens, root) == match.length
         said = {name for group, name in only_pages.references if group == 0}
         assert said == self.useful_pages() == {name for group, name in shadow.references if group == 0}
         assert resumable.num_pages == len(said)
