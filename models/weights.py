@@ -179,6 +179,7 @@ class SafetensorsWeights:
         self._adapter = None if adapter is None else adapter.named_in(self._found)
         self.bank = bank
         self.num_kept = 0  # matrices that stay codes
+        self._latest: tuple[str, dict[str, Tensor]] = "", {}
         self._to_change = set(self._adapter.weights) if self._adapter else set()
         self._check_adapter(self._to_change - self._names)
 
@@ -209,8 +210,7 @@ class SafetensorsWeights:
         """[out, in / 32] of a matrix in codes that are whole numbers."""
         if name in self._packed:
             assert self._stored is not None
-            parts = {ending: self._finite(part) for ending, part in self._packed[name].items()}
-            return self._stored.scales(name, parts, shape)
+            return self._stored.scales(name, self._parts(name), shape)
         file = self._handle[name]
         return file.scales(name) if isinstance(file, GgufFile) else None
 
@@ -339,8 +339,13 @@ class SafetensorsWeights:
     def _dequantized(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         assert self._stored is not None
         with CPU:
-            parts = {ending: self._hashed(part) for ending, part in self._packed[name].items()}
-            return self._stored.decode(name, parts, shape, dtype).to(self._device)
+            return self._stored.decode(name, self._parts(name), shape, dtype).to(self._device)
+
+    def _parts(self, name: str) -> dict[str, Tensor]:
+        """Of a quantized matrix, by the endings of their names; those of the latest one are at hand."""
+        if self._latest[0] != name:
+            self._latest = name, {ending: self._hashed(part) for ending, part in self._packed[name].items()}
+        return self._latest[1]
 
     def _shapes_of_parts(self, name: str) -> dict[str, tuple[int, ...]]:
         """Raises ModelError for codes that are no matrix, and for parts without a number."""

@@ -1,19 +1,17 @@
 """The picture of `hybrid-cache bench policy`."""
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from hybrid_cache.bench.common.panels import COLORS, panels_of, png_of
 from hybrid_cache.bench.policy.rows import BASELINE, BOUND, INFINITE, LIMITS, SAME, PolicyRow, by_trace, short
 from hybrid_cache.cache.policies.learned import Learned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#6a3d9a", "#a0a000")
 MARKERS = "sD^vPXd"
-PANELS_A_ROW = 3
 MOST_TICKS = 8
 LEGEND_WIDTH = 26  # letters
 ASIDE = 1.02
@@ -24,27 +22,12 @@ NO_LINE: Line = [], []
 
 def plot_png(rows: Sequence[PolicyRow]) -> bytes:
     """FLOPs saved by capacity, a panel for each trace and model, a line for each policy."""
-    from matplotlib.figure import Figure
-
     panels = by_trace(rows)
-    across = min(len(panels), PANELS_A_ROW)
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(3.9 * across + 1.7, 3.6 * down), dpi=150, layout="constrained")
-    grid = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    figure, grid = panels_of(len(panels))
     drawn = alike([lines_of(panel) for panel in panels])
-    for axes, panel in zip(grid, panels, strict=False):
+    for axes, panel in zip(grid, panels, strict=True):
         draw(axes, panel, drawn)
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    figure.supxlabel("capacity, % of the trace's unique bytes", fontsize=10)
-    figure.supylabel("prefill FLOPs saved, %", fontsize=10)
-    legend = dict(
-        item for axes in figure.axes for item in zip(*reversed(axes.get_legend_handles_labels()), strict=True)
-    )
-    figure.legend(legend.values(), legend.keys(), loc="outside right upper", frameon=False, fontsize=9)
-    image = BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
+    return png_of(figure, "capacity, % of the trace's unique bytes", "prefill FLOPs saved, %")
 
 
 def draw(axes: "Axes", rows: Sequence[PolicyRow], drawn: Sequence[Sequence[str]]) -> None:
